@@ -1,0 +1,49 @@
+# The two commands: `make demo` and `make test`. Each does all its own set-up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+
+# What an installed llamita is made of: when one of these changes, it is installed anew.
+SOURCES := $(shell find src native -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: demo test test-all lint types format native-checks clean help
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
+
+demo: $(VENV)/.lean  ## the main job on the embedded model, with the lean installation alone
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev   ## the whole default suite
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.dev  ## the slow tests too
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(VENV)/.dev   ## ruff and clang-format, without changing anything
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+types: $(VENV)/.dev  ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev ## format Python and C++ in place
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+clean:           ## remove everything that make built
+	rm -rf $(VENV) build dist
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lean: $(BIN)/python $(SOURCES)
+	$(PIP) .
+	@touch $@
+
+# Torch first and alone: without a pinned version already there, other packages pull the newest CUDA build.
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	$(PIP) torch
+	$(PIP) '.[torch,dev]'
+	@touch $@ $(VENV)/.lean

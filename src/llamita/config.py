@@ -1,0 +1,201 @@
+"""The architecture of a model as a plain value, read from a Hugging Face `config.json`.
+
+Covers Llama 2, 3, 3.1, 3.2 and what shares their forward pass. A key that would change the forward
+pass in a way the engine does not know is refused, never ignored.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llamita.errors import InputError
+
+ARCHITECTURES = ("llama", "mistral", "llamita")  # values of model_type
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+# Keys that change the forward pass, with the one value that leaves it a Llama.
+_MUST_BE = {
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "sliding_window": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "clip_qkv": None,
+    "residual_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "num_local_experts": None,
+    "num_experts": None,
+    "use_qk_norm": False,
+    "qk_norm": False,
+    "partial_rotary_factor": 1.0,
+    "is_encoder_decoder": False,
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base frequency and the scaling of long contexts.
+
+    `original_context`, `low_freq_factor` and `high_freq_factor` matter for "llama3" alone
+    (Llama 3.1, section "rope scaling" of its reference code), `factor` for all but "default".
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of a Llama. Sizes count elements; `context` counts tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    norm_eps: float
+    rope: RopeConfig
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any]) -> "ModelConfig":
+        """From the keys of a Hugging Face `config.json`.
+
+        Raises:
+            InputError: unsupported architecture, missing key, impossible value, or a key that matters
+                and that the engine does not know.
+        """
+        if not isinstance(values, dict):
+            raise InputError(f"config.json: expected an object, got {type(values).__name__}")
+        if values.get("model_type") not in ARCHITECTURES:
+            raise InputError(
+                f"config.json: model_type: expected one of {', '.join(ARCHITECTURES)}, got {values.get('model_type')!r}"
+            )
+        for key, required in _MUST_BE.items():
+            if values.get(key, required) not in (required, None):
+                raise InputError(f"config.json: {key}: expected {required!r}, got {values[key]!r}: not a plain Llama")
+        hidden, heads = _count(values, "hidden_size"), _count(values, "num_attention_heads")
+        kv_heads = _count(values, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise InputError(f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
+        head_dim = _count(values, "head_dim", hidden // heads or None)
+        if head_dim % 2:
+            raise InputError(f"config.json: head_dim: expected an even number, got {head_dim}")
+        context = _count(values, "max_position_embeddings")
+        rope = _rope(values, context)
+        if rope.kind in ("linear", "dynamic"):  # these give the trained context and how far it is stretched
+            context = int(context * rope.factor)
+        return cls(
+            vocab_size=_count(values, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_count(values, "intermediate_size"),
+            layers=_count(values, "num_hidden_layers"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            context=context,
+            norm_eps=_number(values, "rms_norm_eps", 1e-6),
+            rope=rope,
+            tied=_flag(values, "tie_word_embeddings"),
+            attention_bias=_flag(values, "attention_bias"),
+            mlp_bias=_flag(values, "mlp_bias"),
+            bos_token_id=_token(values.get("bos_token_id")),
+            eos_token_ids=_tokens(values.get("eos_token_id")),
+        )
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of one block: name within the block to (outputs, inputs), in order of use."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    def has_bias(self, linear: str) -> bool:
+        """Whether the linear layer of this name (as in `linear_shapes`) has a bias."""
+        return self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
+
+
+def _rope(values: dict[str, Any], context: int) -> RopeConfig:
+    """Both spellings: transformers 5 `rope_parameters`; before it, `rope_theta` and `rope_scaling`."""
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise InputError(f"config.json: rope_scaling: expected an object, got {type(scaling).__name__}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise InputError(f"config.json: rope_scaling: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError("config.json: partial_rotary_factor: expected 1.0; the engine rotates whole heads")
+    theta = _number(scaling, "rope_theta", _number(values, "rope_theta", 10000.0))
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if "factor" not in scaling:
+        raise InputError(f"config.json: rope_scaling: expected a factor with type {kind!r}, got none")
+    factor = _number(scaling, "factor")
+    if kind != "llama3":
+        return RopeConfig(theta=theta, kind=kind, factor=factor, original_context=context)
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        low_freq_factor=_number(scaling, "low_freq_factor"),
+        high_freq_factor=_number(scaling, "high_freq_factor"),
+        original_context=_count(scaling, "original_max_position_embeddings"),
+    )
+
+
+_LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products of two within int64
+
+
+def _count(values: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = values.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_COUNT:
+        raise InputError(f"config.json: {key}: expected a positive integer, got {value!r}")
+    return value
+
+
+def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = values.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (0 < value < math.inf):
+        raise InputError(f"config.json: {key}: expected a positive number, got {value!r}")
+    return float(value)
+
+
+def _flag(values: dict[str, Any], key: str) -> bool:
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise InputError(f"config.json: {key}: expected true or false, got {value!r}")
+    return value
+
+
+def _token(value: object) -> int | None:
+    tokens = _tokens(value)
+    return tokens[0] if tokens else None
+
+
+def _tokens(value: object) -> tuple[int, ...]:
+    """Llama 3 gives a list of end tokens, Llama 2 one."""
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens):
+        raise InputError(f"config.json: token ids: expected whole numbers, got {value!r}")
+    return tuple(tokens)

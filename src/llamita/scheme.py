@@ -1,0 +1,90 @@
+"""Quantization schemes as plain values: what is rounded, to how many bits, on which grid.
+
+The scheme is W4A8: int4 weights in groups along each output channel (symmetric, static), int8
+activations per token (asymmetric, at run time). A preset is a named scheme; `docs/numerics.md` has the
+formulas.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from llamita.errors import InputError
+
+GROUP_SIZES = (32, 64, 128, 256)  # what XNNPACK, KleidiAI and torchao all take
+SCALE_RULES = ("torchao", "search", "weighted")
+SCALE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How the weights of a model are rounded.
+
+    Attributes:
+        name: the preset, or "custom".
+        group_size: consecutive inputs of one output channel that share a scale.
+        scale_rule: how scales are chosen: "torchao" (largest weight / 7.5), "search" (least squared
+            error on the bf16 grid) or "weighted" (likewise, inputs weighted by their expected energy).
+        scale_dtype: "float32" or "bfloat16", the grid on which the scales lie and are stored.
+        table_bits: 8 for embedding and head in int8 per channel, None to keep them in float.
+    """
+
+    name: str
+    group_size: int
+    scale_rule: str
+    scale_dtype: str
+    table_bits: int | None
+
+    def __post_init__(self) -> None:
+        _expect("group_size", self.group_size, GROUP_SIZES)
+        _expect("scale_rule", self.scale_rule, SCALE_RULES)
+        _expect("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        _expect("table_bits", self.table_bits, (8, None))
+        if self.scale_rule != "torchao" and self.scale_dtype != "bfloat16":
+            raise InputError(f"scale_dtype: expected bfloat16 with scales '{self.scale_rule}', got {self.scale_dtype}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scheme as JSON values; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantScheme":
+        """A scheme from JSON values; unknown or missing keys raise InputError."""
+        expected = set(cls.__dataclass_fields__)
+        if not isinstance(values, dict) or set(values) != expected:
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise InputError(f"scheme: expected the keys {sorted(expected)}, got {found}")
+        return cls(**values)
+
+
+PRESETS = {
+    "arm": QuantScheme("arm", 128, "torchao", "float32", None),
+    "llama3.2": QuantScheme("llama3.2", 32, "search", "bfloat16", 8),
+    "llamita": QuantScheme("llamita", 32, "weighted", "bfloat16", 8),
+}
+
+
+def make_scheme(preset: str, group_size: int | None = None, scale_rule: str | None = None) -> QuantScheme:
+    """A preset, with its group size or scale rule replaced where they are given.
+
+    Raises:
+        InputError: unknown preset, group size or rule.
+    """
+    _expect("--preset", preset, tuple(PRESETS))
+    scheme = PRESETS[preset]
+    if group_size is not None:
+        _expect("--group-size", group_size, GROUP_SIZES)
+        scheme = replace(scheme, group_size=group_size)
+    if scale_rule is not None:
+        _expect("--scales", scale_rule, SCALE_RULES)
+        # torchao's rule keeps FP32 scales only where the preset does; a search lies on the bf16 grid.
+        dtype = scheme.scale_dtype if scale_rule == "torchao" else "bfloat16"
+        scheme = replace(scheme, scale_rule=scale_rule, scale_dtype=dtype)
+    if scheme == PRESETS[preset] or (preset == "arm" and scheme.group_size == 256 and scale_rule is None):
+        return scheme
+    return replace(scheme, name="custom")
+
+
+def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed or isinstance(value, bool):
+        choices = ", ".join(str(a) for a in allowed)
+        raise InputError(f"{name}: expected one of {choices}, got {value!r}")
