@@ -101,7 +101,7 @@ class ModelConfig:
             vocab_size=_count(values, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_count(values, "intermediate_size"),
-            layers=_count(values, "num_hidden_layers"),
+            layers=_count(values, "num_hidden_layers", limit=_LARGEST_DEPTH),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -163,14 +163,17 @@ def _rope(values: dict[str, Any], context: int) -> RopeConfig:
 
 
 _LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products of two within int64
+_LARGEST_DEPTH = 1024  # the deepest Llama has 126 layers; tensors are listed by name before files are read
 
 
-def _count(values: dict[str, Any], key: str, default: int | None = None) -> int:
+def _count(
+    values: dict[str, Any], key: str, default: int | None = None, limit: int = _LARGEST_COUNT
+) -> int:
     value = values.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_COUNT:
-        raise InputError(f"config.json: {key}: expected a positive integer, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+        raise InputError(f"config.json: {key}: expected a positive integer up to {limit}, got {str(value)[:40]}")
     return value
 
 

@@ -15,6 +15,12 @@ SCALE_RULES = ("torchao", "search", "weighted")
 SCALE_DTYPES = ("float32", "bfloat16")
 
 
+def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(type(value) is type(a) and value == a for a in allowed):  # 32.0 and True are not 32 and 1
+        choices = ", ".join(str(a) for a in allowed)
+        raise InputError(f"{name}: expected one of {choices}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class QuantScheme:
     """How the weights of a model are rounded.
@@ -35,6 +41,8 @@ class QuantScheme:
     table_bits: int | None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable():
+            raise InputError(f"scheme: name: expected text, got {self.name!r}")
         _expect("group_size", self.group_size, GROUP_SIZES)
         _expect("scale_rule", self.scale_rule, SCALE_RULES)
         _expect("scale_dtype", self.scale_dtype, SCALE_DTYPES)
@@ -82,9 +90,3 @@ def make_scheme(preset: str, group_size: int | None = None, scale_rule: str | No
     if scheme == PRESETS[preset] or (preset == "arm" and scheme.group_size == 256 and scale_rule is None):
         return scheme
     return replace(scheme, name="custom")
-
-
-def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or isinstance(value, bool):
-        choices = ", ".join(str(a) for a in allowed)
-        raise InputError(f"{name}: expected one of {choices}, got {value!r}")

@@ -1,0 +1,63 @@
+// NumPy arrays as the operations see them: the buffer protocol, with every dtype and shape checked by name.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <string>
+
+namespace llamita {
+
+namespace nb = nanobind;
+
+constexpr size_t kAny = SIZE_MAX;  // a length that is not prescribed
+
+[[noreturn]] inline void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
+
+inline void require(bool condition, const std::string& what) {
+  if (!condition) refuse(what);
+}
+
+// A view of an array's memory; holds on to the array. To be made and destroyed with the GIL held.
+class Array {
+ public:
+  // types: the dtypes allowed, as buffer formats: f float32, e float16, H uint16, b int8, i int32, l int64
+  Array(nb::handle object, const char* name, const char* types, std::initializer_list<size_t> shape,
+        bool writable = false);
+  Array(Array&& other) noexcept : view_(std::move(other.view_)) {}
+
+  size_t shape(size_t axis) const { return static_cast<size_t>(view_->shape[axis]); }
+  char type() const { return view_->format[0]; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(view_->buf);
+  }
+
+ private:
+  struct Release {
+    void operator()(Py_buffer* view) const {
+      PyBuffer_Release(view);
+      delete view;
+    }
+  };
+  std::unique_ptr<Py_buffer, Release> view_;
+};
+
+// A new NumPy array that owns its (uninitialized) memory.
+template <class T>
+struct NewArray {
+  explicit NewArray(std::initializer_list<size_t> shape) {
+    size_t size = 1;
+    for (const size_t length : shape) size *= length;
+    data = new T[size];
+    array = nb::ndarray<nb::numpy, T>(data, shape, nb::capsule(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }));
+  }
+  T* data;
+  nb::ndarray<nb::numpy, T> array;
+};
+
+void bind_cache(nb::module_& m);
+
+}  // namespace llamita

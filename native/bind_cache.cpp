@@ -1,0 +1,90 @@
+// KVCache, Batch and the operations over them.
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <cmath>
+
+#include "arrays.h"
+#include "cache.h"
+
+namespace llamita {
+namespace {
+
+using namespace nb::literals;
+
+constexpr size_t kMaxHeadDim = 1024;
+
+std::string text(size_t number) { return std::to_string(number); }
+
+std::shared_ptr<KVCache> new_cache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity,
+                                   const std::string& dtype, nb::handle inv_freq, float rope_scaling) {
+  require(layers >= 1 && kv_heads >= 1 && capacity >= 1, "KVCache: expected at least one layer, head and token");
+  require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
+          "head_dim: expected an even number up to " + text(kMaxHeadDim) + ", got " + text(head_dim));
+  require(dtype == "f32" || dtype == "f16", "dtype: expected 'f32' or 'f16', got '" + dtype + "'");
+  const Array frequencies(inv_freq, "inv_freq", "f", {head_dim / 2});
+  std::vector<float> copy(frequencies.as<float>(), frequencies.as<float>() + head_dim / 2);
+  return std::make_shared<KVCache>(layers, kv_heads, head_dim, capacity, dtype == "f16", std::move(copy), rope_scaling);
+}
+
+bool same_shape(const KVCache& a, const KVCache& b) {
+  return a.layers == b.layers && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim;
+}
+
+Batch new_batch(const nb::list& list) {
+  std::vector<Sequence> sequences;
+  for (nb::handle item : list) {
+    const nb::tuple triple = nb::cast<nb::tuple>(item);
+    require(nb::len(triple) == 3, "sequences: expected (KVCache, start, count), got a tuple of " + text(nb::len(triple)));
+    Sequence s{nb::cast<std::shared_ptr<KVCache>>(triple[0]), nb::cast<size_t>(triple[1]), nb::cast<size_t>(triple[2])};
+    require(s.start <= s.cache->capacity && s.count <= s.cache->capacity - s.start,
+            "sequences: expected at most " + text(s.cache->capacity) + " positions, got " + text(s.start) + " + " + text(s.count));
+    for (const Sequence& other : sequences) {
+      require(other.cache != s.cache, "sequences: expected each cache once, got one twice");
+      require(same_shape(*other.cache, *s.cache), "sequences: expected caches of one shape, got different ones");
+    }
+    sequences.push_back(std::move(s));
+  }
+  return Batch(std::move(sequences));
+}
+
+// Checks what both operations share; returns the number of floats in a row of qkv
+size_t check_step(const Batch& batch, size_t layer, size_t heads) {
+  if (batch.sequences.empty()) return kAny;
+  const KVCache& cache = *batch.sequences.front().cache;
+  require(layer < cache.layers, "layer: expected below " + text(cache.layers) + ", got " + text(layer));
+  require(heads >= 1 && heads % cache.kv_heads == 0,
+          "heads: expected a multiple of " + text(cache.kv_heads) + " key/value heads, got " + text(heads));
+  return HeadShape{heads, cache.kv_heads, cache.head_dim}.row();
+}
+
+void rope_and_cache_array(const Batch& batch, size_t layer, nb::handle qkv, size_t heads) {
+  const Array a(qkv, "qkv", "f", {batch.tokens, check_step(batch, layer, heads)}, true);
+  const nb::gil_scoped_release release;
+  rope_and_cache(batch, layer, a.as<float>(), heads);
+}
+
+void attention_arrays(const Batch& batch, size_t layer, nb::handle qkv, size_t heads, nb::handle out) {
+  const Array a(qkv, "qkv", "f", {batch.tokens, check_step(batch, layer, heads)});
+  const size_t width = batch.sequences.empty() ? kAny : heads * batch.sequences.front().cache->head_dim;
+  const Array y(out, "out", "f", {batch.tokens, width}, true);
+  const nb::gil_scoped_release release;
+  attention(batch, layer, a.as<float>(), heads, y.as<float>());
+}
+
+}  // namespace
+
+void bind_cache(nb::module_& m) {
+  nb::class_<KVCache>(m, "KVCache")
+      .def(nb::new_(&new_cache), "layers"_a, "kv_heads"_a, "head_dim"_a, "capacity"_a, "dtype"_a, "inv_freq"_a,
+           "rope_scaling"_a = 1.0f)
+      .def_prop_ro("nbytes", &KVCache::nbytes)
+      .def_ro("capacity", &KVCache::capacity);
+  nb::class_<Batch>(m, "Batch")
+      .def("__init__", [](Batch* self, const nb::list& list) { new (self) Batch(new_batch(list)); }, "sequences"_a)
+      .def_ro("tokens", &Batch::tokens);
+  m.def("rope_and_cache", rope_and_cache_array, "batch"_a, "layer"_a, "qkv"_a, "heads"_a);
+  m.def("attention", attention_arrays, "batch"_a, "layer"_a, "qkv"_a, "heads"_a, "out"_a);
+}
+
+}  // namespace llamita

@@ -1,0 +1,49 @@
+// x86-64: what the processor has (CPUID) and what the operating system saves on a switch (XGETBV).
+#include <cpuid.h>
+
+#include "dispatch.h"
+
+namespace llamita {
+namespace {
+
+struct Features {
+  bool avx2 = false, avx512vnni = false;
+};
+
+// Bits of XCR0: 1 SSE, 2 AVX, 5 to 7 AVX-512.
+uint64_t saved_state() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+bool all(uint32_t value, std::initializer_list<int> bits) {
+  for (int bit : bits)
+    if (!(value >> bit & 1u)) return false;
+  return true;
+}
+
+Features detect() {
+  Features f;
+  uint32_t a, b1, c1, d1, b7, c7, d7;
+  if (!__get_cpuid(1, &a, &b1, &c1, &d1) || !all(c1, {12, 27, 28, 29})) return f;  // FMA, OSXSAVE, AVX, F16C
+  if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return f;
+  const uint64_t state = saved_state();
+  f.avx2 = (state & 0x06) == 0x06 && all(b7, {5});
+  // F, DQ, BW, VL; VNNI
+  f.avx512vnni = f.avx2 && (state & 0xe6) == 0xe6 && all(b7, {16, 17, 30, 31}) && all(c7, {11});
+  return f;
+}
+
+}  // namespace
+
+std::vector<const Kernels*> supported_kernels() {
+  static const Features features = detect();
+  std::vector<const Kernels*> list;
+  if (features.avx512vnni) list.push_back(&avx512vnni_kernels);
+  if (features.avx2) list.push_back(&avx2_kernels);
+  list.push_back(&scalar_kernels);
+  return list;
+}
+
+}  // namespace llamita

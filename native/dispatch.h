@@ -1,0 +1,16 @@
+// The instruction sets that this machine can run, best first, and the one in use.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace llamita {
+
+std::vector<const Kernels*> supported_kernels();  // cpu_x86.cpp or cpu_generic.cpp
+size_t usable_cpus();                             // cpus_linux.cpp or cpus_generic.cpp
+
+const Kernels& kernels();
+void choose_kernels(const std::string& name);  // throws std::invalid_argument
+
+}  // namespace llamita

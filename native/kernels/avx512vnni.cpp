@@ -1,0 +1,262 @@
+// AVX-512 with VNNI: vpdpbusd multiplies unsigned weights (code + 8 or code + 128) by signed activations, 64 at a time.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace llamita {
+namespace {
+
+// ---- 16 floats ---------------------------------------------------------------------------------------------------
+struct V {
+  __m512 f;
+};
+
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+void store(float* p, V a) { _mm512_storeu_ps(p, a.f); }
+V set1(float x) { return {_mm512_set1_ps(x)}; }
+V operator+(V a, V b) { return {_mm512_add_ps(a.f, b.f)}; }
+V operator-(V a, V b) { return {_mm512_sub_ps(a.f, b.f)}; }
+V operator*(V a, V b) { return {_mm512_mul_ps(a.f, b.f)}; }
+V operator/(V a, V b) { return {_mm512_div_ps(a.f, b.f)}; }
+V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.f, b.f, c.f)}; }
+V min(V a, V b) { return {_mm512_min_ps(a.f, b.f)}; }
+V max(V a, V b) { return {_mm512_max_ps(a.f, b.f)}; }
+V rint(V a) { return {_mm512_roundscale_ps(a.f, kNearest)}; }
+V select_less(V a, V b, V yes, V no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.f, b.f, _CMP_LT_OQ), no.f, yes.f)};
+}
+V keep(V a, size_t count, V other) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << (count < kLanes ? count : kLanes)) - 1u), other.f, a.f)};
+}
+V exp2_whole(V n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.f), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+
+template <class F>
+float tree(V a, F f) {
+  const __m256 eight = f(_mm512_castps512_ps256(a.f), _mm512_extractf32x8_ps(a.f, 1));
+  const __m256 four = f(eight, _mm256_castps128_ps256(_mm256_extractf128_ps(eight, 1)));
+  const __m256 two = f(four, _mm256_permute_ps(four, 0x4e));
+  return _mm256_cvtss_f32(f(two, _mm256_permute_ps(two, 0xb1)));
+}
+float sum(V a) {
+  return tree(a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); });
+}
+float min_lane(V a) {
+  return tree(a, [](__m256 x, __m256 y) { return _mm256_min_ps(x, y); });
+}
+float max_lane(V a) {
+  return tree(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
+}
+
+// Lane i is sum(a[i]): the same tree of halves for 16 vectors together. After the two steps over quarters,
+// quarter q of eight/four[j] belongs to vector j + 4 q (the order below), then the quarters are transposed.
+V sum_each(const V (&a)[kLanes]) {
+  __m512 four[4];
+  for (size_t j = 0; j < 4; j++) {
+    // lanes 0-7: a[j] folded once; lanes 8-15: a[j + 4]; likewise a[j + 8] and a[j + 12]
+    const auto fold8 = [](__m512 x, __m512 y) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    };
+    const __m512 x = fold8(a[j].f, a[j + 4].f), y = fold8(a[j + 8].f, a[j + 12].f);
+    four[j] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  }
+  const auto fold2 = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+  };
+  const __m512 x = fold2(four[0], four[1]), y = fold2(four[2], four[3]);
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd));
+  return {sums};  // lane 4 q + j: vector j + 4 q
+}
+
+void store_i8(int8_t* p, V a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.f)));
+}
+V load_f16(const void* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+V load_bf16(const void* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+void store_f16(uint16_t* p, V a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.f, kNearest));
+}
+void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// Tiles: how much is computed together, of 32 registers. Results do not depend on them.
+constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 8;
+constexpr size_t kCandidates = 16;
+constexpr size_t kQueryRows = 8, kQueryTile = 16;
+
+#include "float_kernels.inc"
+#include "attention.inc"
+#include "rounding.inc"
+
+// ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
+constexpr size_t kTileTokens = 6;  // 6 tokens x 2 vectors: 12 integer and 12 float accumulators
+constexpr size_t kAhead = 4096;    // bytes: past the page where the hardware's own prefetch stops
+constexpr size_t kStep = 128;      // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
+
+__m512i broadcast4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+V scales_of(const uint8_t* scales, bool bf16, size_t half) {
+  return bf16 ? load_bf16(scales + half * 32) : load(reinterpret_cast<const float*>(scales) + half * kLanes);
+}
+
+// T tokens against a stream of nibbles
+template <size_t T>
+void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
+  constexpr size_t kChains = T <= 2 ? 2 : 1;  // few tokens: two chains of sums hide vpdpbusd's latency
+  const uint8_t* w = a.panels + panel * a.panel_stride;
+  const int8_t* x = a.x + t * a.x_stride;
+  const size_t scale_bytes = kPanelRows * (a.bf16_scales ? 2 : 4);
+  const __m512i low = _mm512_set1_epi8(15);
+  V acc[T][2];
+  for (auto& row : acc) row[0] = row[1] = zero();
+  for (size_t g = 0; g < a.groups; g++) {
+    const V s0 = scales_of(w, a.bf16_scales, 0), s1 = scales_of(w, a.bf16_scales, 1);
+    prefetch(w + kAhead);
+    w += scale_bytes;
+    __m512i dot[T][kChains][2];
+    for (size_t i = 0; i < T; i++) {
+      dot[i][0][0] = dot[i][0][1] = _mm512_set1_epi32(a.x_start[(t + i) * a.groups + g]);
+      if constexpr (kChains == 2) dot[i][1][0] = dot[i][1][1] = _mm512_setzero_si512();
+    }
+    for (size_t s = 0; s < a.group_size / 8; s++, w += kStep, x += 8) {
+      prefetch(w + kAhead);
+      prefetch(w + kAhead + 64);
+      const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
+      const __m512i low0 = _mm512_and_si512(w0, low), low1 = _mm512_and_si512(w1, low);
+      const __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low);
+      const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);
+#pragma GCC unroll 4
+      for (size_t i = 0; i < T; i++) {
+        const __m512i first = broadcast4(x + i * a.x_stride), second = broadcast4(x + i * a.x_stride + 4);
+        dot[i][0][0] = _mm512_dpbusd_epi32(dot[i][0][0], low0, first);
+        dot[i][0][1] = _mm512_dpbusd_epi32(dot[i][0][1], low1, first);
+        dot[i][kChains - 1][0] = _mm512_dpbusd_epi32(dot[i][kChains - 1][0], high0, second);
+        dot[i][kChains - 1][1] = _mm512_dpbusd_epi32(dot[i][kChains - 1][1], high1, second);
+      }
+    }
+    for (size_t i = 0; i < T; i++) {
+      if constexpr (kChains == 2)
+        for (size_t v = 0; v < 2; v++) dot[i][0][v] = _mm512_add_epi32(dot[i][0][v], dot[i][1][v]);
+      acc[i][0] = fma({_mm512_cvtepi32_ps(dot[i][0][0])}, s0, acc[i][0]);
+      acc[i][1] = fma({_mm512_cvtepi32_ps(dot[i][0][1])}, s1, acc[i][1]);
+    }
+  }
+  for (size_t i = 0; i < T; i++) finish(a, t + i, panel, acc[i][0], acc[i][1]);
+}
+
+// T tokens against a panel of bytes: w (columns / 4, 2 vectors of 64), scales (groups, 32)
+template <size_t T>
+void byte_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t panel, size_t t) {
+  const int8_t* x = a.x + t * a.x_stride;
+  const int32_t* start = a.x_start + t * a.groups;
+  V acc[T][2];
+  for (auto& row : acc) row[0] = row[1] = zero();
+  for (size_t g = 0; g < a.groups; g++, scales += kPanelRows, start++) {
+    __m512i dot[T][2];
+    for (size_t i = 0; i < T; i++) dot[i][0] = dot[i][1] = _mm512_set1_epi32(start[i * a.groups]);
+    for (size_t s = 0; s < a.group_size / 4; s++, w += kStep, x += 4) {
+      const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
+#pragma GCC unroll 6
+      for (size_t i = 0; i < T; i++) {
+        const __m512i four = broadcast4(x + i * a.x_stride);
+        dot[i][0] = _mm512_dpbusd_epi32(dot[i][0], w0, four);
+        dot[i][1] = _mm512_dpbusd_epi32(dot[i][1], w1, four);
+      }
+    }
+    const V s0 = load(scales), s1 = load(scales + kLanes);
+#pragma GCC unroll 6
+    for (size_t i = 0; i < T; i++) {
+      acc[i][0] = fma({_mm512_cvtepi32_ps(dot[i][0])}, s0, acc[i][0]);
+      acc[i][1] = fma({_mm512_cvtepi32_ps(dot[i][1])}, s1, acc[i][1]);
+    }
+  }
+  for (size_t i = 0; i < T; i++) finish(a, t + i, panel, acc[i][0], acc[i][1]);
+}
+
+template <size_t T>
+void byte_tokens(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t panel, size_t t, size_t count) {
+  if (count == T) return byte_tile<T>(a, w, scales, panel, t);
+  if constexpr (T > 1) byte_tokens<T - 1>(a, w, scales, panel, t, count);
+}
+
+void byte_panel(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t panel) {
+  for (size_t t = 0; t < a.tokens; t += kTileTokens)
+    byte_tokens<kTileTokens>(a, w, scales, panel, t, a.tokens - t < kTileTokens ? a.tokens - t : kTileTokens);
+}
+
+void unpack(const QuantizedLinear& a, const uint8_t* w, uint8_t* bytes, float* scales) {
+  const __m512i low = _mm512_set1_epi8(15);
+  for (size_t g = 0; g < a.groups; g++, scales += kPanelRows) {
+    store(scales, scales_of(w, a.bf16_scales, 0));
+    store(scales + kLanes, scales_of(w, a.bf16_scales, 1));
+    w += kPanelRows * (a.bf16_scales ? 2 : 4);
+    for (size_t s = 0; s < a.group_size / 8; s++, w += kStep, bytes += 2 * kStep)
+      for (size_t v = 0; v < kStep; v += 64) {
+        prefetch(w + kAhead + v);
+        const __m512i both = _mm512_load_si512(w + v);
+        _mm512_store_si512(bytes + v, _mm512_and_si512(both, low));
+        _mm512_store_si512(bytes + kStep + v, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+      }
+  }
+}
+
+void linear_w4(const QuantizedLinear& a, size_t first, size_t last, uint8_t* scratch) {
+  for (size_t panel = first; panel < last; panel++) {
+    if (a.tokens == 1) fused_tile<1>(a, panel, 0);
+    if (a.tokens == 2) fused_tile<2>(a, panel, 0);
+    if (a.tokens == 3) fused_tile<3>(a, panel, 0);
+    if (a.tokens == 4) fused_tile<4>(a, panel, 0);
+    if (a.tokens <= kFusedTokens) continue;
+    float* scales = reinterpret_cast<float*>(scratch + kPanelRows * a.columns);
+    unpack(a, a.panels + panel * a.panel_stride, scratch, scales);
+    byte_panel(a, scratch, scales, panel);
+  }
+}
+
+void linear_w8(const QuantizedLinear& a, size_t first, size_t last) {
+  for (size_t panel = first; panel < last; panel++)
+    byte_panel(a, a.panels + panel * a.panel_stride, a.scales + panel * kPanelRows, panel);
+}
+
+// ---- probe -------------------------------------------------------------------------------------------------------
+template <size_t N>
+double probe(size_t iterations) {
+  __m512i acc[N], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
+  for (auto& v : acc) v = _mm512_setzero_si512();
+  for (size_t i = 0; i < iterations; i++) {
+#pragma GCC unroll 24
+    for (size_t j = 0; j < N; j++) acc[j] = _mm512_dpbusd_epi32(acc[j], a, b);
+    asm volatile("" : "+v"(a), "+v"(b));  // keeps the loop
+  }
+  for (size_t j = 1; j < N; j++) acc[0] = _mm512_add_epi32(acc[0], acc[j]);
+  volatile int32_t sink = _mm512_reduce_add_epi32(acc[0]);
+  static_cast<void>(sink);
+  return 64.0 * N * static_cast<double>(iterations);
+}
+
+double int8_probe(size_t iterations, int variant) {
+  if (variant == 0) return probe<8>(iterations);
+  if (variant == 1) return probe<12>(iterations);
+  return probe<16>(iterations);
+}
+
+}  // namespace
+
+const Kernels avx512vnni_kernels = {
+    "avx512vnni", linear_w4,  linear_w8, linear_float, kLinearRows, quantize,   rmsnorm,    swiglu,
+    attention,    kQueryRows, to_f32,    to_f16,       round_row,   int8_probe, read_probe,
+};
+
+}  // namespace llamita

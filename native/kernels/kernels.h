@@ -1,0 +1,116 @@
+// What an instruction set provides: one table of pure functions (no allocation, no threads, no errors).
+// Plain structs and constants only: an inline function here, compiled with AVX-512 flags, could be the
+// copy that the linker keeps for every machine.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace llamita {
+
+constexpr size_t kPanelRows = 32;   // output rows that are stored, and computed, together
+constexpr size_t kLanes = 16;       // floats in a logical vector, on every instruction set
+constexpr size_t kSumInputs = 32;   // inputs per partial sum kept with quantized activations
+constexpr size_t kKeyBlock = 128;   // keys per online-softmax update
+constexpr size_t kKeyTile = 16;     // keys stored side by side
+constexpr size_t kFusedTokens = 4;  // up to this many tokens stream nibbles; above, a panel is unpacked once
+
+enum class Dtype : int { f32, f16, bf16 };
+
+// y[t, n] = x_scale[t] * (sum_g scale[n, g] * dot[t, n, g] - x_zero[t] * colsum[n]) + bias[n] (+ y[t, n])
+struct QuantizedLinear {
+  // weights: panels of kPanelRows rows, see pack.cpp for the layout
+  const uint8_t* panels;
+  size_t panel_stride;   // bytes
+  const float* scales;   // w8 only: (panels * 32,)
+  const float* colsum;   // (panels * 32,)
+  size_t rows, columns;  // columns: padded to whole steps (8 for w4, 4 for w8)
+  size_t group_size, groups;
+  bool bf16_scales;      // w4: the scales in the stream are bf16, else f32
+  // activations
+  const int8_t* x;       // (tokens, x_stride)
+  size_t x_stride;
+  const float* x_scale;    // (tokens,)
+  const int32_t* x_zero;   // (tokens,)
+  const int32_t* x_start;  // (tokens, groups): minus the weights' offset (8 or 128) times the sum of codes
+  size_t tokens;
+  float* out;         // (tokens, rows)
+  const float* bias;  // (rows,) or null
+  bool accumulate;
+};
+
+// y[t, n] = sum_k x[t, k] * w[n, k] (+ bias[n]) (+ y[t, n]) for `count` consecutive rows of one array
+struct FloatLinear {
+  const void* w;  // (count, columns), of `dtype`, not necessarily aligned
+  Dtype dtype;
+  size_t count, columns;
+  const float* x;     // (tokens, columns)
+  size_t tokens;
+  float* out;         // first of `count` columns of (tokens, out_stride)
+  size_t out_stride;
+  const float* bias;  // (count,) or null
+  bool accumulate;
+};
+
+struct QuantizedRow {
+  int8_t* codes;      // (columns,)
+  float* scale;
+  int32_t* zero;
+  int32_t* sums;      // (ceil(columns / kSumInputs),)
+};
+
+// The query rows that share one key/value head: row i is token i / group, query head i % group of the head.
+struct AttentionHead {
+  const void* keys;    // (tiles, head_dim, kKeyTile)
+  const void* values;  // (positions, value_stride)
+  bool half;           // float16, else float32
+  size_t head_dim, value_stride;
+  const float* query;  // first query head of the first token; tokens query_stride apart
+  size_t query_stride;
+  float* out;
+  size_t out_stride;
+  size_t group;        // query heads per key/value head
+  size_t start;        // position of the first token
+  float scale;         // 1 / sqrt(head_dim)
+};
+
+// The scale: torchao's formula, the same rounded to bf16, or that of least squared error on the bf16 grid.
+enum class Rule : int { torchao, torchao_bf16, search };
+
+struct Rounding {
+  const float* importance;  // (columns,) factors of the search's squared errors, or null
+  size_t columns, group_size;
+  int qmax;                 // 7 or 127; qmin is -qmax - 1
+  Rule rule;
+};
+
+struct Kernels {
+  const char* name;
+  // Panels [first, last). scratch: w4_scratch_bytes(), 64-byte aligned, used when tokens > kFusedTokens.
+  void (*linear_w4)(const QuantizedLinear&, size_t first, size_t last, uint8_t* scratch);
+  void (*linear_w8)(const QuantizedLinear&, size_t first, size_t last);
+  // scratch: float_scratch_rows * columns (rounded up to kLanes) floats
+  void (*linear_float)(const FloatLinear&, float* scratch);
+  size_t float_scratch_rows;
+  void (*quantize)(const float* x, size_t columns, const QuantizedRow&);
+  void (*rmsnorm)(const float* x, const float* gamma, size_t columns, float eps, float* out);
+  void (*swiglu)(const float* gate, const float* up, size_t columns, float* out);
+  // Query rows [first, last). scratch: attention_scratch floats.
+  void (*attention)(const AttentionHead&, size_t first, size_t last, float* scratch);
+  size_t query_rows;  // rows that share one pass over the keys
+  void (*to_f32)(const void* source, Dtype, size_t count, float* out);
+  void (*to_f16)(const float* source, size_t count, uint16_t* out);
+  // False if w holds NaN or infinity (nothing else is written then).
+  bool (*round_row)(const float* w, const Rounding&, int8_t* codes, float* scales, double* squared_error);
+  // Probes: multiply-adds done in registers only; a checksum of everything read.
+  double (*int8_probe)(size_t iterations, int variant);
+  float (*read_probe)(const uint8_t* data, size_t bytes, int variant);
+};
+
+constexpr int kProbeVariants = 3;
+constexpr size_t kMaxQueryRows = 8;
+
+extern const Kernels scalar_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512vnni_kernels;
+
+}  // namespace llamita

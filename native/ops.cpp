@@ -1,0 +1,162 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace llamita {
+namespace {
+
+constexpr size_t kRowWork = 16384;  // elements that are worth waking a thread for
+
+size_t grain(size_t columns) { return std::max<size_t>(1, kRowWork / std::max<size_t>(columns, 1)); }
+
+Dtype dtype_of(Kind kind) {
+  if (kind == Kind::f16) return Dtype::f16;
+  return kind == Kind::bf16 ? Dtype::bf16 : Dtype::f32;
+}
+
+// f(token, row of floats) computes a row, which is then quantized
+template <class F>
+void quantize_rows(size_t tokens, Activations& acts, const F& f) {
+  const Kernels& k = kernels();
+  acts.tokens = tokens;
+  parallel_for(tokens, grain(acts.columns), acts.columns * sizeof(float),
+               [&](size_t begin, size_t end, uint8_t* scratch) {
+                 float* row = reinterpret_cast<float*>(scratch);
+                 for (size_t t = begin; t < end; t++) {
+                   f(t, row);
+                   k.quantize(row, acts.columns, acts.row(t));
+                 }
+               });
+}
+
+}  // namespace
+
+void quantize(const float* x, size_t tokens, Activations& acts) {
+  const Kernels& k = kernels();
+  acts.tokens = tokens;
+  parallel_for(tokens, grain(acts.columns), 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t t = begin; t < end; t++) k.quantize(x + t * acts.columns, acts.columns, acts.row(t));
+  });
+}
+
+void rmsnorm(const float* x, const float* gamma, size_t tokens, size_t columns, float eps, float* out) {
+  const Kernels& k = kernels();
+  parallel_for(tokens, grain(columns), 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t t = begin; t < end; t++) k.rmsnorm(x + t * columns, gamma, columns, eps, out + t * columns);
+  });
+}
+
+void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float eps, Activations& acts) {
+  const Kernels& k = kernels();
+  const size_t columns = acts.columns;
+  quantize_rows(tokens, acts, [&](size_t t, float* row) { k.rmsnorm(x + t * columns, gamma, columns, eps, row); });
+}
+
+void swiglu(const float* gate_up, size_t tokens, size_t columns, float* out) {
+  const Kernels& k = kernels();
+  parallel_for(tokens, grain(columns), 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t t = begin; t < end; t++) {
+      const float* gate = gate_up + t * 2 * columns;
+      k.swiglu(gate, gate + columns, columns, out + t * columns);
+    }
+  });
+}
+
+void swiglu_quantize(const float* gate_up, size_t tokens, Activations& acts) {
+  const Kernels& k = kernels();
+  quantize_rows(tokens, acts, [&](size_t t, float* row) {
+    const float* gate = gate_up + t * 2 * acts.columns;
+    k.swiglu(gate, gate + acts.columns, acts.columns, row);
+  });
+}
+
+void linear_quantized(const Weights& weights, Activations& acts, const Output& output) {
+  const Kernels& k = kernels();
+  const bool w4 = weights.kind == Kind::w4;
+  const int32_t* starts = acts.starts(weights.group_size, weights.groups, w4 ? 8 : 128);
+  const size_t columns = w4 ? weights.columns : weights.group_size;  // w8: padded to whole steps
+  const QuantizedLinear a{weights.panels.data(), weights.panel_stride, weights.scales.data(), weights.colsum.data(),
+                          weights.rows, columns, weights.group_size, weights.groups, weights.bf16_scales,
+                          acts.codes(0), acts.stride, acts.scales.data(), acts.zero_points.data(), starts,
+                          acts.tokens, output.out, output.bias, output.accumulate};
+  if (acts.tokens == 0) return;
+  // A panel of bytes and its scales in f32
+  const size_t unpacked = kPanelRows * (columns + weights.groups * sizeof(float));
+  const size_t scratch_bytes = w4 && acts.tokens > kFusedTokens ? unpacked : 0;
+  parallel_for(weights.padded_rows() / kPanelRows, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
+    if (w4)
+      k.linear_w4(a, begin, end, scratch);
+    else
+      k.linear_w8(a, begin, end);
+  });
+}
+
+void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output) {
+  if (tokens == 0) return;
+  const Kernels& k = kernels();
+  const Dtype dtype = dtype_of(weights.kind);
+  const size_t row_bytes = weights.columns * (dtype == Dtype::f32 ? 4 : 2);
+  constexpr size_t kBlock = 8;  // rows that kernels like to have together
+  const size_t scratch_bytes = k.float_scratch_rows * (weights.columns + kLanes) * sizeof(float);
+  parallel_for((weights.rows + kBlock - 1) / kBlock, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
+    size_t first = begin * kBlock, start = 0;
+    const size_t last = std::min(end * kBlock, weights.rows);
+    for (const Part& part : weights.parts) {  // the piece of [first, last) that lies in this part
+      const size_t stop = std::min(last, start + part.rows);
+      if (first < stop) {
+        const void* w = static_cast<const uint8_t*>(part.data) + (first - start) * row_bytes;
+        const float* bias = output.bias ? output.bias + first : nullptr;
+        k.linear_float({w, dtype, stop - first, weights.columns, x, tokens, output.out + first, weights.rows, bias,
+                        output.accumulate}, reinterpret_cast<float*>(scratch));
+        first = stop;
+      }
+      start += part.rows;
+    }
+  });
+}
+
+void embed(const Weights& weights, const int64_t* ids, size_t tokens, float* out) {
+  const Kernels& k = kernels();
+  const Dtype dtype = dtype_of(weights.kind);
+  const size_t columns = weights.columns;
+  parallel_for(tokens, grain(columns), 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t t = begin; t < end; t++) {
+      size_t row = static_cast<size_t>(ids[t]);
+      float* to = out + t * columns;
+      if (weights.kind == Kind::w8) {
+        const uint8_t* from = weights.panels.data() + row / kPanelRows * weights.panel_stride + row % kPanelRows * 4;
+        for (size_t i = 0; i < columns; i++)
+          to[i] = static_cast<float>(from[i / 4 * 4 * kPanelRows + i % 4] - 128) * weights.scales[row];
+        continue;
+      }
+      size_t part = 0;
+      for (; row >= weights.parts[part].rows; part++) row -= weights.parts[part].rows;
+      const size_t row_bytes = columns * (dtype == Dtype::f32 ? 4 : 2);
+      k.to_f32(static_cast<const uint8_t*>(weights.parts[part].data) + row * row_bytes, dtype, columns, to);
+    }
+  });
+}
+
+size_t round_weights(const void* w, Dtype dtype, size_t rows, const Rounding& rounding, const RoundedRows& out) {
+  const Kernels& k = kernels();
+  const size_t columns = rounding.columns, groups = columns / rounding.group_size;
+  const size_t row_bytes = columns * (dtype == Dtype::f32 ? 4 : 2);
+  std::atomic<size_t> bad{rows};
+  parallel_for(rows, 1, columns * sizeof(float), [&](size_t begin, size_t end, uint8_t* scratch) {
+    float* row = reinterpret_cast<float*>(scratch);
+    for (size_t r = begin; r < end; r++) {
+      k.to_f32(static_cast<const uint8_t*>(w) + r * row_bytes, dtype, columns, row);
+      if (k.round_row(row, rounding, out.codes + r * columns, out.scales + r * groups, out.squared_error + r)) continue;
+      size_t least = bad.load();
+      while (r < least && !bad.compare_exchange_weak(least, r)) continue;
+    }
+  });
+  return bad;
+}
+
+}  // namespace llamita

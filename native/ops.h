@@ -1,0 +1,35 @@
+// The engine's operations: kernels of the chosen instruction set, spread over the threads. Shapes are checked by the
+// bindings. Work is cut so that results do not depend on the number of threads.
+#pragma once
+#include "kernels/kernels.h"
+#include "pack.h"
+
+namespace llamita {
+
+void quantize(const float* x, size_t tokens, Activations& acts);
+void rmsnorm(const float* x, const float* gamma, size_t tokens, size_t columns, float eps, float* out);
+void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float eps, Activations& acts);
+void swiglu(const float* gate_up, size_t tokens, size_t columns, float* out);
+void swiglu_quantize(const float* gate_up, size_t tokens, Activations& acts);
+
+struct Output {
+  float* out;         // (tokens, rows)
+  const float* bias;  // (rows,) or null
+  bool accumulate;
+};
+void linear_quantized(const Weights& weights, Activations& acts, const Output& output);
+void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output);
+void embed(const Weights& weights, const int64_t* ids, size_t tokens, float* out);
+
+struct RoundedRows {
+  int8_t* codes;
+  float* scales;
+  double* squared_error;
+};
+// The first row with NaN or infinity, or `rows`
+size_t round_weights(const void* w, Dtype dtype, size_t rows, const Rounding& rounding, const RoundedRows& out);
+
+double read_bandwidth(size_t bytes);  // GB/s
+double int8_rate();                   // 10^9 multiply-adds per second
+
+}  // namespace llamita

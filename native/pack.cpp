@@ -1,0 +1,240 @@
+// The order of quantized weights in memory: panels of 32 rows, 64-byte aligned, the same for every instruction set.
+//
+// w4, for each group: 32 scales (f32 or bf16), then for each step of 8 inputs 128 bytes, 4 per row. Byte j of a row
+// holds code + 8 of input j in the low nibble and of input 4 + j in the high one: masking, or shifting and masking, a
+// vector gives the four consecutive inputs per row that a dot-product instruction wants.
+// w8: for each step of 4 inputs 128 bytes, 4 per row, code + 128.
+//
+// One stream then brings everything a panel needs. Rows beyond the last have code 0 and scale 0.
+#include "pack.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "threads.h"
+
+namespace llamita {
+namespace {
+
+constexpr size_t kLineWords = 16;  // words of a row copied at a time: a cache line of the source
+constexpr size_t kStepBytes = 4 * kPanelRows;
+
+// n0..n7 (lowest first) to n0 n4 n1 n5 n2 n6 n3 n7: byte j is n[j] | n[4 + j] << 4
+uint32_t interleave(uint32_t word) {
+  uint32_t low = word & 0xffffu, high = word >> 16;
+  low = (low | low << 8) & 0x00ff00ffu;
+  low = (low | low << 4) & 0x0f0f0f0fu;
+  high = (high | high << 8) & 0x00ff00ffu;
+  high = (high | high << 4) & 0x0f0f0f0fu;
+  return low | high << 4;
+}
+
+int32_t sum_nibbles(uint32_t word) {
+  const uint32_t pairs = (word & 0x0f0f0f0fu) + (word >> 4 & 0x0f0f0f0fu);
+  return static_cast<int32_t>(pairs * 0x01010101u >> 24);
+}
+
+float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+const char* at(const void* data, size_t bytes) { return static_cast<const char*>(data) + bytes; }
+
+bool on_bf16_grid(const Part& part, size_t groups) {
+  if (part.bf16_scales) return true;
+  uint32_t low = 0;
+  for (size_t i = 0; i < part.rows * groups; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, at(part.scales, 4 * i), sizeof bits);
+    low |= bits & 0xffffu;
+  }
+  return low == 0;
+}
+
+// One row of the packed source
+struct SourceRow {
+  const void* words = nullptr;  // null beyond the last row
+  const void* scales;
+  bool bf16;
+
+  float scale(size_t g) const {
+    if (!words) return 0.0f;
+    if (bf16) {
+      uint16_t bits;
+      std::memcpy(&bits, at(scales, 2 * g), sizeof bits);
+      return from_bf16(bits);
+    }
+    float x;
+    std::memcpy(&x, at(scales, 4 * g), sizeof x);
+    return x;
+  }
+};
+
+SourceRow source_row(const std::vector<Part>& parts, size_t row, const Weights& w) {
+  for (const Part& part : parts) {
+    if (row < part.rows)
+      return {at(part.data, row * w.columns / 2), at(part.scales, row * w.groups * (part.bf16_scales ? 2 : 4)),
+              part.bf16_scales};
+    row -= part.rows;
+  }
+  return {};
+}
+
+void write_scale(const Weights& w, uint8_t* scales, size_t r, float scale) {
+  if (w.bf16_scales)
+    std::memcpy(scales + 2 * r, reinterpret_cast<const char*>(&scale) + 2, 2);  // little-endian: the upper half
+  else
+    std::memcpy(scales + 4 * r, &scale, 4);
+}
+
+// sums: (groups, 32) sums of codes, scratch
+void pack_panel(const std::vector<Part>& parts, Weights& w, size_t panel, int32_t* sums) {
+  const size_t words = w.columns / 8, group_words = w.group_size / 8, scale_bytes = kPanelRows * (w.bf16_scales ? 2 : 4);
+  const size_t group_bytes = scale_bytes + group_words * kStepBytes;
+  uint8_t* base = w.panels.data() + panel * w.panel_stride;
+  SourceRow rows[kPanelRows];
+  for (size_t r = 0; r < kPanelRows; r++) rows[r] = source_row(parts, panel * kPanelRows + r, w);
+  std::fill(sums, sums + w.groups * kPanelRows, -8 * static_cast<int32_t>(w.group_size));
+  for (size_t first = 0; first < words; first += kLineWords) {
+    const size_t count = std::min(kLineWords, words - first);
+    for (size_t r = 0; r < kPanelRows; r++) {
+      uint32_t line[kLineWords];
+      std::fill(line, line + kLineWords, 0x88888888u);  // code 0
+      if (rows[r].words) std::memcpy(line, at(rows[r].words, 4 * first), 4 * count);
+      size_t g = first / group_words, step = first % group_words;
+      for (size_t i = 0; i < count; i++) {
+        const uint32_t word = interleave(line[i]);
+        std::memcpy(base + g * group_bytes + scale_bytes + step * kStepBytes + 4 * r, &word, 4);
+        sums[g * kPanelRows + r] += sum_nibbles(line[i]);
+        if (++step == group_words) g++, step = 0;
+      }
+    }
+  }
+  for (size_t r = 0; r < kPanelRows; r++) {
+    double colsum = 0.0;
+    for (size_t g = 0; g < w.groups; g++) {
+      const float scale = rows[r].scale(g);
+      write_scale(w, base + g * group_bytes, r, scale);
+      colsum += static_cast<double>(scale) * sums[g * kPanelRows + r];
+    }
+    w.colsum[panel * kPanelRows + r] = static_cast<float>(colsum);
+  }
+}
+
+void pack_panel_w8(const int8_t* codes, Weights& w, size_t columns, size_t panel) {
+  uint8_t* base = w.panels.data() + panel * w.panel_stride;
+  for (size_t r = 0; r < kPanelRows; r++) {
+    const size_t row = panel * kPanelRows + r;
+    const int8_t* source = row < w.rows ? codes + row * columns : nullptr;
+    int32_t sum = 0;
+    for (size_t k = 0; k < w.columns; k++) {
+      const int8_t code = source && k < columns ? source[k] : int8_t{0};
+      base[k / 4 * kStepBytes + 4 * r + k % 4] = static_cast<uint8_t>(code + 128);
+      sum += code;
+    }
+    w.colsum[row] = static_cast<float>(static_cast<double>(w.scales[row]) * sum);
+  }
+}
+
+}  // namespace
+
+Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_size) {
+  Weights w{Kind::w4, 0, columns, group_size, columns / group_size, true, {}, 0, {}, {}, {}};
+  for (const Part& part : parts) {
+    w.rows += part.rows;
+    w.bf16_scales = w.bf16_scales && on_bf16_grid(part, w.groups);  // the same values in half the bytes
+  }
+  w.panel_stride = w.groups * kPanelRows * (w.bf16_scales ? 2 : 4) + columns / 8 * kStepBytes;
+  w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, true);
+  w.colsum.resize(w.padded_rows());
+  parallel_for(w.padded_rows() / kPanelRows, 1, w.groups * kPanelRows * sizeof(int32_t),
+               [&](size_t begin, size_t end, uint8_t* scratch) {
+                 for (size_t panel = begin; panel < end; panel++)
+                   pack_panel(parts, w, panel, reinterpret_cast<int32_t*>(scratch));
+               });
+  return w;
+}
+
+Weights pack_w8(const int8_t* codes, size_t rows, size_t columns, const float* scales) {
+  const size_t padded = (columns + 3) / 4 * 4;
+  Weights w{Kind::w8, rows, padded, padded, 1, false, {}, 0, {}, {}, {}};
+  w.panel_stride = padded / 4 * kStepBytes;
+  w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, true);
+  w.scales.resize(w.padded_rows());
+  w.colsum.resize(w.padded_rows());
+  std::copy(scales, scales + rows, w.scales.begin());
+  parallel_for(w.padded_rows() / kPanelRows, 1, 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t panel = begin; panel < end; panel++) pack_panel_w8(codes, w, columns, panel);
+  });
+  w.columns = columns;
+  return w;
+}
+
+Weights wrap_float(std::vector<Part> parts, size_t columns, Kind kind) {
+  Weights w{kind, 0, columns, columns, 1, false, {}, 0, {}, {}, std::move(parts)};
+  for (const Part& part : w.parts) w.rows += part.rows;
+  return w;
+}
+
+Activations::Activations(size_t max_tokens, size_t columns)
+    : max_tokens(max_tokens),
+      columns(columns),
+      stride((columns + 63) / 64 * 64),
+      sums_stride((columns + kSumInputs - 1) / kSumInputs),
+      memory(max_tokens * stride, false),
+      scales(max_tokens),
+      zero_points(max_tokens),
+      sums(max_tokens * sums_stride) {}
+
+QuantizedRow Activations::row(size_t token) {
+  return {codes(token), &scales[token], &zero_points[token], &sums[token * sums_stride]};
+}
+
+void Activations::add_up(size_t token) {
+  for (size_t i = 0; i < sums_stride; i++) {
+    const size_t last = std::min((i + 1) * kSumInputs, columns);
+    int32_t sum = 0;
+    for (size_t k = i * kSumInputs; k < last; k++) sum += codes(token)[k];
+    sums[token * sums_stride + i] = sum;
+  }
+}
+
+const int32_t* Activations::starts(size_t group_size, size_t groups, int32_t offset) {
+  start.resize(tokens * groups);
+  const bool whole = group_size % kSumInputs == 0 || groups == 1;  // else from the codes themselves
+  for (size_t t = 0; t < tokens; t++)
+    for (size_t g = 0; g < groups; g++) {
+      const size_t first = g * group_size, last = std::min(first + group_size, columns);
+      int32_t sum = 0;
+      if (whole)
+        for (size_t i = first / kSumInputs; i * kSumInputs < last; i++) sum += sums[t * sums_stride + i];
+      else
+        for (size_t k = first; k < last; k++) sum += codes(t)[k];
+      start[t * groups + g] = -offset * sum;
+    }
+  return start.data();
+}
+
+bool codes_to_packed(const int8_t* codes, size_t rows, size_t columns, uint32_t* packed) {
+  std::atomic<bool> valid{true};
+  parallel_for(rows, 16, 0, [&](size_t begin, size_t end, uint8_t*) {
+    uint32_t out_of_range = 0;
+    for (size_t word = begin * columns / 8; word < end * columns / 8; word++) {
+      uint32_t bits = 0;
+      for (size_t i = 0; i < 8; i++) {
+        const uint32_t code = static_cast<uint32_t>(codes[8 * word + i] + 8);
+        out_of_range |= code & ~15u;
+        bits |= code << 4 * i;
+      }
+      packed[word] = bits;
+    }
+    if (out_of_range) valid = false;
+  });
+  return valid;
+}
+
+}  // namespace llamita

@@ -1,0 +1,155 @@
+// The word `state` holds the job's number and how many of its chunks nobody has taken yet. A chunk is taken by
+// compare-and-swap, so a thread that wakes late finds nothing to do and nobody waits for it: the caller waits for
+// chunks, not for threads.
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "memory.h"
+
+namespace llamita {
+namespace {
+
+constexpr int kSpins = 2000;            // some 30 to 100 microseconds: longer than the pause between two operations
+constexpr size_t kChunksPerThread = 8;  // so that a thread that is interrupted costs an eighth of its share
+constexpr uint64_t kJob = uint64_t{1} << 32;
+
+#if defined(__x86_64__)
+void relax() { __builtin_ia32_pause(); }
+#elif defined(__aarch64__)
+void relax() { asm volatile("yield"); }
+#else
+void relax() {}
+#endif
+
+struct Job {
+  Task task;
+  const void* context;
+  size_t items;
+  uint32_t chunks;
+};
+
+class Pool {
+ public:
+  explicit Pool(size_t count) : scratch_(count) {
+    for (size_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  }
+
+  ~Pool() {
+    stop_ = true;
+    wake();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  size_t size() const { return scratch_.size(); }
+
+  void run(const Job& job, size_t scratch_bytes) {
+    for (Memory& memory : scratch_)
+      if (memory.size() < scratch_bytes) memory = Memory(scratch_bytes, true);
+    if (job.chunks == 1) return job.task(job.context, 0, job.items, scratch_[0].data());
+    job_ = job;
+    done_.store(0, std::memory_order_relaxed);
+    state_.store((state_.load(std::memory_order_relaxed) & ~(kJob - 1)) + kJob + job.chunks, std::memory_order_release);
+    wake();
+    while (take_chunk(0)) continue;
+    for (int i = 0; i < kSpins && done_.load(std::memory_order_acquire) != job.chunks; i++) relax();
+    for (uint32_t done; (done = done_.load(std::memory_order_acquire)) != job.chunks;) done_.wait(done);
+  }
+
+ private:
+  void wake() {
+    signal_.fetch_add(1);
+    signal_.notify_all();
+  }
+
+  bool take_chunk(size_t thread) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    do {
+      if (static_cast<uint32_t>(state) == 0) return false;
+    } while (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire));
+    // The job cannot end, nor job_ change, before this chunk is done.
+    const size_t chunk = job_.chunks - static_cast<uint32_t>(state), chunks = job_.chunks;
+    job_.task(job_.context, job_.items * chunk / chunks, job_.items * (chunk + 1) / chunks, scratch_[thread].data());
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks) done_.notify_all();
+    return true;
+  }
+
+  void work(size_t thread) {
+    while (!stop_) {
+      const uint32_t seen = signal_.load();
+      bool worked = false;
+      for (int i = 0; i < kSpins && !worked && !stop_; i++) {
+        worked = take_chunk(thread);
+        relax();
+      }
+      if (!worked && !stop_) signal_.wait(seen);
+    }
+  }
+
+  std::vector<Memory> scratch_;
+  std::vector<std::thread> workers_;
+  Job job_{};
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<uint32_t> done_{0};
+  alignas(64) std::atomic<uint32_t> signal_{0};
+  std::atomic<bool> stop_{false};
+};
+
+std::mutex& pool_lock() {
+  static std::mutex* lock = new std::mutex;
+  return *lock;
+}
+
+size_t checked(size_t count, const char* what) {
+  if (count < 1 || count > kMaxThreads)
+    throw std::invalid_argument(std::string(what) + ": expected 1 to " + std::to_string(kMaxThreads) + ", got " +
+                                std::to_string(count));
+  return count;
+}
+
+size_t default_threads() {
+  const char* text = std::getenv("LLAMITA_THREADS");
+  if (!text || !*text) return std::min(usable_cpus(), kMaxThreads);
+  char* end;
+  const long count = std::strtol(text, &end, 10);
+  if (*end || count < 1) throw std::invalid_argument(std::string("LLAMITA_THREADS: expected a count, got ") + text);
+  return checked(static_cast<size_t>(count), "LLAMITA_THREADS");
+}
+
+// Never destroyed: threads that wait must not be joined while the process ends.
+std::unique_ptr<Pool>& pool() {
+  static auto* pool = new std::unique_ptr<Pool>(std::make_unique<Pool>(default_threads()));
+  return *pool;
+}
+
+}  // namespace
+
+size_t threads() {
+  const std::lock_guard<std::mutex> guard(pool_lock());
+  return pool()->size();
+}
+
+void set_threads(size_t count) {
+  checked(count, "threads");
+  const std::lock_guard<std::mutex> guard(pool_lock());
+  if (pool()->size() != count) pool() = std::make_unique<Pool>(count);
+}
+
+void parallel_run(size_t items, size_t grain, size_t scratch_bytes, Task task, const void* context) {
+  if (items == 0) return;
+  const std::lock_guard<std::mutex> guard(pool_lock());
+  const size_t most = pool()->size() == 1 ? 1 : pool()->size() * kChunksPerThread;
+  const size_t chunks = std::clamp<size_t>(items / std::max<size_t>(grain, 1), 1, most);
+  pool()->run({task, context, items, static_cast<uint32_t>(chunks)}, scratch_bytes);
+}
+
+}  // namespace llamita

@@ -1,0 +1,31 @@
+// A static pool: parallel_for hands out chunks of a range to the threads that are awake, the caller among them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace llamita {
+
+size_t threads();
+void set_threads(size_t count);  // 1 to kMaxThreads, throws std::invalid_argument
+
+constexpr size_t kMaxThreads = 1024;
+
+using Task = void (*)(const void* context, size_t begin, size_t end, uint8_t* scratch) noexcept;
+
+// grain: items that one chunk should have at least. Each thread gets `scratch_bytes` of its own, 64-byte aligned.
+// Throws std::bad_alloc before anything has run; tasks themselves cannot throw.
+void parallel_run(size_t items, size_t grain, size_t scratch_bytes, Task task, const void* context);
+
+// f(begin, end, scratch)
+template <class F>
+void parallel_for(size_t items, size_t grain, size_t scratch_bytes, const F& f) {
+  parallel_run(
+      items, grain, scratch_bytes,
+      [](const void* context, size_t begin, size_t end, uint8_t* scratch) noexcept {
+        (*static_cast<const F*>(context))(begin, end, scratch);
+      },
+      &f);
+}
+
+}  // namespace llamita

@@ -1,0 +1,126 @@
+"""The model card of a packed directory: what was done, how much was lost, and what the licence asks for."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamita.errors import LlamitaError
+from llamita.files import has, read_bytes
+from llamita.scheme import QuantScheme
+
+_POLICIES = {
+    "2": "https://ai.meta.com/llama/use-policy/",
+    "3": "https://www.llama.com/llama3/use-policy/",
+    "3.1": "https://www.llama.com/llama3_1/use-policy/",
+    "3.2": "https://www.llama.com/llama3_2/use-policy/",
+    "3.3": "https://www.llama.com/llama3_3/use-policy/",
+}
+_GUIDE = "https://www.llama.com/responsible-use-guide/"
+_VERSION = re.compile(r"(?i)\bllama[ _-]?(2|3(?:[._][123])?)(?![\d.]*\d)")
+_LICENCE_KEY = re.compile(r"^(license|license_name|license_link|language):[^\n]*(?:\n- [^\n]*)*$", re.MULTILINE)
+_RULES = {
+    "torchao": "the largest weight of the group over 7.5 (torchao's formula)",
+    "search": "least squared error among all bf16 values",
+    "weighted": "least squared error among all bf16 values, inputs weighted by their expected energy",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells of a quantization; sizes in bytes, errors as Σ(w - ŵ)² / Σw²."""
+
+    source_name: str
+    source_path: Path
+    scheme: QuantScheme
+    method: str
+    version: str
+    source_bytes: int
+    tensor_bytes: int
+    relative_error: float
+    worst: list[tuple[str, float]]
+
+
+def model_card(facts: CardFacts) -> str:
+    """README.md of a packed directory, with the front matter that the Hugging Face hub reads."""
+    scheme = facts.scheme
+    tables = "int8 per channel" if scheme.table_bits else "float, as in the source"
+    ratio = 1 - facts.tensor_bytes / facts.source_bytes
+    worst = "\n".join(f"| {name} | {error:.2e} |" for name, error in facts.worst)
+    return f"""{_front_matter(facts)}
+# {_display_name(facts.source_name)}, 4-bit ({scheme.name})
+
+Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita chat DIRECTORY`.
+
+| what | how |
+|---|---|
+| linear layers | int4, symmetric, one {scheme.scale_dtype} scale for {scheme.group_size} inputs |
+| activations | int8, asymmetric, per token, at run time |
+| embedding and head | {tables} |
+| method | {facts.method} |
+| scales | {_RULES[scheme.scale_rule]} |
+| size of the tensors | {facts.tensor_bytes / 1e6:,.1f} MB; {facts.source_bytes / 1e6:,.1f} MB before (-{ratio:.0%}) |
+| relative squared error of the weights | {facts.relative_error:.3e} |
+
+The layers that lost most:
+
+| layer | relative squared error |
+|---|---|
+{worst}
+
+`llamita verify DIRECTORY` checks every file against `llamita.json`; `llamita evaluate DIRECTORY` measures what
+the rounding cost. Rounding changes a model's answers: evaluate it for your use before you rely on it.
+{_licence_notes(facts)}"""
+
+
+def _front_matter(facts: CardFacts) -> str:
+    lines = ["---", "library_name: llamita", "tags:", "- 4-bit", "- w4a8", "- quantized"]
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", facts.source_name) and not Path(facts.source_name).exists():
+        lines += [f"base_model: {facts.source_name}", "base_model_relation: quantized"]
+    card = _text(facts.source_path, "README.md")
+    if card.startswith("---\n"):
+        front = card.split("\n---", 1)[0]
+        lines += [match[0] for match in _LICENCE_KEY.finditer(front)]
+    return "\n".join([*lines, "---"])
+
+
+def _display_name(source_name: str) -> str:
+    return Path(source_name).name or "Llama"
+
+
+def _licence_notes(facts: CardFacts) -> str:
+    """Meta's terms for its Llama models and what is made from them."""
+    if facts.source_name == "embedded":
+        return ""
+    version = llama_version(facts)
+    policy = _POLICIES.get(version or "3.2", _POLICIES["3.2"])
+    if version is None:
+        opening = "If the base model is, or derives from, one of Meta's Llama models, these terms hold here too:"
+    else:
+        opening = f"**Built with Llama.** The base model is, or derives from, Meta's Llama {version}; its terms hold here:"
+    return f"""
+## Licence and responsible use
+
+{opening}
+
+- the licence and use policy of the base model, which lie in this directory where the source had them;
+- Meta's acceptable use policy: {policy}
+- Meta's responsible use guide: {_GUIDE}
+
+The card of the base model, where it had one, is `SOURCE_README.md`.
+"""
+
+
+def llama_version(facts: CardFacts) -> str | None:
+    """Which Llama of Meta's the source says it is, from its licence, use policy or name; None if it does not."""
+    names = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE", "Notice")
+    texts = [_text(facts.source_path, name) for name in names] + [facts.source_name]
+    found = next((match for text in texts if (match := _VERSION.search(text))), None)
+    return found[1].replace("_", ".") if found else None
+
+
+def _text(directory: Path, name: str) -> str:
+    """A text file of the source, empty where there is none that can be read."""
+    try:
+        return read_bytes(directory, name).decode(errors="replace") if has(directory, name) else ""
+    except LlamitaError:
+        return ""

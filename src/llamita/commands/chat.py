@@ -1,0 +1,127 @@
+"""`llamita chat`: a conversation in the terminal, or one line after the other from a pipe."""
+
+import json
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from llamita import console
+from llamita.commands.generate import describe, show_stream, summary
+from llamita.engine.llm import LLM, Options, load
+from llamita.errors import InputError
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
+
+
+@dataclass
+class Conversation:
+    """What has been said, each message with role and content."""
+
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def with_question(self, text: str) -> list[dict[str, str]]:
+        """All messages up to a new one of the user's."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.turns, {"role": "user", "content": text}]
+
+    def add(self, question: str, answer: str) -> None:
+        """Keep a question with its answer, be it whole or stopped."""
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A quantized directory, a checkpoint, a hub name, or 'embedded'.")],
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 512,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme while it loads.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens at most; the model's own limit by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
+) -> None:
+    """Talk to a model; a line is a message.
+
+    Example: llamita chat my-model --system "Answer in one sentence."
+    """
+    llm = load(model, preset=preset, threads=threads, context=context)
+    _ = llm.chat_template  # a base model without one is refused before the first question
+    options: Options = {
+        "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,
+    }  # fmt: skip
+    is_terminal = sys.stdin.isatty() and not as_json
+    if is_terminal:
+        _enable_line_editing()
+        console.note(HELP)
+    conversation = Conversation(system)
+    while (line := _read_line(is_terminal)) is not None:
+        if line.startswith("/"):
+            if not _obey(line, conversation):
+                return
+        elif line:
+            try:
+                _reply(llm, conversation, line, options, as_json)
+            except InputError as error:  # as a conversation that no longer fits the context
+                if not is_terminal:
+                    raise
+                console.print_error(f"{error}; /reset begins anew")
+
+
+def _obey(line: str, conversation: Conversation) -> bool:
+    """Carry out a command of the conversation; False to end it."""
+    name, _, rest = line.partition(" ")
+    if name == "/system":
+        conversation.system = rest.strip() or None
+    if name in ("/system", "/reset"):
+        conversation.turns.clear()
+        console.note("a new conversation")
+    elif name != "/exit":
+        console.note(HELP)
+    return name != "/exit"
+
+
+def _reply(llm: LLM, conversation: Conversation, question: str, options: Options, as_json: bool) -> None:
+    """Answer and remember the answer, whole or stopped."""
+    messages = conversation.with_question(question)
+    if as_json:
+        generation = llm.generate(messages, **options)
+        sys.stdout.write(json.dumps(describe(generation), ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+        conversation.add(question, generation.text)
+        return
+    shown: list[str] = []
+    try:
+        generation = show_stream(llm, messages, options, shown)
+        sys.stdout.write("\n")
+        console.note(summary(generation))
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        console.note("stopped")
+    conversation.add(question, "".join(shown))
+
+
+def _read_line(is_terminal: bool) -> str | None:
+    """The next message, None at the end of the input."""
+    if is_terminal:
+        try:
+            return input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+    data = sys.stdin.buffer.readline()
+    try:
+        return data.decode().strip() if data else None
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin: expected UTF-8, got byte 0x{data[error.start]:02x}; try iconv") from None
+
+
+def _enable_line_editing() -> None:
+    """Arrow keys and history in `input`, where the system's Python has them."""
+    with suppress(ImportError):
+        import_module("readline")

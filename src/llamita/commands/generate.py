@@ -1,0 +1,98 @@
+"""`llamita generate`: continue a prompt, text on stdout as it comes."""
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from llamita import console
+from llamita.engine.llm import LLM, Generation, Options, load
+from llamita.errors import InputError
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A quantized directory, a checkpoint, a hub name, or 'embedded'.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue; '-' reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme while it loads.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens at most; the model's own limit by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
+) -> None:
+    """Continue a prompt.
+
+    Example: llamita generate embedded --prompt "Once upon a time" --max-tokens 100
+    """
+    text = read_prompt(prompt)
+    llm = load(model, preset=preset, threads=threads, context=context)
+    options: Options = {
+        "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or [],
+    }  # fmt: skip
+    if as_json:
+        generation = llm.generate(text, **options)
+        console.print_json({"model": model, "prompt": text, **describe(generation)})
+        return
+    generation = show_stream(llm, text, options, [])
+    sys.stdout.write("\n")
+    console.note(summary(generation))
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or all of stdin for "-".
+
+    Raises:
+        InputError: stdin is not UTF-8.
+    """
+    if prompt != "-":
+        return prompt
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--prompt: expected UTF-8 on stdin, got byte 0x{data[error.start]:02x} at {error.start}; try iconv"
+        ) from None
+
+
+def show_stream(llm: LLM, prompt: str | list[dict[str, str]], options: Options, shown: list[str]) -> Generation:
+    """Write the pieces to stdout as they come, and add them to `shown`; the generation that they make."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
+    for piece in llm.stream(prompt, **options):
+        if isinstance(piece, Generation):
+            return piece
+        shown.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    raise AssertionError("a stream ends with its generation")
+
+
+def describe(generation: Generation) -> dict[str, object]:
+    """A generation as JSON values."""
+    timings = generation.timings
+    rates = {"prefill_rate": timings.prefill_rate, "decode_rate": timings.decode_rate}
+    return {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": generation.finish_reason,
+        "timings": {**asdict(timings), **rates},
+    }
+
+
+def summary(generation: Generation) -> str:
+    """One line about how it went."""
+    t = generation.timings
+    return (
+        f"[{generation.finish_reason}] prompt {t.prompt_tokens} tokens at {t.prefill_rate:,.0f} tok/s, "
+        f"first token after {t.first_token_seconds:.2f} s, {t.generated_tokens} tokens at {t.decode_rate:,.1f} tok/s"
+    )

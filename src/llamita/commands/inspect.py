@@ -1,0 +1,84 @@
+"""`llamita inspect`: what a model directory holds."""
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from llamita import console
+from llamita.checkpoint import Checkpoint, expected_tensors
+from llamita.packed import PackedModel, open_source
+
+_WORST = 5  # layers shown unless all are asked for
+
+
+def command(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory, a hub name, or 'embedded'.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Show the error of every layer.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Show a model's shape, scheme, size, origin and the error of its layers.
+
+    Example: llamita inspect my-model
+    """
+    source = open_source(directory)
+    assert isinstance(source, Checkpoint | PackedModel)
+    values = _facts(source)
+    source.close()
+    if json:
+        console.print_json(values)
+        return
+    rows = [[key.replace("_", " "), _text(value)] for key, value in values.items() if key != "layer_errors"]
+    console.print_table(directory, ["what", "value"], rows)
+    worst = sorted(values["layer_errors"].items(), key=lambda item: -item[1])
+    if worst:
+        shown = worst if layers else worst[:_WORST]
+        console.print_table("relative squared error, worst first", ["layer", "error"], [[n, f"{e:.3e}"] for n, e in shown])
+
+
+def _facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
+    config = source.config
+    infos = [info for file in source.files.values() for info in file.tensors.values()]
+    sizes: Counter[str] = Counter()
+    for info in infos:
+        sizes[info.dtype] += info.stop - info.start
+    weights = 0
+    for shape in expected_tensors(config).values():
+        weights += shape[0] * (shape[1] if len(shape) > 1 else 1)
+    facts: dict[str, Any] = {
+        "path": str(source.path),
+        "weights": weights,
+        "layers": config.layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "context": config.context,
+        "rope": config.rope.kind,
+        "tied": config.tied,
+        "files": list(source.files),
+        "tensor_bytes": sum(sizes.values()),
+        "bytes_by_dtype": dict(sizes.most_common()),
+        "scheme": source.scheme.to_dict() if source.scheme else None,
+        "layer_errors": {},
+    }
+    if isinstance(source, PackedModel):
+        metadata = source.metadata
+        for key in ("llamita", "method", "settings", "seed", "calibration", "source", "float_layers"):
+            facts[key] = metadata[key]
+        facts["relative_error"] = metadata["error"]["relative"]
+        facts["layer_errors"] = metadata["error"]["layers"]
+    return facts
+
+
+def _text(value: Any) -> str:
+    """A value for people: mappings as `key value` pairs, large numbers with separators."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "none" if value is None else f"{value:.3e}" if isinstance(value, float) else str(value)

@@ -1,0 +1,51 @@
+"""`llamita plan`: size, memory and speed to expect."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from llamita import console
+from llamita.plan import Estimate, Machine, describe, estimate_all, measure_machine
+
+
+def command(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A config.json, a directory, a hub name, or 'embedded'.")],
+    preset: Annotated[list[str] | None, typer.Option(help="A preset to plan for; all of them by default.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Size, memory and speed to expect on this machine; downloads nothing but a config.json.
+
+    Sizes are exact. Memory and speed are estimates from this machine's measured limits.
+
+    Example: llamita plan meta-llama/Llama-3.2-1B --preset llama3.2
+    """
+    model = describe(src)
+    machine = measure_machine()
+    estimates = estimate_all(model, machine, preset or None)
+    if json:
+        console.print_json({"source": src, "context": model.config.context, "machine": asdict(machine),
+                            "estimates": [asdict(e) for e in estimates]})  # fmt: skip
+        return
+    contexts = list(estimates[0].memory)
+    columns = ["", "size", *(f"memory, {_tokens(c)}" for c in contexts), "decode tok/s", "prefill tok/s", "fits"]
+    console.print_table(f"{src}: estimates for this machine", columns, [_row(e) for e in estimates])
+    console.note(_machine_line(machine))
+
+
+def _row(estimate: Estimate) -> list[str]:
+    prefill = "" if estimate.prefill is None else f"~{estimate.prefill:,.0f}"
+    memory = [console.megabytes(size) for size in estimate.memory.values()]
+    size, fits = console.megabytes(estimate.tensor_bytes), "yes" if estimate.fits else "no"
+    return [estimate.name, size, *memory, f"~{estimate.decode:,.1f}", prefill, fits]
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K tokens" if count % 1024 == 0 else f"{count} tokens"
+
+
+def _machine_line(machine: Machine) -> str:
+    return (
+        f"measured: {machine.bandwidth / 1e9:,.1f} GB/s read, {machine.int8_rate / 1e9:,.0f} G int8 multiply-adds/s on "
+        f"{machine.threads} threads; {console.megabytes(machine.memory_free)} of memory free"
+    )

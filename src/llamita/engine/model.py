@@ -1,0 +1,158 @@
+"""The forward pass of a Llama, over the fused native operations.
+
+One step takes several sequences, each with its own cache and any number of new tokens: prompt chunks and
+single tokens mixed. Their tokens stand one after the other in every array; only attention tells them
+apart. A layer costs ten native calls, whatever the number of tokens.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from llamita import _native as ops
+from llamita.config import ModelConfig
+from llamita.engine.cache import SequenceCache
+from llamita.engine.weights import Block, Linear, ModelWeights
+
+Step = Sequence[tuple[SequenceCache, np.ndarray]]  # each sequence with its new token ids, int32 (tokens,)
+
+
+class Model:
+    """A Llama that computes logits; the state of sequences lives in their caches."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+        self.config = config
+        self.weights = weights
+        self._buffers = _Buffers(config, weights, capacity=1)
+        self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
+        self._lock = threading.Lock()  # the buffers serve one step at a time
+
+    def step(self, sequences: Step, rows: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Take in new tokens and give the logits that follow some of them.
+
+        Args:
+            sequences: token ids below the vocabulary size, as many as fit the caches; at least one each.
+            rows: which of the step's tokens to give logits for, none of them if empty; by default the
+                last of each sequence.
+            out: where to write, float32 (rows, vocab). By default a buffer that the next step overwrites.
+
+        Returns:
+            float32 (rows, vocab).
+        """
+        counts = [len(ids) for _, ids in sequences]
+        if rows is None:
+            rows = np.cumsum(counts) - 1
+        with self._lock:
+            x = self._hidden_states(sequences, counts)  # (tokens, hidden)
+            for (cache, _), count in zip(sequences, counts, strict=True):
+                cache.length += count
+            return self._head(x[rows], out)
+
+    def _hidden_states(self, sequences: Step, counts: list[int]) -> np.ndarray:
+        """Run the blocks; the residual stream (tokens, hidden) after the last one."""
+        tokens = sum(counts)
+        if tokens > self._buffers.capacity:
+            self._buffers = _Buffers(self.config, self.weights, capacity=tokens)
+        buffers = self._buffers.first(tokens)
+        batch = ops.Batch([(cache.native, cache.length, n) for (cache, _), n in zip(sequences, counts, strict=True)])
+        ids = sequences[0][1] if len(sequences) == 1 else np.concatenate([ids for _, ids in sequences])
+        ops.embed(self.weights.embedding, ids, buffers.x)
+        for layer, block in enumerate(self.weights.blocks):
+            self._block(block, layer, batch, buffers)
+        return buffers.x
+
+    def _block(self, block: Block, layer: int, batch: ops.Batch, b: "_Views") -> None:
+        eps, heads = self.config.norm_eps, self.config.heads
+        _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden)
+        _linear(block.qkv, b.hidden, b.qkv)
+        ops.rope_and_cache(batch, layer, b.qkv, heads)
+        ops.attention(batch, layer, b.qkv, heads, b.attended.floats)
+        if block.attention_out.takes_codes:
+            ops.quantize(b.attended.floats, b.attended.codes)
+        _linear(block.attention_out, b.attended, b.x, accumulate=True)
+        _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden)
+        _linear(block.gate_up, b.hidden, b.gate_up)
+        _swiglu(b.gate_up, block.down, b.inner)
+        _linear(block.down, b.inner, b.x, accumulate=True)
+
+    def _head(self, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+        """Logits (rows, vocab) of final hidden states (rows, hidden)."""
+        if out is None:
+            if len(self._logits) < len(x):
+                self._logits = np.empty((len(x), self.config.vocab_size), dtype=np.float32)
+            out = self._logits[: len(x)]
+        if not len(x):
+            return out
+        hidden = self._buffers.first(len(x)).hidden
+        _norm(x, self.weights.norm, self.config.norm_eps, self.weights.head, hidden)
+        _linear(self.weights.head, hidden, out)
+        return out
+
+
+def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: "_Operand") -> None:
+    """RMSNorm, in the form that the layer which reads it takes."""
+    if not reader.takes_floats:
+        ops.rmsnorm_quantize(x, gamma, eps, out.codes)
+        return
+    ops.rmsnorm(x, gamma, eps, out.floats)
+    if reader.takes_codes:
+        ops.quantize(out.floats, out.codes)
+
+
+def _swiglu(gate_up: np.ndarray, reader: Linear, out: "_Operand") -> None:
+    """silu(gate) · up, in the form that the layer which reads it takes."""
+    if not reader.takes_floats:
+        ops.swiglu_quantize(gate_up, out.codes)
+    else:
+        ops.swiglu(gate_up, out.floats)
+
+
+def _linear(linear: Linear, x: "_Operand", out: np.ndarray, accumulate: bool = False) -> None:
+    """out (tokens, rows) = x · Wᵀ + bias, or out += that."""
+    if len(linear.parts) == 1:
+        part = linear.parts[0]
+        ops.linear(part.weights, x.codes if part.is_quantized else x.floats, out, part.bias, accumulate)
+        return
+    for part in linear.parts:  # q, k, v of different kinds: rare, so the copy may cost
+        columns = np.empty((len(out), part.stop - part.start), dtype=np.float32)
+        ops.linear(part.weights, x.codes if part.is_quantized else x.floats, columns, part.bias, False)
+        out[:, part.start : part.stop] = columns
+
+
+class _Operand:
+    """What a linear layer reads: float32 (tokens, columns), or its int8 codes, or both."""
+
+    def __init__(self, floats: np.ndarray, codes: ops.Activations) -> None:
+        self.floats = floats
+        self.codes = codes
+
+
+class _Views:
+    """The buffers of a step, cut to its number of tokens."""
+
+    def __init__(self, x: np.ndarray, qkv: np.ndarray, gate_up: np.ndarray,
+                 hidden: _Operand, attended: _Operand, inner: _Operand) -> None:
+        self.x = x  # the residual stream (tokens, hidden)
+        self.qkv = qkv  # (tokens, (heads + 2 * kv_heads) * head_dim)
+        self.gate_up = gate_up  # (tokens, 2 * intermediate)
+        self.hidden, self.attended, self.inner = hidden, attended, inner
+
+
+class _Buffers:
+    """Memory for steps of up to `capacity` tokens, taken once and used by every layer in turn."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, capacity: int) -> None:
+        self.capacity = capacity
+        heads = config.heads * config.head_dim
+        widths = (config.hidden_size, heads + 2 * config.kv_heads * config.head_dim, 2 * config.intermediate_size)
+        self._streams = [np.empty((capacity, width), dtype=np.float32) for width in widths]
+        operands = (config.hidden_size, heads, config.intermediate_size)
+        self._floats = [np.empty((capacity, width), dtype=np.float32) for width in operands]
+        self._codes = [ops.Activations(capacity, width) for width in operands]
+
+    def first(self, tokens: int) -> _Views:
+        """The first rows of every buffer."""
+        x, qkv, gate_up = (stream[:tokens] for stream in self._streams)
+        pairs = zip(self._floats, self._codes, strict=True)
+        return _Views(x, qkv, gate_up, *(_Operand(floats[:tokens], codes) for floats, codes in pairs))

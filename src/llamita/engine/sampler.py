@@ -1,0 +1,143 @@
+"""From logits to the next token: greedy, or a draw from the distribution that the settings leave.
+
+The steps, their order and their meaning at the edges are those of transformers' logits processors:
+repetition penalty, temperature, top-k, top-p, min-p, then the draw. All in NumPy, all a function of the
+logits, the tokens so far and the seed.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from llamita.errors import InputError, RunError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 means greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens until their probabilities sum to this; 1 keeps all.
+        min_p: keep tokens at least this likely relative to the likeliest; 0 keeps all.
+        repetition_penalty: divides the positive logits of tokens already in the text and multiplies
+            their negative ones (CTRL, arXiv 1909.05858); 1 changes nothing.
+        seed: of the draws; None takes a new one each time.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _expect("temperature", self.temperature, "at least 0", 0 <= self.temperature < math.inf)
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        _expect("top_k", self.top_k, "a whole number, 0 for all", whole and self.top_k >= 0)
+        _expect("top_p", self.top_p, "a number from 0 to 1", 0 <= self.top_p <= 1)
+        _expect("min_p", self.min_p, "a number from 0 to 1", 0 <= self.min_p <= 1)
+        _expect("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
+        _expect("seed", self.seed, "0 or more", self.seed is None or (isinstance(self.seed, int) and self.seed >= 0))
+
+    @classmethod
+    def from_generation_config(cls, values: dict[str, Any]) -> "Sampling":
+        """The settings that a model recommends in its `generation_config.json`, where it samples at all."""
+        if not values.get("do_sample"):
+            return cls()
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {n: values[n] for n in names if isinstance(values.get(n), int | float)}
+        # What the file leaves out does nothing, as in transformers (there top_k alone defaults to 50).
+        return replace(cls(temperature=1.0, top_p=1.0), **given)
+
+
+class Sampler:
+    """Chooses tokens for one sequence.
+
+    Args:
+        sampling: the settings.
+        prompt: token ids that count as seen for the repetition penalty.
+        vocab_size: number of logits.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: np.ndarray, vocab_size: int) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+        self._seen = np.zeros(vocab_size, dtype=bool)
+        self._seen[prompt] = True
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token, given its logits: float32 (vocab,), left as they are.
+
+        Raises:
+            RunError: no finite largest logit, as from broken weights.
+        """
+        best = int(logits.argmax())  # NaN, where there is one, is the largest for argmax
+        if not math.isfinite(logits[best]):
+            raise RunError(f"logits: expected finite values, got {logits[best]} for token {best}: broken weights")
+        if self._sampling.repetition_penalty != 1:
+            logits = penalize(logits, np.flatnonzero(self._seen), self._sampling.repetition_penalty)
+            best = int(logits.argmax())
+        token = best if self._sampling.temperature == 0 else self._draw(logits)
+        self._seen[token] = True
+        return token
+
+    def _draw(self, logits: np.ndarray) -> int:
+        tokens, probabilities = distribution(logits, self._sampling)
+        cumulative = np.cumsum(probabilities)
+        position = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        return int(tokens[min(position, len(tokens) - 1)])  # the product can round up to the whole sum
+
+
+def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """A copy of the logits with those of the seen tokens made less likely."""
+    changed = logits.copy()
+    values = changed[seen]
+    changed[seen] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    return changed
+
+
+def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens left to draw from and their probabilities, float64, sum 1.
+
+    Tokens are dropped as early as it is known that they go: a full sort of 128,000 logits would cost more
+    than a layer of a small model.
+    """
+    tokens = np.arange(len(logits))
+    scores = (logits.astype(np.float64) - logits.max()) / sampling.temperature  # the largest is 0: no overflow
+    if 0 < sampling.top_k < len(scores):
+        smallest = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        kept = scores >= smallest  # ties with the k-th stay, as in transformers
+        tokens, scores = tokens[kept], scores[kept]
+    probabilities = np.exp(scores)
+    probabilities /= probabilities.sum()
+    if sampling.top_p < 1:
+        kept = _top_p(probabilities, sampling.top_p)
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    if sampling.min_p > 0:
+        kept = probabilities >= sampling.min_p * probabilities.max()
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    return tokens, probabilities / probabilities.sum()
+
+
+def _top_p(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices, ascending, of the likeliest tokens that reach `top_p` together: at least one.
+
+    From the least likely upwards, a token goes while the sum up to it is at most 1 − top_p. Tokens below
+    (1 − top_p) / count cannot bring the sum above that, so they go without being sorted.
+    """
+    rest = 1 - top_p
+    candidates = np.flatnonzero(probabilities > rest / len(probabilities))
+    order = candidates[np.argsort(probabilities[candidates], kind="stable")]
+    below = 1 - probabilities[order].sum()
+    kept = order[below + np.cumsum(probabilities[order]) > rest]
+    return np.sort(kept) if len(kept) else probabilities.argmax(keepdims=True)
+
+
+def _expect(name: str, value: object, expected: str, is_right: bool) -> None:
+    if not is_right:
+        raise InputError(f"{name}: expected {expected}, got {value!r}")

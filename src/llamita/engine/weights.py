@@ -1,0 +1,155 @@
+"""From a source of weights to native ones, repacked once into the kernels' order.
+
+Layers that read the same input (q, k, v; gate, up) become one native layer, so that a token passes
+through four products a block instead of seven. Float weights stay where they are, on the mapped file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamita import _native
+from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Native weights of one kind that fill the columns `start` to `stop` of their layer's output."""
+
+    weights: _native.Weights
+    bias: np.ndarray | None  # float32 (stop - start,)
+    start: int
+    stop: int
+    is_quantized: bool  # whether it takes int8 activations
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer, or several fused: a single part unless their kinds differ."""
+
+    parts: tuple[Part, ...]
+    takes_codes: bool  # some part takes int8 activations
+    takes_floats: bool  # some part takes float32 activations
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read for one token."""
+        return sum(part.weights.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block."""
+
+    attention_norm: np.ndarray  # float32 (hidden,)
+    qkv: Linear
+    attention_out: Linear
+    mlp_norm: np.ndarray  # float32 (hidden,)
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """All weights of a model; with tied tables the head's are the embedding's."""
+
+    embedding: _native.Weights
+    blocks: tuple[Block, ...]
+    norm: np.ndarray  # float32 (hidden,)
+    head: Linear
+
+
+def load_weights(source: ModelSource) -> ModelWeights:
+    """Read every weight and bring it into the kernels' form.
+
+    Raises:
+        InputError: a tensor whose shape is not the configuration's, or whose group size does not divide
+            its inputs.
+    """
+    config = source.config
+    tables = (config.vocab_size, config.hidden_size)
+    embedding = _linear(source, {"model.embed_tokens": tables}, has_bias=False)
+    head = embedding if config.tied else _linear(source, {"lm_head": tables}, has_bias=False)
+    blocks = tuple(_block(source, config, f"model.layers.{i}") for i in range(config.layers))
+    return ModelWeights(embedding.parts[0].weights, blocks, source.vector("model.norm.weight"), head)
+
+
+def _block(source: ModelSource, config: ModelConfig, prefix: str) -> Block:
+    shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
+
+    def fused(*names: str) -> Linear:
+        return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names})
+
+    return Block(
+        attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
+        qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out=fused("self_attn.o_proj"),
+        mlp_norm=source.vector(f"{prefix}.post_attention_layernorm.weight"),
+        gate_up=fused("mlp.gate_proj", "mlp.up_proj"),
+        down=fused("mlp.down_proj"),
+    )
+
+
+def _linear(source: ModelSource, shapes: dict[str, tuple[int, int]], has_bias: bool = True) -> Linear:
+    """The named layers as one: neighbours of the same kind are packed together."""
+    groups: list[list[str]] = []
+    kinds: list[tuple[object, ...]] = []
+    weights = {}
+    for name, shape in shapes.items():
+        weights[name] = source.weight(name)
+        kind = _kind(name, weights[name], shape)
+        if kinds and kind == kinds[-1]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+            kinds.append(kind)
+    parts, start = [], 0
+    for names, kind in zip(groups, kinds, strict=True):
+        native = _PACKERS[kind[0]]([weights[name] for name in names])
+        bias = _joined_bias([source.bias(name) for name in names]) if has_bias else None
+        parts.append(Part(native, bias, start, start + native.rows, is_quantized=kind[0] != "float"))
+        start += native.rows
+    quantized = [part.is_quantized for part in parts]
+    return Linear(tuple(parts), takes_codes=any(quantized), takes_floats=not all(quantized))
+
+
+def _kind(name: str, weight: Int4Weight | Int8Weight | np.ndarray, shape: tuple[int, int]) -> tuple[object, ...]:
+    """What must agree for two layers to be packed together; the shape is checked on the way."""
+    if isinstance(weight, Int4Weight):
+        found = (weight.packed.shape[0], weight.packed.shape[1] * 8)  # 8 codes in an int32
+        kind = ("int4", weight.group_size, weight.scales.dtype)
+        if shape[1] % weight.group_size:
+            raise InputError(
+                f"{name}.weight: expected inputs that are a multiple of the group size {weight.group_size}, "
+                f"got {shape[1]}; try a smaller group size"
+            )
+    elif isinstance(weight, Int8Weight):
+        found, kind = weight.codes.shape, ("int8", name)  # each packed by itself
+    else:
+        found, kind = weight.shape, ("float", weight.dtype)
+    if found != shape:
+        raise InputError(f"{name}.weight: expected shape {shape} from config.json, got {found}")
+    return kind
+
+
+def _joined_bias(biases: list[np.ndarray | None]) -> np.ndarray | None:
+    present = [bias for bias in biases if bias is not None]
+    return np.ascontiguousarray(np.concatenate(present), dtype=np.float32) if present else None
+
+
+def _pack_int4(weights: list[Int4Weight]) -> _native.Weights:
+    return _native.pack_w4([w.packed for w in weights], [w.scales for w in weights], weights[0].group_size)
+
+
+def _pack_int8(weights: list[Int8Weight]) -> _native.Weights:
+    return _native.pack_w8(weights[0].codes, weights[0].scales)
+
+
+_PACKERS: dict[object, Callable[[list], _native.Weights]] = {
+    "int4": _pack_int4,
+    "int8": _pack_int8,
+    "float": _native.wrap_float,
+}

@@ -1,0 +1,114 @@
+"""Files of a model directory, which may come from a stranger: safe paths, bounded strict JSON, hashes."""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from llamita.errors import InputError, RunError
+
+LARGEST_JSON = 32 * 2**20  # bytes; the index and the headers of the largest Llama take about one MB
+_BLOCK = 4 * 2**20  # bytes read at a time for a hash
+
+
+def member(directory: Path, name: object) -> Path:
+    """The path of a regular file that lies directly in `directory`.
+
+    A symlink may lead within the directory, or from a hub cache's snapshot to its blobs; any other could
+    make us copy or read a file that its owner did not mean to give.
+
+    Raises:
+        InputError: not a plain file name, missing, not a regular file, or a link that leads elsewhere.
+        RunError: the file may not be read.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or not name.isprintable():
+        raise InputError(f"{directory.name}: expected the name of a file in this directory, got {name!r}")
+    path = directory / name
+    try:
+        real, root = path.resolve(strict=True), directory.resolve(strict=True)
+        is_file = stat.S_ISREG(real.stat().st_mode)
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected a file, found none; try downloading it again") from None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of symlinks
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    if real.parent != root and not _is_hub_blob(real, root):
+        raise InputError(f"{path}: expected a file of this directory, got a link to {real}; try copying it here")
+    if not is_file:
+        raise InputError(f"{path}: expected a regular file")
+    return path
+
+
+def _is_hub_blob(real: Path, root: Path) -> bool:
+    """Hub caches: CACHE/models--NAME/snapshots/REVISION links to models--NAME/blobs or to CACHE/blobs."""
+    if root.parent.name != "snapshots" or not root.parent.parent.name.startswith("models--"):
+        return False
+    model = root.parent.parent
+    return real.is_relative_to(model / "blobs") or real.is_relative_to(model.parent / "blobs")
+
+
+def has(directory: Path, name: str) -> bool:
+    """Whether the directory lists this name, be it readable or not."""
+    return os.path.lexists(directory / name)
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of the directory; see `parse_json`."""
+    return parse_json(read_bytes(directory, name), name)
+
+
+def read_bytes(directory: Path, name: str, limit: int = LARGEST_JSON) -> bytes:
+    """A whole small file of the directory."""
+    path = member(directory, name)
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > limit:
+        raise InputError(f"{name}: expected at most {limit} bytes")
+    return data
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object; duplicate keys, NaN, infinity and broken UTF-8 are refused.
+
+    Raises:
+        InputError: naming `where`.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise InputError(f"{where}: expected JSON, got one nested too deeply") from None
+    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+        raise InputError(f"{where}: expected valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
+    for key in values:
+        key.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes in hexadecimal, read in blocks."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""Models by their Hugging Face name: the files that matter are downloaded into the hub's own cache.
+
+Rests on huggingface_hub, which this file alone imports; `checkpoint.resolve` imports it on use.
+"""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+
+from llamita.errors import LlamitaError, RunError
+
+# Float weights and what travels with them; not other formats, nor the *.pth beside Meta's own.
+PATTERNS = (
+    "config.json", "generation_config.json", "llamita.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*", "ATTRIBUTION*", "README.md", "SOURCE_README.md",
+)  # fmt: skip
+
+
+def download(name: str) -> Path:
+    """The directory of this model in the hub's cache, complete.
+
+    Raises:
+        RunError: gated, missing, or no network; one line that says what to try.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+    except (OSError, errors.HFValidationError, errors.RevisionResolutionError) as error:
+        raise _explain(name, error) from None
+
+
+def download_file(name: str, file: str) -> Path:
+    """One file of this model in the hub's cache; raises as `download` does."""
+    try:
+        return Path(hf_hub_download(name, file))
+    except (OSError, errors.HFValidationError, errors.EntryNotFoundError, errors.RevisionResolutionError) as error:
+        raise _explain(name, error) from None
+
+
+def _explain(name: str, error: Exception) -> LlamitaError:
+    """The hub's exceptions, which run over several lines, in one."""
+    page = f"{constants.ENDPOINT}/{name}"
+    if isinstance(error, errors.GatedRepoError):
+        return RunError(f"{name}: the model is gated; accept its licence at {page}, then run `hf auth login`")
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return RunError(f"{name}: no such directory, and the hub has no such model that you may see; "
+                        "check the name, or run `hf auth login` if it is private")  # fmt: skip
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return RunError(f"{name}: the hub's model lacks a file: {_first_line(error)}")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError) or (
+        isinstance(error, errors.RevisionResolutionError)
+    ):
+        offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        return RunError(f"{name}: no such directory, not in the hub's cache, and {why}; try a local directory")
+    return RunError(f"{name}: download failed: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,228 @@
+"""The packed directory: the one form between methods and everything after them.
+
+Linear layers lie in compressed-tensors' `pack-quantized` layout, embedding and head in float or int8 per
+channel, and `llamita.json` says how they came about and has the SHA-256 of every other file and of itself
+without that line. `docs/format.md` has it byte by byte.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.affine import to_f32
+from llamita.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    Int4Weight,
+    Int8Weight,
+    ModelSource,
+    check_names,
+    linear_names,
+    open_tensor_files,
+    resolve,
+    table_names,
+    vector_names,
+)
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.files import has, member, parse_json, read_bytes
+from llamita.packing import CODES_PER_WORD
+from llamita.scheme import QuantScheme
+
+METADATA = "llamita.json"
+FORMAT = 1
+KEYS = {"self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations", "calibration",
+        "source", "float_layers", "error", "files"}  # fmt: skip
+_SELF_LINE = re.compile(rb'\{\n  "self_sha256": "([0-9a-f]{64})",\n')
+_SCALE_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
+_SMALLEST_NORMAL_BITS, _LARGEST_BITS = 0x0080, 0x7F7F  # of a positive bf16
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name to (dtype, shape), as `tensorfile` takes them
+
+
+def layout(config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str]) -> dict[str, Tensors]:
+    """Every tensor of a packed model, by module, in the order in which they are made.
+
+    Args:
+        float_dtype: the dtype in which a tensor that stays float is stored, by its full name.
+
+    Raises:
+        InputError: the group size does not divide a layer's inputs.
+    """
+    scale = _SCALE_DTYPE[scheme.scale_dtype]
+    modules: dict[str, Tensors] = {}
+    for name, (rows, columns) in table_names(config).items():
+        if scheme.table_bits:
+            modules[name] = {f"{name}.weight": ("I8", (rows, columns)), f"{name}.weight_scale": (scale, (rows,))}
+        else:
+            modules[name] = {f"{name}.weight": (float_dtype(f"{name}.weight"), (rows, columns))}
+    for name, (rows, columns) in linear_names(config).items():
+        if columns % scheme.group_size:
+            fitting = [g for g in (256, 128, 64, 32) if columns % g == 0]
+            try_this = f"try --group-size {fitting[0]}" if fitting else "no group size fits this model"
+            raise InputError(f"{name}: expected inputs in groups of {scheme.group_size}, got {columns}; {try_this}")
+        modules[name] = {
+            f"{name}.weight_shape": ("I64", (2,)),
+            f"{name}.weight_packed": ("I32", (rows, columns // CODES_PER_WORD)),
+            f"{name}.weight_scale": (scale, (rows, columns // scheme.group_size)),
+        }
+    for name, shape in vector_names(config).items():
+        modules[name] = {name: (float_dtype(name), shape)}
+    return modules
+
+
+def tensor_bytes(tensors: Tensors) -> int:
+    """Bytes of data that these tensors hold."""
+    sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+    return sum(sizes[dtype] * math.prod(shape) for dtype, shape in tensors.values())
+
+
+def quantization_config(scheme: QuantScheme) -> dict[str, Any]:
+    """The scheme as compressed-tensors says it, for config.json."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+               "group_size": scheme.group_size, "dynamic": False}  # fmt: skip
+    activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "format": "pack-quantized", "weights": weights,
+             "input_activations": activations, "output_activations": None}  # fmt: skip
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "ignore": ["lm_head"], "kv_cache_scheme": None, "config_groups": {"group_0": group}}  # fmt: skip
+
+
+class PackedModel:
+    """A packed directory, memory-mapped; satisfies `ModelSource`.
+
+    Raises:
+        InputError: the directory is damaged, incomplete, or of a format that this version does not know.
+        RunError: a file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = read_metadata(path)
+        config = read_bytes(path, "config.json")
+        if hashlib.sha256(config).hexdigest() != self.metadata["files"].get("config.json", {}).get("sha256"):
+            raise InputError(f"{path}: config.json: differs from the one that was written; try `llamita verify`")
+        self.hf_config = parse_json(config, "config.json")
+        self.config = ModelConfig.from_hf(self.hf_config)
+        self.scheme = QuantScheme.from_dict(self.metadata["scheme"])
+        self.files, self._where = open_tensor_files(path)
+        self._check()
+
+    def _check(self) -> None:
+        def stored_dtype(name: str) -> str:
+            found = self.files[self._where[name]].tensors[name].dtype if name in self._where else "BF16"
+            return found if found in FLOAT_DTYPES else ", ".join(FLOAT_DTYPES)
+
+        assert self.scheme is not None
+        modules = layout(self.config, self.scheme, stored_dtype)
+        expected = {name: tensor for tensors in modules.values() for name, tensor in tensors.items()}
+        check_names(set(expected), set(self._where), "is tie_word_embeddings right?")
+        for name, tensor in expected.items():
+            info = self.files[self._where[name]].tensors[name]
+            if (info.dtype, info.shape) != tensor:
+                raise InputError(f"{name}: expected {tensor[0]} {tensor[1]}, got {info.dtype} {info.shape}")
+
+    def _read(self, tensor: str) -> np.ndarray:
+        if tensor not in self._where:
+            raise InputError(f"{tensor}: expected in {self.path}, found none")
+        return self.files[self._where[tensor]].read(tensor)
+
+    def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
+        """A linear layer as `Int4Weight`; a table as `Int8Weight` or (rows, columns) float."""
+        assert self.scheme is not None
+        if f"{name}.weight_packed" in self._where:
+            packed = self._read(f"{name}.weight_packed")
+            shape = (packed.shape[0], packed.shape[1] * CODES_PER_WORD)
+            if tuple(self._read(f"{name}.weight_shape")) != shape:
+                raise InputError(f"{name}.weight_shape: expected {shape}; the file is damaged")
+            return Int4Weight(packed, self._scales(name), self.scheme.group_size)
+        if self.scheme.table_bits:
+            return Int8Weight(self._read(f"{name}.weight"), self._scales(name))
+        return self._read(f"{name}.weight")
+
+    def _scales(self, name: str) -> np.ndarray:
+        """Scales, found to be what every runtime accepts: finite, normal and positive."""
+        scales = self._read(f"{name}.weight_scale")
+        bits = scales if scales.dtype == np.uint16 else scales.view(np.uint32) >> 16
+        if bits.size and not (bits.min() >= _SMALLEST_NORMAL_BITS and bits.max() <= _LARGEST_BITS):
+            raise InputError(f"{name}.weight_scale: expected finite, normal, positive scales; the file is damaged")
+        return scales
+
+    def vector(self, name: str) -> np.ndarray:
+        """(length,) float32."""
+        vector = to_f32(self._read(name))
+        if not np.isfinite(vector).all():
+            raise InputError(f"{name}: expected finite values; the file is damaged")
+        return vector
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """(rows,) float32, None where the architecture has none."""
+        return self.vector(f"{name}.bias") if self.config.has_bias(name.split(".", 3)[-1]) else None
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self.files.values():
+            file.close()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """llamita.json, its own hash, version and keys checked, and the size of every file that it lists.
+
+    Raises:
+        InputError: missing, damaged, of another version, or a listed weight file has another size.
+    """
+    data = read_bytes(path, METADATA)
+    values = parse_json(data, METADATA)
+    version = values.get("format")
+    if type(version) is not int or version < 1:
+        raise InputError(f"{METADATA}: format: expected {FORMAT}, got {str(version)[:40]}")
+    if version > FORMAT:
+        raise InputError(f"{METADATA}: format: expected at most {FORMAT}, got {version}; try a newer llamita")
+    if not self_hash_holds(data):
+        raise InputError(f"{path}: {METADATA}: differs from the one that was written; try `llamita verify`")
+    if set(values) != KEYS:
+        raise InputError(f"{METADATA}: expected the keys {sorted(KEYS)}, got {str(sorted(values))[:400]}")
+    if values["rotations"] != []:
+        raise InputError(f"{METADATA}: rotations: expected none, got some; try a newer llamita")
+    if not is_file_table(values["files"]):
+        raise InputError(f"{METADATA}: files: expected names with size and sha256")
+    for name, record in values["files"].items():
+        if name.endswith(".safetensors"):
+            size = member(path, name).stat().st_size
+            if size != record["size"]:
+                raise InputError(f"{path / name}: expected {record['size']} bytes, got {size}; try copying it again")
+    return values
+
+
+def is_file_table(files: Any) -> bool:
+    """Whether a value of llamita.json is a table of file names with their size and SHA-256."""
+    return isinstance(files, dict) and all(
+        name.isprintable()
+        and name == Path(name).name
+        and isinstance(record, dict)
+        and type(record.get("size")) is int
+        and record["size"] >= 0
+        and isinstance(record.get("sha256"), str)
+        for name, record in files.items()
+    )
+
+
+def self_hash_holds(data: bytes) -> bool:
+    """Whether llamita.json has the hash, in its second line, of its bytes without that line."""
+    line = _SELF_LINE.match(data)
+    return line is not None and line[1].decode() == hashlib.sha256(b"{\n" + data[line.end() :]).hexdigest()
+
+
+def open_source(name: str | Path) -> ModelSource:
+    """A packed directory or a float checkpoint, by path, hub name or "embedded".
+
+    Raises:
+        InputError, RunError: see `resolve`, `PackedModel` and `Checkpoint`.
+    """
+    path = resolve(name)
+    return PackedModel(path) if has(path, METADATA) else Checkpoint(path)

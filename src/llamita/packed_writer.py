@@ -1,0 +1,167 @@
+"""Writes what a packed directory holds: tensors in shards as they come, small files, llamita.json last.
+
+Memory stays at one piece of a tensor and the scales that wait for their turn.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.checkpoint import INDEX, SINGLE
+from llamita.files import has, read_bytes
+from llamita.packed import METADATA, Tensors, quantization_config, tensor_bytes
+from llamita.packing import CODES_PER_WORD
+from llamita.scheme import QuantScheme
+from llamita.tensorfile import TensorWriter, header_bytes
+
+SHARD_BYTES = 5_000_000_000  # Hugging Face's own bound
+# What travels with the weights: tokenizer, chat template, and whatever the model's licence asks to pass on.
+_COMPANIONS = re.compile(
+    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|generation_config)\.json|tokenizer\.model|merges\.txt"
+    r"|chat_template.*\.(jinja|json)|SOURCE_README\.md"
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY|ACCEPTABLE_USE|COPYING|ATTRIBUTION|COPYRIGHT)[^/]*",
+    re.IGNORECASE,
+)
+_LARGEST_COMPANION = 128 * 2**20  # bytes; the largest tokenizer.json of a Llama takes 17 MB
+FileTable = dict[str, dict[str, Any]]  # name to {"size": bytes, "sha256": hexadecimal}
+
+
+def plan_shards(modules: dict[str, Tensors], shard_bytes: int = SHARD_BYTES) -> dict[str, Tensors]:
+    """File name to its tensors in the order of the file; a module is never divided."""
+    shards: list[Tensors] = [{}]
+    for tensors in modules.values():
+        if shards[-1] and tensor_bytes(shards[-1]) + tensor_bytes(tensors) > shard_bytes:
+            shards.append({})
+        shards[-1] |= tensors
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    return {name: dict(sorted(shard.items(), key=_place)) for name, shard in zip(names, shards, strict=True)}
+
+
+def _place(item: tuple[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Keeps every tensor aligned: 8-byte numbers first; one 2-byte scale for each row of a table, whose
+    rows may be odd in number, last; whatever lies between is a multiple of 4 bytes."""
+    name, (dtype, shape) = item
+    return 0 if dtype == "I64" else 2 if name.endswith("_scale") and len(shape) == 1 else 1
+
+
+def total_bytes(shards: dict[str, Tensors]) -> int:
+    """Size of the weight files on disk, headers included."""
+    return sum(header_bytes(tensors) + tensor_bytes(tensors) for tensors in shards.values())
+
+
+class PackedWriter:
+    """Writes the weight files of a packed directory; `put` takes modules in the order of the layout.
+
+    `weight_shape` tensors follow from the layout and are not put.
+    """
+
+    def __init__(self, directory: Path, shards: dict[str, Tensors]) -> None:
+        self._directory = directory
+        self._shards = shards
+        self._waiting: dict[str, list[np.ndarray]] = {}
+        self._todo = list(shards)
+        self._order: list[str] = []
+        self._left: dict[str, int] = {}
+        self._writer: TensorWriter | None = None
+        self.files: FileTable = {}
+
+    def put(self, name: str, piece: np.ndarray) -> None:
+        """A piece of rows of a tensor; pieces of one tensor come in order, tensors in any within a shard."""
+        if self._writer is None:
+            self._open_next()
+        self._waiting.setdefault(name, []).append(piece)
+        while self._order and self._order[0] in self._waiting:
+            due = self._order[0]
+            for part in self._waiting.pop(due):
+                self._writer.write(due, part)
+                self._left[due] -= part.nbytes
+            if self._left[due]:
+                return
+            self._order.pop(0)
+        if not self._order:
+            self._close()
+
+    def finish(self) -> None:
+        """Check that every tensor came, and write the index if there are several files."""
+        if self._todo or self._order or self._waiting:
+            raise ValueError(f"expected more tensors: {(self._order or list(self._waiting) or self._todo)[0]}")
+        if len(self._shards) > 1:
+            weight_map = {tensor: file for file, tensors in self._shards.items() for tensor in tensors}
+            total = sum(tensor_bytes(tensors) for tensors in self._shards.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self.files[INDEX] = write_json(self._directory / INDEX, index)
+
+    def abandon(self) -> None:
+        """Close the file that was being written."""
+        if self._writer is not None:
+            self._writer.abandon()
+
+    def _open_next(self) -> None:
+        tensors = self._shards[self._todo[0]]
+        self._writer = TensorWriter(self._directory / self._todo[0], tensors)
+        self._order = list(tensors)
+        self._left = {name: tensor_bytes({name: tensor}) for name, tensor in tensors.items()}
+        while self._order and self._order[0].endswith(".weight_shape"):  # they follow from the layout
+            name = self._order.pop(0)
+            rows, words = tensors[name.replace("weight_shape", "weight_packed")][1]
+            self._writer.write(name, np.array([rows, words * CODES_PER_WORD], np.int64))
+
+    def _close(self) -> None:
+        assert self._writer is not None
+        digest = self._writer.finish()
+        self.files[self._todo.pop(0)] = {"size": self._writer.size, "sha256": digest}
+        self._writer = None
+
+
+def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a new file through to the disk; its record for llamita.json."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    """Write a JSON object, one key a line; its record for llamita.json."""
+    return write_bytes(path, _json(value))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_config(directory: Path, hf_config: dict[str, Any], scheme: QuantScheme) -> dict[str, Any]:
+    """The source's config.json with the scheme added, so that transformers opens it right or not at all."""
+    dropped = ("torch_dtype", "auto_map")  # the old name of dtype; code of a repository, which no Llama needs
+    values = {key: value for key, value in hf_config.items() if key not in dropped}
+    values["dtype"] = "float32"  # else transformers would round FP32 scales to bf16
+    if scheme.table_bits:
+        # transformers would read the int8 codes of a table as weights and only warn; it knows no such type.
+        values |= {"model_type": "llamita", "architectures": ["LlamitaForCausalLM"]}
+    values["quantization_config"] = quantization_config(scheme)
+    return write_json(directory / "config.json", values)
+
+
+def write_metadata(directory: Path, values: dict[str, Any]) -> None:
+    """llamita.json: `values` after a line with the hash of all other bytes of the file."""
+    rest = _json(values).removeprefix(b"{\n")
+    digest = hashlib.sha256(b"{\n" + rest).hexdigest()
+    write_bytes(directory / METADATA, b'{\n  "self_sha256": "' + digest.encode() + b'",\n' + rest)
+
+
+def copy_companions(source: Path, directory: Path) -> FileTable:
+    """Copy tokenizer, chat template, licence, use policy and attribution; the source's card by another name."""
+    files: FileTable = {}
+    for name in sorted(path.name for path in source.iterdir() if _COMPANIONS.fullmatch(path.name)):
+        files[name] = write_bytes(directory / name, read_bytes(source, name, _LARGEST_COMPANION))
+    if has(source, "README.md") and "SOURCE_README.md" not in files:
+        data = read_bytes(source, "README.md", _LARGEST_COMPANION)
+        files["SOURCE_README.md"] = write_bytes(directory / "SOURCE_README.md", data)
+    return files

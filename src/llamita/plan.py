@@ -1,0 +1,168 @@
+"""What a model will take and give on this machine, before anything is downloaded: a config.json is enough.
+
+Sizes are exact: the bytes that `quantize` writes. Memory and speed are estimates: decode is bound by
+reading every weight once a token, prefill by int8 multiply-adds, at shares of the measured limits.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llamita import _native
+from llamita.checkpoint import INDEX, SINGLE, Checkpoint, linear_names, resolve
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.files import has, read_json
+from llamita.packed import METADATA, read_metadata
+from llamita.quantize import Plan, float_bytes, make_plan
+from llamita.scheme import PRESETS, QuantScheme
+
+CONTEXTS = (2048, 8192)  # tokens for which memory is given
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_PROBE_BYTES = 2**30  # far larger than any cache
+_DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits: what a good engine reaches
+_PROCESS_BYTES = 100e6  # Python, NumPy, tokenizer and the buffers of a step
+_F16, _F32 = 2, 4  # bytes of a cached number: quantized models and float models
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured rates and the memory of this machine (bytes; what this process may use, and what is free)."""
+
+    bandwidth: float  # bytes read per second
+    int8_rate: float  # multiply-adds per second
+    memory: int
+    memory_free: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to run a model. Sizes in bytes, speeds in tokens per second, None where nothing is known.
+
+    `memory` gives the bytes for each number of tokens in `CONTEXTS` that the model's context allows.
+    """
+
+    name: str
+    tensor_bytes: int
+    file_bytes: int
+    cache_bytes_per_token: int
+    memory: dict[int, int]
+    decode: float
+    prefill: float | None
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model known by its config.json: its shape, the dtype of each tensor, its scheme if it is packed."""
+
+    config: ModelConfig
+    float_dtype: Callable[[str], str]
+    scheme: QuantScheme | None
+
+
+def describe(name: str) -> Described:
+    """A model by config.json, directory, hub name (its config.json alone is downloaded) or "embedded".
+
+    Raises:
+        InputError, RunError: the config cannot be had, or is not a Llama's.
+    """
+    path = Path(name)
+    if path.is_file():
+        return _from_config(read_json(path.parent, path.name), None)
+    if name != "embedded" and not path.exists() and "/" in name:
+        file = import_module("llamita.hub").download_file(name, "config.json")
+        return _from_config(read_json(file.parent, file.name), None)
+    path = resolve(name)
+    if has(path, METADATA):
+        return _from_config(read_json(path, "config.json"), QuantScheme.from_dict(read_metadata(path)["scheme"]))
+    if has(path, SINGLE) or has(path, INDEX):
+        checkpoint = Checkpoint(path)
+        dtypes = {name: info.dtype for file in checkpoint.files.values() for name, info in file.tensors.items()}
+        checkpoint.close()
+        return Described(checkpoint.config, dtypes.__getitem__, None)
+    return _from_config(read_json(path, "config.json"), None)
+
+
+def _from_config(values: dict[str, Any], scheme: QuantScheme | None) -> Described:
+    stored = values.get("dtype", values.get("torch_dtype"))
+    dtype = _DTYPES.get(stored, "BF16") if isinstance(stored, str) else "BF16"
+    return Described(ModelConfig.from_hf(values), lambda _name: dtype, scheme)
+
+
+def measure_machine() -> Machine:
+    """This machine's limits, in about a second."""
+    memory, free = _memory()
+    probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
+    return Machine(_native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9, memory, free, _native.threads())
+
+
+def estimate_all(model: Described, machine: Machine, presets: list[str] | None = None) -> list[Estimate]:
+    """The float model and these presets (all by default); a packed model alone, as it is.
+
+    Raises:
+        InputError: an unknown preset, or one whose groups do not fit the model.
+    """
+    if model.scheme is not None:
+        return [_estimate(model, model.scheme, machine)]
+    if unknown := [p for p in presets or [] if p not in PRESETS]:
+        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {unknown[0]!r}")
+    schemes = [PRESETS[p] for p in presets or PRESETS]
+    return [_estimate(model, None, machine), *(_estimate(model, scheme, machine) for scheme in schemes)]
+
+
+def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine) -> Estimate:
+    config = model.config
+    if scheme is None:
+        size = float_bytes(config, model.float_dtype)
+        plan = Plan(size, size, size, [], 0, 0, {})
+    else:
+        plan = make_plan(config, scheme, model.float_dtype)
+    cached = 2 * config.layers * config.kv_heads * config.head_dim * (_F16 if scheme else _F32)  # keys and values
+    contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
+    memory = {c: int(plan.tensor_bytes + c * cached + _PROCESS_BYTES) for c in contexts}
+    linear = sum(rows * columns for rows, columns in linear_names(config).values())
+    read = _bytes_per_token(model, plan, scheme) + contexts[0] // 2 * cached  # the cache half full
+    return Estimate(
+        name=scheme.name if scheme else "float",
+        tensor_bytes=plan.tensor_bytes,
+        file_bytes=plan.file_bytes,
+        cache_bytes_per_token=cached,
+        memory=memory,
+        decode=_DECODE_SHARE * machine.bandwidth / read,
+        prefill=_PREFILL_SHARE * machine.int8_rate / linear if scheme else None,
+        fits=memory[contexts[0]] <= machine.memory_free,
+    )
+
+
+def _bytes_per_token(model: Described, plan: Plan, scheme: QuantScheme | None) -> int:
+    """Weights that one decoded token reads: all but an untied embedding, of which it reads a row."""
+    if model.config.tied:
+        return plan.tensor_bytes
+    width = 1 if scheme and scheme.table_bits else 4 if model.float_dtype("lm_head.weight") == "F32" else 2
+    return plan.tensor_bytes - model.config.vocab_size * model.config.hidden_size * width
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of memory that this process may use, and that are free now; containers may allow less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = total
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = next(iter(_lines(file)), "")
+        if limit.isdigit():
+            total, free = min(total, int(limit)), min(free, int(limit))
+    return total, free
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:  # not Linux, or another layout
+        return []

@@ -1,0 +1,316 @@
+"""From a float checkpoint to a packed directory, module by module and in pieces of rows.
+
+`quantize` reads top to bottom as the whole pipeline; `RoundedSource` gives the same numbers without a
+directory. A method is a function that yields the rounded rows of one module (`METHODS`).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita import __version__, _native
+from llamita.affine import f32_to_bf16
+from llamita.card import CardFacts, model_card
+from llamita.checkpoint import (
+    Checkpoint,
+    Int4Weight,
+    Int8Weight,
+    check_finite,
+    expected_tensors,
+    linear_names,
+    table_names,
+)
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.files import sha256_file
+from llamita.packed import FORMAT, layout, tensor_bytes
+from llamita.packed_writer import (
+    SHARD_BYTES,
+    FileTable,
+    PackedWriter,
+    copy_companions,
+    plan_shards,
+    total_bytes,
+    write_bytes,
+    write_config,
+    write_metadata,
+)
+from llamita.scheme import QuantScheme
+from llamita.staging import check_space, check_target, staged
+
+METHODS = {"rtn": "llamita.methods.rtn:round_module"}
+Progress = Callable[[str, int, int], None] | None
+_ROWS = 1024  # rows of a float table copied at a time
+_SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
+_WORST = 5  # layers named in summary and card
+_BASE_MEMORY = 60e6  # bytes: Python, NumPy and the piece being rounded, as measured
+_HASH_RATE = 1e9  # bytes read, hashed and written in a second, roughly
+_PROBE_ROWS, _PROBE_COLUMNS = 512, 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What quantizing will make. Sizes in bytes.
+
+    Attributes:
+        source_bytes: tensors of the float model.
+        tensor_bytes: tensors of the packed model.
+        file_bytes: its weight files, headers included.
+        files: names of the weight files.
+        rounded_weights: number of weights that are rounded.
+        float_layers: layers left in float, and why.
+    """
+
+    source_bytes: int
+    tensor_bytes: int
+    file_bytes: int
+    files: list[str]
+    linear_layers: int
+    rounded_weights: int
+    float_layers: dict[str, str]
+
+    @property
+    def ratio(self) -> float:
+        """Size after over size before."""
+        return self.tensor_bytes / self.source_bytes
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What quantizing made: the plan, the time, and the error of every module as Σ(w - ŵ)² / Σw²."""
+
+    out: Path
+    plan: Plan
+    seconds: float
+    mean_squared_error: float
+    relative_error: float
+    errors: dict[str, float]
+
+    def worst(self, count: int = _WORST) -> list[tuple[str, float]]:
+        """The modules with the largest relative error, worst first."""
+        return sorted(self.errors.items(), key=lambda item: -item[1])[:count]
+
+
+def make_plan(
+    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], shard_bytes: int = SHARD_BYTES
+) -> Plan:
+    """The plan for a model of this shape whose tensors are stored in these dtypes.
+
+    Raises:
+        InputError: the group size does not divide a layer's inputs.
+    """
+    modules = layout(config, scheme, float_dtype)
+    shards = plan_shards(modules, shard_bytes)
+    linear, tables = linear_names(config), table_names(config)
+    rounded = linear | (tables if scheme.table_bits else {})
+    why = f"preset {scheme.name} keeps embedding and head in float"
+    return Plan(
+        source_bytes=float_bytes(config, float_dtype),
+        tensor_bytes=sum(tensor_bytes(tensors) for tensors in modules.values()),
+        file_bytes=total_bytes(shards),
+        files=list(shards),
+        linear_layers=len(linear),
+        rounded_weights=sum(rows * columns for rows, columns in rounded.values()),
+        float_layers={} if scheme.table_bits else dict.fromkeys(tables, why),
+    )
+
+
+def float_bytes(config: ModelConfig, float_dtype: Callable[[str], str]) -> int:
+    """Bytes of the float model's tensors, which are stored in these dtypes."""
+    return tensor_bytes({name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()})
+
+
+def quantize(
+    source: Checkpoint,
+    source_name: str,
+    out: Path,
+    scheme: QuantScheme,
+    method: str = "rtn",
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = None,
+) -> Summary:
+    """Write `source`, rounded by `scheme`, to the directory `out`, which appears whole or not at all.
+
+    Args:
+        source_name: what the user called the source; it is recorded.
+        overwrite: replace an `out` that llamita made.
+
+    Raises:
+        InputError: `out` exists, a layer does not fit the groups, or weights are not finite.
+        RunError: disk full, no permission, or a file cannot be read.
+    """
+    began = time.perf_counter()
+    round_module = find_method(method)
+    plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype, shard_bytes)
+    check_target(out, overwrite, source.path)
+    with staged(out, overwrite) as directory:
+        check_space(out, plan.file_bytes + _SMALL_FILES)
+        record = _source_record(source, source_name, progress)
+        files, sums = _write_weights(directory, source, scheme, round_module, shard_bytes, progress)
+        summary = _summarize(out, plan, time.perf_counter() - began, sums)
+        files["config.json"] = write_config(directory, source.hf_config, scheme)
+        files |= copy_companions(source.path, directory)
+        card = model_card(CardFacts(source_name, source.path, scheme, method, __version__, plan.source_bytes,
+                                    plan.tensor_bytes, summary.relative_error, summary.worst()))  # fmt: skip
+        files["README.md"] = write_bytes(directory / "README.md", card.encode())
+        write_metadata(directory, _metadata(scheme, method, record, summary, files))
+    return summary
+
+
+def find_method(name: str) -> Callable[[Checkpoint, QuantScheme, str], Iterator[Any]]:
+    """The function of this method, imported on use."""
+    if name not in METHODS:
+        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}")
+    module, function = METHODS[name].split(":")
+    return getattr(import_module(module), function)
+
+
+def _write_weights(
+    directory: Path, source: Checkpoint, scheme: QuantScheme, round_module: Callable[..., Iterator[Any]],
+    shard_bytes: int, progress: Progress,
+) -> tuple[FileTable, dict[str, tuple[float, float, int]]]:  # fmt: skip
+    """Weight files, and squared error, energy and number of weights of each rounded module."""
+    modules = layout(source.config, scheme, lambda name: source.info(name).dtype)
+    writer = PackedWriter(directory, plan_shards(modules, shard_bytes))
+    sums: dict[str, tuple[float, float, int]] = {}
+    total, done = sum(tensor_bytes(tensors) for tensors in modules.values()), 0
+    try:
+        for name, tensors in modules.items():
+            if progress:
+                progress(name, done, total)
+            if f"{name}.weight_scale" in tensors:
+                sums[name] = _write_rounded(writer, name, scheme, round_module(source, scheme, name))
+            elif name in tensors:
+                writer.put(name, source.stored_vector(name))
+            else:
+                _write_float(writer, name, source.weight(name))
+            done += tensor_bytes(tensors)
+        writer.finish()
+    finally:
+        writer.abandon()
+    return writer.files, sums
+
+
+def _write_rounded(
+    writer: PackedWriter, name: str, scheme: QuantScheme, pieces: Iterator[Any]
+) -> tuple[float, float, int]:
+    error, energy, count = 0.0, 0.0, 0
+    for piece in pieces:
+        scales = stored_scales(piece.scales, scheme)
+        if name.startswith("model.layers."):
+            writer.put(f"{name}.weight_packed", _native.codes_to_packed(piece.codes))
+            writer.put(f"{name}.weight_scale", scales)
+        else:
+            writer.put(f"{name}.weight", piece.codes)
+            writer.put(f"{name}.weight_scale", scales.reshape(-1))
+        error, energy, count = error + piece.squared_error, energy + piece.energy, count + piece.codes.size
+    return error, energy, count
+
+
+def _write_float(writer: PackedWriter, name: str, table: np.ndarray) -> None:
+    for start in range(0, len(table), _ROWS):
+        piece = table[start : start + _ROWS]
+        check_finite(f"{name}.weight", piece, start)
+        writer.put(f"{name}.weight", piece)
+
+
+def stored_scales(scales: np.ndarray, scheme: QuantScheme) -> np.ndarray:
+    """Scales as they are stored: float32, or bf16 bits, on whose grid they already lie."""
+    return scales if scheme.scale_dtype == "float32" else f32_to_bf16(scales)
+
+
+def _summarize(out: Path, plan: Plan, seconds: float, sums: dict[str, tuple[float, float, int]]) -> Summary:
+    error, energy, count = (sum(values) for values in zip(*sums.values(), strict=True))
+    return Summary(
+        out=out,
+        plan=plan,
+        seconds=seconds,
+        mean_squared_error=error / count,
+        relative_error=error / energy if energy else 0.0,
+        errors={name: e / w if w else 0.0 for name, (e, w, _) in sums.items()},
+    )
+
+
+def _source_record(source: Checkpoint, name: str, progress: Progress) -> dict[str, Any]:
+    """Which model this was made from: its name as given, and the SHA-256 of config and weight files."""
+    files = {}
+    for i, file in enumerate(["config.json", *source.files]):
+        if progress:
+            progress(f"reading {file}", i, 1 + len(source.files))
+        files[file] = sha256_file(source.path / file)
+    return {"name": name, "files": files}
+
+
+def _metadata(
+    scheme: QuantScheme, method: str, source: dict[str, Any], summary: Summary, files: FileTable
+) -> dict[str, Any]:
+    """llamita.json but for its own hash; docs/format.md says what each key means."""
+    return {
+        "format": FORMAT,
+        "llamita": __version__,
+        "scheme": scheme.to_dict(),
+        "method": method,
+        "settings": {},
+        "seed": None,
+        "rotations": [],
+        "calibration": None,
+        "source": source,
+        "float_layers": summary.plan.float_layers,
+        "error": {"relative": summary.relative_error, "mean_squared": summary.mean_squared_error,
+                  "layers": summary.errors},
+        "files": dict(sorted(files.items())),
+    }  # fmt: skip
+
+
+class RoundedSource:
+    """A checkpoint rounded as it is read, with the codes and scales that `quantize` would write."""
+
+    def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme, method: str = "rtn") -> None:
+        make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
+        self.path, self.config, self.scheme = checkpoint.path, checkpoint.config, scheme
+        self._checkpoint = checkpoint
+        self._round = find_method(method)
+
+    def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
+        """A linear layer as `Int4Weight`; a table as `Int8Weight`, or float where the scheme says so."""
+        is_table = name in table_names(self.config)
+        if is_table and not self.scheme.table_bits:
+            return self._checkpoint.weight(name)
+        pieces = [
+            (piece.codes if is_table else _native.codes_to_packed(piece.codes), stored_scales(piece.scales, self.scheme))
+            for piece in self._round(self._checkpoint, self.scheme, name)
+        ]
+        values, scales = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return Int8Weight(values, scales.reshape(-1)) if is_table else Int4Weight(values, scales, self.scheme.group_size)
+
+    def vector(self, name: str) -> np.ndarray:
+        """(length,) float32."""
+        return self._checkpoint.vector(name)
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """(rows,) float32, None where the architecture has none."""
+        return self._checkpoint.bias(name)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._checkpoint.close()
+
+
+def estimate(plan: Plan, scheme: QuantScheme) -> tuple[float, float]:
+    """Seconds and bytes of memory to expect of `quantize` here, from rounding a small matrix."""
+    sample = np.random.default_rng(0).standard_normal((_PROBE_ROWS, _PROBE_COLUMNS), np.float32)
+    rule = "torchao" if scheme.scale_rule == "torchao" else "search"
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        _native.round_weights(sample, 4, scheme.group_size, rule, None)
+        best = min(best, time.perf_counter() - began)
+    seconds = plan.rounded_weights * best / sample.size + (plan.source_bytes + plan.file_bytes) / _HASH_RATE
+    return seconds, _BASE_MEMORY
