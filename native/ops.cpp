@@ -14,6 +14,12 @@ constexpr size_t kRowWork = 16384;  // elements that are worth waking a thread f
 
 size_t grain(size_t columns) { return std::max<size_t>(1, kRowWork / std::max<size_t>(columns, 1)); }
 
+// Tokens whose codes stay in a second-level cache while all weights pass by: a multiple of every tile, at least 48
+size_t token_block(size_t columns) {
+  constexpr size_t kTiles = 12, kCodes = 524288;
+  return std::max<size_t>(48, kCodes / columns / kTiles * kTiles);
+}
+
 Dtype dtype_of(Kind kind) {
   if (kind == Kind::f16) return Dtype::f16;
   return kind == Kind::bf16 ? Dtype::bf16 : Dtype::f32;
@@ -80,20 +86,23 @@ void linear_quantized(const Weights& weights, Activations& acts, const Output& o
   const bool w4 = weights.kind == Kind::w4;
   const int32_t* starts = acts.starts(weights.group_size, weights.groups, w4 ? 8 : 128);
   const size_t columns = w4 ? weights.columns : weights.group_size;  // w8: padded to whole steps
-  const QuantizedLinear a{weights.panels.data(), weights.panel_stride, weights.scales.data(), weights.colsum.data(),
-                          weights.rows, columns, weights.group_size, weights.groups, weights.bf16_scales,
-                          acts.codes(0), acts.stride, acts.scales.data(), acts.zero_points.data(), starts,
-                          acts.tokens, output.out, output.bias, output.accumulate};
-  if (acts.tokens == 0) return;
-  // A panel of bytes and its scales in f32
-  const size_t unpacked = kPanelRows * (columns + weights.groups * sizeof(float));
-  const size_t scratch_bytes = w4 && acts.tokens > kFusedTokens ? unpacked : 0;
-  parallel_for(weights.padded_rows() / kPanelRows, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
-    if (w4)
-      k.linear_w4(a, begin, end, scratch);
-    else
-      k.linear_w8(a, begin, end);
-  });
+  const size_t block = token_block(columns), chunk = std::max(weights.group_size, kChunkInputs);
+  for (size_t t = 0; t < acts.tokens; t += block) {
+    const size_t tokens = std::min(block, acts.tokens - t);
+    const QuantizedLinear a{weights.panels.data(), weights.panel_stride, weights.scales.data(), weights.colsum.data(),
+                            weights.rows, columns, weights.group_size, weights.groups, weights.bf16_scales,
+                            acts.codes(t), acts.stride, &acts.scales[t], &acts.zero_points[t],
+                            starts + t * weights.groups, tokens, output.out + t * weights.rows, output.bias,
+                            output.accumulate};
+    const size_t floats = (chunk / 8 + tokens) * kPanelRows;
+    const size_t scratch_bytes = w4 && tokens > kFusedTokens ? kPanelRows * chunk + floats * sizeof(float) : 0;
+    parallel_for(weights.padded_rows() / kPanelRows, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
+      if (w4)
+        k.linear_w4(a, begin, end, scratch);
+      else
+        k.linear_w8(a, begin, end);
+    });
+  }
 }
 
 void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output) {
@@ -147,11 +156,14 @@ size_t round_weights(const void* w, Dtype dtype, size_t rows, const Rounding& ro
   const size_t columns = rounding.columns, groups = columns / rounding.group_size;
   const size_t row_bytes = columns * (dtype == Dtype::f32 ? 4 : 2);
   std::atomic<size_t> bad{rows};
-  parallel_for(rows, 1, columns * sizeof(float), [&](size_t begin, size_t end, uint8_t* scratch) {
-    float* row = reinterpret_cast<float*>(scratch);
+  const size_t scratch_bytes = (columns + 2 * (rounding.group_size + kLanes)) * sizeof(float);
+  parallel_for(rows, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
+    float *row = reinterpret_cast<float*>(scratch), *rest = row + columns;
     for (size_t r = begin; r < end; r++) {
       k.to_f32(static_cast<const uint8_t*>(w) + r * row_bytes, dtype, columns, row);
-      if (k.round_row(row, rounding, out.codes + r * columns, out.scales + r * groups, out.squared_error + r)) continue;
+      const bool finite =
+          k.round_row(row, rounding, rest, out.codes + r * columns, out.scales + r * groups, out.squared_error + r);
+      if (finite) continue;
       size_t least = bad.load();
       while (r < least && !bad.compare_exchange_weak(least, r)) continue;
     }

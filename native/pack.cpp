@@ -183,7 +183,7 @@ Weights wrap_float(std::vector<Part> parts, size_t columns, Kind kind) {
 Activations::Activations(size_t max_tokens, size_t columns)
     : max_tokens(max_tokens),
       columns(columns),
-      stride((columns + 63) / 64 * 64),
+      stride((columns + 63) / 64 * 64 + 64),
       sums_stride((columns + kSumInputs - 1) / kSumInputs),
       memory(max_tokens * stride, false),
       scales(max_tokens),

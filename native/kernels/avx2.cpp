@@ -130,6 +130,18 @@ struct Sums {
 };
 
 template <size_t T>
+void load_sums(Sums<T>& sums, const float* acc) {
+  for (size_t i = 0; i < T; i++)
+    for (size_t v = 0; v < kVectors; v++) sums.acc[i][v] = _mm256_loadu_ps(acc + i * kPanelRows + v * 8);
+}
+
+template <size_t T>
+void store_sums(const Sums<T>& sums, float* acc) {
+  for (size_t i = 0; i < T; i++)
+    for (size_t v = 0; v < kVectors; v++) _mm256_storeu_ps(acc + i * kPanelRows + v * 8, sums.acc[i][v]);
+}
+
+template <size_t T>
 void clear(Sums<T>& sums) {
   for (auto& row : sums.acc)
     for (__m256& v : row) v = _mm256_setzero_ps();
@@ -182,16 +194,16 @@ void nibbles(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, 
 }
 
 template <size_t T>
-void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
+void fused_tile(const QuantizedLinear& a, size_t panel) {
   const uint8_t* w = a.panels + panel * a.panel_stride;
-  const int8_t* x = a.x + t * a.x_stride;
+  const int8_t* x = a.x;
   Sums<T> sums;
   clear(sums);
   for (size_t g = 0; g < a.groups; g++) {
     const V s0 = scales_of(w, a.bf16_scales, 0), s1 = scales_of(w, a.bf16_scales, 1);
     prefetch(w + kAhead);
     w += kPanelRows * (a.bf16_scales ? 2 : 4);
-    start_group(sums, a, t, g);
+    start_group(sums, a, 0, g);
     for (size_t left = a.group_size / 8; left > 0;) {
       const size_t steps = left < 4 ? left : 4;
       for (size_t line = 0; line < steps * kStep; line += 64) prefetch(w + kAhead + line);
@@ -202,7 +214,7 @@ void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
     }
     end_group(sums, s0, s1);
   }
-  finish_tile(sums, a, panel, t);
+  finish_tile(sums, a, panel, 0);
 }
 
 // `steps` steps of 4 inputs of unpacked nibbles (at most 8), two vectors of rows at a time
@@ -228,11 +240,12 @@ void small_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stri
 }
 
 template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t panel, size_t t) {
-  const int8_t* x = a.x + t * a.x_stride;
+void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups, size_t t,
+                   float* acc) {
+  const int8_t* x = a.x + t * a.x_stride + group * a.group_size;
   Sums<T> sums;
-  clear(sums);
-  for (size_t g = 0; g < a.groups; g++, scales += kPanelRows) {
+  load_sums(sums, acc);
+  for (size_t g = group; g < group + groups; g++, scales += kPanelRows) {
     start_group(sums, a, t, g);
     for (size_t left = a.group_size / 4; left > 0;) {
       const size_t steps = left < 8 ? left : 8;
@@ -243,7 +256,7 @@ void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scal
     }
     end_group(sums, load(scales), load(scales + kLanes));
   }
-  finish_tile(sums, a, panel, t);
+  store_sums(sums, acc);
 }
 
 // 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits
@@ -276,9 +289,9 @@ void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
   finish_tile(sums, a, panel, t);
 }
 
-void unpack(const QuantizedLinear& a, const uint8_t* w, uint8_t* bytes, float* scales) {
+const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups, uint8_t* bytes, float* scales) {
   const __m256i low = _mm256_set1_epi8(15);
-  for (size_t g = 0; g < a.groups; g++, scales += kPanelRows) {
+  for (size_t g = 0; g < groups; g++, scales += kPanelRows) {
     store(scales, scales_of(w, a.bf16_scales, 0));
     store(scales + kLanes, scales_of(w, a.bf16_scales, 1));
     w += kPanelRows * (a.bf16_scales ? 2 : 4);
@@ -290,34 +303,10 @@ void unpack(const QuantizedLinear& a, const uint8_t* w, uint8_t* bytes, float* s
                            _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
       }
   }
+  return w;
 }
 
-// f<T>(t) over all tokens, in tiles of 4, then the rest
-template <class F>
-void for_tokens(size_t tokens, F f) {
-  size_t t = 0;
-  for (; t + kTileTokens <= tokens; t += kTileTokens) f.template operator()<4>(t);
-  if (tokens - t == 3) f.template operator()<3>(t);
-  if (tokens - t == 2) f.template operator()<2>(t);
-  if (tokens - t == 1) f.template operator()<1>(t);
-}
-
-void linear_w4(const QuantizedLinear& a, size_t first, size_t last, uint8_t* scratch) {
-  float* scales = reinterpret_cast<float*>(scratch + kPanelRows * a.columns);
-  for (size_t panel = first; panel < last; panel++) {
-    if (a.tokens <= kFusedTokens) {
-      for_tokens(a.tokens, [&]<size_t T>(size_t t) { fused_tile<T>(a, panel, t); });
-      continue;
-    }
-    unpack(a, a.panels + panel * a.panel_stride, scratch, scales);
-    for_tokens(a.tokens, [&]<size_t T>(size_t t) { unpacked_tile<T>(a, scratch, scales, panel, t); });
-  }
-}
-
-void linear_w8(const QuantizedLinear& a, size_t first, size_t last) {
-  for (size_t panel = first; panel < last; panel++)
-    for_tokens(a.tokens, [&]<size_t T>(size_t t) { byte_tile<T>(a, panel, t); });
-}
+#include "panels.inc"
 
 // ---- probe -------------------------------------------------------------------------------------------------------
 template <size_t N>

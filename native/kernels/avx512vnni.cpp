@@ -107,16 +107,22 @@ __m512i broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
+// acc += w (unsigned) * x (signed), four at a time. GCC 12 copies the accumulator around its own intrinsic.
+__m512i dot4(__m512i acc, __m512i w, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
+
 V scales_of(const uint8_t* scales, bool bf16, size_t half) {
   return bf16 ? load_bf16(scales + half * 32) : load(reinterpret_cast<const float*>(scales) + half * kLanes);
 }
 
 // T tokens against a stream of nibbles
 template <size_t T>
-void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
+void fused_tile(const QuantizedLinear& a, size_t panel) {
   constexpr size_t kChains = T <= 2 ? 2 : 1;  // few tokens: two chains of sums hide vpdpbusd's latency
   const uint8_t* w = a.panels + panel * a.panel_stride;
-  const int8_t* x = a.x + t * a.x_stride;
+  const int8_t* x = a.x;
   const size_t scale_bytes = kPanelRows * (a.bf16_scales ? 2 : 4);
   const __m512i low = _mm512_set1_epi8(15);
   V acc[T][2];
@@ -127,7 +133,7 @@ void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
     w += scale_bytes;
     __m512i dot[T][kChains][2];
     for (size_t i = 0; i < T; i++) {
-      dot[i][0][0] = dot[i][0][1] = _mm512_set1_epi32(a.x_start[(t + i) * a.groups + g]);
+      dot[i][0][0] = dot[i][0][1] = _mm512_set1_epi32(a.x_start[i * a.groups + g]);
       if constexpr (kChains == 2) dot[i][1][0] = dot[i][1][1] = _mm512_setzero_si512();
     }
     for (size_t s = 0; s < a.group_size / 8; s++, w += kStep, x += 8) {
@@ -140,10 +146,10 @@ void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
 #pragma GCC unroll 4
       for (size_t i = 0; i < T; i++) {
         const __m512i first = broadcast4(x + i * a.x_stride), second = broadcast4(x + i * a.x_stride + 4);
-        dot[i][0][0] = _mm512_dpbusd_epi32(dot[i][0][0], low0, first);
-        dot[i][0][1] = _mm512_dpbusd_epi32(dot[i][0][1], low1, first);
-        dot[i][kChains - 1][0] = _mm512_dpbusd_epi32(dot[i][kChains - 1][0], high0, second);
-        dot[i][kChains - 1][1] = _mm512_dpbusd_epi32(dot[i][kChains - 1][1], high1, second);
+        dot[i][0][0] = dot4(dot[i][0][0], low0, first);
+        dot[i][0][1] = dot4(dot[i][0][1], low1, first);
+        dot[i][kChains - 1][0] = dot4(dot[i][kChains - 1][0], high0, second);
+        dot[i][kChains - 1][1] = dot4(dot[i][kChains - 1][1], high1, second);
       }
     }
     for (size_t i = 0; i < T; i++) {
@@ -153,52 +159,55 @@ void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
       acc[i][1] = fma({_mm512_cvtepi32_ps(dot[i][0][1])}, s1, acc[i][1]);
     }
   }
-  for (size_t i = 0; i < T; i++) finish(a, t + i, panel, acc[i][0], acc[i][1]);
+  for (size_t i = 0; i < T; i++) finish(a, i, panel, acc[i][0], acc[i][1]);
 }
 
-// T tokens against a panel of bytes: w (columns / 4, 2 vectors of 64), scales (groups, 32)
+// T tokens against bytes: w (inputs / 4, 2 vectors of 64), scales (groups, 32); acc (T, 32) gets the sums
 template <size_t T>
-void byte_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t panel, size_t t) {
-  const int8_t* x = a.x + t * a.x_stride;
-  const int32_t* start = a.x_start + t * a.groups;
-  V acc[T][2];
-  for (auto& row : acc) row[0] = row[1] = zero();
-  for (size_t g = 0; g < a.groups; g++, scales += kPanelRows, start++) {
+void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups, size_t t,
+                   float* acc) {
+  const int8_t* x = a.x + t * a.x_stride + group * a.group_size;
+  const int32_t* start = a.x_start + t * a.groups + group;
+  V sums[T][2];
+#pragma GCC unroll 6
+  for (size_t i = 0; i < T; i++)
+    for (size_t v = 0; v < 2; v++) sums[i][v] = load(acc + i * kPanelRows + v * kLanes);
+  for (size_t g = 0; g < groups; g++, scales += kPanelRows, start++) {
     __m512i dot[T][2];
+#pragma GCC unroll 6
     for (size_t i = 0; i < T; i++) dot[i][0] = dot[i][1] = _mm512_set1_epi32(start[i * a.groups]);
     for (size_t s = 0; s < a.group_size / 4; s++, w += kStep, x += 4) {
       const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
 #pragma GCC unroll 6
       for (size_t i = 0; i < T; i++) {
         const __m512i four = broadcast4(x + i * a.x_stride);
-        dot[i][0] = _mm512_dpbusd_epi32(dot[i][0], w0, four);
-        dot[i][1] = _mm512_dpbusd_epi32(dot[i][1], w1, four);
+        dot[i][0] = dot4(dot[i][0], w0, four);
+        dot[i][1] = dot4(dot[i][1], w1, four);
       }
     }
     const V s0 = load(scales), s1 = load(scales + kLanes);
 #pragma GCC unroll 6
     for (size_t i = 0; i < T; i++) {
-      acc[i][0] = fma({_mm512_cvtepi32_ps(dot[i][0])}, s0, acc[i][0]);
-      acc[i][1] = fma({_mm512_cvtepi32_ps(dot[i][1])}, s1, acc[i][1]);
+      sums[i][0] = fma({_mm512_cvtepi32_ps(dot[i][0])}, s0, sums[i][0]);
+      sums[i][1] = fma({_mm512_cvtepi32_ps(dot[i][1])}, s1, sums[i][1]);
     }
   }
-  for (size_t i = 0; i < T; i++) finish(a, t + i, panel, acc[i][0], acc[i][1]);
+#pragma GCC unroll 6
+  for (size_t i = 0; i < T; i++)
+    for (size_t v = 0; v < 2; v++) store(acc + i * kPanelRows + v * kLanes, sums[i][v]);
 }
 
 template <size_t T>
-void byte_tokens(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t panel, size_t t, size_t count) {
-  if (count == T) return byte_tile<T>(a, w, scales, panel, t);
-  if constexpr (T > 1) byte_tokens<T - 1>(a, w, scales, panel, t, count);
+void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
+  float acc[T * kPanelRows] = {};
+  unpacked_tile<T>(a, a.panels + panel * a.panel_stride, a.scales + panel * kPanelRows, 0, 1, t, acc);
+  for (size_t i = 0; i < T; i++)
+    finish(a, t + i, panel, load(acc + i * kPanelRows), load(acc + i * kPanelRows + kLanes));
 }
 
-void byte_panel(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t panel) {
-  for (size_t t = 0; t < a.tokens; t += kTileTokens)
-    byte_tokens<kTileTokens>(a, w, scales, panel, t, a.tokens - t < kTileTokens ? a.tokens - t : kTileTokens);
-}
-
-void unpack(const QuantizedLinear& a, const uint8_t* w, uint8_t* bytes, float* scales) {
+const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups, uint8_t* bytes, float* scales) {
   const __m512i low = _mm512_set1_epi8(15);
-  for (size_t g = 0; g < a.groups; g++, scales += kPanelRows) {
+  for (size_t g = 0; g < groups; g++, scales += kPanelRows) {
     store(scales, scales_of(w, a.bf16_scales, 0));
     store(scales + kLanes, scales_of(w, a.bf16_scales, 1));
     w += kPanelRows * (a.bf16_scales ? 2 : 4);
@@ -210,25 +219,10 @@ void unpack(const QuantizedLinear& a, const uint8_t* w, uint8_t* bytes, float* s
         _mm512_store_si512(bytes + kStep + v, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
       }
   }
+  return w;
 }
 
-void linear_w4(const QuantizedLinear& a, size_t first, size_t last, uint8_t* scratch) {
-  for (size_t panel = first; panel < last; panel++) {
-    if (a.tokens == 1) fused_tile<1>(a, panel, 0);
-    if (a.tokens == 2) fused_tile<2>(a, panel, 0);
-    if (a.tokens == 3) fused_tile<3>(a, panel, 0);
-    if (a.tokens == 4) fused_tile<4>(a, panel, 0);
-    if (a.tokens <= kFusedTokens) continue;
-    float* scales = reinterpret_cast<float*>(scratch + kPanelRows * a.columns);
-    unpack(a, a.panels + panel * a.panel_stride, scratch, scales);
-    byte_panel(a, scratch, scales, panel);
-  }
-}
-
-void linear_w8(const QuantizedLinear& a, size_t first, size_t last) {
-  for (size_t panel = first; panel < last; panel++)
-    byte_panel(a, a.panels + panel * a.panel_stride, a.scales + panel * kPanelRows, panel);
-}
+#include "panels.inc"
 
 // ---- probe -------------------------------------------------------------------------------------------------------
 template <size_t N>

@@ -12,7 +12,8 @@ constexpr size_t kLanes = 16;       // floats in a logical vector, on every inst
 constexpr size_t kSumInputs = 32;   // inputs per partial sum kept with quantized activations
 constexpr size_t kKeyBlock = 128;   // keys per online-softmax update
 constexpr size_t kKeyTile = 16;     // keys stored side by side
-constexpr size_t kFusedTokens = 4;  // up to this many tokens stream nibbles; above, a panel is unpacked once
+constexpr size_t kFusedTokens = 4;   // up to this many tokens stream nibbles; above, nibbles are unpacked once
+constexpr size_t kChunkInputs = 512;  // of a panel that are unpacked at a time, 16 KiB: half the first-level cache
 
 enum class Dtype : int { f32, f16, bf16 };
 
@@ -85,7 +86,8 @@ struct Rounding {
 
 struct Kernels {
   const char* name;
-  // Panels [first, last). scratch: w4_scratch_bytes(), 64-byte aligned, used when tokens > kFusedTokens.
+  // Panels [first, last). scratch, 64-byte aligned, used when tokens > kFusedTokens: with n the larger of group_size
+  // and kChunkInputs, 32 * n bytes, n / 8 * 32 floats and tokens * 32 floats.
   void (*linear_w4)(const QuantizedLinear&, size_t first, size_t last, uint8_t* scratch);
   void (*linear_w8)(const QuantizedLinear&, size_t first, size_t last);
   // scratch: float_scratch_rows * columns (rounded up to kLanes) floats
@@ -99,8 +101,9 @@ struct Kernels {
   size_t query_rows;  // rows that share one pass over the keys
   void (*to_f32)(const void* source, Dtype, size_t count, float* out);
   void (*to_f16)(const float* source, size_t count, uint16_t* out);
-  // False if w holds NaN or infinity (nothing else is written then).
-  bool (*round_row)(const float* w, const Rounding&, int8_t* codes, float* scales, double* squared_error);
+  // False if w holds NaN or infinity (nothing is written then). scratch: 2 * (group_size + kLanes) floats.
+  bool (*round_row)(const float* w, const Rounding&, float* scratch, int8_t* codes, float* scales,
+                    double* squared_error);
   // Probes: multiply-adds done in registers only; a checksum of everything read.
   double (*int8_probe)(size_t iterations, int variant);
   float (*read_probe)(const uint8_t* data, size_t bytes, int variant);

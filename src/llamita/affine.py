@@ -93,10 +93,10 @@ def _per_group(importance: F32, rows: int, group_size: int) -> F32:
 
 
 def _searched_scales(groups: F32, bits: int, importance: F32 | None) -> F32:
-    """The scale of least squared error among every bf16 value that could be the best, per group.
+    """The scale of least squared error among all bf16 values of a little more than an octave, per group.
 
-    Below largest/(2·qmax+2) the largest weight would be cut to half; above largest/qmax the grid is
-    coarser than the weights need. torchao's own scale, on the bf16 grid, is always among the candidates.
+    Below largest/(2·qmax+2) the largest weight would be cut to less than half; above largest/qmax the grid
+    is coarser than the weights need. torchao's scale, on the bf16 grid, is always among the candidates.
     """
     qmax = CODE_RANGE[bits][1]
     largest = np.abs(groups).max(axis=1)

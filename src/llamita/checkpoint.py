@@ -4,6 +4,7 @@ Also defines how weights travel between sources and engine (`Int4Weight`, `Int8W
 Every tensor of the architecture is checked for name, dtype and shape before anything is computed.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from importlib import import_module
@@ -80,9 +81,9 @@ def resolve(name: str | Path) -> Path:
         if not has(directory, "config.json"):
             raise RunError("embedded: this installation has no embedded model; try installing llamita again")
         return directory
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # not Path.is_dir, which raises for a name that is too long
         return Path(name)
-    if Path(name).exists():
+    if os.path.exists(name):
         raise InputError(f"{name}: expected a model directory, got a file")
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
         raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import click
 import typer
+from typer.exceptions import TyperException
 
 from llamita import __version__, console
 from llamita.errors import LlamitaError
@@ -67,10 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
-    except click.ClickException as error:
+    except typer.Exit as error:  # Typer carries a Click of its own, whose exceptions are not Click's
+        sys.exit(error.exit_code)
+    except (click.ClickException, TyperException) as error:
         console.print_error(error.format_message())
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, typer.Abort, KeyboardInterrupt):
         console.print_error("interrupted")
         sys.exit(130)
     except LlamitaError as error:

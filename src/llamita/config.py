@@ -173,7 +173,7 @@ def _count(
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-        raise InputError(f"config.json: {key}: expected a positive integer up to {limit}, got {str(value)[:40]}")
+        raise InputError(f"config.json: {key}: expected a positive integer up to {limit}, got {repr(value)[:40]}")
     return value
 
 

@@ -26,7 +26,7 @@ def download(name: str) -> Path:
     """
     try:
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
-    except (OSError, errors.HFValidationError, errors.RevisionResolutionError) as error:
+    except Exception as error:  # the hub, its HTTP client and its downloader each have classes of their own
         raise _explain(name, error) from None
 
 
@@ -34,7 +34,7 @@ def download_file(name: str, file: str) -> Path:
     """One file of this model in the hub's cache; raises as `download` does."""
     try:
         return Path(hf_hub_download(name, file))
-    except (OSError, errors.HFValidationError, errors.EntryNotFoundError, errors.RevisionResolutionError) as error:
+    except Exception as error:  # as above
         raise _explain(name, error) from None
 
 
@@ -48,13 +48,12 @@ def _explain(name: str, error: Exception) -> LlamitaError:
                         "check the name, or run `hf auth login` if it is private")  # fmt: skip
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return RunError(f"{name}: the hub's model lacks a file: {_first_line(error)}")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError) or (
-        isinstance(error, errors.RevisionResolutionError)
-    ):
+    out_of_reach = errors.LocalEntryNotFoundError | errors.RevisionResolutionError | ConnectionError
+    if isinstance(error, out_of_reach):
         offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         return RunError(f"{name}: no such directory, not in the hub's cache, and {why}; try a local directory")
-    return RunError(f"{name}: download failed: {_first_line(error)}")
+    return RunError(f"{name}: download failed: {_first_line(error)}; try again")
 
 
 def _first_line(error: Exception) -> str:

@@ -83,14 +83,35 @@ def tensor_bytes(tensors: Tensors) -> int:
 
 
 def quantization_config(scheme: QuantScheme) -> dict[str, Any]:
-    """The scheme as compressed-tensors says it, for config.json."""
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
-               "group_size": scheme.group_size, "dynamic": False}  # fmt: skip
+    """The scheme as compressed-tensors says it, for config.json.
+
+    compressed-tensors has no int8 table that embedding and head share; a format of our own name makes every
+    loader that rests on it refuse, where it would else take the codes for weights.
+    """
     activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "format": "pack-quantized", "weights": weights,
-             "input_activations": activations, "output_activations": None}  # fmt: skip
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "ignore": ["lm_head"], "kv_cache_scheme": None, "config_groups": {"group_0": group}}  # fmt: skip
+    weights = {"type": "int", "symmetric": True, "dynamic": False}
+    linear = {
+        "targets": ["Linear"],
+        "format": "pack-quantized",
+        "weights": {**weights, "num_bits": 4, "strategy": "group", "group_size": scheme.group_size},
+        "input_activations": activations,
+        "output_activations": None,
+    }
+    tables = {
+        "targets": ["re:.*embed_tokens", "re:.*lm_head"],
+        "format": "llamita-int8-table",
+        "weights": {**weights, "num_bits": scheme.table_bits, "strategy": "channel"},
+        "input_activations": None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": [] if scheme.table_bits else ["lm_head"],
+        "kv_cache_scheme": None,
+        "config_groups": {"group_0": linear} | ({"group_tables": tables} if scheme.table_bits else {}),
+    }
 
 
 class PackedModel:
@@ -180,13 +201,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
     values = parse_json(data, METADATA)
     version = values.get("format")
     if type(version) is not int or version < 1:
-        raise InputError(f"{METADATA}: format: expected {FORMAT}, got {str(version)[:40]}")
+        raise InputError(f"{METADATA}: format: expected {FORMAT}, got {repr(version)[:40]}")
     if version > FORMAT:
         raise InputError(f"{METADATA}: format: expected at most {FORMAT}, got {version}; try a newer llamita")
     if not self_hash_holds(data):
         raise InputError(f"{path}: {METADATA}: differs from the one that was written; try `llamita verify`")
     if set(values) != KEYS:
-        raise InputError(f"{METADATA}: expected the keys {sorted(KEYS)}, got {str(sorted(values))[:400]}")
+        raise InputError(f"{METADATA}: expected the keys {sorted(KEYS)}, got {repr(sorted(values))[:400]}")
     if values["rotations"] != []:
         raise InputError(f"{METADATA}: rotations: expected none, got some; try a newer llamita")
     if not is_file_table(values["files"]):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from llamita import _native
-from llamita.checkpoint import INDEX, SINGLE, Checkpoint, linear_names, resolve
+from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, linear_names, resolve
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has, read_json
-from llamita.packed import METADATA, read_metadata
+from llamita.packed import METADATA, PackedModel, open_source
 from llamita.quantize import Plan, float_bytes, make_plan
 from llamita.scheme import PRESETS, QuantScheme
 
@@ -73,25 +73,30 @@ def describe(name: str) -> Described:
     """
     path = Path(name)
     if path.is_file():
-        return _from_config(read_json(path.parent, path.name), None)
+        return _from_config(read_json(path.parent, path.name), name)
     if name != "embedded" and not path.exists() and "/" in name:
         file = import_module("llamita.hub").download_file(name, "config.json")
-        return _from_config(read_json(file.parent, file.name), None)
+        return _from_config(read_json(file.parent, file.name), name)
     path = resolve(name)
-    if has(path, METADATA):
-        return _from_config(read_json(path, "config.json"), QuantScheme.from_dict(read_metadata(path)["scheme"]))
-    if has(path, SINGLE) or has(path, INDEX):
-        checkpoint = Checkpoint(path)
-        dtypes = {name: info.dtype for file in checkpoint.files.values() for name, info in file.tensors.items()}
-        checkpoint.close()
-        return Described(checkpoint.config, dtypes.__getitem__, None)
-    return _from_config(read_json(path, "config.json"), None)
+    if not any(has(path, file) for file in (METADATA, SINGLE, INDEX)):
+        return _from_config(read_json(path, "config.json"), "config.json")
+    source = open_source(path)
+    assert isinstance(source, Checkpoint | PackedModel)
+    dtypes = {name: info.dtype for file in source.files.values() for name, info in file.tensors.items()}
+    source.close()
+
+    def float_dtype(name: str) -> str:  # of a packed model's rounded layers it is that of its norms
+        return dtypes[name] if dtypes.get(name) in FLOAT_DTYPES else dtypes["model.norm.weight"]
+
+    return Described(source.config, float_dtype, source.scheme)
 
 
-def _from_config(values: dict[str, Any], scheme: QuantScheme | None) -> Described:
+def _from_config(values: dict[str, Any], where: str) -> Described:
+    if values.get("quantization_config") is not None:
+        raise InputError(f"{where}: quantization_config: expected a float model; try its source")
     stored = values.get("dtype", values.get("torch_dtype"))
     dtype = _DTYPES.get(stored, "BF16") if isinstance(stored, str) else "BF16"
-    return Described(ModelConfig.from_hf(values), lambda _name: dtype, scheme)
+    return Described(ModelConfig.from_hf(values), lambda _name: dtype, None)
 
 
 def measure_machine() -> Machine:

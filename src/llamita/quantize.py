@@ -48,7 +48,7 @@ Progress = Callable[[str, int, int], None] | None
 _ROWS = 1024  # rows of a float table copied at a time
 _SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
 _WORST = 5  # layers named in summary and card
-_BASE_MEMORY = 60e6  # bytes: Python, NumPy and the piece being rounded, as measured
+_BASE_MEMORY = 110e6  # bytes: Python, NumPy and the pieces being rounded, as measured
 _HASH_RATE = 1e9  # bytes read, hashed and written in a second, roughly
 _PROBE_ROWS, _PROBE_COLUMNS = 512, 2048
 

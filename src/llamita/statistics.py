@@ -26,7 +26,9 @@ class Interval:
     high: float
 
 
-def mean_interval(values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+def mean_interval(
+    values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = SEED
+) -> Interval:
     """The mean of values in the order of their tokens, with its block bootstrap interval.
 
     Args:
@@ -50,7 +52,8 @@ def mean_interval(values: np.ndarray, *, block: int = BLOCK, resamples: int = RE
 
 def paired_difference(values: np.ndarray, baseline: np.ndarray, **options: int) -> Interval:
     """The mean of `values - baseline`, token by token, with its interval; options as in `mean_interval`."""
-    return mean_interval(np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64), **options)
+    difference = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    return mean_interval(difference, **options)
 
 
 def _block_sums(values: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:

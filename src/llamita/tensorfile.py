@@ -57,23 +57,26 @@ class TensorFile:
                 size = os.fstat(file.fileno()).st_size
                 if size < _LENGTH_BYTES:
                     raise InputError(f"{path.name}: expected a safetensors file, got {size} bytes")
-                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-        self.tensors = _read_header(self._map, size, path.name)
+        self.tensors = _read_header(data, size, path.name)
+        self._map: mmap.mmap | None = data
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only array on the mapped file (copied only where it is not aligned)."""
+        assert self._map is not None, f"{self.path} is closed"
         info = self.tensors[name]
         array = np.ndarray(info.shape, DTYPES[info.dtype], self._map, info.start)
         return array if array.flags.aligned else array.copy()
 
     def close(self) -> None:
-        """Unmap the file, or leave that to the last array that still looks at it."""
-        try:
-            self._map.close()
-        except BufferError:
-            return
+        """Let go of the file; it stays mapped until the last array that looks at it is gone.
+
+        Never `mmap.close()`: NumPy holds a reference to the map but no lock on it, and an array on a closed
+        map ends the process.
+        """
+        self._map = None
 
 
 def _read_header(data: mmap.mmap, size: int, where: str) -> dict[str, TensorInfo]:
@@ -104,9 +107,9 @@ def _tensor_info(values: Any, begin: int, where: str) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{where}: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _LARGEST_DIMENSION:
-        raise InputError(f"{where}: shape: expected a list of sizes, got {str(shape)[:80]}")
+        raise InputError(f"{where}: shape: expected a list of sizes, got {repr(shape)[:80]}")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise InputError(f"{where}: data_offsets: expected two offsets, got {str(offsets)[:80]}")
+        raise InputError(f"{where}: data_offsets: expected two offsets, got {repr(offsets)[:80]}")
     start, stop = offsets
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if stop - start != expected:

@@ -65,7 +65,8 @@ def parse(text: str, name: str) -> WikiText:
     """A text in WikiText's form; `name` stands in messages. See `read`."""
     note = ""
     if _sha256(text) == _STRIPPED_SHA256:
-        text, note = _restore_blank_lines(text), f"{name}: a copy without the original's blank lines, now put back"
+        text = _restore_blank_lines(text)
+        note = f"{name}: a copy without the original's blank lines, now put back"
     is_original = _sha256(text) == ORIGINAL_SHA256
     pages = split_pages(text)
     if not pages:

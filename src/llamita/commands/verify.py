@@ -1,5 +1,6 @@
 """`llamita verify`: is a packed directory as it was written?"""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,4 +31,4 @@ def command(
         for problem in report.problems:
             console.print_error(problem)
     if report.problems:
-        raise typer.Exit(1)
+        sys.exit(1)

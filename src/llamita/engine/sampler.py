@@ -13,6 +13,8 @@ import numpy as np
 
 from llamita.errors import InputError, RunError
 
+_COLDEST = 1e-30  # a temperature below this is greedy but for exact ties, and float32 could not divide by it
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -102,40 +104,45 @@ def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens left to draw from and their probabilities, float64, sum 1.
+    """The tokens left to draw from, ascending, and their probabilities: float64, sum 1.
 
-    Tokens are dropped as early as it is known that they go: a full sort of 128,000 logits would cost more
-    than a layer of a small model.
+    Tokens go as early as it is known that they go, and sums alone are in float64: a full sort of 128,000
+    logits would take as long as a layer.
     """
     tokens = np.arange(len(logits))
-    scores = (logits.astype(np.float64) - logits.max()) / sampling.temperature  # the largest is 0: no overflow
+    scores = (logits - logits.max()) / np.float32(max(sampling.temperature, _COLDEST))  # at most 0: no overflow
     if 0 < sampling.top_k < len(scores):
         smallest = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        kept = scores >= smallest  # ties with the k-th stay, as in transformers
-        tokens, scores = tokens[kept], scores[kept]
-    probabilities = np.exp(scores)
-    probabilities /= probabilities.sum()
+        tokens = np.flatnonzero(scores >= smallest)  # ties with the k-th stay, as in transformers
+        scores = scores[tokens]
+    weights = np.exp(scores)  # not yet divided by their sum; the largest is 1
     if sampling.top_p < 1:
-        kept = _top_p(probabilities, sampling.top_p)
-        tokens, probabilities = tokens[kept], probabilities[kept]
+        kept = _top_p(weights, sampling.top_p)
+        tokens, weights = tokens[kept], weights[kept]
     if sampling.min_p > 0:
-        kept = probabilities >= sampling.min_p * probabilities.max()
-        tokens, probabilities = tokens[kept], probabilities[kept]
-    return tokens, probabilities / probabilities.sum()
+        kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
+        tokens, weights = tokens[kept], weights[kept]
+    return tokens, weights / weights.sum(dtype=np.float64)
 
 
-def _top_p(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Indices, ascending, of the likeliest tokens that reach `top_p` together: at least one.
 
-    From the least likely upwards, a token goes while the sum up to it is at most 1 − top_p. Tokens below
-    (1 − top_p) / count cannot bring the sum above that, so they go without being sorted.
+    From the least likely upwards, a token goes while the share up to it is at most 1 − top_p. Tokens below
+    (1 − top_p) / count cannot bring the share above that, so they go without being sorted.
     """
-    rest = 1 - top_p
-    candidates = np.flatnonzero(probabilities > rest / len(probabilities))
-    order = candidates[np.argsort(probabilities[candidates], kind="stable")]
-    below = 1 - probabilities[order].sum()
-    kept = order[below + np.cumsum(probabilities[order]) > rest]
-    return np.sort(kept) if len(kept) else probabilities.argmax(keepdims=True)
+    total = weights.sum(dtype=np.float64)
+    rest = (1 - top_p) * total
+    candidates = np.flatnonzero(weights > rest / len(weights))
+    ascending = np.sort(weights[candidates])
+    upwards = total - ascending.sum(dtype=np.float64) + np.cumsum(ascending, dtype=np.float64)
+    count = max(1, len(ascending) - int(np.searchsorted(upwards, rest, side="right")))
+    if not len(candidates):  # all alike, and none wanted
+        return np.zeros(1, dtype=np.intp)
+    cut = ascending[-count]
+    above = candidates[weights[candidates] > cut]
+    ties = candidates[weights[candidates] == cut]
+    return np.sort(np.concatenate([above, ties[: count - len(above)]]))
 
 
 def _expect(name: str, value: object, expected: str, is_right: bool) -> None:

@@ -34,11 +34,6 @@ class Linear:
     takes_codes: bool  # some part takes int8 activations
     takes_floats: bool  # some part takes float32 activations
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes read for one token."""
-        return sum(part.weights.nbytes for part in self.parts)
-
 
 @dataclass(frozen=True)
 class Block:

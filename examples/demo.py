@@ -1,0 +1,94 @@
+"""The main job on the embedded model: quantize it four ways, measure each beside BF16, tell a story.
+
+Everything that is printed is measured here and now. Speeds and memory come from a fresh process per
+model, one after the other; quality from the model's own held-out text.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import llamita
+from llamita import console
+from llamita.baseline import open_contenders
+from llamita.bench import measure_speed
+from llamita.checkpoint import Checkpoint, resolve
+from llamita.evaluate import TextScores, score_text
+from llamita.quantize import quantize
+from llamita.scheme import make_scheme
+from llamita.verify import verify
+
+OUT = Path("build/demo")
+MODELS = {"arm 256": ("arm", 256), "arm 128": ("arm", 128), "llama3.2": ("llama3.2", None), "llamita": ("llamita", None)}
+STORY = "Once upon a time"
+
+
+def main() -> None:
+    """Print the table and the story."""
+    if sys.argv[1:]:  # called by itself, for one model in a fresh process
+        print(json.dumps(measure(sys.argv[1])))
+        return
+    began = time.monotonic()
+    OUT.mkdir(parents=True, exist_ok=True)
+    paths = {name: OUT / name.replace(" ", "-") for name in MODELS}
+    source = Checkpoint(resolve("embedded"))
+    for name, (preset, group_size) in MODELS.items():
+        quantize(source, "embedded", paths[name], make_scheme(preset, group_size), overwrite=True)
+        verify(paths[name])
+    source.close()
+    speeds = [measure_apart(path) for path in ["embedded", *map(str, paths.values())]]
+    text = files("llamita").joinpath("embedded", "heldout.txt").read_text("utf-8")
+    contenders = open_contenders([str(path) for path in paths.values()], baseline="embedded")
+    with console.progress() as progress:
+        scores = score_text(contenders, text, progress=progress)
+    rows = [
+        row(name, contender.weight_bytes, score, speed)
+        for name, contender, score, speed in zip(["BF16", *MODELS], contenders, scores, speeds, strict=True)
+    ]
+    title = f"The embedded model on {scores[0].tokens:,} tokens that it wrote itself"
+    columns = ["model", "size", "perplexity", "KL", "agreement", "prefill tok/s", "decode tok/s", "memory"]
+    console.print_table(title, columns, rows)
+    print(f"\n{STORY}", end="")
+    for piece in llamita.load(paths["llamita"]).stream(STORY, max_tokens=200, temperature=0.7, seed=1):
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+    print(f"\n\n{time.monotonic() - began:.0f} s in all. Talk to it: .venv/bin/llamita chat {paths['llamita']}")
+
+
+def row(name: str, size: int, score: TextScores, speed: dict[str, float]) -> list[str]:
+    """One line of the table; intervals are 95 % block bootstraps."""
+    kl = f"{score.kl.value:.4f} ±{(score.kl.high - score.kl.low) / 2:.4f}" if score.kl else "0"
+    agreement = f"{score.agreement.value:.1%}" if score.agreement else "100%"
+    return [name, console.megabytes(size), f"{score.perplexity:.3f}", kl, agreement,
+            f"{speed['prefill']:,.0f}", f"{speed['decode']:,.0f}", console.megabytes(speed["memory"])]  # fmt: skip
+
+
+def measure_apart(model: str) -> dict[str, float]:
+    """Speeds and memory of a model in a process of its own."""
+    result = subprocess.run([sys.executable, __file__, model], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout)
+
+
+def measure(model: str) -> dict[str, float]:
+    """Tokens per second, and the bytes of memory by which loading and running the model grew the process."""
+    llamita.load  # noqa: B018  imported before the first reading, so that code does not count as model
+    before = resident_bytes()
+    llm = llamita.load(model)
+    speed = measure_speed(llm)
+    return {"prefill": speed.prefill, "decode": speed.decode, "memory": resident_bytes() - before}
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process, from Linux; 0 elsewhere."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * 4096
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Kernels, packing and operations in C++. Arrays are C-contiguous NumPy; bf16 travels as uint16 bits.
+
+Every function checks dtypes, shapes and ranges first and raises ValueError: `<argument>: expected X, got Y`. The
+GIL is released while work is done. Results are bit-identical on every instruction set and number of threads.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+I8 = npt.NDArray[np.int8]
+I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
+Scales = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16] | npt.NDArray[Any]
+
+def isa() -> str: ...
+def available_isas() -> list[str]:
+    """Instruction sets of this machine, best first; LLAMITA_ISA picks one at import."""
+
+def set_isa(name: str) -> None: ...
+def threads() -> int: ...
+def set_threads(count: int) -> None:
+    """Cores in use, 1 to 1024; at import LLAMITA_THREADS, else every core that this process may use."""
+
+def read_bandwidth(bytes: int) -> float:
+    """Best read bandwidth over that much memory, all threads, in GB/s."""
+
+def int8_rate() -> float:
+    """Best rate of int8 multiply-adds in registers, all threads, in 10^9 per second."""
+
+def round_weights(
+    w: Floats, bits: int, group_size: int, rule: str, importance: F32 | None = None
+) -> tuple[I8, F32, npt.NDArray[np.float64]]:
+    """The fast twin of `affine.round_weights`.
+
+    Args:
+        w: (rows, columns).
+        bits: 4 or 8.
+        group_size: divides columns; columns itself rounds per channel.
+        rule: "torchao", "torchao_bf16" or "search".
+        importance: (columns,) factors of the squared errors that the search minimizes.
+
+    Returns:
+        codes (rows, columns), scales (rows, columns / group_size), plain squared error (rows,).
+    """
+
+def codes_to_packed(codes: I8) -> I32:
+    """(rows, columns) codes in [-8, 7] to (rows, columns / 8) words: eight codes + 8, lowest bits first."""
+
+class Weights:
+    """Weights as the kernels read them. Quantized ones are a copy; float ones stay where they are."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def kind(self) -> Literal["w4", "w8", "f32", "f16", "bf16"]: ...
+    @property
+    def nbytes(self) -> int:
+        """Memory of its own."""
+
+def pack_w4(packed: list[I32], scales: list[Any], group_size: int) -> Weights:
+    """Several matrices (rows_i, columns / 8) with scales (rows_i, columns / group_size), one above the other."""
+
+def pack_w8(codes: I8, scales: Scales) -> Weights:
+    """(rows, columns) codes and (rows,) scales."""
+
+def wrap_float(arrays: list[Any]) -> Weights:
+    """Matrices (rows_i, columns) of one float type, one above the other; keeps them alive, copies nothing."""
+
+class Activations:
+    """Int8 codes of up to max_tokens tokens, each with its scale and zero point."""
+
+    def __init__(self, max_tokens: int, columns: int) -> None: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def tokens(self) -> int:
+        """How many the last operation wrote."""
+    def set(self, codes: I8, scales: F32, zero_points: I32) -> None: ...
+    def get(self) -> tuple[I8, F32, I32]:
+        """codes (tokens, columns), scales (tokens,), zero points (tokens,)."""
+
+def quantize(x: F32, acts: Activations) -> None:
+    """x (tokens, columns); the fast twin of `affine.quantize_activations`."""
+
+def rmsnorm(x: F32, gamma: F32, eps: float, out: F32) -> None:
+    """x, out (tokens, columns); gamma (columns,)."""
+
+def rmsnorm_quantize(x: F32, gamma: F32, eps: float, acts: Activations) -> None: ...
+def swiglu(gate_up: F32, out: F32) -> None:
+    """silu(gate) * up: gate_up (tokens, 2 * columns), gate first; out (tokens, columns)."""
+
+def swiglu_quantize(gate_up: F32, acts: Activations) -> None: ...
+def linear(
+    weights: Weights, x: F32 | Activations, out: F32, bias: F32 | None = None, accumulate: bool = False
+) -> None:
+    """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate. Quantized weights take Activations."""
+
+def embed(weights: Weights, ids: I32 | npt.NDArray[np.int64], out: F32) -> None:
+    """Rows of 8-bit or float weights: ids (tokens,), out (tokens, columns)."""
+
+class KVCache:
+    """Keys and values of one sequence, up to `capacity` tokens; memory is taken as they are written."""
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: str,
+        inv_freq: F32,
+        rope_scaling: float = 1.0,
+    ) -> None:
+        """dtype "f32" or "f16"; inv_freq (head_dim / 2,); rope_scaling multiplies cos and sin."""
+    @property
+    def nbytes(self) -> int:
+        """Memory of all `capacity` tokens."""
+    @property
+    def capacity(self) -> int: ...
+
+class Batch:
+    """One step: the tokens of several sequences (cache, start, count), one after the other."""
+
+    def __init__(self, sequences: list[tuple[KVCache, int, int]]) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+
+def rope_and_cache(batch: Batch, layer: int, qkv: F32, heads: int) -> None:
+    """qkv (tokens, (heads + 2 * kv_heads) * head_dim): rotates q in place, k into the cache, copies v there."""
+
+def attention(batch: Batch, layer: int, qkv: F32, heads: int, out: F32) -> None:
+    """Causal attention of rotated queries over the cache; out (tokens, heads * head_dim)."""

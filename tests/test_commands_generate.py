@@ -1,0 +1,151 @@
+"""`llamita generate` and `llamita chat` as a user meets them: output, streams, pipes, one-line errors."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import make_checkpoint
+
+CLI = [sys.executable, "-m", "llamita.cli"]
+
+
+def run(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [*CLI, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
+
+
+def expect_error(result: subprocess.CompletedProcess[bytes], code: int, text: str) -> None:
+    assert result.returncode == code, result.stderr
+    message = result.stderr.decode()
+    assert text in message
+    assert message.count("\n") == 1
+    assert "Traceback" not in message
+    assert result.stdout == b""
+
+
+GENERATE = ("generate", "embedded", "--max-tokens", "12", "--greedy", "--preset", "llama3.2")
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr() -> None:
+    result = run(*GENERATE, "--prompt", "Once upon a time")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode().strip()
+    assert "tok/s" in result.stderr.decode()
+    assert "tok/s" not in result.stdout.decode()
+
+
+def test_json_and_stdin_give_the_same_text() -> None:
+    result = run(*GENERATE, "--prompt", "-", "--json", stdin=b"Once upon a time")
+    values = json.loads(result.stdout)
+    assert values["prompt"] == "Once upon a time"
+    assert values["finish_reason"] == "length"
+    assert len(values["token_ids"]) == values["timings"]["generated_tokens"] == 12
+    streamed = run(*GENERATE, "--prompt", "Once upon a time")
+    assert streamed.stdout.decode() == values["text"] + "\n"
+
+
+def test_stop_and_seed_reach_the_engine() -> None:
+    arguments = ("generate", "embedded", "--prompt", "Once upon a time", "--max-tokens", "40", "--json")
+    free, again = (json.loads(run(*arguments, "--seed", "4").stdout) for _ in range(2))
+    assert free["text"] == again["text"]
+    word = free["text"].split()[3]
+    stopped = json.loads(run(*arguments, "--seed", "4", "--stop", word, "--stop", "zzz", "--threads", "1").stdout)
+    assert stopped["finish_reason"] == "stop"
+    assert free["text"].startswith(stopped["text"])
+    assert word not in stopped["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "text"),
+    [
+        (("--prompt", "-"), b"caf\xe9", "0xe9 at 3"),
+        (("--prompt", "x " * 3000), b"", "at most 2048 tokens, the context, got"),
+        (("--prompt", "x", "--temperature", "-1"), b"", "temperature"),
+        (("--prompt", "x", "--greedy", "--top-k", "3"), b"", "greedy"),
+        (("--prompt", "x", "--stop", ""), b"", "stop"),
+        (("--prompt", "x", "--max-tokens", "0"), b"", "max_tokens"),
+        (("--prompt", "x", "--preset", "nope"), b"", "--preset"),
+        (("--prompt", "x", "--context", "5000"), b"", "context"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments: tuple[str, ...], stdin: bytes, text: str) -> None:
+    expect_error(run("generate", "embedded", *arguments, stdin=stdin), 2, text)
+
+
+def test_a_model_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    expect_error(run("generate", tmp_path, "--prompt", "x"), 2, "tokenizer.model alone")
+
+
+def test_chat_answers_every_line_of_a_pipe() -> None:
+    lines = b"Tell me a story.\n\n/system Be kind.\n/reset\n/nonsense\nOnce upon a time\n/exit\nnever asked\n"
+    result = run("chat", "embedded", "--max-tokens", "8", "--greedy", "--json", stdin=lines)
+    assert result.returncode == 0, result.stderr
+    replies = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(replies) == 2
+    assert all(len(reply["token_ids"]) == 8 for reply in replies)
+    assert b"/exit ends" in result.stderr
+
+
+def test_chat_remembers_until_reset() -> None:
+    def prompt_tokens(lines: bytes, *arguments: str) -> list[int]:
+        result = run("chat", "embedded", "--max-tokens", "4", "--greedy", "--json", *arguments, stdin=lines)
+        return [json.loads(line)["timings"]["prompt_tokens"] for line in result.stdout.splitlines()]
+
+    first, second, third = prompt_tokens(b"Hello\nHello\n/reset\nHello")
+    assert first == third < second
+    assert prompt_tokens(b"Hello\n", "--system", "Be kind.")[0] > first
+
+
+def test_chat_in_a_pipe_stops_at_a_message_that_does_not_fit() -> None:
+    result = run("chat", "embedded", "--context", "20", "--json", stdin=b"word " * 50)
+    expect_error(result, 2, "at most 20 tokens")
+
+
+def test_a_base_model_does_not_chat(tmp_path: Path) -> None:
+    expect_error(run("chat", make_checkpoint(tmp_path), stdin=b"Hi\n"), 2, "chat template")
+
+
+class Terminal:
+    """A chat in a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._main, child = pty.openpty()
+        self.process = subprocess.Popen([*CLI, *arguments], stdin=child, stdout=child, stderr=child, close_fds=True)
+        os.close(child)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._main, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 30) -> None:
+        """Read until the text has come, and forget what came before it."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self._main], [], [], 0.2)[0]:
+                self.seen += os.read(self._main, 4096).decode(errors="replace")
+        self.seen = self.seen.split(text, 1)[1]
+
+
+def test_ctrl_c_stops_a_reply_and_not_the_chat() -> None:
+    options = ("--max-tokens", "2000", "--temperature", "5", "--top-p", "1", "--seed", "1")
+    terminal = Terminal("chat", "embedded", *options)
+    terminal.wait_for("/exit ends")
+    terminal.wait_for("> ")
+    terminal.type("Once upon a time\r")
+    terminal.wait_for("time")  # the terminal's echo
+    terminal.wait_for(" ")  # between two words of the reply
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for("stopped")
+    terminal.wait_for("> ")
+    terminal.type("/exit\r")
+    assert terminal.process.wait(timeout=20) == 0

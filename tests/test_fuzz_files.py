@@ -1,0 +1,274 @@
+"""2,000 damaged model directories: each is read, or refused with a LlamitaError, within a second.
+
+Mutations know the structure: safetensors headers, index, config.json and llamita.json are changed value by
+value (and sealed again, so that the hash does not stop them at the door), data by bits, files as a whole.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_checkpoint
+
+from llamita.checkpoint import Checkpoint, linear_names, table_names, vector_names
+from llamita.errors import LlamitaError
+from llamita.packed import open_source
+from llamita.packed_writer import write_metadata
+from llamita.plan import describe
+from llamita.quantize import RoundedSource, make_plan, quantize
+from llamita.scheme import make_scheme
+from llamita.verify import verify
+
+CASES = 2000
+BATCHES = 8
+MOST_SECONDS = 5  # for one case; they take milliseconds
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "vocab_size": 64}  # fmt: skip
+
+WEIRD: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 3, 7, 31, 32, 33, 64, 127, 128, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64,
+    10**30, -(2**63), 0.0, 0.5, -1.0, 1e-45, 1e308, 64.0, "", "x", "float32", "BF16", "I8", "../../etc/passwd", "a\nb",
+    "\x1b[31m", "é", "\ud800", "a" * 5000, [], [0], [1, 2], [64, 64], [-1, 4], ["x"], [[]], {}, {"a": 1}, {"": None},
+    "model.safetensors", "config.json", ".", "..",
+]  # fmt: skip
+
+
+@contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """A hang becomes a failure."""
+
+    def ring(_signal: int, _frame: object) -> None:
+        raise AssertionError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- mutations of values -------------------------------------------------------------------------------------------
+
+
+def mutate_value(value: Any, rng: random.Random) -> Any:
+    """Change one place somewhere within a JSON value: replace, remove, add, rename, exchange or nudge."""
+    value = copy.deepcopy(value)
+    parents = list(_containers(value))
+    parent = rng.choice(parents)
+    keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
+    if not keys:
+        return rng.choice(WEIRD)
+    key, action = rng.choice(keys), rng.randrange(7)
+    if action == 0:
+        del parent[key]
+    elif action == 1 and isinstance(parent, dict):
+        parent[str(rng.choice(WEIRD))] = parent[key]
+    elif action == 2 and isinstance(parent, dict):
+        parent[str(rng.choice(WEIRD))] = parent.pop(key)
+    elif action == 3 and isinstance(parent[key], int | float):
+        parent[key] += rng.choice([-1, 1, 8, -8, 2**32, parent[key]])
+    elif action == 4:
+        other = rng.choice(keys)
+        parent[key], parent[other] = parent[other], parent[key]
+    elif action == 5:
+        parent[key] = copy.deepcopy(rng.choice(parents))
+    else:
+        parent[key] = rng.choice(WEIRD)
+    return value
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
+
+
+def to_text(value: Any, rng: random.Random) -> bytes:
+    """JSON, now and then broken as text."""
+    data = json.dumps(value).encode()
+    kind = rng.randrange(12)
+    if kind == 0 and data:
+        place = rng.randrange(len(data))
+        return data[:place] + bytes([rng.randrange(256)]) + data[place + 1 :]
+    if kind == 1:
+        return data[: rng.randrange(len(data) + 1)]
+    if kind == 2:
+        return data.replace(b": 1", b": NaN").replace(b": 0", b": 1e999")
+    if kind == 3:
+        return b"[" * 3000 + data
+    return data
+
+
+# ---- mutations of files ------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a regular file: an earlier mutation may have put a link to /dev/zero in its place."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_bytes()
+
+
+def mutate_config(directory: Path, rng: random.Random) -> None:
+    path = directory / "config.json"
+    path.write_bytes(to_text(mutate_value(json.loads(read(path)), rng), rng))
+
+
+def mutate_header(directory: Path, rng: random.Random) -> None:
+    path = rng.choice(sorted(directory.glob("*.safetensors")))
+    data = read(path)
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    text = to_text(mutate_value(header, rng), rng)
+    size = rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63]) if rng.randrange(8) == 0 else len(text)
+    path.write_bytes(struct.pack("<Q", size) + text + data[8 + length :])
+
+
+def mutate_index(directory: Path, rng: random.Random) -> None:
+    path = directory / "model.safetensors.index.json"
+    if path.exists():
+        path.write_bytes(to_text(mutate_value(json.loads(read(path)), rng), rng))
+    else:
+        path.write_bytes(to_text({"weight_map": rng.choice(WEIRD)}, rng))
+
+
+def mutate_metadata(directory: Path, rng: random.Random) -> None:
+    path = directory / "llamita.json"
+    if not path.exists():
+        return mutate_config(directory, rng)
+    values = mutate_value(json.loads(read(path)), rng)
+    path.unlink()
+    if isinstance(values, dict) and rng.randrange(4):
+        values.pop("self_sha256", None)
+        write_metadata(directory, json.loads(json.dumps(values).replace("\\ud800", "?")))
+    else:
+        path.write_bytes(to_text(values, rng))
+    return None
+
+
+def mutate_bytes(directory: Path, rng: random.Random) -> None:
+    path = rng.choice(sorted(p for p in directory.iterdir() if p.is_file()))
+    data = bytearray(read(path))
+    for _ in range(rng.choice([1, 1, 1, 8, 64])):
+        if data:
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    path.write_bytes(data)
+
+
+def mutate_file(directory: Path, rng: random.Random) -> None:
+    path = rng.choice(sorted(directory.iterdir()))
+    kind = rng.randrange(6)
+    size = path.stat().st_size
+    if kind == 0:
+        path.unlink()
+    elif kind == 1:
+        os.truncate(path, rng.randrange(size + 1))
+    elif kind == 2:
+        os.truncate(path, size + rng.choice([1, 64, 4096]))
+    elif kind == 3:
+        path.unlink()
+        path.mkdir()
+    elif kind == 4:
+        path.unlink()
+        path.symlink_to(rng.choice(["/etc/passwd", path.name, "config.json", "/dev/zero", "nowhere"]))
+    else:
+        path.rename(directory / rng.choice(["model.safetensors", "config.json", "x", "llamita.json"]))
+
+
+MUTATIONS: list[Callable[[Path, random.Random], Any]] = [
+    mutate_header, mutate_header, mutate_config, mutate_metadata, mutate_index, mutate_bytes, mutate_file,
+]  # fmt: skip
+
+
+def reseal(directory: Path) -> None:
+    """Give llamita.json the size and hash of the files as they are now, so that reading goes on."""
+    path = directory / "llamita.json"
+    try:
+        values = json.loads(read(path))
+        for name, record in values["files"].items():
+            data = read(directory / name)
+            record.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        del values["self_sha256"]
+        path.unlink()
+        write_metadata(directory, values)
+    except Exception:  # it is damaged itself: then as it is
+        return
+
+
+# ---- the test ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Float and packed, in one file and in shards, tied and untied, with biases."""
+    root = tmp_path_factory.mktemp("originals")
+    single = make_checkpoint(root / "single", "llama32", **SMALL)
+    sharded = make_checkpoint(root / "sharded", "llama3", dtype="F16", shards=2, attention_bias=True, **SMALL)
+    for directory in (single, sharded):
+        (directory / "tokenizer.json").unlink()
+    quantize(Checkpoint(single), "single", root / "tables", make_scheme("llama3.2"))
+    quantize(Checkpoint(sharded), "sharded", root / "arm", make_scheme("arm", 64), shard_bytes=20_000)
+    return [single, sharded, root / "tables", root / "arm"]
+
+
+def use(directory: Path) -> None:
+    """Everything that the library does with a directory, short of computing with it."""
+    source = open_source(directory)
+    for name in [*table_names(source.config), *linear_names(source.config)]:
+        source.weight(name)
+        source.bias(name)
+    for name in vector_names(source.config):
+        source.vector(name)
+    if isinstance(source, Checkpoint):
+        rounded = RoundedSource(source, make_scheme("llama3.2"))
+        for name in [*table_names(source.config), *linear_names(source.config)]:
+            rounded.weight(name)
+    source.close()
+
+
+def look(directory: Path) -> None:
+    model = describe(str(directory))
+    make_plan(model.config, model.scheme or make_scheme("llama3.2"), model.float_dtype)
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_damaged_directories_are_read_or_refused(tmp_path: Path, originals: list[Path], batch: int) -> None:
+    refused = 0
+    for case in range(batch, CASES, BATCHES):
+        rng = random.Random(case)
+        original, directory = originals[case // BATCHES % len(originals)], tmp_path / "model"
+        shutil.copytree(original, directory)
+        mutations = rng.choices(MUTATIONS, k=rng.choice([1, 1, 1, 2, 3]))
+        for mutation in mutations:
+            try:
+                mutation(directory, rng)
+            except (OSError, ValueError, LookupError, TypeError, RecursionError):  # nothing left to mutate
+                continue
+        if rng.randrange(4):
+            reseal(directory)
+        for action in (use, look, verify):
+            with alarm(MOST_SECONDS):
+                try:
+                    action(directory)
+                except LlamitaError as error:
+                    refused += 1
+                    assert "\n" not in str(error).strip(), (case, error)
+                except AssertionError:
+                    raise
+                except Exception as error:
+                    raise AssertionError(f"case {case}: {action.__name__}: {mutations}") from error
+        shutil.rmtree(directory)
+    assert refused > CASES // BATCHES  # most are refused by one of the three
