@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # What an installed llamita is made of: when one of these changes, it is installed anew.
 SOURCES := $(shell find src native -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint types format native-checks clean help
+.PHONY: demo test test-all lint types format native-checks mutations clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -31,6 +31,12 @@ types: $(VENV)/.dev  ## pyright
 format: $(VENV)/.dev ## format Python and C++ in place
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+native-checks: $(VENV)/.dev  ## the native tests under the address and undefined-behaviour sanitizers
+	$(BIN)/python tools/sanitize.py
+
+mutations: $(VENV)/.dev      ## break a dozen lines by hand, one at a time, and see the suite fail
+	$(BIN)/python tools/mutations.py
 
 clean:           ## remove everything that make built
 	rm -rf $(VENV) build dist

@@ -30,9 +30,24 @@ uint32_t interleave(uint32_t word) {
   return low | high << 4;
 }
 
-int32_t sum_nibbles(uint32_t word) {
-  const uint32_t pairs = (word & 0x0f0f0f0fu) + (word >> 4 & 0x0f0f0f0fu);
-  return static_cast<int32_t>(pairs * 0x01010101u >> 24);
+uint32_t sum_bytes(uint32_t word) {
+  word = (word & 0x00ff00ffu) + (word >> 8 & 0x00ff00ffu);
+  return (word & 0xffffu) + (word >> 16);
+}
+
+uint32_t sum_nibbles(uint32_t word) { return sum_bytes((word & 0x0f0f0f0fu) + (word >> 4 & 0x0f0f0f0fu)); }
+
+// Words of 32 rows, transposed: what one step of a panel holds lies together, so that what follows is vectorized.
+using Words = uint32_t[kLineWords][kPanelRows];
+
+// Words [first, first + count) of each row; rows[r]: `bytes` bytes or null. What is missing reads as `fill`.
+void gather(const void* const* rows, size_t bytes, size_t first, size_t count, uint32_t fill, Words& words) {
+  for (size_t r = 0; r < kPanelRows; r++) {
+    uint32_t line[kLineWords];
+    std::fill(line, line + count, fill);
+    if (rows[r]) std::memcpy(line, static_cast<const char*>(rows[r]) + 4 * first, std::min(4 * count, bytes - 4 * first));
+    for (size_t i = 0; i < count; i++) words[i][r] = line[i];
+  }
 }
 
 float from_bf16(uint16_t bits) {
@@ -55,33 +70,35 @@ bool on_bf16_grid(const Part& part, size_t groups) {
   return low == 0;
 }
 
-// One row of the packed source
-struct SourceRow {
-  const void* words = nullptr;  // null beyond the last row
-  const void* scales;
-  bool bf16;
+// The scales of one packed row; without data (beyond the last row) they are 0.
+struct ScaleRow {
+  const void* data = nullptr;
+  bool bf16 = false;
 
-  float scale(size_t g) const {
-    if (!words) return 0.0f;
+  float operator[](size_t g) const {
+    if (!data) return 0.0f;
     if (bf16) {
       uint16_t bits;
-      std::memcpy(&bits, at(scales, 2 * g), sizeof bits);
+      std::memcpy(&bits, at(data, 2 * g), sizeof bits);
       return from_bf16(bits);
     }
     float x;
-    std::memcpy(&x, at(scales, 4 * g), sizeof x);
+    std::memcpy(&x, at(data, 4 * g), sizeof x);
     return x;
   }
 };
 
-SourceRow source_row(const std::vector<Part>& parts, size_t row, const Weights& w) {
+// Where the words and scales of a row are
+void find_row(const std::vector<Part>& parts, size_t row, const Weights& w, const void*& words, ScaleRow& scales) {
+  words = nullptr;
   for (const Part& part : parts) {
-    if (row < part.rows)
-      return {at(part.data, row * w.columns / 2), at(part.scales, row * w.groups * (part.bf16_scales ? 2 : 4)),
-              part.bf16_scales};
+    if (row < part.rows) {
+      words = at(part.data, row * w.columns / 2);
+      scales = {at(part.scales, row * w.groups * (part.bf16_scales ? 2 : 4)), part.bf16_scales};
+      return;
+    }
     row -= part.rows;
   }
-  return {};
 }
 
 void write_scale(const Weights& w, uint8_t* scales, size_t r, float scale) {
@@ -91,52 +108,63 @@ void write_scale(const Weights& w, uint8_t* scales, size_t r, float scale) {
     std::memcpy(scales + 4 * r, &scale, 4);
 }
 
-// sums: (groups, 32) sums of codes, scratch
-void pack_panel(const std::vector<Part>& parts, Weights& w, size_t panel, int32_t* sums) {
-  const size_t words = w.columns / 8, group_words = w.group_size / 8, scale_bytes = kPanelRows * (w.bf16_scales ? 2 : 4);
-  const size_t group_bytes = scale_bytes + group_words * kStepBytes;
+// sums: (groups, 32) sums of codes + 8, scratch
+void pack_panel(const std::vector<Part>& parts, Weights& w, size_t panel, uint32_t* sums) {
+  const size_t steps = w.columns / 8, group_steps = w.group_size / 8;
+  const size_t scale_bytes = kPanelRows * (w.bf16_scales ? 2 : 4), group_bytes = scale_bytes + group_steps * kStepBytes;
   uint8_t* base = w.panels.data() + panel * w.panel_stride;
-  SourceRow rows[kPanelRows];
-  for (size_t r = 0; r < kPanelRows; r++) rows[r] = source_row(parts, panel * kPanelRows + r, w);
-  std::fill(sums, sums + w.groups * kPanelRows, -8 * static_cast<int32_t>(w.group_size));
-  for (size_t first = 0; first < words; first += kLineWords) {
-    const size_t count = std::min(kLineWords, words - first);
-    for (size_t r = 0; r < kPanelRows; r++) {
-      uint32_t line[kLineWords];
-      std::fill(line, line + kLineWords, 0x88888888u);  // code 0
-      if (rows[r].words) std::memcpy(line, at(rows[r].words, 4 * first), 4 * count);
-      size_t g = first / group_words, step = first % group_words;
-      for (size_t i = 0; i < count; i++) {
-        const uint32_t word = interleave(line[i]);
-        std::memcpy(base + g * group_bytes + scale_bytes + step * kStepBytes + 4 * r, &word, 4);
-        sums[g * kPanelRows + r] += sum_nibbles(line[i]);
-        if (++step == group_words) g++, step = 0;
-      }
+  const void* rows[kPanelRows];
+  ScaleRow scales[kPanelRows];
+  for (size_t r = 0; r < kPanelRows; r++) find_row(parts, panel * kPanelRows + r, w, rows[r], scales[r]);
+  std::fill(sums, sums + w.groups * kPanelRows, 0u);
+  for (size_t first = 0; first < steps; first += kLineWords) {
+    Words words;
+    const size_t count = std::min(kLineWords, steps - first);
+    gather(rows, w.columns / 2, first, count, 0x88888888u, words);  // eight codes 0
+    for (size_t i = 0; i < count; i++) {
+      const size_t g = (first + i) / group_steps, step = (first + i) % group_steps;
+      uint32_t *sum = sums + g * kPanelRows, out[kPanelRows];
+      for (size_t r = 0; r < kPanelRows; r++) sum[r] += sum_nibbles(words[i][r]);
+      for (size_t r = 0; r < kPanelRows; r++) out[r] = interleave(words[i][r]);
+      std::memcpy(base + g * group_bytes + scale_bytes + step * kStepBytes, out, kStepBytes);
     }
   }
+  const double offset = 8.0 * static_cast<double>(w.group_size);
   for (size_t r = 0; r < kPanelRows; r++) {
     double colsum = 0.0;
     for (size_t g = 0; g < w.groups; g++) {
-      const float scale = rows[r].scale(g);
+      const float scale = scales[r][g];
       write_scale(w, base + g * group_bytes, r, scale);
-      colsum += static_cast<double>(scale) * sums[g * kPanelRows + r];
+      colsum += static_cast<double>(scale) * (sums[g * kPanelRows + r] - offset);
     }
     w.colsum[panel * kPanelRows + r] = static_cast<float>(colsum);
   }
 }
 
+// columns: without the padding of w.columns to whole steps
 void pack_panel_w8(const int8_t* codes, Weights& w, size_t columns, size_t panel) {
+  const size_t steps = w.columns / 4;
   uint8_t* base = w.panels.data() + panel * w.panel_stride;
+  const void* rows[kPanelRows];
+  uint32_t sums[kPanelRows] = {};
   for (size_t r = 0; r < kPanelRows; r++) {
     const size_t row = panel * kPanelRows + r;
-    const int8_t* source = row < w.rows ? codes + row * columns : nullptr;
-    int32_t sum = 0;
-    for (size_t k = 0; k < w.columns; k++) {
-      const int8_t code = source && k < columns ? source[k] : int8_t{0};
-      base[k / 4 * kStepBytes + 4 * r + k % 4] = static_cast<uint8_t>(code + 128);
-      sum += code;
+    rows[r] = row < w.rows ? codes + row * columns : nullptr;
+  }
+  for (size_t first = 0; first < steps; first += kLineWords) {
+    Words words;
+    const size_t count = std::min(kLineWords, steps - first);
+    gather(rows, columns, first, count, 0, words);
+    for (size_t i = 0; i < count; i++) {
+      for (uint32_t& word : words[i]) word ^= 0x80808080u;  // code + 128
+      for (size_t r = 0; r < kPanelRows; r++) sums[r] += sum_bytes(words[i][r]);
+      std::memcpy(base + (first + i) * kStepBytes, words[i], kStepBytes);
     }
-    w.colsum[row] = static_cast<float>(static_cast<double>(w.scales[row]) * sum);
+  }
+  const double offset = 128.0 * static_cast<double>(w.columns);
+  for (size_t r = 0; r < kPanelRows; r++) {
+    const size_t row = panel * kPanelRows + r;
+    w.colsum[row] = static_cast<float>(static_cast<double>(w.scales[row]) * (sums[r] - offset));
   }
 }
 
@@ -151,10 +179,10 @@ Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_siz
   w.panel_stride = w.groups * kPanelRows * (w.bf16_scales ? 2 : 4) + columns / 8 * kStepBytes;
   w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, true);
   w.colsum.resize(w.padded_rows());
-  parallel_for(w.padded_rows() / kPanelRows, 1, w.groups * kPanelRows * sizeof(int32_t),
+  parallel_for(w.padded_rows() / kPanelRows, 1, w.groups * kPanelRows * sizeof(uint32_t),
                [&](size_t begin, size_t end, uint8_t* scratch) {
                  for (size_t panel = begin; panel < end; panel++)
-                   pack_panel(parts, w, panel, reinterpret_cast<int32_t*>(scratch));
+                   pack_panel(parts, w, panel, reinterpret_cast<uint32_t*>(scratch));
                });
   return w;
 }
@@ -183,7 +211,7 @@ Weights wrap_float(std::vector<Part> parts, size_t columns, Kind kind) {
 Activations::Activations(size_t max_tokens, size_t columns)
     : max_tokens(max_tokens),
       columns(columns),
-      stride((columns + 63) / 64 * 64 + 64),
+      stride((columns + 63) / 64 * 64 + 64),  // one line more: a power of two would meet in the same cache sets
       sums_stride((columns + kSumInputs - 1) / kSumInputs),
       memory(max_tokens * stride, false),
       scales(max_tokens),

@@ -58,7 +58,9 @@ def write_llama3(directory: Path) -> Path:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    names = [_LLAMA3_SPECIAL.get(i, f"<|reserved_special_token_{i - 128000}|>") for i in range(128000, 128256)]
+    names = [
+        _LLAMA3_SPECIAL.get(i, f"<|reserved_special_token_{i - 128000}|>") for i in range(128000, 128256)
+    ]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{LLAMA3_BOS} $A", special_tokens=[(LLAMA3_BOS, 128000)]
@@ -74,23 +76,35 @@ def write_llama2(directory: Path) -> Path:
     merges = []
     for piece in vocabulary:
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        merges += [(-score[piece], vocabulary[a], vocabulary[b], a, b) for a, b in pairs if a in score and b in score]
+        merges += [
+            (-score[piece], vocabulary[a], vocabulary[b], a, b) for a, b in pairs if a in score and b in score
+        ]
     merges.sort(key=lambda merge: merge[:3])
     tokenizer = Tokenizer(
-        models.BPE(vocabulary, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocabulary, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")]
+    )
     return _save(directory, tokenizer, bos_token="<s>", eos_token="</s>", add_bos_token=True)
 
 
 def _save(directory: Path, tokenizer: Tokenizer, **settings: object) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **settings,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 
@@ -102,7 +116,7 @@ def _byte_letters() -> dict[int, str]:
 
 
 def _sentencepieces(data: bytes) -> Iterator[tuple[str, float]]:
-    """(piece, score) of a SentencePiece ModelProto: field 1, repeated; in it field 1 the text, 2 the score."""
+    """(piece, score) of a SentencePiece ModelProto: field 1, repeated; in it 1 is the text, 2 the score."""
     for field, value in _fields(data):
         if field == 1 and isinstance(value, bytes):
             parts = dict(_fields(value))

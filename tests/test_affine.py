@@ -1,6 +1,7 @@
-"""The specification of rounding against torchao, against exhaustive search, and the native kernels against it."""
+"""The specification of rounding against torchao and exhaustive search; the native kernels against it."""
 
 import importlib.util
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from llamita.affine import (
     to_f32,
 )
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
 
 
 def awkward_weights(rows: int = 24, columns: int = 512, seed: int = 0) -> np.ndarray:
@@ -39,22 +42,25 @@ def awkward_weights(rows: int = 24, columns: int = 512, seed: int = 0) -> np.nda
     return w
 
 
-# ---- against torchao -------------------------------------------------------------------------------------------
+# ---- against torchao -----------------------------------------------------------------------------
 
 
 @needs_torchao
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_int4_groups_are_bit_equal_to_torchao(group_size: int, seed: int) -> None:
-    import torch
+    torch: Any = importlib.import_module("torch")
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
 
     w = awkward_weights(seed=seed)
     linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
     linear.weight = torch.nn.Parameter(torch.from_numpy(w.copy()))
-    model = torch.nn.Sequential(linear)
+    model: Any = torch.nn.Sequential(linear)
     quantize_(
-        model, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(group_size))
+        model,
+        Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=PerGroup(group_size)
+        ),
     )
     expected_codes = model[0].weight.qdata.numpy()
     expected_scales = model[0].weight.scale.numpy()
@@ -71,7 +77,7 @@ def test_int8_per_channel_is_bit_equal_to_torchao() -> None:
     from torchao.quantization import IntxWeightOnlyConfig, PerAxis, quantize_
 
     w = awkward_weights()
-    model = torch.nn.Sequential(torch.nn.Embedding(*w.shape, _weight=torch.from_numpy(w.copy())))
+    model: Any = torch.nn.Sequential(torch.nn.Embedding(*w.shape, _weight=torch.from_numpy(w.copy())))
     config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
     quantize_(model, config, lambda module, _name: isinstance(module, torch.nn.Embedding))
     for rounded in (round_weights, _native.round_weights):
@@ -87,18 +93,20 @@ def test_activations_are_bit_equal_to_torchao() -> None:
 
     x = awkward_weights() * np.float32(50)
     x[11] += 3  # a token that is positive throughout
-    block = (1, x.shape[1])
+    block: Any = (1, x.shape[1])
     tensor = torch.from_numpy(x)
-    scale, zero = choose_qparams_affine(tensor, MappingType.ASYMMETRIC, block, target_dtype=torch.int8, quant_min=-128,
-                                        quant_max=127, zero_point_dtype=torch.int8)  # fmt: skip
-    expected = quantize_affine(tensor, block, scale, zero, torch.int8, quant_min=-128, quant_max=127)
+    limits: dict[str, Any] = {"quant_min": -128, "quant_max": 127}
+    scale, zero = choose_qparams_affine(
+        tensor, MappingType.ASYMMETRIC, block, target_dtype=torch.int8, zero_point_dtype=torch.int8, **limits
+    )
+    expected = quantize_affine(tensor, block, scale, zero, torch.int8, **limits)
     codes, scales, zero_points = quantize_activations(x)
     np.testing.assert_array_equal(codes, expected.numpy())
     np.testing.assert_array_equal(scales, scale.numpy().reshape(-1))
     np.testing.assert_array_equal(zero_points, zero.numpy().reshape(-1))
 
 
-# ---- native kernels ----------------------------------------------------------------------------------------------
+# ---- native kernels ------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -142,12 +150,12 @@ def test_a_value_that_is_not_finite_is_refused(value: float, place: tuple[int, i
         round_weights(w, 4, 32, "search")
 
 
-# ---- the search ----------------------------------------------------------------------------------------------------
+# ---- the search ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "qmax"), [(4, 7), (8, 127)])
 def test_search_finds_the_best_of_all_bf16_scales(bits: int, qmax: int) -> None:
-    """In float64, no bf16 value from the scale that halves the largest weight to the one that keeps it is better."""
+    """In float64, none from the scale that halves the largest weight to that which keeps it is better."""
     rng = np.random.default_rng(2)
     w = rng.standard_t(3, (40, 32)).astype(np.float32)
     importance = rng.gamma(0.5, 1.0, 32).astype(np.float32) + np.float32(0.01)
@@ -159,7 +167,9 @@ def test_search_finds_the_best_of_all_bf16_scales(bits: int, qmax: int) -> None:
             candidates = every[(every >= largest / (2 * qmax + 2)) & (every <= largest / qmax)]
             assert len(candidates) > 128
 
-            def error(s: np.ndarray, row: np.ndarray = row, factors: np.ndarray | None = factors) -> np.ndarray:
+            def error(
+                s: np.ndarray, row: np.ndarray = row, factors: np.ndarray | None = factors
+            ) -> np.ndarray:
                 q = np.clip(np.rint(row / s[:, None]), -qmax - 1, qmax)
                 e = (row - q * s[:, None]) ** 2
                 return (e if factors is None else e * factors).sum(axis=1)
@@ -170,8 +180,14 @@ def test_search_finds_the_best_of_all_bf16_scales(bits: int, qmax: int) -> None:
 def test_search_beats_the_plain_rules() -> None:
     w = np.random.default_rng(3).normal(0, 0.02, (64, 1024)).astype(np.float32)
     energy = (w.astype(np.float64) ** 2).sum()
-    for group_size, plain, searched in ((32, 9.02e-3, 7.42e-3), (128, 12.33e-3, 10.21e-3), (256, 14.14e-3, 11.0e-3)):
-        error = {rule: round_weights(w, 4, group_size, rule)[2].sum() / energy for rule in ("torchao", "search")}
+    for group_size, plain, searched in (
+        (32, 9.02e-3, 7.42e-3),
+        (128, 12.33e-3, 10.21e-3),
+        (256, 14.14e-3, 11.0e-3),
+    ):
+        error = {
+            rule: round_weights(w, 4, group_size, rule)[2].sum() / energy for rule in ("torchao", "search")
+        }
         assert error["torchao"] == pytest.approx(plain, rel=0.02)  # published in the field for normal weights
         assert error["search"] == pytest.approx(searched, rel=0.02)
 
@@ -191,7 +207,7 @@ def test_groups_of_zeros_have_a_harmless_scale() -> None:
     assert not error.any()
 
 
-# ---- bf16 and activations ------------------------------------------------------------------------------------------
+# ---- bf16 and activations ------------------------------------------------------------------------
 
 
 def test_every_bf16_value_survives_the_way_to_f32_and_back() -> None:

@@ -16,7 +16,8 @@ CHAT = [
 ]
 LLAMA3 = """{{- bos_token }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -26,7 +27,8 @@ LLAMA2 = """{% if messages[0]['role'] == 'system' %}
 {% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}
 {% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}
 {% for message in loop_messages %}
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate') }}{% endif %}
 {% if loop.index0 == 0 and system_message != false %}
 {% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}
 {% else %}{% set content = message['content'] %}{% endif %}
@@ -43,7 +45,11 @@ HELPERS = """{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}
 def test_renders_as_transformers_does(template: str, is_open: bool) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="compares with transformers")
     expected, _ = utils.render_jinja_template(
-        conversations=[CHAT], chat_template=template, add_generation_prompt=is_open, bos_token="<s>", eos_token="</s>"
+        conversations=[CHAT],
+        chat_template=template,
+        add_generation_prompt=is_open,
+        bos_token="<s>",
+        eos_token="</s>",
     )
     ours = ChatTemplate(template, bos_token="<s>", eos_token="</s>")
     assert ours.render(CHAT, add_generation_prompt=is_open) == expected[0]
@@ -76,7 +82,12 @@ def test_the_date_is_at_hand() -> None:
         {"chat_template.jinja": "yes", "tokenizer_config.json": json.dumps({"chat_template": "no"})},
         {
             "tokenizer_config.json": json.dumps(
-                {"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]}
+                {
+                    "chat_template": [
+                        {"name": "tool_use", "template": "no"},
+                        {"name": "default", "template": "yes"},
+                    ]
+                }
             )
         },
     ],
@@ -126,7 +137,9 @@ def test_a_huge_template_is_refused(tmp_path: Path) -> None:
         ChatTemplate("x" * (2**20 + 1))
 
 
-@pytest.mark.parametrize("message", [{}, {"role": "user"}, {"role": 1, "content": "x"}, {"role": "user", "content": 1}, "x"])
+@pytest.mark.parametrize(
+    "message", [{}, {"role": "user"}, {"role": 1, "content": "x"}, {"role": "user", "content": 1}, "x"]
+)
 def test_a_malformed_message_is_refused(message: object) -> None:
     with pytest.raises(InputError, match="messages"):
         ChatTemplate("x").render([message])  # type: ignore[list-item]

@@ -56,7 +56,9 @@ def test_stop_and_seed_reach_the_engine() -> None:
     free, again = (json.loads(run(*arguments, "--seed", "4").stdout) for _ in range(2))
     assert free["text"] == again["text"]
     word = free["text"].split()[3]
-    stopped = json.loads(run(*arguments, "--seed", "4", "--stop", word, "--stop", "zzz", "--threads", "1").stdout)
+    stopped = json.loads(
+        run(*arguments, "--seed", "4", "--stop", word, "--stop", "zzz", "--threads", "1").stdout
+    )
     assert stopped["finish_reason"] == "stop"
     assert free["text"].startswith(stopped["text"])
     assert word not in stopped["text"]
@@ -65,7 +67,7 @@ def test_stop_and_seed_reach_the_engine() -> None:
 @pytest.mark.parametrize(
     ("arguments", "stdin", "text"),
     [
-        (("--prompt", "-"), b"caf\xe9", "0xe9 at 3"),
+        (("--prompt", "-"), b"caf\xe9", "0xe9 at byte 3"),
         (("--prompt", "x " * 3000), b"", "at most 2048 tokens, the context, got"),
         (("--prompt", "x", "--temperature", "-1"), b"", "temperature"),
         (("--prompt", "x", "--greedy", "--top-k", "3"), b"", "greedy"),
@@ -119,7 +121,9 @@ class Terminal:
 
     def __init__(self, *arguments: str) -> None:
         self._main, child = pty.openpty()
-        self.process = subprocess.Popen([*CLI, *arguments], stdin=child, stdout=child, stderr=child, close_fds=True)
+        self.process = subprocess.Popen(
+            [*CLI, *arguments], stdin=child, stdout=child, stderr=child, close_fds=True
+        )
         os.close(child)
         self.seen = ""
 

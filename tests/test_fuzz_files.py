@@ -21,8 +21,9 @@ import pytest
 from tiny import make_checkpoint
 
 from llamita.checkpoint import Checkpoint, linear_names, table_names, vector_names
+from llamita.commands.inspect import facts
 from llamita.errors import LlamitaError
-from llamita.packed import open_source
+from llamita.packed import PackedModel, open_source
 from llamita.packed_writer import write_metadata
 from llamita.plan import describe
 from llamita.quantize import RoundedSource, make_plan, quantize
@@ -32,14 +33,16 @@ from llamita.verify import verify
 CASES = 2000
 BATCHES = 8
 MOST_SECONDS = 5  # for one case; they take milliseconds
-SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "vocab_size": 64}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
 
 WEIRD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 31, 32, 33, 64, 127, 128, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64,
-    10**30, -(2**63), 0.0, 0.5, -1.0, 1e-45, 1e308, 64.0, "", "x", "float32", "BF16", "I8", "../../etc/passwd", "a\nb",
-    "\x1b[31m", "é", "\ud800", "a" * 5000, [], [0], [1, 2], [64, 64], [-1, 4], ["x"], [[]], {}, {"a": 1}, {"": None},
-    "model.safetensors", "config.json", ".", "..",
+    None, True, False, 0, 1, -1, 2, 3, 7, 31, 32, 33, 64, 127, 128, 255, 256, 2**31 - 1, 2**31, 2**32,
+    2**53, 2**63, 2**64, 10**30, -(2**63), 0.0, 0.5, -1.0, 1e-45, 1e308, 64.0, "", "x", "float32", "BF16",
+    "I8", "../../etc/passwd", "a\nb", "\x1b[31m", "é", "\ud800", "a" * 5000, [], [0], [1, 2], [64, 64],
+    [-1, 4], ["x"], [[]], {}, {"a": 1}, {"": None}, "model.safetensors", "config.json", ".", "..",
 ]  # fmt: skip
 
 
@@ -59,7 +62,7 @@ def alarm(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# ---- mutations of values -------------------------------------------------------------------------------------------
+# ---- mutations of values -------------------------------------------------------------------------
 
 
 def mutate_value(value: Any, rng: random.Random) -> Any:
@@ -112,7 +115,7 @@ def to_text(value: Any, rng: random.Random) -> bytes:
     return data
 
 
-# ---- mutations of files ------------------------------------------------------------------------------------------------
+# ---- mutations of files --------------------------------------------------------------------------
 
 
 def read(path: Path) -> bytes:
@@ -133,7 +136,9 @@ def mutate_header(directory: Path, rng: random.Random) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     text = to_text(mutate_value(header, rng), rng)
-    size = rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63]) if rng.randrange(8) == 0 else len(text)
+    size = (
+        rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63]) if rng.randrange(8) == 0 else len(text)
+    )
     path.write_bytes(struct.pack("<Q", size) + text + data[8 + length :])
 
 
@@ -208,7 +213,7 @@ def reseal(directory: Path) -> None:
         return
 
 
-# ---- the test ------------------------------------------------------------------------------------------------------------
+# ---- the test ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -236,12 +241,24 @@ def use(directory: Path) -> None:
         rounded = RoundedSource(source, make_scheme("llama3.2"))
         for name in [*table_names(source.config), *linear_names(source.config)]:
             rounded.weight(name)
+    assert isinstance(source, Checkpoint | PackedModel)
+    json.dumps(facts(source), allow_nan=False)
     source.close()
 
 
 def look(directory: Path) -> None:
     model = describe(str(directory))
     make_plan(model.config, model.scheme or make_scheme("llama3.2"), model.float_dtype)
+
+
+def outcome(action: Callable[[Path], Any], directory: Path) -> str | None:
+    """The message with which the action refused, None if it did not."""
+    with alarm(MOST_SECONDS):
+        try:
+            action(directory)
+        except LlamitaError as error:
+            return str(error)
+    return None
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
@@ -260,15 +277,11 @@ def test_damaged_directories_are_read_or_refused(tmp_path: Path, originals: list
         if rng.randrange(4):
             reseal(directory)
         for action in (use, look, verify):
-            with alarm(MOST_SECONDS):
-                try:
-                    action(directory)
-                except LlamitaError as error:
-                    refused += 1
-                    assert "\n" not in str(error).strip(), (case, error)
-                except AssertionError:
-                    raise
-                except Exception as error:
-                    raise AssertionError(f"case {case}: {action.__name__}: {mutations}") from error
+            try:
+                error = outcome(action, directory)
+            except Exception as problem:
+                raise AssertionError(f"case {case}: {action.__name__} after {mutations}") from problem
+            refused += error is not None
+            assert "\n" not in (error or ""), (case, error)
         shutil.rmtree(directory)
     assert refused > CASES // BATCHES  # most are refused by one of the three

@@ -12,10 +12,10 @@ from real_tokenizers import write_llama2, write_llama3
 from tiny import make_checkpoint
 
 import llamita
+from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import LLM, PREFILL_CHUNK, Generation
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError, RunError
-from llamita.packed import open_source
 from llamita.quantize import RoundedSource
 from llamita.scheme import make_scheme
 
@@ -40,7 +40,9 @@ class Script:
         self._tokens = iter(tokens)
         self._vocab_size = vocab_size
 
-    def step(self, sequences: Any, rows: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def step(
+        self, sequences: Any, rows: np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         for cache, ids in sequences:
             cache.length += len(ids)
             assert cache.length <= cache.capacity
@@ -132,6 +134,24 @@ def test_prompts_may_be_text_tokens_or_messages(embedded: LLM) -> None:
     assert chat.timings.prompt_tokens == len(embedded.tokenizer.encode(PROMPT + "\n"))  # BOS once
 
 
+def test_a_template_decides_about_bos_and_an_answer_is_a_text_of_its_own(tiny: LLM, tmp_path: Path) -> None:
+    write_llama2(tmp_path)  # a tokenizer that puts BOS before a text and a space before a word
+    tiny.config = replace(tiny.config, vocab_size=32000, eos_token_ids=())
+    (tmp_path / "chat_template.jinja").write_text("[INST]{{ messages[0].content }}[/INST]")
+    answer = tiny.tokenizer.encode("Hello there", add_bos=False)
+    tiny.model = Script([*answer, 2], 32000)  # type: ignore[assignment]
+    generation = tiny.generate([{"role": "user", "content": "Hi"}])
+    assert generation.text == "Hello there"
+    assert generation.timings.prompt_tokens == len(tiny.tokenizer.encode("[INST]Hi[/INST]", add_bos=False))
+
+
+@pytest.mark.parametrize("count", [1, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 2 * PREFILL_CHUNK])
+def test_prompts_about_the_length_of_a_chunk(embedded: LLM, count: int) -> None:
+    ids = np.random.default_rng(0).integers(2, 4096, count)
+    generation = embedded.generate(ids, max_tokens=1, greedy=True)
+    assert generation.token_ids in ([], [embedded.logits(ids)[-1].argmax()])  # [] if it ends there
+
+
 def test_an_empty_prompt_is_the_bos_token_alone(tiny: LLM) -> None:
     for prompt in ("", [], np.array([], dtype=np.int64)):
         assert tiny.generate(prompt, max_tokens=3, greedy=True).timings.prompt_tokens == 1
@@ -210,6 +230,11 @@ def test_stop_strings_overlapping_themselves() -> None:
     assert (shown, stops.found, stops.finish()) == ("aa", True, "")
 
 
+def test_the_first_of_two_stop_strings_in_one_piece_counts() -> None:
+    stops = StopStrings(["late", "early"])
+    assert (stops.add("so early, so late"), stops.found) == ("so ", True)
+
+
 # Whole characters
 
 
@@ -223,7 +248,9 @@ def test_a_stream_never_cuts_a_character(tiny: LLM) -> None:
 def test_bytes_that_are_not_utf8_become_replacements(tiny: LLM) -> None:
     letters = tiny.tokenizer.encode("a", add_bos=False)
     lead = tiny.tokenizer.encode("中", add_bos=False)[0]
-    pieces, generation = pieces_of(scripted(tiny, [*letters, lead, *letters, lead]).stream("x", max_tokens=10))
+    pieces, generation = pieces_of(
+        scripted(tiny, [*letters, lead, *letters, lead]).stream("x", max_tokens=10)
+    )
     assert generation.text == "a\ufffda\ufffd"
     assert pieces == ["a", "\ufffda", "\ufffd"]
     generation = scripted(tiny, [*letters, lead]).generate("x", max_tokens=2)  # cut inside a character
@@ -339,12 +366,13 @@ def test_a_float_model_stays_float_and_a_dtype_of_its_own(embedded: LLM) -> None
 def test_mixed_kinds_in_one_layer(tmp_path: Path) -> None:
     """q and k rounded, v in float: parts of one fused layer, each by its own arithmetic."""
     directory = make_checkpoint(tmp_path, "llama3", dtype="F32", attention_bias=True)
+
     class Mixed(RoundedSource):
         def weight(self, name: str) -> Any:
             is_float = name.endswith(("v_proj", "up_proj"))
             return floats.weight(name) if is_float else super().weight(name)
 
-    floats = open_source(directory)
+    floats = Checkpoint(directory)
     mixed, whole = (LLM(make(floats, make_scheme("arm")), kv_dtype="f32") for make in (Mixed, RoundedSource))
     ids = np.arange(40)
     exact, rough = llamita.load(directory).logits(ids), whole.logits(ids)

@@ -24,7 +24,10 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3.1": ("llama31", {}),
     "llama 3.2, tied": ("llama32", {}),
     "tinyllama, grouped heads": ("tinyllama", {}),
-    "linear rope": ("llama2", {"max_position_embeddings": SHORT, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "linear rope": (
+        "llama2",
+        {"max_position_embeddings": SHORT, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    ),
     "dynamic rope": (
         "llama2",
         {"max_position_embeddings": SHORT, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
@@ -36,7 +39,13 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide heads": ("llama3", {"head_dim": 64}),
     "odd sizes": (
         "llama3",
-        {"hidden_size": 104, "head_dim": 26, "intermediate_size": 184, "num_hidden_layers": 3, "vocab_size": 331},
+        {
+            "hidden_size": 104,
+            "head_dim": 26,
+            "intermediate_size": 184,
+            "num_hidden_layers": 3,
+            "vocab_size": 331,
+        },
     ),
     "many heads to one": ("llama3", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}),
     "large epsilon": ("llama3", {"rms_norm_eps": 0.1}),
@@ -93,7 +102,10 @@ def test_keys_and_values_in_half_precision_change_little(tmp_path: Path) -> None
 ROPES = {
     "default": ({"rope_type": "default"}, {}),
     "linear": ({"rope_type": "linear", "factor": 3.0}, {"kind": "linear", "factor": 3.0}),
-    "dynamic": ({"rope_type": "dynamic", "factor": 3.0}, {"kind": "dynamic", "factor": 3.0, "original_context": 128}),
+    "dynamic": (
+        {"rope_type": "dynamic", "factor": 3.0},
+        {"kind": "dynamic", "factor": 3.0, "original_context": 128},
+    ),
     "llama3": (
         {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 8192},
@@ -106,7 +118,9 @@ ROPES = {
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("length", [100, 300])
-def test_rotary_frequencies_are_those_of_transformers(kind: str, theta: float, head_dim: int, length: int) -> None:
+def test_rotary_frequencies_are_those_of_transformers(
+    kind: str, theta: float, head_dim: int, length: int
+) -> None:
     """To two units in the last place: Torch's vectorized power is itself off by one."""
     theirs, ours = ROPES[kind]
     config = transformers.LlamaConfig(

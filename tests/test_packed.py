@@ -65,12 +65,14 @@ def float_weight(weight: Any) -> np.ndarray:
     return dequantize(weight.codes, weight.scales) if isinstance(weight, Int8Weight) else to_f32(weight)
 
 
-# ---- what is written is read --------------------------------------------------------------------------------------
+# ---- what is written is read ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(("preset", "dtype"), [("arm", "F32"), ("llama3.2", "BF16"), ("llamita", "F16")])
-def test_directory_and_rounding_on_the_fly_are_the_same(tmp_path: Path, preset: str, family: str, dtype: str) -> None:
+def test_directory_and_rounding_on_the_fly_are_the_same(
+    tmp_path: Path, preset: str, family: str, dtype: str
+) -> None:
     group_size = 32 if family == "tinyllama" else None  # 352 inputs of down_proj
     out = pack(tmp_path, preset, group_size, family=family, dtype=dtype, attention_bias=True, mlp_bias=True)
     packed = PackedModel(out)
@@ -109,7 +111,9 @@ def test_shards_hold_the_same_tensors_as_one_file(tmp_path: Path) -> None:
     for name in [*table_names(whole.config), *linear_names(whole.config)]:
         assert_same_weight(sharded.weight(name), whole.weight(name))
     index = json.loads((sharded_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(i.stop - i.start for i in whole.files["model.safetensors"].tensors.values())
+    assert index["metadata"]["total_size"] == sum(
+        i.stop - i.start for i in whole.files["model.safetensors"].tensors.values()
+    )
     assert "model.safetensors" not in {path.name for path in sharded_path.iterdir()}
 
 
@@ -137,12 +141,19 @@ def test_small_files_travel_along(tmp_path: Path) -> None:
     (tmp_path / "src" / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT")
     quantize(Checkpoint(tmp_path / "src"), "src", tmp_path / "out", make_scheme("llama3.2"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"LICENSE.txt", "USE_POLICY.md", "NOTICE", "generation_config.json", "chat_template.jinja", "config.json",
-                     "special_tokens_map.json", "SOURCE_README.md", "README.md", "model.safetensors", "llamita.json",
-                     "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    copied = {"LICENSE.txt", "USE_POLICY.md", "NOTICE", "generation_config.json", "chat_template.jinja",
+              "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    made = {"config.json", "SOURCE_README.md", "README.md", "model.safetensors", "llamita.json"}
+    assert names == copied | made
     assert (tmp_path / "out" / "SOURCE_README.md").read_text() == "the README.md"
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in ("Built with Llama", "llama.com/llama3_2/use-policy", "responsible-use-guide", "llama3.2", "int4"):
+    for text in (
+        "Built with Llama",
+        "llama.com/llama3_2/use-policy",
+        "responsible-use-guide",
+        "llama3.2",
+        "int4",
+    ):
         assert text in card
 
 
@@ -170,7 +181,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (second / path.name).read_bytes()
 
 
-# ---- what is damaged is refused -------------------------------------------------------------------------------------
+# ---- what is damaged is refused ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,11 @@ def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str
 def test_a_scheme_that_the_tensors_contradict_is_refused(tmp_path: Path) -> None:
     out = pack(tmp_path)
     scheme = json.loads((out / "llamita.json").read_text())["scheme"]
-    for change in ({"group_size": 64}, {"scale_dtype": "float32", "scale_rule": "torchao"}, {"table_bits": None}):
+    for change in (
+        {"group_size": 64},
+        {"scale_dtype": "float32", "scale_rule": "torchao"},
+        {"table_bits": None},
+    ):
         reseal(out, scheme=scheme | change)
         with pytest.raises(InputError, match="expected"):
             open_source(out)
@@ -231,7 +246,7 @@ def test_scales_that_no_runtime_accepts_are_refused(tmp_path: Path, bits: int) -
         PackedModel(out).weight(name)
 
 
-# ---- transformers ----------------------------------------------------------------------------------------------------
+# ---- transformers --------------------------------------------------------------------------------
 
 
 @needs_transformers
@@ -252,7 +267,7 @@ def test_transformers_opens_an_arm_directory_and_computes_the_same(
         exact = AutoModelForCausalLM.from_pretrained(tmp_path / "src", dtype=torch.float32)
         unquantized = exact(ids).logits
         for name in linear_names(packed.config):
-            module = exact.get_submodule(name)
+            module: Any = exact.get_submodule(name)
             module.weight.copy_(torch.from_numpy(float_weight(packed.weight(name))))
             module.register_forward_pre_hook(_fake_quantize)
         expected = exact(ids).logits

@@ -37,7 +37,9 @@ def test_first_code_has_the_lowest_bits() -> None:
     assert pack_int4(codes)[0, 0] == np.uint32(0xF6543210).astype(np.int32)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors not installed"
+)
 def test_words_equal_those_of_compressed_tensors() -> None:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -46,7 +48,9 @@ def test_words_equal_those_of_compressed_tensors() -> None:
     np.testing.assert_array_equal(pack_int4(codes), pack_to_int32(torch.from_numpy(codes), 4).numpy())
 
 
-@pytest.mark.parametrize("codes", [np.full((1, 8), 8, np.int8), np.full((1, 8), -9, np.int8), np.zeros((1, 12), np.int8)])
+@pytest.mark.parametrize(
+    "codes", [np.full((1, 8), 8, np.int8), np.full((1, 8), -9, np.int8), np.zeros((1, 12), np.int8)]
+)
 def test_codes_out_of_range_or_in_a_broken_word_are_refused(codes: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected"):
         pack_int4(codes)

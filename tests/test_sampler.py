@@ -1,5 +1,7 @@
 """The sampler against transformers' logits processors, and against what its settings promise."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,13 @@ SETTINGS = [
 ]
 
 
+def oracle() -> tuple[Any, Any]:
+    """Torch, and transformers' logits processors."""
+    reason = "compares with transformers"
+    torch = pytest.importorskip("torch", reason=reason)
+    return torch, pytest.importorskip("transformers.generation.logits_process", reason=reason)
+
+
 def logits_of(seed: int, spread: float = 4.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, spread, VOCAB).astype(np.float32)
 
@@ -31,8 +40,7 @@ def logits_of(seed: int, spread: float = 4.0) -> np.ndarray:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_distribution_is_that_of_transformers(settings: dict[str, float], seed: int) -> None:
-    torch = pytest.importorskip("torch", reason="compares with transformers")
-    process = pytest.importorskip("transformers.generation.logits_process", reason="compares with transformers")
+    torch, process = oracle()
     scores = torch.from_numpy(logits_of(seed))[None]
     for name, warper in [
         ("temperature", process.TemperatureLogitsWarper),
@@ -49,10 +57,10 @@ def test_distribution_is_that_of_transformers(settings: dict[str, float], seed: 
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
-    torch = pytest.importorskip("torch", reason="compares with transformers")
-    process = pytest.importorskip("transformers.generation.logits_process", reason="compares with transformers")
+    torch, process = oracle()
     seen, logits = np.array([3, 3, 17, 4999]), logits_of(2)
-    expected = process.RepetitionPenaltyLogitsProcessor(1.3)(torch.from_numpy(seen)[None], torch.from_numpy(logits)[None])
+    processor = process.RepetitionPenaltyLogitsProcessor(1.3)
+    expected = processor(torch.from_numpy(seen)[None], torch.from_numpy(logits)[None])
     np.testing.assert_array_equal(penalize(logits, np.unique(seen), 1.3), expected[0].numpy())
 
 
@@ -93,6 +101,8 @@ def test_ties_and_extremes() -> None:
     assert len(tokens) == 100  # all tie with the fifth
     tokens, _ = distribution(flat, Sampling(temperature=1.0, top_p=0.0))
     assert len(tokens) == 1
+    tokens, _ = distribution(flat, Sampling(temperature=1.0, top_p=0.5))
+    assert len(tokens) == 50  # as many as it takes, though all are alike
     steep = np.array([1e30, -1e30, 3e38, -np.inf], dtype=np.float32)
     tokens, probabilities = distribution(steep, Sampling(temperature=1e-30))
     assert tokens[probabilities.argmax()] == 2

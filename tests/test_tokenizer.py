@@ -110,8 +110,8 @@ def test_bos_comes_once(llama3: Path, llama2: Path) -> None:
         tokenizer = opened(path)
         assert tokenizer.adds_bos
         assert tokenizer.bos_token == bos
-        assert tokenizer.encode("Hi").count(tokenizer.bos_token_id) == 1
-        assert tokenizer.encode(f"{bos}Hi").count(tokenizer.bos_token_id) == 1
+        for text in ("Hi", f"{bos}Hi"):
+            assert tokenizer.encode(text)[:2].count(tokenizer.encode("")[0]) == 1
         assert tokenizer.encode("") == [tokenizer.bos_token_id]
         assert tokenizer.encode("", add_bos=False) == []
 
@@ -163,7 +163,9 @@ def test_ids_without_a_token_are_silent(llama3: Path) -> None:
         ({"tokenizer.json": '{"model": {"type": "Nonsense"}}'}, "tokenizers library"),
     ],
 )
-def test_a_missing_or_broken_tokenizer_is_one_clear_line(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+def test_a_missing_or_broken_tokenizer_is_one_clear_line(
+    tmp_path: Path, files: dict[str, str], expected: str
+) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=expected) as error:

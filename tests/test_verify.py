@@ -91,7 +91,7 @@ def test_what_the_hub_adds_is_no_problem(copy: Path) -> None:
 
 
 def test_a_directory_of_another_kind_is_refused(packed: Path) -> None:
-    with pytest.raises(InputError, match="llamita.json"):
+    with pytest.raises(InputError, match=r"llamita\.json"):
         verify(packed.parent / "src")
 
 

@@ -16,10 +16,9 @@ from tiny import make_checkpoint
 import llamita
 from llamita import _native
 from llamita.affine import to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight
+from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight, resolve
 from llamita.engine import model as model_module
 from llamita.engine.llm import LLM
-from llamita.packed import open_source
 from llamita.packing import unpack_int4
 from llamita.quantize import RoundedSource
 from llamita.scheme import make_scheme
@@ -33,10 +32,10 @@ TEXT = "Once upon a time there was a little dog named Max. He loved to run in th
 
 
 class Recorder:
-    """Stands for `_native` in the forward pass: every call goes through and is kept, inputs before, outputs after."""
+    """Stands for `_native` in the forward pass: every call goes through, and its arguments are kept."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, list[Any], list[Any]]] = []
+        self.calls: list[tuple[str, list[Any], list[Any]]] = []  # name, arguments before and after
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(_native, name)
@@ -77,7 +76,7 @@ def dequantized(weight: Int4Weight | Int8Weight | np.ndarray) -> np.ndarray:
 
 
 def rounded(path: Path | str, preset: str) -> RoundedSource:
-    return RoundedSource(open_source(path), make_scheme(preset))  # type: ignore[arg-type]
+    return RoundedSource(Checkpoint(resolve(path)), make_scheme(preset))
 
 
 def matrices(llm: LLM, source: RoundedSource) -> dict[int, np.ndarray]:
@@ -195,7 +194,15 @@ def test_every_operation_is_that_of_torch(
             projected, rotated = before[2], len(before[2]) == len(ids)
         elif name == "attention" and rotated:
             check_attention(projected, after[4], llm)
-    assert seen >= {"embed", "rmsnorm_quantize", "swiglu_quantize", "quantize", "linear", "rope_and_cache", "attention"}
+    assert seen >= {
+        "embed",
+        "rmsnorm_quantize",
+        "swiglu_quantize",
+        "quantize",
+        "linear",
+        "rope_and_cache",
+        "attention",
+    }
 
 
 class FakeQuantized(torch.nn.Linear):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_every_copy_of_the_file_is_the_same_text(tmp_path):
         found = wikitext.read(path)
         assert (found.pages, found.text, found.is_original) == (from_given.pages, from_given.text, True)
         assert found.note.endswith("now put back") == ("original" not in name)
+
+
+@needs_file
+def test_pages_of_the_hub_give_the_same_text():
+    from_file = wikitext.read(REAL)
+    assert wikitext.from_pages(from_file.pages, "hub") == replace(from_file, note="")
 
 
 @needs_file

@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 PAIR_SEED = 7
 PAIR_FRACTION = 0.03  # of the channels; large models show outliers in a few channels of a hundred
 PAIR_SCALE = 16.0
-SAMPLE_TOKENS = 4096
+SAMPLE_TOKENS, SAMPLE_WINDOW = 4096, 1024  # of text for the principal components
 
 
 def fold_norms(model: LlamaForCausalLM) -> None:
@@ -91,6 +91,13 @@ def scale_pairs(model: LlamaForCausalLM) -> None:
         mlp.down_proj.weight.data /= up
 
 
+def calibration_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """The beginning of a text as (windows, tokens)."""
+    tokens = tokenizer(text[: 8 * SAMPLE_TOKENS], return_tensors="pt").input_ids[:, :SAMPLE_TOKENS]
+    window = min(tokens.shape[1], SAMPLE_WINDOW)
+    return tokens[:, : tokens.shape[1] // window * window].reshape(-1, window)
+
+
 def stress(model: LlamaForCausalLM, tokens: torch.Tensor, parts: set[str]) -> LlamaForCausalLM:
     """The twin with the given parts ("basis", "pairs"); `model` is changed in place."""
     model.double()
@@ -115,9 +122,7 @@ def main() -> None:
         parser.error(f"--parts: expected basis, pairs or both, got {args.parts}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = (args.text or args.model / "heldout.txt").read_text("utf-8")
-    tokens = tokenizer(text, return_tensors="pt").input_ids[:, :SAMPLE_TOKENS]
-    window = min(tokens.shape[1], 1024)
-    tokens = tokens[:, : tokens.shape[1] // window * window].reshape(-1, window)
+    tokens = calibration_tokens(tokenizer, text)
     model = stress(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), tokens, parts)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

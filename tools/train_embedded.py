@@ -1,11 +1,11 @@
 """Train the embedded model: a small Llama, and its tokenizer, from plain text.
 
-    python tools/train_embedded.py --text DIR --out build/embedded --steps 4000
+    python tools/train_embedded.py --text DIR --out build/embedded --steps 2700
 
 `DIR` holds tinystories_train.txt, tinystories_valid.txt, children.txt and general.txt. The run is a
 function of the seed and of `--steps`; it saves itself every few minutes and goes on where it stopped.
 Recipe: Muon for the matrices (Jordan et al., 2024), AdamW for the rest; a constant learning rate, then
-a linear decay over the last quarter; windows of 256 tokens, the last 5 % of the steps with 2,048.
+a linear decay over the last sixth; windows of 256 tokens, the last 5 % of the steps with 2,048.
 """
 
 import argparse
@@ -32,14 +32,14 @@ BOS, EOS = 0, 1
 class Recipe:
     """Everything the result depends on, besides the texts."""
 
-    steps: int = 4000
+    steps: int = 2700
     seed: int = 1
     batch_tokens: int = 4096
     muon_lr: float = 0.02
     adam_lr: float = 0.003
     weight_decay: float = 0.05
     warmup_steps: int = 100
-    decay_fraction: float = 0.25
+    decay_fraction: float = 1 / 6
     long_fraction: float = 0.05
     mixture: tuple[float, ...] = (0.5, 0.4, 0.1)  # TinyStories, children's books, general
 

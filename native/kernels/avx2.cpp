@@ -107,10 +107,10 @@ constexpr size_t kQueryRows = 4, kQueryTile = 4;
 #include "rounding.inc"
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
-constexpr size_t kAhead = 4096;    // bytes: past the page where the hardware's own prefetch stops
+constexpr size_t kAhead = 8192;    // bytes of prefetch: beyond the pages where the hardware's own stops
 constexpr size_t kStep = 128;      // bytes of panel per 8 (w4) or 4 (w8) inputs: 4 vectors
 constexpr size_t kVectors = 4;     // of 8 rows each
-constexpr size_t kTileTokens = 4;
+constexpr size_t kUnpackedTokens = 3, kByteTokens = 4;  // GCC spills what 4 tokens of the former would need
 
 __m256i load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 __m256i broadcast4(const int8_t* x) {
@@ -171,15 +171,16 @@ V scales_of(const uint8_t* scales, bool bf16, size_t half) {
   return bf16 ? load_bf16(scales + half * 32) : load(reinterpret_cast<const float*>(scales) + half * kLanes);
 }
 
-// `steps` steps of 8 inputs (at most 4: 16-bit sums) of nibbles, all 4 vectors of rows
-template <size_t T>
-void nibbles(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, size_t steps) {
+// kSteps steps of 8 inputs (at most 4: 16-bit sums) of nibbles, all 4 vectors of rows
+template <size_t T, size_t kSteps>
+void nibbles(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride) {
   const __m256i low = _mm256_set1_epi8(15);
 #pragma GCC unroll 4
   for (size_t v = 0; v < kVectors; v++) {
     __m256i part[T];
     for (auto& p : part) p = _mm256_setzero_si256();
-    for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 1
+    for (size_t s = 0; s < kSteps; s++) {  // unrolled, GCC keeps too much in registers
       const __m256i both = load_bytes(w + s * kStep + v * 32);
       const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 4
@@ -193,6 +194,13 @@ void nibbles(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, 
   }
 }
 
+// f.operator()<kSteps>() in runs of kMost steps, then one by one
+template <size_t kMost, class F>
+void for_steps(size_t steps, F f) {
+  for (; steps >= kMost; steps -= kMost) f.template operator()<kMost>();
+  for (; steps > 0; steps--) f.template operator()<1>();
+}
+
 template <size_t T>
 void fused_tile(const QuantizedLinear& a, size_t panel) {
   const uint8_t* w = a.panels + panel * a.panel_stride;
@@ -204,26 +212,25 @@ void fused_tile(const QuantizedLinear& a, size_t panel) {
     prefetch(w + kAhead);
     w += kPanelRows * (a.bf16_scales ? 2 : 4);
     start_group(sums, a, 0, g);
-    for (size_t left = a.group_size / 8; left > 0;) {
-      const size_t steps = left < 4 ? left : 4;
-      for (size_t line = 0; line < steps * kStep; line += 64) prefetch(w + kAhead + line);
-      nibbles(sums, w, x, a.x_stride, steps);
-      w += steps * kStep;
-      x += steps * 8;
-      left -= steps;
-    }
+    for_steps<4>(a.group_size / 8, [&]<size_t kSteps>() {
+      for (size_t line = 0; line < kSteps * kStep; line += 64) prefetch(w + kAhead + line);
+      nibbles<T, kSteps>(sums, w, x, a.x_stride);
+      w += kSteps * kStep;
+      x += kSteps * 8;
+    });
     end_group(sums, s0, s1);
   }
   finish_tile(sums, a, panel, 0);
 }
 
-// `steps` steps of 4 inputs of unpacked nibbles (at most 8), two vectors of rows at a time
-template <size_t T>
-void small_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, size_t steps) {
+// kSteps steps of 4 inputs of unpacked nibbles (at most 8), two vectors of rows at a time
+template <size_t T, size_t kSteps>
+void small_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride) {
   for (size_t v = 0; v < kVectors; v += 2) {
     __m256i part[T][2];
     for (auto& p : part) p[0] = p[1] = _mm256_setzero_si256();
-    for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 1
+    for (size_t s = 0; s < kSteps; s++) {  // unrolled, GCC keeps too much in registers
       const __m256i w0 = load_bytes(w + s * kStep + v * 32), w1 = load_bytes(w + s * kStep + v * 32 + 32);
 #pragma GCC unroll 4
       for (size_t i = 0; i < T; i++) {
@@ -247,43 +254,58 @@ void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scal
   load_sums(sums, acc);
   for (size_t g = group; g < group + groups; g++, scales += kPanelRows) {
     start_group(sums, a, t, g);
-    for (size_t left = a.group_size / 4; left > 0;) {
-      const size_t steps = left < 8 ? left : 8;
-      small_bytes(sums, w, x, a.x_stride, steps);
-      w += steps * kStep;
-      x += steps * 4;
-      left -= steps;
-    }
+    for_steps<8>(a.group_size / 4, [&]<size_t kSteps>() {
+      small_bytes<T, kSteps>(sums, w, x, a.x_stride);
+      w += kSteps * kStep;
+      x += kSteps * 4;
+    });
     end_group(sums, load(scales), load(scales + kLanes));
   }
   store_sums(sums, acc);
 }
 
-// 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits
+// 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits.
+// Steps [first, last) of 4 inputs, vectors v and v + 1 of rows
+template <size_t T>
+void wide_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, size_t first, size_t last, size_t v) {
+  __m256i dot[T][2];
+  for (size_t i = 0; i < T; i++)
+    for (size_t half = 0; half < 2; half++) dot[i][half] = sums.dot[i][v + half];
+  for (size_t s = first; s < last; s++) {
+    const uint8_t* p = w + s * kStep + v * 32;
+    prefetch(p + kAhead);
+    __m256i even[2], odd[2];
+    for (size_t half = 0; half < 2; half++) {
+      const __m256i bytes = load_bytes(p + half * 32);
+      even[half] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+      odd[half] = _mm256_srli_epi16(bytes, 8);
+    }
+#pragma GCC unroll 4
+    for (size_t i = 0; i < T; i++) {
+      const __m256i four = broadcast4(x + i * x_stride + s * 4);
+      const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), x_odd = _mm256_srai_epi16(four, 8);
+#pragma GCC unroll 2
+      for (size_t half = 0; half < 2; half++) {
+        dot[i][half] = _mm256_add_epi32(dot[i][half], _mm256_madd_epi16(even[half], x_even));
+        dot[i][half] = _mm256_add_epi32(dot[i][half], _mm256_madd_epi16(odd[half], x_odd));
+      }
+    }
+  }
+  for (size_t i = 0; i < T; i++)
+    for (size_t half = 0; half < 2; half++) sums.dot[i][v + half] = dot[i][half];
+}
+
 template <size_t T>
 void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
-  const uint8_t* w = a.panels + panel * a.panel_stride;
+  constexpr size_t kBlock = 64;  // steps, 8 KiB: both halves of the rows before the next
+  const size_t steps = a.columns / 4;
   Sums<T> sums;
   clear(sums);
   start_group(sums, a, t, 0);
-  for (size_t v = 0; v < kVectors; v++) {
-    __m256i dot[T];
-    for (size_t i = 0; i < T; i++) dot[i] = sums.dot[i][v];
-    for (size_t k = 0; k < a.columns; k += 4) {
-      const uint8_t* p = w + k / 4 * kStep + v * 32;
-      prefetch(p + kAhead);
-      const __m256i bytes = load_bytes(p);
-      const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
-#pragma GCC unroll 4
-      for (size_t i = 0; i < T; i++) {
-        const __m256i four = broadcast4(a.x + (t + i) * a.x_stride + k);
-        const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), x_odd = _mm256_srai_epi16(four, 8);
-        dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(even, x_even));
-        dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(odd, x_odd));
-      }
-    }
-    for (size_t i = 0; i < T; i++) sums.dot[i][v] = dot[i];
-  }
+  for (size_t s = 0; s < steps; s += kBlock)
+    for (size_t v = 0; v < kVectors; v += 2)
+      wide_bytes(sums, a.panels + panel * a.panel_stride, a.x + t * a.x_stride, a.x_stride, s,
+                 s + kBlock < steps ? s + kBlock : steps, v);
   const float* scales = a.scales + panel * kPanelRows;
   end_group(sums, load(scales), load(scales + kLanes));
   finish_tile(sums, a, panel, t);
@@ -313,11 +335,12 @@ template <size_t N>
 double probe(size_t iterations) {
   __m256i acc[N], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(1);
   for (auto& v : acc) v = _mm256_setzero_si256();
-  for (size_t i = 0; i < iterations; i++) {
+  for (size_t i = 0; i < iterations; i++)
 #pragma GCC unroll 12
-    for (size_t j = 0; j < N; j++) acc[j] = _mm256_add_epi16(acc[j], _mm256_maddubs_epi16(a, b));
-    asm volatile("" : "+x"(a), "+x"(b));  // the products are to be made anew
-  }
+    for (size_t j = 0; j < N; j++) {
+      acc[j] = _mm256_add_epi16(acc[j], _mm256_maddubs_epi16(a, b));
+      asm volatile("" : "+x"(a));  // each product is to be made anew
+    }
   for (size_t j = 1; j < N; j++) acc[0] = _mm256_add_epi16(acc[0], acc[j]);
   volatile int32_t sink = _mm256_extract_epi32(acc[0], 0);
   static_cast<void>(sink);

@@ -88,7 +88,7 @@ void store_f16(uint16_t* p, V a) {
 void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Tiles: how much is computed together, of 32 registers. Results do not depend on them.
-constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 8;
+constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
 constexpr size_t kQueryRows = 8, kQueryTile = 16;
 
@@ -97,8 +97,8 @@ constexpr size_t kQueryRows = 8, kQueryTile = 16;
 #include "rounding.inc"
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
-constexpr size_t kTileTokens = 6;  // 6 tokens x 2 vectors: 12 integer and 12 float accumulators
-constexpr size_t kAhead = 4096;    // bytes: past the page where the hardware's own prefetch stops
+constexpr size_t kUnpackedTokens = 6, kByteTokens = 6;  // x 2 vectors: 12 integer and 12 float accumulators
+constexpr size_t kAhead = 8192;    // bytes of prefetch: beyond the pages where the hardware's own stops
 constexpr size_t kStep = 128;      // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
 
 __m512i broadcast4(const int8_t* x) {

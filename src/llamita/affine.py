@@ -33,7 +33,7 @@ def f32_to_bf16(x: F32) -> npt.NDArray[np.uint16]:
 def to_f32(array: Array) -> F32:
     """float32, float16 or bf16 bits (uint16) as float32."""
     if array.dtype == np.uint16:
-        return bf16_to_f32(array)
+        return bf16_to_f32(array.view(np.uint16))
     if array.dtype not in (np.float32, np.float16):
         raise ValueError(f"expected float32, float16 or bf16 bits in uint16, got {array.dtype}")
     return np.asarray(array, np.float32)

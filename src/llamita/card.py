@@ -17,7 +17,9 @@ _POLICIES = {
 }
 _GUIDE = "https://www.llama.com/responsible-use-guide/"
 _VERSION = re.compile(r"(?i)\bllama[ _-]?(2|3(?:[._][123])?)(?![\d.]*\d)")
-_LICENCE_KEY = re.compile(r"^(license|license_name|license_link|language):[^\n]*(?:\n- [^\n]*)*$", re.MULTILINE)
+_LICENCE_KEY = re.compile(
+    r"^(license|license_name|license_link|language):[^\n]*(?:\n- [^\n]*)*$", re.MULTILINE
+)
 _RULES = {
     "torchao": "the largest weight of the group over 7.5 (torchao's formula)",
     "search": "least squared error among all bf16 values",
@@ -44,7 +46,7 @@ def model_card(facts: CardFacts) -> str:
     """README.md of a packed directory, with the front matter that the Hugging Face hub reads."""
     scheme = facts.scheme
     tables = "int8 per channel" if scheme.table_bits else "float, as in the source"
-    ratio = 1 - facts.tensor_bytes / facts.source_bytes
+    before, after = facts.source_bytes / 1e6, facts.tensor_bytes / 1e6
     worst = "\n".join(f"| {name} | {error:.2e} |" for name, error in facts.worst)
     return f"""{_front_matter(facts)}
 # {_display_name(facts.source_name)}, 4-bit ({scheme.name})
@@ -58,7 +60,7 @@ Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita
 | embedding and head | {tables} |
 | method | {facts.method} |
 | scales | {_RULES[scheme.scale_rule]} |
-| size of the tensors | {facts.tensor_bytes / 1e6:,.1f} MB; {facts.source_bytes / 1e6:,.1f} MB before (-{ratio:.0%}) |
+| size of the tensors | {after:,.1f} MB; {before:,.1f} MB before (-{1 - after / before:.0%}) |
 | relative squared error of the weights | {facts.relative_error:.3e} |
 
 The layers that lost most:
@@ -67,8 +69,8 @@ The layers that lost most:
 |---|---|
 {worst}
 
-`llamita verify DIRECTORY` checks every file against `llamita.json`; `llamita evaluate DIRECTORY` measures what
-the rounding cost. Rounding changes a model's answers: evaluate it for your use before you rely on it.
+`llamita verify DIRECTORY` checks every file against `llamita.json`; `llamita evaluate DIRECTORY` measures
+what the rounding cost. Rounding changes a model's answers: evaluate it for your use before you rely on it.
 {_licence_notes(facts)}"""
 
 
@@ -94,9 +96,12 @@ def _licence_notes(facts: CardFacts) -> str:
     version = llama_version(facts)
     policy = _POLICIES.get(version or "3.2", _POLICIES["3.2"])
     if version is None:
-        opening = "If the base model is, or derives from, one of Meta's Llama models, these terms hold here too:"
+        opening = (
+            "If the base model is, or derives from, one of Meta's Llama models, these terms hold here too:"
+        )
     else:
-        opening = f"**Built with Llama.** The base model is, or derives from, Meta's Llama {version}; its terms hold here:"
+        base = f"The base model is, or derives from, Meta's Llama {version}"
+        opening = f"**Built with Llama.** {base}; its terms hold here:"
     return f"""
 ## Licence and responsible use
 
@@ -111,7 +116,7 @@ The card of the base model, where it had one, is `SOURCE_README.md`.
 
 
 def llama_version(facts: CardFacts) -> str | None:
-    """Which Llama of Meta's the source says it is, from its licence, use policy or name; None if it does not."""
+    """Which Llama of Meta's the source's licence, use policy or name says it is; None if they do not."""
     names = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE", "Notice")
     texts = [_text(facts.source_path, name) for name in names] + [facts.source_name]
     found = next((match for text in texts if (match := _VERSION.search(text))), None)

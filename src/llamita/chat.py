@@ -30,7 +30,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         if len(source) > _LARGEST_TEMPLATE:
-            raise InputError(f"chat template: expected at most {_LARGEST_TEMPLATE} characters, got {len(source)}")
+            raise InputError(
+                f"chat template: expected at most {_LARGEST_TEMPLATE} letters, got {len(source)}"
+            )
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = _environment().from_string(source)
@@ -72,7 +74,9 @@ def read_template(directory: Path) -> str:
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     if not isinstance(template, str):
-        raise InputError(f"{directory}: expected a chat template, got none: a base model; try `llamita generate`")
+        raise InputError(
+            f"{directory}: expected a chat template, got none; try `llamita generate`: a base model"
+        )
     return template
 
 
@@ -110,10 +114,9 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    """Jinja's own filter escapes HTML; templates want plain JSON."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _to_json(value: Any, ensure_ascii: bool = False, **style: Any) -> str:
+    """Jinja's own filter escapes HTML; templates want plain JSON, in the style they ask for."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **style)
 
 
 def _raise(message: str) -> None:

@@ -22,7 +22,9 @@ from llamita.tensorfile import DTYPES, TensorFile, TensorInfo
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # old checkpoints; recomputed
+_IGNORED = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+)  # old checkpoints; recomputed
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _MOST_NAMED = 3  # tensors named in one message
 _FINITE_CHUNK = 2**22  # values tested at a time
@@ -30,7 +32,7 @@ _FINITE_CHUNK = 2**22  # values tested at a time
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A linear layer in int4 groups: `packed` int32 (rows, columns/8), `scales` (rows, columns/group_size)."""
+    """A linear layer in int4: `packed` int32 (rows, columns/8), `scales` (rows, columns/group_size)."""
 
     packed: np.ndarray
     scales: np.ndarray  # float32, or uint16 holding bf16
@@ -50,7 +52,11 @@ class ModelSource(Protocol):
 
     path: Path
     config: ModelConfig
-    scheme: QuantScheme | None  # None: float
+
+    @property
+    def scheme(self) -> QuantScheme | None:
+        """How the weights are rounded, None for a float model."""
+        ...
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
         """A linear layer or table; float ones as (rows, columns) float32, float16 or bf16 bits."""
@@ -85,9 +91,14 @@ def resolve(name: str | Path) -> Path:
         return Path(name)
     if os.path.exists(name):
         raise InputError(f"{name}: expected a model directory, got a file")
-    if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
+    if not is_hub_name(name):
         raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
     return import_module("llamita.hub").download(name)
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether this can be a model's name on the hub, owner/model, and is nothing on this disk."""
+    return isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
 
 
 def linear_names(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -175,7 +186,9 @@ class Checkpoint:
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme = None
         if self.hf_config.get("quantization_config") is not None:
-            raise InputError(f"{path}: config.json: quantization_config: expected a float model; try its source")
+            raise InputError(
+                f"{path}: config.json: quantization_config: expected a float model; try its source"
+            )
         if self.hf_config["model_type"] == "llamita":
             raise InputError(f"{path}: llamita.json: expected beside a config.json of this type, found none")
         self.files, self._where = open_tensor_files(path)
@@ -191,7 +204,9 @@ class Checkpoint:
         for name, shape in expected.items():
             info = self.info(name)
             if info.dtype not in FLOAT_DTYPES:
-                raise InputError(f"{name}: dtype: expected one of {', '.join(FLOAT_DTYPES)}, got {info.dtype}")
+                raise InputError(
+                    f"{name}: dtype: expected one of {', '.join(FLOAT_DTYPES)}, got {info.dtype}"
+                )
             if info.shape != shape:
                 raise InputError(f"{name}: shape: expected {shape} from config.json, got {info.shape}")
 
@@ -199,11 +214,15 @@ class Checkpoint:
         """Some tools write the tied head a second time; a different one would be silently lost."""
         table, head = self._read("model.embed_tokens.weight"), self._read("lm_head.weight")
         same = table.shape == head.shape and table.dtype == head.dtype
-        for start in range(0, len(table) if same and table.ndim == 2 else 0, 1024):  # rows: a few MB at a time
+        for start in range(
+            0, len(table) if same and table.ndim == 2 else 0, 1024
+        ):  # rows: a few MB at a time
             same = same and np.array_equal(table[start : start + 1024], head[start : start + 1024])
         if not same:
-            raise InputError("lm_head.weight: expected the embedding again (tie_word_embeddings is true), got other "
-                             "values; try tie_word_embeddings: false in config.json")  # fmt: skip
+            raise InputError(
+                "lm_head.weight: expected the embedding again (tie_word_embeddings is true), got other "
+                "values; try tie_word_embeddings: false in config.json"
+            )
 
     def info(self, tensor: str) -> TensorInfo:
         """Dtype, shape and place of a tensor, by its full name."""
@@ -256,8 +275,10 @@ def check_finite(name: str, array: np.ndarray, first_row: int = 0) -> None:
         bad = _not_finite(rows[start : start + step])
         if bad.any():
             row, column = (int(i) for i in np.argwhere(bad)[0])
-            raise InputError(f"{name}: expected finite weights, got NaN or infinity at row "
-                             f"{first_row + start + row}, column {column}; the checkpoint is damaged")  # fmt: skip
+            place = f"row {first_row + start + row}, column {column}"
+            raise InputError(
+                f"{name}: expected finite weights, got NaN or infinity at {place}; the checkpoint is damaged"
+            )
 
 
 def _not_finite(array: np.ndarray) -> np.ndarray:

@@ -80,16 +80,19 @@ class ModelConfig:
         if not isinstance(values, dict):
             raise InputError(f"config.json: expected an object, got {type(values).__name__}")
         if values.get("model_type") not in ARCHITECTURES:
-            raise InputError(
-                f"config.json: model_type: expected one of {', '.join(ARCHITECTURES)}, got {values.get('model_type')!r}"
-            )
+            known, found = ", ".join(ARCHITECTURES), values.get("model_type")
+            raise InputError(f"config.json: model_type: expected one of {known}, got {found!r}")
         for key, required in _MUST_BE.items():
             if values.get(key, required) not in (required, None):
-                raise InputError(f"config.json: {key}: expected {required!r}, got {values[key]!r}: not a plain Llama")
+                raise InputError(
+                    f"config.json: {key}: expected {required!r}, got {values[key]!r}: not a plain Llama"
+                )
         hidden, heads = _count(values, "hidden_size"), _count(values, "num_attention_heads")
         kv_heads = _count(values, "num_key_value_heads", heads)
         if heads % kv_heads:
-            raise InputError(f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
+            raise InputError(
+                f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}"
+            )
         head_dim = _count(values, "head_dim", hidden // heads or None)
         if head_dim % 2:
             raise InputError(f"config.json: head_dim: expected an even number, got {head_dim}")
@@ -166,14 +169,14 @@ _LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products
 _LARGEST_DEPTH = 1024  # the deepest Llama has 126 layers; tensors are listed by name before files are read
 
 
-def _count(
-    values: dict[str, Any], key: str, default: int | None = None, limit: int = _LARGEST_COUNT
-) -> int:
+def _count(values: dict[str, Any], key: str, default: int | None = None, limit: int = _LARGEST_COUNT) -> int:
     value = values.get(key)
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-        raise InputError(f"config.json: {key}: expected a positive integer up to {limit}, got {repr(value)[:40]}")
+        raise InputError(
+            f"config.json: {key}: expected a positive integer up to {limit}, got {repr(value)[:40]}"
+        )
     return value
 
 
@@ -198,7 +201,7 @@ def _token(value: object) -> int | None:
 
 def _tokens(value: object) -> tuple[int, ...]:
     """Llama 3 gives a list of end tokens, Llama 2 one."""
-    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens):
         raise InputError(f"config.json: token ids: expected whole numbers, got {value!r}")
     return tuple(tokens)

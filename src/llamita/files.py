@@ -34,7 +34,9 @@ def member(directory: Path, name: object) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of symlinks
         raise RunError(f"{path}: cannot be read: {error}") from None
     if real.parent != root and not _is_hub_blob(real, root):
-        raise InputError(f"{path}: expected a file of this directory, got a link to {real}; try copying it here")
+        raise InputError(
+            f"{path}: expected a file of this directory, got a link to {real}; try copying it here"
+        )
     if not is_file:
         raise InputError(f"{path}: expected a regular file")
     return path

@@ -81,6 +81,13 @@ def run_tasks(
     return found
 
 
+def wikitext_pages() -> list[str]:
+    """The pages of LM Eval's wikitext task, from the hub or its cache; RunError where it is out of reach."""
+    with _quiet():
+        task = _load(TaskManager(), [WIKITEXT])["tasks"][WIKITEXT]
+        return [document["page"] for document in task.test_docs()]
+
+
 class EngineLM(TemplateLM):
     """The engine as LM Eval's model: log-likelihoods of texts, and greedy or drawn continuations."""
 

@@ -12,9 +12,10 @@ from llamita.errors import LlamitaError, RunError
 
 # Float weights and what travels with them; not other formats, nor the *.pth beside Meta's own.
 PATTERNS = (
-    "config.json", "generation_config.json", "llamita.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
-    "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*", "ATTRIBUTION*", "README.md", "SOURCE_README.md",
+    "config.json", "generation_config.json", "llamita.json", "model*.safetensors",
+    "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template*", "LICEN[CS]E*",
+    "NOTICE*", "USE_POLICY*", "COPYING*", "ATTRIBUTION*", "README.md", "SOURCE_README.md",
 )  # fmt: skip
 
 
@@ -52,7 +53,9 @@ def _explain(name: str, error: Exception) -> LlamitaError:
     if isinstance(error, out_of_reach):
         offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        return RunError(f"{name}: no such directory, not in the hub's cache, and {why}; try a local directory")
+        return RunError(
+            f"{name}: no such directory, not in the hub's cache, and {why}; try a local directory"
+        )
     return RunError(f"{name}: download failed: {_first_line(error)}; try again")
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -36,8 +36,8 @@ from llamita.scheme import QuantScheme
 
 METADATA = "llamita.json"
 FORMAT = 1
-KEYS = {"self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations", "calibration",
-        "source", "float_layers", "error", "files"}  # fmt: skip
+KEYS = {"self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations",
+        "calibration", "source", "float_layers", "error", "files"}  # fmt: skip
 _SELF_LINE = re.compile(rb'\{\n  "self_sha256": "([0-9a-f]{64})",\n')
 _SCALE_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 _SMALLEST_NORMAL_BITS, _LARGEST_BITS = 0x0080, 0x7F7F  # of a positive bf16
@@ -58,14 +58,19 @@ def layout(config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str]
     modules: dict[str, Tensors] = {}
     for name, (rows, columns) in table_names(config).items():
         if scheme.table_bits:
-            modules[name] = {f"{name}.weight": ("I8", (rows, columns)), f"{name}.weight_scale": (scale, (rows,))}
+            modules[name] = {
+                f"{name}.weight": ("I8", (rows, columns)),
+                f"{name}.weight_scale": (scale, (rows,)),
+            }
         else:
             modules[name] = {f"{name}.weight": (float_dtype(f"{name}.weight"), (rows, columns))}
     for name, (rows, columns) in linear_names(config).items():
         if columns % scheme.group_size:
             fitting = [g for g in (256, 128, 64, 32) if columns % g == 0]
             try_this = f"try --group-size {fitting[0]}" if fitting else "no group size fits this model"
-            raise InputError(f"{name}: expected inputs in groups of {scheme.group_size}, got {columns}; {try_this}")
+            raise InputError(
+                f"{name}: expected inputs in groups of {scheme.group_size}, got {columns}; {try_this}"
+            )
         modules[name] = {
             f"{name}.weight_shape": ("I64", (2,)),
             f"{name}.weight_packed": ("I32", (rows, columns // CODES_PER_WORD)),
@@ -127,7 +132,9 @@ class PackedModel:
         self.metadata = read_metadata(path)
         config = read_bytes(path, "config.json")
         if hashlib.sha256(config).hexdigest() != self.metadata["files"].get("config.json", {}).get("sha256"):
-            raise InputError(f"{path}: config.json: differs from the one that was written; try `llamita verify`")
+            raise InputError(
+                f"{path}: config.json: differs from the one that was written; try `llamita verify`"
+            )
         self.hf_config = parse_json(config, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme = QuantScheme.from_dict(self.metadata["scheme"])
@@ -171,7 +178,9 @@ class PackedModel:
         scales = self._read(f"{name}.weight_scale")
         bits = scales if scales.dtype == np.uint16 else scales.view(np.uint32) >> 16
         if bits.size and not (bits.min() >= _SMALLEST_NORMAL_BITS and bits.max() <= _LARGEST_BITS):
-            raise InputError(f"{name}.weight_scale: expected finite, normal, positive scales; the file is damaged")
+            raise InputError(
+                f"{name}.weight_scale: expected finite, normal, positive scales; the file is damaged"
+            )
         return scales
 
     def vector(self, name: str) -> np.ndarray:
@@ -212,15 +221,19 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(f"{METADATA}: rotations: expected none, got some; try a newer llamita")
     if not is_file_table(values["files"]):
         raise InputError(f"{METADATA}: files: expected names with size and sha256")
+    if not _is_provenance(values):
+        raise InputError(f"{METADATA}: source, error, method or float_layers: not as docs/format.md has them")
     for name, record in values["files"].items():
         if name.endswith(".safetensors"):
             size = member(path, name).stat().st_size
             if size != record["size"]:
-                raise InputError(f"{path / name}: expected {record['size']} bytes, got {size}; try copying it again")
+                raise InputError(
+                    f"{path / name}: expected {record['size']} bytes, got {size}; try copying it again"
+                )
     return values
 
 
-def is_file_table(files: Any) -> bool:
+def is_file_table(files: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
     """Whether a value of llamita.json is a table of file names with their size and SHA-256."""
     return isinstance(files, dict) and all(
         name.isprintable()
@@ -230,6 +243,21 @@ def is_file_table(files: Any) -> bool:
         and record["size"] >= 0
         and isinstance(record.get("sha256"), str)
         for name, record in files.items()
+    )
+
+
+def _is_provenance(values: dict[str, Any]) -> bool:
+    """Whether the keys that only tell where a model comes from have the types that commands print."""
+    source, error = values["source"], values["error"]
+    return (
+        all(isinstance(values[key], str) for key in ("llamita", "method"))
+        and all(isinstance(values[key], dict) for key in ("settings", "float_layers"))
+        and isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+        and isinstance(error, dict)
+        and isinstance(error.get("relative"), float | int)
+        and isinstance(error.get("layers"), dict)
+        and all(isinstance(e, float | int) for e in error["layers"].values())
     )
 
 

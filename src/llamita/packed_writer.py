@@ -73,13 +73,12 @@ class PackedWriter:
 
     def put(self, name: str, piece: np.ndarray) -> None:
         """A piece of rows of a tensor; pieces of one tensor come in order, tensors in any within a shard."""
-        if self._writer is None:
-            self._open_next()
+        writer = self._writer or self._open_next()
         self._waiting.setdefault(name, []).append(piece)
         while self._order and self._order[0] in self._waiting:
             due = self._order[0]
             for part in self._waiting.pop(due):
-                self._writer.write(due, part)
+                writer.write(due, part)
                 self._left[due] -= part.nbytes
             if self._left[due]:
                 return
@@ -90,7 +89,9 @@ class PackedWriter:
     def finish(self) -> None:
         """Check that every tensor came, and write the index if there are several files."""
         if self._todo or self._order or self._waiting:
-            raise ValueError(f"expected more tensors: {(self._order or list(self._waiting) or self._todo)[0]}")
+            raise ValueError(
+                f"expected more tensors: {(self._order or list(self._waiting) or self._todo)[0]}"
+            )
         if len(self._shards) > 1:
             weight_map = {tensor: file for file, tensors in self._shards.items() for tensor in tensors}
             total = sum(tensor_bytes(tensors) for tensors in self._shards.values())
@@ -102,15 +103,16 @@ class PackedWriter:
         if self._writer is not None:
             self._writer.abandon()
 
-    def _open_next(self) -> None:
+    def _open_next(self) -> TensorWriter:
         tensors = self._shards[self._todo[0]]
-        self._writer = TensorWriter(self._directory / self._todo[0], tensors)
+        self._writer = writer = TensorWriter(self._directory / self._todo[0], tensors)
         self._order = list(tensors)
         self._left = {name: tensor_bytes({name: tensor}) for name, tensor in tensors.items()}
         while self._order and self._order[0].endswith(".weight_shape"):  # they follow from the layout
             name = self._order.pop(0)
             rows, words = tensors[name.replace("weight_shape", "weight_packed")][1]
-            self._writer.write(name, np.array([rows, words * CODES_PER_WORD], np.int64))
+            writer.write(name, np.array([rows, words * CODES_PER_WORD], np.int64))
+        return writer
 
     def _close(self) -> None:
         assert self._writer is not None
@@ -157,7 +159,7 @@ def write_metadata(directory: Path, values: dict[str, Any]) -> None:
 
 
 def copy_companions(source: Path, directory: Path) -> FileTable:
-    """Copy tokenizer, chat template, licence, use policy and attribution; the source's card by another name."""
+    """Copy tokenizer, chat template, licence, use policy and attribution; the card by another name."""
     files: FileTable = {}
     for name in sorted(path.name for path in source.iterdir() if _COMPANIONS.fullmatch(path.name)):
         files[name] = write_bytes(directory / name, read_bytes(source, name, _LARGEST_COMPANION))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamita import _native
-from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, linear_names, resolve
+from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, is_hub_name, linear_names, resolve
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has, read_json
@@ -22,7 +22,7 @@ from llamita.scheme import PRESETS, QuantScheme
 
 CONTEXTS = (2048, 8192)  # tokens for which memory is given
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_PROBE_BYTES = 2**30  # far larger than any cache
+_PROBE_BYTES = 2**29  # far larger than any cache; `llamita bench` reads more, and longer
 _DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits: what a good engine reaches
 _PROCESS_BYTES = 100e6  # Python, NumPy, tokenizer and the buffers of a step
 _F16, _F32 = 2, 4  # bytes of a cached number: quantized models and float models
@@ -74,7 +74,7 @@ def describe(name: str) -> Described:
     path = Path(name)
     if path.is_file():
         return _from_config(read_json(path.parent, path.name), name)
-    if name != "embedded" and not path.exists() and "/" in name:
+    if is_hub_name(name):
         file = import_module("llamita.hub").download_file(name, "config.json")
         return _from_config(read_json(file.parent, file.name), name)
     path = resolve(name)
@@ -103,21 +103,22 @@ def measure_machine() -> Machine:
     """This machine's limits, in about a second."""
     memory, free = _memory()
     probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
-    return Machine(_native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9, memory, free, _native.threads())
+    return Machine(
+        _native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9, memory, free, _native.threads()
+    )
 
 
-def estimate_all(model: Described, machine: Machine, presets: list[str] | None = None) -> list[Estimate]:
-    """The float model and these presets (all by default); a packed model alone, as it is.
+def estimate_all(
+    model: Described, machine: Machine, schemes: list[QuantScheme] | None = None
+) -> list[Estimate]:
+    """The float model and these schemes (all presets by default); a packed model alone, as it is.
 
     Raises:
-        InputError: an unknown preset, or one whose groups do not fit the model.
+        InputError: a scheme's groups do not fit the model.
     """
     if model.scheme is not None:
         return [_estimate(model, model.scheme, machine)]
-    if unknown := [p for p in presets or [] if p not in PRESETS]:
-        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {unknown[0]!r}")
-    schemes = [PRESETS[p] for p in presets or PRESETS]
-    return [_estimate(model, None, machine), *(_estimate(model, scheme, machine) for scheme in schemes)]
+    return [_estimate(model, scheme, machine) for scheme in (None, *(schemes or PRESETS.values()))]
 
 
 def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine) -> Estimate:
@@ -127,7 +128,9 @@ def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine) ->
         plan = Plan(size, size, size, [], 0, 0, {})
     else:
         plan = make_plan(config, scheme, model.float_dtype)
-    cached = 2 * config.layers * config.kv_heads * config.head_dim * (_F16 if scheme else _F32)  # keys and values
+    cached = (
+        2 * config.layers * config.kv_heads * config.head_dim * (_F16 if scheme else _F32)
+    )  # keys and values
     contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
     memory = {c: int(plan.tensor_bytes + c * cached + _PROCESS_BYTES) for c in contexts}
     linear = sum(rows * columns for rows, columns in linear_names(config).values())

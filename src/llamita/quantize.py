@@ -41,7 +41,7 @@ from llamita.packed_writer import (
     write_metadata,
 )
 from llamita.scheme import QuantScheme
-from llamita.staging import check_space, check_target, staged
+from llamita.staging import check_space, staged
 
 METHODS = {"rtn": "llamita.methods.rtn:round_module"}
 Progress = Callable[[str, int, int], None] | None
@@ -97,7 +97,10 @@ class Summary:
 
 
 def make_plan(
-    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], shard_bytes: int = SHARD_BYTES
+    config: ModelConfig,
+    scheme: QuantScheme,
+    float_dtype: Callable[[str], str],
+    shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """The plan for a model of this shape whose tensors are stored in these dtypes.
 
@@ -122,7 +125,9 @@ def make_plan(
 
 def float_bytes(config: ModelConfig, float_dtype: Callable[[str], str]) -> int:
     """Bytes of the float model's tensors, which are stored in these dtypes."""
-    return tensor_bytes({name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()})
+    return tensor_bytes(
+        {name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()}
+    )
 
 
 def quantize(
@@ -149,8 +154,7 @@ def quantize(
     began = time.perf_counter()
     round_module = find_method(method)
     plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype, shard_bytes)
-    check_target(out, overwrite, source.path)
-    with staged(out, overwrite) as directory:
+    with staged(out, overwrite, source.path) as directory:
         check_space(out, plan.file_bytes + _SMALL_FILES)
         record = _source_record(source, source_name, progress)
         files, sums = _write_weights(directory, source, scheme, round_module, shard_bytes, progress)
@@ -284,11 +288,18 @@ class RoundedSource:
         if is_table and not self.scheme.table_bits:
             return self._checkpoint.weight(name)
         pieces = [
-            (piece.codes if is_table else _native.codes_to_packed(piece.codes), stored_scales(piece.scales, self.scheme))
+            (
+                piece.codes if is_table else _native.codes_to_packed(piece.codes),
+                stored_scales(piece.scales, self.scheme),
+            )
             for piece in self._round(self._checkpoint, self.scheme, name)
         ]
         values, scales = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return Int8Weight(values, scales.reshape(-1)) if is_table else Int4Weight(values, scales, self.scheme.group_size)
+        return (
+            Int8Weight(values, scales.reshape(-1))
+            if is_table
+            else Int4Weight(values, scales, self.scheme.group_size)
+        )
 
     def vector(self, name: str) -> np.ndarray:
         """(length,) float32."""

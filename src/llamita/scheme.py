@@ -48,7 +48,9 @@ class QuantScheme:
         _expect("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _expect("table_bits", self.table_bits, (8, None))
         if self.scale_rule != "torchao" and self.scale_dtype != "bfloat16":
-            raise InputError(f"scale_dtype: expected bfloat16 with scales '{self.scale_rule}', got {self.scale_dtype}")
+            raise InputError(
+                f"scale_dtype: expected bfloat16 with scales '{self.scale_rule}', got {self.scale_dtype}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The scheme as JSON values; `from_dict` is its inverse."""

@@ -23,7 +23,9 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
     if not out.name or out.name == "..":
         raise InputError(f"--out: expected the name of a new directory, got {str(out)!r}")
     if not out.parent.is_dir():
-        raise InputError(f"--out: expected an existing directory to write into, got {out.parent}; try mkdir -p")
+        raise InputError(
+            f"--out: expected an existing directory to write into, got {out.parent}; try mkdir -p"
+        )
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -43,17 +45,19 @@ def check_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
     """A temporary directory beside `out`, which becomes `out` if the block ends well and vanishes if not.
+
+    What earlier runs to `out` left is put in order first.
 
     Raises:
         InputError: see `check_target`.
         RunError: no permission, a full disk, or another failure of the file system; nothing is left.
     """
-    check_target(out, overwrite)
     lock, partial = -1, None
     try:
         _recover(out)
+        check_target(out, overwrite, source)
         lock, partial = _make_partial(out)
         yield partial
         _flush_directory(partial)

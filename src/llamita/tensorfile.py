@@ -144,8 +144,8 @@ class TensorWriter:
         if not self._left and self._pieces:
             self._name, self._dtype, self._left = self._pieces.pop(0)
         if name != self._name or array.dtype != self._dtype or array.nbytes > self._left:
-            raise ValueError(f"expected {self._left} bytes of {self._name} {self._dtype}, got {array.nbytes} of "
-                             f"{name} {array.dtype}")  # fmt: skip
+            due = f"{self._left} bytes of {self._name} {self._dtype}"
+            raise ValueError(f"expected {due}, got {array.nbytes} of {name} {array.dtype}")
         self._left -= array.nbytes
         self._put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
@@ -168,7 +168,9 @@ class TensorWriter:
         self.size += len(data)
 
 
-def _make_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[tuple[str, np.dtype, int]]]:
+def _make_header(
+    tensors: dict[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, list[tuple[str, np.dtype, int]]]:
     """The header's bytes, and name, dtype and size of each tensor in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     pieces, position = [], 0

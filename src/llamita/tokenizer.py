@@ -18,9 +18,7 @@ from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has, member, read_json
 
-_CONVERT = (
-    'try `AutoTokenizer.from_pretrained("{0}").save_pretrained("{0}")` with transformers, which writes tokenizer.json'
-)
+_CONVERT = 'try `AutoTokenizer.from_pretrained("{0}").save_pretrained("{0}")` of transformers to make one'
 
 
 class Tokenizer:
@@ -39,12 +37,19 @@ class Tokenizer:
         self._pieces = _piece_reader(self._inner)
         self._strips_space = _strips_leading_space(_decoder_steps(self._inner))
         self._bytes: dict[int, bytes] = {}
-        settings = {**read_settings(directory, "special_tokens_map.json"), **read_settings(directory, "tokenizer_config.json")}
+        settings = {
+            **read_settings(directory, "special_tokens_map.json"),
+            **read_settings(directory, "tokenizer_config.json"),
+        }
         self.bos_token_id = self._special(settings, "bos_token", config.bos_token_id if config else None)
         self.bos_token = self._text_of(self.bos_token_id)
         eos = self._special(settings, "eos_token", None)
         generation = read_settings(directory, "generation_config.json").get("eos_token_id")
-        ends = [eos, *(generation if isinstance(generation, list) else [generation]), *(config.eos_token_ids if config else ())]
+        ends = [
+            eos,
+            *(generation if isinstance(generation, list) else [generation]),
+            *(config.eos_token_ids if config else ()),
+        ]
         self.eos_token_ids = tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))
         self.eos_token = self._text_of(eos if eos is not None else next(iter(self.eos_token_ids), None))
         by_itself = self._inner.encode("", add_special_tokens=True).ids[:1] == [self.bos_token_id]
@@ -69,7 +74,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"text: expected valid UTF-8, got a stray byte at character {error.start}") from None
+            raise InputError(
+                f"text: expected valid UTF-8, got a stray byte at character {error.start}"
+            ) from None
         ids = self._inner.encode(text, add_special_tokens=False).ids
         wanted = self.adds_bos if add_bos is None else add_bos
         if wanted and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
@@ -168,9 +175,8 @@ def _piece_reader(inner: tokenizers.Tokenizer) -> Callable[[str], bytes]:
         return _byte_level_bytes
     if "ByteFallback" in kinds or "Metaspace" in kinds:
         return _sentencepiece_bytes
-    raise InputError(
-        f"tokenizer.json: decoder: expected ByteLevel or SentencePiece's ByteFallback or Metaspace, got {kinds or None}"
-    )
+    found = ", ".join(kinds) or "none"
+    raise InputError(f"tokenizer.json: decoder: expected ByteLevel, ByteFallback or Metaspace, got {found}")
 
 
 def _strips_leading_space(steps: list[dict[str, Any]]) -> bool:

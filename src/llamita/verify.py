@@ -32,7 +32,9 @@ def verify(path: Path, progress: Progress = None) -> Report:
         InputError: the directory has no llamita.json.
     """
     if not has(path, METADATA):
-        raise InputError(f"{path}: {METADATA}: expected a directory that llamita made, found none; try quantize")
+        raise InputError(
+            f"{path}: {METADATA}: expected a directory that llamita made, found none; try quantize"
+        )
     try:
         data = read_bytes(path, METADATA)
         files = parse_json(data, METADATA).get("files")

@@ -7,6 +7,7 @@ lines is as common as the original; it would score other bytes, so the blank lin
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,11 @@ def parse(text: str, name: str) -> WikiText:
         note = (f"{name}: not WikiText-2's test split (sha256 {ORIGINAL_SHA256[:8]}...), {len(pages)} pages; "
                 "its figures compare only with each other")  # fmt: skip
     return WikiText(tuple(pages), _literature_text(text), is_original, note)
+
+
+def from_pages(pages: Sequence[str], name: str) -> WikiText:
+    """WikiText from its pages, as the hub has them: they follow each other after one blank line."""
+    return parse(" \n" + "\n".join(pages), name)
 
 
 def split_pages(text: str) -> list[str]:

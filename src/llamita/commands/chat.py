@@ -14,7 +14,7 @@ from llamita.commands.generate import describe, show_stream, summary
 from llamita.engine.llm import LLM, Options, load
 from llamita.errors import InputError
 
-HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
+HELP = "/reset forgets what was said, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
 
 
 @dataclass
@@ -35,16 +35,20 @@ class Conversation:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A quantized directory, a checkpoint, a hub name, or 'embedded'.")],
+    model: Annotated[
+        str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")
+    ],
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 is greedy.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme while it loads.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens at most; the model's own limit by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
 ) -> None:
     """Talk to a model; a line is a message.

@@ -2,30 +2,35 @@
 
 import sys
 from dataclasses import asdict
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from llamita import console
-from llamita.engine.llm import LLM, Generation, Options, load
+from llamita.engine.llm import LLM, Generation, Options, Prompt, load
 from llamita.errors import InputError
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A quantized directory, a checkpoint, a hub name, or 'embedded'.")],
+    model: Annotated[
+        str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")
+    ],
     prompt: Annotated[str, typer.Option(help="The text to continue; '-' reads it from stdin.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 is greedy.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the best.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this times the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme while it loads.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens at most; the model's own limit by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
 ) -> None:
     """Continue a prompt.
@@ -35,8 +40,9 @@ def command(
     text = read_prompt(prompt)
     llm = load(model, preset=preset, threads=threads, context=context)
     options: Options = {
-        "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or [],
+        "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "stop": stop or [],
     }  # fmt: skip
     if as_json:
         generation = llm.generate(text, **options)
@@ -59,14 +65,13 @@ def read_prompt(prompt: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"--prompt: expected UTF-8 on stdin, got byte 0x{data[error.start]:02x} at {error.start}; try iconv"
-        ) from None
+        found = f"0x{data[error.start]:02x} at byte {error.start}"
+        raise InputError(f"--prompt: expected UTF-8 on stdin, got {found}; try iconv") from None
 
 
-def show_stream(llm: LLM, prompt: str | list[dict[str, str]], options: Options, shown: list[str]) -> Generation:
+def show_stream(llm: LLM, prompt: Prompt, options: Options, shown: list[str]) -> Generation:
     """Write the pieces to stdout as they come, and add them to `shown`; the generation that they make."""
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
     for piece in llm.stream(prompt, **options):
         if isinstance(piece, Generation):
@@ -94,5 +99,6 @@ def summary(generation: Generation) -> str:
     t = generation.timings
     return (
         f"[{generation.finish_reason}] prompt {t.prompt_tokens} tokens at {t.prefill_rate:,.0f} tok/s, "
-        f"first token after {t.first_token_seconds:.2f} s, {t.generated_tokens} tokens at {t.decode_rate:,.1f} tok/s"
+        f"first token after {t.first_token_seconds:.2f} s, "
+        f"{t.generated_tokens} tokens at {t.decode_rate:,.1f} tok/s"
     )

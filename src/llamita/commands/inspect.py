@@ -13,7 +13,9 @@ _WORST = 5  # layers shown unless all are asked for
 
 
 def command(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory, a hub name, or 'embedded'.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A model directory, a hub name, or 'embedded'.")
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="Show the error of every layer.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
@@ -23,20 +25,24 @@ def command(
     """
     source = open_source(directory)
     assert isinstance(source, Checkpoint | PackedModel)
-    values = _facts(source)
+    values = facts(source)
     source.close()
     if json:
         console.print_json(values)
         return
-    rows = [[key.replace("_", " "), _text(value)] for key, value in values.items() if key != "layer_errors"]
+    told = {**values, "source": values["source"]["name"]} if "source" in values else values
+    rows = [[key.replace("_", " "), _text(value)] for key, value in told.items() if key != "layer_errors"]
     console.print_table(directory, ["what", "value"], rows)
     worst = sorted(values["layer_errors"].items(), key=lambda item: -item[1])
     if worst:
         shown = worst if layers else worst[:_WORST]
-        console.print_table("relative squared error, worst first", ["layer", "error"], [[n, f"{e:.3e}"] for n, e in shown])
+        console.print_table(
+            "relative squared error, worst first", ["layer", "error"], [[n, f"{e:.3e}"] for n, e in shown]
+        )
 
 
-def _facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
+def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
+    """What there is to know about an open model, as JSON values."""
     config = source.config
     infos = [info for file in source.files.values() for info in file.tensors.values()]
     sizes: Counter[str] = Counter()
@@ -45,7 +51,7 @@ def _facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
     weights = 0
     for shape in expected_tensors(config).values():
         weights += shape[0] * (shape[1] if len(shape) > 1 else 1)
-    facts: dict[str, Any] = {
+    values: dict[str, Any] = {
         "path": str(source.path),
         "weights": weights,
         "layers": config.layers,
@@ -67,10 +73,10 @@ def _facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
     if isinstance(source, PackedModel):
         metadata = source.metadata
         for key in ("llamita", "method", "settings", "seed", "calibration", "source", "float_layers"):
-            facts[key] = metadata[key]
-        facts["relative_error"] = metadata["error"]["relative"]
-        facts["layer_errors"] = metadata["error"]["layers"]
-    return facts
+            values[key] = metadata[key]
+        values["relative_error"] = metadata["error"]["relative"]
+        values["layer_errors"] = metadata["error"]["layers"]
+    return values
 
 
 def _text(value: Any) -> str:
@@ -81,4 +87,6 @@ def _text(value: Any) -> str:
         return ", ".join(_text(item) for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, str):
+        return value if value.isprintable() else repr(value)  # no control sequences from a stranger's file
     return "none" if value is None else f"{value:.3e}" if isinstance(value, float) else str(value)

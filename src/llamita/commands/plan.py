@@ -7,11 +7,19 @@ import typer
 
 from llamita import console
 from llamita.plan import Estimate, Machine, describe, estimate_all, measure_machine
+from llamita.scheme import PRESETS, make_scheme
 
 
 def command(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A config.json, a directory, a hub name, or 'embedded'.")],
-    preset: Annotated[list[str] | None, typer.Option(help="A preset to plan for; all of them by default.")] = None,
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="A config.json, a directory, a hub name, or 'embedded'.")
+    ],
+    preset: Annotated[
+        list[str] | None, typer.Option(help="A preset to plan for; all of them by default.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Size, memory and speed to expect on this machine; downloads nothing but a config.json.
@@ -20,15 +28,26 @@ def command(
 
     Example: llamita plan meta-llama/Llama-3.2-1B --preset llama3.2
     """
+    schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
     model = describe(src)
-    machine = measure_machine()
-    estimates = estimate_all(model, machine, preset or None)
+    with console.progress(quiet=json) as progress:
+        if progress:
+            progress("measuring this machine", 0, 1)
+        machine = measure_machine()
+    estimates = estimate_all(model, machine, schemes)
     if json:
         console.print_json({"source": src, "context": model.config.context, "machine": asdict(machine),
                             "estimates": [asdict(e) for e in estimates]})  # fmt: skip
         return
     contexts = list(estimates[0].memory)
-    columns = ["", "size", *(f"memory, {_tokens(c)}" for c in contexts), "decode tok/s", "prefill tok/s", "fits"]
+    columns = [
+        "",
+        "size",
+        *(f"memory, {_tokens(c)}" for c in contexts),
+        "decode tok/s",
+        "prefill tok/s",
+        "fits",
+    ]
     console.print_table(f"{src}: estimates for this machine", columns, [_row(e) for e in estimates])
     console.note(_machine_line(machine))
 
@@ -45,7 +64,6 @@ def _tokens(count: int) -> str:
 
 
 def _machine_line(machine: Machine) -> str:
-    return (
-        f"measured: {machine.bandwidth / 1e9:,.1f} GB/s read, {machine.int8_rate / 1e9:,.0f} G int8 multiply-adds/s on "
-        f"{machine.threads} threads; {console.megabytes(machine.memory_free)} of memory free"
-    )
+    rates = f"{machine.bandwidth / 1e9:,.1f} GB/s read, {machine.int8_rate / 1e9:,.0f} G int8 multiply-adds/s"
+    free = console.megabytes(machine.memory_free)
+    return f"measured: {rates} on {machine.threads} threads; {free} of memory free"

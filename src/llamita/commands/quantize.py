@@ -19,14 +19,20 @@ _PRESETS = ", ".join(PRESETS)
 
 
 def command(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a hub name, or 'embedded'.")],
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a hub name, or 'embedded'.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")] = None,
     preset: Annotated[str, typer.Option(help=f"The scheme: {_PRESETS}.")] = "llamita",
-    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")
+    ] = None,
     method: Annotated[str, typer.Option(help=f"How weights are rounded: {', '.join(METHODS)}.")] = "rtn",
-    scales: Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if llamita made it.")] = False,
+    scales: Annotated[
+        str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
@@ -75,7 +81,8 @@ def _dry_run(src: str, scheme: QuantScheme, json: bool) -> None:
 def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
     tables = "int8 per channel" if scheme.table_bits else "float"
     return [
-        ["scheme", f"{scheme.name}: int4, groups of {scheme.group_size}, scales {scheme.scale_rule} {scheme.scale_dtype}"],
+        ["scheme", f"{scheme.name}: int4, groups of {scheme.group_size}"],
+        ["scales", f"{scheme.scale_rule}, {scheme.scale_dtype}"],
         ["linear layers", f"{plan.linear_layers}"],
         ["embedding and head", tables],
         ["size before", console.megabytes(plan.source_bytes)],

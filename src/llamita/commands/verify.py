@@ -26,7 +26,9 @@ def command(
         console.print_json({"ok": not report.problems, "files": report.files, "bytes": report.bytes,
                             "problems": report.problems})  # fmt: skip
     elif not report.problems:
-        console.out.print(f"{report.files} files, {console.megabytes(report.bytes)}: all as they were written")
+        console.out.print(
+            f"{report.files} files, {console.megabytes(report.bytes)}: all as they were written"
+        )
     else:
         for problem in report.problems:
             console.print_error(problem)

@@ -46,7 +46,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray
 
 def _base_frequencies(theta: float, head_dim: int) -> np.ndarray:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    powers = np.power(theta, exponents.astype(np.float64))  # rounded once: NumPy's float32 power is off by one ulp
+    powers = np.power(theta, exponents.astype(np.float64))  # NumPy's float32 power is off by one ulp
     return np.float32(1) / powers.astype(np.float32)
 
 

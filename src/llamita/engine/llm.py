@@ -1,21 +1,21 @@
 """The public face of the engine: load a model, ask it for logits or for text.
 
-    llm = llamita.load("embedded", preset="llama3.2")
-    print(llm.generate("Once upon a time", max_tokens=100).text)
+llm = llamita.load("embedded", preset="llama3.2")
+print(llm.generate("Once upon a time", max_tokens=100).text)
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from llamita import _native
 from llamita.chat import ChatTemplate, Message, read_template
-from llamita.checkpoint import ModelSource
+from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.engine.cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
 from llamita.engine.sampler import Sampler, Sampling
@@ -27,9 +27,11 @@ from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme, make_scheme
 from llamita.tokenizer import Detokenizer, Tokenizer, read_settings
 
-Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
+TokenIds = Sequence[int] | np.ndarray
+Prompt = str | Sequence[Message] | TokenIds
 PREFILL_CHUNK = 256  # tokens a step: enough for the kernels' full speed, little memory for what lies between
 DEFAULT_MAX_TOKENS = 256
+_SAMPLING = {field.name for field in fields(Sampling)}
 
 
 class Options(TypedDict, total=False):
@@ -126,9 +128,10 @@ def load(
         raise InputError(f"threads: expected at least 1, got {threads}")
     source = open_source(path_or_name)
     if preset is not None:
-        if source.scheme is not None:
-            raise InputError(f"preset: expected a float model, got one in '{source.scheme.name}': {path_or_name}")
-        source = RoundedSource(source, preset if isinstance(preset, QuantScheme) else make_scheme(preset))
+        if not isinstance(source, Checkpoint):
+            raise InputError(f"preset: expected a float model, got {path_or_name}, which is quantized")
+        scheme = preset if isinstance(preset, QuantScheme) else make_scheme(preset)
+        source = RoundedSource(source, scheme)
     if threads is not None:
         _native.set_threads(threads)
     return LLM(source, context=context, kv_dtype=kv_dtype)
@@ -146,7 +149,9 @@ class LLM:
         model: the forward pass, for those who drive it themselves.
     """
 
-    def __init__(self, source: ModelSource, *, context: int | None = None, kv_dtype: str | None = None) -> None:
+    def __init__(
+        self, source: ModelSource, *, context: int | None = None, kv_dtype: str | None = None
+    ) -> None:
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context = self.config.context if context is None else context
         if not 0 < self.context <= self.config.context:
@@ -164,10 +169,10 @@ class LLM:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template, read on first use; InputError where it has none."""
-        tokenizer = self.tokenizer
-        return ChatTemplate(read_template(self.path), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        return ChatTemplate(read_template(self.path), bos_token=bos, eos_token=eos)
 
-    def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def logits(self, token_ids: TokenIds) -> np.ndarray:
         """The logits that follow every token: float32 (tokens, vocab).
 
         Raises:
@@ -181,7 +186,7 @@ class LLM:
             self.model.step([(cache, ids[part])], np.arange(len(ids[part])), out=logits[part])
         return logits
 
-    def iter_logits(self, token_ids: Sequence[int] | np.ndarray, chunk: int = PREFILL_CHUNK) -> Iterator[np.ndarray]:
+    def iter_logits(self, token_ids: TokenIds, chunk: int = PREFILL_CHUNK) -> Iterator[np.ndarray]:
         """The same logits in arrays of up to `chunk` rows, for vocabularies whose whole would be too much."""
         ids = self.check_ids(token_ids)
         if chunk < 1:
@@ -208,29 +213,27 @@ class LLM:
         Raises:
             InputError: at once, and not on the first piece, where the prompt or an option is at fault.
         """
-        return self._run(self._check(prompt, **options))
+        return self._run(self._check(prompt, options))
 
     def new_sequence(self, declared_length: int) -> SequenceCache:
         """An empty sequence that may grow to this many tokens."""
         return SequenceCache(self.config, declared_length, self.kv_dtype, declared_length)
 
-    def check_ids(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def check_ids(self, token_ids: TokenIds) -> np.ndarray:
         """Token ids as int32 (tokens,), found to be within vocabulary and context."""
         try:
             ids = np.asarray(token_ids)
         except ValueError:  # a ragged list
             ids = np.empty((0, 0))
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
-            raise InputError(f"token ids: expected a list of one or more whole numbers, got {str(token_ids)[:80]}")
+            raise InputError(f"token ids: expected one or more whole numbers, got {str(token_ids)[:80]}")
         if len(ids) > self.context:
-            raise InputError(
-                f"prompt: expected at most {self.context} tokens, the context, got {len(ids)}; try a shorter one"
-            )
-        wrong = np.flatnonzero((ids < 0) | (ids >= self.config.vocab_size))
+            raise InputError(f"prompt: expected at most {self.context} tokens, the context, got {len(ids)}")
+        largest = self.config.vocab_size - 1
+        wrong = np.flatnonzero((ids < 0) | (ids > largest))
         if len(wrong):
-            raise InputError(
-                f"token ids: expected 0 to {self.config.vocab_size - 1}, got {ids[wrong[0]]} at position {wrong[0]}"
-            )
+            at = wrong[0]
+            raise InputError(f"token ids: expected 0 to {largest}, got {ids[at]} at position {at}")
         return ids.astype(np.int32)
 
     def _iterate_logits(self, ids: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
@@ -240,13 +243,15 @@ class LLM:
             logits = np.empty((len(part), self.config.vocab_size), dtype=np.float32)
             yield self.model.step([(cache, part)], np.arange(len(part)), out=logits)
 
-    def _check(self, prompt: Prompt, max_tokens: int = DEFAULT_MAX_TOKENS, greedy: bool = False,
-               stop: Sequence[str] = (), **sampling: float | None) -> _Request:
+    def _check(self, prompt: Prompt, options: Options) -> _Request:
         """A request from the caller's words."""
         started = time.perf_counter()
-        is_whole = isinstance(max_tokens, int) and not isinstance(max_tokens, bool)
-        if not is_whole or max_tokens < 1:
+        if unknown := options.keys() - Options.__annotations__.keys():
+            raise TypeError(f"unexpected options: {', '.join(sorted(unknown))}")
+        max_tokens = options.get("max_tokens", DEFAULT_MAX_TOKENS)
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise InputError(f"max_tokens: expected a whole number of at least 1, got {max_tokens!r}")
+        stop = options.get("stop", ())
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop: expected texts that are not empty, got {list(stop)!r}")
@@ -257,36 +262,34 @@ class LLM:
             continues=continues,
             limit=min(max_tokens, room),
             limit_reason="length" if max_tokens <= room else "context",
-            sampling=self._sampling(greedy, sampling),
+            sampling=self._sampling(options),
             stop=stop,
             started=started,
         )
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[np.ndarray, bool]:
+    def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
         """Token ids of a prompt, and whether it has text that the answer goes on from."""
         tokenizer = self.tokenizer
-        if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], dict):
-            text = self.chat_template.render(prompt)  # type: ignore[arg-type]
-            return self.check_ids(tokenizer.encode(text, add_bos=False)), False  # an answer is a text of its own
-        else:
-            ids = prompt
-        if not len(ids):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
+            text = self.chat_template.render(prompt)
+            ids = self.check_ids(tokenizer.encode(text, add_bos=False))
+            return ids, False  # an answer is a text of its own
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not np.size(ids):
             if tokenizer.bos_token_id is None:
-                raise InputError("prompt: expected some text, got none, and the model has no token to begin with")
+                raise InputError("prompt: expected some text, got none, and the model has no BOS token")
             ids = [tokenizer.bos_token_id]
-        ids = self.check_ids(ids)  # type: ignore[arg-type]
+        ids = self.check_ids(ids)
         return ids, any(tokenizer.token_bytes(token) for token in ids.tolist())
 
-    def _sampling(self, greedy: bool, given: dict[str, float | None]) -> Sampling:
+    def _sampling(self, options: Options) -> Sampling:
         """The model's recommendation with the caller's options in place of it."""
-        given = {name: value for name, value in given.items() if value is not None}
+        given: dict[str, Any] = {n: v for n, v in options.items() if n in _SAMPLING and v is not None}
         base = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
-        if not greedy:
+        if not options.get("greedy"):
             return replace(base, **given)
-        if given.keys() - {"repetition_penalty", "seed"}:
-            raise InputError(f"greedy: expected without {', '.join(sorted(given))}: it always takes the likeliest token")
+        if extra := sorted(given.keys() - {"repetition_penalty", "seed"}):
+            raise InputError(f"greedy: expected without {', '.join(extra)}: it takes the likeliest token")
         return replace(base, temperature=0.0, **given)
 
     def _run(self, request: _Request) -> Iterator[str | Generation]:

@@ -7,6 +7,7 @@ apart. A layer costs ten native calls, whatever the number of tokens.
 
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,17 +19,37 @@ from llamita.engine.weights import Block, Linear, ModelWeights
 Step = Sequence[tuple[SequenceCache, np.ndarray]]  # each sequence with its new token ids, int32 (tokens,)
 
 
+class _Operand(NamedTuple):
+    """What a linear layer reads: float32 (tokens, columns), or its int8 codes, or both."""
+
+    floats: np.ndarray
+    codes: ops.Activations
+
+
+class _Views(NamedTuple):
+    """The buffers of a step, cut to its number of tokens."""
+
+    x: np.ndarray  # the residual stream (tokens, hidden)
+    qkv: np.ndarray  # (tokens, (heads + 2 * kv_heads) * head_dim)
+    gate_up: np.ndarray  # (tokens, 2 * intermediate)
+    hidden: _Operand
+    attended: _Operand
+    inner: _Operand
+
+
 class Model:
     """A Llama that computes logits; the state of sequences lives in their caches."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
         self.weights = weights
-        self._buffers = _Buffers(config, weights, capacity=1)
+        self._buffers = _Buffers(config, capacity=1)
         self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
         self._lock = threading.Lock()  # the buffers serve one step at a time
 
-    def step(self, sequences: Step, rows: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def step(
+        self, sequences: Step, rows: np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Take in new tokens and give the logits that follow some of them.
 
         Args:
@@ -53,16 +74,18 @@ class Model:
         """Run the blocks; the residual stream (tokens, hidden) after the last one."""
         tokens = sum(counts)
         if tokens > self._buffers.capacity:
-            self._buffers = _Buffers(self.config, self.weights, capacity=tokens)
+            self._buffers = _Buffers(self.config, capacity=tokens)
         buffers = self._buffers.first(tokens)
-        batch = ops.Batch([(cache.native, cache.length, n) for (cache, _), n in zip(sequences, counts, strict=True)])
+        batch = ops.Batch(
+            [(cache.native, cache.length, n) for (cache, _), n in zip(sequences, counts, strict=True)]
+        )
         ids = sequences[0][1] if len(sequences) == 1 else np.concatenate([ids for _, ids in sequences])
         ops.embed(self.weights.embedding, ids, buffers.x)
         for layer, block in enumerate(self.weights.blocks):
             self._block(block, layer, batch, buffers)
         return buffers.x
 
-    def _block(self, block: Block, layer: int, batch: ops.Batch, b: "_Views") -> None:
+    def _block(self, block: Block, layer: int, batch: ops.Batch, b: _Views) -> None:
         eps, heads = self.config.norm_eps, self.config.heads
         _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden)
         _linear(block.qkv, b.hidden, b.qkv)
@@ -90,7 +113,7 @@ class Model:
         return out
 
 
-def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: "_Operand") -> None:
+def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Operand) -> None:
     """RMSNorm, in the form that the layer which reads it takes."""
     if not reader.takes_floats:
         ops.rmsnorm_quantize(x, gamma, eps, out.codes)
@@ -100,7 +123,7 @@ def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: "_O
         ops.quantize(out.floats, out.codes)
 
 
-def _swiglu(gate_up: np.ndarray, reader: Linear, out: "_Operand") -> None:
+def _swiglu(gate_up: np.ndarray, reader: Linear, out: _Operand) -> None:
     """silu(gate) · up, in the form that the layer which reads it takes."""
     if not reader.takes_floats:
         ops.swiglu_quantize(gate_up, out.codes)
@@ -108,7 +131,7 @@ def _swiglu(gate_up: np.ndarray, reader: Linear, out: "_Operand") -> None:
         ops.swiglu(gate_up, out.floats)
 
 
-def _linear(linear: Linear, x: "_Operand", out: np.ndarray, accumulate: bool = False) -> None:
+def _linear(linear: Linear, x: _Operand, out: np.ndarray, accumulate: bool = False) -> None:
     """out (tokens, rows) = x · Wᵀ + bias, or out += that."""
     if len(linear.parts) == 1:
         part = linear.parts[0]
@@ -120,34 +143,19 @@ def _linear(linear: Linear, x: "_Operand", out: np.ndarray, accumulate: bool = F
         out[:, part.start : part.stop] = columns
 
 
-class _Operand:
-    """What a linear layer reads: float32 (tokens, columns), or its int8 codes, or both."""
-
-    def __init__(self, floats: np.ndarray, codes: ops.Activations) -> None:
-        self.floats = floats
-        self.codes = codes
-
-
-class _Views:
-    """The buffers of a step, cut to its number of tokens."""
-
-    def __init__(self, x: np.ndarray, qkv: np.ndarray, gate_up: np.ndarray,
-                 hidden: _Operand, attended: _Operand, inner: _Operand) -> None:
-        self.x = x  # the residual stream (tokens, hidden)
-        self.qkv = qkv  # (tokens, (heads + 2 * kv_heads) * head_dim)
-        self.gate_up = gate_up  # (tokens, 2 * intermediate)
-        self.hidden, self.attended, self.inner = hidden, attended, inner
-
-
 class _Buffers:
-    """Memory for steps of up to `capacity` tokens, taken once and used by every layer in turn."""
+    """Memory for steps of up to `capacity` tokens, taken once and used by every layer in turn.
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, capacity: int) -> None:
+    A buffer that the model's kinds of weights never touch costs addresses alone: its pages never come.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int) -> None:
         self.capacity = capacity
-        heads = config.heads * config.head_dim
-        widths = (config.hidden_size, heads + 2 * config.kv_heads * config.head_dim, 2 * config.intermediate_size)
-        self._streams = [np.empty((capacity, width), dtype=np.float32) for width in widths]
-        operands = (config.hidden_size, heads, config.intermediate_size)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        streams = (hidden, queries + 2 * keys, 2 * inner)
+        operands = (hidden, queries, inner)
+        self._streams = [np.empty((capacity, width), dtype=np.float32) for width in streams]
         self._floats = [np.empty((capacity, width), dtype=np.float32) for width in operands]
         self._codes = [ops.Activations(capacity, width) for width in operands]
 

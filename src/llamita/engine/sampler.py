@@ -43,8 +43,15 @@ class Sampling:
         _expect("top_k", self.top_k, "a whole number, 0 for all", whole and self.top_k >= 0)
         _expect("top_p", self.top_p, "a number from 0 to 1", 0 <= self.top_p <= 1)
         _expect("min_p", self.min_p, "a number from 0 to 1", 0 <= self.min_p <= 1)
-        _expect("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
-        _expect("seed", self.seed, "0 or more", self.seed is None or (isinstance(self.seed, int) and self.seed >= 0))
+        _expect(
+            "repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf
+        )
+        _expect(
+            "seed",
+            self.seed,
+            "0 or more",
+            self.seed is None or (isinstance(self.seed, int) and self.seed >= 0),
+        )
 
     @classmethod
     def from_generation_config(cls, values: dict[str, Any]) -> "Sampling":
@@ -80,7 +87,9 @@ class Sampler:
         """
         best = int(logits.argmax())  # NaN, where there is one, is the largest for argmax
         if not math.isfinite(logits[best]):
-            raise RunError(f"logits: expected finite values, got {logits[best]} for token {best}: broken weights")
+            raise RunError(
+                f"logits: expected finite values, got {logits[best]} for token {best}: broken weights"
+            )
         if self._sampling.repetition_penalty != 1:
             logits = penalize(logits, np.flatnonzero(self._seen), self._sampling.repetition_penalty)
             best = int(logits.argmax())
@@ -110,7 +119,8 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     logits would take as long as a layer.
     """
     tokens = np.arange(len(logits))
-    scores = (logits - logits.max()) / np.float32(max(sampling.temperature, _COLDEST))  # at most 0: no overflow
+    with np.errstate(over="ignore"):  # to minus infinity, which is right
+        scores = (logits - logits.max()) / np.float32(max(sampling.temperature, _COLDEST))  # the largest is 0
     if 0 < sampling.top_k < len(scores):
         smallest = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         tokens = np.flatnonzero(scores >= smallest)  # ties with the k-th stay, as in transformers
@@ -128,8 +138,8 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
 def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Indices, ascending, of the likeliest tokens that reach `top_p` together: at least one.
 
-    From the least likely upwards, a token goes while the share up to it is at most 1 − top_p. Tokens below
-    (1 − top_p) / count cannot bring the share above that, so they go without being sorted.
+    From the least likely upwards, a token goes while the share up to it is at most 1 - top_p. Tokens below
+    (1 - top_p) / count cannot bring the share above that, so they go without being sorted.
     """
     total = weights.sum(dtype=np.float64)
     rest = (1 - top_p) * total

@@ -111,7 +111,9 @@ def _linear(source: ModelSource, shapes: dict[str, tuple[int, int]], has_bias: b
     return Linear(tuple(parts), takes_codes=any(quantized), takes_floats=not all(quantized))
 
 
-def _kind(name: str, weight: Int4Weight | Int8Weight | np.ndarray, shape: tuple[int, int]) -> tuple[object, ...]:
+def _kind(
+    name: str, weight: Int4Weight | Int8Weight | np.ndarray, shape: tuple[int, int]
+) -> tuple[object, ...]:
     """What must agree for two layers to be packed together; the shape is checked on the way."""
     if isinstance(weight, Int4Weight):
         found = (weight.packed.shape[0], weight.packed.shape[1] * 8)  # 8 codes in an int32

@@ -1,0 +1,236 @@
+"""`llamita evaluate`: what quantization cost, models side by side."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llamita import console, wikitext
+from llamita.baseline import open_contenders
+from llamita.errors import InputError, RunError
+from llamita.evaluate import CHUNK_TOKENS, Contender, Progress, TextScores, embedded_text, score_text
+from llamita.statistics import Interval
+
+HARNESS = "llamita.harness"  # imported on use: it needs LM Eval and with it Torch
+WIKITEXT = "wikitext"
+
+
+@dataclass
+class _Job:
+    """What is to be measured: a text, tasks of LM Eval, or both."""
+
+    max_seq_len: int
+    limit: int | None
+    text_name: str = ""
+    text: str | None = None
+    whole_chunks: bool = False
+    tasks: list[str] = field(default_factory=list)
+    pages: Sequence[str] | None = None
+    add_bos_token: bool | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+# The options, each with what `--help` says of it.
+_Models = Annotated[
+    list[str], typer.Argument(metavar="DIR...", help="Model directories, hub names, or 'embedded'.")
+]
+_Baseline = Annotated[
+    str | None,
+    typer.Option(metavar="SRC", help="The float model; by default the one DIR was made from; or 'none'."),
+]
+_Tasks = Annotated[str | None, typer.Option(help="Tasks of LM Eval, separated by commas: wikitext,arc_easy.")]
+_Wikitext = Annotated[
+    Path | None,
+    typer.Option("--wikitext", metavar="FILE", help="wiki.test.raw, in place of the hub's data set."),
+]
+_Text = Annotated[Path | None, typer.Option(metavar="FILE", help="A plain text to score; needs no LM Eval.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="The first N documents of a task, chunks of a text.")]
+_Length = Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")]
+_AddBos = Annotated[
+    bool | None,
+    typer.Option("--add-bos-token/--no-add-bos-token", help="As in LM Eval; else the tokenizer decides."),
+]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
+_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def command(
+    models: _Models,
+    baseline: _Baseline = None,
+    tasks: _Tasks = None,
+    wikitext_file: _Wikitext = None,
+    text: _Text = None,
+    limit: _Limit = None,
+    max_seq_len: _Length = CHUNK_TOKENS,
+    add_bos_token: _AddBos = None,
+    threads: _Threads = None,
+    json: _Json = False,
+) -> None:
+    """Measure what quantization cost: perplexity, divergence from the float model, tasks of LM Eval.
+
+    Without a text or tasks, the text that ships with llamita is scored.
+
+    Example: llamita evaluate llama-g128 llama-g256 --wikitext wiki.test.raw
+    """
+    names = [name.strip() for name in tasks.split(",")] if tasks else []
+    if wikitext_file and WIKITEXT not in names:
+        names.insert(0, WIKITEXT)
+    job = _Job(max_seq_len, limit, tasks=names, add_bos_token=add_bos_token)
+    harness = _import_harness() if names else None  # before anything that takes time
+    _choose_text(job, text, wikitext_file, harness)
+    with console.progress(quiet=json) as progress:
+        contenders = open_contenders(models, baseline, threads=threads, progress=progress)
+        scores = _score(job, contenders, progress)
+        results = _run_tasks(job, contenders, harness, progress)
+    if json:
+        console.print_json(_values(job, contenders, scores, results))
+        return
+    for note in job.notes:
+        console.note(note)
+    columns = ["", *(f"{c.name} (float)" if c.llm.scheme is None else c.name for c in contenders)]
+    console.print_table("", columns, _rows(job, contenders, scores, results))
+    if scores:
+        console.note(
+            f"{job.text_name}: {scores[0].tokens:,} tokens predicted; intervals: 95 %, block bootstrap"
+        )
+
+
+def _import_harness() -> Any:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # LM Eval's progress bars would break into ours
+    try:
+        return import_module(HARNESS)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "llamita":
+            raise
+        raise RunError(
+            f"--tasks: expected the package {error.name}, found none; try pip install 'llamita[torch]', "
+            "or --text FILE, which needs none"
+        ) from None
+
+
+def _choose_text(job: _Job, text: Path | None, wikitext_file: Path | None, harness: Any) -> None:
+    """Fill in the text to score and the pages of the wikitext task."""
+    if WIKITEXT in job.tasks:
+        if wikitext_file:
+            found = wikitext.read(wikitext_file)
+        else:
+            with contextlib.redirect_stdout(sys.stderr):
+                found = wikitext.from_pages(harness.wikitext_pages(), "the hub's wikitext")
+        name = "WikiText-2 test" if found.is_original else str(wikitext_file or "the hub's wikitext")
+        job.text_name, job.text, job.whole_chunks, job.pages = name, found.text, True, found.pages
+        job.notes += [found.note] if found.note else []
+    if text:
+        job.text_name, job.text, job.whole_chunks = str(text), _read_text(text), False
+    elif not job.tasks:
+        job.text_name, job.text = "embedded text", embedded_text()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"--text: expected a text file, found none at {path}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+
+
+def _score(job: _Job, contenders: list[Contender], progress: Progress) -> list[TextScores]:
+    if job.text is None:
+        return []
+    return score_text(
+        contenders,
+        job.text,
+        chunk_tokens=job.max_seq_len,
+        whole_chunks=job.whole_chunks,
+        limit=job.limit,
+        progress=progress,
+    )
+
+
+def _run_tasks(job: _Job, contenders: list[Contender], harness: Any, progress: Progress) -> list[list[Any]]:
+    """Every model's `harness.TaskScores`."""
+    if not job.tasks:
+        return [[] for _ in contenders]
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
+        return harness.run_tasks(
+            [contender.llm for contender in contenders],
+            job.tasks,
+            pages=job.pages,
+            max_seq_len=job.max_seq_len,
+            limit=job.limit,
+            add_bos_token=job.add_bos_token,
+            progress=progress,
+        )
+
+
+def _values(
+    job: _Job, contenders: list[Contender], scores: list[TextScores], results: list[list[Any]]
+) -> dict[str, Any]:
+    """Everything as JSON values."""
+    models = [
+        {
+            "name": contender.name,
+            "path": str(contender.llm.path),
+            "is_baseline": contender.is_baseline,
+            "scheme": contender.llm.scheme.to_dict() if contender.llm.scheme else None,
+            "weight_bytes": contender.weight_bytes,
+            "text": asdict(scores[i]) if scores else None,
+            "tasks": [asdict(task) for task in results[i]],
+        }
+        for i, contender in enumerate(contenders)
+    ]
+    return {
+        "text": {"name": job.text_name, "whole_chunks": job.whole_chunks} if scores else None,
+        "lm_eval": metadata.version("lm_eval") if job.tasks else None,
+        "max_seq_len": job.max_seq_len,
+        "limit": job.limit,
+        "add_bos_token": job.add_bos_token,
+        "notes": job.notes,
+        "models": models,
+    }
+
+
+def _rows(
+    job: _Job, contenders: list[Contender], scores: list[TextScores], results: list[list[Any]]
+) -> list[list[str]]:
+    """The table: a metric a row, a model a column."""
+    schemes = [c.llm.scheme for c in contenders]
+    rows = [
+        ["scheme", *(s.name if s else "float" for s in schemes)],
+        ["weights in a group", *(str(s.group_size) if s else "" for s in schemes)],
+        ["weight files", *(console.megabytes(c.weight_bytes) for c in contenders)],
+    ]
+    for i, task in enumerate(results[0]):
+        for metric in task.metrics:
+            label = metric.replace("_", " ") if task.task == WIKITEXT else f"{task.task} {metric}"
+            rows.append([label, *(_with_error(own[i], metric) for own in results)])
+    if not scores:
+        return rows
+    rows.append(
+        [f"token perplexity, chunks of {job.max_seq_len:,}", *(f"{s.perplexity:.4g}" for s in scores)]
+    )
+    if any(s.kl for s in scores):
+        rows += _interval_rows("  over the float model's", [s.increase for s in scores], 100, ".2f", "\xa0%")
+        rows += _interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", "")
+        rows += _interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%")
+    return rows
+
+
+def _with_error(task: Any, metric: str) -> str:
+    value = f"{task.metrics[metric]:.4f}"
+    return f"{value} ± {task.errors[metric]:.4f}" if metric in task.errors else value
+
+
+def _interval_rows(
+    label: str, intervals: list[Interval | None], factor: int, spec: str, unit: str
+) -> list[list[str]]:
+    """The values, and under them the bounds of their intervals."""
+    values = [f"{i.value * factor:{spec}}{unit}" if i else "" for i in intervals]
+    bounds = [f"{i.low * factor:{spec}} to {i.high * factor:{spec}}" if i else "" for i in intervals]
+    return [[label, *values], ["", *(bound.replace(" ", "\xa0") for bound in bounds)]]

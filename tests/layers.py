@@ -1,0 +1,60 @@
+"""The map of the tree that `test_architecture.py` holds: what may import what.
+
+A module imports modules of lower layers, and of its own layer those that SIBLINGS names. A registry's
+entry, "module:function", is imported on use and is no import in this sense.
+"""
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    # 0: plain values
+    ("errors", "scheme", "config"),
+    # 1: arithmetic and bytes
+    ("_native", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics", "wikitext"),
+    # 2: models on disk
+    ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer"),
+    # 3: how codes and scales are chosen
+    ("methods.rtn", "methods.energy"),
+    # 4: the pipeline; the forward pass
+    ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
+     "engine.llm"),
+    # 5: questions about models
+    ("evaluate", "baseline", "harness", "plan", "verify", "bench"),
+    # 6: one file a command
+    ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
+     "commands.verify", "commands.plan", "commands.bench"),
+    # 7: names of commands
+    ("cli",),
+)  # fmt: skip
+
+SIBLINGS: dict[str, tuple[str, ...]] = {
+    "scheme": ("errors",),
+    "config": ("errors",),
+    "tensorfile": ("files",),
+    "packed": ("checkpoint",),
+    "packed_writer": ("checkpoint", "packed"),
+    "engine.model": ("engine.cache", "engine.weights"),
+    "engine.llm": (
+        "chat", "quantize", "engine.cache", "engine.model", "engine.sampler", "engine.stops",
+        "engine.weights",
+    ),
+    "baseline": ("evaluate",),
+    "harness": ("evaluate",),
+    "commands.chat": ("commands.generate",),
+}  # fmt: skip
+
+# The one file each may be imported in; everything else on the lean side makes do with LEAN.
+LEAN = ("numpy", "tokenizers", "jinja2", "typer", "click", "rich", "huggingface_hub")
+ONLY_IN: dict[str, tuple[str, ...]] = {
+    "tokenizers": ("tokenizer",),
+    "jinja2": ("chat",),
+    "huggingface_hub": ("hub",),
+    "rich": ("console",),
+    "click": ("cli",),
+}
+TORCH_SIDE = {"harness": ("lm_eval", "datasets")}
+TORCH_PACKAGES = (
+    "torch", "torchao", "transformers", "lm_eval", "datasets", "accelerate", "peft", "trl", "executorch",
+    "compressed_tensors", "evaluate", "sacrebleu",
+)  # fmt: skip
+
+# Imports inside functions, each with its reason.
+NESTED: dict[str, str] = {}

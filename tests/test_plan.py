@@ -1,0 +1,153 @@
+"""`llamita plan` and `llamita inspect`: exact sizes from a config.json alone, estimates that add up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import CONFIGS, make_checkpoint
+
+from llamita import cli, hub, plan
+from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError
+from llamita.plan import Described, Machine, describe, estimate_all
+from llamita.quantize import make_plan, quantize
+from llamita.scheme import PRESETS, make_scheme
+
+MACHINE = Machine(bandwidth=20e9, int8_rate=200e9, memory=8 * 10**9, memory_free=10**9, threads=2)
+LLAMA_1B = {
+    **CONFIGS["llama32"], "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "head_dim": 64, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B))
+    return tmp_path / "config.json"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("family", "dtype"), [("llama32", "BF16"), ("llama3", "F16"), ("tinyllama", "F32")])
+def test_a_config_alone_gives_the_bytes_that_quantize_writes(
+    tmp_path: Path, preset: str, family: str, dtype: str
+) -> None:
+    group_size = 32 if family == "tinyllama" else None
+    scheme = make_scheme(preset, group_size)
+    source = make_checkpoint(tmp_path / "src", family, dtype=dtype)
+    quantize(Checkpoint(source), "src", tmp_path / "out", scheme, shard_bytes=100_000)
+    model = describe(str(source / "config.json"))
+    made = make_plan(model.config, scheme, model.float_dtype, shard_bytes=100_000)
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert made.file_bytes == sum(written.values())
+    assert made.files == sorted(written)
+    headers = sum(
+        int.from_bytes((tmp_path / "out" / name).read_bytes()[:8], "little") + 8 for name in written
+    )
+    assert made.tensor_bytes == sum(written.values()) - headers
+    begin = int.from_bytes((source / "model.safetensors").read_bytes()[:8], "little") + 8
+    assert made.source_bytes == (source / "model.safetensors").stat().st_size - begin
+
+
+def test_llama_1b_has_the_published_sizes(config_file: Path) -> None:
+    estimates = {e.name: e for e in estimate_all(describe(str(config_file)), MACHINE)}
+    assert estimates["float"].tensor_bytes == 2_471_628_800  # of the released model.safetensors
+    assert estimates["llama3.2"].tensor_bytes < 0.82e9
+    cache = estimates["llama3.2"].cache_bytes_per_token
+    assert cache == 2 * 16 * 8 * 64 * 2
+    for estimate in estimates.values():
+        memory = estimate.memory
+        assert set(memory) == {2048, 8192}
+        assert memory[8192] - memory[2048] == 6144 * estimate.cache_bytes_per_token
+        assert memory[2048] > estimate.tensor_bytes
+        assert estimate.fits == (memory[2048] <= MACHINE.memory_free)
+    assert estimates["llama3.2"].fits
+    assert not estimates["float"].fits
+    assert 2 < estimates["llama3.2"].decode / estimates["float"].decode < 4
+    assert estimates["llama3.2"].decode < MACHINE.bandwidth / estimates["llama3.2"].tensor_bytes
+
+
+def test_an_untied_embedding_is_not_read_for_every_token(config_file: Path) -> None:
+    tied = describe(str(config_file))
+    config_file.write_text(json.dumps({**LLAMA_1B, "tie_word_embeddings": False}))
+    untied = describe(str(config_file))
+    for first, second in zip(estimate_all(tied, MACHINE), estimate_all(untied, MACHINE), strict=True):
+        assert second.tensor_bytes > first.tensor_bytes
+        assert second.decode == pytest.approx(first.decode, rel=1e-3)
+
+
+def test_a_short_context_is_planned_for_as_it_is(tmp_path: Path) -> None:
+    (estimate, *_) = estimate_all(describe(str(make_checkpoint(tmp_path))), MACHINE)
+    assert set(estimate.memory) == {512}
+
+
+def test_a_packed_model_is_planned_for_by_itself(tmp_path: Path) -> None:
+    quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "src", tmp_path / "out", make_scheme("arm"))
+    (estimate,) = estimate_all(describe(str(tmp_path / "out")), MACHINE)
+    assert estimate.name == "arm"
+    assert estimate.file_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    with pytest.raises(InputError, match="float model"):
+        describe(str(tmp_path / "out" / "config.json"))
+
+
+def test_a_hub_model_costs_one_small_download(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> None:
+    asked = []
+
+    def download(name: str, file: str) -> str:
+        asked.append((name, file))
+        return str(config_file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    model = describe("meta-llama/Llama-3.2-1B")
+    assert isinstance(model, Described)
+    assert asked == [("meta-llama/Llama-3.2-1B", "config.json")]
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "nonsense"])
+def test_names_that_lead_nowhere(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["plan", name])
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_command_measures_this_machine(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_PROBE_BYTES", 2**24)
+    cli.main(["plan", str(config_file), "--preset", "llama3.2", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["machine"]["bandwidth"] > 1e8
+    assert values["machine"]["int8_rate"] > 1e8
+    assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2"]
+
+
+def test_the_command_prints_estimates_as_such(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda: MACHINE)
+    cli.main(["plan", str(config_file), "--preset", "arm", "--group-size", "256"])
+    assert "estimates" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["plan", str(config_file), "--preset", "q4"])
+    assert exit_.value.code == 2
+
+
+def test_inspect_shows_float_and_packed_models(tmp_path: Path, capsys: Any) -> None:
+    quantize(
+        Checkpoint(make_checkpoint(tmp_path / "src")), "the-source", tmp_path / "out", make_scheme("arm")
+    )
+    cli.main(["inspect", str(tmp_path / "src"), "--json"])
+    before = json.loads(capsys.readouterr().out)
+    cli.main(["inspect", str(tmp_path / "out"), "--json"])
+    after = json.loads(capsys.readouterr().out)
+    assert before["scheme"] is None
+    assert after["scheme"]["name"] == "arm"
+    assert before["weights"] == after["weights"]
+    assert after["tensor_bytes"] < before["tensor_bytes"]
+    assert after["source"]["name"] == "the-source"
+    cli.main(["inspect", str(tmp_path / "out"), "--layers"])
+    out = capsys.readouterr().out
+    assert "the-source" in out
+    assert out.count("_proj") == 14

@@ -1,0 +1,102 @@
+"""Break kernels and numerics by hand, one line at a time, and see the suite fail: a suite that cannot fail proves nothing.
+
+    python tools/mutations.py                # all; about a minute each
+    python tools/mutations.py --only 3 7     # some
+
+Works on a copy of the tree: the copy is changed, built and tested, then restored. Exits with 1 if a mutation survives.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+VNNI = "native/kernels/avx512vnni.cpp"
+
+# File, the text that occurs in it exactly once, what it becomes, and what that breaks.
+MUTATIONS = [
+    (VNNI, "const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);",
+     "const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low);", "decode: high nibbles of rows 16-31"),
+    (VNNI, "_mm512_set1_epi32(start[i * a.groups])", "_mm512_set1_epi32(start[0])", "prefill: a token's own offset"),
+    ("native/ops.cpp", "w4 ? 8 : 128", "w4 ? 8 : 127", "int8 tables: the weights' offset"),
+    ("native/pack.cpp", "colsum += static_cast<double>(scale) *", "colsum += 1.001 * static_cast<double>(scale) *",
+     "int4: the zero point's correction, by a thousandth"),
+    ("native/kernels/attention.inc", "rows.limit[r] = a.start + token + 1;", "rows.limit[r] = a.start + token + 2;",
+     "attention: a token sees the next one"),
+    ("native/kernels/attention.inc", "load(sums + d) * set1(correction[0])", "load(sums + d)",
+     "attention: earlier blocks are not scaled to the new maximum"),
+    ("native/kernels/rounding.inc", "best[i] > best[at]", "best[i] < best[at]", "scale search: the tie"),
+    ("native/kernels/float_kernels.inc", "clamp(-128.0f - __builtin_rintf(mn / scale), -128.0f, 127.0f)",
+     "clamp(-127.0f - __builtin_rintf(mn / scale), -128.0f, 127.0f)", "activations: the zero point"),
+    ("native/cache.cpp", "out[i + half] = high * cos[i] + low * sin[i];",
+     "out[i + half] = high * cos[i] - low * sin[i];", "rotary embedding: a sign"),
+    ("src/llamita/affine.py", "largest / np.float32((qmax - qmin) / 2)", "largest / np.float32(qmax)",
+     "torchao's scale: 7 for 7.5"),
+    ("src/llamita/engine/cache.py", "(turns - np.float32(low)) / np.float32(high - low)",
+     "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
+    ("src/llamita/evaluate.py", "losses[rows] = np.log(total) - shifted", "losses[rows] = total - shifted", "perplexity: the normalizer"),
+]  # fmt: skip
+
+
+def build(tree: Path, folder: Path) -> None:
+    """Compile the native module of `tree` and put it beside its Python files."""
+    if not (folder / "build.ninja").exists():
+        run(["cmake", "-S", str(tree), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"])
+    run(["cmake", "--build", str(folder)])
+    module = next(folder.glob("_native*.so"))
+    shutil.copy2(module, tree / "src" / "llamita" / module.name)
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(command)}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
+
+
+def first_failure(tree: Path) -> str | None:
+    """Run the suite on `tree`; the first test that fails, or None if all pass."""
+    # The tree goes first on the path, and finders of an editable installation are kept out.
+    program = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__];"
+        f"sys.path.insert(0, {str(tree / 'src')!r}); import llamita; assert llamita.__file__.startswith({str(tree)!r});"
+        "import pytest; sys.exit(pytest.main(['-q', '-x', '--no-header', '-p', 'no:cacheprovider']))"
+    )
+    data = os.environ.get("LLAMITA_DATA", str(ROOT.parent / "shared" / "data"))
+    environment = os.environ | {"LLAMITA_DATA": data, "PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=tree, env=environment, capture_output=True, text=True)
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if result.returncode and not failed:
+        sys.exit(result.stdout[-3000:] + result.stderr[-3000:])
+    return failed[0] if failed else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", default=range(1, len(MUTATIONS) + 1))
+    args = parser.parse_args()
+    survivors = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "__pycache__"))
+        build(tree, Path(scratch) / "build")
+        print(f"unchanged: {first_failure(tree) or 'passes'}  ({sysconfig.get_platform()})", flush=True)
+        for number in args.only:
+            file, old, new, what = MUTATIONS[number - 1]
+            text = (tree / file).read_text("utf-8")
+            assert text.count(old) == 1, f"{file}: expected once: {old}"
+            (tree / file).write_text(text.replace(old, new), "utf-8")
+            build(tree, Path(scratch) / "build")
+            failure = first_failure(tree)
+            survivors += failure is None
+            print(f"{number:2} {what}: {failure or 'SURVIVED'}", flush=True)
+            (tree / file).write_text(text, "utf-8")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
