@@ -7,16 +7,25 @@ namespace {
 
 const char* type_name(char type) {
   switch (type) {
-    case 'f': return "float32";
-    case 'd': return "float64";
-    case 'e': return "float16";
-    case 'H': return "uint16";
-    case 'b': return "int8";
-    case 'B': return "uint8";
-    case 'i': return "int32";
+    case 'f':
+      return "float32";
+    case 'd':
+      return "float64";
+    case 'e':
+      return "float16";
+    case 'H':
+      return "uint16";
+    case 'b':
+      return "int8";
+    case 'B':
+      return "uint8";
+    case 'i':
+      return "int32";
     case 'l':
-    case 'q': return "int64";
-    default: return "another type";
+    case 'q':
+      return "int64";
+    default:
+      return "another type";
   }
 }
 
@@ -48,7 +57,8 @@ std::string found(const Py_buffer& view) {
 
 }  // namespace
 
-Array::Array(nb::handle object, const char* name, const char* types, std::initializer_list<size_t> shape, bool writable) {
+Array::Array(nb::handle object, const char* name, const char* types, std::initializer_list<size_t> shape,
+             bool writable) {
   auto* raw = new Py_buffer;
   const int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
   if (PyObject_GetBuffer(object.ptr(), raw, flags) != 0) {

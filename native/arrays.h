@@ -52,7 +52,8 @@ struct NewArray {
     size_t size = 1;
     for (const size_t length : shape) size *= length;
     data = new T[size];
-    array = nb::ndarray<nb::numpy, T>(data, shape, nb::capsule(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }));
+    array = nb::ndarray<nb::numpy, T>(data, shape,
+                                      nb::capsule(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }));
   }
   T* data;
   nb::ndarray<nb::numpy, T> array;

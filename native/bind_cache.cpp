@@ -35,10 +35,12 @@ Batch new_batch(const nb::list& list) {
   std::vector<Sequence> sequences;
   for (nb::handle item : list) {
     const nb::tuple triple = nb::cast<nb::tuple>(item);
-    require(nb::len(triple) == 3, "sequences: expected (KVCache, start, count), got a tuple of " + text(nb::len(triple)));
+    require(nb::len(triple) == 3,
+            "sequences: expected (KVCache, start, count), got a tuple of " + text(nb::len(triple)));
     Sequence s{nb::cast<std::shared_ptr<KVCache>>(triple[0]), nb::cast<size_t>(triple[1]), nb::cast<size_t>(triple[2])};
     require(s.start <= s.cache->capacity && s.count <= s.cache->capacity - s.start,
-            "sequences: expected at most " + text(s.cache->capacity) + " positions, got " + text(s.start) + " + " + text(s.count));
+            "sequences: expected at most " + text(s.cache->capacity) + " positions, got " + text(s.start) + " + " +
+                text(s.count));
     for (const Sequence& other : sequences) {
       require(other.cache != s.cache, "sequences: expected each cache once, got one twice");
       require(same_shape(*other.cache, *s.cache), "sequences: expected caches of one shape, got different ones");
@@ -81,7 +83,8 @@ void bind_cache(nb::module_& m) {
       .def_prop_ro("nbytes", &KVCache::nbytes)
       .def_ro("capacity", &KVCache::capacity);
   nb::class_<Batch>(m, "Batch")
-      .def("__init__", [](Batch* self, const nb::list& list) { new (self) Batch(new_batch(list)); }, "sequences"_a)
+      .def(
+          "__init__", [](Batch* self, const nb::list& list) { new (self) Batch(new_batch(list)); }, "sequences"_a)
       .def_ro("tokens", &Batch::tokens);
   m.def("rope_and_cache", rope_and_cache_array, "batch"_a, "layer"_a, "qkv"_a, "heads"_a);
   m.def("attention", attention_arrays, "batch"_a, "layer"_a, "qkv"_a, "heads"_a, "out"_a);

@@ -40,7 +40,8 @@ constexpr std::string_view kRules[] = {"torchao", "torchao_bf16", "search"};  //
 std::string text(size_t number) { return std::to_string(number); }
 
 void check_columns(size_t columns) {
-  require(columns >= 1 && columns <= kMaxColumns, "columns: expected 1 to " + text(kMaxColumns) + ", got " + text(columns));
+  require(columns >= 1 && columns <= kMaxColumns,
+          "columns: expected 1 to " + text(kMaxColumns) + ", got " + text(columns));
 }
 
 void check_tokens(size_t tokens, const Activations& acts) {
@@ -49,18 +50,21 @@ void check_tokens(size_t tokens, const Activations& acts) {
 
 // ---- weights -----------------------------------------------------------------------------------------------------
 HeldWeights pack_w4_arrays(const nb::list& packed, const nb::list& scales, size_t group_size) {
-  require(nb::len(packed) > 0 && nb::len(packed) == nb::len(scales), "packed: expected as many arrays as scales, at least one");
+  require(nb::len(packed) > 0 && nb::len(packed) == nb::len(scales),
+          "packed: expected as many arrays as scales, at least one");
   require(group_size >= 8 && group_size % 8 == 0, "group_size: expected a multiple of 8, got " + text(group_size));
   const size_t words = Array(packed[0], "packed", "i", {kAny, kAny}).shape(1), columns = 8 * words;
   check_columns(columns);
-  require(columns % group_size == 0, "group_size: expected a divisor of " + text(columns) + " columns, got " + text(group_size));
+  require(columns % group_size == 0,
+          "group_size: expected a divisor of " + text(columns) + " columns, got " + text(group_size));
   std::vector<Array> held;
   std::vector<Part> parts;
   for (size_t i = 0; i < nb::len(packed); i++) {
     const Array& codes = held.emplace_back(packed[i], "packed", "i", std::initializer_list<size_t>{kAny, words});
     const size_t rows = codes.shape(0);
     const void* data = codes.as<void>();
-    const Array& s = held.emplace_back(scales[i], "scales", "fH", std::initializer_list<size_t>{rows, columns / group_size});
+    const Array& s =
+        held.emplace_back(scales[i], "scales", "fH", std::initializer_list<size_t>{rows, columns / group_size});
     parts.push_back({data, rows, s.as<void>(), s.type() == 'H'});
   }
   const nb::gil_scoped_release release;
@@ -93,7 +97,8 @@ HeldWeights wrap_float_arrays(const nb::list& arrays) {
   return {wrap_float(std::move(parts), columns, kind), std::move(held)};
 }
 
-nb::tuple round_weights_arrays(nb::handle w, int bits, size_t group_size, const std::string& rule, nb::handle importance) {
+nb::tuple round_weights_arrays(nb::handle w, int bits, size_t group_size, const std::string& rule,
+                               nb::handle importance) {
   const Array a(w, "w", "feH", {kAny, kAny});
   const size_t rows = a.shape(0), columns = a.shape(1);
   require(bits == 4 || bits == 8, "bits: expected 4 or 8, got " + std::to_string(bits));
@@ -119,7 +124,8 @@ nb::tuple round_weights_arrays(nb::handle w, int bits, size_t group_size, const 
     kernels().to_f32(a.as<uint8_t>() + bad * bytes, dtype_of(a), columns, row.data());
     size_t column = 0;
     while (std::isfinite(row[column])) column++;
-    refuse("w: expected finite weights, got " + std::to_string(row[column]) + " in row " + text(bad) + ", column " + text(column));
+    refuse("w: expected finite weights, got " + std::to_string(row[column]) + " in row " + text(bad) + ", column " +
+           text(column));
   }
   return nb::make_tuple(codes.array, scales.array, errors.array);
 }
@@ -141,13 +147,15 @@ nb::object codes_to_packed_array(nb::handle codes) {
 void linear_arrays(const HeldWeights& held, nb::handle x, nb::handle out, nb::handle bias, bool accumulate) {
   const Weights& w = held.weights;
   const bool quantized = w.kind == Kind::w4 || w.kind == Kind::w8;
-  require(quantized == nb::isinstance<Activations>(x),
-          std::string("x: expected ") + (quantized ? "Activations" : "a float32 array") + " for " + kind_name(w.kind) + " weights");
+  require(quantized == nb::isinstance<Activations>(x), std::string("x: expected ") +
+                                                           (quantized ? "Activations" : "a float32 array") + " for " +
+                                                           kind_name(w.kind) + " weights");
   std::optional<Array> offsets, input;
   if (!bias.is_none()) offsets.emplace(bias, "bias", "f", std::initializer_list<size_t>{w.rows});
   Activations* acts = quantized ? nb::cast<Activations*>(x) : nullptr;
   if (!quantized) input.emplace(x, "x", "f", std::initializer_list<size_t>{kAny, w.columns});
-  if (acts) require(acts->columns == w.columns, "x: expected " + text(w.columns) + " columns, got " + text(acts->columns));
+  if (acts)
+    require(acts->columns == w.columns, "x: expected " + text(w.columns) + " columns, got " + text(acts->columns));
   const size_t tokens = acts ? acts->tokens : input->shape(0);
   const Array y(out, "out", "f", {tokens, w.rows}, true);
   const Output output{y.as<float>(), offsets ? offsets->as<float>() : nullptr, accumulate};
@@ -261,12 +269,13 @@ void bind_weights(nb::module_& m) {
 
 void bind_operations(nb::module_& m) {
   nb::class_<Activations>(m, "Activations")
-      .def("__init__",
-           [](Activations* self, size_t max_tokens, size_t columns) {
-             check_columns(columns);
-             new (self) Activations(max_tokens, columns);
-           },
-           "max_tokens"_a, "columns"_a)
+      .def(
+          "__init__",
+          [](Activations* self, size_t max_tokens, size_t columns) {
+            check_columns(columns);
+            new (self) Activations(max_tokens, columns);
+          },
+          "max_tokens"_a, "columns"_a)
       .def_ro("max_tokens", &Activations::max_tokens)
       .def_ro("columns", &Activations::columns)
       .def_ro("tokens", &Activations::tokens)

@@ -140,9 +140,17 @@ void attention(const Batch& batch, size_t layer, const float* qkv, size_t heads,
       const Sequence& sequence = batch.sequences[item.sequence];
       const KVCache& cache = *sequence.cache;
       const size_t query = sequence.first * shape.row() + item.head * group * dim;
-      const AttentionHead a{cache.keys(layer, item.head), cache.values(layer, item.head), cache.half, dim, stride,
-                            qkv + query, shape.row(), out + (sequence.first * heads + item.head * group) * dim,
-                            heads * dim, group, sequence.start,
+      const AttentionHead a{cache.keys(layer, item.head),
+                            cache.values(layer, item.head),
+                            cache.half,
+                            dim,
+                            stride,
+                            qkv + query,
+                            shape.row(),
+                            out + (sequence.first * heads + item.head * group) * dim,
+                            heads * dim,
+                            group,
+                            sequence.start,
                             static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)))};
       k.attention(a, item.first, item.last, reinterpret_cast<float*>(scratch));
     }

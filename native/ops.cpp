@@ -89,10 +89,23 @@ void linear_quantized(const Weights& weights, Activations& acts, const Output& o
   const size_t block = token_block(columns), chunk = std::max(weights.group_size, kChunkInputs);
   for (size_t t = 0; t < acts.tokens; t += block) {
     const size_t tokens = std::min(block, acts.tokens - t);
-    const QuantizedLinear a{weights.panels.data(), weights.panel_stride, weights.scales.data(), weights.colsum.data(),
-                            weights.rows, columns, weights.group_size, weights.groups, weights.bf16_scales,
-                            acts.codes(t), acts.stride, &acts.scales[t], &acts.zero_points[t],
-                            starts + t * weights.groups, tokens, output.out + t * weights.rows, output.bias,
+    const QuantizedLinear a{weights.panels.data(),
+                            weights.panel_stride,
+                            weights.scales.data(),
+                            weights.colsum.data(),
+                            weights.rows,
+                            columns,
+                            weights.group_size,
+                            weights.groups,
+                            weights.bf16_scales,
+                            acts.codes(t),
+                            acts.stride,
+                            &acts.scales[t],
+                            &acts.zero_points[t],
+                            starts + t * weights.groups,
+                            tokens,
+                            output.out + t * weights.rows,
+                            output.bias,
                             output.accumulate};
     const size_t floats = (chunk / 8 + tokens) * kPanelRows;
     const size_t scratch_bytes = w4 && tokens > kFusedTokens ? kPanelRows * chunk + floats * sizeof(float) : 0;
@@ -121,7 +134,8 @@ void linear_float(const Weights& weights, const float* x, size_t tokens, const O
         const void* w = static_cast<const uint8_t*>(part.data) + (first - start) * row_bytes;
         const float* bias = output.bias ? output.bias + first : nullptr;
         k.linear_float({w, dtype, stop - first, weights.columns, x, tokens, output.out + first, weights.rows, bias,
-                        output.accumulate}, reinterpret_cast<float*>(scratch));
+                        output.accumulate},
+                       reinterpret_cast<float*>(scratch));
         first = stop;
       }
       start += part.rows;

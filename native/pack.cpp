@@ -45,7 +45,8 @@ void gather(const void* const* rows, size_t bytes, size_t first, size_t count, u
   for (size_t r = 0; r < kPanelRows; r++) {
     uint32_t line[kLineWords];
     std::fill(line, line + count, fill);
-    if (rows[r]) std::memcpy(line, static_cast<const char*>(rows[r]) + 4 * first, std::min(4 * count, bytes - 4 * first));
+    if (rows[r])
+      std::memcpy(line, static_cast<const char*>(rows[r]) + 4 * first, std::min(4 * count, bytes - 4 * first));
     for (size_t i = 0; i < count; i++) words[i][r] = line[i];
   }
 }

@@ -31,6 +31,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "tensorfile": ("files",),
     "packed": ("checkpoint",),
     "packed_writer": ("checkpoint", "packed"),
+    "methods.rtn": ("methods.energy",),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.sampler", "engine.stops",

@@ -231,6 +231,13 @@ def test_bf16_rounds_to_the_nearest_and_ties_to_even(value: float) -> None:
         assert chosen == neighbours[np.argmin(distance)]
 
 
+def test_bf16_halves_go_to_the_even_neighbour() -> None:
+    below = np.arange(0x0080, 0x7F00, dtype=np.uint32)
+    halves = (below << 16 | 0x8000).view(np.float32)
+    np.testing.assert_array_equal(f32_to_bf16(halves), below + below % 2)
+    np.testing.assert_array_equal(f32_to_bf16(-halves), (below + below % 2) | 0x8000)
+
+
 def test_to_f32_refuses_other_dtypes() -> None:
     with pytest.raises(ValueError, match="float64"):
         to_f32(np.zeros(3))

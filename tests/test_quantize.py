@@ -12,7 +12,7 @@ from tiny import make_checkpoint
 
 from llamita.affine import to_f32
 from llamita.checkpoint import Checkpoint
-from llamita.methods.rtn import expected_energy
+from llamita.methods.energy import expected_energies
 from llamita.packed import PackedModel
 from llamita.quantize import quantize
 from llamita.scheme import SCALE_RULES, make_scheme
@@ -106,29 +106,51 @@ def test_a_float_table_and_norms_keep_their_dtype(tmp_path: Path) -> None:
 # ---- expected energy -----------------------------------------------------------------------------
 
 
-def test_expected_energy_follows_the_inputs_of_a_simulated_layer(tmp_path: Path) -> None:
-    """Feed normal vectors through one block's arithmetic and compare the energy of each input."""
+def test_expected_energies_follow_the_inputs_of_a_simulated_network(tmp_path: Path) -> None:
+    """Feed independent normal streams through the arithmetic of one block and compare every input's energy.
+
+    Query heads of one group get the same values, so that what o_proj writes is less exact: its inputs are correlated.
+    """
     checkpoint = Checkpoint(make_checkpoint(tmp_path, "llama3", mlp_bias=True))
-    rng = np.random.default_rng(0)
-    n = rng.normal(0, 1, (20_000, 128)).astype(np.float32)
-    layer = "model.layers.0"
-    w = {
-        k: to_f32(checkpoint.weight(f"{layer}.{k}"))
-        for k in ("self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    }
-    first = n * checkpoint.vector(f"{layer}.input_layernorm.weight")
-    second = n * checkpoint.vector(f"{layer}.post_attention_layernorm.weight")
+    energies = expected_energies(checkpoint)
+    layer, rng = "model.layers.0", np.random.default_rng(0)
+
+    def matrix(name: str) -> np.ndarray:
+        return to_f32(checkpoint.weight(f"{layer}.{name}"))
+
+    def normed(stream: np.ndarray, name: str) -> np.ndarray:
+        scaled = stream / np.sqrt(np.square(stream).mean(axis=1, keepdims=True))
+        return scaled * checkpoint.vector(f"{layer}.{name}.weight")
+
+    table = to_f32(checkpoint.weight("model.embed_tokens"))
+    stream = rng.normal(0, 1, (20_000, 128)).astype(np.float32) * np.sqrt(np.square(table).mean(axis=0))
+    first = normed(stream, "input_layernorm")
+    # What is left of a value after attention: half its energy.
+    values = (first @ matrix("self_attn.v_proj").T * np.sqrt(0.5)).reshape(-1, 2, 1, 32)
+    values = values.repeat(2, axis=2).reshape(-1, 128)
+    second = normed(stream + values @ matrix("self_attn.o_proj").T, "post_attention_layernorm")
     bias = {s: checkpoint.vector(f"{layer}.mlp.{s}_proj.bias") for s in ("gate", "up")}
-    gate, up = (second @ w[f"mlp.{s}_proj"].T + bias[s] for s in ("gate", "up"))
-    values = (first @ w["self_attn.v_proj"].T).reshape(-1, 2, 1, 32).repeat(2, axis=2).reshape(-1, 128)
+    gate, up = (second @ matrix(f"mlp.{s}_proj").T + bias[s] for s in ("gate", "up"))
     inputs = {"self_attn.q_proj": first, "self_attn.o_proj": values, "mlp.up_proj": second,
               "mlp.down_proj": gate / (1 + np.exp(-gate)) * up}  # fmt: skip
     for name, x in inputs.items():
-        measured = (x**2).mean(axis=0)
-        expected = expected_energy(checkpoint, f"{layer}.{name}")
+        measured, expected = np.square(x).mean(axis=0), energies[f"{layer}.{name}"]
         assert expected.mean() == pytest.approx(1, rel=0.01)
         assert expected.min() >= 0.01
-        assert np.corrcoef(measured, expected)[0, 1] > (0.8 if "down" in name else 0.95), name
+        assert np.corrcoef(measured, expected)[0, 1] > (0.7 if name.startswith("mlp") else 0.95), name
+
+
+def test_energies_grow_with_what_earlier_layers_write(tmp_path: Path) -> None:
+    """A channel into which o_proj writes a lot is one that the following layers must round with care."""
+    path = make_checkpoint(tmp_path, "llama2")
+    before = expected_energies(Checkpoint(path))["model.layers.1.self_attn.q_proj"]
+    source = Checkpoint(path)
+    o_proj = to_f32(source.weight("model.layers.0.self_attn.o_proj")).copy()
+    o_proj[5] *= 30
+    original = source.weight
+    source.weight = lambda name: o_proj if name == "model.layers.0.self_attn.o_proj" else original(name)  # type: ignore[method-assign]
+    after = expected_energies(source)["model.layers.1.self_attn.q_proj"]
+    assert after[5] > 3 * before[5]
 
 
 # ---- mistakes: one line, exit code 2 -------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_a_limit_on_file_size_leaves_nothing(source: Path, tmp_path: Path, limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = start(source, tmp_path / "out", preexec_fn=starve)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert len(errors.strip().splitlines()) == 1, errors
     assert "cannot be written" in errors

@@ -77,8 +77,8 @@ __m256 sum_eight(const V* a) {
 V sum_each(const V (&a)[kLanes]) { return {sum_eight(a), sum_eight(a + 8)}; }
 
 void store_i8(int8_t* p, V a) {
-  const __m256i words = _mm256_permute4x64_epi64(
-      _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
+  const __m256i words =
+      _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
@@ -102,14 +102,14 @@ constexpr size_t kLinearRows = 2, kLinearTokens = 3, kDecodeRows = 4;
 constexpr size_t kCandidates = 4;
 constexpr size_t kQueryRows = 4, kQueryTile = 4;
 
-#include "float_kernels.inc"
 #include "attention.inc"
+#include "float_kernels.inc"
 #include "rounding.inc"
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
-constexpr size_t kAhead = 8192;    // bytes of prefetch: beyond the pages where the hardware's own stops
-constexpr size_t kStep = 128;      // bytes of panel per 8 (w4) or 4 (w8) inputs: 4 vectors
-constexpr size_t kVectors = 4;     // of 8 rows each
+constexpr size_t kAhead = 8192;  // bytes of prefetch: beyond the pages where the hardware's own stops
+constexpr size_t kStep = 128;    // bytes of panel per 8 (w4) or 4 (w8) inputs: 4 vectors
+constexpr size_t kVectors = 4;   // of 8 rows each
 constexpr size_t kUnpackedTokens = 3, kByteTokens = 4;  // GCC spills what 4 tokens of the former would need
 
 __m256i load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -247,8 +247,8 @@ void small_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stri
 }
 
 template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups, size_t t,
-                   float* acc) {
+void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
+                   size_t t, float* acc) {
   const int8_t* x = a.x + t * a.x_stride + group * a.group_size;
   Sums<T> sums;
   load_sums(sums, acc);
@@ -267,7 +267,8 @@ void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scal
 // 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits.
 // Steps [first, last) of 4 inputs, vectors v and v + 1 of rows
 template <size_t T>
-void wide_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, size_t first, size_t last, size_t v) {
+void wide_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, size_t first, size_t last,
+                size_t v) {
   __m256i dot[T][2];
   for (size_t i = 0; i < T; i++)
     for (size_t half = 0; half < 2; half++) dot[i][half] = sums.dot[i][v + half];

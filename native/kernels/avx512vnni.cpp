@@ -75,16 +75,12 @@ V sum_each(const V (&a)[kLanes]) {
 void store_i8(int8_t* p, V a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.f)));
 }
-V load_f16(const void* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
-}
+V load_f16(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
 V load_bf16(const void* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-void store_f16(uint16_t* p, V a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.f, kNearest));
-}
+void store_f16(uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.f, kNearest)); }
 void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Tiles: how much is computed together, of 32 registers. Results do not depend on them.
@@ -92,14 +88,14 @@ constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
 constexpr size_t kQueryRows = 8, kQueryTile = 16;
 
-#include "float_kernels.inc"
 #include "attention.inc"
+#include "float_kernels.inc"
 #include "rounding.inc"
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 constexpr size_t kUnpackedTokens = 6, kByteTokens = 6;  // x 2 vectors: 12 integer and 12 float accumulators
-constexpr size_t kAhead = 8192;    // bytes of prefetch: beyond the pages where the hardware's own stops
-constexpr size_t kStep = 128;      // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
+constexpr size_t kAhead = 8192;  // bytes of prefetch: beyond the pages where the hardware's own stops
+constexpr size_t kStep = 128;    // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
 
 __m512i broadcast4(const int8_t* x) {
   int32_t four;
@@ -164,8 +160,8 @@ void fused_tile(const QuantizedLinear& a, size_t panel) {
 
 // T tokens against bytes: w (inputs / 4, 2 vectors of 64), scales (groups, 32); acc (T, 32) gets the sums
 template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups, size_t t,
-                   float* acc) {
+void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
+                   size_t t, float* acc) {
   const int8_t* x = a.x + t * a.x_stride + group * a.group_size;
   const int32_t* start = a.x_start + t * a.groups + group;
   V sums[T][2];

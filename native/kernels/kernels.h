@@ -7,12 +7,12 @@
 
 namespace llamita {
 
-constexpr size_t kPanelRows = 32;   // output rows that are stored, and computed, together
-constexpr size_t kLanes = 16;       // floats in a logical vector, on every instruction set
-constexpr size_t kSumInputs = 32;   // inputs per partial sum kept with quantized activations
-constexpr size_t kKeyBlock = 128;   // keys per online-softmax update
-constexpr size_t kKeyTile = 16;     // keys stored side by side
-constexpr size_t kFusedTokens = 4;   // up to this many tokens stream nibbles; above, nibbles are unpacked once
+constexpr size_t kPanelRows = 32;     // output rows that are stored, and computed, together
+constexpr size_t kLanes = 16;         // floats in a logical vector, on every instruction set
+constexpr size_t kSumInputs = 32;     // inputs per partial sum kept with quantized activations
+constexpr size_t kKeyBlock = 128;     // keys per online-softmax update
+constexpr size_t kKeyTile = 16;       // keys stored side by side
+constexpr size_t kFusedTokens = 4;    // up to this many tokens stream nibbles; above, nibbles are unpacked once
 constexpr size_t kChunkInputs = 512;  // of a panel that are unpacked at a time, 16 KiB: half the first-level cache
 
 enum class Dtype : int { f32, f16, bf16 };
@@ -26,9 +26,9 @@ struct QuantizedLinear {
   const float* colsum;   // (panels * 32,)
   size_t rows, columns;  // columns: padded to whole steps (8 for w4, 4 for w8)
   size_t group_size, groups;
-  bool bf16_scales;      // w4: the scales in the stream are bf16, else f32
+  bool bf16_scales;  // w4: the scales in the stream are bf16, else f32
   // activations
-  const int8_t* x;       // (tokens, x_stride)
+  const int8_t* x;  // (tokens, x_stride)
   size_t x_stride;
   const float* x_scale;    // (tokens,)
   const int32_t* x_zero;   // (tokens,)
@@ -44,19 +44,19 @@ struct FloatLinear {
   const void* w;  // (count, columns), of `dtype`, not necessarily aligned
   Dtype dtype;
   size_t count, columns;
-  const float* x;     // (tokens, columns)
+  const float* x;  // (tokens, columns)
   size_t tokens;
-  float* out;         // first of `count` columns of (tokens, out_stride)
+  float* out;  // first of `count` columns of (tokens, out_stride)
   size_t out_stride;
   const float* bias;  // (count,) or null
   bool accumulate;
 };
 
 struct QuantizedRow {
-  int8_t* codes;      // (columns,)
+  int8_t* codes;  // (columns,)
   float* scale;
   int32_t* zero;
-  int32_t* sums;      // (ceil(columns / kSumInputs),)
+  int32_t* sums;  // (ceil(columns / kSumInputs),)
 };
 
 // The query rows that share one key/value head: row i is token i / group, query head i % group of the head.
@@ -69,9 +69,9 @@ struct AttentionHead {
   size_t query_stride;
   float* out;
   size_t out_stride;
-  size_t group;        // query heads per key/value head
-  size_t start;        // position of the first token
-  float scale;         // 1 / sqrt(head_dim)
+  size_t group;  // query heads per key/value head
+  size_t start;  // position of the first token
+  float scale;   // 1 / sqrt(head_dim)
 };
 
 // The scale: torchao's formula, the same rounded to bf16, or that of least squared error on the bf16 grid.
@@ -80,7 +80,7 @@ enum class Rule : int { torchao, torchao_bf16, search };
 struct Rounding {
   const float* importance;  // (columns,) factors of the search's squared errors, or null
   size_t columns, group_size;
-  int qmax;                 // 7 or 127; qmin is -qmax - 1
+  int qmax;  // 7 or 127; qmin is -qmax - 1
   Rule rule;
 };
 

@@ -56,7 +56,7 @@ V select_less(V a, V b, V yes, V no) {
 V keep(V a, size_t count, V other) {  // the first `count` lanes of a, the rest of other
   return each([&](size_t i) { return i < count ? a.f[i] : other.f[i]; });
 }
-// 2^n for whole n in [-126, 127]; anything for others (callers multiply those by NaN)
+// 2^n for whole n in [-126, 127], infinity for 128; anything for NaN (callers multiply it by NaN)
 V exp2_whole(V n) {
   return each([&](size_t i) {
     const float clamped = n.f[i] > -127.0f ? n.f[i] : -127.0f;
@@ -90,7 +90,7 @@ void store_i8(int8_t* p, V a) {
 
 float f16_to_f32(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
-  uint32_t bits = sign | (exponent + 112u) << 23 | mantissa << 13;               // 112 = 127 - 15
+  uint32_t bits = sign | (exponent + 112u) << 23 | mantissa << 13;  // 112 = 127 - 15
   if (exponent == 31) bits = sign | 0x7f800000u | (mantissa ? 0x400000u | mantissa << 13 : 0u);
   float r;
   __builtin_memcpy(&r, &bits, sizeof r);
@@ -110,9 +110,9 @@ uint16_t f32_to_f16(float x) {
   if (bits >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above round to infinity
   float magnitude;
   __builtin_memcpy(&magnitude, &bits, sizeof magnitude);
-  if (bits < 0x38800000u)                          // below 2^-14: whole multiples of 2^-24
+  if (bits < 0x38800000u)  // below 2^-14: whole multiples of 2^-24
     return static_cast<uint16_t>(sign | static_cast<uint16_t>(__builtin_rintf(magnitude * 0x1p24f)));
-  bits += 0xfffu + (bits >> 13 & 1u);              // half to even on the 13 bits that go
+  bits += 0xfffu + (bits >> 13 & 1u);  // half to even on the 13 bits that go
   return static_cast<uint16_t>(sign | (bits - 0x38000000u) >> 13);
 }
 
@@ -141,8 +141,8 @@ constexpr size_t kLinearRows = 2, kLinearTokens = 2, kDecodeRows = 2;
 constexpr size_t kCandidates = 1;
 constexpr size_t kQueryRows = 4, kQueryTile = 4;
 
-#include "float_kernels.inc"
 #include "attention.inc"
+#include "float_kernels.inc"
 #include "rounding.inc"
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
@@ -208,8 +208,8 @@ double int8_probe(size_t iterations, int) {
 }  // namespace
 
 const Kernels scalar_kernels = {
-    "scalar",    linear_w4, linear_w8, linear_float, kLinearRows, quantize,   rmsnorm,    swiglu,
-    attention,   kQueryRows, to_f32,   to_f16,       round_row,   int8_probe, read_probe,
+    "scalar",  linear_w4,  linear_w8, linear_float, kLinearRows, quantize,   rmsnorm,    swiglu,
+    attention, kQueryRows, to_f32,    to_f16,       round_row,   int8_probe, read_probe,
 };
 
 }  // namespace llamita

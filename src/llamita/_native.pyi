@@ -1,7 +1,7 @@
 """Kernels, packing and operations in C++. Arrays are C-contiguous NumPy; bf16 travels as uint16 bits.
 
-Every function checks dtypes, shapes and ranges first and raises ValueError: `<argument>: expected X, got Y`. The
-GIL is released while work is done. Results are bit-identical on every instruction set and number of threads.
+Every function first checks dtypes, shapes and ranges and raises ValueError: `<argument>: expected X, got Y`.
+The GIL is released while work is done. Results are bit-identical on every instruction set and number of threads.
 """
 
 from typing import Any, Literal
@@ -65,7 +65,7 @@ class Weights:
         """Memory of its own."""
 
 def pack_w4(packed: list[I32], scales: list[Any], group_size: int) -> Weights:
-    """Several matrices (rows_i, columns / 8) with scales (rows_i, columns / group_size), one above the other."""
+    """Matrices (rows_i, columns / 8), scales (rows_i, columns / group_size), one above the other."""
 
 def pack_w8(codes: I8, scales: Scales) -> Weights:
     """(rows, columns) codes and (rows,) scales."""
@@ -102,7 +102,10 @@ def swiglu_quantize(gate_up: F32, acts: Activations) -> None: ...
 def linear(
     weights: Weights, x: F32 | Activations, out: F32, bias: F32 | None = None, accumulate: bool = False
 ) -> None:
-    """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate. Quantized weights take Activations."""
+    """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate.
+
+    Quantized weights take Activations, float weights an array (tokens, columns).
+    """
 
 def embed(weights: Weights, ids: I32 | npt.NDArray[np.int64], out: F32) -> None:
     """Rows of 8-bit or float weights: ids (tokens,), out (tokens, columns)."""
@@ -135,7 +138,7 @@ class Batch:
     def tokens(self) -> int: ...
 
 def rope_and_cache(batch: Batch, layer: int, qkv: F32, heads: int) -> None:
-    """qkv (tokens, (heads + 2 * kv_heads) * head_dim): rotates q in place, k into the cache, copies v there."""
+    """qkv (tokens, (heads + 2 * kv_heads) * head_dim): rotates q in place and k into the cache, copies v."""
 
 def attention(batch: Batch, layer: int, qkv: F32, heads: int, out: F32) -> None:
     """Causal attention of rotated queries over the cache; out (tokens, heads * head_dim)."""

@@ -1,7 +1,7 @@
 """From a float checkpoint to a packed directory, module by module and in pieces of rows.
 
 `quantize` reads top to bottom as the whole pipeline; `RoundedSource` gives the same numbers without a
-directory. A method is a function that yields the rounded rows of one module (`METHODS`).
+directory. A method begins with model and scheme and gives the rounded rows of each module (`METHODS`).
 """
 
 import time
@@ -43,7 +43,8 @@ from llamita.packed_writer import (
 from llamita.scheme import QuantScheme
 from llamita.staging import check_space, staged
 
-METHODS = {"rtn": "llamita.methods.rtn:round_module"}
+METHODS = {"rtn": "llamita.methods.rtn:begin"}
+RoundModule = Callable[[str], Iterator[Any]]  # a module's name to its rounded rows, in pieces
 Progress = Callable[[str, int, int], None] | None
 _ROWS = 1024  # rows of a float table copied at a time
 _SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
@@ -152,12 +153,12 @@ def quantize(
         RunError: disk full, no permission, or a file cannot be read.
     """
     began = time.perf_counter()
-    round_module = find_method(method)
+    begin = find_method(method)
     plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype, shard_bytes)
     with staged(out, overwrite, source.path) as directory:
         check_space(out, plan.file_bytes + _SMALL_FILES)
         record = _source_record(source, source_name, progress)
-        files, sums = _write_weights(directory, source, scheme, round_module, shard_bytes, progress)
+        files, sums = _write_weights(directory, source, scheme, begin(source, scheme), shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, sums)
         files["config.json"] = write_config(directory, source.hf_config, scheme)
         files |= copy_companions(source.path, directory)
@@ -168,7 +169,7 @@ def quantize(
     return summary
 
 
-def find_method(name: str) -> Callable[[Checkpoint, QuantScheme, str], Iterator[Any]]:
+def find_method(name: str) -> Callable[[Checkpoint, QuantScheme], RoundModule]:
     """The function of this method, imported on use."""
     if name not in METHODS:
         raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}")
@@ -177,7 +178,7 @@ def find_method(name: str) -> Callable[[Checkpoint, QuantScheme, str], Iterator[
 
 
 def _write_weights(
-    directory: Path, source: Checkpoint, scheme: QuantScheme, round_module: Callable[..., Iterator[Any]],
+    directory: Path, source: Checkpoint, scheme: QuantScheme, round_module: RoundModule,
     shard_bytes: int, progress: Progress,
 ) -> tuple[FileTable, dict[str, tuple[float, float, int]]]:  # fmt: skip
     """Weight files, and squared error, energy and number of weights of each rounded module."""
@@ -190,7 +191,7 @@ def _write_weights(
             if progress:
                 progress(name, done, total)
             if f"{name}.weight_scale" in tensors:
-                sums[name] = _write_rounded(writer, name, scheme, round_module(source, scheme, name))
+                sums[name] = _write_rounded(writer, name, scheme, round_module(name))
             elif name in tensors:
                 writer.put(name, source.stored_vector(name))
             else:
@@ -280,7 +281,7 @@ class RoundedSource:
         make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
         self.path, self.config, self.scheme = checkpoint.path, checkpoint.config, scheme
         self._checkpoint = checkpoint
-        self._round = find_method(method)
+        self._round = find_method(method)(checkpoint, scheme)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
         """A linear layer as `Int4Weight`; a table as `Int8Weight`, or float where the scheme says so."""
@@ -292,7 +293,7 @@ class RoundedSource:
                 piece.codes if is_table else _native.codes_to_packed(piece.codes),
                 stored_scales(piece.scales, self.scheme),
             )
-            for piece in self._round(self._checkpoint, self.scheme, name)
+            for piece in self._round(name)
         ]
         values, scales = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
         return (

@@ -10,7 +10,7 @@ by what each layer writes; a norm brings its mean to 1.
 import numpy as np
 
 from llamita.affine import F32, to_f32
-from llamita.checkpoint import ModelSource
+from llamita.checkpoint import Checkpoint, check_finite
 from llamita.errors import InputError
 
 _CHUNK = 2**22  # weights converted at a time: 16 MB as float32
@@ -19,7 +19,7 @@ _QUADRATURE = 32  # points of the Gauss-Hermite rule for E[silu(g)²]
 _LEAST = 0.01  # of the mean: no input may be given up, for activations have outliers
 
 
-def expected_energies(source: ModelSource) -> dict[str, F32]:
+def expected_energies(source: Checkpoint) -> dict[str, F32]:
     """E[x²] of the inputs of every linear layer by name, each float32 (inputs,) with mean 1.
 
     Reads every weight once.
@@ -30,58 +30,73 @@ def expected_energies(source: ModelSource) -> dict[str, F32]:
     for layer in (f"model.layers.{i}" for i in range(config.layers)):
         inputs = _after_norm(source, f"{layer}.input_layernorm", stream)
         energies |= {f"{layer}.self_attn.{name}_proj": inputs for name in "qkv"}
-        values = _output_energy(source, f"{layer}.self_attn.v_proj", inputs).reshape(config.kv_heads, -1)
+        _, values = _output_moments(source, f"{layer}.self_attn.v_proj", inputs)
         # Each kv head serves several query heads, whose inputs of o_proj stand one after the other.
-        inputs = np.repeat(values, config.heads // config.kv_heads, axis=0).reshape(-1) * _ATTENTION_SHARE
+        inputs = _ATTENTION_SHARE * np.repeat(
+            values.reshape(config.kv_heads, -1), config.heads // config.kv_heads, axis=0
+        ).reshape(-1)
         energies[f"{layer}.self_attn.o_proj"] = inputs
-        stream = stream + _output_energy(source, f"{layer}.self_attn.o_proj", inputs)
+        stream = stream + _output_moments(source, f"{layer}.self_attn.o_proj", inputs)[1]
         inputs = _after_norm(source, f"{layer}.post_attention_layernorm", stream)
         energies |= {f"{layer}.mlp.{name}_proj": inputs for name in ("gate", "up")}
-        gate, up = (_output_energy(source, f"{layer}.mlp.{name}_proj", inputs) for name in ("gate", "up"))
-        inputs = _silu_energy(gate) * up
+        gate = _output_moments(source, f"{layer}.mlp.gate_proj", inputs)
+        _, up = _output_moments(source, f"{layer}.mlp.up_proj", inputs)
+        inputs = _silu_energy(*gate) * up
         energies[f"{layer}.mlp.down_proj"] = inputs
-        stream = stream + _output_energy(source, f"{layer}.mlp.down_proj", inputs)
+        stream = stream + _output_moments(source, f"{layer}.mlp.down_proj", inputs)[1]
     return {name: _normalized(energy) for name, energy in energies.items()}
 
 
-def _after_norm(source: ModelSource, name: str, stream: F32) -> F32:
-    """x = γ·n, where n is the stream brought to a mean energy of 1."""
+def _after_norm(source: Checkpoint, name: str, stream: F32) -> F32:
+    """E[x²] of x = γ·n, where n is the stream brought to a mean energy of 1."""
     mean = stream.mean(dtype=np.float64)
-    if not np.isfinite(mean) or mean <= 0:
-        raise InputError(f"{name}: expected a residual stream with finite energy above zero, got {mean}")
+    normed = stream / np.float32(mean) if mean > 0 else np.ones_like(stream)  # an embedding of zeros: all alike
     gamma = source.vector(f"{name}.weight")
-    return np.float32(1 / mean) * stream * gamma * gamma
+    return normed * gamma * gamma
 
 
-def _output_energy(source: ModelSource, name: str, inputs: F32) -> F32:
-    """E[y²] (outputs,) of y = W·x + b for E[x²] = inputs."""
+def _output_moments(source: Checkpoint, name: str, inputs: F32) -> tuple[F32, F32]:
+    """Mean and energy E[y²], each (outputs,), of y = W·x + b for E[x²] = inputs."""
     weights = source.weight(name)
-    assert isinstance(weights, np.ndarray)  # a float model: methods begin with nothing else
     energy = np.empty(len(weights), np.float32)
     step = max(1, _CHUNK // weights.shape[1])
     for start in range(0, len(weights), step):
-        piece = to_f32(weights[start : start + step])
-        energy[start : start + step] = np.square(piece) @ inputs
+        piece = weights[start : start + step]
+        with np.errstate(over="ignore", invalid="ignore"):
+            energy[start : start + step] = np.square(to_f32(piece)) @ inputs
+        _check(name, piece, start, energy[start : start + step])
     bias = source.bias(name)
-    return energy if bias is None else energy + bias * bias
+    return (np.zeros_like(energy), energy) if bias is None else (bias, energy + bias * bias)
 
 
-def _column_energy(source: ModelSource, name: str) -> F32:
+def _check(name: str, piece: np.ndarray, first_row: int, energy: F32) -> None:
+    """Refuse weights whose energy is not a number: NaN or infinity, or squares beyond float32."""
+    if not np.isfinite(energy).all():
+        check_finite(f"{name}.weight", piece, first_row)
+        raise InputError(
+            f"{name}.weight: expected weights whose squares fit float32; the checkpoint is damaged"
+        )
+
+
+def _column_energy(source: Checkpoint, name: str) -> F32:
     """Mean square of each column of a table, as if its rows came equally often: (columns,)."""
     table = source.weight(name)
-    assert isinstance(table, np.ndarray)
     total = np.zeros(table.shape[1], np.float32)
     step = max(1, _CHUNK // table.shape[1])
     for start in range(0, len(table), step):
-        total += np.square(to_f32(table[start : start + step])).sum(axis=0)
+        piece = table[start : start + step]
+        with np.errstate(over="ignore", invalid="ignore"):
+            total += np.square(to_f32(piece)).sum(axis=0)
+        _check(name, piece, start, total)
     return total / np.float32(len(table))
 
 
-def _silu_energy(gate: F32) -> F32:
-    """E[silu(g)²] for Gaussian g of energy `gate`, each (outputs,)."""
+def _silu_energy(mean: F32, energy: F32) -> F32:
+    """E[silu(g)²] of normal g with this mean and E[g²], each (outputs,)."""
     points, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE)
-    g = np.sqrt(gate)[:, None] * points.astype(np.float32)  # (outputs, points)
-    silu = g / (1 + np.exp(-g))
+    deviation = np.sqrt(np.maximum(energy - mean * mean, 0))
+    g = mean[:, None] + deviation[:, None] * points.astype(np.float32)  # (outputs, points)
+    silu = g / (1 + np.exp(-np.clip(g, -80, 80)))  # exp(80) is still far from float32's limit
     return (np.square(silu) @ (weights / weights.sum())).astype(np.float32)
 
 

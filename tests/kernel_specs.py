@@ -1,0 +1,86 @@
+"""What the native operations must compute, in plain NumPy: int64 dot products, exact fused multiply-adds."""
+
+import numpy as np
+import numpy.typing as npt
+
+from llamita.affine import to_f32
+
+F32 = npt.NDArray[np.float32]
+TOKENS = [1, 2, 3, 5, 6, 7, 8, 17, 64]  # below, at and above every tile
+
+
+def fma(a: F32, b: F32, c: F32) -> F32:
+    """a * b + c rounded once: first in float64 to odd, so that the second rounding sees the first."""
+    product = a.astype(np.float64) * b.astype(np.float64)  # exact: 24 + 24 bits
+    total = product + c
+    rest = product - (total - (total - product)) + (c - (total - product))  # what `total` lost
+    bits = total.view(np.int64)
+    even_and_inexact = (rest != 0) & (bits & 1 == 0)
+    toward_zero = np.where((rest > 0) == (total > 0), 1, -1)
+    return np.where(even_and_inexact, bits + toward_zero, bits).view(np.float64).astype(np.float32)
+
+
+def linear(
+    codes: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.generic],
+    activations: tuple[npt.NDArray[np.int8], F32, npt.NDArray[np.int32]],
+    bias: F32 | None = None,
+    residual: F32 | None = None,
+) -> F32:
+    """Quantized weights times quantized activations, in the documented order of every FP32 operation.
+
+    Args:
+        codes: (rows, columns).
+        scales: (rows, groups), float32 or bf16 bits.
+        activations: codes (tokens, columns), scales (tokens,), zero points (tokens,).
+    """
+    x, x_scales, zero_points = activations
+    factors = to_f32(scales)
+    rows, groups = factors.shape
+    w = codes.reshape(rows, groups, -1).astype(np.int64)  # (rows, groups, inputs)
+    dots = np.einsum("tgk,ngk->gtn", x.reshape(len(x), groups, -1).astype(np.int64), w)
+    acc = np.zeros((len(x), rows), np.float32)
+    column_sums = np.zeros(rows)
+    for g in range(groups):
+        acc = fma(dots[g].astype(np.float32), np.broadcast_to(factors[:, g], acc.shape), acc)
+        column_sums += factors[:, g].astype(np.float64) * w[:, g].sum(axis=1)
+    minus_zero_points = np.broadcast_to(-zero_points[:, None].astype(np.float32), acc.shape)
+    acc = fma(minus_zero_points, np.broadcast_to(column_sums.astype(np.float32), acc.shape), acc)
+    y = x_scales[:, None] * acc
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
+
+
+def rmsnorm(x: F32, gamma: F32, eps: float) -> npt.NDArray[np.float64]:
+    """In float64, as everything below: within FP32's own error of the native result."""
+    wide = x.astype(np.float64)
+    return wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * gamma
+
+
+def swiglu(gate_up: F32) -> npt.NDArray[np.float64]:
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+    with np.errstate(over="ignore"):  # to infinity, and the quotient to 0
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def attention(
+    qkv: F32, heads: int, kv_heads: int, inv_freq: F32, rope_scaling: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """Rotary embedding and causal attention of a whole sequence: qkv (tokens, (heads + 2 kv_heads) * dim)."""
+    tokens, dim = len(qkv), 2 * len(inv_freq)
+    q, k, v = np.split(
+        qkv.astype(np.float64).reshape(tokens, heads + 2 * kv_heads, dim), [heads, heads + kv_heads], axis=1
+    )
+    angles = (np.arange(tokens, dtype=np.float32)[:, None] * inv_freq).astype(np.float64)[:, None]
+    cos, sin = np.cos(angles) * rope_scaling, np.sin(angles) * rope_scaling  # (tokens, 1, dim / 2)
+
+    def rotate(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        low, high = np.split(x, 2, axis=2)
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
+
+    k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (rotate(k), v))  # (tokens, heads, dim)
+    scores = np.einsum("thd,shd->hts", rotate(q), k) / np.sqrt(dim)
+    scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    return np.einsum("hts,shd->thd", weights, v).reshape(tokens, heads * dim)

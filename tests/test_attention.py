@@ -1,0 +1,188 @@
+"""Rotary embedding, the cache and attention on every instruction set, against NumPy in float64."""
+
+from collections.abc import Callable
+
+import kernel_specs as spec
+import numpy as np
+import pytest
+
+from llamita import _native
+
+SHAPES = [(4, 1, 64), (8, 8, 32), (6, 2, 128), (4, 2, 24), (2, 1, 6), (9, 1, 80)]  # heads, kv_heads, head_dim
+TOLERANCE = {"f32": 3e-6, "f16": 3e-3}
+
+
+def frequencies(dim: int) -> np.ndarray:
+    return (10000.0 ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
+
+
+def random_qkv(tokens: int, heads: int, kv_heads: int, dim: int, seed: int = 0) -> np.ndarray:
+    return (
+        np.random.default_rng(seed).standard_normal((tokens, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+    )
+
+
+def new_cache(kv_heads: int, dim: int, capacity: int, dtype: str = "f32") -> _native.KVCache:
+    return _native.KVCache(2, kv_heads, dim, capacity, dtype, frequencies(dim))
+
+
+def step(batch: _native.Batch, qkv: np.ndarray, heads: int, width: int, layer: int = 1) -> np.ndarray:
+    rotated, out = qkv.copy(), np.full((len(qkv), width), np.nan, np.float32)
+    _native.rope_and_cache(batch, layer, rotated, heads)
+    _native.attention(batch, layer, rotated, heads, out)
+    return out
+
+
+def in_chunks(cache: _native.KVCache, qkv: np.ndarray, heads: int, width: int, chunk: int) -> np.ndarray:
+    pieces = [
+        step(
+            _native.Batch([(cache, start, len(qkv[start : start + chunk]))]),
+            qkv[start : start + chunk],
+            heads,
+            width,
+        )
+        for start in range(0, len(qkv), chunk)
+    ]
+    return np.concatenate(pieces)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 127, 128, 129, 300])
+def test_attention(isa: str, dtype: str, heads: int, kv_heads: int, dim: int, tokens: int) -> None:
+    qkv = random_qkv(tokens, heads, kv_heads, dim)
+    expected = spec.attention(qkv, heads, kv_heads, frequencies(dim))
+    found = in_chunks(new_cache(kv_heads, dim, tokens, dtype), qkv, heads, heads * dim, tokens)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+def test_chunks_change_nothing(isa: str, dtype: str, heads: int, kv_heads: int, dim: int) -> None:
+    qkv = random_qkv(150, heads, kv_heads, dim)
+    whole = in_chunks(new_cache(kv_heads, dim, 150, dtype), qkv, heads, heads * dim, 150)
+    for chunk in (1, 7, 64):
+        pieces = in_chunks(new_cache(kv_heads, dim, 150, dtype), qkv, heads, heads * dim, chunk)
+        np.testing.assert_array_equal(pieces, whole)
+
+
+def test_instruction_sets_and_threads_give_the_same_bits() -> None:
+    before, threads, results = _native.isa(), _native.threads(), []
+    qkv = random_qkv(200, 6, 2, 64)
+    try:
+        for name in _native.available_isas():
+            for count in (1, 2, 3):
+                _native.set_isa(name)
+                _native.set_threads(count)
+                results += [in_chunks(new_cache(2, 64, 200, d), qkv, 6, 384, 50) for d in ("f32", "f16")]
+    finally:
+        _native.set_isa(before)
+        _native.set_threads(threads)
+    for i in range(2, len(results)):
+        np.testing.assert_array_equal(results[i], results[i % 2])
+
+
+def test_company_in_a_batch_changes_nothing(isa: str) -> None:
+    heads, kv_heads, dim, lengths = 4, 2, 32, [130, 1, 40]
+    sequences = [random_qkv(n, heads, kv_heads, dim, seed=n) for n in lengths]
+    alone = [in_chunks(new_cache(kv_heads, dim, 200), s, heads, 128, 200) for s in sequences]
+    caches = [new_cache(kv_heads, dim, 200) for _ in sequences]
+    found: list[list[np.ndarray]] = [[] for _ in sequences]
+    for pieces in ([(0, 100), (0, 1), (0, 0)], [(100, 30), (1, 0), (0, 40)]):
+        batch = _native.Batch([(c, *p) for c, p in zip(caches, pieces, strict=True)])
+        qkv = np.concatenate([s[a : a + n] for s, (a, n) in zip(sequences, pieces, strict=True)])
+        assert batch.tokens == len(qkv)
+        out = step(batch, qkv, heads, 128)
+        for i, part in enumerate(np.split(out, np.cumsum([n for _, n in pieces])[:-1])):
+            found[i].append(part)
+    for pieces, expected in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(np.concatenate(pieces), expected)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_what_lies_beyond_a_token_is_never_read(isa: str, dtype: str) -> None:
+    heads, kv_heads, dim, width = 8, 2, 64, 512
+    qkv = random_qkv(140, heads, kv_heads, dim)
+    clean = in_chunks(new_cache(kv_heads, dim, 140, dtype), qkv, heads, width, 140)
+    cache = new_cache(kv_heads, dim, 140, dtype)
+    step(
+        _native.Batch([(cache, 0, 140)]), np.full_like(qkv, np.nan), heads, width
+    )  # leftovers of another text
+    np.testing.assert_array_equal(in_chunks(cache, qkv, heads, width, 9), clean)
+
+
+def test_layers_are_apart() -> None:
+    cache, qkv = new_cache(1, 16, 20), [random_qkv(20, 2, 1, 16, seed) for seed in (0, 1)]
+    batch = _native.Batch([(cache, 0, 20)])
+    rotated = [q.copy() for q in qkv]
+    for layer in (0, 1):
+        _native.rope_and_cache(batch, layer, rotated[layer], 2)
+    for layer in (1, 0):
+        out = np.empty((20, 32), np.float32)
+        _native.attention(batch, layer, rotated[layer], 2, out)
+        np.testing.assert_allclose(out, spec.attention(qkv[layer], 2, 1, frequencies(16)), atol=3e-6)
+
+
+def test_rope_scaling_multiplies_cosine_and_sine(isa: str) -> None:
+    qkv = random_qkv(30, 2, 1, 16)
+    cache = _native.KVCache(1, 1, 16, 30, "f32", frequencies(16), 1.5)
+    out = step(_native.Batch([(cache, 0, 30)]), qkv, 2, 32, layer=0)
+    np.testing.assert_allclose(out, spec.attention(qkv, 2, 1, frequencies(16), 1.5), atol=5e-6)
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    qkv = random_qkv(150, 2, 1, 32) * np.float32(60)  # scores in the tens of thousands
+    out = in_chunks(new_cache(1, 32, 150), qkv, 2, 64, 150)
+    assert np.isfinite(out).all()
+    assert np.abs(out).max() <= np.abs(qkv).max() * 1.0001
+
+
+def test_memory_of_a_cache() -> None:
+    cache = _native.KVCache(3, 2, 64, 200, "f16", frequencies(64))
+    assert (cache.capacity, cache.nbytes) == (200, 3 * 2 * 256 * (64 + 64) * 2)  # whole blocks of 128 tokens
+
+
+CACHE = new_cache(2, 16, 20)
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "full": (
+        lambda: _native.Batch([(CACHE, 15, 6)]),
+        r"sequences: expected at most 20 positions, got 15 \+ 6",
+    ),
+    "start": (lambda: _native.Batch([(CACHE, 21, 0)]), "expected at most 20 positions"),
+    "twice": (lambda: _native.Batch([(CACHE, 0, 1), (CACHE, 1, 1)]), "expected each cache once"),
+    "shapes": (
+        lambda: _native.Batch([(CACHE, 0, 1), (new_cache(1, 16, 20), 0, 1)]),
+        "expected caches of one shape",
+    ),
+    "layer": (
+        lambda: step(_native.Batch([(CACHE, 0, 1)]), random_qkv(1, 2, 2, 16), 2, 32, 2),
+        "layer: expected below 2",
+    ),
+    "heads": (
+        lambda: step(_native.Batch([(CACHE, 0, 1)]), random_qkv(1, 3, 2, 16), 3, 48),
+        "heads: expected a multiple of 2",
+    ),
+    "rows": (
+        lambda: step(_native.Batch([(CACHE, 0, 2)]), random_qkv(1, 2, 2, 16), 2, 32),
+        r"qkv: expected float32 \(2, 96\)",
+    ),
+    "odd": (
+        lambda: _native.KVCache(1, 1, 15, 8, "f32", frequencies(16)),
+        "head_dim: expected an even number",
+    ),
+    "dtype": (
+        lambda: _native.KVCache(1, 1, 16, 8, "f64", frequencies(16)),
+        "dtype: expected 'f32' or 'f16', got 'f64'",
+    ),
+    "frequencies": (
+        lambda: _native.KVCache(1, 1, 16, 8, "f32", frequencies(8)),
+        r"inv_freq: expected float32 \(8,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_a_clear_text(case: str) -> None:
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()
