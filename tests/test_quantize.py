@@ -12,7 +12,7 @@ from tiny import make_checkpoint
 
 from llamita.affine import to_f32
 from llamita.checkpoint import Checkpoint
-from llamita.methods.energy import expected_energies
+from llamita.methods.energy import input_importance
 from llamita.packed import PackedModel
 from llamita.quantize import quantize
 from llamita.scheme import SCALE_RULES, make_scheme
@@ -106,23 +106,24 @@ def test_a_float_table_and_norms_keep_their_dtype(tmp_path: Path) -> None:
 # ---- expected energy -----------------------------------------------------------------------------
 
 
-def test_expected_energies_follow_the_inputs_of_a_simulated_network(tmp_path: Path) -> None:
-    """Feed independent normal streams through the arithmetic of one block and compare every input's energy.
-
-    Query heads of one group get the same values, so that what o_proj writes is less exact: its inputs are correlated.
-    """
+def test_importance_follows_the_inputs_of_a_simulated_network(tmp_path: Path) -> None:
+    """Feed independent normal streams through the arithmetic of one block and compare the root of every input's energy."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path, "llama3", mlp_bias=True))
-    energies = expected_energies(checkpoint)
+    stored = checkpoint.weight
+    # Channels of very different sizes, as in large models: random matrices alone give all inputs the same energy.
+    sizes = np.random.default_rng(1).lognormal(0, 1.5, 4096).astype(np.float32)
+    checkpoint.weight = lambda name: to_f32(stored(name)) * sizes[: len(stored(name)), None]  # type: ignore[method-assign]
+    energies = input_importance(checkpoint)
     layer, rng = "model.layers.0", np.random.default_rng(0)
 
     def matrix(name: str) -> np.ndarray:
-        return to_f32(checkpoint.weight(f"{layer}.{name}"))
+        return checkpoint.weight(f"{layer}.{name}")
 
     def normed(stream: np.ndarray, name: str) -> np.ndarray:
         scaled = stream / np.sqrt(np.square(stream).mean(axis=1, keepdims=True))
         return scaled * checkpoint.vector(f"{layer}.{name}.weight")
 
-    table = to_f32(checkpoint.weight("model.embed_tokens"))
+    table = checkpoint.weight("model.embed_tokens")
     stream = rng.normal(0, 1, (20_000, 128)).astype(np.float32) * np.sqrt(np.square(table).mean(axis=0))
     first = normed(stream, "input_layernorm")
     # What is left of a value after attention: half its energy.
@@ -132,25 +133,27 @@ def test_expected_energies_follow_the_inputs_of_a_simulated_network(tmp_path: Pa
     bias = {s: checkpoint.vector(f"{layer}.mlp.{s}_proj.bias") for s in ("gate", "up")}
     gate, up = (second @ matrix(f"mlp.{s}_proj").T + bias[s] for s in ("gate", "up"))
     inputs = {"self_attn.q_proj": first, "self_attn.o_proj": values, "mlp.up_proj": second,
-              "mlp.down_proj": gate / (1 + np.exp(-gate)) * up}  # fmt: skip
+              "mlp.down_proj": gate / (1 + np.exp(-np.clip(gate, -80, 80))) * up}  # fmt: skip
     for name, x in inputs.items():
         measured, expected = np.square(x).mean(axis=0), energies[f"{layer}.{name}"]
-        assert expected.mean() == pytest.approx(1, rel=0.01)
+        assert expected.mean() == pytest.approx(1, rel=0.02)
         assert expected.min() >= 0.01
-        assert np.corrcoef(measured, expected)[0, 1] > (0.7 if name.startswith("mlp") else 0.95), name
+        root = np.sqrt(measured)
+        floored = np.maximum(root / root.mean(), 0.01)
+        assert np.corrcoef(np.log(floored), np.log(expected))[0, 1] > 0.95, name
 
 
-def test_energies_grow_with_what_earlier_layers_write(tmp_path: Path) -> None:
+def test_importance_grows_with_what_earlier_layers_write(tmp_path: Path) -> None:
     """A channel into which o_proj writes a lot is one that the following layers must round with care."""
     path = make_checkpoint(tmp_path, "llama2")
-    before = expected_energies(Checkpoint(path))["model.layers.1.self_attn.q_proj"]
+    before = input_importance(Checkpoint(path))["model.layers.1.self_attn.q_proj"]
     source = Checkpoint(path)
     o_proj = to_f32(source.weight("model.layers.0.self_attn.o_proj")).copy()
     o_proj[5] *= 30
     original = source.weight
     source.weight = lambda name: o_proj if name == "model.layers.0.self_attn.o_proj" else original(name)  # type: ignore[method-assign]
-    after = expected_energies(source)["model.layers.1.self_attn.q_proj"]
-    assert after[5] > 3 * before[5]
+    after = input_importance(source)["model.layers.1.self_attn.q_proj"]
+    assert after[5] > 2 * before[5]
 
 
 # ---- mistakes: one line, exit code 2 -------------------------------------------------------------

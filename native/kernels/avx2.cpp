@@ -102,9 +102,11 @@ constexpr size_t kLinearRows = 2, kLinearTokens = 3, kDecodeRows = 4;
 constexpr size_t kCandidates = 4;
 constexpr size_t kQueryRows = 4, kQueryTile = 4;
 
-#include "attention.inc"
+// clang-format off: in this order
 #include "float_kernels.inc"
+#include "attention.inc"
 #include "rounding.inc"
+// clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 constexpr size_t kAhead = 8192;  // bytes of prefetch: beyond the pages where the hardware's own stops

@@ -88,9 +88,11 @@ constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
 constexpr size_t kQueryRows = 8, kQueryTile = 16;
 
-#include "attention.inc"
+// clang-format off: in this order
 #include "float_kernels.inc"
+#include "attention.inc"
 #include "rounding.inc"
+// clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 constexpr size_t kUnpackedTokens = 6, kByteTokens = 6;  // x 2 vectors: 12 integer and 12 float accumulators

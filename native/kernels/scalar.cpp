@@ -141,9 +141,11 @@ constexpr size_t kLinearRows = 2, kLinearTokens = 2, kDecodeRows = 2;
 constexpr size_t kCandidates = 1;
 constexpr size_t kQueryRows = 4, kQueryTile = 4;
 
-#include "attention.inc"
+// clang-format off: in this order
 #include "float_kernels.inc"
+#include "attention.inc"
 #include "rounding.inc"
+// clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 float stream_scale(const uint8_t* scales, bool bf16, size_t row) {

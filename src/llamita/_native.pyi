@@ -1,7 +1,7 @@
 """Kernels, packing and operations in C++. Arrays are C-contiguous NumPy; bf16 travels as uint16 bits.
 
 Every function first checks dtypes, shapes and ranges and raises ValueError: `<argument>: expected X, got Y`.
-The GIL is released while work is done. Results are bit-identical on every instruction set and number of threads.
+The GIL is released during work. Results are bit-identical on every instruction set and number of threads.
 """
 
 from typing import Any, Literal

@@ -16,11 +16,12 @@ from llamita.errors import InputError
 _CHUNK = 2**22  # weights converted at a time: 16 MB as float32
 _ATTENTION_SHARE = 0.5  # of a value's energy that is left after averaging over tokens; between 0 and 1
 _QUADRATURE = 32  # points of the Gauss-Hermite rule for E[silu(g)²]
+_TRUST = 0.5  # exponent: energies are estimates, and taken at their word they cost more than they win
 _LEAST = 0.01  # of the mean: no input may be given up, for activations have outliers
 
 
-def expected_energies(source: Checkpoint) -> dict[str, F32]:
-    """E[x²] of the inputs of every linear layer by name, each float32 (inputs,) with mean 1.
+def input_importance(source: Checkpoint) -> dict[str, F32]:
+    """How much each input of every linear layer counts, by the layer's name: float32 (inputs,) with mean 1.
 
     Reads every weight once.
     """
@@ -44,7 +45,7 @@ def expected_energies(source: Checkpoint) -> dict[str, F32]:
         inputs = _silu_energy(*gate) * up
         energies[f"{layer}.mlp.down_proj"] = inputs
         stream = stream + _output_moments(source, f"{layer}.mlp.down_proj", inputs)[1]
-    return {name: _normalized(energy) for name, energy in energies.items()}
+    return {name: _importance(energy) for name, energy in energies.items()}
 
 
 def _after_norm(source: Checkpoint, name: str, stream: F32) -> F32:
@@ -100,8 +101,10 @@ def _silu_energy(mean: F32, energy: F32) -> F32:
     return (np.square(silu) @ (weights / weights.sum())).astype(np.float32)
 
 
-def _normalized(energy: F32) -> F32:
-    mean = energy.mean(dtype=np.float64)
+def _importance(energy: F32) -> F32:
+    """How much the squared error of each input counts, mean 1: a root of its energy."""
+    root = energy**_TRUST
+    mean = root.mean(dtype=np.float64)
     if not np.isfinite(mean) or mean <= 0:  # a layer that nothing reaches: all inputs alike
         return np.ones(len(energy), np.float32)
-    return np.maximum(energy / mean, _LEAST).astype(np.float32)
+    return np.maximum(root / mean, _LEAST).astype(np.float32)

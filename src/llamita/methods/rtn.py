@@ -9,7 +9,7 @@ from llamita import _native
 from llamita.affine import F32, to_f32
 from llamita.checkpoint import Checkpoint, check_finite, table_names
 from llamita.errors import InputError
-from llamita.methods.energy import expected_energies
+from llamita.methods.energy import input_importance
 from llamita.scheme import QuantScheme
 
 _CHUNK = 2**22  # weights rounded at a time: 16 MB as float32
@@ -34,8 +34,8 @@ class RoundedRows:
 
 def begin(source: Checkpoint, scheme: QuantScheme) -> Callable[[str], Iterator[RoundedRows]]:
     """Round to nearest for this model: the function that gives the rounded rows of a module by its name."""
-    energies = expected_energies(source) if scheme.scale_rule == "weighted" else {}
-    return lambda name: _round_module(source, scheme, name, energies.get(name))
+    importance = input_importance(source) if scheme.scale_rule == "weighted" else {}
+    return lambda name: _round_module(source, scheme, name, importance.get(name))
 
 
 def _round_module(
