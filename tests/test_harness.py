@@ -117,6 +117,16 @@ def test_generations(ours, theirs):
     assert got != uncut
 
 
+def test_long_prompts_lose_their_beginning_and_leave_room(ours, monkeypatch):
+    prompts = []
+    generate = ours._llm.generate
+    monkeypatch.setattr(ours._llm, "generate", lambda ids, **o: prompts.append(ids) or generate(ids, **o))
+    long = texts(1, 60)[0]
+    settings = {"until": [], "max_gen_toks": 12}
+    ours.generate_until(requests((long, settings), ("x", settings)))
+    assert prompts == [ours.tok_encode(long)[-(MAX_SEQ_LEN - 12) :], ours.tok_encode("x")]
+
+
 def test_sharing_prefixes_changes_no_number(checkpoint):
     """Also for the questions in between, whose keys and values are overwritten and needed again."""
     llm = llamita.load(checkpoint)
