@@ -20,7 +20,7 @@ from llamita.evaluate import Contender, score_text
 from llamita.scheme import make_scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from stress_embedded import calibration_tokens, fold_norms, stress  # noqa: E402
+from stress_embedded import calibration_tokens, fold_norms, stress
 
 TWINS = {"embedded": set(), "basis": {"basis"}, "pairs": {"pairs"}, "basis and pairs": {"basis", "pairs"}}
 SCHEMES = {"arm": make_scheme("arm"), "llama3.2": make_scheme("llama3.2"), "llamita": make_scheme("llamita")}
@@ -45,7 +45,9 @@ def losses(reference: Contender, twin: Path, text: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--characters", type=int, default=60_000, help="of the held-out text")
     args = parser.parse_args()
     model = resolve("embedded")

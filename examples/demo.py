@@ -22,7 +22,12 @@ from llamita.scheme import make_scheme
 from llamita.verify import verify
 
 OUT = Path("build/demo")
-MODELS = {"arm 256": ("arm", 256), "arm 128": ("arm", 128), "llama3.2": ("llama3.2", None), "llamita": ("llamita", None)}
+MODELS = {
+    "arm 256": ("arm", 256),
+    "arm 128": ("arm", 128),
+    "llama3.2": ("llama3.2", None),
+    "llamita": ("llamita", None),
+}
 STORY = "Once upon a time"
 
 
@@ -55,15 +60,25 @@ def main() -> None:
     for piece in llamita.load(paths["llamita"]).stream(STORY, max_tokens=200, temperature=0.7, seed=1):
         if isinstance(piece, str):
             print(piece, end="", flush=True)
-    print(f"\n\n{time.monotonic() - began:.0f} s in all. Talk to it: .venv/bin/llamita chat {paths['llamita']}")
+    print(
+        f"\n\n{time.monotonic() - began:.0f} s in all. Talk to it: .venv/bin/llamita chat {paths['llamita']}"
+    )
 
 
 def row(name: str, size: int, score: TextScores, speed: dict[str, float]) -> list[str]:
     """One line of the table; intervals are 95 % block bootstraps."""
     kl = f"{score.kl.value:.4f} ±{(score.kl.high - score.kl.low) / 2:.4f}" if score.kl else "0"
     agreement = f"{score.agreement.value:.1%}" if score.agreement else "100%"
-    return [name, console.megabytes(size), f"{score.perplexity:.3f}", kl, agreement,
-            f"{speed['prefill']:,.0f}", f"{speed['decode']:,.0f}", console.megabytes(speed["memory"])]  # fmt: skip
+    return [
+        name,
+        console.megabytes(size),
+        f"{score.perplexity:.3f}",
+        kl,
+        agreement,
+        f"{speed['prefill']:,.0f}",
+        f"{speed['decode']:,.0f}",
+        console.megabytes(speed["memory"]),
+    ]
 
 
 def measure_apart(model: str) -> dict[str, float]:

@@ -43,13 +43,12 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
-LEAN = ("numpy", "tokenizers", "jinja2", "typer", "click", "rich", "huggingface_hub")
+LEAN = ("numpy", "tokenizers", "jinja2", "typer", "rich", "huggingface_hub")
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "tokenizers": ("tokenizer",),
     "jinja2": ("chat",),
     "huggingface_hub": ("hub",),
     "rich": ("console",),
-    "click": ("cli",),
 }
 TORCH_SIDE = {"harness": ("lm_eval", "datasets")}
 TORCH_PACKAGES = (

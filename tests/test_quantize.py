@@ -107,12 +107,16 @@ def test_a_float_table_and_norms_keep_their_dtype(tmp_path: Path) -> None:
 
 
 def test_importance_follows_the_inputs_of_a_simulated_network(tmp_path: Path) -> None:
-    """Feed independent normal streams through the arithmetic of one block and compare the root of every input's energy."""
+    """Feed independent normal streams through one block and compare the root of every input's energy."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path, "llama3", mlp_bias=True))
     stored = checkpoint.weight
-    # Channels of very different sizes, as in large models: random matrices alone give all inputs the same energy.
+    # Channels of very different sizes, as in large models: random matrices give all the same energy.
     sizes = np.random.default_rng(1).lognormal(0, 1.5, 4096).astype(np.float32)
-    checkpoint.weight = lambda name: to_f32(stored(name)) * sizes[: len(stored(name)), None]  # type: ignore[method-assign]
+
+    def sized(name: str) -> np.ndarray:
+        return to_f32(stored(name)) * sizes[: len(stored(name)), None]
+
+    checkpoint.weight = sized  # type: ignore[method-assign]
     energies = input_importance(checkpoint)
     layer, rng = "model.layers.0", np.random.default_rng(0)
 
@@ -151,7 +155,11 @@ def test_importance_grows_with_what_earlier_layers_write(tmp_path: Path) -> None
     o_proj = to_f32(source.weight("model.layers.0.self_attn.o_proj")).copy()
     o_proj[5] *= 30
     original = source.weight
-    source.weight = lambda name: o_proj if name == "model.layers.0.self_attn.o_proj" else original(name)  # type: ignore[method-assign]
+
+    def changed(name: str) -> np.ndarray:
+        return o_proj if name == "model.layers.0.self_attn.o_proj" else original(name)
+
+    source.weight = changed  # type: ignore[method-assign]
     after = input_importance(source)["model.layers.1.self_attn.q_proj"]
     assert after[5] > 2 * before[5]
 

@@ -1,9 +1,10 @@
-"""Break kernels and numerics by hand, one line at a time, and see the suite fail: a suite that cannot fail proves nothing.
+"""Break kernels and numerics by hand, one line at a time, and see the suite fail.
 
     python tools/mutations.py                # all; about a minute each
     python tools/mutations.py --only 3 7     # some
 
-Works on a copy of the tree: the copy is changed, built and tested, then restored. Exits with 1 if a mutation survives.
+Works on a copy of the tree: the copy is changed, built and tested, then restored. Exits with 1 if a
+mutation survives. A suite that cannot fail proves nothing.
 """
 
 import argparse
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 VNNI = "native/kernels/avx512vnni.cpp"
 
 # File, the text that occurs in it exactly once, what it becomes, and what that breaks.
+# ruff: noqa: E501  the lines of this table are the code that they quote
 MUTATIONS = [
     (VNNI, "const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);",
      "const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low);", "decode: high nibbles of rows 16-31"),
@@ -46,7 +48,18 @@ MUTATIONS = [
 def build(tree: Path, folder: Path) -> None:
     """Compile the native module of `tree` and put it beside its Python files."""
     if not (folder / "build.ninja").exists():
-        run(["cmake", "-S", str(tree), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"])
+        run(
+            [
+                "cmake",
+                "-S",
+                str(tree),
+                "-B",
+                str(folder),
+                "-G",
+                "Ninja",
+                f"-DPython_EXECUTABLE={sys.executable}",
+            ]
+        )
     run(["cmake", "--build", str(folder)])
     module = next(folder.glob("_native*.so"))
     shutil.copy2(module, tree / "src" / "llamita" / module.name)
@@ -68,7 +81,9 @@ def first_failure(tree: Path) -> str | None:
     )
     data = os.environ.get("LLAMITA_DATA", str(ROOT.parent / "shared" / "data"))
     environment = os.environ | {"LLAMITA_DATA": data, "PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", program], cwd=tree, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tree, env=environment, capture_output=True, text=True
+    )
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if result.returncode and not failed:
         sys.exit(result.stdout[-3000:] + result.stderr[-3000:])
@@ -76,13 +91,17 @@ def first_failure(tree: Path) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", type=int, nargs="+", default=range(1, len(MUTATIONS) + 1))
     args = parser.parse_args()
     survivors = 0
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "__pycache__"))
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "__pycache__")
+        )
         build(tree, Path(scratch) / "build")
         print(f"unchanged: {first_failure(tree) or 'passes'}  ({sysconfig.get_platform()})", flush=True)
         for number in args.only:

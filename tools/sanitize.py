@@ -20,12 +20,16 @@ def main() -> None:
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", str(BUILD)], check=True)
     package = BUILD / "tree" / "llamita"
-    shutil.copytree(ROOT / "src" / "llamita", package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(
+        ROOT / "src" / "llamita", package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so")
+    )
     module = next(BUILD.glob("_native*.so"))
     shutil.copy2(module, package / module.name)
-    # Python itself is not instrumented, so the runtime must be there before it starts, and its own leaks aside.
+    # Python itself is not instrumented: the runtime must be there before it starts, its leaks aside.
     libraries = [
-        subprocess.run(["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run(
+            ["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     environment = os.environ | {
@@ -40,7 +44,9 @@ def main() -> None:
         "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
     arguments = sys.argv[1:] or ["-q", "-x", "-p", "no:cacheprovider", *TESTS]
-    sys.exit(subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment).returncode)
+    sys.exit(
+        subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment).returncode
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def residual_covariance(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.
         x = x / x.square().mean(-1, keepdim=True).sqrt()
         total.add_(x.T @ x)
 
-    norms = [n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms = [
+        n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)
+    ]
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
     with torch.no_grad():
         model(input_ids=tokens)
@@ -111,7 +113,9 @@ def stress(model: LlamaForCausalLM, tokens: torch.Tensor, parts: set[str]) -> Ll
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="text whose activations give the principal components")
     parser.add_argument("--out", type=Path, required=True)

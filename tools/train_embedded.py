@@ -179,8 +179,13 @@ def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim
     ]
 
 
-def train(model: LlamaForCausalLM, streams: list[np.ndarray], heldout: dict[str, np.ndarray],
-          recipe: Recipe, state_file: Path) -> list[dict[str, float]]:
+def train(
+    model: LlamaForCausalLM,
+    streams: list[np.ndarray],
+    heldout: dict[str, np.ndarray],
+    recipe: Recipe,
+    state_file: Path,
+) -> list[dict[str, float]]:
     """Run the recipe from the saved state, if there is one; returns the log of validation losses."""
     optimizers = make_optimizers(model, recipe)
     base_rates = [group["lr"] for o in optimizers for group in o.param_groups]
@@ -209,14 +214,23 @@ def train(model: LlamaForCausalLM, streams: list[np.ndarray], heldout: dict[str,
             speed = (step + 1 - first) * recipe.batch_tokens / (time.monotonic() - started)
             print(json.dumps(entry), f"{speed:.0f} tok/s", flush=True)
             partial = state_file.with_suffix(".partial")
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                        "step": step + 1, "log": log}, partial)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step + 1,
+                    "log": log,
+                },
+                partial,
+            )
             partial.replace(state_file)
     return log
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
@@ -235,10 +249,20 @@ def main() -> None:
     model = make_model(recipe.seed)
     log = train(model, streams, heldout, recipe, args.out / "state.pt")
     model.to(torch.bfloat16).save_pretrained(args.out)
-    final = {name: {f"loss_{window}": round(validation_loss(model, stream, window), 4)
-                    for window in (SHORT_WINDOW, CONTEXT)} for name, stream in heldout.items()}
-    record = {"recipe": asdict(recipe), "parameters": model.num_parameters(), "validation": final,
-              "initial_loss": round(math.log(VOCABULARY), 4), "log": log}
+    final = {
+        name: {
+            f"loss_{window}": round(validation_loss(model, stream, window), 4)
+            for window in (SHORT_WINDOW, CONTEXT)
+        }
+        for name, stream in heldout.items()
+    }
+    record = {
+        "recipe": asdict(recipe),
+        "parameters": model.num_parameters(),
+        "validation": final,
+        "initial_loss": round(math.log(VOCABULARY), 4),
+        "log": log,
+    }
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(final))
 

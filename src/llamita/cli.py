@@ -2,9 +2,10 @@
 
 import errno
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from typing import Annotated
 
-import click
 import typer
 from typer.exceptions import TyperException
 
@@ -31,49 +32,17 @@ SUMMARIES = {
 }
 
 
-def _load(name: str) -> click.Command:
-    """The command of this name, its options read from the function's signature by Typer."""
-    module, function = COMMANDS[name].split(":")
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name)(getattr(import_module(module), function))
-    return typer.main.get_command(app)
-
-
-class _Commands(click.Group):
-    """Commands by name, each imported when it is asked for: `llamita --help` imports none."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _load(cmd_name) if cmd_name in COMMANDS else None
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the surroundings failed, 2 the input is at fault."""
-    group = _Commands(
-        name="llamita",
-        help="Turn a Llama checkpoint into a 4-bit model that runs at the limit of the hardware.\n\n"
-        "Example: llamita quantize embedded -o my-model && llamita chat my-model",
-        params=[click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False,
-                             callback=_print_version, help="Print the version and exit.")],
-        no_args_is_help=True,
-    )
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        group.main(args=arguments, prog_name="llamita", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(2)
-    except typer.Exit as error:  # Typer carries a Click of its own, whose exceptions are not Click's
+        _make_app(arguments)(args=arguments, prog_name="llamita", standalone_mode=False)
+    except typer.Exit as error:
         sys.exit(error.exit_code)
-    except (click.ClickException, TyperException) as error:
+    except TyperException as error:
         console.print_error(error.format_message())
         sys.exit(2)
-    except (click.Abort, typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         console.print_error("interrupted")
         sys.exit(130)
     except LlamitaError as error:
@@ -90,10 +59,40 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+def _make_app(arguments: list[str]) -> typer.Typer:
+    """Every command by name and summary; only the one that is asked for is imported."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.callback()(_root)
+    for name, entry in COMMANDS.items():
+        function = _load(entry) if name in arguments[:1] else _unused
+        app.command(name, short_help=SUMMARIES[name])(function)
+    return app
+
+
+def _load(entry: str) -> Callable[..., None]:
+    module, function = entry.split(":")
+    return getattr(import_module(module), function)
+
+
+def _unused() -> None:
+    """Stands for a command in the list of commands."""
+
+
+def _print_version(value: bool) -> None:
     if value:
-        click.echo(f"llamita {__version__}")
-        ctx.exit()
+        typer.echo(f"llamita {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Turn a Llama checkpoint into a 4-bit model that runs at the limit of the hardware.
+
+    Example: llamita quantize embedded -o my-model && llamita chat my-model
+    """
 
 
 if __name__ == "__main__":

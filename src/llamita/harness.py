@@ -75,10 +75,20 @@ def run_tasks(
         for llm in models:
             _set_seeds(loaded)
             model = EngineLM(llm, max_seq_len, add_bos_token, progress)
-            results: Any = evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=False)
+            results = _evaluate(model, loaded, limit)
             counts = {name: samples["effective"] for name, samples in results["n-samples"].items()}
             found.append([_scores(name, values, counts) for name, values in results["results"].items()])
     return found
+
+
+def _evaluate(model: "EngineLM", loaded: Any, limit: int | None) -> Any:
+    """LM Eval's `evaluate`; what it refuses and what a task's metrics lack in packages, in one line."""
+    try:
+        return evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=False)
+    except ValueError as error:  # tasks that run code which a model wrote, or that show it pictures
+        raise InputError(f"LM Eval: {_first_line(error)}") from error
+    except ImportError as error:
+        raise RunError(f"LM Eval: a task needs a package that is missing: {_first_line(error)}") from error
 
 
 def wikitext_pages() -> list[str]:
@@ -283,8 +293,11 @@ def _load(manager: TaskManager, names: Sequence[str]) -> Any:
         return manager.load(list(names))
     except Exception as error:  # whatever the data set's loader, the hub's client or the network raise
         hint = "; try --wikitext FILE with a local wiki.test.raw" if WIKITEXT in names else ""
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(f"--tasks {','.join(names)}: no data: {first}{hint}") from error
+        raise RunError(f"--tasks {','.join(names)}: cannot be had: {_first_line(error)}{hint}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _set_seeds(loaded: Any) -> None:

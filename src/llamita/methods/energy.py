@@ -49,9 +49,11 @@ def input_importance(source: Checkpoint) -> dict[str, F32]:
 
 
 def _after_norm(source: Checkpoint, name: str, stream: F32) -> F32:
-    """E[x²] of x = γ·n, where n is the stream brought to a mean energy of 1."""
+    """E[x²] of x = gamma·n, where n is the stream brought to a mean energy of 1."""
     mean = stream.mean(dtype=np.float64)
-    normed = stream / np.float32(mean) if mean > 0 else np.ones_like(stream)  # an embedding of zeros: all alike
+    normed = (
+        stream / np.float32(mean) if mean > 0 else np.ones_like(stream)
+    )  # an embedding of zeros: all alike
     gamma = source.vector(f"{name}.weight")
     return normed * gamma * gamma
 
