@@ -13,12 +13,24 @@ namespace {
 using namespace nb::literals;
 
 constexpr size_t kMaxHeadDim = 1024;
+constexpr size_t kMaxHeads = 65536;
+// layers * kv_heads * tokens of a cache: keys and values of 4 bytes each stay far from the end of size_t
+constexpr size_t kMaxEntries = SIZE_MAX / 2 / (2 * sizeof(float) * kMaxHeadDim);
 
 std::string text(size_t number) { return std::to_string(number); }
 
+// By division, as the product may wrap
+void check_size(size_t layers, size_t kv_heads, size_t capacity) {
+  require(layers >= 1 && kv_heads >= 1 && capacity >= 1, "KVCache: expected at least one layer, head and token");
+  require(kv_heads <= kMaxHeads, "kv_heads: expected up to " + text(kMaxHeads) + ", got " + text(kv_heads));
+  require(layers <= kMaxEntries / kv_heads / (2 * kKeyBlock) && capacity <= kMaxEntries / kv_heads / layers - kKeyBlock,
+          "KVCache: expected up to " + text(kMaxEntries) + " layers * kv_heads * capacity, got " + text(layers) +
+              " * " + text(kv_heads) + " * " + text(capacity));
+}
+
 std::shared_ptr<KVCache> new_cache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity,
                                    const std::string& dtype, nb::handle inv_freq, float rope_scaling) {
-  require(layers >= 1 && kv_heads >= 1 && capacity >= 1, "KVCache: expected at least one layer, head and token");
+  check_size(layers, kv_heads, capacity);
   require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
           "head_dim: expected an even number up to " + text(kMaxHeadDim) + ", got " + text(head_dim));
   require(dtype == "f32" || dtype == "f16", "dtype: expected 'f32' or 'f16', got '" + dtype + "'");
@@ -57,6 +69,7 @@ size_t check_step(const Batch& batch, size_t layer, size_t heads) {
   require(layer < cache.layers, "layer: expected below " + text(cache.layers) + ", got " + text(layer));
   require(heads >= 1 && heads % cache.kv_heads == 0,
           "heads: expected a multiple of " + text(cache.kv_heads) + " key/value heads, got " + text(heads));
+  require(heads <= kMaxHeads, "heads: expected up to " + text(kMaxHeads) + ", got " + text(heads));
   return HeadShape{heads, cache.kv_heads, cache.head_dim}.row();
 }
 

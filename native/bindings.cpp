@@ -298,6 +298,5 @@ NB_MODULE(_native, m) {
   llamita::bind_weights(m);
   llamita::bind_operations(m);
   llamita::bind_cache(m);
-  llamita::kernels();  // a wrong LLAMITA_ISA or LLAMITA_THREADS fails here, at import
-  llamita::threads();
+  llamita::kernels();  // a wrong LLAMITA_ISA fails here, at import; a wrong LLAMITA_THREADS on first use
 }

@@ -3,6 +3,8 @@
 // chunks, not for threads.
 #include "threads.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -10,6 +12,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -40,8 +43,16 @@ struct Job {
 
 class Pool {
  public:
-  explicit Pool(size_t count) : scratch_(count) {
-    for (size_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  // Delegates, so that the destructor joins the threads already started when one more cannot be.
+  explicit Pool(size_t count) : Pool() {
+    scratch_ = std::vector<Memory>(count);
+    workers_.reserve(count - 1);
+    try {
+      for (size_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error& error) {
+      throw std::runtime_error("threads: expected to start " + std::to_string(count) + ", got " +
+                               std::to_string(workers_.size() + 1) + " (" + error.code().message() + "); try fewer");
+    }
   }
 
   ~Pool() {
@@ -66,6 +77,8 @@ class Pool {
   }
 
  private:
+  Pool() = default;
+
   void wake() {
     signal_.fetch_add(1);
     signal_.notify_all();
@@ -104,10 +117,20 @@ class Pool {
   std::atomic<bool> stop_{false};
 };
 
-std::mutex& pool_lock() {
-  static std::mutex* lock = new std::mutex;
-  return *lock;
-}
+struct Shared {
+  std::mutex lock;
+  std::unique_ptr<Pool> pool;  // made on first use
+};
+
+// Never destroyed: threads that wait must not be joined while the process ends.
+Shared* shared = new Shared;
+size_t chosen = 0;  // the pool's threads, 0 before anybody asked
+
+// A forked child has none of the workers, and whoever held the lock is not there to release it. What the parent
+// shared is leaked: its threads cannot be joined.
+void renew_in_child() { shared = new Shared; }
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, renew_in_child);
 
 size_t checked(size_t count, const char* what) {
   if (count < 1 || count > kMaxThreads)
@@ -125,31 +148,41 @@ size_t default_threads() {
   return checked(static_cast<size_t>(count), "LLAMITA_THREADS");
 }
 
-// Never destroyed: threads that wait must not be joined while the process ends.
-std::unique_ptr<Pool>& pool() {
-  static auto* pool = new std::unique_ptr<Pool>(std::make_unique<Pool>(default_threads()));
-  return *pool;
+// The three below want the lock held.
+size_t choice() {
+  if (chosen == 0) chosen = default_threads();
+  return chosen;
+}
+
+void start(size_t count) {
+  shared->pool = std::make_unique<Pool>(count);
+  chosen = count;
+}
+
+Pool& pool() {
+  if (!shared->pool) start(choice());
+  return *shared->pool;
 }
 
 }  // namespace
 
 size_t threads() {
-  const std::lock_guard<std::mutex> guard(pool_lock());
-  return pool()->size();
+  const std::lock_guard<std::mutex> guard(shared->lock);
+  return pool().size();
 }
 
 void set_threads(size_t count) {
   checked(count, "threads");
-  const std::lock_guard<std::mutex> guard(pool_lock());
-  if (pool()->size() != count) pool() = std::make_unique<Pool>(count);
+  const std::lock_guard<std::mutex> guard(shared->lock);
+  if (choice() != count || !shared->pool) start(count);
 }
 
 void parallel_run(size_t items, size_t grain, size_t scratch_bytes, Task task, const void* context) {
   if (items == 0) return;
-  const std::lock_guard<std::mutex> guard(pool_lock());
-  const size_t most = pool()->size() == 1 ? 1 : pool()->size() * kChunksPerThread;
+  const std::lock_guard<std::mutex> guard(shared->lock);
+  const size_t most = pool().size() == 1 ? 1 : pool().size() * kChunksPerThread;
   const size_t chunks = std::clamp<size_t>(items / std::max<size_t>(grain, 1), 1, most);
-  pool()->run({task, context, items, static_cast<uint32_t>(chunks)}, scratch_bytes);
+  pool().run({task, context, items, static_cast<uint32_t>(chunks)}, scratch_bytes);
 }
 
 }  // namespace llamita

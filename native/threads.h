@@ -6,15 +6,17 @@
 
 namespace llamita {
 
+// Whatever starts the pool throws std::invalid_argument (LLAMITA_THREADS or count is not 1 to kMaxThreads) or
+// std::runtime_error (the system refuses a thread; the pool stays as it was).
 size_t threads();
-void set_threads(size_t count);  // 1 to kMaxThreads, throws std::invalid_argument
+void set_threads(size_t count);
 
 constexpr size_t kMaxThreads = 1024;
 
 using Task = void (*)(const void* context, size_t begin, size_t end, uint8_t* scratch) noexcept;
 
 // grain: items that one chunk should have at least. Each thread gets `scratch_bytes` of its own, 64-byte aligned.
-// Throws std::bad_alloc before anything has run; tasks themselves cannot throw.
+// Throws as threads() does, and std::bad_alloc, before anything has run; tasks themselves cannot throw.
 void parallel_run(size_t items, size_t grain, size_t scratch_bytes, Task task, const void* context);
 
 // f(begin, end, scratch)

@@ -8,7 +8,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
-    ("_native", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics", "wikitext"),
+    ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
+     "wikitext"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer"),
     # 3: how codes and scales are chosen
@@ -28,7 +29,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 SIBLINGS: dict[str, tuple[str, ...]] = {
     "scheme": ("errors",),
     "config": ("errors",),
+    "threads": ("_native",),
     "tensorfile": ("files",),
+    "hub": ("files",),
     "packed": ("checkpoint",),
     "packed_writer": ("checkpoint", "packed"),
     "methods.rtn": ("methods.energy",),

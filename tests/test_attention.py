@@ -166,6 +166,26 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: step(_native.Batch([(CACHE, 0, 2)]), random_qkv(1, 2, 2, 16), 2, 32),
         r"qkv: expected float32 \(2, 96\)",
     ),
+    "so many heads that a row wraps": (
+        lambda: step(_native.Batch([(CACHE, 0, 1)]), np.ones((1, 64), np.float32), 1 << 60, 0),
+        "heads: expected up to 65536",
+    ),
+    "capacity": (
+        lambda: _native.KVCache(1, 1, 64, 2**64 - 1, "f32", frequencies(64)),
+        r"KVCache: expected up to \d+ layers \* kv_heads \* capacity, got 1 \* 1 \* 18446744073709551615",
+    ),
+    "size": (
+        lambda: _native.KVCache(2**20, 2**16, 64, 2**20, "f16", frequencies(64)),
+        "KVCache: expected up to",
+    ),
+    "layers": (
+        lambda: _native.KVCache(2**63, 2, 64, 128, "f16", frequencies(64)),
+        "KVCache: expected up to",
+    ),
+    "kv_heads": (
+        lambda: _native.KVCache(1, 2**62, 64, 128, "f16", frequencies(64)),
+        "kv_heads: expected up to 65536",
+    ),
     "odd": (
         lambda: _native.KVCache(1, 1, 15, 8, "f32", frequencies(16)),
         "head_dim: expected an even number",

@@ -1,6 +1,7 @@
 """Chat templates: where they are found, what they may do, and the same text as transformers renders."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,24 @@ HELPERS = """{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}
 {% generation %}inner{% endgeneration %}{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}"""
 
 
-@pytest.mark.parametrize("template", [LLAMA3, LLAMA2, HELPERS])
+# The less common expressions of the Llama 3.1 and 3.2 templates.
+LLAMA31 = """{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not date_string is defined %}{%- if strftime_now is defined %}
+{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
+{{- "Today Date: " + date_string + "\\n\\n" }}{{- system_message }}
+{%- for t in [{"name": "f", "parameters": {"x": [1, 2]}}] %}{{- t | tojson(indent=4) }}{%- endfor %}
+{%- for name, value in {"k": "v"} | items %}{{- name + '="' + value + '"' }}
+{%- if not loop.last %}{{- ", " }}{%- endif %}{%- endfor %}
+{%- for message in messages %}{%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>' + message['content'] | trim }}
+{%- elif message.content is mapping or message.content is iterable %}{{- message.content | tojson }}
+{%- endif %}{%- endfor %}"""
+
+
+@pytest.mark.parametrize("template", [LLAMA3, LLAMA2, LLAMA31, HELPERS])
 @pytest.mark.parametrize("is_open", [True, False])
 def test_renders_as_transformers_does(template: str, is_open: bool) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="compares with transformers")
@@ -127,6 +145,68 @@ def test_a_bad_template_is_one_clear_line(template: str) -> None:
     with pytest.raises(InputError, match="chat template") as error:
         ChatTemplate(template).render(CHAT)
     assert len(str(error.value).splitlines()) == 1
+
+
+GROWING = [
+    "{{ ('a' * 400000000)|length }}",
+    "{% set x = 'c' * 600000000 %}",
+    "{% set x = 600000000 * [1] %}",
+    "{% set x = 10 ** 10000000 %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns.x }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns }}",
+    "{% set ns = namespace(x=9) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(40) %}"
+    "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
+    "{% set x = 'a'|center(4000000000) %}",
+    "{% set x = 'a'.ljust(4000000000) %}",
+    "{% set x = '%4000000000d' % 1 %}",
+    "{% set x = '%*d' % (4000000000, 1) %}",
+    "{% set x = '%4000000000d'|format(1) %}",
+    "{% set x = '{:>4000000000}'.format(1) %}",
+    "{% set x = '{:>{}}'.format(1, 4000000000) %}",
+    "{% set x = ('a' * 100000).replace('a', 'b' * 100000) %}",
+    "{% set x = ('a' * 100000)|replace('a', 'b' * 100000) %}",
+    "{% set x = range(90000)|join('b' * 100000) %}",
+    "{% set x = ('b' * 100000).join(('a' * 90000)|list) %}",
+    "{% set x = (1).to_bytes(4000000000, 'big') %}",
+    "{% set x = ('a' * 4000000).encode() * 100000 %}",
+    "{% set x = [1]|tojson(indent=4000000000) %}",
+    "{{ lipsum(4000000) }}",
+]
+
+
+@pytest.mark.parametrize("template", GROWING)
+def test_a_template_cannot_take_much_memory(template: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="chat template"):
+            ChatTemplate(template).render(CHAT)
+        assert tracemalloc.get_traced_memory()[1] < 400e6  # a list of the longest text's letters
+    finally:
+        tracemalloc.stop()
+
+
+def test_json_in_the_styles_of_transformers_and_no_other() -> None:
+    styled = ChatTemplate("{{ {'b': 1, 'a': 'ü'}|tojson(indent=2, separators=(',', ':'), sort_keys=true) }}")
+    assert styled.render([]) == '{\n  "a":"ü",\n  "b":1\n}'
+    for style in ("cls=dict", "default=raise_exception", "object_pairs_hook=dict"):
+        with pytest.raises(InputError, match="unexpected keyword"):
+            ChatTemplate("{{ 1|tojson(" + style + ") }}").render([])
+
+
+def test_ordinary_expressions_still_work() -> None:
+    source = (
+        "{{ 'a' ~ 1 ~ none }} {{ 'x' * 3 }} {{ 2 ** 10 }} {{ 7 % 3 }} {{ '%s-%03d' % ('k', 7) }} "
+        "{{ '{:>4}|{}'.format('a', [1]) }} {{ 'ab'.replace('a', 'c') }} {{ ['a', 1]|join(', ') }} "
+        "{{ 'a\\nb'|indent(2) }} {{ '%s'|format('f') }} {{ [1, 2]|sum + 1.5 }} {{ 'q'.center(3) }}"
+        "{{ missing }}"
+    )
+    expected = "a1None xxx 1024 1 k-007    a|[1] cb a, 1 a\n  b f 4.5  q "
+    assert ChatTemplate(source).render([]) == expected
 
 
 def test_a_huge_template_is_refused(tmp_path: Path) -> None:

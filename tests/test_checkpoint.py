@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -9,6 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from tiny import CONFIGS, make_checkpoint, random_tensors, write_file, write_tensors
 
 from llamita import hub
@@ -16,6 +18,9 @@ from llamita.affine import f32_to_bf16
 from llamita.checkpoint import Checkpoint, check_finite, linear_names, resolve, table_names, vector_names
 from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
+from llamita.files import is_companion, parse_json
+from llamita.hub import PATTERNS
+from llamita.tensorfile import TensorFile
 
 
 def bf16_tensors(family: str = "llama32", **overrides: Any) -> dict[str, np.ndarray]:
@@ -261,6 +266,27 @@ def test_other_weights_are_named(tmp_path: Path, file: str, message: str) -> Non
         Checkpoint(tmp_path)
 
 
+def test_a_key_that_appears_twice_among_many_is_found_at_once() -> None:
+    keys = [f'"k{i}": 0' for i in range(100_000)]
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="'k99999' appears twice"):
+        parse_json(f"{{{', '.join([*keys, keys[-1]])}}}".encode(), "x")
+    assert time.perf_counter() - began < 5  # comparing every pair takes minutes
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_an_index_that_leads_to_another_directory_is_refused(tmp_path: Path, absolute: bool) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    (directory / "model.safetensors").rename(tmp_path / "other" / "w.safetensors")
+    file = str(tmp_path / "other" / "w.safetensors") if absolute else "../other/w.safetensors"
+    tensors = TensorFile(tmp_path / "other" / "w.safetensors").tensors
+    index = {"weight_map": dict.fromkeys(tensors, file)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="expected the name of a file in this directory"):
+        Checkpoint(directory)
+
+
 # ---- names ---------------------------------------------------------------------------------------
 
 
@@ -311,3 +337,19 @@ def test_each_failure_of_the_hub_is_one_line(
 def test_offline_without_a_copy_is_one_line() -> None:
     with pytest.raises(RunError, match="not in the hub's cache"):
         resolve("nobody-at-all/no-such-model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LICENSE", "license.txt", "Licence.md", "Notice", "ACCEPTABLE_USE_POLICY.md", "COPYRIGHT",
+     "use_policy.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "SOURCE_README.md"],
+)  # fmt: skip
+def test_what_travels_with_the_weights_comes_from_the_hub_too(name: str) -> None:
+    assert is_companion(name)
+    assert list(filter_repo_objects([name, "pytorch_model.bin"], allow_patterns=list(PATTERNS))) == [name]
+
+
+def test_what_needs_not_travel_stays_on_the_hub() -> None:
+    names = ["config.json", "model-00001-of-00002.safetensors", "README.md", "llamita.json"]
+    others = ["original/consolidated.00.pth", "model.gguf", "optimizer.pt", "tokenizer.py"]
+    assert list(filter_repo_objects(names + others, allow_patterns=list(PATTERNS))) == names

@@ -1,6 +1,8 @@
 """`llamita evaluate` as a user meets it: tables, JSON, one-line errors."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,24 @@ def test_mistakes_are_one_line_and_exit_code_2(root, capsys, monkeypatch, argume
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_recorded_file_that_is_a_pipe_is_refused_without_waiting(root, capsys, tmp_path):
+    source = Path(shutil.copytree(root / "base", tmp_path / "base"))
+    quantize(Checkpoint(source), str(source), tmp_path / "out", make_scheme("arm"))
+    (source / "config.json").unlink()
+    os.mkfifo(source / "config.json")
+    code, out, err = run(capsys, tmp_path / "out", "--text", root / "text.txt")
+    assert (code, out) == (2, "")
+    assert "expected a regular file" in err
+
+
+def test_a_source_that_moved_is_not_looked_for_on_the_hub(root, capsys, tmp_path, monkeypatch):
+    shutil.copytree(root / "base", tmp_path / "own" / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llamita.hub.download", None)  # not reached
+    quantize(Checkpoint(Path("own/model")), "own/model", tmp_path / "out", make_scheme("arm"))
+    shutil.rmtree(tmp_path / "own")
+    code, out, err = run(capsys, "out", "--text", root / "text.txt")
+    assert (code, out) == (2, "")
+    assert "its recorded source is missing" in err

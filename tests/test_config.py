@@ -1,10 +1,20 @@
 """config.json: what is read, and what is refused."""
 
+import numpy as np
 import pytest
 
+from llamita import _native, config
 from llamita.config import ModelConfig, RopeConfig
+from llamita.engine.cache import rope_frequencies
 from llamita.errors import InputError
 
+LLAMA3_ROPE = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
 LLAMA_32_1B = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -17,13 +27,7 @@ LLAMA_32_1B = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
+    "rope_scaling": LLAMA3_ROPE,
     "tie_word_embeddings": True,
     "hidden_act": "silu",
     "attention_bias": False,
@@ -104,8 +108,46 @@ def test_stretched_context(kind: str) -> None:
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
         ),
+        ({"intermediate_size": 65792}, "intermediate_size"),
+        ({"hidden_size": 65552}, "hidden_size"),
+        ({"head_dim": 2048}, "head_dim"),
+        ({"num_attention_heads": 2048}, "num_attention_heads"),
+        ({"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "head_dim"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rms_norm_eps": 1e-300}, "rms_norm_eps"),
+        ({"rope_theta": 1e308, "rope_scaling": None}, "rope_theta"),
+        ({"rope_theta": float("nan"), "rope_scaling": None}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e305}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e-4}}, "factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e15}}, "factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e6}}, "tokens of context"),
+        ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 1e-300}}, "low_freq_factor"),
     ],
 )
 def test_refuses(change: dict[str, object], word: str) -> None:
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(InputError, match=word) as error:
         ModelConfig.from_hf(LLAMA_32_1B | change)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 250
+
+
+def test_limits_are_those_of_the_kernels() -> None:
+    """What the configuration lets through, the native code takes; one more it does not."""
+    widest, largest = config._LARGEST_WIDTH, config._LARGEST_HEAD
+    _native.Activations(1, widest)
+    with pytest.raises(ValueError, match=str(widest)):
+        _native.Activations(1, widest + 1)
+    frequencies = rope_frequencies(RopeConfig(), largest, 1)
+    _native.KVCache(1, 1, largest, 1, "f32", frequencies, 1.0)
+    with pytest.raises(ValueError, match=str(largest)):
+        _native.KVCache(1, 1, largest + 2, 1, "f32", rope_frequencies(RopeConfig(), largest + 2, 1), 1.0)
+
+
+def test_frequencies_are_finite_at_every_limit() -> None:
+    for head_dim in (4, 64, config._LARGEST_HEAD):
+        extreme = {"head_dim": head_dim, "num_attention_heads": 8, "max_position_embeddings": 134}
+        extreme |= {"rope_theta": 1e12, "rope_scaling": {"type": "dynamic", "factor": 1e6}}
+        model = ModelConfig.from_hf(LLAMA_32_1B | extreme)
+        with np.errstate(all="raise"):
+            assert np.isfinite(rope_frequencies(model.rope, head_dim, model.context)).all()

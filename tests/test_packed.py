@@ -197,6 +197,15 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
         ({"more": 1}, "keys"),
         ({"files": []}, "files"),
         ({"files": {"../x": {"size": 1, "sha256": ""}}}, "files"),
+        ({"files": {"": {"size": 1, "sha256": ""}}}, "files"),
+        ({"source": None}, "source"),
+        ({"source": {"name": 1, "files": {}}}, "source"),
+        ({"source": {"name": "x"}}, "source"),
+        ({"source": {"name": "x", "files": ["config.json"]}}, "source"),
+        ({"source": {"name": "x", "files": {"/dev/zero": "0" * 64}}}, "source"),
+        ({"source": {"name": "x", "files": {"..": "0" * 64}}}, "source"),
+        ({"source": {"name": "x", "files": {"config.json": "0" * 63}}}, "source"),
+        ({"source": {"name": "x", "files": {"config.json": None}}}, "source"),
         ({"files": {"gone.safetensors": {"size": 1, "sha256": ""}}}, "gone.safetensors"),
     ],
 )
@@ -220,6 +229,14 @@ def test_a_scheme_that_the_tensors_contradict_is_refused(tmp_path: Path) -> None
             open_source(out)
     reseal(out, scheme=scheme)
     open_source(out).close()
+
+
+def test_weights_that_llamita_json_does_not_list_are_refused(tmp_path: Path) -> None:
+    out = pack(tmp_path)
+    files = json.loads((out / "llamita.json").read_text())["files"]
+    reseal(out, files={name: files[name] for name in files if name != "model.safetensors"})
+    with pytest.raises(InputError, match=r"model\.safetensors: expected among the files"):
+        open_source(out)
 
 
 def test_edited_files_are_refused(tmp_path: Path) -> None:

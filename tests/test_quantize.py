@@ -279,3 +279,63 @@ def test_damaged_sources(tmp_path: Path, capsys: Any, damage: Any) -> None:
     assert run("quantize", tmp_path / "src", "-o", tmp_path / "out") == 2
     one_line(capsys)
     assert_nothing_is_left(tmp_path, "src")
+
+
+# ---- what travels with the weights, and what the source is called ---------------------------------
+
+
+def test_a_directory_of_licences_is_no_hindrance(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "src")
+    (path / "LICENSES").mkdir()
+    (path / "license.txt").touch()
+    assert run("quantize", path, "-o", tmp_path / "out", "--json") == 0
+    assert (tmp_path / "out" / "license.txt").exists()
+    assert not (tmp_path / "out" / "LICENSES").exists()
+
+
+def test_a_licence_that_cannot_be_copied_is_told_before_rounding(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamita.quantize._write_weights", None)  # not reached
+    path = make_checkpoint(tmp_path / "src")
+    os.mkfifo(path / "LICENSE")
+    assert run("quantize", path, "-o", tmp_path / "out") == 2
+    assert "expected a regular file" in one_line(capsys)
+    assert_nothing_is_left(tmp_path, "src")
+
+
+@pytest.mark.parametrize(
+    "name", ["own/model", "./own/model/", "own/../own/model", "own/link", "own/embedded"]
+)
+def test_a_directory_is_recorded_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Else own/model, looked for from elsewhere, would be a stranger's model on the hub."""
+    make_checkpoint(tmp_path / "own" / "model")
+    for link in ("link", "embedded"):
+        (tmp_path / "own" / link).symlink_to("model")
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", name, "-o", "out", "--json") == 0
+    recorded = json.loads(Path("out/llamita.json").read_text())["source"]["name"]
+    assert recorded == str(tmp_path / "own" / Path(name).name)
+    card = Path("out/README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "base_model" not in card
+    assert f"{Path(name).name}`" in card
+    assert "Licence and responsible use" in card
+
+
+@pytest.mark.parametrize("name", ["owner/model", "embedded"])
+def test_other_names_are_recorded_as_they_are(source: Path, tmp_path: Path, name: str) -> None:
+    quantize(Checkpoint(source), name, tmp_path / "out", make_scheme("llama3.2"))
+    assert json.loads((tmp_path / "out" / "llamita.json").read_text())["source"]["name"] == name
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_rounding(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamita.quantize._write_weights", None)  # not reached
+    path = make_checkpoint(tmp_path / "u").rename(tmp_path / os.fsdecode(b"u\xff"))
+    assert run("quantize", path, "-o", tmp_path / "out") == 2
+    assert "expected a path in UTF-8" in one_line(capsys)
+    assert_nothing_is_left(tmp_path, path.name)

@@ -1,6 +1,7 @@
 """`llamita quantize` where it cannot go on: no permission, a full disk, killed at any moment."""
 
 import contextlib
+import fcntl
 import os
 import random
 import resource
@@ -17,6 +18,7 @@ import pytest
 from command import assert_nothing_is_left, one_line, run
 from tiny import make_checkpoint
 
+from llamita.errors import InputError, RunError
 from llamita.staging import staged
 from llamita.verify import verify
 
@@ -166,6 +168,55 @@ def test_a_model_moved_aside_by_a_killed_overwrite_comes_back(
     assert run("quantize", source, "-o", out) == 2  # it is there again: as it was before that run
     assert "exists" in one_line(capsys)
     assert verify(out).problems == []
+    assert_nothing_is_left(tmp_path, "out")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_user_named_alike_is_left_alone(source: Path, tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    own = [".out.replaced-mine", ".out.replaced-1x", ".out.replaced-7", ".out.partial-mine", ".out.partial-1"]
+    for name in own:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").touch()
+    (tmp_path / own[0] / "llamita.json").touch()
+    if there:
+        assert run("quantize", source, "-o", out, "--json") == 0
+    assert run("quantize", source, "-o", out, "--overwrite", "--json") == 0
+    assert verify(out).problems == []
+    assert_nothing_is_left(tmp_path, "out", *own)
+    assert all((tmp_path / name / "thesis.txt").exists() for name in own)
+
+
+def test_leftovers_wait_until_the_target_is_checked(source: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.replaced-1").mkdir()
+    (tmp_path / ".out.replaced-1" / "llamita.json").touch()
+    assert run("quantize", source, "-o", tmp_path / "out") == 2
+    assert "exists" in one_line(capsys)
+    assert_nothing_is_left(tmp_path, "out", ".out.replaced-1")
+
+
+def test_what_appeared_during_a_run_is_not_replaced(tmp_path: Path) -> None:
+    def run_beside() -> None:
+        with staged(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.txt").touch()
+
+    with pytest.raises(InputError, match="exists"):
+        run_beside()
+    assert_nothing_is_left(tmp_path, "out")
+    assert_nothing_is_left(tmp_path / "out", "thesis.txt")
+
+
+def test_one_run_at_a_time_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamita.staging._PATIENCE", 0.1)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(RunError, match="another program's lock"), staged(tmp_path / "out"):
+        pass
+    os.close(descriptor)
+    with staged(tmp_path / "out"):
+        pass
     assert_nothing_is_left(tmp_path, "out")
 
 

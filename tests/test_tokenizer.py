@@ -12,7 +12,7 @@ from tiny import make_checkpoint
 from llamita.checkpoint import resolve
 from llamita.config import ModelConfig
 from llamita.errors import InputError
-from llamita.tokenizer import Detokenizer, Tokenizer
+from llamita.tokenizer import Detokenizer, Tokenizer, _one_line, _sentencepiece_bytes
 
 TEXTS = [
     "Once upon a time",
@@ -176,3 +176,51 @@ def test_a_missing_or_broken_tokenizer_is_one_clear_line(
 def test_a_stray_byte_is_refused(llama3: Path) -> None:
     with pytest.raises(InputError, match="UTF-8"):
         opened(llama3).encode("ab\udcff")
+
+
+@pytest.mark.parametrize("change", [{"bos_token_id": 2**40}, {"bos_token_id": 320}, {"eos_token_id": 2**40}])
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    make_checkpoint(tmp_path, "llama3")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(InputError, match="token ids: expected 0 to 319"):
+        Tokenizer(tmp_path, ModelConfig.from_hf(config | change))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257, 1180591620717411303424]}')
+    with pytest.raises(InputError, match="token ids"):
+        Tokenizer(tmp_path)
+
+
+def test_an_unknown_token_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama3")
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["unk_token"] = "<nope>"
+    del values["model"]["vocab"]["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="Unk token") as error:
+        Tokenizer(tmp_path).encode("a")
+    assert "\n" not in str(error.value)
+
+
+class Panic(BaseException):
+    """As pyo3 makes one: known by its name alone."""
+
+
+Panic.__name__ = "PanicException"
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(Panic("a\nb"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_a_panic_is_an_error_and_an_interrupt_is_not(
+    raised: BaseException, expected: type[BaseException]
+) -> None:
+    with pytest.raises(expected) as error, _one_line("here"):
+        raise raised
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("piece", "meant"), [("<0x0A>", b"\n"), ("<0xGG>", b"<0xGG>"), ("<0x 1>", b"<0x 1>"), ("\u2581a", b" a")]
+)
+def test_pieces_of_sentencepiece(piece: str, meant: bytes) -> None:
+    assert _sentencepiece_bytes(piece) == meant

@@ -22,7 +22,10 @@ def available_isas() -> list[str]:
 def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None:
-    """Cores in use, 1 to 1024; at import LLAMITA_THREADS, else every core that this process may use."""
+    """Cores in use, 1 to 1024; on first use LLAMITA_THREADS, else every core that this process may use.
+
+    RuntimeError, and nothing changed, if the system refuses to start so many. A forked child starts its own.
+    """
 
 def read_bandwidth(bytes: int) -> float:
     """Best read bandwidth over that much memory, all threads, in GB/s."""

@@ -11,7 +11,7 @@ from llamita.checkpoint import resolve
 from llamita.engine.llm import load
 from llamita.errors import InputError, LlamitaError
 from llamita.evaluate import Contender, Progress
-from llamita.files import has, sha256_file
+from llamita.files import has, member, sha256_file
 from llamita.packed import METADATA, read_metadata
 
 NO_BASELINE = "none"
@@ -74,7 +74,7 @@ def _recorded_source(sources: Sequence[str], paths: Sequence[Path], progress: Pr
     for i, (file, sha256) in enumerate(record["files"].items()):
         if progress:
             progress(f"checking {name}", i, len(record["files"]))
-        if not has(path, file) or sha256_file(path / file) != sha256:
+        if not has(path, file) or sha256_file(member(path, file)) != sha256:
             raise InputError(
                 f"{path / file}: expected the file that {first} was made from, got another; "
                 "try --baseline SRC, or none"

@@ -16,7 +16,7 @@ import numpy as np
 from llamita.affine import to_f32
 from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
-from llamita.files import has, read_json
+from llamita.files import has, member, read_json
 from llamita.scheme import QuantScheme
 from llamita.tensorfile import DTYPES, TensorFile, TensorInfo
 
@@ -150,7 +150,8 @@ def open_tensor_files(directory: Path) -> tuple[dict[str, TensorFile], dict[str,
         index, names = None, [SINGLE]
     else:
         raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, found {_other_weights(directory)}")
-    files = {file: TensorFile(directory / file) for file in names}
+    # member first: TensorFile would take the directory from a name like ../other/model.safetensors
+    files = {file: TensorFile(member(directory, file)) for file in names}
     where = {tensor: file for file in names for tensor in files[file].tensors}
     if sum(len(file.tensors) for file in files.values()) != len(where):
         raise InputError(f"{INDEX}: a tensor lies in two files")

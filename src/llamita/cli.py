@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from llamita import __version__, console
-from llamita.errors import LlamitaError
+from llamita.errors import LlamitaError, RunError
 
 COMMANDS = {
     "quantize": "llamita.commands.quantize:command",
@@ -71,7 +71,10 @@ def _make_app(arguments: list[str]) -> typer.Typer:
 
 def _load(entry: str) -> Callable[..., None]:
     module, function = entry.split(":")
-    return getattr(import_module(module), function)
+    try:
+        return getattr(import_module(module), function)
+    except ImportError as error:  # the native module refuses LLAMITA_ISA, or was built for another machine
+        raise RunError(f"{module}: expected to load, got: {error}") from None
 
 
 def _unused() -> None:

@@ -4,7 +4,6 @@ Covers Llama 2, 3, 3.1, 3.2 and what shares their forward pass. A key that would
 pass in a way the engine does not know is refused, never ignored.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,16 @@ from llamita.errors import InputError
 
 ARCHITECTURES = ("llama", "mistral", "llamita")  # values of model_type
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+_LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products of two within int64
+_LARGEST_DEPTH = 1024  # the deepest Llama has 126 layers; tensors are listed by name before files are read
+_LARGEST_WIDTH = 65536  # inputs of a linear layer: kMaxColumns of native/pack.h, for sums within int32
+_LARGEST_HEAD = 1024  # kMaxHeadDim of native/bind_cache.cpp, room of the attention kernels
+_LARGEST_CONTEXT = 2**27  # tokens after stretching; ten times the longest that was ever announced
+_LARGEST_FACTOR = 1e6  # with the base below: the grown base of dynamic scaling stays within float32
+_LARGEST_THETA = 1e12
+_EPS_RANGE = (1e-20, 1.0)  # more than zero in float32 and below the mean square of any activation
+_TURNS_RANGE = (1e-6, 1e6)  # low_freq_factor and high_freq_factor; context / factor stays within float32
 
 # Keys that change the forward pass, with the one value that leaves it a Llama.
 _MUST_BE = {
@@ -87,29 +96,31 @@ class ModelConfig:
                 raise InputError(
                     f"config.json: {key}: expected {required!r}, got {values[key]!r}: not a plain Llama"
                 )
-        hidden, heads = _count(values, "hidden_size"), _count(values, "num_attention_heads")
+        hidden, heads = (
+            _count(values, "hidden_size", limit=_LARGEST_WIDTH),
+            _count(values, "num_attention_heads"),
+        )
         kv_heads = _count(values, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise InputError(
                 f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}"
             )
-        head_dim = _count(values, "head_dim", hidden // heads or None)
-        if head_dim % 2:
-            raise InputError(f"config.json: head_dim: expected an even number, got {head_dim}")
+        head_dim = _count(values, "head_dim", hidden // heads or None, limit=_LARGEST_HEAD)
         context = _count(values, "max_position_embeddings")
         rope = _rope(values, context)
         if rope.kind in ("linear", "dynamic"):  # these give the trained context and how far it is stretched
             context = int(context * rope.factor)
+        _check_shapes(heads, head_dim, context, rope)
         return cls(
             vocab_size=_count(values, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_count(values, "intermediate_size"),
+            intermediate_size=_count(values, "intermediate_size", limit=_LARGEST_WIDTH),
             layers=_count(values, "num_hidden_layers", limit=_LARGEST_DEPTH),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             context=context,
-            norm_eps=_number(values, "rms_norm_eps", 1e-6),
+            norm_eps=_number(values, "rms_norm_eps", *_EPS_RANGE, default=1e-6),
             rope=rope,
             tied=_flag(values, "tie_word_embeddings"),
             attention_bias=_flag(values, "attention_bias"),
@@ -137,6 +148,23 @@ class ModelConfig:
         return self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
 
 
+def _check_shapes(heads: int, head_dim: int, context: int, rope: RopeConfig) -> None:
+    """What no key says alone."""
+    if head_dim % 2:
+        raise InputError(f"config.json: head_dim: expected an even number, got {head_dim}")
+    if head_dim == 2 and rope.kind == "dynamic":  # its exponent is head_dim / (head_dim - 2)
+        raise InputError("config.json: head_dim: expected at least 4 with dynamic rope_scaling, got 2")
+    if heads * head_dim > _LARGEST_WIDTH:  # the inputs of o_proj
+        raise InputError(
+            f"config.json: num_attention_heads: expected at most {_LARGEST_WIDTH} values in all heads, "
+            f"got {heads} of {head_dim}"
+        )
+    if context > _LARGEST_CONTEXT:
+        raise InputError(
+            f"config.json: rope_scaling: expected at most {_LARGEST_CONTEXT} tokens of context, got {context}"
+        )
+
+
 def _rope(values: dict[str, Any], context: int) -> RopeConfig:
     """Both spellings: transformers 5 `rope_parameters`; before it, `rope_theta` and `rope_scaling`."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -147,26 +175,28 @@ def _rope(values: dict[str, Any], context: int) -> RopeConfig:
         raise InputError(f"config.json: rope_scaling: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("config.json: partial_rotary_factor: expected 1.0; the engine rotates whole heads")
-    theta = _number(scaling, "rope_theta", _number(values, "rope_theta", 10000.0))
+    theta = _number(values, "rope_theta", 1, _LARGEST_THETA, default=10000.0)
+    theta = _number(scaling, "rope_theta", 1, _LARGEST_THETA, default=theta)
     if kind == "default":
         return RopeConfig(theta=theta)
     if "factor" not in scaling:
         raise InputError(f"config.json: rope_scaling: expected a factor with type {kind!r}, got none")
-    factor = _number(scaling, "factor")
+    factor = _number(scaling, "factor", 1, _LARGEST_FACTOR)  # below 1 it would shorten the context
     if kind != "llama3":
         return RopeConfig(theta=theta, kind=kind, factor=factor, original_context=context)
+    low, high = (_number(scaling, f"{end}_freq_factor", *_TURNS_RANGE) for end in ("low", "high"))
+    if low >= high:
+        raise InputError(
+            f"config.json: high_freq_factor: expected more than low_freq_factor {low}, got {high}"
+        )
     return RopeConfig(
         theta=theta,
         kind=kind,
         factor=factor,
-        low_freq_factor=_number(scaling, "low_freq_factor"),
-        high_freq_factor=_number(scaling, "high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_context=_count(scaling, "original_max_position_embeddings"),
     )
-
-
-_LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products of two within int64
-_LARGEST_DEPTH = 1024  # the deepest Llama has 126 layers; tensors are listed by name before files are read
 
 
 def _count(values: dict[str, Any], key: str, default: int | None = None, limit: int = _LARGEST_COUNT) -> int:
@@ -180,10 +210,14 @@ def _count(values: dict[str, Any], key: str, default: int | None = None, limit: 
     return value
 
 
-def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
+def _number(
+    values: dict[str, Any], key: str, smallest: float, largest: float, default: float | None = None
+) -> float:
     value = values.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (0 < value < math.inf):
-        raise InputError(f"config.json: {key}: expected a positive number, got {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not smallest <= value <= largest:
+        raise InputError(
+            f"config.json: {key}: expected a number from {smallest:g} to {largest:g}, got {repr(value)[:40]}"
+        )
     return float(value)
 
 

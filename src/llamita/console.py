@@ -1,48 +1,60 @@
-"""What commands print: tables, progress, JSON. Answers go to stdout, everything else to stderr."""
+"""What commands print: tables, progress, JSON. Answers go to stdout, everything else to stderr.
+
+Names and messages come from files and users: nothing is read as Rich's markup.
+"""
 
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 ProgressCallback = Callable[[str, int, int], None]  # what is being worked on, done, total
 
 _FILE_WIDTH = 120  # columns of a table that goes to a file or a pipe
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_RAW: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+
+out = Console(**_RAW, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+err = Console(**_RAW, stderr=True)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, indent: int | None = 2) -> None:
     """One JSON document on stdout, for machines; NaN and infinity are refused, not written."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"  # elsewhere all is escaped
+    text = json.dumps(value, indent=indent, ensure_ascii=not is_utf8, allow_nan=False)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table: the first column is text, the others are figures."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
     out.print(table, soft_wrap=False)
 
 
 def print_error(message: str) -> None:
     """One line on stderr."""
     line = " ".join(message.split())
-    err.print(f"[bold red]error:[/] {_plain(line)}")
+    err.print(Text.assemble(("error:", "bold red"), " ", line))
 
 
 def note(message: str) -> None:
     """A remark beside the answer, on stderr."""
-    err.print(_plain(message))
+    err.print(message)
 
 
 @contextmanager
@@ -52,17 +64,18 @@ def progress(quiet: bool = False) -> Iterator[ProgressCallback | None]:
         yield None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    disable = not err.is_terminal  # in a file it would leave an empty line, and nothing else
+    with Progress(*columns, console=err, transient=True, disable=disable) as bar:
         task = bar.add_task("", total=None)
 
         def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=_plain(what), completed=done, total=total)
+            bar.update(task, description=what, completed=done, total=total)
 
         yield report
 
@@ -70,7 +83,3 @@ def progress(quiet: bool = False) -> Iterator[ProgressCallback | None]:
 def megabytes(count: float) -> str:
     """Bytes as MB (10^6 bytes), with three figures or more."""
     return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from llamita.errors import InputError, RunError
 
 LARGEST_JSON = 32 * 2**20  # bytes; the index and the headers of the largest Llama take about one MB
 _BLOCK = 4 * 2**20  # bytes read at a time for a hash
+# What travels with the weights, from the hub and into what we write: tokenizer, chat template, and whatever
+# the model's licence asks to pass on. fnmatch patterns in lower case; names match in any case.
+COMPANIONS = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "generation_config.json", "chat_template*.jinja", "chat_template*.json",
+    "license*", "licence*", "notice*", "use_policy*", "acceptable_use*", "copying*", "attribution*",
+    "copyright*", "source_readme.md",
+)  # fmt: skip
 
 
 def member(directory: Path, name: object) -> Path:
@@ -55,6 +64,11 @@ def has(directory: Path, name: str) -> bool:
     return os.path.lexists(directory / name)
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of this name travels with the weights."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
+
+
 def read_json(directory: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of the directory; see `parse_json`."""
     return parse_json(read_bytes(directory, name), name)
@@ -91,12 +105,12 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
-    for key in values:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {key!r} appears twice")
         key.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+        values[key] = value
     return values
 
 

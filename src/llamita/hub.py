@@ -9,13 +9,18 @@ from pathlib import Path
 from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
 from llamita.errors import LlamitaError, RunError
+from llamita.files import COMPANIONS
+
+
+def _any_case(pattern: str) -> str:
+    """A pattern that matches in any case, because the hub's client minds the case."""
+    return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern)
+
 
 # Float weights and what travels with them; not other formats, nor the *.pth beside Meta's own.
 PATTERNS = (
-    "config.json", "generation_config.json", "llamita.json", "model*.safetensors",
-    "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template*", "LICEN[CS]E*",
-    "NOTICE*", "USE_POLICY*", "COPYING*", "ATTRIBUTION*", "README.md", "SOURCE_README.md",
+    "config.json", "llamita.json", "model*.safetensors", "model.safetensors.index.json", "README.md",
+    *map(_any_case, COMPANIONS),
 )  # fmt: skip
 
 

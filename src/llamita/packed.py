@@ -39,6 +39,7 @@ FORMAT = 1
 KEYS = {"self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations",
         "calibration", "source", "float_layers", "error", "files"}  # fmt: skip
 _SELF_LINE = re.compile(rb'\{\n  "self_sha256": "([0-9a-f]{64})",\n')
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCALE_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 _SMALLEST_NORMAL_BITS, _LARGEST_BITS = 0x0080, 0x7F7F  # of a positive bf16
 
@@ -139,6 +140,9 @@ class PackedModel:
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme = QuantScheme.from_dict(self.metadata["scheme"])
         self.files, self._where = open_tensor_files(path)
+        for name in self.files:
+            if name not in self.metadata["files"]:
+                raise InputError(f"{name}: expected among the files in {METADATA}; try `llamita verify`")
         self._check()
 
     def _check(self) -> None:
@@ -236,8 +240,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def is_file_table(files: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
     """Whether a value of llamita.json is a table of file names with their size and SHA-256."""
     return isinstance(files, dict) and all(
-        name.isprintable()
-        and name == Path(name).name
+        _is_plain(name)
         and isinstance(record, dict)
         and type(record.get("size")) is int
         and record["size"] >= 0
@@ -246,14 +249,31 @@ def is_file_table(files: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
     )
 
 
+def _is_plain(name: str) -> bool:
+    """Whether this can only be the name of a file in the directory itself."""
+    return name.isprintable() and name not in ("", ".", "..") and "/" not in name
+
+
+def _is_source(source: Any) -> bool:
+    """Whether this names a model and the SHA-256 of its files, whose names lead nowhere else."""
+    return (
+        isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+        and isinstance(source.get("files"), dict)
+        and all(
+            _is_plain(name) and isinstance(sha256, str) and _SHA256.fullmatch(sha256)
+            for name, sha256 in source["files"].items()
+        )
+    )
+
+
 def _is_provenance(values: dict[str, Any]) -> bool:
     """Whether the keys that only tell where a model comes from have the types that commands print."""
-    source, error = values["source"], values["error"]
+    error = values["error"]
     return (
         all(isinstance(values[key], str) for key in ("llamita", "method"))
         and all(isinstance(values[key], dict) for key in ("settings", "float_layers"))
-        and isinstance(source, dict)
-        and isinstance(source.get("name"), str)
+        and _is_source(values["source"])
         and isinstance(error, dict)
         and isinstance(error.get("relative"), float | int)
         and isinstance(error.get("layers"), dict)

@@ -6,27 +6,20 @@ Memory stays at one piece of a tensor and the scales that wait for their turn.
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llamita.checkpoint import INDEX, SINGLE
-from llamita.files import has, read_bytes
+from llamita.errors import RunError
+from llamita.files import is_companion, read_bytes
 from llamita.packed import METADATA, Tensors, quantization_config, tensor_bytes
 from llamita.packing import CODES_PER_WORD
 from llamita.scheme import QuantScheme
 from llamita.tensorfile import TensorWriter, header_bytes
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own bound
-# What travels with the weights: tokenizer, chat template, and whatever the model's licence asks to pass on.
-_COMPANIONS = re.compile(
-    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|generation_config)\.json|tokenizer\.model|merges\.txt"
-    r"|chat_template.*\.(jinja|json)|SOURCE_README\.md"
-    r"|(LICEN[CS]E|NOTICE|USE_POLICY|ACCEPTABLE_USE|COPYING|ATTRIBUTION|COPYRIGHT)[^/]*",
-    re.IGNORECASE,
-)
 _LARGEST_COMPANION = 128 * 2**20  # bytes; the largest tokenizer.json of a Llama takes 17 MB
 FileTable = dict[str, dict[str, Any]]  # name to {"size": bytes, "sha256": hexadecimal}
 
@@ -158,12 +151,29 @@ def write_metadata(directory: Path, values: dict[str, Any]) -> None:
     write_bytes(directory / METADATA, b'{\n  "self_sha256": "' + digest.encode() + b'",\n' + rest)
 
 
-def copy_companions(source: Path, directory: Path) -> FileTable:
+def find_companions(source: Path) -> dict[str, str]:
+    """Files of the source that travel with the weights, and their names beside them; each can be read.
+
+    Directories are left out: LICENSES/ of the REUSE layout holds the licences of a repository's code.
+
+    Raises:
+        InputError, RunError: one is too large, a link that leads elsewhere, or may not be read.
+    """
+    try:
+        names = sorted(name for name in os.listdir(source) if not os.path.isdir(source / name))
+    except OSError as error:
+        raise RunError(f"{source}: cannot be read: {error.strerror}") from None
+    found = {name: name for name in names if is_companion(name)}
+    if "README.md" in names and "SOURCE_README.md" not in found:
+        found["README.md"] = "SOURCE_README.md"
+    for name in found:
+        read_bytes(source, name, _LARGEST_COMPANION)  # now, not after the weights have been rounded
+    return found
+
+
+def copy_companions(source: Path, directory: Path, names: dict[str, str]) -> FileTable:
     """Copy tokenizer, chat template, licence, use policy and attribution; the card by another name."""
-    files: FileTable = {}
-    for name in sorted(path.name for path in source.iterdir() if _COMPANIONS.fullmatch(path.name)):
-        files[name] = write_bytes(directory / name, read_bytes(source, name, _LARGEST_COMPANION))
-    if has(source, "README.md") and "SOURCE_README.md" not in files:
-        data = read_bytes(source, "README.md", _LARGEST_COMPANION)
-        files["SOURCE_README.md"] = write_bytes(directory / "SOURCE_README.md", data)
-    return files
+    return {
+        new: write_bytes(directory / new, read_bytes(source, name, _LARGEST_COMPANION))
+        for name, new in names.items()
+    }

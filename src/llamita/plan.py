@@ -19,6 +19,7 @@ from llamita.files import has, read_json
 from llamita.packed import METADATA, PackedModel, open_source
 from llamita.quantize import Plan, float_bytes, make_plan
 from llamita.scheme import PRESETS, QuantScheme
+from llamita.threads import use_threads
 
 CONTEXTS = (2048, 8192)  # tokens for which memory is given
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -100,12 +101,11 @@ def _from_config(values: dict[str, Any], where: str) -> Described:
 
 
 def measure_machine() -> Machine:
-    """This machine's limits, in about a second."""
+    """This machine's limits, in about a second; InputError or RunError if its threads cannot be used."""
+    threads = use_threads(None)
     memory, free = _memory()
     probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
-    return Machine(
-        _native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9, memory, free, _native.threads()
-    )
+    return Machine(_native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9, memory, free, threads)
 
 
 def estimate_all(

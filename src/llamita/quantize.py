@@ -4,6 +4,7 @@
 directory. A method begins with model and scheme and gives the rounded rows of each module (`METHODS`).
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from llamita.packed_writer import (
     FileTable,
     PackedWriter,
     copy_companions,
+    find_companions,
     plan_shards,
     total_bytes,
     write_bytes,
@@ -145,28 +147,51 @@ def quantize(
     """Write `source`, rounded by `scheme`, to the directory `out`, which appears whole or not at all.
 
     Args:
-        source_name: what the user called the source; it is recorded.
+        source_name: what the user called the source; it is recorded, a local directory by its whole path.
         overwrite: replace an `out` that llamita made.
 
     Raises:
-        InputError: `out` exists, a layer does not fit the groups, or weights are not finite.
+        InputError: `out` exists, a layer does not fit the groups, weights are not finite, or the source's
+            path is not UTF-8.
         RunError: disk full, no permission, or a file cannot be read.
     """
     began = time.perf_counter()
     begin = find_method(method)
+    recorded, shown = _names(source, source_name)
+    companions = find_companions(source.path)
     plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype, shard_bytes)
     with staged(out, overwrite, source.path) as directory:
         check_space(out, plan.file_bytes + _SMALL_FILES)
-        record = _source_record(source, source_name, progress)
+        record = _source_record(source, recorded, progress)
         files, sums = _write_weights(directory, source, scheme, begin(source, scheme), shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, sums)
         files["config.json"] = write_config(directory, source.hf_config, scheme)
-        files |= copy_companions(source.path, directory)
-        card = model_card(CardFacts(source_name, source.path, scheme, method, __version__, plan.source_bytes,
+        files |= copy_companions(source.path, directory, companions)
+        card = model_card(CardFacts(shown, source.path, scheme, method, __version__, plan.source_bytes,
                                     plan.tensor_bytes, summary.relative_error, summary.worst()))  # fmt: skip
         files["README.md"] = write_bytes(directory / "README.md", card.encode())
         write_metadata(directory, _metadata(scheme, method, record, summary, files))
     return summary
+
+
+def _names(source: Checkpoint, name: str) -> tuple[str, str]:
+    """What llamita.json calls the source, and what the card calls it.
+
+    A directory's relative path, seen from elsewhere, could be the name of a stranger's model on the hub:
+    its whole path is recorded. The card, which others read, shows only its last part.
+    """
+    recorded = shown = name
+    if Path(name) == source.path:  # as `resolve` gives it: a directory, not "embedded" nor a hub's download
+        # "..", which may follow a symlink, is resolved; other symlinks keep the name they were given
+        path = source.path.resolve() if ".." in source.path.parts else Path(os.path.abspath(source.path))
+        recorded, shown = str(path), path.name
+        if shown == "embedded":
+            shown = "./embedded"  # not our own model, which has no licence of Meta's
+    try:
+        recorded.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{recorded!r}: expected a path in UTF-8; try renaming the directory") from None
+    return recorded, shown
 
 
 def find_method(name: str) -> Callable[[Checkpoint, QuantScheme], RoundModule]:
@@ -244,7 +269,7 @@ def _summarize(out: Path, plan: Plan, seconds: float, sums: dict[str, tuple[floa
 
 
 def _source_record(source: Checkpoint, name: str, progress: Progress) -> dict[str, Any]:
-    """Which model this was made from: its name as given, and the SHA-256 of config and weight files."""
+    """Which model this was made from: its name, and the SHA-256 of config and weight files."""
     files = {}
     for i, file in enumerate(["config.json", *source.files]):
         if progress:

@@ -1,14 +1,17 @@
 """A directory that exists is whole: written beside its place, flushed to the disk, then renamed.
 
 A run that is killed leaves `.NAME.partial-*` behind; the next run to the same place removes it. A lock on
-the directory, which ends with its process, tells a dead run from one that still writes.
+the directory, which ends with its process, tells a dead run from one that still writes. Another lock, on the
+directory around, lets one run at a time put names in order.
 """
 
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 from llamita.errors import InputError, RunError
 
 MARK = "llamita.json"  # only a directory that holds it may be overwritten
+_PATIENCE = 30.0  # seconds; another run holds the lock while it renames and removes, no longer
 
 
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
@@ -56,12 +60,16 @@ def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> It
     """
     lock, partial = -1, None
     try:
-        _recover(out)
         check_target(out, overwrite, source)
-        lock, partial = _make_partial(out)
+        with _alone(out.parent):
+            _recover(out)
+            check_target(out, overwrite, source)  # what came back is in the way, too
+            lock, partial = _make_partial(out)
         yield partial
         _flush_directory(partial)
-        _move_into_place(partial, out)
+        with _alone(out.parent):
+            check_target(out, overwrite, source)  # another may have made it meanwhile
+            _move_into_place(partial, out)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full" if full else error.strerror or str(error)
@@ -71,6 +79,31 @@ def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> It
             shutil.rmtree(partial, ignore_errors=True)
         if lock >= 0:
             os.close(lock)
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """No other run renames or removes in `parent` during this block, where the file system has locks.
+
+    The lock is on the directory itself: a file for it would be left behind by a run that is killed.
+    """
+    descriptor, began = os.open(parent, os.O_RDONLY), time.monotonic()
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - began > _PATIENCE:
+                    raise RunError(
+                        f"{parent}: expected to be alone here, got another program's lock; try again later"
+                    ) from None
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make_partial(out: Path) -> tuple[int, Path]:
@@ -95,12 +128,14 @@ def _umask() -> int:
 
 def _recover(out: Path) -> None:
     """Remove what killed runs left; bring back an `out` that one had moved aside."""
-    for leftover in sorted(out.parent.glob(f".{_escape(out.name)}.replaced-*")):
+    for leftover in _leftovers(out, r"replaced-[0-9]+"):
+        if not (leftover / MARK).is_file():  # a user's own
+            continue
         if os.path.lexists(out):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover, out)
         else:
             leftover.rename(out)
-    for leftover in out.parent.glob(f".{_escape(out.name)}.partial-*"):
+    for leftover in _leftovers(out, r"partial-[0-9]+-[a-z0-9_]{8}"):  # the end is mkdtemp's
         with suppress(OSError):
             lock = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -110,19 +145,30 @@ def _recover(out: Path) -> None:
                 os.close(lock)
 
 
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _leftovers(out: Path, kind: str) -> list[Path]:
+    """Directories beside `out` with a name that only this module gives."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}")
+    found = (path for path in out.parent.iterdir() if pattern.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def _move_into_place(partial: Path, out: Path) -> None:
     if os.path.lexists(out):
-        aside = Path(f"{out.parent / f'.{out.name}'}.replaced-{os.getpid()}")
+        aside = out.parent / f".{out.name}.replaced-{os.getpid()}"
         out.rename(aside)
         partial.rename(out)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside, out)
     else:
         partial.rename(out)
     _flush_directory(out.parent)
+
+
+def _remove(aside: Path, out: Path) -> None:
+    """Remove a directory; killed halfway, the rest is found as partial and never taken for a whole model."""
+    with suppress(OSError):  # then the next run removes it
+        doomed = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-{os.getpid()}-", dir=out.parent))
+        aside.rename(doomed)  # replaces the empty one
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush_directory(directory: Path) -> None:

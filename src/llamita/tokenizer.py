@@ -7,7 +7,9 @@ stream costs the same for every token and never shows half a character.
 
 import codecs
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from llamita.errors import InputError
 from llamita.files import has, member, read_json
 
 _CONVERT = 'try `AutoTokenizer.from_pretrained("{0}").save_pretrained("{0}")` of transformers to make one'
+_ID_LIMIT = 2**32  # the library's ids are 32 bits
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how SentencePiece spells a byte
 
 
 class Tokenizer:
@@ -33,6 +37,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path, config: ModelConfig | None = None) -> None:
         self._inner = _read_tokenizer(directory)
+        self._id_limit = config.vocab_size if config else _ID_LIMIT
         self._added = self._inner.get_added_tokens_decoder()
         self._pieces = _piece_reader(self._inner)
         self._strips_space = _strips_leading_space(_decoder_steps(self._inner))
@@ -41,7 +46,8 @@ class Tokenizer:
             **read_settings(directory, "special_tokens_map.json"),
             **read_settings(directory, "tokenizer_config.json"),
         }
-        self.bos_token_id = self._special(settings, "bos_token", config.bos_token_id if config else None)
+        bos = config.bos_token_id if config else None
+        self.bos_token_id = self._special(settings, "bos_token", bos)
         self.bos_token = self._text_of(self.bos_token_id)
         eos = self._special(settings, "eos_token", None)
         generation = read_settings(directory, "generation_config.json").get("eos_token_id")
@@ -50,9 +56,11 @@ class Tokenizer:
             *(generation if isinstance(generation, list) else [generation]),
             *(config.eos_token_ids if config else ()),
         ]
-        self.eos_token_ids = tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))
+        ends = [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
+        self.eos_token_ids = tuple(dict.fromkeys(ends))
+        self._check_ids([*ends, *([] if self.bos_token_id is None else [self.bos_token_id])])
         self.eos_token = self._text_of(eos if eos is not None else next(iter(self.eos_token_ids), None))
-        by_itself = self._inner.encode("", add_special_tokens=True).ids[:1] == [self.bos_token_id]
+        by_itself = self._encode("", add_special_tokens=True)[:1] == [self.bos_token_id]
         self.adds_bos = self.bos_token_id is not None and bool(settings.get("add_bos_token", by_itself))
 
     @property
@@ -69,7 +77,8 @@ class Tokenizer:
                 it already; by default as the model's files say.
 
         Raises:
-            InputError: the text holds a lone surrogate, which stands for a byte that was not UTF-8.
+            InputError: the text holds a lone surrogate, which stands for a byte that was not UTF-8; or the
+                model's tokenizer.json is at odds with itself in a way that this text brings to light.
         """
         try:
             text.encode()
@@ -77,7 +86,7 @@ class Tokenizer:
             raise InputError(
                 f"text: expected valid UTF-8, got a stray byte at character {error.start}"
             ) from None
-        ids = self._inner.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text, add_special_tokens=False)
         wanted = self.adds_bos if add_bos is None else add_bos
         if wanted and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
@@ -93,7 +102,7 @@ class Tokenizer:
         if skip_special and token in self._added and self._added[token].special:
             return b""
         if token not in self._bytes:
-            piece = self._inner.id_to_token(token)
+            piece = self._piece(token)
             self._bytes[token] = b"" if piece is None else self._pieces(piece)
         return self._bytes[token]
 
@@ -108,10 +117,26 @@ class Tokenizer:
             return default
         value = settings[key]
         text = value.get("content") if isinstance(value, dict) else value
-        return self._inner.token_to_id(text) if isinstance(text, str) else None
+        if not isinstance(text, str):
+            return None
+        with _one_line(f"{key} {text!r}"):
+            return self._inner.token_to_id(text)
+
+    def _check_ids(self, ids: list[int]) -> None:
+        for token in ids:
+            if not 0 <= token < self._id_limit:
+                largest, found = self._id_limit - 1, repr(token)[:40]
+                raise InputError(f"bos and eos token ids: expected 0 to {largest}, got {found}")
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        with _one_line("tokenizer.json"):
+            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _piece(self, token: int) -> str | None:
+        return self._inner.id_to_token(token) if 0 <= token < _ID_LIMIT else None
 
     def _text_of(self, token: int | None) -> str:
-        return "" if token is None else self._inner.id_to_token(token) or ""
+        return "" if token is None else self._piece(token) or ""
 
 
 class Detokenizer:
@@ -151,13 +176,29 @@ def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         found = "tokenizer.model alone" if has(directory, "tokenizer.model") else "none"
         raise InputError(f"{directory}: expected tokenizer.json, got {found}; {_CONVERT.format(directory)}")
     path = member(directory, "tokenizer.json")
-    try:
+    with _one_line(str(path)):
         inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got {error}") from None
-    inner.no_truncation()  # a length limit left in the file would cut prompts without a word
-    inner.no_padding()
+        inner.no_truncation()  # a length limit left in the file would cut prompts without a word
+        inner.no_padding()
     return inner
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """The library's errors as InputError: it raises bare Exception, and PanicException on its own bugs.
+
+    That one is a BaseException that cannot be imported, so it is known by name; an interrupt passes.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        text = " ".join(str(error).split())
+        message = f"{where}: expected a tokenizer of the tokenizers library, got {text}"
+        raise InputError(message) from None
 
 
 def _decoder_steps(inner: tokenizers.Tokenizer) -> list[dict[str, Any]]:
@@ -203,6 +244,6 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:
-    if len(piece) == len("<0xFF>") and piece.startswith("<0x") and piece.endswith(">"):
+    if _BYTE_PIECE.fullmatch(piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace("\u2581", " ").encode()  # U+2581, the block that stands for a space

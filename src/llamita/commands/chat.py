@@ -1,6 +1,5 @@
 """`llamita chat`: a conversation in the terminal, or one line after the other from a pipe."""
 
-import json
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -96,8 +95,7 @@ def _reply(llm: LLM, conversation: Conversation, question: str, options: Options
     messages = conversation.with_question(question)
     if as_json:
         generation = llm.generate(messages, **options)
-        sys.stdout.write(json.dumps(describe(generation), ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        console.print_json(describe(generation), indent=None)
         conversation.add(question, generation.text)
         return
     shown: list[str] = []

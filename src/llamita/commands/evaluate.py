@@ -82,6 +82,8 @@ def command(
     if wikitext_file and WIKITEXT not in names:
         names.insert(0, WIKITEXT)
     job = _Job(max_seq_len, limit, tasks=names, add_bos_token=add_bos_token)
+    if limit:
+        job.notes.append(f"--limit {limit}: the figures compare only with others of the same limit")
     harness = _import_harness() if names else None  # before anything that takes time
     _choose_text(job, text, wikitext_file, harness)
     with console.progress(quiet=json) as progress:
@@ -109,8 +111,8 @@ def _import_harness() -> Any:
         if (error.name or "").partition(".")[0] == "llamita":
             raise
         raise RunError(
-            f"--tasks: expected the package {error.name}, found none; try pip install 'llamita[torch]', "
-            "or --text FILE, which needs none"
+            f"--tasks: expected the package {error.name}, found none; try pip install 'llamita[torch]' "
+            "(in a checkout '.[torch]'), or --text FILE, which needs none"
         ) from None
 
 
@@ -208,7 +210,9 @@ def _rows(
     ]
     for i, task in enumerate(results[0]):
         for metric in task.metrics:
-            label = metric.replace("_", " ") if task.task == WIKITEXT else f"{task.task} {metric}"
+            label = (
+                f"{metric.replace('_', ' ')} (LM Eval)" if task.task == WIKITEXT else f"{task.task} {metric}"
+            )
             rows.append([label, *(_with_error(own[i], metric) for own in results)])
     if not scores:
         return rows

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import _native, console
+from llamita import console
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError
 from llamita.files import has
@@ -14,6 +14,7 @@ from llamita.packed import METADATA
 from llamita.plan import describe
 from llamita.quantize import METHODS, Plan, Summary, estimate, make_plan, quantize
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
+from llamita.threads import use_threads
 
 _PRESETS = ", ".join(PRESETS)
 
@@ -43,8 +44,7 @@ def command(
     scheme = make_scheme(preset, group_size, scales)
     if method not in METHODS:
         raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if threads is not None:
-        _native.set_threads(threads)
+    use_threads(threads)
     if dry_run:
         _dry_run(src, scheme, json)
         return

@@ -31,7 +31,7 @@ class SequenceCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory in use for keys and values."""
+        """Memory reserved for keys and values of the whole capacity; what tokens filled may be less."""
         return self.native.nbytes
 
 

@@ -13,7 +13,6 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from llamita import _native
 from llamita.chat import ChatTemplate, Message, read_template
 from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.engine.cache import KV_DTYPES, SequenceCache
@@ -25,6 +24,7 @@ from llamita.errors import InputError
 from llamita.packed import open_source
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme, make_scheme
+from llamita.threads import use_threads
 from llamita.tokenizer import Detokenizer, Tokenizer, read_settings
 
 TokenIds = Sequence[int] | np.ndarray
@@ -124,16 +124,13 @@ def load(
     Raises:
         InputError, RunError: one line that says what is wrong.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads: expected at least 1, got {threads}")
+    use_threads(threads)
     source = open_source(path_or_name)
     if preset is not None:
         if not isinstance(source, Checkpoint):
             raise InputError(f"preset: expected a float model, got {path_or_name}, which is quantized")
         scheme = preset if isinstance(preset, QuantScheme) else make_scheme(preset)
         source = RoundedSource(source, scheme)
-    if threads is not None:
-        _native.set_threads(threads)
     return LLM(source, context=context, kv_dtype=kv_dtype)
 
 
