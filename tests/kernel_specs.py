@@ -51,6 +51,19 @@ def linear(
     return y if residual is None else y + residual
 
 
+def float_linear(w: F32, x: F32) -> F32:
+    """x (tokens, columns) times w (rows, columns) as documented: 16 lanes in order of k, then a tree of halves."""
+    columns = w.shape[1]
+    padding = ((0, 0), (0, -columns % 16))
+    w_lanes, x_lanes = (np.pad(a, padding).reshape(len(a), -1, 16) for a in (w, x))
+    acc = np.zeros((len(x), len(w), 16), np.float32)
+    for k in range(w_lanes.shape[1]):
+        acc = fma(x_lanes[:, None, k], w_lanes[None, :, k], acc)
+    for width in (8, 4, 2, 1):
+        acc = acc[..., :width] + acc[..., width : 2 * width]
+    return acc[..., 0]
+
+
 def rmsnorm(x: F32, gamma: F32, eps: float) -> npt.NDArray[np.float64]:
     """In float64, as everything below: within FP32's own error of the native result."""
     wide = x.astype(np.float64)

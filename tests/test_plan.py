@@ -94,11 +94,11 @@ def test_a_packed_model_is_planned_for_by_itself(tmp_path: Path) -> None:
 def test_a_hub_model_costs_one_small_download(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> None:
     asked = []
 
-    def download(name: str, file: str) -> str:
-        asked.append((name, file))
-        return str(config_file)
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, *allow_patterns))
+        return str(config_file.parent)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     model = describe("meta-llama/Llama-3.2-1B")
     assert isinstance(model, Described)
     assert asked == [("meta-llama/Llama-3.2-1B", "config.json")]

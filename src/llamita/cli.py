@@ -31,12 +31,18 @@ SUMMARIES = {
     "plan": "Size, memory and speed to expect, before anything is downloaded or made.",
 }
 
+_INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the surroundings failed, 2 the input is at fault."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        _make_app(arguments)(args=arguments, prog_name="llamita", standalone_mode=False)
+        code = _make_app(arguments)(args=arguments, prog_name="llamita", standalone_mode=False)
+        if code == _INTERRUPTED:  # Typer returns the code of an exit or an interruption and raises neither
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except TyperException as error:
@@ -44,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         console.print_error("interrupted")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except LlamitaError as error:
         console.print_error(str(error))
         sys.exit(error.exit_code)

@@ -4,9 +4,10 @@ Rests on huggingface_hub, which this file alone imports; `checkpoint.resolve` im
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 
 from llamita.errors import LlamitaError, RunError
 from llamita.files import COMPANIONS
@@ -24,24 +25,22 @@ PATTERNS = (
 )  # fmt: skip
 
 
-def download(name: str) -> Path:
-    """The directory of this model in the hub's cache, complete.
+def download(name: str, patterns: Sequence[str] = PATTERNS) -> Path:
+    """The directory of this model in the hub's cache, with all its files of these patterns.
 
     Raises:
         RunError: gated, missing, or no network; one line that says what to try.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub, its HTTP client and its downloader each have classes of their own
         raise _explain(name, error) from None
 
 
 def download_file(name: str, file: str) -> Path:
     """One file of this model in the hub's cache; raises as `download` does."""
-    try:
-        return Path(hf_hub_download(name, file))
-    except Exception as error:  # as above
-        raise _explain(name, error) from None
+    # Not hf_hub_download: without a network that tries for half a minute and prints each try.
+    return download(name, [file]) / file
 
 
 def _explain(name: str, error: Exception) -> LlamitaError:
