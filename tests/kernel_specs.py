@@ -52,7 +52,7 @@ def linear(
 
 
 def float_linear(w: F32, x: F32) -> F32:
-    """x (tokens, columns) times w (rows, columns) as documented: 16 lanes in order of k, then a tree of halves."""
+    """x (tokens, columns) times w (rows, columns): 16 lanes in order of k, then a tree of halves."""
     columns = w.shape[1]
     padding = ((0, 0), (0, -columns % 16))
     w_lanes, x_lanes = (np.pad(a, padding).reshape(len(a), -1, 16) for a in (w, x))

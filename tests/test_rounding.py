@@ -81,6 +81,14 @@ def test_equal_to_its_twin_on_any_finite_weights(isa: str, w: np.ndarray, bits: 
     np.testing.assert_array_equal(codes, expected[0])
 
 
+def test_scales_halfway_between_bf16_values_go_to_the_even_one(isa: str) -> None:
+    step = np.float32(2.0**-8)  # half of bf16's spacing at 1
+    w = np.zeros((3, 16), np.float32)
+    w[:, 0] = np.float32(7.5) * (1 + step * np.array([1, 2, 3], np.float32))
+    scales = _native.round_weights(w, 4, 16, "torchao_bf16")[1]
+    np.testing.assert_array_equal(scales[:, 0], [1, 1 + 2 * step, 1 + 4 * step])
+
+
 def test_threads_change_nothing() -> None:
     before, results = _native.threads(), []
     try:

@@ -45,6 +45,17 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+# Where a broken kernel shows first; the rest of the suite follows.
+FIRST = [
+    "test_kernels.py",
+    "test_rounding.py",
+    "test_attention.py",
+    "test_affine.py",
+    "test_evaluate.py",
+    "test_model.py",
+]
+
+
 def build(tree: Path, folder: Path) -> None:
     """Compile the native module of `tree` and put it beside its Python files."""
     if not (folder / "build.ninja").exists():
@@ -74,10 +85,12 @@ def run(command: list[str]) -> None:
 def first_failure(tree: Path) -> str | None:
     """Run the suite on `tree`; the first test that fails, or None if all pass."""
     # The tree goes first on the path, and finders of an editable installation are kept out.
+    order = [f"tests/{name}" for name in FIRST] + ["tests"]
     program = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__];"
         f"sys.path.insert(0, {str(tree / 'src')!r}); import llamita; assert llamita.__file__.startswith({str(tree)!r});"
-        "import pytest; sys.exit(pytest.main(['-q', '-x', '--no-header', '-p', 'no:cacheprovider']))"
+        "import pytest; sys.exit(pytest.main(['-q', '-x', '--no-header', '-p', 'no:cacheprovider', *"
+        f"{order!r}]))"
     )
     data = os.environ.get("LLAMITA_DATA", str(ROOT.parent / "shared" / "data"))
     environment = os.environ | {"LLAMITA_DATA": data, "PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1"}

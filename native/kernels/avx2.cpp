@@ -276,7 +276,7 @@ void wide_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_strid
     for (size_t half = 0; half < 2; half++) dot[i][half] = sums.dot[i][v + half];
   for (size_t s = first; s < last; s++) {
     const uint8_t* p = w + s * kStep + v * 32;
-    prefetch(p + kAhead);
+    if (v == 0) prefetch(p + kAhead), prefetch(p + kAhead + 64);  // the other half's line too: memory is read in order
     __m256i even[2], odd[2];
     for (size_t half = 0; half < 2; half++) {
       const __m256i bytes = load_bytes(p + half * 32);
