@@ -112,7 +112,7 @@ constexpr size_t kQueryRows = 4, kQueryTile = 4;
 constexpr size_t kAhead = 8192;  // bytes of prefetch: beyond the pages where the hardware's own stops
 constexpr size_t kStep = 128;    // bytes of panel per 8 (w4) or 4 (w8) inputs: 4 vectors
 constexpr size_t kVectors = 4;   // of 8 rows each
-constexpr size_t kUnpackedTokens = 3, kByteTokens = 4;  // GCC spills what 4 tokens of the former would need
+constexpr size_t kUnpackedTokens = 3, kByteTokens = 2;  // tokens whose sums fit into the registers
 
 __m256i load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 __m256i broadcast4(const int8_t* x) {
@@ -266,49 +266,31 @@ void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scal
   store_sums(sums, acc);
 }
 
-// 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits.
-// Steps [first, last) of 4 inputs, vectors v and v + 1 of rows
-template <size_t T>
-void wide_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride, size_t first, size_t last,
-                size_t v) {
-  __m256i dot[T][2];
-  for (size_t i = 0; i < T; i++)
-    for (size_t half = 0; half < 2; half++) dot[i][half] = sums.dot[i][v + half];
-  for (size_t s = first; s < last; s++) {
-    const uint8_t* p = w + s * kStep + v * 32;
-    if (v == 0) prefetch(p + kAhead), prefetch(p + kAhead + 64);  // the other half's line too: memory is read in order
-    __m256i even[2], odd[2];
-    for (size_t half = 0; half < 2; half++) {
-      const __m256i bytes = load_bytes(p + half * 32);
-      even[half] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
-      odd[half] = _mm256_srli_epi16(bytes, 8);
-    }
-#pragma GCC unroll 4
-    for (size_t i = 0; i < T; i++) {
-      const __m256i four = broadcast4(x + i * x_stride + s * 4);
-      const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), x_odd = _mm256_srai_epi16(four, 8);
-#pragma GCC unroll 2
-      for (size_t half = 0; half < 2; half++) {
-        dot[i][half] = _mm256_add_epi32(dot[i][half], _mm256_madd_epi16(even[half], x_even));
-        dot[i][half] = _mm256_add_epi32(dot[i][half], _mm256_madd_epi16(odd[half], x_odd));
-      }
-    }
-  }
-  for (size_t i = 0; i < T; i++)
-    for (size_t half = 0; half < 2; half++) sums.dot[i][v + half] = dot[i][half];
-}
-
+// 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits
 template <size_t T>
 void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
-  constexpr size_t kBlock = 64;  // steps, 8 KiB: both halves of the rows before the next
-  const size_t steps = a.columns / 4;
+  const uint8_t* w = a.panels + panel * a.panel_stride;
+  const int8_t* x = a.x + t * a.x_stride;
   Sums<T> sums;
   clear(sums);
   start_group(sums, a, t, 0);
-  for (size_t s = 0; s < steps; s += kBlock)
-    for (size_t v = 0; v < kVectors; v += 2)
-      wide_bytes(sums, a.panels + panel * a.panel_stride, a.x + t * a.x_stride, a.x_stride, s,
-                 s + kBlock < steps ? s + kBlock : steps, v);
+  for (size_t k = 0; k < a.columns; k += 4, w += kStep) {
+    __m256i x_even[T], x_odd[T];
+    for (size_t i = 0; i < T; i++) {
+      const __m256i four = broadcast4(x + i * a.x_stride + k);
+      x_even[i] = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
+      x_odd[i] = _mm256_srai_epi16(four, 8);
+    }
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kVectors; v++) {
+      const __m256i bytes = load_bytes(w + v * 32);
+      const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
+      for (size_t i = 0; i < T; i++) {
+        const __m256i pairs = _mm256_add_epi32(_mm256_madd_epi16(even, x_even[i]), _mm256_madd_epi16(odd, x_odd[i]));
+        sums.dot[i][v] = _mm256_add_epi32(sums.dot[i][v], pairs);
+      }
+    }
+  }
   const float* scales = a.scales + panel * kPanelRows;
   end_group(sums, load(scales), load(scales + kLanes));
   finish_tile(sums, a, panel, t);
