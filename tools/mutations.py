@@ -83,20 +83,22 @@ def run(command: list[str]) -> None:
 
 
 def first_failure(tree: Path) -> str | None:
-    """Run the suite on `tree`; the first test that fails, or None if all pass."""
+    """Run the suite on `tree`, kernel tests first; the first test that fails, or None if all pass."""
+    return run_tests(tree, [f"tests/{name}" for name in FIRST]) or run_tests(tree, ["tests"])
+
+
+def run_tests(tree: Path, files: list[str]) -> str | None:
+    """The first of these tests that fails, or None."""
     # The tree goes first on the path, and finders of an editable installation are kept out.
-    order = [f"tests/{name}" for name in FIRST] + ["tests"]
     program = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__];"
         f"sys.path.insert(0, {str(tree / 'src')!r}); import llamita; assert llamita.__file__.startswith({str(tree)!r});"
-        "import pytest; sys.exit(pytest.main(['-q', '-x', '--no-header', '-p', 'no:cacheprovider', *"
-        f"{order!r}]))"
+        "import pytest; sys.exit(pytest.main(['-q', '-x', '--no-header', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
     )
     data = os.environ.get("LLAMITA_DATA", str(ROOT.parent / "shared" / "data"))
     environment = os.environ | {"LLAMITA_DATA": data, "PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tree, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", program, *files]
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if result.returncode and not failed:
         sys.exit(result.stdout[-3000:] + result.stderr[-3000:])
