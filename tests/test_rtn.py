@@ -9,7 +9,7 @@ from tiny import make_checkpoint
 from llamita.affine import round_weights
 from llamita.checkpoint import Checkpoint, linear_names, table_names
 from llamita.errors import InputError
-from llamita.methods import rtn
+from llamita.methods import energy, rtn
 from llamita.scheme import make_scheme
 from llamita.tensorfile import TensorFile
 
@@ -52,7 +52,7 @@ def test_the_size_of_the_pieces_changes_nothing(
     source = Checkpoint(make_checkpoint(tmp_path))
     whole = rounded(source, NAME, "llama3.2", scales)
     for chunk in (1, 1000, 5000):
-        monkeypatch.setattr(rtn, "_CHUNK", chunk)
+        monkeypatch.setattr(energy, "_CHUNK", chunk)
         for found, expected in zip(rounded(source, NAME, "llama3.2", scales), whole, strict=True):
             np.testing.assert_array_equal(found, expected)
 
@@ -66,6 +66,6 @@ def test_the_place_of_a_bad_weight_counts_from_the_first_row(
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.seek(info.start + 4 * (100 * 256 + 7))
         file.write(np.float32(np.nan).tobytes())
-    monkeypatch.setattr(rtn, "_CHUNK", 10 * 256)
+    monkeypatch.setattr(energy, "_CHUNK", 10 * 256)
     with pytest.raises(InputError, match="row 100, column 7"):
         rounded(Checkpoint(tmp_path), NAME, "llama3.2", scales)

@@ -7,6 +7,8 @@ taken as independent and of mean zero. The residual stream's energy starts as th
 by what each layer writes; a norm brings its mean to 1.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from llamita.affine import F32, to_f32
@@ -51,9 +53,8 @@ def input_importance(source: Checkpoint) -> dict[str, F32]:
 def _after_norm(source: Checkpoint, name: str, stream: F32) -> F32:
     """E[x²] of x = gamma·n, where n is the stream brought to a mean energy of 1."""
     mean = stream.mean(dtype=np.float64)
-    normed = (
-        stream / np.float32(mean) if mean > 0 else np.ones_like(stream)
-    )  # an embedding of zeros: all alike
+    # Only an embedding of zeros has no energy; all its channels are alike.
+    normed = stream / np.float32(mean) if mean > 0 else np.ones_like(stream)
     gamma = source.vector(f"{name}.weight")
     return normed * gamma * gamma
 
@@ -62,17 +63,23 @@ def _output_moments(source: Checkpoint, name: str, inputs: F32) -> tuple[F32, F3
     """Mean and energy E[y²], each (outputs,), of y = W·x + b for E[x²] = inputs."""
     weights = source.weight(name)
     energy = np.empty(len(weights), np.float32)
-    step = max(1, _CHUNK // weights.shape[1])
-    for start in range(0, len(weights), step):
-        piece = weights[start : start + step]
+    for start, piece in pieces_of(weights):
         with np.errstate(over="ignore", invalid="ignore"):
-            energy[start : start + step] = np.square(to_f32(piece)) @ inputs
-        _check(name, piece, start, energy[start : start + step])
+            part = np.square(to_f32(piece)) @ inputs
+        check_energy(name, piece, start, part)
+        energy[start : start + len(piece)] = part
     bias = source.bias(name)
     return (np.zeros_like(energy), energy) if bias is None else (bias, energy + bias * bias)
 
 
-def _check(name: str, piece: np.ndarray, first_row: int, energy: F32) -> None:
+def pieces_of(weights: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """A matrix in pieces of rows that are small as float32, each with the number of its first row."""
+    step = max(1, _CHUNK // weights.shape[1])
+    for start in range(0, len(weights), step):
+        yield start, weights[start : start + step]
+
+
+def check_energy(name: str, piece: np.ndarray, first_row: int, energy: np.ndarray) -> None:
     """Refuse weights whose energy is not a number: NaN or infinity, or squares beyond float32."""
     if not np.isfinite(energy).all():
         check_finite(f"{name}.weight", piece, first_row)
@@ -85,12 +92,10 @@ def _column_energy(source: Checkpoint, name: str) -> F32:
     """Mean square of each column of a table, as if its rows came equally often: (columns,)."""
     table = source.weight(name)
     total = np.zeros(table.shape[1], np.float32)
-    step = max(1, _CHUNK // table.shape[1])
-    for start in range(0, len(table), step):
-        piece = table[start : start + step]
+    for start, piece in pieces_of(table):
         with np.errstate(over="ignore", invalid="ignore"):
             total += np.square(to_f32(piece)).sum(axis=0)
-        _check(name, piece, start, total)
+        check_energy(name, piece, start, total)
     return total / np.float32(len(table))
 
 

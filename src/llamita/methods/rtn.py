@@ -9,10 +9,8 @@ from llamita import _native
 from llamita.affine import F32, to_f32
 from llamita.checkpoint import Checkpoint, check_finite, table_names
 from llamita.errors import InputError
-from llamita.methods.energy import input_importance
+from llamita.methods.energy import check_energy, input_importance, pieces_of
 from llamita.scheme import QuantScheme
-
-_CHUNK = 2**22  # weights rounded at a time: 16 MB as float32
 
 
 @dataclass(frozen=True)
@@ -50,26 +48,21 @@ def _round_module(
     columns = weights.shape[1]
     is_table = name in table_names(source.config)
     bits, group_size = (8, columns) if is_table else (4, scheme.group_size)
-    step = max(1, _CHUNK // columns)
-    for start in range(0, len(weights), step):
-        piece = weights[start : start + step]
+    for start, piece in pieces_of(weights):
         try:
             codes, scales, error = _native.round_weights(piece, bits, group_size, _rule(scheme), importance)
         except ValueError as problem:
             check_finite(f"{name}.weight", piece, start)
             raise InputError(f"{name}.weight: {problem}") from None
-        yield RoundedRows(codes, scales, *_sums(name, piece, error))
+        yield RoundedRows(codes, scales, *_sums(name, piece, start, error))
 
 
-def _sums(name: str, piece: np.ndarray, error: np.ndarray) -> tuple[float, float]:
+def _sums(name: str, piece: np.ndarray, first_row: int, error: np.ndarray) -> tuple[float, float]:
     """Squared error and energy of a piece of rows."""
     values = to_f32(piece)
     with np.errstate(over="ignore"):
         energy = np.einsum("ij,ij->i", values, values).sum(dtype=np.float64)
-    if not np.isfinite(error.sum() + energy):
-        raise InputError(
-            f"{name}.weight: expected weights whose squares fit float32; the checkpoint is damaged"
-        )
+    check_energy(name, piece, first_row, error.sum() + energy)
     return float(error.sum()), float(energy)
 
 
