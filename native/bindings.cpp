@@ -49,7 +49,7 @@ void check_tokens(size_t tokens, const Activations& acts) {
 }
 
 // ---- weights -----------------------------------------------------------------------------------------------------
-HeldWeights pack_w4_arrays(const nb::list& packed, const nb::list& scales, size_t group_size) {
+HeldWeights pack_w4_arrays(const nb::list& packed, const nb::list& scales, size_t group_size, bool gated) {
   require(nb::len(packed) > 0 && nb::len(packed) == nb::len(scales),
           "packed: expected as many arrays as scales, at least one");
   require(group_size >= 8 && group_size % 8 == 0, "group_size: expected a multiple of 8, got " + text(group_size));
@@ -67,8 +67,10 @@ HeldWeights pack_w4_arrays(const nb::list& packed, const nb::list& scales, size_
         held.emplace_back(scales[i], "scales", "fH", std::initializer_list<size_t>{rows, columns / group_size});
     parts.push_back({data, rows, s.as<void>(), s.type() == 'H'});
   }
+  require(!gated || (parts.size() == 2 && parts[0].rows == parts[1].rows),
+          "packed: expected gates and as many rows that they gate, got other matrices");
   const nb::gil_scoped_release release;
-  return {pack_w4(parts, columns, group_size), {}};
+  return {pack_w4(parts, columns, group_size, gated), {}};
 }
 
 HeldWeights pack_w8_arrays(nb::handle codes, nb::handle scales) {
@@ -157,7 +159,8 @@ void linear_arrays(const HeldWeights& held, nb::handle x, nb::handle out, nb::ha
   if (acts)
     require(acts->columns == w.columns, "x: expected " + text(w.columns) + " columns, got " + text(acts->columns));
   const size_t tokens = acts ? acts->tokens : input->shape(0);
-  const Array y(out, "out", "f", {tokens, w.rows}, true);
+  const Array y(out, "out", "f", {tokens, w.outputs()}, true);
+  require(!(accumulate && w.gated), "accumulate: expected without it for gated weights");
   const Output output{y.as<float>(), offsets ? offsets->as<float>() : nullptr, accumulate};
   const nb::gil_scoped_release release;
   if (acts)
@@ -257,10 +260,11 @@ void bind_weights(nb::module_& m) {
   nb::class_<HeldWeights>(m, "Weights")
       .def_prop_ro("rows", [](const HeldWeights& w) { return w.weights.rows; })
       .def_prop_ro("columns", [](const HeldWeights& w) { return w.weights.columns; })
+      .def_prop_ro("gated", [](const HeldWeights& w) { return w.weights.gated; })
       .def_prop_ro("group_size", [](const HeldWeights& w) { return w.weights.group_size; })
       .def_prop_ro("kind", [](const HeldWeights& w) { return kind_name(w.weights.kind); })
       .def_prop_ro("nbytes", [](const HeldWeights& w) { return w.weights.nbytes(); });
-  m.def("pack_w4", pack_w4_arrays, "packed"_a, "scales"_a, "group_size"_a);
+  m.def("pack_w4", pack_w4_arrays, "packed"_a, "scales"_a, "group_size"_a, "gated"_a = false);
   m.def("pack_w8", pack_w8_arrays, "codes"_a, "scales"_a);
   m.def("wrap_float", wrap_float_arrays, "arrays"_a);
   m.def("round_weights", round_weights_arrays, "w"_a, "bits"_a, "group_size"_a, "rule"_a, "importance"_a = nb::none());

@@ -14,10 +14,13 @@ constexpr size_t kRowWork = 16384;  // elements that are worth waking a thread f
 
 size_t grain(size_t columns) { return std::max<size_t>(1, kRowWork / std::max<size_t>(columns, 1)); }
 
-// Tokens whose codes stay in a second-level cache while all weights pass by: a multiple of every tile, at least 48
-size_t token_block(size_t columns) {
-  constexpr size_t kTiles = 12, kCodes = 524288;
-  return std::max<size_t>(48, kCodes / columns / kTiles * kTiles);
+// Tokens that meet a part of a panel while it is in cache: few enough for the codes that they need of it to stay
+// there too, and, of that many, equal blocks in whole tiles.
+size_t token_block(size_t tokens, size_t columns) {
+  constexpr size_t kTiles = 12, kCodes = 640 * 1024;
+  const size_t most = std::max<size_t>(48, kCodes / std::min(columns, kChunkInputs));
+  const size_t blocks = (tokens + most - 1) / most;
+  return (tokens + blocks * kTiles - 1) / (blocks * kTiles) * kTiles;
 }
 
 Dtype dtype_of(Kind kind) {
@@ -82,11 +85,13 @@ void swiglu_quantize(const float* gate_up, size_t tokens, Activations& acts) {
 }
 
 void linear_quantized(const Weights& weights, Activations& acts, const Output& output) {
+  if (acts.tokens == 0) return;
   const Kernels& k = kernels();
   const bool w4 = weights.kind == Kind::w4;
   const int32_t* starts = acts.starts(weights.group_size, weights.groups, w4 ? 8 : 128);
   const size_t columns = w4 ? weights.columns : weights.group_size;  // w8: padded to whole steps
-  const size_t block = token_block(columns), chunk = std::max(weights.group_size, kChunkInputs);
+  const size_t chunk = std::max(weights.group_size, kChunkInputs), outputs = weights.outputs();
+  const size_t block = token_block(acts.tokens, columns);
   for (size_t t = 0; t < acts.tokens; t += block) {
     const size_t tokens = std::min(block, acts.tokens - t);
     const QuantizedLinear a{weights.panels.data(),
@@ -104,11 +109,12 @@ void linear_quantized(const Weights& weights, Activations& acts, const Output& o
                             &acts.zero_points[t],
                             starts + t * weights.groups,
                             tokens,
-                            output.out + t * weights.rows,
+                            output.out + t * outputs,
                             output.bias,
-                            output.accumulate};
+                            output.accumulate,
+                            weights.gated};
     const size_t floats = (chunk / 8 + tokens) * kPanelRows;
-    const size_t scratch_bytes = w4 && tokens > kFusedTokens ? kPanelRows * chunk + floats * sizeof(float) : 0;
+    const size_t scratch_bytes = w4 ? kPanelRows * chunk + floats * sizeof(float) : 0;
     parallel_for(weights.padded_rows() / kPanelRows, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
       if (w4)
         k.linear_w4(a, begin, end, scratch);

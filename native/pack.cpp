@@ -5,6 +5,8 @@
 // vector gives the four consecutive inputs per row that a dot-product instruction wants.
 // w8: for each step of 4 inputs 128 bytes, 4 per row, code + 128.
 //
+// Gated w4 weights: the rows of a panel are 16 gates, then the 16 rows that they gate.
+//
 // One stream then brings everything a panel needs. Rows beyond the last have code 0 and scale 0.
 #include "pack.h"
 
@@ -102,6 +104,13 @@ void find_row(const std::vector<Part>& parts, size_t row, const Weights& w, cons
   }
 }
 
+// The row that is packed as row r of a panel; w.rows where there is none
+size_t row_of(const Weights& w, size_t panel, size_t r) {
+  if (!w.gated) return std::min(panel * kPanelRows + r, w.rows);
+  const size_t output = panel * kLanes + r % kLanes;
+  return output < w.outputs() ? r / kLanes * w.outputs() + output : w.rows;
+}
+
 void write_scale(const Weights& w, uint8_t* scales, size_t r, float scale) {
   if (w.bf16_scales)
     std::memcpy(scales + 2 * r, reinterpret_cast<const char*>(&scale) + 2, 2);  // little-endian: the upper half
@@ -116,7 +125,7 @@ void pack_panel(const std::vector<Part>& parts, Weights& w, size_t panel, uint32
   uint8_t* base = w.panels.data() + panel * w.panel_stride;
   const void* rows[kPanelRows];
   ScaleRow scales[kPanelRows];
-  for (size_t r = 0; r < kPanelRows; r++) find_row(parts, panel * kPanelRows + r, w, rows[r], scales[r]);
+  for (size_t r = 0; r < kPanelRows; r++) find_row(parts, row_of(w, panel, r), w, rows[r], scales[r]);
   std::fill(sums, sums + w.groups * kPanelRows, 0u);
   for (size_t first = 0; first < steps; first += kLineWords) {
     Words words;
@@ -171,8 +180,8 @@ void pack_panel_w8(const int8_t* codes, Weights& w, size_t columns, size_t panel
 
 }  // namespace
 
-Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_size) {
-  Weights w{Kind::w4, 0, columns, group_size, columns / group_size, true, {}, 0, {}, {}, {}};
+Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_size, bool gated) {
+  Weights w{Kind::w4, 0, columns, group_size, columns / group_size, true, gated, {}, 0, {}, {}, {}};
   for (const Part& part : parts) {
     w.rows += part.rows;
     w.bf16_scales = w.bf16_scales && on_bf16_grid(part, w.groups);  // the same values in half the bytes
@@ -190,7 +199,7 @@ Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_siz
 
 Weights pack_w8(const int8_t* codes, size_t rows, size_t columns, const float* scales) {
   const size_t padded = (columns + 3) / 4 * 4;
-  Weights w{Kind::w8, rows, padded, padded, 1, false, {}, 0, {}, {}, {}};
+  Weights w{Kind::w8, rows, padded, padded, 1, false, false, {}, 0, {}, {}, {}};
   w.panel_stride = padded / 4 * kStepBytes;
   w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, true);
   w.scales.resize(w.padded_rows());
@@ -204,7 +213,7 @@ Weights pack_w8(const int8_t* codes, size_t rows, size_t columns, const float* s
 }
 
 Weights wrap_float(std::vector<Part> parts, size_t columns, Kind kind) {
-  Weights w{kind, 0, columns, columns, 1, false, {}, 0, {}, {}, std::move(parts)};
+  Weights w{kind, 0, columns, columns, 1, false, false, {}, 0, {}, {}, std::move(parts)};
   for (const Part& part : w.parts) w.rows += part.rows;
   return w;
 }

@@ -24,17 +24,23 @@ struct Weights {
   Kind kind;
   size_t rows, columns, group_size, groups;
   bool bf16_scales = false;
+  bool gated = false;  // w4: 16 rows of the first half, then the 16 of the second that they gate, to a panel
   Memory panels;
   size_t panel_stride = 0;
   std::vector<float> scales, colsum;  // (padded rows,); scales: w8 only
   std::vector<Part> parts;            // float: where the rows are
 
-  size_t padded_rows() const { return (rows + kPanelRows - 1) / kPanelRows * kPanelRows; }
+  size_t outputs() const { return gated ? rows / 2 : rows; }  // per token
+  size_t padded_rows() const {
+    const size_t step = gated ? kLanes : kPanelRows;
+    return (outputs() + step - 1) / step * kPanelRows;
+  }
   size_t nbytes() const { return panels.size() + (scales.size() + colsum.size()) * sizeof(float); }
 };
 
 // Rows of all parts one after the other. packed: (rows, columns / 8) words of 8 codes + 8, lowest bits first.
-Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_size);
+// gated: the first half of the rows are gates (silu) of the second half, and only their products come out.
+Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_size, bool gated);
 Weights pack_w8(const int8_t* codes, size_t rows, size_t columns, const float* scales);
 Weights wrap_float(std::vector<Part> parts, size_t columns, Kind kind);
 

@@ -107,6 +107,25 @@ def test_more_tokens_than_stay_in_cache(isa: str) -> None:
     np.testing.assert_array_equal(together, spec.linear(codes, factors, acts.get()))
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 8, 17, 64])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(48, 64, 32), (40, 4160, 32), (16, 256, 256), (5, 8, 8)])
+def test_gated_rows_give_their_products(
+    isa: str, tokens: int, rows: int, columns: int, group_size: int
+) -> None:
+    gate, up = int4(rows, columns), int4(rows, columns)
+    factors = [scales(rows, columns // group_size) for _ in range(2)]
+    acts, bias = quantized(normal(tokens, columns)), normal(2 * rows)
+    apart, together = np.empty((tokens, 2 * rows), np.float32), np.empty((tokens, rows), np.float32)
+    packed = [_native.codes_to_packed(codes) for codes in (gate, up)]
+    _native.linear(_native.pack_w4(packed, factors, group_size), acts, apart, bias)
+    expected = np.empty_like(together)
+    _native.swiglu(apart, expected)
+    weights = _native.pack_w4(packed, factors, group_size, True)
+    assert weights.gated
+    _native.linear(weights, acts, together, bias)
+    np.testing.assert_array_equal(together, expected)
+
+
 def test_a_token_of_zeros_and_a_group_of_zeros(isa: str) -> None:
     codes, factors, x = int4(40, 128), scales(40, 4), normal(6, 128)
     codes[3, 32:64] = 0

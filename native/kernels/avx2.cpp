@@ -112,7 +112,8 @@ constexpr size_t kQueryRows = 4, kQueryTile = 4;
 constexpr size_t kAhead = 8192;  // bytes of prefetch: beyond the pages where the hardware's own stops
 constexpr size_t kStep = 128;    // bytes of panel per 8 (w4) or 4 (w8) inputs: 4 vectors
 constexpr size_t kVectors = 4;   // of 8 rows each
-constexpr size_t kUnpackedTokens = 3, kByteTokens = 2;  // tokens whose sums fit into the registers
+constexpr size_t kFusedTokens = 4, kFusedTile = 4, kUnpackedTile = 3,
+                 kByteTile = 2;  // tokens whose sums fit into the registers
 
 __m256i load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 __m256i broadcast4(const int8_t* x) {
@@ -165,8 +166,12 @@ void end_group(Sums<T>& sums, const V& s0, const V& s1) {
 
 template <size_t T>
 void finish_tile(const Sums<T>& sums, const QuantizedLinear& a, size_t panel, size_t t) {
-  for (size_t i = 0; i < T; i++)
-    finish(a, t + i, panel, {sums.acc[i][0], sums.acc[i][1]}, {sums.acc[i][2], sums.acc[i][3]});
+  V halves[T][2];
+  for (size_t i = 0; i < T; i++) {
+    halves[i][0] = {sums.acc[i][0], sums.acc[i][1]};
+    halves[i][1] = {sums.acc[i][2], sums.acc[i][3]};
+  }
+  finish_all<T>(a, t, panel, halves);
 }
 
 V scales_of(const uint8_t* scales, bool bf16, size_t half) {
@@ -204,16 +209,16 @@ void for_steps(size_t steps, F f) {
 }
 
 template <size_t T>
-void fused_tile(const QuantizedLinear& a, size_t panel) {
+void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
   const uint8_t* w = a.panels + panel * a.panel_stride;
-  const int8_t* x = a.x;
+  const int8_t* x = a.x + t * a.x_stride;
   Sums<T> sums;
   clear(sums);
   for (size_t g = 0; g < a.groups; g++) {
     const V s0 = scales_of(w, a.bf16_scales, 0), s1 = scales_of(w, a.bf16_scales, 1);
     prefetch(w + kAhead);
     w += kPanelRows * (a.bf16_scales ? 2 : 4);
-    start_group(sums, a, 0, g);
+    start_group(sums, a, t, g);
     for_steps<4>(a.group_size / 8, [&]<size_t kSteps>() {
       for (size_t line = 0; line < kSteps * kStep; line += 64) prefetch(w + kAhead + line);
       nibbles<T, kSteps>(sums, w, x, a.x_stride);
@@ -222,7 +227,7 @@ void fused_tile(const QuantizedLinear& a, size_t panel) {
     });
     end_group(sums, s0, s1);
   }
-  finish_tile(sums, a, panel, 0);
+  finish_tile(sums, a, panel, t);
 }
 
 // kSteps steps of 4 inputs of unpacked nibbles (at most 8), two vectors of rows at a time
@@ -249,12 +254,16 @@ void small_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stri
 }
 
 template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
-                   size_t t, float* acc) {
-  const int8_t* x = a.x + t * a.x_stride + group * a.group_size;
+void unpacked_tile(const QuantizedLinear& a, const Unpacked& part, size_t t, float* acc) {
+  const uint8_t* w = part.bytes;
+  const float* scales = part.scales;
+  const int8_t* x = a.x + t * a.x_stride + part.group * a.group_size;
   Sums<T> sums;
-  load_sums(sums, acc);
-  for (size_t g = group; g < group + groups; g++, scales += kPanelRows) {
+  if (part.begins())
+    clear(sums);
+  else
+    load_sums(sums, acc);
+  for (size_t g = part.group; g < part.group + part.groups; g++, scales += kPanelRows) {
     start_group(sums, a, t, g);
     for_steps<8>(a.group_size / 4, [&]<size_t kSteps>() {
       small_bytes<T, kSteps>(sums, w, x, a.x_stride);
@@ -263,7 +272,10 @@ void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scal
     });
     end_group(sums, load(scales), load(scales + kLanes));
   }
-  store_sums(sums, acc);
+  if (part.ends(a))
+    finish_tile(sums, a, part.panel, t);
+  else
+    store_sums(sums, acc);
 }
 
 // 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits

@@ -95,7 +95,8 @@ constexpr size_t kQueryRows = 8, kQueryTile = 16;
 // clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
-constexpr size_t kUnpackedTokens = 6, kByteTokens = 6;  // x 2 vectors: 12 integer and 12 float accumulators
+constexpr size_t kFusedTokens = 16, kFusedTile = 8;  // x 2 vectors: 16 integer accumulators, float ones in memory
+constexpr size_t kUnpackedTile = 6, kByteTile = 6;   // x 2 vectors: 12 integer and 12 float accumulators
 constexpr size_t kAhead = 8192;  // bytes of prefetch: beyond the pages where the hardware's own stops
 constexpr size_t kStep = 128;    // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
 
@@ -115,74 +116,96 @@ V scales_of(const uint8_t* scales, bool bf16, size_t half) {
   return bf16 ? load_bf16(scales + half * 32) : load(reinterpret_cast<const float*>(scales) + half * kLanes);
 }
 
-// T tokens against a stream of nibbles
 template <size_t T>
-void fused_tile(const QuantizedLinear& a, size_t panel) {
-  constexpr size_t kChains = T <= 2 ? 2 : 1;  // few tokens: two chains of sums hide vpdpbusd's latency
-  const uint8_t* w = a.panels + panel * a.panel_stride;
-  const int8_t* x = a.x;
-  const size_t scale_bytes = kPanelRows * (a.bf16_scales ? 2 : 4);
+using Dots = __m512i[T][2];
+
+// One step of 8 inputs: 128 bytes of nibbles against T tokens; the second four inputs go to `second`.
+template <size_t T>
+void nibble_step(Dots<T>& first, Dots<T>& second, const uint8_t* w, const int8_t* x, size_t x_stride) {
   const __m512i low = _mm512_set1_epi8(15);
+  const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
+  const __m512i low0 = _mm512_and_si512(w0, low), low1 = _mm512_and_si512(w1, low);
+  const __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low);
+  const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);
+#pragma GCC unroll 8
+  for (size_t i = 0; i < T; i++) {
+    const __m512i x0 = broadcast4(x + i * x_stride), x1 = broadcast4(x + i * x_stride + 4);
+    first[i][0] = dot4(first[i][0], low0, x0);
+    first[i][1] = dot4(first[i][1], low1, x0);
+    second[i][0] = dot4(second[i][0], high0, x1);
+    second[i][1] = dot4(second[i][1], high1, x1);
+  }
+}
+
+// Few tokens: one pass over the stream of nibbles, which are prefetched as they are used up.
+template <size_t T>
+void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
+  constexpr size_t kChains = T <= 2 ? 2 : 1;  // few tokens: two chains of sums hide vpdpbusd's latency
+  constexpr bool kInMemory = T > 4;           // more float sums than registers: L1 holds them between groups
+  const uint8_t* w = a.panels + panel * a.panel_stride;
+  const int8_t* x = a.x + t * a.x_stride;
+  const int32_t* start = a.x_start + t * a.groups;
+  const size_t scale_bytes = kPanelRows * (a.bf16_scales ? 2 : 4);
   V acc[T][2];
   for (auto& row : acc) row[0] = row[1] = zero();
   for (size_t g = 0; g < a.groups; g++) {
     const V s0 = scales_of(w, a.bf16_scales, 0), s1 = scales_of(w, a.bf16_scales, 1);
     prefetch(w + kAhead);
     w += scale_bytes;
-    __m512i dot[T][kChains][2];
+    Dots<T> dot[kChains];
     for (size_t i = 0; i < T; i++) {
-      dot[i][0][0] = dot[i][0][1] = _mm512_set1_epi32(a.x_start[i * a.groups + g]);
-      if constexpr (kChains == 2) dot[i][1][0] = dot[i][1][1] = _mm512_setzero_si512();
+      dot[0][i][0] = dot[0][i][1] = _mm512_set1_epi32(start[i * a.groups + g]);
+      if constexpr (kChains == 2) dot[1][i][0] = dot[1][i][1] = _mm512_setzero_si512();
     }
     for (size_t s = 0; s < a.group_size / 8; s++, w += kStep, x += 8) {
       prefetch(w + kAhead);
       prefetch(w + kAhead + 64);
-      const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-      const __m512i low0 = _mm512_and_si512(w0, low), low1 = _mm512_and_si512(w1, low);
-      const __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low);
-      const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);
-#pragma GCC unroll 4
-      for (size_t i = 0; i < T; i++) {
-        const __m512i first = broadcast4(x + i * a.x_stride), second = broadcast4(x + i * a.x_stride + 4);
-        dot[i][0][0] = dot4(dot[i][0][0], low0, first);
-        dot[i][0][1] = dot4(dot[i][0][1], low1, first);
-        dot[i][kChains - 1][0] = dot4(dot[i][kChains - 1][0], high0, second);
-        dot[i][kChains - 1][1] = dot4(dot[i][kChains - 1][1], high1, second);
-      }
+      nibble_step<T>(dot[0], dot[kChains - 1], w, x, a.x_stride);
     }
     for (size_t i = 0; i < T; i++) {
       if constexpr (kChains == 2)
-        for (size_t v = 0; v < 2; v++) dot[i][0][v] = _mm512_add_epi32(dot[i][0][v], dot[i][1][v]);
-      acc[i][0] = fma({_mm512_cvtepi32_ps(dot[i][0][0])}, s0, acc[i][0]);
-      acc[i][1] = fma({_mm512_cvtepi32_ps(dot[i][0][1])}, s1, acc[i][1]);
+        for (size_t v = 0; v < 2; v++) dot[0][i][v] = _mm512_add_epi32(dot[0][i][v], dot[1][i][v]);
+      acc[i][0] = fma({_mm512_cvtepi32_ps(dot[0][i][0])}, s0, acc[i][0]);
+      acc[i][1] = fma({_mm512_cvtepi32_ps(dot[0][i][1])}, s1, acc[i][1]);
     }
+    if constexpr (kInMemory) __asm__ volatile("" : "+m"(acc));  // else GCC spills what is in the inner loop
   }
-  for (size_t i = 0; i < T; i++) finish(a, i, panel, acc[i][0], acc[i][1]);
+  finish_all<T>(a, t, panel, acc);
 }
 
-// T tokens against bytes: w (inputs / 4, 2 vectors of 64), scales (groups, 32); acc (T, 32) gets the sums
-template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
-                   size_t t, float* acc) {
-  const int8_t* x = a.x + t * a.x_stride + group * a.group_size;
-  const int32_t* start = a.x_start + t * a.groups + group;
-  V sums[T][2];
+// kSteps steps of 4 inputs, unpacked, against T tokens
+template <size_t T, size_t kSteps>
+void byte_steps(Dots<T>& dot, const uint8_t* w, const int8_t* x, size_t x_stride) {
+#pragma GCC unroll 8
+  for (size_t s = 0; s < kSteps; s++) {
+    const __m512i w0 = _mm512_load_si512(w + s * kStep), w1 = _mm512_load_si512(w + s * kStep + 64);
 #pragma GCC unroll 6
-  for (size_t i = 0; i < T; i++)
-    for (size_t v = 0; v < 2; v++) sums[i][v] = load(acc + i * kPanelRows + v * kLanes);
-  for (size_t g = 0; g < groups; g++, scales += kPanelRows, start++) {
-    __m512i dot[T][2];
+    for (size_t i = 0; i < T; i++) {
+      const __m512i four = broadcast4(x + i * x_stride + 4 * s);
+      dot[i][0] = dot4(dot[i][0], w0, four);
+      dot[i][1] = dot4(dot[i][1], w1, four);
+    }
+  }
+}
+
+template <size_t T>
+using Sums = V[T][2];
+
+// Adds T tokens' products with unpacked groups. Loops of 8 steps keep the branches few: a wrong guess at each group's
+// end costs 4 %.
+template <size_t T>
+[[gnu::always_inline]] inline void add_groups(const QuantizedLinear& a, const Unpacked& part, size_t t, Sums<T>& sums) {
+  const uint8_t* w = part.bytes;
+  const float* scales = part.scales;
+  const int8_t* x = a.x + t * a.x_stride + part.group * a.group_size;
+  const int32_t* start = a.x_start + t * a.groups + part.group;
+  for (size_t g = 0; g < part.groups; g++, scales += kPanelRows, start++) {
+    Dots<T> dot;
 #pragma GCC unroll 6
     for (size_t i = 0; i < T; i++) dot[i][0] = dot[i][1] = _mm512_set1_epi32(start[i * a.groups]);
-    for (size_t s = 0; s < a.group_size / 4; s++, w += kStep, x += 4) {
-      const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-#pragma GCC unroll 6
-      for (size_t i = 0; i < T; i++) {
-        const __m512i four = broadcast4(x + i * a.x_stride);
-        dot[i][0] = dot4(dot[i][0], w0, four);
-        dot[i][1] = dot4(dot[i][1], w1, four);
-      }
-    }
+    size_t steps = a.group_size / 4;
+    for (; steps >= 8; steps -= 8, w += 8 * kStep, x += 32) byte_steps<T, 8>(dot, w, x, a.x_stride);
+    for (; steps > 0; steps--, w += kStep, x += 4) byte_steps<T, 1>(dot, w, x, a.x_stride);
     const V s0 = load(scales), s1 = load(scales + kLanes);
 #pragma GCC unroll 6
     for (size_t i = 0; i < T; i++) {
@@ -190,17 +213,29 @@ void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scal
       sums[i][1] = fma({_mm512_cvtepi32_ps(dot[i][1])}, s1, sums[i][1]);
     }
   }
+}
+
+template <size_t T>
+void unpacked_tile(const QuantizedLinear& a, const Unpacked& part, size_t t, float* acc) {
+  Sums<T> sums;
 #pragma GCC unroll 6
   for (size_t i = 0; i < T; i++)
-    for (size_t v = 0; v < 2; v++) store(acc + i * kPanelRows + v * kLanes, sums[i][v]);
+    for (size_t v = 0; v < 2; v++) sums[i][v] = part.begins() ? zero() : load(acc + i * kPanelRows + v * kLanes);
+  add_groups<T>(a, part, t, sums);
+  if (part.ends(a)) return finish_all<T>(a, t, part.panel, sums);
+#pragma GCC unroll 6
+  for (size_t i = 0; i < T; i++) {
+    store(acc + i * kPanelRows, sums[i][0]);
+    store(acc + i * kPanelRows + kLanes, sums[i][1]);
+  }
 }
 
 template <size_t T>
 void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
-  float acc[T * kPanelRows] = {};
-  unpacked_tile<T>(a, a.panels + panel * a.panel_stride, a.scales + panel * kPanelRows, 0, 1, t, acc);
-  for (size_t i = 0; i < T; i++)
-    finish(a, t + i, panel, load(acc + i * kPanelRows), load(acc + i * kPanelRows + kLanes));
+  Sums<T> sums;
+  for (auto& row : sums) row[0] = row[1] = zero();
+  add_groups<T>(a, {panel, a.panels + panel * a.panel_stride, a.scales + panel * kPanelRows, 0, 1}, t, sums);
+  finish_all<T>(a, t, panel, sums);
 }
 
 const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups, uint8_t* bytes, float* scales) {

@@ -7,13 +7,13 @@
 
 namespace llamita {
 
-constexpr size_t kPanelRows = 32;     // output rows that are stored, and computed, together
-constexpr size_t kLanes = 16;         // floats in a logical vector, on every instruction set
-constexpr size_t kSumInputs = 32;     // inputs per partial sum kept with quantized activations
-constexpr size_t kKeyBlock = 128;     // keys per online-softmax update
-constexpr size_t kKeyTile = 16;       // keys stored side by side
-constexpr size_t kFusedTokens = 4;    // up to this many tokens stream nibbles; above, nibbles are unpacked once
-constexpr size_t kChunkInputs = 512;  // of a panel that are unpacked at a time, 16 KiB: half the first-level cache
+constexpr size_t kPanelRows = 32;  // output rows that are stored, and computed, together
+constexpr size_t kLanes = 16;      // floats in a logical vector, on every instruction set
+constexpr size_t kSumInputs = 32;  // inputs per partial sum kept with quantized activations
+constexpr size_t kKeyBlock = 128;  // keys per online-softmax update
+constexpr size_t kKeyTile = 16;    // keys stored side by side
+constexpr size_t kChunkInputs =
+    2048;  // of a panel that are unpacked at a time, 64 KiB: a small part of the second-level cache
 
 enum class Dtype : int { f32, f16, bf16 };
 
@@ -34,9 +34,10 @@ struct QuantizedLinear {
   const int32_t* x_zero;   // (tokens,)
   const int32_t* x_start;  // (tokens, groups): minus the weights' offset (8 or 128) times the sum of codes
   size_t tokens;
-  float* out;         // (tokens, rows)
+  float* out;         // (tokens, rows); gated: (tokens, rows / 2)
   const float* bias;  // (rows,) or null
   bool accumulate;
+  bool gated;  // out = silu(y[:, :rows / 2]) * y[:, rows / 2:]; each panel holds 16 gates, then their 16 factors
 };
 
 // y[t, n] = sum_k x[t, k] * w[n, k] (+ bias[n]) (+ y[t, n]) for `count` consecutive rows of one array
@@ -86,8 +87,8 @@ struct Rounding {
 
 struct Kernels {
   const char* name;
-  // Panels [first, last). scratch, 64-byte aligned, used when tokens > kFusedTokens: with n the larger of group_size
-  // and kChunkInputs, 32 * n bytes, n / 8 * 32 floats and tokens * 32 floats.
+  // Panels [first, last). scratch, 64-byte aligned: with n the larger of group_size and kChunkInputs, 32 * n bytes,
+  // n / 8 * 32 floats and tokens * 32 floats.
   void (*linear_w4)(const QuantizedLinear&, size_t first, size_t last, uint8_t* scratch);
   void (*linear_w8)(const QuantizedLinear&, size_t first, size_t last);
   // scratch: float_scratch_rows * columns (rounded up to kLanes) floats

@@ -60,6 +60,8 @@ class Weights:
     @property
     def columns(self) -> int: ...
     @property
+    def gated(self) -> bool: ...
+    @property
     def group_size(self) -> int: ...
     @property
     def kind(self) -> Literal["w4", "w8", "f32", "f16", "bf16"]: ...
@@ -67,8 +69,11 @@ class Weights:
     def nbytes(self) -> int:
         """Memory of its own."""
 
-def pack_w4(packed: list[I32], scales: list[Any], group_size: int) -> Weights:
-    """Matrices (rows_i, columns / 8), scales (rows_i, columns / group_size), one above the other."""
+def pack_w4(packed: list[I32], scales: list[Any], group_size: int, gated: bool = False) -> Weights:
+    """Matrices (rows_i, columns / 8), scales (rows_i, columns / group_size), one above the other.
+
+    Gated, there are two of the same shape, and their product gives silu(first) * second: rows / 2 outputs.
+    """
 
 def pack_w8(codes: I8, scales: Scales) -> Weights:
     """(rows, columns) codes and (rows,) scales."""
@@ -105,7 +110,7 @@ def swiglu_quantize(gate_up: F32, acts: Activations) -> None: ...
 def linear(
     weights: Weights, x: F32 | Activations, out: F32, bias: F32 | None = None, accumulate: bool = False
 ) -> None:
-    """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate.
+    """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate; (tokens, rows / 2) if gated.
 
     Quantized weights take Activations, float weights an array (tokens, columns).
     """

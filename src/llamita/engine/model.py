@@ -31,7 +31,7 @@ class _Views(NamedTuple):
 
     x: np.ndarray  # the residual stream (tokens, hidden)
     qkv: np.ndarray  # (tokens, (heads + 2 * kv_heads) * head_dim)
-    gate_up: np.ndarray  # (tokens, 2 * intermediate)
+    gate_up: np.ndarray  # (tokens, 2 * intermediate), where their product does not come at once
     hidden: _Operand
     attended: _Operand
     inner: _Operand
@@ -95,8 +95,7 @@ class Model:
             ops.quantize(b.attended.floats, b.attended.codes)
         _linear(block.attention_out, b.attended, b.x, accumulate=True)
         _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden)
-        _linear(block.gate_up, b.hidden, b.gate_up)
-        _swiglu(b.gate_up, block.down, b.inner)
+        _gate_up(block, b)
         _linear(block.down, b.inner, b.x, accumulate=True)
 
     def _head(self, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
@@ -123,12 +122,21 @@ def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Op
         ops.quantize(out.floats, out.codes)
 
 
-def _swiglu(gate_up: np.ndarray, reader: Linear, out: _Operand) -> None:
-    """silu(gate) · up, in the form that the layer which reads it takes."""
-    if not reader.takes_floats:
-        ops.swiglu_quantize(gate_up, out.codes)
-    else:
-        ops.swiglu(gate_up, out.floats)
+def _gate_up(block: Block, b: _Views) -> None:
+    """silu(gate) · up, in the form that the down projection takes."""
+    down, inner = block.down, b.inner
+    if block.gate_up.is_gated:
+        _linear(block.gate_up, b.hidden, inner.floats)
+        if down.takes_codes:
+            ops.quantize(inner.floats, inner.codes)
+        return
+    _linear(block.gate_up, b.hidden, b.gate_up)
+    if not down.takes_floats:
+        ops.swiglu_quantize(b.gate_up, inner.codes)
+        return
+    ops.swiglu(b.gate_up, inner.floats)
+    if down.takes_codes:
+        ops.quantize(inner.floats, inner.codes)
 
 
 def _linear(linear: Linear, x: _Operand, out: np.ndarray, accumulate: bool = False) -> None:

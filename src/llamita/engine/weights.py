@@ -4,7 +4,6 @@ Layers that read the same input (q, k, v; gate, up) become one native layer, so 
 through four products a block instead of seven. Float weights stay where they are, on the mapped file.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +32,11 @@ class Linear:
     parts: tuple[Part, ...]
     takes_codes: bool  # some part takes int8 activations
     takes_floats: bool  # some part takes float32 activations
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether gate and up are one, and only silu(gate) · up comes out."""
+        return self.parts[0].weights.gated
 
 
 @dataclass(frozen=True)
@@ -75,21 +79,26 @@ def load_weights(source: ModelSource) -> ModelWeights:
 def _block(source: ModelSource, config: ModelConfig, prefix: str) -> Block:
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
 
-    def fused(*names: str) -> Linear:
-        return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names})
+    def fused(*names: str, gated: bool = False) -> Linear:
+        return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated)
 
     return Block(
         attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
         qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         attention_out=fused("self_attn.o_proj"),
         mlp_norm=source.vector(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=fused("mlp.gate_proj", "mlp.up_proj"),
+        gate_up=fused("mlp.gate_proj", "mlp.up_proj", gated=True),
         down=fused("mlp.down_proj"),
     )
 
 
-def _linear(source: ModelSource, shapes: dict[str, tuple[int, int]], has_bias: bool = True) -> Linear:
-    """The named layers as one: neighbours of the same kind are packed together."""
+def _linear(
+    source: ModelSource, shapes: dict[str, tuple[int, int]], has_bias: bool = True, gated: bool = False
+) -> Linear:
+    """The named layers as one: neighbours of the same kind are packed together.
+
+    Two int4 layers of the same kind are packed as gate and up if `gated`.
+    """
     groups: list[list[str]] = []
     kinds: list[tuple[object, ...]] = []
     weights = {}
@@ -103,7 +112,11 @@ def _linear(source: ModelSource, shapes: dict[str, tuple[int, int]], has_bias: b
             kinds.append(kind)
     parts, start = [], 0
     for names, kind in zip(groups, kinds, strict=True):
-        native = _PACKERS[kind[0]]([weights[name] for name in names])
+        together = [weights[name] for name in names]
+        if kind[0] == "int4":
+            native = _pack_int4(together, gated=gated and len(names) == 2)
+        else:
+            native = _pack_int8(together) if kind[0] == "int8" else _native.wrap_float(together)
         bias = _joined_bias([source.bias(name) for name in names]) if has_bias else None
         parts.append(Part(native, bias, start, start + native.rows, is_quantized=kind[0] != "float"))
         start += native.rows
@@ -137,16 +150,11 @@ def _joined_bias(biases: list[np.ndarray | None]) -> np.ndarray | None:
     return np.ascontiguousarray(np.concatenate(present), dtype=np.float32) if present else None
 
 
-def _pack_int4(weights: list[Int4Weight]) -> _native.Weights:
-    return _native.pack_w4([w.packed for w in weights], [w.scales for w in weights], weights[0].group_size)
+def _pack_int4(weights: list[Int4Weight], gated: bool) -> _native.Weights:
+    packed, scales = [w.packed for w in weights], [w.scales for w in weights]
+    return _native.pack_w4(packed, scales, weights[0].group_size, gated)
 
 
 def _pack_int8(weights: list[Int8Weight]) -> _native.Weights:
     return _native.pack_w8(weights[0].codes, weights[0].scales)
 
-
-_PACKERS: dict[object, Callable[[list], _native.Weights]] = {
-    "int4": _pack_int4,
-    "int8": _pack_int8,
-    "float": _native.wrap_float,
-}
