@@ -7,119 +7,11 @@
 namespace llamita {
 namespace {
 
-// ---- 16 floats ---------------------------------------------------------------------------------------------------
-struct V {
-  __m256 lo, hi;
-};
-
-constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-
-V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-void store(float* p, V a) {
-  _mm256_storeu_ps(p, a.lo);
-  _mm256_storeu_ps(p + 8, a.hi);
-}
-V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-V operator+(V a, V b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-V operator-(V a, V b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-V operator*(V a, V b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-V operator/(V a, V b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
-V min(V a, V b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
-V max(V a, V b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
-V rint(V a) { return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)}; }
-V select_less(V a, V b, V yes, V no) {
-  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
-          _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
-}
-V keep(V a, size_t count, V other) {
-  const V lane = {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
-  return select_less(lane, set1(static_cast<float>(count)), a, other);
-}
-__m256 exp2_half(__m256 n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-V exp2_whole(V n) { return {exp2_half(n.lo), exp2_half(n.hi)}; }
-
-template <class F>
-float tree(V a, F f) {
-  const __m256 eight = f(a.lo, a.hi);
-  const __m256 four = f(eight, _mm256_castps128_ps256(_mm256_extractf128_ps(eight, 1)));
-  const __m256 two = f(four, _mm256_permute_ps(four, 0x4e));
-  return _mm256_cvtss_f32(f(two, _mm256_permute_ps(two, 0xb1)));
-}
-float sum(V a) {
-  return tree(a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); });
-}
-float min_lane(V a) {
-  return tree(a, [](__m256 x, __m256 y) { return _mm256_min_ps(x, y); });
-}
-float max_lane(V a) {
-  return tree(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
-}
-
-// Lane i: sum(a[i]), for eight vectors: the same tree of halves, the vectors side by side.
-__m256 sum_eight(const V* a) {
-  const auto fold8 = [](V x, V y) {  // halves of 4: x, y
-    const __m256 s = _mm256_add_ps(x.lo, x.hi), t = _mm256_add_ps(y.lo, y.hi);
-    return _mm256_add_ps(_mm256_permute2f128_ps(s, t, 0x20), _mm256_permute2f128_ps(s, t, 0x31));
-  };
-  const auto two = [](__m256 x, __m256 y) {
-    return _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
-  };
-  const auto one = [](__m256 x, __m256 y) {
-    return _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
-  };
-  const __m256 x = two(fold8(a[0], a[4]), fold8(a[1], a[5]));
-  const __m256 y = two(fold8(a[2], a[6]), fold8(a[3], a[7]));
-  return one(x, y);
-}
-V sum_each(const V (&a)[kLanes]) { return {sum_eight(a), sum_eight(a + 8)}; }
-
-void store_i8(int8_t* p, V a) {
-  const __m256i words =
-      _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-}
-V load_f16(const void* p) {
-  const __m128i* halves = static_cast<const __m128i*>(p);
-  return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-}
-__m256 from_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
-V load_bf16(const void* p) {
-  const __m128i* halves = static_cast<const __m128i*>(p);
-  return {from_bf16(_mm_loadu_si128(halves)), from_bf16(_mm_loadu_si128(halves + 1))};
-}
-void store_f16(uint16_t* p, V a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.lo, kNearest));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.hi, kNearest));
-}
-void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
-// Tiles: how much is computed together, of 16 registers of 8 floats. Results do not depend on them.
-constexpr size_t kLinearRows = 2, kLinearTokens = 3, kDecodeRows = 4;
-constexpr size_t kCandidates = 4;
-constexpr size_t kQueryRows = 4, kQueryTile = 4;
-
-// clang-format off: in this order
-#include "float_kernels.inc"
-#include "attention.inc"
-#include "rounding.inc"
-// clang-format on
+#include "avx2_common.inc"
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
-constexpr size_t kAhead = 8192;  // bytes of prefetch: beyond the pages where the hardware's own stops
-constexpr size_t kStep = 128;    // bytes of panel per 8 (w4) or 4 (w8) inputs: 4 vectors
-constexpr size_t kVectors = 4;   // of 8 rows each
 constexpr size_t kUnpackedTokens = 3, kByteTokens = 2;  // tokens whose sums fit into the registers
 
-__m256i load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
-__m256i broadcast4(const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, sizeof four);
-  return _mm256_set1_epi32(four);
-}
 __m256i widen_sums(__m256i sums, __m256i dot) {  // 16 sums of 16 bits into 8 of 32
   return _mm256_add_epi32(dot, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
 }
@@ -167,10 +59,6 @@ template <size_t T>
 void finish_tile(const Sums<T>& sums, const QuantizedLinear& a, size_t panel, size_t t) {
   for (size_t i = 0; i < T; i++)
     finish(a, t + i, panel, {sums.acc[i][0], sums.acc[i][1]}, {sums.acc[i][2], sums.acc[i][3]});
-}
-
-V scales_of(const uint8_t* scales, bool bf16, size_t half) {
-  return bf16 ? load_bf16(scales + half * 32) : load(reinterpret_cast<const float*>(scales) + half * kLanes);
 }
 
 // kSteps steps of 8 inputs (at most 4: 16-bit sums) of nibbles, all 4 vectors of rows
@@ -294,23 +182,6 @@ void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
   const float* scales = a.scales + panel * kPanelRows;
   end_group(sums, load(scales), load(scales + kLanes));
   finish_tile(sums, a, panel, t);
-}
-
-const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups, uint8_t* bytes, float* scales) {
-  const __m256i low = _mm256_set1_epi8(15);
-  for (size_t g = 0; g < groups; g++, scales += kPanelRows) {
-    store(scales, scales_of(w, a.bf16_scales, 0));
-    store(scales + kLanes, scales_of(w, a.bf16_scales, 1));
-    w += kPanelRows * (a.bf16_scales ? 2 : 4);
-    for (size_t s = 0; s < a.group_size / 8; s++, w += kStep, bytes += 2 * kStep)
-      for (size_t v = 0; v < kStep; v += 32) {
-        const __m256i both = load_bytes(w + v);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + v), _mm256_and_si256(both, low));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + kStep + v),
-                           _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
-      }
-  }
-  return w;
 }
 
 #include "panels.inc"
