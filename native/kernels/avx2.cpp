@@ -10,7 +10,13 @@ namespace {
 #include "avx2_common.inc"
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
-constexpr size_t kUnpackedTokens = 3, kByteTokens = 2;  // tokens whose sums fit into the registers
+constexpr size_t kUnpackedTokens = 6, kByteTokens = 2;  // tokens whose sums fit into the registers
+
+// sums += w (unsigned) * x (signed), pairs of products in 16 bits. In assembly: GCC 12 copies the sums around.
+void multiply_add(__m256i& sums, __m256i w, __m256i x) {
+  __m256i products;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(w), "x"(x));
+}
 
 __m256i widen_sums(__m256i sums, __m256i dot) {  // 16 sums of 16 bits into 8 of 32
   return _mm256_add_epi32(dot, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
@@ -22,18 +28,6 @@ struct Sums {
   __m256 acc[T][kVectors];
   __m256i dot[T][kVectors];
 };
-
-template <size_t T>
-void load_sums(Sums<T>& sums, const float* acc) {
-  for (size_t i = 0; i < T; i++)
-    for (size_t v = 0; v < kVectors; v++) sums.acc[i][v] = _mm256_loadu_ps(acc + i * kPanelRows + v * 8);
-}
-
-template <size_t T>
-void store_sums(const Sums<T>& sums, float* acc) {
-  for (size_t i = 0; i < T; i++)
-    for (size_t v = 0; v < kVectors; v++) _mm256_storeu_ps(acc + i * kPanelRows + v * 8, sums.acc[i][v]);
-}
 
 template <size_t T>
 void clear(Sums<T>& sums) {
@@ -113,26 +107,29 @@ void fused_tile(const QuantizedLinear& a, size_t panel) {
   finish_tile(sums, a, panel, 0);
 }
 
-// kSteps steps of 4 inputs of unpacked nibbles (at most 8), two vectors of rows at a time
-template <size_t T, size_t kSteps>
-void small_bytes(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride) {
-  for (size_t v = 0; v < kVectors; v += 2) {
+// One group of unpacked nibbles (w: steps of 4 inputs, 128 bytes each) times T tokens, for 16 rows
+template <size_t T>
+void small_bytes(__m256i (&dot)[T][2], const uint8_t* w, const int8_t* x, size_t x_stride, size_t steps) {
+  constexpr size_t kMost = 8;  // steps that 16 bits can sum
+  while (steps > 0) {
+    const size_t count = steps < kMost ? steps : kMost;
+    steps -= count;
     __m256i part[T][2];
-    for (auto& p : part) p[0] = p[1] = _mm256_setzero_si256();
-#pragma GCC unroll 1
-    for (size_t s = 0; s < kSteps; s++) {  // unrolled, GCC keeps too much in registers
-      const __m256i w0 = load_bytes(w + s * kStep + v * 32), w1 = load_bytes(w + s * kStep + v * 32 + 32);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
+    for (size_t i = 0; i < T; i++) part[i][0] = part[i][1] = _mm256_setzero_si256();
+    for (const uint8_t* end = w + count * kStep; w != end; w += kStep, x += 4) {
+      const __m256i w0 = load_bytes(w), w1 = load_bytes(w + 32);
+#pragma GCC unroll 6
       for (size_t i = 0; i < T; i++) {
-        const __m256i four = broadcast4(x + i * x_stride + s * 4);
-        part[i][0] = _mm256_add_epi16(part[i][0], _mm256_maddubs_epi16(w0, four));
-        part[i][1] = _mm256_add_epi16(part[i][1], _mm256_maddubs_epi16(w1, four));
+        const __m256i four = broadcast4(x + i * x_stride);
+        multiply_add(part[i][0], w0, four);
+        multiply_add(part[i][1], w1, four);
       }
     }
-    for (size_t i = 0; i < T; i++) {
-      sums.dot[i][v] = widen_sums(part[i][0], sums.dot[i][v]);
-      sums.dot[i][v + 1] = widen_sums(part[i][1], sums.dot[i][v + 1]);
-    }
+#pragma GCC unroll 6
+    for (size_t i = 0; i < T; i++)
+#pragma GCC unroll 2
+      for (size_t v = 0; v < 2; v++) dot[i][v] = widen_sums(part[i][v], dot[i][v]);
   }
 }
 
@@ -140,18 +137,22 @@ template <size_t T>
 void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
                    size_t t, float* acc) {
   const int8_t* x = a.x + t * a.x_stride + group * a.group_size;
-  Sums<T> sums;
-  load_sums(sums, acc);
-  for (size_t g = group; g < group + groups; g++, scales += kPanelRows) {
-    start_group(sums, a, t, g);
-    for_steps<8>(a.group_size / 4, [&]<size_t kSteps>() {
-      small_bytes<T, kSteps>(sums, w, x, a.x_stride);
-      w += kSteps * kStep;
-      x += kSteps * 4;
-    });
-    end_group(sums, load(scales), load(scales + kLanes));
-  }
-  store_sums(sums, acc);
+  const int32_t* start = a.x_start + t * a.groups + group;
+  const size_t steps = a.group_size / 4;
+  for (size_t g = 0; g < groups; g++, w += steps * kStep, x += steps * 4, scales += kPanelRows, start++)
+    for (size_t half = 0; half < 2; half++) {
+      __m256i dot[T][2];
+#pragma GCC unroll 6
+      for (size_t i = 0; i < T; i++) dot[i][0] = dot[i][1] = _mm256_set1_epi32(start[i * a.groups]);
+      small_bytes<T>(dot, w + half * 64, x, a.x_stride, steps);
+      const V scale = load(scales + half * kLanes);
+#pragma GCC unroll 6
+      for (size_t i = 0; i < T; i++) {
+        float* sums = acc + i * kPanelRows + half * kLanes;
+        store(sums, fma({_mm256_cvtepi32_ps(dot[i][0]), _mm256_cvtepi32_ps(dot[i][1])}, scale, load(sums)));
+      }
+      __asm__ volatile("" ::: "memory");
+    }
 }
 
 // 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits
@@ -187,16 +188,18 @@ void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
 #include "panels.inc"
 
 // ---- probe -------------------------------------------------------------------------------------------------------
+// Multiply, add: what a product of nibbles needs at least. In assembly, or GCC keeps some sums on the stack.
 template <size_t N>
 double probe(size_t iterations) {
   __m256i acc[N], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(1);
-  for (auto& v : acc) v = _mm256_setzero_si256();
-  for (size_t i = 0; i < iterations; i++)
 #pragma GCC unroll 12
-    for (size_t j = 0; j < N; j++) {
-      acc[j] = _mm256_add_epi16(acc[j], _mm256_maddubs_epi16(a, b));
-      asm volatile("" : "+x"(a));  // each product is to be made anew
-    }
+  for (size_t j = 0; j < N; j++) acc[j] = _mm256_setzero_si256();
+  for (size_t i = 0; i < iterations; i++) {
+#pragma GCC unroll 12
+    for (size_t j = 0; j < N; j++) multiply_add(acc[j], a, b);
+    __asm__ volatile("" : "+x"(a), "+x"(b));  // keeps the loop
+  }
+#pragma GCC unroll 12
   for (size_t j = 1; j < N; j++) acc[0] = _mm256_add_epi16(acc[0], acc[j]);
   volatile int32_t sink = _mm256_extract_epi32(acc[0], 0);
   static_cast<void>(sink);
@@ -204,8 +207,8 @@ double probe(size_t iterations) {
 }
 
 double int8_probe(size_t iterations, int variant) {
-  if (variant == 0) return probe<8>(iterations);
-  if (variant == 1) return probe<10>(iterations);
+  if (variant == 0) return probe<6>(iterations);
+  if (variant == 1) return probe<8>(iterations);
   return probe<12>(iterations);
 }
 
