@@ -12,6 +12,7 @@ from llamita import _native
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and /sys")
 CPUS = sorted(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else []
 USABLE = _native.usable_cpus()
+GROUPS = Path("/sys/fs/cgroup/cpu")  # version 1
 several = pytest.mark.skipif(len(CPUS) < 2, reason="one processor")
 
 
@@ -98,7 +99,7 @@ def test_what_is_no_quota_limits_nothing(tmp_path: Path, files: dict[str, str]) 
     not os.access("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", os.W_OK), reason="no cgroup to write"
 )
 def test_a_real_quota_holds() -> None:
-    group = Path("/sys/fs/cgroup/cpu") / f"llamita-test-{os.getpid()}"
+    group = GROUPS / f"llamita-test-{os.getpid()}"
     group.mkdir()
     try:
         (group / "cpu.cfs_quota_us").write_text("100000")

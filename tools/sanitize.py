@@ -30,8 +30,8 @@ MEMORY = Sanitizer(
     ("tests/test_kernels.py", "tests/test_rounding.py", "tests/test_attention.py"),
 )
 
-# A race makes the process end with 66, in children too: test_stress_threads.py looks at that of each of its programs.
-# die_after_fork: the sanitizer would end a child that is forked beside other threads, and starts threads of its own.
+# A race ends the process with code 66: pytest's own, or a test's program, whose code the test looks at.
+# die_after_fork: else a child that was forked beside other threads may start none.
 # detect_deadlocks: NumPy's and Python's own locks are not ours to judge.
 THREAD = Sanitizer(
     "thread",
@@ -46,7 +46,8 @@ THREAD = Sanitizer(
 def build(sanitizer: Sanitizer, folder: Path) -> Path:
     """Compile the module into a copy of the package under `folder`; the package."""
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
-                 f"-DLLAMITA_SANITIZE={sanitizer.flags}", f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+                 f"-DLLAMITA_SANITIZE={sanitizer.flags}",
+                 f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", str(folder)], check=True)
     package = folder / "tree" / "llamita"
@@ -82,8 +83,8 @@ def main() -> None:
         f"import llamita; assert llamita.__file__.startswith({str(package)!r});"
         "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
-    # libtsan of GCC before 14 wants addresses where they were before kernels randomized 32 bits of them: it stops
-    # with "unexpected memory mapping" otherwise.
+    # Where Linux randomizes more address bits than it knew of, libtsan before GCC 14 stops with "unexpected
+    # memory mapping".
     plain = ["setarch", platform.machine(), "--addr-no-randomize"] if thread else []
     tests = arguments[thread:] or ["-q", "-x", "-p", "no:cacheprovider", *sanitizer.tests]
     command = [*plain, sys.executable, "-c", program, *tests]
