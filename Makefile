@@ -32,8 +32,9 @@ format: $(VENV)/.dev ## format Python and C++ in place
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-native-checks: $(VENV)/.dev  ## the native tests under the address and undefined-behaviour sanitizers
+native-checks: $(VENV)/.dev  ## the native tests under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python tools/sanitize.py
+	$(BIN)/python tools/sanitize.py --thread
 
 mutations: $(VENV)/.dev      ## break a dozen lines by hand, one at a time, and see the suite fail
 	$(BIN)/python tools/mutations.py

@@ -252,6 +252,7 @@ void bind_machine(nb::module_& m) {
   m.def("set_isa", choose_kernels, "name"_a);
   m.def("threads", threads);
   m.def("set_threads", set_threads, "count"_a);
+  m.def("usable_cpus", usable_cpus, "root"_a = "");
   m.def("read_bandwidth", read_bandwidth, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("int8_rate", int8_rate, nb::call_guard<nb::gil_scoped_release>());
 }

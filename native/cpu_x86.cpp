@@ -7,7 +7,7 @@ namespace llamita {
 namespace {
 
 struct Features {
-  bool avx2 = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false;
 };
 
 // Bits of XCR0: 1 SSE, 2 AVX, 5 to 7 AVX-512.
@@ -25,11 +25,13 @@ bool all(uint32_t value, std::initializer_list<int> bits) {
 
 Features detect() {
   Features f;
-  uint32_t a, b1, c1, d1, b7, c7, d7;
+  uint32_t a, b, c, d, b1, c1, d1, b7, c7, d7;
   if (!__get_cpuid(1, &a, &b1, &c1, &d1) || !all(c1, {12, 27, 28, 29})) return f;  // FMA, OSXSAVE, AVX, F16C
   if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return f;
   const uint64_t state = saved_state();
   f.avx2 = (state & 0x06) == 0x06 && all(b7, {5});
+  const uint32_t subleaves = a;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && all(a, {4});
   // F, DQ, BW, VL; VNNI
   f.avx512vnni = f.avx2 && (state & 0xe6) == 0xe6 && all(b7, {16, 17, 30, 31}) && all(c7, {11});
   return f;
@@ -41,6 +43,10 @@ std::vector<const Kernels*> supported_kernels() {
   static const Features features = detect();
   std::vector<const Kernels*> list;
   if (features.avx512vnni) list.push_back(&avx512vnni_kernels);
+  if (features.avxvnni)
+    list.push_back(&avxvnni_kernels);
+  else if (features.avx512vnni)
+    list.push_back(&avxvnni_evex_kernels);
   if (features.avx2) list.push_back(&avx2_kernels);
   list.push_back(&scalar_kernels);
   return list;

@@ -4,7 +4,7 @@
 
 namespace llamita {
 
-size_t usable_cpus() {
+size_t usable_cpus(const std::string&) {
   const size_t count = std::thread::hardware_concurrency();
   return count > 0 ? count : 1;
 }

@@ -1,5 +1,5 @@
 // Linux: the cores this process may run on (a second hardware thread of a core adds nothing to full vector units),
-// no more than the container's quota of processor time.
+// no more than the quotas of processor time of its cgroup and of those around it.
 #include <sched.h>
 
 #include <algorithm>
@@ -12,8 +12,8 @@ namespace llamita {
 namespace {
 
 // Whether `cpu` is the first of its core's hardware threads that this process may use.
-bool leads_core(int cpu, const cpu_set_t& allowed) {
-  std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+bool leads_core(const std::string& root, int cpu, const cpu_set_t& allowed) {
+  std::ifstream file(root + "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
   int first, last;
   char separator;
   while (file >> first) {  // ranges: "0,8" or "0-1"
@@ -25,27 +25,48 @@ bool leads_core(int cpu, const cpu_set_t& allowed) {
   return true;
 }
 
-// Whole processors of the cgroup's quota (version 2, then 1); no quota: as many as you like
-size_t quota() {
+// Whole processors that one cgroup's files grant (version 2, then 1); SIZE_MAX without a quota
+size_t quota_of(const std::string& group) {
   double limit = 0, period = 0;
-  if (!(std::ifstream("/sys/fs/cgroup/cpu.max") >> limit >> period)) {
-    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> limit;
-    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+  if (!(std::ifstream(group + "/cpu.max") >> limit >> period)) {  // "max 100000" is no number, and no limit
+    std::ifstream(group + "/cpu.cfs_quota_us") >> limit;
+    std::ifstream(group + "/cpu.cfs_period_us") >> period;
   }
   if (limit <= 0 || period <= 0) return SIZE_MAX;
   return std::max<size_t>(1, static_cast<size_t>(limit / period));
 }
 
+bool names_cpu(const std::string& controllers) { return ("," + controllers + ",").find(",cpu,") != std::string::npos; }
+
+// The least quota on the way from the process's cgroup to the root: any of them may have one. In a container whose
+// path is the host's, the path leads nowhere, but its own cgroup is mounted as the root.
+size_t quota(const std::string& root) {
+  size_t least = SIZE_MAX;
+  std::ifstream file(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {  // "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1
+    const size_t name = line.find(':') + 1, end = line.find(':', name);
+    if (name == 0 || end == std::string::npos) continue;
+    const std::string controllers = line.substr(name, end - name);
+    if (!controllers.empty() && !names_cpu(controllers)) continue;
+    const std::string mount = root + "/sys/fs/cgroup" + (controllers.empty() ? "" : "/" + controllers);
+    for (std::string path = line.substr(end + 1);; path.resize(path.rfind('/'))) {
+      least = std::min(least, quota_of(mount + path));
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return least;
+}
+
 }  // namespace
 
-size_t usable_cpus() {
+size_t usable_cpus(const std::string& root) {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
   size_t cores = 0;
   for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
-    if (CPU_ISSET(cpu, &allowed) && leads_core(cpu, allowed)) cores++;
-  return std::clamp<size_t>(cores, 1, quota());
+    if (CPU_ISSET(cpu, &allowed) && leads_core(root, cpu, allowed)) cores++;
+  return std::clamp<size_t>(cores, 1, quota(root));
 }
 
 }  // namespace llamita

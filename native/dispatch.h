@@ -8,7 +8,8 @@
 namespace llamita {
 
 std::vector<const Kernels*> supported_kernels();  // cpu_x86.cpp or cpu_generic.cpp
-size_t usable_cpus();                             // cpus_linux.cpp or cpus_generic.cpp
+// cpus_linux.cpp or cpus_generic.cpp. root: what /proc and /sys are looked for in.
+size_t usable_cpus(const std::string& root = "");
 
 const Kernels& kernels();
 void choose_kernels(const std::string& name);  // throws std::invalid_argument

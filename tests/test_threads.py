@@ -109,6 +109,7 @@ QUANTIZE = ("quantize", "embedded", "--dry-run")
         ((*QUANTIZE, "--threads", "5000"), {}),
         (("evaluate", "embedded", "--threads", "-1"), {}),
         (("chat", "embedded", "--threads", "0"), {}),
+        (("plan", "embedded", "--threads", "2000"), {}),
         (GENERATE, {"LLAMITA_THREADS": "abc"}),
         (QUANTIZE, {"LLAMITA_THREADS": "abc"}),
         (("plan", "embedded"), {"LLAMITA_THREADS": "abc"}),

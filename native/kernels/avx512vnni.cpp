@@ -98,7 +98,7 @@ constexpr size_t kQueryRows = 8, kQueryTile = 16;
 constexpr size_t kFusedTokens = 16, kFusedTile = 8;  // x 2 vectors: 16 integer accumulators, float ones in memory
 constexpr size_t kUnpackedTile = 6, kByteTile = 6;   // x 2 vectors: 12 integer and 12 float accumulators
 constexpr size_t kAhead = 16384;  // bytes of prefetch: a panel ends sooner than the memory behind it answers
-constexpr size_t kStep = 128;    // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
+constexpr size_t kStep = 128;     // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
 
 __m512i broadcast4(const int8_t* x) {
   int32_t four;

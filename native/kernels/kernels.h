@@ -115,6 +115,8 @@ constexpr size_t kMaxQueryRows = 8;
 
 extern const Kernels scalar_kernels;
 extern const Kernels avx2_kernels;
+extern const Kernels avxvnni_kernels;
+extern const Kernels avxvnni_evex_kernels;  // stands in for avxvnni where it cannot run
 extern const Kernels avx512vnni_kernels;
 
 }  // namespace llamita

@@ -27,6 +27,12 @@ def set_threads(count: int) -> None:
     RuntimeError, and nothing changed, if the system refuses to start so many. A forked child starts its own.
     """
 
+def usable_cpus(root: str = "") -> int:
+    """Threads to use by default: cores of this process's affinity, within the quotas of its cgroups.
+
+    On Linux; elsewhere the processors. root: a directory in which /proc and /sys are looked for.
+    """
+
 def read_bandwidth(bytes: int) -> float:
     """Best read bandwidth over that much memory, all threads, in GB/s."""
 

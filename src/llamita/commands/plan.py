@@ -8,6 +8,7 @@ import typer
 from llamita import console
 from llamita.plan import Estimate, Machine, describe, estimate_all, measure_machine
 from llamita.scheme import PRESETS, make_scheme
+from llamita.threads import use_threads
 
 
 def command(
@@ -20,6 +21,7 @@ def command(
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Size, memory and speed to expect on this machine; downloads nothing but a config.json.
@@ -28,6 +30,7 @@ def command(
 
     Example: llamita plan meta-llama/Llama-3.2-1B --preset llama3.2
     """
+    use_threads(threads)
     schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
     model = describe(src)
     with console.progress(quiet=json) as progress:
