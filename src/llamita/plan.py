@@ -4,7 +4,6 @@ Sizes are exact: the bytes that `quantize` writes. Memory and speed are estimate
 reading every weight once a token, prefill by int8 multiply-adds, at shares of the measured limits.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +15,7 @@ from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, is_hub_n
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has, read_json
+from llamita.machine import machine_memory
 from llamita.packed import METADATA, PackedModel, open_source
 from llamita.quantize import Plan, float_bytes, make_plan
 from llamita.scheme import PRESETS, QuantScheme
@@ -103,7 +103,7 @@ def _from_config(values: dict[str, Any], where: str) -> Described:
 def measure_machine() -> Machine:
     """This machine's limits, in about a second; InputError or RunError if its threads cannot be used."""
     threads = use_threads(None)
-    memory, free = _memory()
+    memory, free = machine_memory()
     probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
     return Machine(_native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9, memory, free, threads)
 
@@ -153,24 +153,3 @@ def _bytes_per_token(model: Described, plan: Plan, scheme: QuantScheme | None) -
         return plan.tensor_bytes
     width = 1 if scheme and scheme.table_bits else 4 if model.float_dtype("lm_head.weight") == "F32" else 2
     return plan.tensor_bytes - model.config.vocab_size * model.config.hidden_size * width
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes of memory that this process may use, and that are free now; containers may allow less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = total
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = next(iter(_lines(file)), "")
-        if limit.isdigit():
-            total, free = min(total, int(limit)), min(free, int(limit))
-    return total, free
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:  # not Linux, or another layout
-        return []
