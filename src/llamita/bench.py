@@ -1,7 +1,7 @@
 """`llamita bench` without its table: limits, model and baseline measured in turn, each in its own process.
 
-Clocks of shared machines swing by a third from minute to minute, so every repeat measures the limits, the
-model and the baseline one after the other, and the limits once more at the end.
+Clocks of shared machines swing by a third from minute to minute, so every repeat measures the model and
+the baseline one after the other, the limits before each, and once more at the end.
 """
 
 import datetime
@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from llamita import __version__
-from llamita.bench_report import Limits, Runs, Settings, check_fractions, figures, fractions, ratios
+from llamita.bench_report import (
+    Limits,
+    Runs,
+    Settings,
+    best_of,
+    check_fractions,
+    figures,
+    fractions,
+    ratios,
+)
 from llamita.bench_worker import ModelSpec, Worker
 from llamita.errors import InputError
 from llamita.machine import cpu_name, last_level_cache, machine_memory, usable_cpus
@@ -60,7 +69,7 @@ def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
         RunError: too little memory, or a result above a limit: then the probe was too weak.
     """
     specs = {"model": job.model} | ({"baseline": job.baseline} if job.baseline else {})
-    total = len(specs) + job.repeats * (1 + len(specs)) + 1
+    total = len(specs) * (1 + 2 * job.repeats) + 1
     done = 0
 
     def report(what: str) -> None:
@@ -78,9 +87,9 @@ def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
             contenders.append(_load(job, role, spec, worker))
         probes = []
         for repeat in range(job.repeats):
-            report("measuring the limits")
-            probes.append(_probe(job, probe))
             for contender in contenders:
+                report("measuring the limits")
+                probes.append(_probe(job, probe))
                 report(f"{repeat + 1} of {job.repeats}: {contender.role}")
                 _run(job, contender)
         report("measuring the limits")
@@ -139,18 +148,17 @@ def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]
     Raises:
         RunError: a result above a limit.
     """
-    limits = Limits(
-        int8_rate=max(probe["int8_rate"] for probe in probes),
-        bandwidth=max(probe["bandwidth"] for probe in probes),
-        cache_bytes=last_level_cache(),
-    )
+    rates = [Limits(probe["int8_rate"], probe["bandwidth"], last_level_cache()) for probe in probes]
+    limits = best_of(rates)
     specs = {"model": job.model, "baseline": job.baseline}
     models: dict[str, Any] = {"model": None, "baseline": None}
-    for contender in contenders:
+    for i, contender in enumerate(contenders):
         facts, spec = contender.facts, specs[contender.role]
         assert spec
+        before = range(i, len(probes) - 1, len(contenders))  # which probe came before each repeat
+        nearby = [best_of(rates[k : k + 2]) for k in before]
         rows = fractions(
-            Work(**facts["work"]), contender.runs, job.settings, limits, facts["scheme"] is not None
+            Work(**facts["work"]), contender.runs, job.settings, nearby, limits, facts["scheme"] is not None
         )
         check_fractions(spec.name, rows)
         models[contender.role] = {

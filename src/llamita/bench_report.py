@@ -1,7 +1,7 @@
 """What the figures of `llamita bench` mean: arithmetic from seconds, bytes and counts of work.
 
-`docs/benchmarks.md` defines each. Figures are medians of the repeats; limits are the best of all probes
-of the run, so that a fraction is never flattered by a moment at which the machine was slow.
+`docs/benchmarks.md` defines each. Figures are medians of the repeats. A fraction stands beside the best
+limit of the whole run, and beside the limits just before and after each repeat, because clocks swing.
 """
 
 import statistics
@@ -24,6 +24,15 @@ class Limits:
     int8_rate: float
     bandwidth: float
     cache_bytes: int
+
+
+def best_of(limits: Sequence[Limits]) -> Limits:
+    """The best of each."""
+    return Limits(
+        int8_rate=max(x.int8_rate for x in limits),
+        bandwidth=max(x.bandwidth for x in limits),
+        cache_bytes=max(x.cache_bytes for x in limits),
+    )
 
 
 @dataclass(frozen=True)
@@ -60,34 +69,43 @@ def figures(runs: Runs, settings: Settings) -> dict[str, Any]:
 
 
 def fractions(
-    work: Work, runs: Runs, settings: Settings, limits: Limits, is_quantized: bool
+    work: Work, runs: Runs, settings: Settings, nearby: Sequence[Limits], best: Limits, is_quantized: bool
 ) -> dict[str, dict[str, Any]]:
-    """What was reached beside the limit, by what was done: amount of work, its unit, rate, limit, fraction.
+    """What was reached beside the limit, by what was done: see `_row`.
 
     The int8 limit says nothing of float models, nor the bandwidth of memory of models that fit the CPU's
     caches: such fractions are None.
+
+    Args:
+        nearby: the limits around each repeat.
+        best: the best of the whole run.
     """
-    prompt, prefill = settings.prompt_tokens, statistics.median(runs.prefill)
+    prompt = settings.prompt_tokens
     linear, attention = work.prompt(prompt), work.prompt_attention(prompt)
-    int8 = limits.int8_rate if is_quantized else None
+    near, peak = ([x.int8_rate for x in nearby], best.int8_rate) if is_quantized else ([], None)
     rows = {
-        "prefill": _row(linear, "multiply-adds", prefill, int8),
-        "prefill_with_attention": _row(linear + attention, "multiply-adds", prefill, int8),
+        "prefill": _row(linear, "multiply-adds", runs.prefill, near, peak),
+        "prefill_with_attention": _row(linear + attention, "multiply-adds", runs.prefill, near, peak),
     }
-    steps = {"decode": (1, runs.decode), "batch": (settings.batch, runs.batch)}
-    for name, (batch, seconds) in steps.items():
-        if seconds:
-            step = statistics.median(seconds) / settings.new_tokens
-            read = work.decode_bytes(prompt, settings.new_tokens, batch)
-            bandwidth = limits.bandwidth if read > _CACHES * limits.cache_bytes else None
-            rows[name] = _row(read, "bytes", step, bandwidth)
+    for name, (batch, seconds) in {"decode": (1, runs.decode), "batch": (settings.batch, runs.batch)}.items():
+        if not seconds:
+            continue
+        read = work.decode_bytes(prompt, settings.new_tokens, batch)
+        is_far = read > _CACHES * best.cache_bytes
+        near, peak = ([x.bandwidth for x in nearby], best.bandwidth) if is_far else ([], None)
+        rows[name] = _row(read, "bytes", [s / settings.new_tokens for s in seconds], near, peak)
     return rows
 
 
-def _row(amount: float, unit: str, seconds: float, limit: float | None) -> dict[str, Any]:
-    rate = amount / seconds
-    return {"work": amount, "unit": unit, "rate": rate, "limit": limit,
-            "fraction": None if limit is None else rate / limit}  # fmt: skip
+def _row(
+    amount: float, unit: str, seconds: Sequence[float], nearby: Sequence[float], best: float | None
+) -> dict[str, Any]:
+    """The work and its unit; median rate; limit and fraction of it; median fraction of the limits nearby."""
+    rate = amount / statistics.median(seconds)
+    shares = [amount / s / limit for s, limit in zip(seconds, nearby, strict=True)] if nearby else []
+    return {"work": amount, "unit": unit, "rate": rate, "limit": best,
+            "fraction": None if best is None else rate / best,
+            "fraction_nearby": statistics.median(shares) if shares else None}  # fmt: skip
 
 
 def check_fractions(name: str, rows: Mapping[str, Mapping[str, Any]]) -> None:

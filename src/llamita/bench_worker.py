@@ -2,7 +2,7 @@
 
 A request is a line of JSON, {"do": "prefill", "tokens": 512}, and so is its answer, {"seconds": …}, or
 {"error": …, "exit_code": …}. "limits", "load", "prefill", "decode" and "memory" are the functions of
-`_State` by those names; their arguments are the request's other keys. The process ends with its input.
+`_State` by those names; their arguments are the request's other keys. The process ends with its parent.
 """
 
 import gc
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from llamita.work import Work, count_work
 
 _FLOAT_WIDTH = {"f32": 4, "f16": 2, "bf16": 2}
 _READ_BYTES = 2**24  # of a file at a time
+_WATCH_INTERVAL = 1.0  # seconds between two looks at whether the parent lives
 REQUESTS = ("limits", "load", "prefill", "decode", "memory")
 
 
@@ -167,7 +169,7 @@ class _State:
         return {"seconds": seconds, "first_token_seconds": first}
 
     def decode(self, tokens: int, batch: int = 1, watch: bool = False) -> dict[str, Any]:
-        """Steps after the prompt, over `batch` sequences with the same prompt, which stay for the next time."""
+        """Steps after the prompt, over `batch` sequences with the same prompt, which stay for later."""
         assert self._llm
         while len(self._sequences) < batch:
             self._sequences.append(self._llm.new_sequence(self._capacity))
@@ -260,6 +262,18 @@ def _weight_bytes(llm: LLM) -> tuple[int, int]:
     return own, in_place
 
 
+def _end_with_parent() -> None:
+    """End at once when the parent is gone, and not only after the work in hand."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_INTERVAL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def serve(requests: Iterable[str], answers: TextIO) -> None:
     """Answer every request, an error with its text."""
     state = _State()
@@ -281,6 +295,7 @@ def serve(requests: Iterable[str], answers: TextIO) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    _end_with_parent()
     own_answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed must not pass for an answer
     serve(sys.stdin, own_answers)

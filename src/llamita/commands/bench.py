@@ -11,6 +11,7 @@ from llamita.bench import Job, run_bench
 from llamita.bench_report import Settings
 from llamita.bench_worker import ModelSpec
 from llamita.checkpoint import resolve
+from llamita.engine.cache import KV_DTYPES
 from llamita.errors import InputError, RunError
 from llamita.files import has
 from llamita.packed import METADATA
@@ -30,38 +31,53 @@ _LABELS = {
 }
 
 
+# The options, each with what `--help` says of it.
+_Src = Annotated[
+    str | None, typer.Argument(metavar="[DIR|SRC]", help="A model directory, hub name or 'embedded'.")
+]
+_Shape = Annotated[
+    str | None, typer.Option(help="Random weights in this shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")
+]
+_Preset = Annotated[
+    str | None, typer.Option(help="How to round what is float: llama3.2 by default; none: not at all.")
+]
+_GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")]
+_Baseline = Annotated[
+    str | None,
+    typer.Option(metavar="SRC|bf16", help="Compare with this; bf16: random weights of the same shape."),
+]
+_PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
+_NewTokens = Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")]
+_Batch = Annotated[int, typer.Option(min=1, max=64, help="Decode so many sequences together, too.")]
+_Repeats = Annotated[int, typer.Option(min=1, help="Runs; figures are their medians.")]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
+_Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a sequence at most; by default the model's.")
+]
+_KvCache = Annotated[
+    str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+_Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars against the baseline.")
+]
+
+
 def command(
-    src: Annotated[
-        str | None, typer.Argument(metavar="[DIR|SRC]", help="A model directory, hub name or 'embedded'.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights in this shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="How to round what is float: llama3.2 by default; none: not at all.")
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(metavar="SRC|bf16", help="Compare with this; bf16: random weights of the same shape."),
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = PROMPT_TOKENS,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = NEW_TOKENS,
-    batch: Annotated[int, typer.Option(min=1, max=64, help="Decode so many sequences together, too.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs; figures are their medians.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores.")] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence at most; by default the model's.")
-    ] = None,
-    kv_cache: Annotated[
-        str | None, typer.Option("--kv-cache", help="Type of keys and values: f32, f16 and so on.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars against the baseline.")
-    ] = None,
+    src: _Src = None,
+    shape: _Shape = None,
+    preset: _Preset = None,
+    group_size: _GroupSize = None,
+    baseline: _Baseline = None,
+    prompt_tokens: _PromptTokens = PROMPT_TOKENS,
+    new_tokens: _NewTokens = NEW_TOKENS,
+    batch: _Batch = 1,
+    repeats: _Repeats = 5,
+    threads: _Threads = None,
+    context: _Context = None,
+    kv_cache: _KvCache = None,
+    json: _Json = False,
+    plot: _Plot = None,
 ) -> None:
     """Speed, size and memory of a model, beside the limits measured in the same run.
 
@@ -129,7 +145,7 @@ def _print(result: dict[str, Any]) -> None:
     model, baseline, limits = result["model"], result["baseline"], result["limits"]
     columns = ["", model["name"], *([baseline["name"], "ratio"] if baseline else [])]
     console.print_table(_title(result), columns, _rows(result))
-    columns = ["", "work", "rate", "limit", "of the limit"]
+    columns = ["", "work", "rate", "limit", "of the limit", "at the time"]
     console.print_table("Beside the limits measured in the same run", columns, _fraction_rows(result))
     for key in ("model", "baseline"):
         if result[key]:
@@ -203,9 +219,9 @@ def _fraction_rows(result: dict[str, Any]) -> list[list[str]]:
             label = f"{result[key]['name']}: {_LABELS[what]}".format(**result["settings"])
             work = console.megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} G multiply-adds"
             unit, fraction = "GB/s" if is_bytes else "G/s", row["fraction"]
-            limit = "" if fraction is None else f"{row['limit'] / 1e9:,.1f} {unit}"
-            rows.append([label, work, f"{row['rate'] / 1e9:,.1f} {unit}", limit,
-                         "" if fraction is None else f"{fraction:.1%}"])  # fmt: skip
+            known = [f"{row['limit'] / 1e9:,.1f} {unit}", f"{fraction:.1%}", f"{row['fraction_nearby']:.1%}"
+                     ] if fraction is not None else ["", "", ""]  # fmt: skip
+            rows.append([label, work, f"{row['rate'] / 1e9:,.1f} {unit}", *known])
     return rows
 
 
