@@ -39,11 +39,11 @@ def best_of(limits: Sequence[Limits]) -> Limits:
 class Runs:
     """Seconds of every repeat; `batch` is empty where only one sequence was decoded at a time."""
 
-    load: Sequence[float]
-    prefill: Sequence[float]
-    first_token: Sequence[float]
-    decode: Sequence[float]
-    batch: Sequence[float]
+    load: list[float]
+    prefill: list[float]
+    first_token: list[float]
+    decode: list[float]
+    batch: list[float]
 
 
 @dataclass(frozen=True)
