@@ -45,6 +45,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "baseline": ("evaluate",),
     "harness": ("evaluate",),
     "random_weights": ("checkpoint", "packed"),
+    "plan": ("work",),
     "bench_report": ("work",),
     "bench_worker": ("plan", "speed", "work"),
     "bench": ("bench_report", "bench_worker", "work"),
