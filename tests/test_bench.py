@@ -8,13 +8,15 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny import CONFIGS, make_checkpoint
 
-from llamita import bench_report, bench_worker, machine
+from llamita import bench_worker, machine
 from llamita.bench_report import (
+    RATIOS,
     Limits,
     Runs,
     Settings,
@@ -103,6 +105,7 @@ def test_figures_are_medians_with_their_spread() -> None:
         },
     }
     assert "batch_tokens_per_second" not in figures(replace(RUNS, batch=[]), SETTINGS)
+    assert figures(replace(RUNS, load=[]), SETTINGS)["load_seconds"] is None
 
 
 def test_fractions_of_the_limits() -> None:
@@ -156,8 +159,9 @@ def test_the_best_of_limits_is_the_best_of_each() -> None:
 
 
 def test_ratios_are_ours_over_theirs() -> None:
-    ours, theirs = dict.fromkeys(bench_report.RATIOS, 3.0), dict.fromkeys(bench_report.RATIOS, 2.0)
-    assert ratios(ours, theirs) == dict.fromkeys(bench_report.RATIOS, 1.5)
+    ours, theirs = dict.fromkeys(RATIOS, 3.0), dict.fromkeys(RATIOS, 2.0)
+    assert ratios(ours, theirs) == dict.fromkeys(RATIOS, 1.5)
+    assert "load_seconds" not in ratios(ours, {**theirs, "load_seconds": None})
 
 
 def test_points_lie_under_the_roof_where_fractions_say() -> None:
@@ -184,7 +188,7 @@ def test_decoding_rewinds_and_repeats_the_same_work() -> None:
     assert speed.decode > 0
 
 
-def ask(*requests: dict[str, object]) -> list[dict[str, object]]:
+def ask(*requests: dict[str, object]) -> list[dict[str, Any]]:
     """Answers of a worker in this process."""
     answers = io.StringIO()
     serve([json.dumps(request) for request in requests], answers)

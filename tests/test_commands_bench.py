@@ -90,6 +90,9 @@ def test_a_shape_beside_bf16_needs_no_files(
     assert found["model"]["is_random"]
     assert found["baseline"]["is_random"]
     assert found["ratios"]["size_bytes"] < 1
+    assert found["model"]["load_seconds"] > 0
+    assert found["baseline"]["load_seconds"] is None  # a real one is mapped, not made
+    assert "load_seconds" not in found["ratios"]
 
 
 def test_a_float_model_is_rounded_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:

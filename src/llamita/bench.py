@@ -105,8 +105,10 @@ def _load(job: Job, role: str, spec: ModelSpec, worker: Worker) -> _Contender:
         contender.facts = worker.ask(
             "load", spec=asdict(spec), threads=job.threads, context=job.context, kv_dtype=job.kv_dtype
         )
-        runs.load.append(contender.facts["seconds"])
-        if runs.load[-1] > _QUICK_LOAD:
+        seconds = contender.facts["seconds"]
+        if spec.scheme or not spec.is_random:
+            runs.load.append(seconds)
+        if seconds > _QUICK_LOAD:
             break
     wanted = job.settings.prompt_tokens + job.settings.new_tokens
     if wanted > contender.facts["context"]:

@@ -12,8 +12,14 @@ from typing import Any
 from llamita.errors import RunError
 from llamita.work import Work
 
-RATIOS = ("decode_tokens_per_second", "first_token_seconds", "prefill_tokens_per_second", "size_bytes",
-          "memory_bytes", "load_seconds")  # fmt: skip
+RATIOS: tuple[str, ...] = (
+    "decode_tokens_per_second",
+    "first_token_seconds",
+    "prefill_tokens_per_second",
+    "size_bytes",
+    "memory_bytes",
+    "load_seconds",
+)
 _CACHES = 4  # a model of fewer bytes than this many last-level caches need not come from memory
 
 
@@ -37,7 +43,11 @@ def best_of(limits: Sequence[Limits]) -> Limits:
 
 @dataclass(frozen=True)
 class Runs:
-    """Seconds of every repeat; `batch` is empty where only one sequence was decoded at a time."""
+    """Seconds of every repeat.
+
+    `batch` is empty where only one sequence was decoded at a time, `load` for random float weights: a real
+    model's are mapped and never made.
+    """
 
     load: list[float]
     prefill: list[float]
@@ -63,9 +73,12 @@ def figures(runs: Runs, settings: Settings) -> dict[str, Any]:
         "batch_tokens_per_second": (settings.batch * settings.new_tokens, runs.batch),
     }
     values = {name: [count / s for s in seconds] for name, (count, seconds) in tokens.items() if seconds}
-    values |= {"first_token_seconds": [*runs.first_token], "load_seconds": [*runs.load]}
+    values["first_token_seconds"] = runs.first_token
+    if runs.load:
+        values["load_seconds"] = runs.load
     spread = {name: [min(all_), max(all_)] for name, all_ in values.items()}
-    return {name: statistics.median(all_) for name, all_ in values.items()} | {"spread": spread}
+    medians = {name: statistics.median(all_) for name, all_ in values.items()}
+    return {"load_seconds": None, **medians, "spread": spread}
 
 
 def fractions(
@@ -124,8 +137,8 @@ def check_fractions(name: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def ratios(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
-    """The model's figures divided by the baseline's."""
-    return {name: model[name] / baseline[name] for name in RATIOS if baseline.get(name)}
+    """The model's figures divided by the baseline's, where both are known."""
+    return {name: model[name] / baseline[name] for name in RATIOS if model[name] and baseline[name]}
 
 
 def roofline_points(work: Work, rows: Mapping[str, Mapping[str, Any]], settings: Settings, chunk: int

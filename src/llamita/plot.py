@@ -87,9 +87,9 @@ def _roofline(axes: Axes, result: dict[str, Any]) -> None:
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * peak / 1e9))
     axes.annotate(f"int8 limit: {peak / 1e9:,.0f} G multiply-adds/s", (right, peak / 1e9), (-6, 6),
                   textcoords="offset points", ha="right", va="bottom", color=_ROOF, fontsize=9)  # fmt: skip
-    beside = ridge / 2.5  # right of the slope, above the points
-    axes.annotate(f"read bandwidth: {bandwidth / 1e9:,.1f} GB/s", (beside, beside * bandwidth / 1e9), (9, -3),
-                  textcoords="offset points", ha="left", va="center", color=_ROOF, fontsize=9)  # fmt: skip
+    slope = ridge / 1.8  # its label stands left of it, near the ridge, where no point can be
+    axes.annotate(f"read bandwidth:\n{bandwidth / 1e9:,.1f} GB/s", (slope, slope * bandwidth / 1e9), (-10, 0),
+                  textcoords="offset points", ha="right", va="center", color=_ROOF, fontsize=9)  # fmt: skip
     for name, (x, y) in points.items():
         _point(axes, name, x, y / 1e9, result)
     for axis in (axes.xaxis, axes.yaxis):

@@ -145,8 +145,12 @@ def _print(result: dict[str, Any]) -> None:
     model, baseline, limits = result["model"], result["baseline"], result["limits"]
     columns = ["", model["name"], *([baseline["name"], "ratio"] if baseline else [])]
     console.print_table(_title(result), columns, _rows(result))
-    columns = ["", "work", "rate", "limit", "of the limit", "at the time"]
-    console.print_table("Beside the limits measured in the same run", columns, _fraction_rows(result))
+    columns = ["", "work", "rate", "limit", "of it", "at the time"]
+    console.print_table(
+        "Beside the limits measured in the same run (GMAC: 10^9 int8 multiply-adds)",
+        columns,
+        _fraction_rows(result),
+    )
     for key in ("model", "baseline"):
         if result[key]:
             console.print_line(_memory_line(result[key]))
@@ -189,8 +193,8 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     models = [result["model"], *([result["baseline"]] if result["baseline"] else [])]
     table = []
     for label, key, show in rows:
-        cells = [show(model[key]) for model in models]
-        if len(models) == 2:
+        cells = ["" if model[key] is None else show(model[key]) for model in models]
+        if all(cells) and len(models) == 2:
             cells.append(_ratio(key, models[0][key] / models[1][key]))
         table.append([label, *cells])
     return table
@@ -217,8 +221,8 @@ def _fraction_rows(result: dict[str, Any]) -> list[list[str]]:
             if key == "baseline" and not is_bytes:
                 continue  # float arithmetic has another limit
             label = f"{result[key]['name']}: {_LABELS[what]}".format(**result["settings"])
-            work = console.megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} G multiply-adds"
-            unit, fraction = "GB/s" if is_bytes else "G/s", row["fraction"]
+            work = console.megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} GMAC"
+            unit, fraction = "GB/s" if is_bytes else "GMAC/s", row["fraction"]
             known = [f"{row['limit'] / 1e9:,.1f} {unit}", f"{fraction:.1%}", f"{row['fraction_nearby']:.1%}"
                      ] if fraction is not None else ["", "", ""]  # fmt: skip
             rows.append([label, work, f"{row['rate'] / 1e9:,.1f} {unit}", *known])
