@@ -154,6 +154,7 @@ def test_commands_run_without_torch(tmp_path: Path) -> None:
         ["inspect", "small", "--json"],
         ["verify", "small", "--json"],
         ["plan", "small", "--json"],
+        ["bench", "small", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--json"],
         ["generate", "small", "--prompt", "Once", "--max-tokens", "4", "--greedy", "--json"],
         ["evaluate", "small", "--limit", "1", "--max-seq-len", "128", "--json"],
     ]

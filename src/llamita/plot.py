@@ -130,8 +130,8 @@ def _bars(axes: Axes, result: dict[str, Any]) -> None:
         better = ratio if more_is_better else 1 / ratio
         word = "faster" if more_is_better else "sooner" if unit == "s" else "smaller"
         text = f"{better:.1f}x {word}" if better >= 1 else f"{better:.2f}x"
-        axes.annotate(text, (1.62, i), ha="right", va="center", fontsize=11, fontweight="bold", color=_INK)
-    axes.set(yticks=range(len(_BARS)), yticklabels=[label for label, *_ in _BARS], xlim=(0, 1.62), xticks=[])
+        axes.annotate(text, (1.7, i), ha="right", va="center", fontsize=11, fontweight="bold", color=_INK)
+    axes.set(yticks=range(len(_BARS)), yticklabels=[label for label, *_ in _BARS], xlim=(0, 1.7), xticks=[])
     axes.invert_yaxis()
     axes.tick_params(length=0, labelsize=10, colors=_INK)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
