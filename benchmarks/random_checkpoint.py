@@ -16,37 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from llamita.affine import f32_to_bf16
 from llamita.checkpoint import INDEX, expected_tensors
 from llamita.config import ModelConfig
+from llamita.shapes import SHAPES
 from llamita.tensorfile import TensorWriter
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
+CONFIG = SHAPES["llama-3.2-1b"]
 SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|eot_id|>": 128009}
 DEVIATION = 0.02  # the initializer range of Llama
 SHARD_BYTES = 1_000_000_000

@@ -13,11 +13,11 @@ from pathlib import Path
 import llamita
 from llamita import _native, console
 from llamita.baseline import open_contenders
-from llamita.bench import measure_speed
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.evaluate import TextScores, embedded_text, score_text
 from llamita.quantize import quantize
 from llamita.scheme import make_scheme
+from llamita.speed import measure_speed
 from llamita.verify import verify
 
 OUT = Path("build/demo")

@@ -9,16 +9,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext"),
+     "wikitext", "shapes", "machine"),
     # 2: models on disk
-    ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer"),
+    ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer",
+     "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.rtn", "methods.energy"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.llm"),
     # 5: questions about models
-    ("evaluate", "baseline", "harness", "plan", "verify", "bench"),
+    ("evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker",
+     "bench", "plot"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
      "commands.verify", "commands.plan", "commands.bench"),
@@ -42,6 +44,12 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     ),
     "baseline": ("evaluate",),
     "harness": ("evaluate",),
+    "random_weights": ("checkpoint", "packed"),
+    "plan": ("work",),
+    "bench_report": ("work",),
+    "bench_worker": ("plan", "speed", "work"),
+    "bench": ("bench_report", "bench_worker", "work"),
+    "plot": ("bench_report", "work"),
     "commands.chat": ("commands.generate",),
 }  # fmt: skip
 
@@ -52,8 +60,10 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "jinja2": ("chat",),
     "huggingface_hub": ("hub",),
     "rich": ("console",),
+    "matplotlib": ("plot",),
 }
 TORCH_SIDE = {"harness": ("lm_eval", "datasets")}
+EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
     "torch", "torchao", "transformers", "lm_eval", "datasets", "accelerate", "peft", "trl", "executorch",
     "compressed_tensors", "evaluate", "sacrebleu",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from layers import LAYERS, LEAN, NESTED, ONLY_IN, SIBLINGS, TORCH_PACKAGES, TORCH_SIDE
+from layers import EXTRAS, LAYERS, LEAN, NESTED, ONLY_IN, SIBLINGS, TORCH_PACKAGES, TORCH_SIDE
 from typer.core import TyperGroup
 
 from llamita import cli
@@ -100,7 +100,7 @@ def test_imports_are_absolute_and_at_the_top(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_of_others_are_imported_where_they_belong(module: str) -> None:
-    allowed = {*LEAN, *TORCH_SIDE.get(module, ())}
+    allowed = {*LEAN, *TORCH_SIDE.get(module, ()), *EXTRAS.get(module, ())}
     for package in foreign_imports(MODULES[module]):
         assert package in allowed, f"{module} imports {package}"
         assert module in ONLY_IN.get(package, (module,)), f"{module} imports {package}"
@@ -143,7 +143,7 @@ def run_blocked(program: str, folder: Path) -> str:
 
 
 def test_lean_modules_import_without_torch(tmp_path: Path) -> None:
-    lean = [f"llamita.{module}" for module in MODULES if module not in TORCH_SIDE]
+    lean = [f"llamita.{module}" for module in MODULES if module not in {*TORCH_SIDE, *EXTRAS}]
     program = f"import importlib\nfor name in {lean!r}: importlib.import_module(name)\n"
     run_blocked(program + "assert not set(BLOCKED) & set(sys.modules)\nprint('done')", tmp_path)
 
@@ -154,6 +154,7 @@ def test_commands_run_without_torch(tmp_path: Path) -> None:
         ["inspect", "small", "--json"],
         ["verify", "small", "--json"],
         ["plan", "small", "--json"],
+        ["bench", "small", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--json"],
         ["generate", "small", "--prompt", "Once", "--max-tokens", "4", "--greedy", "--json"],
         ["evaluate", "small", "--limit", "1", "--max-seq-len", "128", "--json"],
     ]

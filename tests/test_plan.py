@@ -1,6 +1,7 @@
 """`llamita plan` and `llamita inspect`: exact sizes from a config.json alone, estimates that add up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from llamita.plan import Described, Machine, describe, estimate_all
 from llamita.quantize import make_plan, quantize
 from llamita.scheme import PRESETS, make_scheme
 
-MACHINE = Machine(bandwidth=20e9, int8_rate=200e9, memory=8 * 10**9, memory_free=10**9, threads=2)
+MACHINE = Machine(bandwidth=20e9, int8_rate=200e9, memory=8 * 10**9, memory_free=10**9, threads=2,
+                  cache=2**25)  # fmt: skip
 LLAMA_1B = {
     **CONFIGS["llama32"], "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "head_dim": 64, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -68,6 +70,41 @@ def test_llama_1b_has_the_published_sizes(config_file: Path) -> None:
     assert estimates["llama3.2"].decode < MACHINE.bandwidth / estimates["llama3.2"].tensor_bytes
 
 
+def test_a_type_of_the_cache_changes_its_bytes(config_file: Path) -> None:
+    model = describe(str(config_file))
+    by_default = {e.name: e.cache_bytes_per_token for e in estimate_all(model, MACHINE)}
+    assert by_default["float"] == 2 * by_default["arm"]
+    floats = estimate_all(model, MACHINE, kv_dtype="f32")
+    assert {e.cache_bytes_per_token for e in floats} == {by_default["float"]}
+    with pytest.raises(InputError, match="--kv-cache: expected one of f32, f16"):
+        estimate_all(model, MACHINE, kv_dtype="f8")
+
+
+def test_small_models_are_bound_by_their_layers_not_by_memory(tmp_path: Path) -> None:
+    """However fast the machine, a layer takes its time."""
+    model = describe(str(make_checkpoint(tmp_path)))
+    fast = replace(MACHINE, bandwidth=1e18, int8_rate=1e18)
+    estimate = estimate_all(model, fast, [make_scheme("llama3.2")])[1]
+    assert estimate.decode == pytest.approx(1 / (2 * 10e-6))
+    assert estimate.prefill == pytest.approx(1 / (2 * 2e-6))
+    deeper = replace(model, config=replace(model.config, layers=4))
+    assert estimate_all(deeper, fast)[0].decode == pytest.approx(estimate.decode / 2)
+
+
+def test_what_fits_the_caches_is_read_faster(tmp_path: Path) -> None:
+    model = describe(str(make_checkpoint(tmp_path)))
+    cached, uncached = (estimate_all(model, replace(MACHINE, bandwidth=1e6, cache=size))[0].decode
+                        for size in (2**25, 0))  # fmt: skip
+    assert cached == pytest.approx(1.5 * uncached, rel=1e-3)
+
+
+def test_the_memory_beside_weights_and_cache_is_buffers_and_process(config_file: Path) -> None:
+    """Of Llama 3.2 1B, 4-bit: 256 tokens of 23,552 float32 and 12,288 int8, and the logits twice."""
+    (_, estimate) = estimate_all(describe(str(config_file)), MACHINE, [make_scheme("llama3.2")])
+    rest = estimate.memory[2048] - estimate.tensor_bytes - 2048 * estimate.cache_bytes_per_token
+    assert rest == 32e6 + 256 * (4 * 23_552 + 12_288) + 8 * 128_256
+
+
 def test_an_untied_embedding_is_not_read_for_every_token(config_file: Path) -> None:
     tied = describe(str(config_file))
     config_file.write_text(json.dumps({**LLAMA_1B, "tie_word_embeddings": False}))
@@ -116,7 +153,7 @@ def test_the_command_measures_this_machine(
     config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "_PROBE_BYTES", 2**24)
-    cli.main(["plan", str(config_file), "--preset", "llama3.2", "--json"])
+    cli.main(["plan", str(config_file), "--preset", "llama3.2", "--kv-cache", "f32", "--json"])
     values = json.loads(capsys.readouterr().out)
     assert values["machine"]["bandwidth"] > 1e8
     assert values["machine"]["int8_rate"] > 1e8

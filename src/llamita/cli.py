@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "llamita.commands.inspect:command",
     "verify": "llamita.commands.verify:command",
     "plan": "llamita.commands.plan:command",
+    "bench": "llamita.commands.bench:command",
 }
 SUMMARIES = {
     "quantize": "Turn a Llama checkpoint into a 4-bit model.",
@@ -29,6 +30,7 @@ SUMMARIES = {
     "inspect": "Show what a model directory holds.",
     "verify": "Check every file of a model directory against its recorded hash.",
     "plan": "Size, memory and speed to expect, before anything is downloaded or made.",
+    "bench": "Measure speed, size and memory, beside the limits of this machine.",
 }
 
 _INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT

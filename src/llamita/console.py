@@ -46,6 +46,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     out.print(table, soft_wrap=False)
 
 
+def print_line(text: str) -> None:
+    """A line of the answer that is no table, on stdout."""
+    out.print(text)
+
+
 def print_error(message: str) -> None:
     """One line on stderr."""
     line = " ".join(message.split())

@@ -1,10 +1,10 @@
 """What a model will take and give on this machine, before anything is downloaded: a config.json is enough.
 
 Sizes are exact: the bytes that `quantize` writes. Memory and speed are estimates: decode is bound by
-reading every weight once a token, prefill by int8 multiply-adds, at shares of the measured limits.
+reading every weight once a token, prefill by int8 multiply-adds, at shares of the measured limits; small
+models by the time that a layer takes whatever its size.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,32 +12,40 @@ from pathlib import Path
 from typing import Any
 
 from llamita import _native
-from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, is_hub_name, linear_names, resolve
+from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, is_hub_name, resolve
 from llamita.config import ModelConfig
+from llamita.engine.cache import KV_DTYPES
+from llamita.engine.llm import PREFILL_CHUNK
 from llamita.errors import InputError
 from llamita.files import has, read_json
+from llamita.machine import last_level_cache, machine_memory
 from llamita.packed import METADATA, PackedModel, open_source
 from llamita.quantize import Plan, float_bytes, make_plan
 from llamita.scheme import PRESETS, QuantScheme
 from llamita.threads import use_threads
+from llamita.work import Work, count_work
 
 CONTEXTS = (2048, 8192)  # tokens for which memory is given
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PROBE_BYTES = 2**29  # far larger than any cache; `llamita bench` reads more, and longer
-_DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits: what a good engine reaches
-_PROCESS_BYTES = 100e6  # Python, NumPy, tokenizer and the buffers of a step
-_F16, _F32 = 2, 4  # bytes of a cached number: quantized models and float models
+# Measured by `llamita bench` on the shape of Llama 3.2 1B and on the embedded model; docs/benchmarks.md
+_DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits
+_CACHED = 1.5  # times the bandwidth of memory, where the CPU's caches hold all weights
+_STEP_SECONDS = 10e-6  # of a layer and step, whatever its size
+_TOKEN_SECONDS = 2e-6  # of a layer and token of a prompt: what is no linear layer
+_PROCESS_BYTES = 32e6  # Python, NumPy and the code
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured rates and the memory of this machine (bytes; what this process may use, and what is free)."""
+    """Measured rates, memory (bytes that this process may use, and that are free) and last-level caches."""
 
     bandwidth: float  # bytes read per second
     int8_rate: float  # multiply-adds per second
     memory: int
     memory_free: int
     threads: int
+    cache: int
 
 
 @dataclass(frozen=True)
@@ -103,74 +111,73 @@ def _from_config(values: dict[str, Any], where: str) -> Described:
 def measure_machine() -> Machine:
     """This machine's limits, in about a second; InputError or RunError if its threads cannot be used."""
     threads = use_threads(None)
-    memory, free = _memory()
+    memory, free = machine_memory()
     probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
-    return Machine(_native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9, memory, free, threads)
+    bandwidth, int8_rate = _native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9
+    return Machine(bandwidth, int8_rate, memory, free, threads, last_level_cache())
 
 
 def estimate_all(
-    model: Described, machine: Machine, schemes: list[QuantScheme] | None = None
+    model: Described,
+    machine: Machine,
+    schemes: list[QuantScheme] | None = None,
+    kv_dtype: str | None = None,
 ) -> list[Estimate]:
     """The float model and these schemes (all presets by default); a packed model alone, as it is.
 
+    Args:
+        kv_dtype: of keys and values; by default that of `llamita.load`.
+
     Raises:
-        InputError: a scheme's groups do not fit the model.
+        InputError: a scheme's groups do not fit the model, or there is no such type.
     """
-    if model.scheme is not None:
-        return [_estimate(model, model.scheme, machine)]
-    return [_estimate(model, scheme, machine) for scheme in (None, *(schemes or PRESETS.values()))]
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise InputError(f"--kv-cache: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    wanted = [model.scheme] if model.scheme else [None, *(schemes or PRESETS.values())]
+    return [_estimate(model, scheme, machine, kv_dtype) for scheme in wanted]
 
 
-def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine) -> Estimate:
+def _estimate(
+    model: Described, scheme: QuantScheme | None, machine: Machine, kv_dtype: str | None
+) -> Estimate:
     config = model.config
     if scheme is None:
         size = float_bytes(config, model.float_dtype)
         plan = Plan(size, size, size, [], 0, 0, {})
     else:
         plan = make_plan(config, scheme, model.float_dtype)
-    cached = (
-        2 * config.layers * config.kv_heads * config.head_dim * (_F16 if scheme else _F32)
-    )  # keys and values
+    work = count_work(config, scheme, kv_dtype or ("f16" if scheme else "f32"), model.float_dtype)
     contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
-    memory = {c: int(plan.tensor_bytes + c * cached + _PROCESS_BYTES) for c in contexts}
-    linear = sum(rows * columns for rows, columns in linear_names(config).values())
-    read = _bytes_per_token(model, plan, scheme) + contexts[0] // 2 * cached  # the cache half full
+    beside = _PROCESS_BYTES + _buffer_bytes(config, scheme)
+    memory = {c: int(plan.tensor_bytes + c * work.cache_bytes + beside) for c in contexts}
     return Estimate(
         name=scheme.name if scheme else "float",
         tensor_bytes=plan.tensor_bytes,
         file_bytes=plan.file_bytes,
-        cache_bytes_per_token=cached,
+        cache_bytes_per_token=work.cache_bytes,
         memory=memory,
-        decode=_DECODE_SHARE * machine.bandwidth / read,
-        prefill=_PREFILL_SHARE * machine.int8_rate / linear if scheme else None,
+        decode=1 / _decode_seconds(work, config, machine, contexts[0] // 2),  # the cache half full
+        prefill=1 / _prefill_seconds(work, config, machine) if scheme else None,
         fits=memory[contexts[0]] <= machine.memory_free,
     )
 
 
-def _bytes_per_token(model: Described, plan: Plan, scheme: QuantScheme | None) -> int:
-    """Weights that one decoded token reads: all but an untied embedding, of which it reads a row."""
-    if model.config.tied:
-        return plan.tensor_bytes
-    width = 1 if scheme and scheme.table_bits else 4 if model.float_dtype("lm_head.weight") == "F32" else 2
-    return plan.tensor_bytes - model.config.vocab_size * model.config.hidden_size * width
+def _decode_seconds(work: Work, config: ModelConfig, machine: Machine, tokens: int) -> float:
+    """Seconds of a token after so many others."""
+    read = work.weight_bytes + tokens * work.cache_bytes
+    rate = _DECODE_SHARE * machine.bandwidth * (_CACHED if read <= machine.cache else 1)
+    return read / rate + config.layers * _STEP_SECONDS
 
 
-def _memory() -> tuple[int, int]:
-    """Bytes of memory that this process may use, and that are free now; containers may allow less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = total
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = next(iter(_lines(file)), "")
-        if limit.isdigit():
-            total, free = min(total, int(limit)), min(free, int(limit))
-    return total, free
+def _prefill_seconds(work: Work, config: ModelConfig, machine: Machine) -> float:
+    """Seconds for each token of a prompt of some hundreds."""
+    return work.linear / (_PREFILL_SHARE * machine.int8_rate) + config.layers * _TOKEN_SECONDS
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:  # not Linux, or another layout
-        return []
+def _buffer_bytes(config: ModelConfig, scheme: QuantScheme | None) -> int:
+    """What lies between the layers while a prompt is taken in: see `engine.model._Buffers`."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    floats = hidden + (queries + 2 * keys) + 2 * inner + queries  # the residual stream, q k v, gate up, heads
+    operands = (hidden + queries + inner) if scheme else 4 * (hidden + inner)  # bytes: int8, or float32
+    return PREFILL_CHUNK * (4 * floats + operands) + 2 * 4 * config.vocab_size

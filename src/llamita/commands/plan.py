@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from llamita import console
+from llamita.engine.cache import KV_DTYPES
 from llamita.plan import Estimate, Machine, describe, estimate_all, measure_machine
 from llamita.scheme import PRESETS, make_scheme
 from llamita.threads import use_threads
@@ -22,6 +23,9 @@ def command(
         int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Size, memory and speed to expect on this machine; downloads nothing but a config.json.
@@ -37,7 +41,7 @@ def command(
         if progress:
             progress("measuring this machine", 0, 1)
         machine = measure_machine()
-    estimates = estimate_all(model, machine, schemes)
+    estimates = estimate_all(model, machine, schemes, kv_cache)
     if json:
         console.print_json({"source": src, "context": model.config.context, "machine": asdict(machine),
                             "estimates": [asdict(e) for e in estimates]})  # fmt: skip

@@ -1,0 +1,236 @@
+"""`llamita bench`: speed, size and memory of a model, beside the limits of this machine and a baseline."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llamita import bench, console
+from llamita.bench import Job, run_bench
+from llamita.bench_report import Settings
+from llamita.bench_worker import ModelSpec
+from llamita.checkpoint import resolve
+from llamita.engine.cache import KV_DTYPES
+from llamita.errors import InputError, RunError
+from llamita.files import has
+from llamita.packed import METADATA
+from llamita.scheme import make_scheme
+from llamita.shapes import find_shape
+from llamita.speed import NEW_TOKENS, PROMPT_TOKENS
+
+DEFAULT_PRESET = "llama3.2"
+FLOAT = "none"  # the preset of a float model that stays float
+BF16 = "bf16"  # the baseline that needs no checkpoint
+PLOT = "llamita.plot"  # imported on use: it needs matplotlib
+_LABELS = {
+    "prefill": "prefill",
+    "prefill_with_attention": "prefill, attention counted",
+    "decode": "decode",
+    "batch": "decode, {batch} sequences",
+}
+
+
+# The options, each with what `--help` says of it.
+_Src = Annotated[
+    str | None, typer.Argument(metavar="[DIR|SRC]", help="A model directory, hub name or 'embedded'.")
+]
+_Shape = Annotated[
+    str | None, typer.Option(help="Random weights in this shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")
+]
+_Preset = Annotated[
+    str | None, typer.Option(help="How to round what is float: llama3.2 by default; none: not at all.")
+]
+_GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")]
+_Baseline = Annotated[
+    str | None,
+    typer.Option(metavar="SRC|bf16", help="Compare with this; bf16: random weights of the same shape."),
+]
+_PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
+_NewTokens = Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")]
+_Batch = Annotated[int, typer.Option(min=1, max=64, help="Decode so many sequences together, too.")]
+_Repeats = Annotated[int, typer.Option(min=1, help="Runs; figures are their medians.")]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
+_Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a sequence at most; by default the model's.")
+]
+_KvCache = Annotated[
+    str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+_Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars against the baseline.")
+]
+
+
+def command(
+    src: _Src = None,
+    shape: _Shape = None,
+    preset: _Preset = None,
+    group_size: _GroupSize = None,
+    baseline: _Baseline = None,
+    prompt_tokens: _PromptTokens = PROMPT_TOKENS,
+    new_tokens: _NewTokens = NEW_TOKENS,
+    batch: _Batch = 1,
+    repeats: _Repeats = 5,
+    threads: _Threads = None,
+    context: _Context = None,
+    kv_cache: _KvCache = None,
+    json: _Json = False,
+    plot: _Plot = None,
+) -> None:
+    """Speed, size and memory of a model, beside the limits measured in the same run.
+
+    Example: llamita bench --shape llama-3.2-1b --baseline bf16
+    """
+    model = _model(src, shape, preset, group_size)
+    draw = _plotter(plot) if plot else None
+    settings = Settings(prompt_tokens, new_tokens, batch)
+    job = Job(model, _baseline(baseline, model), settings, repeats, threads, context, kv_cache,
+              bench.PROBE_BYTES)  # fmt: skip
+    with console.progress(quiet=json) as progress:
+        result = run_bench(job, progress)
+    if draw:
+        draw(result, plot)
+    if json:
+        console.print_json(result)
+        return
+    _print(result)
+
+
+def _model(src: str | None, shape: str | None, preset: str | None, group_size: int | None) -> ModelSpec:
+    if (src is None) == (shape is None):
+        raise InputError("bench: expected a model or --shape, got both; try one of them" if src else
+                         "bench: expected a model or --shape, got neither; try --shape 1b")  # fmt: skip
+    if shape is not None:
+        shape, _ = find_shape(shape)
+    elif has(resolve(str(src)), METADATA):
+        if preset or group_size:
+            raise InputError(f"--preset, --group-size: expected a float model, got {src}, which is quantized")
+        return ModelSpec(src, None)
+    if preset == FLOAT:
+        if group_size:
+            raise InputError("--group-size: expected with a preset that rounds, got --preset none")
+        return ModelSpec(src, shape)
+    return ModelSpec(src, shape, make_scheme(preset or DEFAULT_PRESET, group_size))
+
+
+def _baseline(name: str | None, model: ModelSpec) -> ModelSpec | None:
+    if name is None:
+        return None
+    if name.lower() == BF16:
+        return ModelSpec(model.source, model.shape, random=model.source is not None)
+    resolve(name)
+    return ModelSpec(name, None)
+
+
+def _plotter(path: Path) -> Any:
+    """The function that draws; what can be wrong with the file is found before anything is measured."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--plot: expected a name that ends in .png, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--plot: expected an existing directory, got {path.absolute().parent}")
+    try:
+        return import_module(PLOT).draw
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "llamita":
+            raise
+        raise RunError(
+            f"--plot: expected the package {error.name}, found none; try pip install 'llamita[plot]' "
+            "(in a checkout '.[plot]')"
+        ) from None
+
+
+def _print(result: dict[str, Any]) -> None:
+    model, baseline, limits = result["model"], result["baseline"], result["limits"]
+    columns = ["", model["name"], *([baseline["name"], "ratio"] if baseline else [])]
+    console.print_table(_title(result), columns, _rows(result))
+    columns = ["", "work", "rate", "limit", "of it", "at the time"]
+    console.print_table(
+        "Beside the limits measured in the same run (GMAC: 10^9 int8 multiply-adds)",
+        columns,
+        _fraction_rows(result),
+    )
+    for key in ("model", "baseline"):
+        if result[key]:
+            console.print_line(_memory_line(result[key]))
+    if model["of_limit"]["decode"]["fraction"] is None:
+        cache = console.megabytes(limits["cache_bytes"])
+        console.print_line(f"decode: no limit, for with {cache} of cache the model need not come from memory")
+    console.print_line(_machine_line(result))
+
+
+def _title(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    weights = ", random weights" if result["model"]["is_random"] else ""
+    return (
+        f"A prompt of {settings['prompt_tokens']:,} tokens, {settings['new_tokens']:,} more; "
+        f"medians of {settings['repeats']}{weights}"
+    )
+
+
+def _machine_line(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; llamita {result['llamita']}, "
+        f"Python {machine['python']}, NumPy {machine['numpy']}, {machine['os']}; {result['date'][:10]}"
+    )
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    """Meta's table of its quantized models, then what it lacks."""
+    batch = result["settings"]["batch"]
+    rows = [
+        ("decode tok/s", "decode_tokens_per_second", _rate),
+        ("time to first token", "first_token_seconds", _seconds),
+        ("prefill tok/s", "prefill_tokens_per_second", _rate),
+        ("model size", "size_bytes", console.megabytes),
+        ("memory", "memory_bytes", console.megabytes),
+        ("load time", "load_seconds", _seconds),
+    ]
+    if batch > 1:
+        rows.append((f"decode tok/s, {batch} sequences", "batch_tokens_per_second", _rate))
+    models = [result["model"], *([result["baseline"]] if result["baseline"] else [])]
+    table = []
+    for label, key, show in rows:
+        cells = ["" if model[key] is None else show(model[key]) for model in models]
+        if all(cells) and len(models) == 2:
+            cells.append(_ratio(key, models[0][key] / models[1][key]))
+        table.append([label, *cells])
+    return table
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.2f} s" if value >= 1 else f"{value * 1e3:,.1f} ms"
+
+
+def _ratio(key: str, ratio: float) -> str:
+    """Rates as factors; seconds and bytes as what was saved or added."""
+    return f"{ratio:.2f}x" if key.endswith("per_second") else f"{100 * (ratio - 1):+.1f}\xa0%"
+
+
+def _fraction_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for key in ("model", "baseline"):
+        for what, row in (result[key] or {"of_limit": {}})["of_limit"].items():
+            is_bytes = row["unit"] == "bytes"
+            if key == "baseline" and not is_bytes:
+                continue  # float arithmetic has another limit
+            label = f"{result[key]['name']}: {_LABELS[what]}".format(**result["settings"])
+            work = console.megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} GMAC"
+            unit, fraction = "GB/s" if is_bytes else "GMAC/s", row["fraction"]
+            known = [f"{row['limit'] / 1e9:,.1f} {unit}", f"{fraction:.1%}", f"{row['fraction_nearby']:.1%}"
+                     ] if fraction is not None else ["", "", ""]  # fmt: skip
+            rows.append([label, work, f"{row['rate'] / 1e9:,.1f} {unit}", *known])
+    return rows
+
+
+def _memory_line(model: dict[str, Any]) -> str:
+    rest = model["memory_bytes"] - model["weights_bytes"] - model["cache_bytes"]
+    parts = {"weights": model["weights_bytes"], "cache": model["cache_bytes"], "the rest": rest}
+    listed = ", ".join(f"{console.megabytes(size)} {what}" for what, size in parts.items())
+    return f"memory of {model['name']}: {listed}"

@@ -1,0 +1,104 @@
+"""This machine, and the memory of this process, as Linux tells them; elsewhere what little is known."""
+
+import os
+import platform
+import resource
+import sys
+import threading
+from pathlib import Path
+
+_UNKNOWN_CACHE = 64 * 2**20  # bytes: taken for the last-level cache where the system does not tell
+_INTERVAL = 0.01  # seconds between two looks at the memory
+
+
+def cpu_name() -> str:
+    """The CPU's name, with family and model where there are: virtual machines often hide more of the name."""
+    facts: dict[str, str] = {}
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and "model" in facts:
+        return f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    return name
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_memory() -> tuple[int, int]:
+    """Bytes of memory that this process may use, and that are free now; containers may allow less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = total
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = next(iter(_lines(file)), "")
+        if limit.isdigit():
+            total, free = min(total, int(limit)), min(free, int(limit))
+    return total, free
+
+
+def last_level_cache() -> int:
+    """Bytes of the last-level caches together that the CPUs of this process reach."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    sizes: dict[str, int] = {}
+    for cpu in cpus:
+        caches = sorted(Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"))
+        last = max(caches, key=lambda path: int(_first(path / "level") or 0), default=None)
+        size = _first(last / "size") if last else ""
+        if last and size.endswith("K"):
+            sizes[_first(last / "shared_cpu_list") or str(cpu)] = int(size[:-1]) * 1024
+    return sum(sizes.values()) or _UNKNOWN_CACHE
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process without pages of files; where that is not told, its peak of all."""
+    for line in _lines("/proc/self/status"):
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MemoryWatch:
+    """The most that `anonymous_bytes` ever was, looked at every hundredth of a second while it is entered."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def look(self) -> None:
+        """Count the memory of this moment."""
+        self.peak = max(self.peak, anonymous_bytes())
+
+    def __enter__(self) -> "MemoryWatch":
+        self._done.clear()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        assert self._thread is not None
+        self._done.set()
+        self._thread.join()
+        self.look()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_INTERVAL):
+            self.look()
+
+
+def _first(path: Path) -> str:
+    return next(iter(_lines(path)), "").strip()
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:  # not Linux, or another layout
+        return []
