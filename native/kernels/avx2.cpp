@@ -105,7 +105,7 @@ void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HIN
 // Tiles: how much is computed together, of 16 registers of 8 floats. Results do not depend on them.
 constexpr size_t kLinearRows = 2, kLinearTokens = 3, kDecodeRows = 4;
 constexpr size_t kCandidates = 4;
-constexpr size_t kQueryRows = 4, kQueryTile = 4;
+constexpr size_t kQueryRows = 6, kQueryTile = 6;
 
 // clang-format off: in this order
 #include "float_kernels.inc"

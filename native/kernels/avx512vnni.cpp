@@ -89,7 +89,7 @@ void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HIN
 // Tiles: how much is computed together, of 32 registers. Results do not depend on them.
 constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
-constexpr size_t kQueryRows = 8, kQueryTile = 16;
+constexpr size_t kQueryRows = 6, kQueryTile = 24;
 
 // clang-format off: in this order
 #include "float_kernels.inc"
