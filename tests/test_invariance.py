@@ -21,6 +21,7 @@ MODELS = {  # family, preset, kv_dtype, overrides
     "bfloat16, half cache": ("llama2", None, "f16", {"dtype": "BF16", "attention_bias": True}),
     "g32, int8 tables": ("llama32", "llama3.2", "f16", {"attention_bias": True, "mlp_bias": True}),
     "g128, float tables": ("llama3", "arm", "f32", {}),
+    "g32, int8 cache": ("llama32", "llama3.2", "int8", {}),
 }
 
 
