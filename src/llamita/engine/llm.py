@@ -155,7 +155,9 @@ class LLM:
             raise InputError(f"context: expected 1 to {self.config.context} tokens, got {self.context}")
         self.kv_dtype = kv_dtype or ("f32" if self.scheme is None else "f16")
         if self.kv_dtype not in KV_DTYPES:
-            raise InputError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+            raise InputError(
+                f"kv_dtype (--kv-cache): expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}"
+            )
         self.model = Model(self.config, load_weights(source))
 
     @cached_property
