@@ -14,7 +14,7 @@ PRESET = "llama3.2"
 
 
 def main() -> None:
-    """Print a Markdown table; KL in nats a token × 10³."""
+    """Print a Markdown table; KL in nats a token times 1000."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="embedded")
     parser.add_argument("--text", type=Path, help="by default the text that ships with llamita")
@@ -29,12 +29,12 @@ def main() -> None:
         for i, (preset, kv) in enumerate(settings)
     ]
     scores = score_text(contenders, text, limit=arguments.chunks)
-    print(f"{scores[0].tokens:,} tokens\n\n| weights | cache | perplexity | KL × 10³ |\n|---|---|---|---|")
+    print(
+        f"{scores[0].tokens:,} tokens\n\n| weights | cache | perplexity | KL, 1e-3 nats |\n|---|---|---|---|"
+    )
     for contender, score in zip(contenders, scores, strict=True):
         kl = (
-            f"{1e3 * score.kl.value:.4f} ± {1e3 * (score.kl.high - score.kl.low) / 2:.4f}"
-            if score.kl
-            else "–"
+            f"{1e3 * score.kl.value:.4f} ± {1e3 * (score.kl.high - score.kl.low) / 2:.4f}" if score.kl else ""
         )
         print(f"| {contender.name} | {score.perplexity:.4f} | {kl} |")
 

@@ -54,7 +54,7 @@ def test_json_and_stdin_give_the_same_text() -> None:
 def test_the_cache_can_be_int8_and_nothing_unknown() -> None:
     result = run(*GENERATE, "--prompt", "Once upon a time", "--kv-cache", "int8")
     assert result.returncode == 0, result.stderr
-    for command in (GENERATE + ("--prompt", "Once"), ("chat", "embedded")):
+    for command in ((*GENERATE, "--prompt", "Once"), ("chat", "embedded")):
         expect_error(run(*command, "--kv-cache", "int4"), 2, "expected one of f32, f16, int8, got 'int4'")
 
 
