@@ -11,7 +11,7 @@ namespace llamita {
 namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
-constexpr size_t kItemTiles = 16;  // tiles of query rows of one head that a thread takes at a time
+constexpr size_t kItemTiles = 32;  // tiles of query rows of one head that a thread takes at a time
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
