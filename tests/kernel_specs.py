@@ -85,7 +85,7 @@ def rotate(x: F32, angles: F32, rope_scaling: float) -> F32:
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
 
 
-def coded(x: F32) -> F32:
+def coded(x: F32) -> npt.NDArray[np.float64]:
     """What int8 keys or values (tokens, heads, dim) stand for: each head as a token's activations are."""
     codes, scales, zeros = quantize_activations(x.reshape(-1, x.shape[2]))
     return (scales[:, None] * (codes.astype(np.float64) - zeros[:, None])).reshape(x.shape)
