@@ -2,6 +2,8 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "arrays.h"
@@ -16,6 +18,8 @@ constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kMaxHeads = 65536;
 // layers * kv_heads * tokens of a cache: keys and values of 4 bytes each stay far from the end of size_t
 constexpr size_t kMaxEntries = SIZE_MAX / 2 / (2 * sizeof(float) * kMaxHeadDim);
+
+const std::array<std::string, 3> kDtypes{"f32", "f16", "int8"};  // in the order of CacheDtype
 
 std::string text(size_t number) { return std::to_string(number); }
 
@@ -33,14 +37,32 @@ std::shared_ptr<KVCache> new_cache(size_t layers, size_t kv_heads, size_t head_d
   check_size(layers, kv_heads, capacity);
   require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
           "head_dim: expected an even number up to " + text(kMaxHeadDim) + ", got " + text(head_dim));
-  require(dtype == "f32" || dtype == "f16", "dtype: expected 'f32' or 'f16', got '" + dtype + "'");
+  const auto found = std::find(kDtypes.begin(), kDtypes.end(), dtype);
+  require(found != kDtypes.end(), "dtype: expected 'f32', 'f16' or 'int8', got '" + dtype + "'");
   const Array frequencies(inv_freq, "inv_freq", "f", {head_dim / 2});
   std::vector<float> copy(frequencies.as<float>(), frequencies.as<float>() + head_dim / 2);
-  return std::make_shared<KVCache>(layers, kv_heads, head_dim, capacity, dtype == "f16", std::move(copy), rope_scaling);
+  return std::make_shared<KVCache>(layers, kv_heads, head_dim, capacity,
+                                   static_cast<CacheDtype>(found - kDtypes.begin()), std::move(copy), rope_scaling);
 }
 
 bool same_shape(const KVCache& a, const KVCache& b) {
   return a.layers == b.layers && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim;
+}
+
+std::string shape_text(const KVCache& cache) {
+  return text(cache.layers) + " layers of " + text(cache.kv_heads) + " heads of " + text(cache.head_dim) + " " +
+         kDtypes.at(static_cast<size_t>(cache.dtype));
+}
+
+void copy_prefix(KVCache& cache, const KVCache& source, size_t tokens) {
+  require(same_shape(cache, source) && cache.dtype == source.dtype,
+          "source: expected " + shape_text(cache) + ", got " + shape_text(source));
+  require(cache.inv_freq == source.inv_freq && cache.rope_scaling == source.rope_scaling,
+          "source: expected the same rotary frequencies, got others; keys are stored rotated");
+  const size_t most = std::min(cache.capacity, source.capacity);
+  require(tokens <= most, "tokens: expected at most " + text(most) + ", got " + text(tokens));
+  const nb::gil_scoped_release release;
+  if (&cache != &source) cache.copy_prefix(source, tokens);
 }
 
 Batch new_batch(const nb::list& list) {
@@ -93,6 +115,7 @@ void bind_cache(nb::module_& m) {
   nb::class_<KVCache>(m, "KVCache")
       .def(nb::new_(&new_cache), "layers"_a, "kv_heads"_a, "head_dim"_a, "capacity"_a, "dtype"_a, "inv_freq"_a,
            "rope_scaling"_a = 1.0f)
+      .def("copy_prefix", copy_prefix, "source"_a, "tokens"_a)
       .def_prop_ro("nbytes", &KVCache::nbytes)
       .def_ro("capacity", &KVCache::capacity);
   nb::class_<Batch>(m, "Batch")

@@ -10,7 +10,8 @@
 namespace llamita {
 namespace {
 
-constexpr size_t kItemRows = 64;  // query rows of one head that a thread takes at a time
+constexpr double kLog2e = 1.4426950408889634;
+constexpr size_t kItemTiles = 32;  // tiles of query rows of one head that a thread takes at a time
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
@@ -29,30 +30,48 @@ void rotate(const float* x, const float* cos, const float* sin, size_t dim, floa
   }
 }
 
-// Position p of a head: lane p % 16 of its tile
+// Position p of a block: lane p % 16 of its tile
 template <class T>
-void scatter_key(const T* key, size_t dim, size_t position, T* keys) {
-  T* lane = keys + position / kKeyTile * dim * kKeyTile + position % kKeyTile;
+void scatter_key(const T* key, size_t dim, size_t position, uint8_t* keys) {
+  T* lane = reinterpret_cast<T*>(keys) + position / kKeyTile * dim * kKeyTile + position % kKeyTile;
   for (size_t d = 0; d < dim; d++) lane[d * kKeyTile] = key[d];
+}
+
+// Of one head at one position of a block. scratch: a head in int8, and what `quantize` sums up
+void cache_head(const KVCache& cache, const float* key, const float* value, size_t position, uint8_t* block,
+                uint8_t* scratch) {
+  const Kernels& k = kernels();
+  const size_t dim = cache.head_dim;
+  uint8_t* keys = cache.keys(block);
+  uint8_t* values = cache.values(block) + position * cache.value_stride * cache.element();
+  if (cache.dtype == CacheDtype::f32) {
+    scatter_key(key, dim, position, keys);
+    std::memcpy(values, value, dim * sizeof(float));
+  } else if (cache.dtype == CacheDtype::f16) {
+    uint16_t* half = reinterpret_cast<uint16_t*>(scratch);
+    k.to_f16(key, dim, half);
+    scatter_key(half, dim, position, keys);
+    k.to_f16(value, dim, reinterpret_cast<uint16_t*>(values));
+  } else {
+    Coding& coding = *reinterpret_cast<Coding*>(block);
+    int8_t* codes = reinterpret_cast<int8_t*>(scratch);
+    int32_t* sums = reinterpret_cast<int32_t*>(scratch + cache.value_stride);
+    int32_t zero;
+    k.quantize(key, dim, {codes, &coding.key_scales[position], &zero, sums});
+    coding.key_zeros[position] = static_cast<int8_t>(zero);
+    scatter_key(codes, dim, position, keys);
+    k.quantize(value, dim, {reinterpret_cast<int8_t*>(values), &coding.value_scales[position], &zero, sums});
+    coding.value_zeros[position] = static_cast<int8_t>(zero);
+  }
 }
 
 void cache_token(const KVCache& cache, size_t layer, size_t position, const float* key_value, const float* cos,
                  const float* sin, float* scratch) {
-  const Kernels& k = kernels();
   const size_t dim = cache.head_dim;
   for (size_t h = 0; h < cache.kv_heads; h++) {
-    const float* value = key_value + (cache.kv_heads + h) * dim;
     rotate(key_value + h * dim, cos, sin, dim, scratch);
-    uint8_t* to = cache.values(layer, h) + position * cache.value_stride * cache.element();
-    if (!cache.half) {
-      scatter_key(scratch, dim, position, reinterpret_cast<float*>(cache.keys(layer, h)));
-      std::memcpy(to, value, dim * sizeof(float));
-      continue;
-    }
-    uint16_t* key = reinterpret_cast<uint16_t*>(scratch + dim);
-    k.to_f16(scratch, dim, key);
-    scatter_key(key, dim, position, reinterpret_cast<uint16_t*>(cache.keys(layer, h)));
-    k.to_f16(value, dim, reinterpret_cast<uint16_t*>(to));
+    cache_head(cache, scratch, key_value + (cache.kv_heads + h) * dim, position % kKeyBlock,
+               cache.block(position / kKeyBlock, layer, h), reinterpret_cast<uint8_t*>(scratch + cache.value_stride));
   }
 }
 
@@ -60,38 +79,69 @@ struct Item {
   size_t sequence, head, first, last;  // query rows of a key/value head
 };
 
-std::vector<Item> attention_items(const Batch& batch, const HeadShape& shape) {
+// The longest first: what is left to the end is short
+std::vector<Item> attention_items(const Batch& batch, const HeadShape& shape, size_t most) {
   std::vector<Item> items;
   for (size_t s = 0; s < batch.sequences.size(); s++) {
     const size_t rows = batch.sequences[s].count * (shape.heads / shape.kv_heads);
-    for (size_t first = 0; first < rows; first += kItemRows)
+    for (size_t last = rows; last > 0; last -= std::min(last, most))
       for (size_t head = 0; head < shape.kv_heads; head++)
-        items.push_back({s, head, first, std::min(first + kItemRows, rows)});
+        items.push_back({s, head, last - std::min(last, most), last});
   }
   return items;
 }
 
+size_t attention_scratch(const KVCache& cache, const Kernels& k, size_t rows) {
+  const size_t wide = (kKeyBlock + rows) * (cache.head_dim + cache.value_stride);
+  return (wide + rows * (2 * kLanes + 2) + k.query_rows * kKeyBlock) * sizeof(float);
+}
+
 }  // namespace
 
-KVCache::KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity, bool half,
+KVCache::KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity, CacheDtype dtype,
                  std::vector<float> inv_freq, float rope_scaling)
     : layers(layers),
       kv_heads(kv_heads),
       head_dim(head_dim),
       capacity(capacity),
-      padded_capacity(round_up(capacity, kKeyBlock)),
       value_stride(round_up(head_dim, kLanes)),
-      half(half),
+      dtype(dtype),
+      block_bytes(kKeyBlock * (head_dim + value_stride) * element() + (dtype == CacheDtype::i8 ? sizeof(Coding) : 0)),
       inv_freq(std::move(inv_freq)),
       rope_scaling(rope_scaling),
-      memory(layers * kv_heads * padded_capacity * (head_dim + value_stride) * (half ? 2 : 4), false) {}
+      memory(round_up(capacity, kKeyBlock) / kKeyBlock * block_stride(), true) {}
 
-uint8_t* KVCache::keys(size_t layer, size_t head) const {
-  return memory.data() + (layer * kv_heads + head) * padded_capacity * (head_dim + value_stride) * element();
+uint8_t* KVCache::block(size_t index, size_t layer, size_t head) const {
+  return memory.data() + index * block_stride() + layer * layer_stride() + head * block_bytes;
 }
 
-uint8_t* KVCache::values(size_t layer, size_t head) const {
-  return keys(layer, head) + padded_capacity * head_dim * element();
+// Whole blocks of all layers and heads at once, then of the last block each head's positions
+void KVCache::copy_prefix(const KVCache& source, size_t tokens) {
+  const size_t whole = tokens / kKeyBlock, rest = tokens % kKeyBlock;
+  parallel_for(whole, 1, 0, [&](size_t begin, size_t end, uint8_t*) {
+    std::memcpy(block(begin, 0, 0), source.block(begin, 0, 0), (end - begin) * block_stride());
+  });
+  for (size_t i = 0; i < layers * kv_heads && rest > 0; i++)
+    copy_positions(source, source.block(whole, 0, i), block(whole, 0, i), rest);
+}
+
+void KVCache::copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, size_t count) {
+  const size_t tile_bytes = kKeyTile * head_dim * element(), lanes = count % kKeyTile;
+  if (dtype == CacheDtype::i8) {
+    const Coding& c = *reinterpret_cast<Coding*>(from);
+    Coding& mine = *reinterpret_cast<Coding*>(to);
+    std::copy_n(c.key_scales, count, mine.key_scales);
+    std::copy_n(c.value_scales, count, mine.value_scales);
+    std::copy_n(c.key_zeros, count, mine.key_zeros);
+    std::copy_n(c.value_zeros, count, mine.value_zeros);
+  }
+  std::memcpy(values(to), source.values(from), count * value_stride * element());
+  from = source.keys(from), to = keys(to);
+  std::memcpy(to, from, count / kKeyTile * tile_bytes);
+  for (size_t d = 0; d < head_dim && lanes > 0; d++) {  // of the last tile the first lanes
+    const size_t offset = count / kKeyTile * tile_bytes + d * kKeyTile * element();
+    std::memcpy(to + offset, from + offset, lanes * element());
+  }
 }
 
 Batch::Batch(std::vector<Sequence> list) : sequences(std::move(list)) {
@@ -114,7 +164,8 @@ void rope_and_cache(const Batch& batch, size_t layer, float* qkv, size_t heads) 
   if (batch.tokens == 0) return;
   const HeadShape shape = shape_of(batch, heads);
   const size_t dim = shape.head_dim, grain = std::max<size_t>(1, 16384 / shape.row());
-  parallel_for(batch.tokens, grain, 2 * dim * sizeof(float), [&](size_t begin, size_t end, uint8_t* scratch) {
+  const size_t scratch_bytes = 4 * round_up(dim, kLanes) * sizeof(float);
+  parallel_for(batch.tokens, grain, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
     float* row = reinterpret_cast<float*>(scratch);
     for (size_t t = begin; t < end; t++) {
       const Sequence& sequence = batch.sequences[batch.owner[t]];
@@ -130,28 +181,27 @@ void attention(const Batch& batch, size_t layer, const float* qkv, size_t heads,
   if (batch.tokens == 0) return;
   const Kernels& k = kernels();
   const HeadShape shape = shape_of(batch, heads);
-  const size_t dim = shape.head_dim, group = heads / shape.kv_heads;
-  const std::vector<Item> items = attention_items(batch, shape);
-  const size_t stride = batch.sequences.front().cache->value_stride;
-  const size_t scratch_bytes = k.query_rows * (kKeyBlock + 2 * stride) * sizeof(float);
+  const size_t dim = shape.head_dim, group = heads / shape.kv_heads, rows = kItemTiles * k.query_rows;
+  const std::vector<Item> items = attention_items(batch, shape, rows);
+  const size_t scratch_bytes = attention_scratch(*batch.sequences.front().cache, k, rows);
   parallel_for(items.size(), 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
     for (size_t i = begin; i < end; i++) {
       const Item& item = items[i];
       const Sequence& sequence = batch.sequences[item.sequence];
       const KVCache& cache = *sequence.cache;
       const size_t query = sequence.first * shape.row() + item.head * group * dim;
-      const AttentionHead a{cache.keys(layer, item.head),
-                            cache.values(layer, item.head),
-                            cache.half,
+      const AttentionHead a{cache.block(0, layer, item.head),
+                            cache.block_stride(),
+                            cache.dtype,
                             dim,
-                            stride,
+                            cache.value_stride,
                             qkv + query,
                             shape.row(),
                             out + (sequence.first * heads + item.head * group) * dim,
                             heads * dim,
                             group,
                             sequence.start,
-                            static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)))};
+                            static_cast<float>(kLog2e / std::sqrt(static_cast<double>(dim)))};
       k.attention(a, item.first, item.last, reinterpret_cast<float*>(scratch));
     }
   });

@@ -8,20 +8,28 @@
 
 namespace llamita {
 
-// Per layer and key/value head: keys in tiles of 16 (tiles, head_dim, 16), so that a vector holds the scores of 16
-// keys; values (capacity, value_stride). Memory is taken when tokens are written.
+// Blocks of kKeyBlock positions (kernels.h), (blocks, layers, kv_heads): what belongs to the first tokens lies
+// together, so that huge pages can be used and still come only as tokens are written. Keys in tiles of 16 positions, so
+// that a vector holds the scores of 16 keys.
 struct KVCache {
-  KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity, bool half, std::vector<float> inv_freq,
-          float rope_scaling);
-  uint8_t* keys(size_t layer, size_t head) const;
-  uint8_t* values(size_t layer, size_t head) const;
-  size_t element() const { return half ? 2 : 4; }
+  KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity, CacheDtype dtype,
+          std::vector<float> inv_freq, float rope_scaling);
+  uint8_t* block(size_t index, size_t layer, size_t head) const;
+  uint8_t* keys(uint8_t* block) const { return block + (dtype == CacheDtype::i8 ? sizeof(Coding) : 0); }
+  uint8_t* values(uint8_t* block) const { return keys(block) + kKeyBlock * head_dim * element(); }
+  size_t layer_stride() const { return kv_heads * block_bytes; }
+  size_t block_stride() const { return layers * layer_stride(); }
+  // Positions [0, tokens) of every layer and head; source: another cache of this shape, dtype and rotation
+  void copy_prefix(const KVCache& source, size_t tokens);
+  size_t element() const { return dtype == CacheDtype::i8 ? 1 : dtype == CacheDtype::f16 ? 2 : 4; }
   size_t nbytes() const { return memory.size(); }
 
+  void copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, size_t count);
+
   size_t layers, kv_heads, head_dim, capacity;
-  size_t padded_capacity;  // whole blocks of keys
-  size_t value_stride;     // head_dim in whole vectors
-  bool half;
+  size_t value_stride;  // head_dim in whole vectors
+  CacheDtype dtype;
+  size_t block_bytes;
   std::vector<float> inv_freq;  // (head_dim / 2,)
   float rope_scaling;
   Memory memory;

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from llamita.affine import to_f32
+from llamita.affine import quantize_activations, to_f32
 
 F32 = npt.NDArray[np.float32]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 64]  # below, at and above every tile
@@ -76,23 +76,32 @@ def swiglu(gate_up: F32) -> npt.NDArray[np.float64]:
         return gate / (1 + np.exp(-gate)) * up
 
 
+def rotate(x: F32, angles: F32, rope_scaling: float) -> F32:
+    """x (tokens, heads, dim) by angles (tokens, 1, dim / 2), rounded as the engine rounds it."""
+    cos, sin = (
+        f(angles.astype(np.float64)).astype(np.float32) * np.float32(rope_scaling) for f in (np.cos, np.sin)
+    )
+    low, high = np.split(x, 2, axis=2)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
+
+
+def coded(x: F32) -> npt.NDArray[np.float64]:
+    """What int8 keys or values (tokens, heads, dim) stand for: each head as a token's activations are."""
+    codes, scales, zeros = quantize_activations(x.reshape(-1, x.shape[2]))
+    return (scales[:, None] * (codes.astype(np.float64) - zeros[:, None])).reshape(x.shape)
+
+
 def attention(
-    qkv: F32, heads: int, kv_heads: int, inv_freq: F32, rope_scaling: float = 1.0
+    qkv: F32, heads: int, kv_heads: int, inv_freq: F32, rope_scaling: float = 1.0, dtype: str = "f32"
 ) -> npt.NDArray[np.float64]:
     """Rotary embedding and causal attention of a whole sequence: qkv (tokens, (heads + 2 kv_heads) * dim)."""
     tokens, dim = len(qkv), 2 * len(inv_freq)
-    q, k, v = np.split(
-        qkv.astype(np.float64).reshape(tokens, heads + 2 * kv_heads, dim), [heads, heads + kv_heads], axis=1
-    )
-    angles = (np.arange(tokens, dtype=np.float32)[:, None] * inv_freq).astype(np.float64)[:, None]
-    cos, sin = np.cos(angles) * rope_scaling, np.sin(angles) * rope_scaling  # (tokens, 1, dim / 2)
-
-    def rotate(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        low, high = np.split(x, 2, axis=2)
-        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
-
-    k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (rotate(k), v))  # (tokens, heads, dim)
-    scores = np.einsum("thd,shd->hts", rotate(q), k) / np.sqrt(dim)
+    q, k, v = np.split(qkv.reshape(tokens, heads + 2 * kv_heads, dim), [heads, heads + kv_heads], axis=1)
+    angles = (np.arange(tokens, dtype=np.float32)[:, None] * inv_freq)[:, None]
+    q, k = (rotate(x, angles, rope_scaling) for x in (q, k))
+    stored = {"f32": lambda x: x, "f16": lambda x: x.astype(np.float16), "int8": coded}[dtype]
+    k, v = (np.repeat(stored(x).astype(np.float64), heads // kv_heads, axis=1) for x in (k, v))
+    scores = np.einsum("thd,shd->hts", q.astype(np.float64), k) / np.sqrt(dim)
     scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)

@@ -9,7 +9,8 @@ import pytest
 from llamita import _native
 
 SHAPES = [(4, 1, 64), (8, 8, 32), (6, 2, 128), (4, 2, 24), (2, 1, 6), (9, 1, 80)]  # heads, kv_heads, head_dim
-TOLERANCE = {"f32": 3e-6, "f16": 3e-3}
+DTYPES = ["f32", "f16", "int8"]
+TOLERANCE = 3e-6
 
 
 def frequencies(dim: int) -> np.ndarray:
@@ -46,17 +47,17 @@ def in_chunks(cache: _native.KVCache, qkv: np.ndarray, heads: int, width: int, c
     return np.concatenate(pieces)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 127, 128, 129, 300])
 def test_attention(isa: str, dtype: str, heads: int, kv_heads: int, dim: int, tokens: int) -> None:
     qkv = random_qkv(tokens, heads, kv_heads, dim)
-    expected = spec.attention(qkv, heads, kv_heads, frequencies(dim))
+    expected = spec.attention(qkv, heads, kv_heads, frequencies(dim), dtype=dtype)
     found = in_chunks(new_cache(kv_heads, dim, tokens, dtype), qkv, heads, heads * dim, tokens)
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 def test_chunks_change_nothing(isa: str, dtype: str, heads: int, kv_heads: int, dim: int) -> None:
     qkv = random_qkv(150, heads, kv_heads, dim)
@@ -74,12 +75,12 @@ def test_instruction_sets_and_threads_give_the_same_bits() -> None:
             for count in (1, 2, 3):
                 _native.set_isa(name)
                 _native.set_threads(count)
-                results += [in_chunks(new_cache(2, 64, 200, d), qkv, 6, 384, 50) for d in ("f32", "f16")]
+                results += [in_chunks(new_cache(2, 64, 200, d), qkv, 6, 384, 50) for d in DTYPES]
     finally:
         _native.set_isa(before)
         _native.set_threads(threads)
-    for i in range(2, len(results)):
-        np.testing.assert_array_equal(results[i], results[i % 2])
+    for i in range(len(DTYPES), len(results)):
+        np.testing.assert_array_equal(results[i], results[i % len(DTYPES)])
 
 
 def test_company_in_a_batch_changes_nothing(isa: str) -> None:
@@ -99,7 +100,7 @@ def test_company_in_a_batch_changes_nothing(isa: str) -> None:
         np.testing.assert_array_equal(np.concatenate(pieces), expected)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_lies_beyond_a_token_is_never_read(isa: str, dtype: str) -> None:
     heads, kv_heads, dim, width = 8, 2, 64, 512
     qkv = random_qkv(140, heads, kv_heads, dim)
@@ -137,9 +138,64 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
     assert np.abs(out).max() <= np.abs(qkv).max() * 1.0001
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_what_is_not_finite_shows(isa: str, dtype: str, bad: float, part: str) -> None:
+    heads, dim = 2, 32
+    qkv = random_qkv(140, heads, 1, dim)
+    qkv[3, heads * dim + (5 if part == "key" else dim + 5)] = bad
+    out = in_chunks(new_cache(1, dim, 140, dtype), qkv, heads, heads * dim, 140)
+    assert np.isfinite(out[:3]).all()
+    shows = ~np.isfinite(out.reshape(140, heads, dim)).all(axis=2)  # (tokens, heads)
+    if dtype == "int8" or part == "value" or np.isnan(bad):
+        assert shows[3:].all()
+    else:  # a score of minus infinity is a weight of nothing
+        assert shows[3:].any()
+
+
 def test_memory_of_a_cache() -> None:
-    cache = _native.KVCache(3, 2, 64, 200, "f16", frequencies(64))
-    assert (cache.capacity, cache.nbytes) == (200, 3 * 2 * 256 * (64 + 64) * 2)  # whole blocks of 128 tokens
+    for dtype, token_bytes in (("f32", 512), ("f16", 256), ("int8", 128 + 2 * 5)):  # a key and a value
+        cache = _native.KVCache(3, 2, 64, 200, dtype, frequencies(64))
+        assert (cache.capacity, cache.nbytes) == (
+            200,
+            3 * 2 * 256 * token_bytes,
+        )  # whole blocks of 128 tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 128, 140])
+def test_a_copied_prefix_goes_on_as_the_original(dtype: str, tokens: int) -> None:
+    heads, kv_heads, dim, width = 4, 2, 24, 96
+    qkv = random_qkv(150, heads, kv_heads, dim)
+    source, copy = new_cache(kv_heads, dim, 150, dtype), new_cache(kv_heads, dim, 160, dtype)
+    whole = [step(_native.Batch([(source, 0, 150)]), qkv, heads, width, layer) for layer in (0, 1)]
+    for layer in (0, 1):
+        step(
+            _native.Batch([(copy, 0, 160)]),
+            np.full((160, qkv.shape[1]), np.nan, np.float32),
+            heads,
+            width,
+            layer,
+        )
+    copy.copy_prefix(source, tokens)
+    for layer in (0, 1):
+        rest = step(_native.Batch([(copy, tokens, 150 - tokens)]), qkv[tokens:], heads, width, layer)
+        np.testing.assert_array_equal(rest, whole[layer][tokens:])
+
+
+def test_a_copied_prefix_leaves_later_positions_alone() -> None:
+    qkv, other = (random_qkv(40, 2, 1, 16, seed) for seed in (0, 1))
+    caches = [new_cache(1, 16, 40) for _ in range(3)]
+    step(_native.Batch([(caches[0], 0, 40)]), other, 2, 32)
+    for cache, start in ((caches[1], qkv), (caches[2], np.concatenate([other[:19], qkv[19:]]))):
+        step(_native.Batch([(cache, 0, 40)]), start, 2, 32)
+    caches[1].copy_prefix(caches[0], 19)
+    last = random_qkv(1, 2, 1, 16, 2)
+    found, expected = (np.empty((1, 32), np.float32) for _ in range(2))
+    _native.attention(_native.Batch([(caches[1], 39, 1)]), 1, last, 2, found)
+    _native.attention(_native.Batch([(caches[2], 39, 1)]), 1, last, 2, expected)
+    np.testing.assert_array_equal(found, expected)
 
 
 CACHE = new_cache(2, 16, 20)
@@ -192,7 +248,27 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "dtype": (
         lambda: _native.KVCache(1, 1, 16, 8, "f64", frequencies(16)),
-        "dtype: expected 'f32' or 'f16', got 'f64'",
+        "dtype: expected 'f32', 'f16' or 'int8', got 'f64'",
+    ),
+    "prefix of another dtype": (
+        lambda: CACHE.copy_prefix(new_cache(2, 16, 20, "f16"), 1),
+        "source: expected 2 layers of 2 heads of 16 f32, got 2 layers of 2 heads of 16 f16",
+    ),
+    "prefix of another shape": (
+        lambda: CACHE.copy_prefix(new_cache(1, 16, 20), 1),
+        "source: expected 2 layers of 2 heads of 16 f32, got 2 layers of 1 heads of 16 f32",
+    ),
+    "prefix of another rotation": (
+        lambda: CACHE.copy_prefix(_native.KVCache(2, 2, 16, 20, "f32", 2 * frequencies(16)), 1),
+        "source: expected the same rotary frequencies",
+    ),
+    "prefix beyond the source": (
+        lambda: CACHE.copy_prefix(new_cache(2, 16, 12), 13),
+        "tokens: expected at most 12, got 13",
+    ),
+    "prefix beyond the capacity": (
+        lambda: CACHE.copy_prefix(new_cache(2, 16, 30), 21),
+        "tokens: expected at most 20, got 21",
     ),
     "frequencies": (
         lambda: _native.KVCache(1, 1, 16, 8, "f32", frequencies(8)),

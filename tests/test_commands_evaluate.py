@@ -87,6 +87,19 @@ def test_limit_and_length_bound_the_chunks(root, capsys):
     assert values["models"][0]["text"]["kl"] is None
 
 
+def test_the_cache_is_for_all_but_the_baseline(root, capsys):
+    arguments = (root / "g128", "--text", root / "text.txt", "--json")
+    first, second = (json.loads(run(capsys, *arguments, *more)[1]) for more in ((), ("--kv-cache", "int8")))
+    assert [model["kv_cache"] for model in first["models"]] == ["f32", "f16"]
+    assert [model["kv_cache"] for model in second["models"]] == ["f32", "int8"]
+    perplexities = [[m["text"]["perplexity"] for m in values["models"]] for values in (first, second)]
+    assert perplexities[0][0] == perplexities[1][0]
+    assert perplexities[0][1] != perplexities[1][1]
+    code, _, err = run(capsys, *arguments, "--kv-cache", "int4")
+    assert code == 2
+    assert "expected one of f32, f16, int8, got 'int4'" in err
+
+
 def test_the_embedded_text_is_the_default(root, capsys):
     values = json.loads(run(capsys, root / "base", "--limit", 1, "--json")[1])
     assert values["text"] == {"name": "embedded text", "whole_chunks": False}

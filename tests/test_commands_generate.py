@@ -51,6 +51,13 @@ def test_json_and_stdin_give_the_same_text() -> None:
     assert streamed.stdout.decode() == values["text"] + "\n"
 
 
+def test_the_cache_can_be_int8_and_nothing_unknown() -> None:
+    result = run(*GENERATE, "--prompt", "Once upon a time", "--kv-cache", "int8")
+    assert result.returncode == 0, result.stderr
+    for command in ((*GENERATE, "--prompt", "Once"), ("chat", "embedded")):
+        expect_error(run(*command, "--kv-cache", "int4"), 2, "expected one of f32, f16, int8, got 'int4'")
+
+
 def test_stop_and_seed_reach_the_engine() -> None:
     arguments = ("generate", "embedded", "--prompt", "Once upon a time", "--max-tokens", "40", "--json")
     free, again = (json.loads(run(*arguments, "--seed", "4").stdout) for _ in range(2))

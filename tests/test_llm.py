@@ -332,7 +332,7 @@ def test_load_refuses(tmp_path: Path) -> None:
     for options, expected in [
         ({"context": 0}, "context"),
         ({"context": 513}, "context: expected 1 to 512"),
-        ({"kv_dtype": "f64"}, "kv_dtype"),
+        ({"kv_dtype": "f64"}, r"kv_dtype \(--kv-cache\): expected one of f32, f16, int8, got 'f64'"),
         ({"threads": 0}, "threads"),
         ({"preset": "nope"}, "--preset"),
     ]:

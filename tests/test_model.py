@@ -92,11 +92,14 @@ def test_the_embedded_model_is_that_of_transformers() -> None:
     assert relative_difference(llm.logits(ids), oracle(llm.path, ids)) <= TOLERANCE
 
 
-def test_keys_and_values_in_half_precision_change_little(tmp_path: Path) -> None:
+def test_keys_and_values_in_fewer_bits_change_little(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama3", dtype="F32")
     ids = random_ids(320)
-    halves, whole = (llamita.load(tmp_path, kv_dtype=kv).logits(ids) for kv in ("f16", "f32"))
+    bytewise, halves, whole = (
+        llamita.load(tmp_path, kv_dtype=kv).logits(ids) for kv in ("int8", "f16", "f32")
+    )
     assert 0 < relative_difference(halves, whole) < 5e-3
+    assert relative_difference(halves, whole) < relative_difference(bytewise, whole) < 5e-2
 
 
 ROPES = {

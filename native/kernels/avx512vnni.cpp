@@ -80,13 +80,16 @@ V load_bf16(const void* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+V load_i8(const void* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
+}
 void store_f16(uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.f, kNearest)); }
 void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Tiles: how much is computed together, of 32 registers. Results do not depend on them.
 constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
-constexpr size_t kQueryRows = 8, kQueryTile = 16;
+constexpr size_t kQueryRows = 6, kQueryTile = 24;
 
 // clang-format off: in this order
 #include "float_kernels.inc"

@@ -60,11 +60,21 @@ struct QuantizedRow {
   int32_t* sums;  // (ceil(columns / kSumInputs),)
 };
 
+enum class CacheDtype : int { f32, f16, i8 };
+
+// Of one head's positions in a block: a code stands for scale * (code - zero).
+struct Coding {
+  float key_scales[kKeyBlock], value_scales[kKeyBlock];
+  int8_t key_zeros[kKeyBlock], value_zeros[kKeyBlock];
+};
+
 // The query rows that share one key/value head: row i is token i / group, query head i % group of the head.
+// A block holds kKeyBlock positions: of i8 their Coding, then keys (tiles, head_dim, kKeyTile), then values
+// (kKeyBlock, value_stride).
 struct AttentionHead {
-  const void* keys;    // (tiles, head_dim, kKeyTile)
-  const void* values;  // (positions, value_stride)
-  bool half;           // float16, else float32
+  const uint8_t* blocks;
+  size_t block_stride;  // bytes
+  CacheDtype dtype;
   size_t head_dim, value_stride;
   const float* query;  // first query head of the first token; tokens query_stride apart
   size_t query_stride;
@@ -72,7 +82,7 @@ struct AttentionHead {
   size_t out_stride;
   size_t group;  // query heads per key/value head
   size_t start;  // position of the first token
-  float scale;   // 1 / sqrt(head_dim)
+  float scale;   // log2(e) / sqrt(head_dim)
 };
 
 // The scale: torchao's formula, the same rounded to bf16, or that of least squared error on the bf16 grid.
@@ -97,9 +107,10 @@ struct Kernels {
   void (*quantize)(const float* x, size_t columns, const QuantizedRow&);
   void (*rmsnorm)(const float* x, const float* gamma, size_t columns, float eps, float* out);
   void (*swiglu)(const float* gate, const float* up, size_t columns, float* out);
-  // Query rows [first, last). scratch: attention_scratch floats.
+  // Query rows [first, last). scratch, 64-byte aligned: for kKeyBlock positions and for each row head_dim +
+  // value_stride floats; for each row 2 * kLanes + 2, and query_rows * kKeyBlock.
   void (*attention)(const AttentionHead&, size_t first, size_t last, float* scratch);
-  size_t query_rows;  // rows that share one pass over the keys
+  size_t query_rows;  // rows that share one pass over the keys: at most kLanes
   void (*to_f32)(const void* source, Dtype, size_t count, float* out);
   void (*to_f16)(const float* source, size_t count, uint16_t* out);
   // False if w holds NaN or infinity (nothing is written then). scratch: 2 * (group_size + kLanes) floats.
@@ -111,7 +122,6 @@ struct Kernels {
 };
 
 constexpr int kProbeVariants = 3;
-constexpr size_t kMaxQueryRows = 8;
 
 extern const Kernels scalar_kernels;
 extern const Kernels avx2_kernels;

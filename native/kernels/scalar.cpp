@@ -131,6 +131,10 @@ V load_bf16(const void* p) {
     return r;
   });
 }
+V load_i8(const void* p) {
+  const int8_t* codes = static_cast<const int8_t*>(p);
+  return each([=](size_t i) { return static_cast<float>(codes[i]); });
+}
 void store_f16(uint16_t* p, V a) {
   for (size_t i = 0; i < kLanes; i++) p[i] = f32_to_f16(a.f[i]);
 }

@@ -22,6 +22,7 @@ def open_contenders(
     baseline: str | None = None,
     *,
     threads: int | None = None,
+    kv_dtype: str | None = None,
     progress: Progress = None,
 ) -> list[Contender]:
     """Load models and what they are measured against, which comes first.
@@ -31,6 +32,7 @@ def open_contenders(
         baseline: likewise; by default the recorded source of the quantized directories; "none" for no
             baseline. Where no source is quantized there is none either.
         threads: of the kernels.
+        kv_dtype: for keys and values of all models but the baseline; see `llamita.load`.
 
     Raises:
         InputError: a model given twice, different recorded sources, or one that has changed since.
@@ -46,10 +48,12 @@ def open_contenders(
     if chosen is not None and chosen != NO_BASELINE:
         has_baseline, path = True, resolve(chosen)
         columns = [(_short_names([chosen])[0], path), *(c for c in columns if c[1] != path)]
-    return [
-        Contender(name, load(path, threads=threads), has_baseline and i == 0)
-        for i, (name, path) in enumerate(columns)
-    ]
+    contenders = []
+    for i, (name, path) in enumerate(columns):
+        is_baseline = has_baseline and i == 0
+        llm = load(path, threads=threads, kv_dtype=None if is_baseline else kv_dtype)
+        contenders.append(Contender(name, llm, is_baseline))
+    return contenders
 
 
 def _recorded_source(sources: Sequence[str], paths: Sequence[Path], progress: Progress) -> str | None:

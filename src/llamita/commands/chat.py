@@ -48,13 +48,14 @@ def command(
     preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
 ) -> None:
     """Talk to a model; a line is a message.
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """
-    llm = load(model, preset=preset, threads=threads, context=context)
+    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
     _ = llm.chat_template  # a base model without one is refused before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,

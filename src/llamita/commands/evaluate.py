@@ -57,6 +57,9 @@ _AddBos = Annotated[
     typer.Option("--add-bos-token/--no-add-bos-token", help="As in LM Eval; else the tokenizer decides."),
 ]
 _Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
+_KvCache = Annotated[
+    str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -70,6 +73,7 @@ def command(
     max_seq_len: _Length = CHUNK_TOKENS,
     add_bos_token: _AddBos = None,
     threads: _Threads = None,
+    kv_cache: _KvCache = None,
     json: _Json = False,
 ) -> None:
     """Measure what quantization cost: perplexity, divergence from the float model, tasks of LM Eval.
@@ -87,7 +91,7 @@ def command(
     harness = _import_harness() if names else None  # before anything that takes time
     _choose_text(job, text, wikitext_file, harness)
     with console.progress(quiet=json) as progress:
-        contenders = open_contenders(models, baseline, threads=threads, progress=progress)
+        contenders = open_contenders(models, baseline, threads=threads, kv_dtype=kv_cache, progress=progress)
         scores = _score(job, contenders, progress)
         results = _run_tasks(job, contenders, harness, progress)
     if json:
@@ -181,6 +185,7 @@ def _values(
             "path": str(contender.llm.path),
             "is_baseline": contender.is_baseline,
             "scheme": contender.llm.scheme.to_dict() if contender.llm.scheme else None,
+            "kv_cache": contender.llm.kv_dtype,
             "weight_bytes": contender.weight_bytes,
             "text": asdict(scores[i]) if scores else None,
             "tasks": [asdict(task) for task in results[i]],

@@ -31,6 +31,7 @@ def command(
     preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
 ) -> None:
     """Continue a prompt.
@@ -38,7 +39,7 @@ def command(
     Example: llamita generate embedded --prompt "Once upon a time" --max-tokens 100
     """
     text = read_prompt(prompt)
-    llm = load(model, preset=preset, threads=threads, context=context)
+    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,

@@ -7,7 +7,7 @@ import numpy as np
 from llamita import _native
 from llamita.config import ModelConfig, RopeConfig
 
-KV_DTYPES = ("f32", "f16")
+KV_DTYPES = ("f32", "f16", "int8")
 
 
 class SequenceCache:
@@ -16,7 +16,7 @@ class SequenceCache:
     Args:
         config: the model's shapes.
         capacity: tokens it may hold.
-        kv_dtype: "f32" or "f16".
+        kv_dtype: "f32", "f16", or "int8" with a scale and a zero point for each token and head.
         declared_length: tokens the sequence is said to reach. Dynamic rotary scaling depends on it, and
             it is fixed at the start so that the order of work cannot change a result.
     """
@@ -28,6 +28,21 @@ class SequenceCache:
         )
         self.capacity = capacity
         self.length = 0
+
+    def copy_prefix(self, source: "SequenceCache", tokens: int) -> None:
+        """Begin with the first tokens of another sequence of the same model; what was here before goes.
+
+        Args:
+            source: of the same kv_dtype and, under dynamic rotary scaling, with the same frequencies.
+            tokens: up to source.length and this cache's capacity.
+
+        Raises:
+            ValueError: the caches do not match, or tokens are too many.
+        """
+        if tokens > source.length:
+            raise ValueError(f"tokens: expected at most {source.length}, got {tokens}")
+        self.native.copy_prefix(source.native, tokens)
+        self.length = tokens
 
     @property
     def nbytes(self) -> int:
