@@ -115,5 +115,7 @@ constexpr size_t kMaxQueryRows = 8;
 extern const Kernels scalar_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512vnni_kernels;
+extern const Kernels neon_dotprod_kernels;
+extern const Kernels neon_i8mm_kernels;
 
 }  // namespace llamita
