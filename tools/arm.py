@@ -174,9 +174,9 @@ def build_module() -> None:
 def output(python: Path | str, program: str, **variables: str) -> str:
     """What a Python program prints."""
     environment = {**os.environ, **variables}
-    result = subprocess.run([python, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
-    if result.returncode:  # what went wrong is on stderr
-        sys.exit(f"expected exit status 0, got {result.returncode} from {python}")
+    result = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{python}: expected exit status 0, got {result.returncode}\n{result.stderr}")
     return result.stdout.strip()
 
 
