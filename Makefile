@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # What an installed llamita is made of: when one of these changes, it is installed anew.
 SOURCES := $(shell find src native -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint types format native-checks mutations clean help
+.PHONY: demo test test-all test-arm lint types format native-checks mutations clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -20,6 +20,9 @@ test: $(VENV)/.dev   ## the whole default suite
 
 test-all: $(VENV)/.dev  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+test-arm: $(VENV)/.dev  ## the tests of kernels on Arm's instruction sets, cross-compiled, under qemu
+	$(BIN)/python tools/arm.py $(ARM_FLAGS)
 
 lint: $(VENV)/.dev   ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -7,7 +7,7 @@
 
 namespace llamita {
 
-std::vector<const Kernels*> supported_kernels();  // cpu_x86.cpp or cpu_generic.cpp
+std::vector<const Kernels*> supported_kernels();  // cpu_x86.cpp, cpu_arm.cpp or cpu_generic.cpp
 // cpus_linux.cpp or cpus_generic.cpp. root: what /proc and /sys are looked for in.
 size_t usable_cpus(const std::string& root = "");
 

@@ -128,5 +128,7 @@ extern const Kernels avx2_kernels;
 extern const Kernels avxvnni_kernels;
 extern const Kernels avxvnni_evex_kernels;  // stands in for avxvnni where it cannot run
 extern const Kernels avx512vnni_kernels;
+extern const Kernels neon_dotprod_kernels;
+extern const Kernels neon_i8mm_kernels;
 
 }  // namespace llamita

@@ -1,0 +1,131 @@
+// Arm, from 8.2 with the dot-product extension: sdot sums four products of signed bytes into each of four int32.
+#include <arm_neon.h>
+
+#include "kernels.h"
+
+namespace llamita {
+namespace {
+
+// clang-format off: in this order
+#include "neon_floats.inc"
+#include "float_kernels.inc"
+#include "attention.inc"
+#include "rounding.inc"
+// clang-format on
+
+// ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
+// There is no dot product of unsigned with signed bytes: code + 128 is turned into the code, by its upper bit, and what
+// x_start makes up for is then not there.
+template <int kLane>
+int32x4_t dot_bytes(int32x4_t acc, uint8x16_t w, int8x8_t x) {
+  return vdotq_lane_s32(acc, vreinterpretq_s8_u8(veorq_u8(w, vdupq_n_u8(0x80))), x, kLane);
+}
+int32_t byte_start(int32_t) { return 0; }
+
+#include "neon_tiles.inc"
+
+constexpr size_t kUnpackedTokens = 6;  // x 4 quads: 24 sums, 6 registers of codes, and the weights as they come
+constexpr size_t kTileQuads = 4;
+
+// Unpacked, the two halves of a panel's rows lie one after the other in each group, so that a tile reads one stream:
+// (groups, 2 halves, steps of 4 inputs, 16 rows, 4 inputs).
+const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups, uint8_t* bytes, float* scales) {
+  const uint8x16_t low = vdupq_n_u8(15);
+  const size_t half = kTileQuads * 4 * a.group_size;
+  for (size_t g = 0; g < groups; g++, scales += kPanelRows, bytes += 2 * half) {
+    for (size_t v = 0; v < kQuads; v++) vst1q_f32(scales + 4 * v, quad_scales(w, a.bf16_scales, v));
+    w += kPanelRows * (a.bf16_scales ? 2 : 4);
+    for (size_t s = 0; s < a.group_size / 8; s++, w += kStep) {
+      for (size_t line = 0; line < kStep; line += 64) prefetch(w + kAhead + line);
+      for (size_t v = 0; v < kQuads; v++) {
+        const uint8x16_t both = vld1q_u8(w + v * 16);
+        uint8_t* to = bytes + v / kTileQuads * half + s * kStep + v % kTileQuads * 16;
+        vst1q_u8(to, vandq_u8(both, low));
+        vst1q_u8(to + kTileQuads * 16, vshrq_n_u8(both, 4));
+      }
+    }
+  }
+  return w;
+}
+
+// 16 rows and T tokens of one group; acc: (T, 32), its first of the 16 rows
+template <size_t T>
+void unpacked_half(const QuantizedLinear& a, const uint8_t* w, const float* scales, const int8_t* x,
+                   const int32_t* start, float* acc) {
+  int32x4_t dot[T][kTileQuads];
+#pragma GCC unroll 6
+  for (size_t i = 0; i < T; i++)
+    for (int32x4_t& d : dot[i]) d = vdupq_n_s32(start[i * a.groups]);
+  for (size_t s = 0; s < a.group_size / 8; s++, w += kStep, x += 8) {
+    int8x8_t codes[T];
+#pragma GCC unroll 6
+    for (size_t i = 0; i < T; i++) codes[i] = vld1_s8(x + i * a.x_stride);
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kTileQuads; v++) {
+      const uint8x16_t first = vld1q_u8(w + v * 16);
+#pragma GCC unroll 6
+      for (size_t i = 0; i < T; i++) dot[i][v] = dot_nibbles<0>(dot[i][v], first, codes[i]);
+    }
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kTileQuads; v++) {
+      const uint8x16_t second = vld1q_u8(w + kStep / 2 + v * 16);
+#pragma GCC unroll 6
+      for (size_t i = 0; i < T; i++) dot[i][v] = dot_nibbles<1>(dot[i][v], second, codes[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (size_t v = 0; v < kTileQuads; v++) {
+    const float32x4_t scale = vld1q_f32(scales + v * 4);
+#pragma GCC unroll 6
+    for (size_t i = 0; i < T; i++) {
+      float* sum = acc + i * kPanelRows + v * 4;
+      vst1q_f32(sum, vfmaq_f32(vld1q_f32(sum), vcvtq_f32_s32(dot[i][v]), scale));
+    }
+  }
+}
+
+template <size_t T>
+void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
+                   size_t t, float* acc) {
+  for (size_t g = group; g < group + groups; g++)
+    for (size_t first = 0; first < kPanelRows; first += 4 * kTileQuads) {
+      unpacked_half<T>(a, w, scales + first, a.x + t * a.x_stride + g * a.group_size, a.x_start + t * a.groups + g,
+                       acc + first);
+      w += 4 * kTileQuads * a.group_size;
+      if (first > 0) scales += kPanelRows;
+    }
+}
+
+#include "panels.inc"
+
+// ---- probe -------------------------------------------------------------------------------------------------------
+template <size_t N>
+double probe(size_t iterations) {
+  int32x4_t acc[N];
+  int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(5);
+  for (auto& v : acc) v = vdupq_n_s32(0);
+  for (size_t i = 0; i < iterations; i++) {
+#pragma GCC unroll 24
+    for (size_t j = 0; j < N; j++) acc[j] = vdotq_s32(acc[j], a, b);
+    asm volatile("" : "+w"(a), "+w"(b));  // keeps the loop
+  }
+  for (size_t j = 1; j < N; j++) acc[0] = vaddq_s32(acc[0], acc[j]);
+  volatile int32_t sink = vaddvq_s32(acc[0]);
+  static_cast<void>(sink);
+  return 16.0 * N * static_cast<double>(iterations);
+}
+
+double int8_probe(size_t iterations, int variant) {
+  if (variant == 0) return probe<8>(iterations);
+  if (variant == 1) return probe<16>(iterations);
+  return probe<24>(iterations);
+}
+
+}  // namespace
+
+const Kernels neon_dotprod_kernels = {
+    "neon-dotprod", linear_w4,  linear_w8, linear_float, kLinearRows, quantize,   rmsnorm,    swiglu,
+    attention,      kQueryRows, to_f32,    to_f16,       round_row,   int8_probe, read_probe,
+};
+
+}  // namespace llamita

@@ -1,0 +1,228 @@
+"""Cross-compile the native module for Arm (AArch64) and run its tests under qemu, on every instruction set.
+
+    python tools/arm.py [--or-skip] [pytest arguments]
+
+Everything lies in build/arm: an Arm Python from the distribution's own packages (unpacked, not installed),
+its packages from the registry as constraints.txt pins them, the module. For Debian or Ubuntu on another
+processor; as root it installs qemu and the compiler. --or-skip: where something cannot be had, say so in a
+line and succeed.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "arm"
+SYSROOT, SITE, TREE, PYTHON = BUILD / "sysroot", BUILD / "site", BUILD / "tree", BUILD / "python"
+
+HOST_PACKAGES = {"qemu-aarch64": "qemu-user", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
+ARM_PACKAGES = ["python3", "libpython3-dev", "libstdc++6"]
+ARCHIVES = {  # distribution: where its Arm packages are, and who signs them
+    "debian": ("http://deb.debian.org/debian", "main", "debian-archive-keyring.gpg"),
+    "ubuntu": ("http://ports.ubuntu.com/ubuntu-ports", "main universe", "ubuntu-archive-keyring.gpg"),
+}
+TEST_PACKAGES = ["pytest", "hypothesis", "nanobind"]
+WHEEL_PLATFORMS = ["manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64"]
+
+# What each of qemu's processors has: the newest, one with dot products alone, one with neither
+PROCESSORS = {
+    "max": "neon-i8mm neon-dotprod scalar",
+    "neoverse-n1": "neon-dotprod scalar",
+    "cortex-a53": "scalar",
+}
+TESTS = ["kernels", "attention", "rounding", "native_errors", "threads"]
+# Not the scalar kernels by themselves: the same C++ as everywhere, and slow here; others compare with it.
+# Not what qemu does not do: forks beside threads, limits of memory. Not commands that reach no kernel.
+SELECTION = "not [scalar and not fork and not cannot_start and not commands_say_it"
+DIGEST = """
+import hashlib, llamita
+for preset in (None, "arm"):
+    llm = llamita.load("embedded", preset=preset, threads=2)
+    logits = llm.logits(llm.tokenizer.encode("Once upon a time there was a little dog named Max."))
+    print(preset, hashlib.sha256(logits.tobytes()).hexdigest())
+"""
+GENERATE = """
+from llamita.cli import main
+main("generate embedded --prompt Once --greedy --preset llama3.2 --max-tokens 24 --threads 2".split())
+"""
+
+
+class Unavailable(Exception):
+    """Something that this machine cannot have; the text says what and what to try."""
+
+
+def run(command: list[str], needed: str) -> None:
+    """Runs a step of the set-up; of its output only an error appears, in one line."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        lines = result.stdout.strip().splitlines() or [f"exit status {result.returncode}"]
+        error = next((line for line in lines if line.startswith(("E:", "ERROR:"))), lines[-1])
+        raise Unavailable(f"expected {needed}, got from {Path(command[0]).name}: {error}")
+
+
+def host_tools() -> None:
+    missing = [package for program, package in HOST_PACKAGES.items() if not shutil.which(program)]
+    if not missing:
+        return
+    install = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise Unavailable(f"expected {' and '.join(missing)}; try {' '.join(install)} as root")
+    run(["apt-get", "update"], "the lists of packages")
+    run(install, " and ".join(missing))
+
+
+def apt(*arguments: str) -> list[str]:
+    """apt-get for Arm packages, with lists and archives of its own: the system's are not touched."""
+    release = platform.freedesktop_os_release()
+    archive = ARCHIVES.get(release["ID"])
+    if not archive:
+        raise Unavailable(f"expected Debian or Ubuntu, got {release['ID']}")
+    where = BUILD / "apt"
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (where / folder).mkdir(parents=True, exist_ok=True)
+    (where / "status").touch()
+    url, components, keyring = archive
+    signed = f"[signed-by=/usr/share/keyrings/{keyring}]"
+    (where / "sources.list").write_text(f"deb {signed} {url} {release['VERSION_CODENAME']} {components}\n")
+    options = {
+        "APT::Architecture": "arm64", "APT::Architectures": "arm64", "Dir::State": where,
+        "Dir::State::status": where / "status", "Dir::Cache": where / "cache",
+        "Dir::Etc::SourceList": where / "sources.list", "Dir::Etc::SourceParts": "/dev/null",
+        "APT::Update::Error-Mode": "any",
+    }  # fmt: skip
+    settings = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+    return ["apt-get", "-qq", *settings, *arguments]
+
+
+def arm_python() -> None:
+    """An Arm Python and its headers, and a script that runs it under qemu as if it were this machine's."""
+    if not (SYSROOT / "usr/bin/python3").exists():
+        run(apt("update"), "the list of Arm packages")
+        download = ["install", "-y", "--no-install-recommends", "--download-only", *ARM_PACKAGES]
+        run(apt(*download), "an Arm Python")
+        aside = SYSROOT.with_suffix(".new")
+        shutil.rmtree(aside, ignore_errors=True)
+        for package in sorted((BUILD / "apt/cache/archives").glob("*.deb")):
+            run(["dpkg-deb", "-x", str(package), str(aside)], f"the contents of {package.name}")
+        if not (aside / "lib").exists():  # where the distribution has it as a link, no package holds it
+            (aside / "lib").symlink_to("usr/lib")
+        aside.rename(SYSROOT)
+    # Python finds its library by PYTHONHOME, and itself, for tests that start another, by the name given.
+    PYTHON.write_text(
+        "#!/bin/sh\n"
+        f"export PYTHONHOME='{SYSROOT}/usr' PYTHONPATH='{TREE}:{SITE}'\n"
+        f"exec qemu-aarch64 -cpu \"${{LLAMITA_ARM_CPU:-max}}\" -L '{SYSROOT}' -0 '{PYTHON}'"
+        f" '{SYSROOT}/usr/bin/python3' \"$@\"\n"
+    )
+    PYTHON.chmod(0o755)
+
+
+def python_packages() -> None:
+    """What the lean side and the tests import, as wheels for the Arm Python."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [
+        line for line in project["optional-dependencies"]["dev"] if line.split("==")[0] in TEST_PACKAGES
+    ]
+    stamp = BUILD / "site.txt"
+    if stamp.exists() and stamp.read_text() == "\n".join(wanted):
+        return
+    version = output(PYTHON, "import sys; print('%d.%d' % sys.version_info[:2])")
+    shutil.rmtree(SITE, ignore_errors=True)
+    platforms = [part for name in WHEEL_PLATFORMS for part in ("--platform", name)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--target", str(SITE), "--no-compile", "--only-binary=:all:", "--python-version", version]
+    run([*command, *platforms, "--constraint", str(ROOT / "constraints.txt"), *wanted], "wheels for Arm")
+    stamp.write_text("\n".join(wanted))
+
+
+def build_module() -> None:
+    """The native module, beside a copy of the package: the folder of sources keeps this machine's own."""
+    tools = os.environ | {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    build = BUILD / "cmake"
+    settings = {
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
+        "CMAKE_CXX_FLAGS": f"-idirafter {SYSROOT}/usr/include",  # Python's headers include others from there
+        "Python_EXECUTABLE": PYTHON,
+    }
+    configure = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        "-G",
+        "Ninja",
+        *(f"-D{k}={v}" for k, v in settings.items()),
+    ]
+    for command in (configure, ["cmake", "--build", build]):
+        subprocess.run(command, check=True, env=tools, stdout=subprocess.DEVNULL)
+    shutil.rmtree(TREE, ignore_errors=True)
+    leave = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "src" / "llamita", TREE / "llamita", ignore=leave)
+    module = next(build.glob("_native*.so"))
+    shutil.copy2(module, TREE / "llamita" / module.name)
+
+
+def output(python: Path | str, program: str, **variables: str) -> str:
+    """What a Python program prints."""
+    environment = {**os.environ, **variables}
+    result = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{python}: expected exit status 0, got {result.returncode}\n{result.stderr}")
+    return result.stdout.strip()
+
+
+def check(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        sys.exit(f"{what}: expected\n{expected}\ngot\n{found}")
+    print(f"{what}: as expected", flush=True)
+
+
+def check_detection() -> None:
+    """Every processor is offered what it has, best first."""
+    program = "from llamita import _native; print(*_native.available_isas())"
+    for processor, expected in PROCESSORS.items():
+        found = output(PYTHON, program, LLAMITA_ARM_CPU=processor)
+        check(f"instruction sets of {processor}", found, expected)
+
+
+def check_whole_model() -> None:
+    """The embedded model computes the very logits of this machine, and tells the same story."""
+    for what, program in (("logits", DIGEST), ("story", GENERATE)):
+        expected = output(sys.executable, program)
+        for isa in ("neon-dotprod", "neon-i8mm"):
+            check(f"{what} on {isa}", output(PYTHON, program, LLAMITA_ISA=isa), expected)
+
+
+def main() -> int:
+    arguments = [a for a in sys.argv[1:] if a != "--or-skip"]
+    try:
+        if platform.machine() in ("aarch64", "arm64"):
+            raise Unavailable("this machine is one: make test runs the same tests on it")
+        if sys.platform != "linux":
+            raise Unavailable(f"expected Linux, whose programs qemu-user runs, got {sys.platform}")
+        BUILD.mkdir(parents=True, exist_ok=True)
+        host_tools()
+        arm_python()
+        python_packages()
+    except Unavailable as error:
+        print(f"Arm not tested: {error}", file=sys.stderr)
+        return 0 if "--or-skip" in sys.argv else 1
+    build_module()
+    check_detection()
+    check_whole_model()
+    selected = ["-k", SELECTION, *(f"tests/test_{name}.py" for name in TESTS)]
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or selected)]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
