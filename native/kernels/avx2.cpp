@@ -7,7 +7,10 @@
 namespace llamita {
 namespace {
 
+// clang-format off: in this order
 #include "avx2_common.inc"
+#include "memory_sums.inc"
+// clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 constexpr size_t kFusedTokens = 4, kFusedTile = 4, kUnpackedTile = 6,
@@ -156,14 +159,6 @@ void add_groups(const QuantizedLinear& a, const Unpacked& part, size_t t, float*
       __asm__ volatile("" ::: "memory");
     }
 }
-
-template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const Unpacked& part, size_t t, float* acc) {
-  if (part.begins()) __builtin_memset(acc, 0, T * kPanelRows * sizeof(float));
-  add_groups<T>(a, part, t, acc);
-  if (part.ends(a)) finish_tokens(a, part.panel, t, T, acc);
-}
-
 // 8-bit weights: 16-bit products of even inputs (0 and 2 of 4) and of odd ones, summed in pairs to 32 bits
 template <size_t T>
 void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {

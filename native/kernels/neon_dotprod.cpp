@@ -22,9 +22,12 @@ int32x4_t dot_bytes(int32x4_t acc, uint8x16_t w, int8x8_t x) {
 }
 int32_t byte_start(int32_t) { return 0; }
 
+// clang-format off: in this order
 #include "neon_tiles.inc"
+#include "memory_sums.inc"
+// clang-format on
 
-constexpr size_t kUnpackedTokens = 6;  // x 4 quads: 24 sums, 6 registers of codes, and the weights as they come
+constexpr size_t kUnpackedTile = 6;  // x 4 quads: 24 sums, 6 registers of codes, and the weights as they come
 constexpr size_t kTileQuads = 4;
 
 // Unpacked, the two halves of a panel's rows lie one after the other in each group, so that a tile reads one stream:
@@ -85,9 +88,10 @@ void unpacked_half(const QuantizedLinear& a, const uint8_t* w, const float* scal
 }
 
 template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
-                   size_t t, float* acc) {
-  for (size_t g = group; g < group + groups; g++)
+void add_groups(const QuantizedLinear& a, const Unpacked& part, size_t t, float* acc) {
+  const uint8_t* w = part.bytes;
+  const float* scales = part.scales;
+  for (size_t g = part.group; g < part.group + part.groups; g++)
     for (size_t first = 0; first < kPanelRows; first += 4 * kTileQuads) {
       unpacked_half<T>(a, w, scales + first, a.x + t * a.x_stride + g * a.group_size, a.x_start + t * a.groups + g,
                        acc + first);

@@ -22,11 +22,14 @@ int32x4_t dot_bytes(int32x4_t acc, uint8x16_t w, int8x8_t x) {
 }
 int32_t byte_start(int32_t x_start) { return x_start; }
 
+// clang-format off: in this order
 #include "neon_tiles.inc"
+#include "memory_sums.inc"
+// clang-format on
 
-constexpr size_t kUnpackedTokens = 8;  // 4 pairs x 4 pairs of rows: 16 sums, 4 + 4 registers of operands
+constexpr size_t kUnpackedTile = 8;  // 4 pairs x 4 pairs of rows: 16 sums, 4 + 4 registers of operands
 constexpr size_t kBlockRows = 8, kRowPairs = kBlockRows / 2;
-constexpr size_t kSpan = kChunkInputs;  // inputs whose codes are put into pairs at a time: 4 KiB of stack
+constexpr size_t kSpan = 512;  // inputs whose codes are put into pairs at a time: 4 KiB of stack
 
 // A panel's step holds four inputs of each row, low nibbles, and the next four, high ones. Interleaving the two by 32
 // bits gives 8 consecutive inputs of one row, then of the next: the left operand of usmmla. The order is (groups, 4
@@ -144,9 +147,10 @@ void unpacked_group(const QuantizedLinear& a, const uint8_t* w, const float* sca
 }
 
 template <size_t T>
-void unpacked_tile(const QuantizedLinear& a, const uint8_t* w, const float* scales, size_t group, size_t groups,
-                   size_t t, float* acc) {
-  for (size_t g = group; g < group + groups; g++, w += kPanelRows * a.group_size, scales += kPanelRows)
+void add_groups(const QuantizedLinear& a, const Unpacked& part, size_t t, float* acc) {
+  const uint8_t* w = part.bytes;
+  const float* scales = part.scales;
+  for (size_t g = part.group; g < part.group + part.groups; g++, w += kPanelRows * a.group_size, scales += kPanelRows)
     unpacked_group<T>(a, w, scales, a.x + t * a.x_stride + g * a.group_size, a.x_start + t * a.groups + g, acc);
 }
 
