@@ -78,9 +78,8 @@ def swiglu(gate_up: F32) -> npt.NDArray[np.float64]:
 
 def rotate(x: F32, angles: F32, rope_scaling: float) -> F32:
     """x (tokens, heads, dim) by angles (tokens, 1, dim / 2), rounded as the engine rounds it."""
-    cos, sin = (
-        f(angles.astype(np.float64)).astype(np.float32) * np.float32(rope_scaling) for f in (np.cos, np.sin)
-    )
+    wide, scaling = angles.astype(np.float64), np.float32(rope_scaling)
+    cos, sin = np.cos(wide).astype(np.float32) * scaling, np.sin(wide).astype(np.float32) * scaling
     low, high = np.split(x, 2, axis=2)
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
 
