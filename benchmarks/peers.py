@@ -4,8 +4,8 @@
     python benchmarks/peers.py --resume --rounds 2 --only llamita-g128,llamacpp-q4_0
     python benchmarks/render_results.py                 # docs/results.md from what was measured
 
-Every invocation begins a file in benchmarks/history or adds to one. Needs an idle machine, a package registry,
-a C++ compiler, 25 GB of disk and 20 GB of memory.
+Every invocation begins a file in benchmarks/history or adds to one. Needs an idle machine, a package
+registry, a C++ compiler, 25 GB of disk and 20 GB of memory.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Race:
     def enter(self, name: str) -> None:
         """Start a contender and note what it is; a failure is noted instead."""
         try:
-            variant = self._tuned(name)
+            variant = self._variant(name)
             print(f"starting {name} ({variant})", file=sys.stderr)
             worker = workers.start(self.args.workdir, name, variant, self.args.threads)
             self.running[name] = worker
@@ -93,13 +93,18 @@ class Race:
     def _cases(self, name: str) -> list[str]:
         return [case for case in self.args.cases if case in CONTENDERS[name].cases]
 
-    def _tuned(self, name: str) -> str:
+    def _variant(self, name: str) -> str:
         """The fastest settings as --tune found them here, else the default ones."""
-        variants = CONTENDERS[name].variants
-        if len(variants) > 1 and self.args.tune and name not in self.record["tuning"]:
-            self.record["tuning"][name] = self._tune(name)
+        return self.record["tuning"].get(name, {}).get("best", next(iter(CONTENDERS[name].variants)))
+
+    def tune(self, name: str) -> None:
+        """Find the fastest settings, unless there is no choice or the record has them."""
+        if len(CONTENDERS[name].variants) > 1 and name not in self.record["tuning"]:
+            try:
+                self.record["tuning"][name] = self._tune(name)
+            except workers.PeerError as error:
+                self._fail(name, error)
             history.write(self.path, self.record)
-        return self.record["tuning"].get(name, {}).get("best", next(iter(variants)))
 
     def _tune(self, name: str) -> dict[str, Any]:
         """Seconds of every variant, in turn; the best has the least median of prompt and tokens together."""
@@ -189,6 +194,9 @@ def main() -> None:
     race = Race(args)
     first = 1 + max((timing["round"] for timing in race.record["timings"]), default=0)
     together = [name for name in args.only if not CONTENDERS[name].alone]
+    if args.tune:
+        for name in args.only:  # before anything else takes memory
+            race.tune(name)
     groups = [together, *([name] for name in args.only if CONTENDERS[name].alone)]
     for group in filter(None, groups):
         for name in group:

@@ -23,14 +23,17 @@ OURS = "llamita-"
 INTRODUCTION = """\
 # Results
 
-Rendered by `benchmarks/render_results.py` from the files in `benchmarks/history/`, which hold every single timing.
-All engines ran the shape of Llama 3.2 1B with random weights, on the same threads, in turn: each round runs every
-engine once and measures the machine's limits before and after each. Figures are medians (least to greatest).
+Rendered by `benchmarks/render_results.py` from `benchmarks/history/`, which holds every single timing. All
+engines ran the shape of Llama 3.2 1B with random weights, on equally many threads, in turn: each round runs
+every engine once and measures the machine's limits before and after each. Figures are medians (least to
+greatest).
 
 - *prefill*: the prompt's tokens, divided by the time from their ids to the first greedy token.
 - *decode*: the tokens after it, one at a time, each chosen by argmax and fed back.
-- *of limit*: for prefill, multiply-adds of linear layers, attention and head against the rate of int8 multiply-adds
-  in registers; for decode, bytes of weights and scales (in brackets: and of the cache) against the bandwidth of reads.
+- *of limit*: for prefill, multiply-adds of linear layers, attention and head against the rate of int8
+  multiply-adds in registers; for decode, bytes of weights and scales (in brackets: and of the cache) against
+  the bandwidth of reads.
+- *ratios*: how many times as fast as that engine ours is, in prefill and in decode.
 - Peers run from pinned packages, each at the fastest of the settings that were tried.
 
 To measure again, on an otherwise idle machine: `python benchmarks/peers.py --tune`, then
@@ -48,11 +51,11 @@ def render(records: list[dict[str, Any]]) -> str:
 
 def _render_record(record: dict[str, Any]) -> str:
     machine, summary = record["machine"], summarize(record)
-    limits = summary["limits"]
+    macs, reads = (_rate(summary["limits"][name]) for name in ("int8_rate", "read_bandwidth"))
     lines = [
         f"## {machine['cpu']}, {machine['threads']} threads, {machine['isa']}, {record['started'][:10]}",
         "",
-        f"Limits: {_rate(limits['int8_rate'])} GMAC/s in int8, {_rate(limits['read_bandwidth'])} GB/s of reads.",
+        f"Limits: {macs} GMAC/s in int8, {reads} GB/s of reads.",
         "",
     ]
     for case, rows in summary["cases"].items():
@@ -67,7 +70,7 @@ def _table(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str]
     ours = [name for name in rows if name.startswith(OURS)]
     four_bit = [name for name in ours if record["contenders"][name]["weights"] == "4-bit"]
     heads = ["engine", "MB", "prefill tok/s", "decode tok/s", "prefill of limit", "decode of limit"]
-    heads += [f"{record['contenders'][name]['label']}: prefill, decode" for name in four_bit]
+    heads += [f"{record['contenders'][name]['label']}: ratios" for name in four_bit]
     lines = [f"{sequences} prompt of {shape.prompt:,} tokens, then {shape.new} more; {_runs(rows)}.", ""]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in rows.items():
@@ -100,7 +103,7 @@ def _fractions(row: dict[str, Any]) -> list[str]:
 
 
 def _ratios(ours: dict[str, Any], row: dict[str, Any]) -> str:
-    return ", ".join(f"{ours[key]['median'] / row[key]['median']:.2f}×" for key in (PREFILL, DECODE))
+    return ", ".join(f"{ours[key]['median'] / row[key]['median']:.2f} x" for key in (PREFILL, DECODE))
 
 
 def _rate(spread: dict[str, float]) -> str:
@@ -130,7 +133,7 @@ def _contenders(record: dict[str, Any]) -> list[str]:
         tried = ", ".join(f"{variant} {seconds:.2f} s" for variant, seconds in totals.items())
         lines.append(f"- {CONTENDERS[name].label}, settings tried (prompt and tokens together): {tried}.")
     lines += [f"- {CONTENDERS[name].label} did not run: {why}" for name, why in record["failures"].items()]
-    return lines + [""] if record["tuning"] or record["failures"] else lines
+    return [*lines, ""] if record["tuning"] or record["failures"] else lines
 
 
 def _logits(entry: dict[str, Any]) -> str:

@@ -82,9 +82,8 @@ def main() -> None:
         config.base.model_class = ModelType.llama3_2
         config.base.checkpoint = str(folder / "consolidated.00.pth")
         config.base.params = str(folder / "params.json")
-        config.export.output_dir, config.export.output_name = str(folder), "model.pte"
+        config.export.output_dir, config.export.output_name = str(folder), str(out)  # ends in ".pte"
         export_llama(config)
-        (folder / "model.pte").rename(out)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,12 @@ def run_stepwise(start: Callable[[], list[int]], step: Callable[[list[int]], lis
     return Run(between - began, ended - between, [list(column) for column in zip(*steps, strict=True)])
 
 
-def prompt_ids(tokens: int, seed: int, sequence: int = 0) -> np.ndarray:
-    """The same random token ids for every engine: int32 (tokens,). Another seed shares no prefix with it."""
-    return np.random.default_rng([seed, sequence]).integers(0, ORDINARY_TOKENS, tokens, dtype=np.int32)
+def prompt_ids(request: dict[str, Any], sequence: int = 0) -> np.ndarray:
+    """The same random token ids for every engine, int32 (tokens,); another seed's begin otherwise, so that
+    no engine can answer from a cache of prefixes.
+    """
+    rng = np.random.default_rng([request.get("seed", 0), sequence])
+    return rng.integers(0, request.get("vocabulary", ORDINARY_TOKENS), request["prompt"], dtype=np.int32)
 
 
 def serve(load: Callable[[dict[str, Any]], Engine]) -> None:
@@ -97,11 +100,11 @@ def serve(load: Callable[[dict[str, Any]], Engine]) -> None:
 
 def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "logits":
-        return {"logits": engine.logits(prompt_ids(request["prompt"], 0)).astype(float).tolist()}
+        return {"logits": engine.logits(prompt_ids(request)).astype(float).tolist()}
     if request["do"] != "run":
         raise ValueError(f"do: expected run or logits, got {request['do']!r}")
     sequences, new = request["sequences"], request["new"]
-    run = engine.run([prompt_ids(request["prompt"], request["seed"], i) for i in range(sequences)], new)
+    run = engine.run([prompt_ids(request, sequence) for sequence in range(sequences)], new)
     if [len(tokens) for tokens in run.tokens] != [1 + new] * sequences:
         raise RuntimeError(f"expected {sequences} x {1 + new} tokens, got {[len(t) for t in run.tokens]}")
     return {

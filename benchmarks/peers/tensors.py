@@ -30,5 +30,5 @@ def bits_to_f32(bits: np.ndarray) -> np.ndarray:
 
 
 def interleave_heads(bits: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k, (heads * dim, columns), from Hugging Face's order (halves of a head) to Meta's (pairs)."""
+    """Rows of q or k, (heads * dim, columns): from halves of a head (Hugging Face) to pairs (Meta)."""
     return bits.reshape(heads, 2, -1, bits.shape[1]).swapaxes(1, 2).reshape(bits.shape)
