@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-import history
+import records
 import workers
 from contenders import CASES, CONTENDERS
 
@@ -42,8 +42,8 @@ class Race:
 
     def _open_record(self) -> tuple[Path, dict[str, Any]]:
         """The newest record of this machine, or an empty one."""
-        machine = history.machine(self.limits.about["settings"]["isa"], self.args.threads)
-        name = history.slug(machine["cpu"])
+        machine = records.machine(self.limits.about["settings"]["isa"], self.args.threads)
+        name = records.slug(machine["cpu"])
         if self.args.resume and (files := sorted(self.args.history.glob(f"*-{name}.json"))):
             record = json.loads(files[-1].read_text("utf-8"))
             if record["machine"] != machine:
@@ -52,11 +52,11 @@ class Race:
         now = datetime.datetime.now(datetime.UTC)
         path = self.args.history / f"{now:%Y-%m-%dT%H%M}-{name}.json"
         record = {
-            "format": history.FORMAT,
+            "format": records.FORMAT,
             "started": f"{now:%Y-%m-%dT%H:%MZ}",
             "model": "Llama 3.2 1B's shape, random weights",
             "machine": machine,
-            "definitions": history.DEFINITIONS,
+            "definitions": records.DEFINITIONS,
             "contenders": {},
             "tuning": {},
             "failures": {},
@@ -104,7 +104,7 @@ class Race:
                 self.record["tuning"][name] = self._tune(name)
             except workers.PeerError as error:
                 self._fail(name, error)
-            history.write(self.path, self.record)
+            records.write(self.path, self.record)
 
     def _tune(self, name: str) -> dict[str, Any]:
         """Seconds of every variant, in turn; the best has the least median of prompt and tokens together."""
@@ -161,7 +161,7 @@ class Race:
         entry = self.record["contenders"][name]
         entry["peak_memory_bytes"] = max(entry.get("peak_memory_bytes", 0), run.pop("peak_memory_bytes"))
         self.record["timings"].append({"round": number, "case": case, "contender": name, **run})
-        history.write(self.path, self.record)
+        records.write(self.path, self.record)
         tokens = shape.sequences * shape.prompt, shape.sequences * shape.new
         rates = tokens[0] / run["prefill_seconds"], tokens[1] / run["decode_seconds"]
         limits = f"{run['int8_rate']:.0f} GMAC/s, {run['read_bandwidth']:.1f} GB/s"
@@ -207,7 +207,7 @@ def main() -> None:
         for number in range(first, first + args.rounds):
             race.round(number)
         race.leave()
-    history.write(race.path, race.record)
+    records.write(race.path, race.record)
     race.limits.close()
     print(race.path)
 

@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from contenders import CASES, CONTENDERS, PART_LAYERS
-from history import EXTRAPOLATED, summarize
+from records import EXTRAPOLATED, summarize
 
 ROOT = Path(__file__).parents[1]
 HISTORY = ROOT / "benchmarks" / "history"

@@ -12,10 +12,10 @@ import pytest
 import llamita
 from llamita.checkpoint import Checkpoint, resolve
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
-import history
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))
 import protocol
+import records
 import render_results
 import tensors
 import workers
@@ -49,7 +49,7 @@ def record_of(timings: list[dict[str, Any]]) -> dict[str, Any]:
     contenders = {name: {**entry, "label": name} for name in {t["contender"] for t in timings}}
     machine = {"cpu": "a CPU", "threads": 2, "isa": "scalar"}
     return {
-        "format": history.FORMAT,
+        "format": records.FORMAT,
         "started": "2020-01-02T03:04Z",
         "machine": machine,
         "contenders": contenders,
@@ -66,8 +66,8 @@ def test_the_page_is_what_the_history_says() -> None:
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_the_summary_of_a_record_is_that_of_its_timings(path: Path) -> None:
     record = json.loads(path.read_text("utf-8"))
-    assert record["summary"] == history.summarize(record)
-    assert record["format"] == history.FORMAT
+    assert record["summary"] == records.summarize(record)
+    assert record["format"] == records.FORMAT
     for run in record["timings"]:
         assert run["case"] in CASES
         assert run["contender"] in record["contenders"]
@@ -75,7 +75,7 @@ def test_the_summary_of_a_record_is_that_of_its_timings(path: Path) -> None:
 
 def test_summary_takes_medians_and_holds_ours_against_the_limits_of_the_moment() -> None:
     runs = [timing(i, "llamita-g128", seconds, 1.0) for i, seconds in enumerate((1.0, 4.0, 2.0))]
-    row = history.summarize(record_of(runs))["cases"]["512"]["llamita-g128"]
+    row = records.summarize(record_of(runs))["cases"]["512"]["llamita-g128"]
     assert row["prefill_tokens_per_second"] == {"median": 256, "min": 128, "max": 512}
     assert row["runs"] == 3
     macs = 512 * 1000 + 2 * 512 * 513 / 2 + 300
@@ -86,12 +86,12 @@ def test_summary_takes_medians_and_holds_ours_against_the_limits_of_the_moment()
 
 
 def test_times_of_few_layers_are_extrapolated_along_a_line() -> None:
-    """0.5 s and 0.1 s per layer: 2 layers take 0.7 s, 16 take 2.1 s. A round without both parts is left out."""
+    """0.5 s and 0.1 s per layer: 2 layers take 0.7 s, 16 take 2.1 s. A round without both is left out."""
     runs = [timing(1, "executorch-2", 0.7, 0.7), timing(1, "executorch-4", 0.9, 0.9)]
     runs.append(timing(2, "executorch-2", 0.7, 0.7))
-    rows = history.summarize(record_of(runs))["cases"]["512"]
-    assert set(rows) == {history.EXTRAPOLATED}
-    assert rows[history.EXTRAPOLATED]["first_token_seconds"]["median"] == pytest.approx(2.1)
+    rows = records.summarize(record_of(runs))["cases"]["512"]
+    assert set(rows) == {records.EXTRAPOLATED}
+    assert rows[records.EXTRAPOLATED]["first_token_seconds"]["median"] == pytest.approx(2.1)
     assert "extrapolated" in render_results.render([record_of(runs)])
 
 
@@ -99,12 +99,12 @@ def test_written_records_read_back_and_render(tmp_path: Path) -> None:
     record = record_of([timing(1, "llamita-g128", 1.0, 2.0), timing(1, "llamacpp-q4_0", 3.0, 5.0)])
     record["failures"]["openvino-int4"] = "it ended"
     path = tmp_path / "record.json"
-    history.write(path, record)
-    assert json.loads(path.read_text("utf-8")) == {**record, "summary": history.summarize(record)}
+    records.write(path, record)
+    assert json.loads(path.read_text("utf-8")) == {**record, "summary": records.summarize(record)}
     page = render_results.render([record])
     assert "3.00 x, 2.50 x" in page
     assert "did not run: it ended" in page
-    history.write(path, record_of([]))
+    records.write(path, record_of([]))
     assert json.loads(path.read_text("utf-8"))["timings"] == []
 
 

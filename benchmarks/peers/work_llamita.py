@@ -58,10 +58,11 @@ class Llamita:
         return [int(self._prefill(s, p)[0].argmax()) for s, p in zip(self.sequences, prompts, strict=True)]
 
     def _prefill(self, sequence: Any, prompt: np.ndarray) -> np.ndarray:
-        for at in range(0, len(prompt), PREFILL_CHUNK):
-            rows = None if at + PREFILL_CHUNK >= len(prompt) else np.arange(0)
-            logits = self.llm.model.step([(sequence, prompt[at : at + PREFILL_CHUNK])], rows)
-        return logits
+        """Logits (1, vocab) after the prompt."""
+        last = (len(prompt) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+        for at in range(0, last, PREFILL_CHUNK):
+            self.llm.model.step([(sequence, prompt[at : at + PREFILL_CHUNK])], np.arange(0))
+        return self.llm.model.step([(sequence, prompt[last:])])
 
     def _step(self, tokens: list[int]) -> list[int]:
         ids = np.array(tokens, dtype=np.int32)
