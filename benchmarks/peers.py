@@ -39,6 +39,8 @@ class Race:
         self.path, self.record = self._open_record()
         self.running: dict[str, workers.Worker] = {}
         self.last_limits = self.limits.ask(do="limits")
+        if args.note and args.note not in self.record["notes"]:
+            self.record["notes"].append(args.note)
 
     def _open_record(self) -> tuple[Path, dict[str, Any]]:
         """The newest record of this machine, or an empty one."""
@@ -58,6 +60,7 @@ class Race:
             "machine": machine,
             "definitions": records.DEFINITIONS,
             "contenders": {},
+            "notes": [],
             "tuning": {},
             "failures": {},
             "timings": [],
@@ -109,11 +112,11 @@ class Race:
     def _tune(self, name: str) -> dict[str, Any]:
         """Seconds of every variant, in turn; the best has the least median of prompt and tokens together."""
         shape = CASES[TUNING_CASE]
-        racers = {
-            v: workers.start(self.args.workdir, name, v, self.args.threads) for v in CONTENDERS[name].variants
-        }
-        seconds: dict[str, list[list[float]]] = {variant: [] for variant in racers}
+        racers: dict[str, workers.Worker] = {}
+        seconds: dict[str, list[list[float]]] = {variant: [] for variant in CONTENDERS[name].variants}
         try:
+            for variant in seconds:
+                racers[variant] = workers.start(self.args.workdir, name, variant, self.args.threads)
             for round_ in range(TUNING_ROUNDS + 1):
                 for variant, worker in racers.items():
                     run = worker.ask(
@@ -227,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="first find each peer's fastest settings")
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare logits")
     parser.add_argument("--prepare", action="store_true", help="install and make models, time nothing")
+    parser.add_argument("--note", default="", help="a sentence to show above the tables")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workdir", type=Path, default=ROOT / "build" / "peers", help="environments, models")
     parser.add_argument("--history", type=Path, default=HISTORY)

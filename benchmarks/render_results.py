@@ -34,7 +34,7 @@ greatest).
   multiply-adds in registers; for decode, bytes of weights and scales (in brackets: and of the cache) against
   the bandwidth of reads.
 - *ratios*: how many times as fast as that engine ours is, in prefill and in decode.
-- Peers run from pinned packages, each at the fastest of the settings that were tried.
+- Peers run from pinned packages at the fastest settings found; a record lists those that it tried.
 
 To measure again, on an otherwise idle machine: `python benchmarks/peers.py --tune`, then
 `python benchmarks/render_results.py`.
@@ -58,6 +58,7 @@ def _render_record(record: dict[str, Any]) -> str:
         f"Limits: {macs} GMAC/s in int8, {reads} GB/s of reads.",
         "",
     ]
+    lines += [f"{note}\n" for note in record["notes"]]
     for case, rows in summary["cases"].items():
         lines += [*_table(case, rows, record), ""]
     return "\n".join(lines + _contenders(record))

@@ -53,6 +53,7 @@ def record_of(timings: list[dict[str, Any]]) -> dict[str, Any]:
         "started": "2020-01-02T03:04Z",
         "machine": machine,
         "contenders": contenders,
+        "notes": ["Measured in a dream."],
         "tuning": {},
         "failures": {},
         "timings": timings,
@@ -104,6 +105,7 @@ def test_written_records_read_back_and_render(tmp_path: Path) -> None:
     page = render_results.render([record])
     assert "3.00 x, 2.50 x" in page
     assert "did not run: it ended" in page
+    assert "Measured in a dream." in page
     records.write(path, record_of([]))
     assert json.loads(path.read_text("utf-8"))["timings"] == []
 
