@@ -89,7 +89,7 @@ class Limits:
         self.about = {"version": f"llamita {llamita.__version__}", "settings": {"isa": _native.isa()}}
 
     def measure(self) -> dict[str, float]:
-        """10^9 int8 multiply-adds per second, 10^9 bytes per second: medians, for single probes catch bursts."""
+        """10^9 int8 multiply-adds and 10^9 bytes per second; medians, as one probe may meet a burst."""
         return {
             "int8_rate": statistics.median(_native.int8_rate() for _ in range(PROBES)),
             "read_bandwidth": statistics.median(_native.read_bandwidth(PROBE_BYTES) for _ in range(PROBES)),
