@@ -1,0 +1,136 @@
+"""One JSON of every single timing per machine and run, and what its medians say."""
+
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from contenders import CASES, CONTENDERS, LAYERS, PART_LAYERS, Case
+
+FORMAT = 1
+DEFINITIONS = {
+    "prefill": "seconds from handing over the prompt's token ids to the first greedy token of every sequence",
+    "decode": "seconds of the following tokens, each chosen by argmax and fed back",
+    "limits": "measured before and after each run; a run is held against the mean of the two",
+    "int8_rate": "10^9 int8 multiply-adds per second, all threads, operands in registers",
+    "read_bandwidth": "10^9 bytes per second, all threads, over 512 MiB",
+}
+EXTRAPOLATED = "executorch"  # the name under which the parts' times are extrapolated
+_PARTS = tuple(f"executorch-{layers}" for layers in PART_LAYERS)
+
+
+def machine(isa: str, threads: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "isa": isa,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it, with family and model, for some names say too little."""
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
+
+
+def slug(text: str) -> str:
+    """A file name's worth of a text."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write aside and rename; every timing stands on a line of its own."""
+    record = {**record, "summary": summarize(record)}
+    timings = record.pop("timings")
+    text = json.dumps({**record, "timings": []}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(timing)}" for timing in timings)
+    if timings:
+        text = text.removesuffix('"timings": []\n}') + f'"timings": [\n{lines}\n ]\n}}'
+    aside = path.with_suffix(".part")
+    aside.write_text(text + "\n", "utf-8")
+    aside.rename(path)
+
+
+def summarize(record: dict[str, Any]) -> dict[str, Any]:
+    """Medians and spread of every contender in every case, and of the limits."""
+    timings = record["timings"]
+    parts = [t for t in timings if t["contender"] in _PARTS]
+    timings = [t for t in timings if t["contender"] not in _PARTS] + list(_extrapolate(parts))
+    summary: dict[str, Any] = {"limits": {}, "cases": {}}
+    for limit in ("int8_rate", "read_bandwidth"):
+        if timings:
+            summary["limits"][limit] = _spread([t[limit] for t in timings])
+    for case in CASES:
+        rows = {}
+        for name in [*CONTENDERS, EXTRAPOLATED]:
+            runs = [t for t in timings if t["contender"] == name and t["case"] == case]
+            if runs:
+                rows[name] = _row(runs, CASES[case], record["contenders"].get(name, {}).get("work"))
+        if rows:
+            summary["cases"][case] = rows
+    return summary
+
+
+def _row(runs: list[dict[str, Any]], case: Case, work: dict[str, float] | None) -> dict[str, Any]:
+    """One contender in one case; fractions of the limits where its work is known."""
+    prefilled, decoded = case.sequences * case.prompt, case.sequences * case.new
+    row = {
+        "runs": len(runs),
+        "prefill_tokens_per_second": _spread([prefilled / t["prefill_seconds"] for t in runs]),
+        "decode_tokens_per_second": _spread([decoded / t["decode_seconds"] for t in runs]),
+        "first_token_seconds": _spread([t["prefill_seconds"] for t in runs]),
+    }
+    if work and case.sequences == 1:
+        macs = prefill_macs(work, case.prompt)
+        position = case.prompt + (case.new + 1) / 2  # on the average
+        read = work["bytes_per_token"], work["bytes_per_token"] + work["cache_bytes_per_position"] * position
+        if work["int8"]:
+            rates = [macs / t["prefill_seconds"] / 1e9 / t["int8_rate"] for t in runs]
+            row["prefill_of_limit"] = _spread(rates)
+        for key, amount in zip(("decode_of_limit", "decode_with_cache_of_limit"), read, strict=True):
+            row[key] = _spread(
+                [amount * case.new / t["decode_seconds"] / 1e9 / t["read_bandwidth"] for t in runs]
+            )
+    return row
+
+
+def prefill_macs(work: dict[str, float], tokens: int) -> float:
+    """Multiply-adds of a prompt: linear layers, attention's scores and sums, the head once."""
+    attention = work["attention_macs_per_pair"] * tokens * (tokens + 1) / 2
+    return work["linear_macs_per_token"] * tokens + attention + work["head_macs"]
+
+
+def _extrapolate(parts: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Straight lines through the times of few layers, to all: round by round."""
+    few, more = PART_LAYERS
+    by_key = {(t["round"], t["case"], t["contender"]): t for t in parts}
+    for (round_, case, name), low in by_key.items():
+        high = by_key.get((round_, case, _PARTS[1]))
+        if name != _PARTS[0] or high is None:
+            continue
+        merged = {**low, "contender": EXTRAPOLATED}
+        for key in ("prefill_seconds", "decode_seconds"):
+            merged[key] = low[key] + (high[key] - low[key]) * (LAYERS - few) / (more - few)
+        for key in ("int8_rate", "read_bandwidth"):
+            merged[key] = (low[key] + high[key]) / 2
+        yield merged
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    digits = [float(f"{value:.5g}") for value in (statistics.median(values), min(values), max(values))]
+    return dict(zip(("median", "min", "max"), digits, strict=True))

@@ -1,0 +1,122 @@
+"""llamita as a contender, and the limits that its probes measure."""
+
+import hashlib
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import protocol
+
+import llamita
+from llamita import _native
+from llamita.engine.llm import PREFILL_CHUNK
+
+CACHE_PROBE = 1024  # tokens
+PROBES = 3  # of each limit, every time
+PROBE_BYTES = 512 * 2**20  # far above any cache
+
+
+class Llamita:
+    """Drives the forward pass itself, as `llamita bench` does."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.llm = llamita.load(
+            options["model"], threads=options["threads"], kv_dtype=options.get("kv_dtype")
+        )
+        self.sequences: list[Any] = []
+        self.about = {
+            "version": f"llamita {llamita.__version__}, sources {digest_of_sources()}",
+            "settings": {"threads": _native.threads(), "isa": _native.isa(), "kv_dtype": self.llm.kv_dtype},
+            "work": self._work(),
+        }
+
+    def _work(self) -> dict[str, Any]:
+        """What one token costs: multiply-adds, bytes of weights and scales, bytes of the cache."""
+        model, config = self.llm.model, self.llm.config
+        blocks = [
+            part.weights
+            for block in model.weights.blocks
+            for linear in (block.qkv, block.attention_out, block.gate_up, block.down)
+            for part in linear.parts
+        ]
+        head = [part.weights for part in model.weights.head.parts]
+        return {
+            "int8": all(weights.kind in ("w4", "w8") for weights in [*blocks, *head]),
+            "linear_macs_per_token": sum(weights.rows * weights.columns for weights in blocks),
+            "head_macs": sum(weights.rows * weights.columns for weights in head),
+            "attention_macs_per_pair": 2 * config.layers * config.heads * config.head_dim,
+            "bytes_per_token": sum(map(_bytes_of, [*blocks, *head])),
+            "cache_bytes_per_position": self.llm.new_sequence(CACHE_PROBE).nbytes // CACHE_PROBE,
+        }
+
+    def run(self, prompts: list[np.ndarray], new: int) -> protocol.Run:
+        return protocol.run_stepwise(lambda: self._start(prompts, new), self._step, new)
+
+    def _start(self, prompts: list[np.ndarray], new: int) -> list[int]:
+        self.sequences = [self.llm.new_sequence(len(prompt) + new) for prompt in prompts]
+        return [int(self._prefill(s, p)[0].argmax()) for s, p in zip(self.sequences, prompts, strict=True)]
+
+    def _prefill(self, sequence: Any, prompt: np.ndarray) -> np.ndarray:
+        """Logits (1, vocab) after the prompt."""
+        last = (len(prompt) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+        for at in range(0, last, PREFILL_CHUNK):
+            self.llm.model.step([(sequence, prompt[at : at + PREFILL_CHUNK])], np.arange(0))
+        return self.llm.model.step([(sequence, prompt[last:])])
+
+    def _step(self, tokens: list[int]) -> list[int]:
+        ids = np.array(tokens, dtype=np.int32)
+        batch = [(sequence, ids[i : i + 1]) for i, sequence in enumerate(self.sequences)]
+        return self.llm.model.step(batch).argmax(axis=1).tolist()
+
+    def logits(self, prompt: np.ndarray) -> np.ndarray:
+        return self._prefill(self.llm.new_sequence(len(prompt)), prompt)[0].copy()
+
+
+def _bytes_of(weights: _native.Weights) -> int:
+    """Bytes that a kernel reads; float weights stay where the file is mapped."""
+    itemsize = {"f32": 4, "f16": 2, "bf16": 2}.get(weights.kind)
+    return weights.rows * weights.columns * itemsize if itemsize else weights.nbytes
+
+
+class Limits:
+    """No model: only what the machine gives at this moment."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        _native.set_threads(options["threads"])
+        self.about = {"version": f"llamita {llamita.__version__}", "settings": {"isa": _native.isa()}}
+
+    def measure(self) -> dict[str, float]:
+        """10^9 int8 multiply-adds and 10^9 bytes per second; medians, as one probe may meet a burst."""
+        return {
+            "int8_rate": statistics.median(_native.int8_rate() for _ in range(PROBES)),
+            "read_bandwidth": statistics.median(_native.read_bandwidth(PROBE_BYTES) for _ in range(PROBES)),
+        }
+
+
+def serve_limits() -> None:
+    """Answer every line with the limits."""
+    protocol.die_with_parent()
+    limits = Limits(json.loads(sys.argv[1]))
+    print(json.dumps(limits.about), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(limits.measure()), flush=True)
+
+
+def digest_of_sources() -> str:
+    """Names what ran: the package's Python and the native module, whatever commit they come from."""
+    folder = Path(llamita.__file__).parent
+    files = sorted([*folder.rglob("*.py"), *folder.glob("_native*.so")])
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    if json.loads(sys.argv[1]).get("limits"):
+        serve_limits()
+    else:
+        protocol.serve(Llamita)

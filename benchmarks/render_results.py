@@ -1,0 +1,161 @@
+"""Render docs/results.md from benchmarks/history: no figure on that page is written by hand.
+
+python benchmarks/render_results.py [--check]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+from contenders import CASES, CONTENDERS, PART_LAYERS
+from records import EXTRAPOLATED, summarize
+
+ROOT = Path(__file__).parents[1]
+HISTORY = ROOT / "benchmarks" / "history"
+PAGE = ROOT / "docs" / "results.md"
+PREFILL, DECODE = "prefill_tokens_per_second", "decode_tokens_per_second"
+FRACTIONS = ("prefill_of_limit", "decode_of_limit", "decode_with_cache_of_limit")
+OURS = "llamita-"
+INTRODUCTION = """\
+# Results
+
+Rendered by `benchmarks/render_results.py` from `benchmarks/history/`, which holds every single timing. All
+engines ran the shape of Llama 3.2 1B with random weights, on equally many threads, in turn: each round runs
+every engine once and measures the machine's limits before and after each. Figures are medians (least to
+greatest).
+
+- *prefill*: the prompt's tokens, divided by the time from their ids to the first greedy token.
+- *decode*: the tokens after it, one at a time, each chosen by argmax and fed back.
+- *of limit*: for prefill, multiply-adds of linear layers, attention and head against the rate of int8
+  multiply-adds in registers; for decode, bytes of weights and scales (in brackets: and of the cache) against
+  the bandwidth of reads.
+- *ratios*: how many times as fast as that engine ours is, in prefill and in decode.
+- Peers run from pinned packages at the fastest settings found; a record lists those that it tried.
+
+To measure again, on an otherwise idle machine: `python benchmarks/peers.py --tune`, then
+`python benchmarks/render_results.py`.
+"""
+
+
+def render(records: list[dict[str, Any]]) -> str:
+    """The whole page; newest record first."""
+    parts = [INTRODUCTION]
+    for record in sorted(records, key=lambda record: record["started"], reverse=True):
+        parts.append(_render_record(record))
+    return "\n".join(parts)
+
+
+def _render_record(record: dict[str, Any]) -> str:
+    machine, summary = record["machine"], summarize(record)
+    macs, reads = (_rate(summary["limits"][name]) for name in ("int8_rate", "read_bandwidth"))
+    lines = [
+        f"## {machine['cpu']}, {machine['threads']} threads, {machine['isa']}, {record['started'][:10]}",
+        "",
+        f"Limits: {macs} GMAC/s in int8, {reads} GB/s of reads.",
+        "",
+    ]
+    lines += [f"{note}\n" for note in record["notes"]]
+    for case, rows in summary["cases"].items():
+        lines += [*_table(case, rows, record), ""]
+    return "\n".join(lines + _contenders(record))
+
+
+def _table(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """Rates of every contender, and ours over theirs."""
+    shape = CASES[case]
+    sequences = f"{shape.sequences} sequences together, each with a" if shape.sequences > 1 else "A"
+    ours = [name for name in rows if name.startswith(OURS)]
+    four_bit = [name for name in ours if record["contenders"][name]["weights"] == "4-bit"]
+    heads = ["engine", "MB", "prefill tok/s", "decode tok/s", "prefill of limit", "decode of limit"]
+    heads += [f"{record['contenders'][name]['label']}: ratios" for name in four_bit]
+    lines = [f"{sequences} prompt of {shape.prompt:,} tokens, then {shape.new} more; {_runs(rows)}.", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in rows.items():
+        cells = [_label(name, record), _size(name, record), _rate(row[PREFILL]), _rate(row[DECODE])]
+        cells += _fractions(row)
+        cells += ["" if name == us else _ratios(rows[us], row) for us in four_bit]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _runs(rows: dict[str, Any]) -> str:
+    counts = sorted({row["runs"] for row in rows.values()})
+    return f"{counts[0]} runs each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs each"
+
+
+def _label(name: str, record: dict[str, Any]) -> str:
+    if name == EXTRAPOLATED:
+        few, more = PART_LAYERS
+        return f"ExecuTorch 8da4w, groups of 32 (*extrapolated from {few} and {more} layers*)"
+    return record["contenders"][name]["label"]
+
+
+def _size(name: str, record: dict[str, Any]) -> str:
+    return "" if name == EXTRAPOLATED else f"{record['contenders'][name]['size_bytes'] / 1e6:,.0f}"
+
+
+def _fractions(row: dict[str, Any]) -> list[str]:
+    prefill, decode, with_cache = (f"{row[f]['median']:.0%}" if f in row else "" for f in FRACTIONS)
+    return [prefill, f"{decode} ({with_cache})" if decode else ""]
+
+
+def _ratios(ours: dict[str, Any], row: dict[str, Any]) -> str:
+    return ", ".join(f"{ours[key]['median'] / row[key]['median']:.2f} x" for key in (PREFILL, DECODE))
+
+
+def _rate(spread: dict[str, float]) -> str:
+    digits = 0 if spread["median"] >= 100 else 1
+    median, least, greatest = (f"{spread[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({least} to {greatest})"
+
+
+def _contenders(record: dict[str, Any]) -> list[str]:
+    """Versions, settings, and whether the logits were those of the same model."""
+    lines = ["| engine | version | settings | logits |", "|---|---|---|---|"]
+    for name in [name for name in CONTENDERS if name in record["contenders"]]:
+        entry = record["contenders"][name]
+        settings = {key: value for key, value in entry["settings"].items() if key != "system"}
+        text = ", ".join(f"{key} {value}" for key, value in settings.items())
+        lines.append(f"| {entry['label']} | {entry['version']} | {text} | {_logits(entry)} |")
+    lines += [
+        "",
+        "*logits*: their correlation with those of llamita's BF16 engine after the same prompt.",
+        "",
+    ]
+    for name, tuning in record["tuning"].items():
+        totals = {
+            variant: sorted(map(sum, runs))[len(runs) // 2]
+            for variant, runs in tuning["prefill_and_decode_seconds"].items()
+        }
+        tried = ", ".join(f"{variant} {seconds:.2f} s" for variant, seconds in totals.items())
+        lines.append(f"- {CONTENDERS[name].label}, settings tried (prompt and tokens together): {tried}.")
+    lines += [f"- {CONTENDERS[name].label} did not run: {why}" for name, why in record["failures"].items()]
+    return [*lines, ""] if record["tuning"] or record["failures"] else lines
+
+
+def _logits(entry: dict[str, Any]) -> str:
+    if "logits_correlation" in entry:
+        return f"{entry['logits_correlation']:.4f}"
+    return {True: "finite", False: "not finite", None: ""}[entry.get("logits_are_finite")]
+
+
+def read_records() -> list[dict[str, Any]]:
+    """Every file of the history."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(HISTORY.glob("*.json"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    if not parser.parse_args().check:
+        PAGE.write_text(render(read_records()), "utf-8")
+    elif PAGE.read_text("utf-8") != render(read_records()):
+        raise SystemExit(f"{PAGE} is out of date: run python benchmarks/render_results.py")
+
+
+if __name__ == "__main__":
+    main()
