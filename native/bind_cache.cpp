@@ -2,6 +2,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "arrays.h"
@@ -41,6 +42,22 @@ std::shared_ptr<KVCache> new_cache(size_t layers, size_t kv_heads, size_t head_d
 
 bool same_shape(const KVCache& a, const KVCache& b) {
   return a.layers == b.layers && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim;
+}
+
+std::string shape_text(const KVCache& cache) {
+  return text(cache.layers) + " layers of " + text(cache.kv_heads) + " heads of " + text(cache.head_dim) +
+         (cache.half ? " f16" : " f32");
+}
+
+void copy_prefix(KVCache& cache, const KVCache& source, size_t tokens) {
+  require(same_shape(cache, source) && cache.half == source.half,
+          "source: expected " + shape_text(cache) + ", got " + shape_text(source));
+  require(cache.inv_freq == source.inv_freq && cache.rope_scaling == source.rope_scaling,
+          "source: expected the same rotary frequencies, got others; keys are stored rotated");
+  const size_t most = std::min(cache.capacity, source.capacity);
+  require(tokens <= most, "tokens: expected at most " + text(most) + ", got " + text(tokens));
+  const nb::gil_scoped_release release;
+  if (&cache != &source) cache.copy_prefix(source, tokens);
 }
 
 Batch new_batch(const nb::list& list) {
@@ -93,6 +110,7 @@ void bind_cache(nb::module_& m) {
   nb::class_<KVCache>(m, "KVCache")
       .def(nb::new_(&new_cache), "layers"_a, "kv_heads"_a, "head_dim"_a, "capacity"_a, "dtype"_a, "inv_freq"_a,
            "rope_scaling"_a = 1.0f)
+      .def("copy_prefix", copy_prefix, "source"_a, "tokens"_a)
       .def_prop_ro("nbytes", &KVCache::nbytes)
       .def_ro("capacity", &KVCache::capacity);
   nb::class_<Batch>(m, "Batch")

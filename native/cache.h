@@ -15,6 +15,8 @@ struct KVCache {
           float rope_scaling);
   uint8_t* keys(size_t layer, size_t head) const;
   uint8_t* values(size_t layer, size_t head) const;
+  // Positions [0, tokens) of every layer and head; source: another cache of this shape, dtype and rotation
+  void copy_prefix(const KVCache& source, size_t tokens);
   size_t element() const { return half ? 2 : 4; }
   size_t nbytes() const { return memory.size(); }
 

@@ -90,6 +90,24 @@ def test_asking_for_some_rows_changes_none_of_them(llm: LLM) -> None:
     np.testing.assert_array_equal(llm.model.step([(cache, ids[5:])]), whole[-1:])
 
 
+@pytest.mark.parametrize("tokens", [0, 17, 130])
+def test_a_copied_prefix_changes_nothing(llm: LLM, tokens: int) -> None:
+    ids = random_ids(llm, 0)
+    source, copy = llm.new_sequence(TOKENS), llm.new_sequence(TOKENS + 10)
+    whole = llm.model.step([(source, ids)], rows=np.arange(TOKENS)).copy()
+    copy.copy_prefix(source, tokens)
+    assert copy.length == tokens
+    rest = llm.model.step([(copy, ids[tokens:])], rows=np.arange(TOKENS - tokens))
+    np.testing.assert_array_equal(rest, whole[tokens:])
+
+
+def test_a_prefix_longer_than_its_source_is_refused(llm: LLM) -> None:
+    source = llm.new_sequence(8)
+    llm.model.step([(source, random_ids(llm, 0, 5))])
+    with pytest.raises(ValueError, match="tokens: expected at most 5, got 6"):
+        llm.new_sequence(8).copy_prefix(source, 6)
+
+
 def test_every_instruction_set_gives_the_same_logits(llm: LLM) -> None:
     """More than the specification asks: the float kernels too take their sums in one order everywhere."""
     ids, before = random_ids(llm, 0, 30), _native.isa()

@@ -127,6 +127,8 @@ class KVCache:
         rope_scaling: float = 1.0,
     ) -> None:
         """dtype "f32" or "f16"; inv_freq (head_dim / 2,); rope_scaling multiplies cos and sin."""
+    def copy_prefix(self, source: KVCache, tokens: int) -> None:
+        """Positions [0, tokens) of every layer and head, from a cache of this shape, dtype and rotation."""
     @property
     def nbytes(self) -> int:
         """Memory of all `capacity` tokens."""

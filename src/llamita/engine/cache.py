@@ -29,6 +29,21 @@ class SequenceCache:
         self.capacity = capacity
         self.length = 0
 
+    def copy_prefix(self, source: "SequenceCache", tokens: int) -> None:
+        """Begin with the first tokens of another sequence of the same model; what was here before goes.
+
+        Args:
+            source: of the same kv_dtype and, under dynamic rotary scaling, with the same frequencies.
+            tokens: up to source.length and this cache's capacity.
+
+        Raises:
+            ValueError: the caches do not match, or tokens are too many.
+        """
+        if tokens > source.length:
+            raise ValueError(f"tokens: expected at most {source.length}, got {tokens}")
+        self.native.copy_prefix(source.native, tokens)
+        self.length = tokens
+
     @property
     def nbytes(self) -> int:
         """Memory reserved for keys and values of the whole capacity; what tokens filled may be less."""
