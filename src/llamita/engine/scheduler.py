@@ -134,6 +134,12 @@ class _Sequence:
         self.events.extend((piece, generation) if piece else (generation,))
         self.is_over = True
 
+    def fail(self, error: Exception) -> None:
+        """End with an error; what the cache holds is not to be trusted."""
+        self.events.append(error)
+        self.is_begun = False
+        self.is_over = True
+
     def _append(self, token: int) -> bool:
         """Add a token; whether it is the draft's."""
         if not self.is_decoding:
@@ -157,16 +163,11 @@ class _Sequence:
 
 
 class _Part(NamedTuple):
-    """A sequence's share of a step: its tokens [start, stop)."""
+    """A sequence's share of a step."""
 
     sequence: _Sequence
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> range:
-        """Of these tokens, those whose logits are wanted: the last known one and the drafted."""
-        return range(max(self.sequence.count - 1, self.start), self.stop)
+    ids: np.ndarray  # its next tokens, int32 (tokens,)
+    rows: int  # how many of them, the last ones, give logits: the newest known and the drafted
 
 
 class Scheduler:
@@ -186,8 +187,9 @@ class Scheduler:
         self._times = StepTimes()
         self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
         self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []  # in order of arrival
-        self._changed = threading.Condition()  # guards the three above while nobody steps
+        self._prompts: list[_Sequence] = []  # that run and have no token yet, in order of arrival
+        self._decoding: list[_Sequence] = []  # that have one
+        self._changed = threading.Condition()  # guards the queue, and who steps; who does has the rest
         self._is_stepping = False
 
     def submit(self, request: Request, answer: Answer) -> Stream:
@@ -239,98 +241,108 @@ class Scheduler:
 
     def _sweep(self) -> None:
         """Let go of the sequences that are over."""
-        if not any(s.is_over for s in self._running) and not any(s.is_over for s in self._waiting):
+        for sequence in self._running():
+            if sequence.is_over:
+                break
+        else:
             return
-        self._waiting = deque(s for s in self._waiting if not s.is_over)
-        for sequence in self._running:
+        for sequence in self._running():
             if sequence.is_over and sequence.is_begun:
                 prefix = sequence.prefix()
                 self._kept.keep(prefix._replace(ids=prefix.ids.copy()))
-        self._running = [s for s in self._running if not s.is_over]
+        self._prompts = [s for s in self._prompts if not s.is_over]
+        self._decoding = [s for s in self._decoding if not s.is_over]
+
+    def _running(self) -> list[_Sequence]:
+        return self._decoding + self._prompts
 
     def _step(self) -> None:
         """One step of the model over whatever there is."""
-        self._admit()
+        if self._waiting:
+            self._admit()
         parts = self._plan()
         if not parts:
             return
-        rows, first = [], 0
+        rows, tokens = [], 0
         for part in parts:
-            rows += [first + i - part.start for i in part.rows]
-            first += part.stop - part.start
+            tokens += len(part.ids)
+            rows += range(tokens - part.rows, tokens)
         if len(rows) > len(self._logits):
             self._logits = np.empty((len(rows), self._logits.shape[1]), dtype=np.float32)
         began = time.perf_counter()
         logits = self.model.step(
-            [(s.cache, s.ids[start:stop]) for s, start, stop in parts],
+            [(sequence.cache, ids) for sequence, ids, _ in parts],
             np.array(rows, dtype=np.intp),
             self._logits[: len(rows)],
         )
+        seconds = time.perf_counter() - began
+        if self._prompts:
+            for part in parts:
+                if not part.sequence.is_decoding:
+                    part.sequence.answer.timings.prefill_seconds += seconds
+        else:
+            self._times.add(len(rows), seconds)
         self._hand_out(parts, logits, began)
 
     def _hand_out(self, parts: list[_Part], logits: np.ndarray, began: float) -> None:
         """Give each sequence its rows."""
-        seconds = time.perf_counter() - began
-        if all(part.sequence.is_decoding for part in parts):
-            self._times.add(len(logits), seconds)
         first = 0
-        for part in parts:
-            sequence, count = part.sequence, len(part.rows)
-            if not sequence.is_decoding:
-                sequence.answer.timings.prefill_seconds += seconds
-            if count and not sequence.is_over:
+        for sequence, _, rows in parts:
+            if rows and not sequence.is_over:
                 try:
-                    sequence.take(logits[first : first + count], began)
+                    sequence.take(logits[first : first + rows], began)
                 except Exception as error:  # its own: the others go on
-                    sequence.events.append(error)
-                    sequence.is_over, sequence.is_begun = True, False  # a cache not to be kept
-            first += count
+                    sequence.fail(error)
+            first += rows
+        if self._prompts:
+            self._decoding += [s for s in self._prompts if s.is_decoding]
+            self._prompts = [s for s in self._prompts if not s.is_decoding]
 
     def _admit(self) -> None:
         """Let waiting sequences in, first come, first served; kept caches give way to them."""
-        used = sum(sequence.request.declared_length for sequence in self._running)
-        before = used
-        while self._waiting and len(self._running) < self._limits.sequences:
-            needed = self._waiting[0].request.declared_length
+        running = self._running()
+        used, count = sum(s.request.declared_length for s in running), len(running)
+        while self._waiting and count < self._limits.sequences:
+            sequence = self._waiting[0]
+            needed = 0 if sequence.is_over else sequence.request.declared_length
             if used + needed > self._room:
                 break
-            used += needed
-            self._running.append(self._waiting.popleft())
-        if used > before:
-            self._kept.shrink(self._room - used)
+            self._waiting.popleft()
+            if not sequence.is_over:  # else cancelled before its turn
+                self._prompts.append(sequence)
+                used, count = used + needed, count + 1
+        self._kept.shrink(self._room - used)
 
     def _plan(self) -> list[_Part]:
         """What the next step takes in."""
-        going = [s for s in self._running if not s.is_over]
-        decoding = [s for s in going if s.is_decoding]
-        prompts = [s for s in going if not s.is_decoding]
-        self._draft(decoding, self._most_drafts(len(decoding), bool(prompts)))
-        parts = [_Part(s, s.settle(), s.count + s.drafted) for s in decoding]
-        budget = MIXED_CHUNK if decoding else PREFILL_CHUNK
-        for sequence in prompts:
-            if not budget or not (sequence.is_begun or self._begin(sequence)):
+        self._draft()
+        parts = []
+        for s in self._decoding:
+            parts.append(_Part(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
+        budget = MIXED_CHUNK if self._decoding else PREFILL_CHUNK
+        for s in self._prompts:
+            if not budget or not (s.is_begun or self._begin(s)):
                 break
-            start = sequence.settle()
-            stop = min(sequence.count, start + budget)
-            parts.append(_Part(sequence, start, stop))
+            start = s.settle()
+            stop = min(s.count, start + budget)
+            parts.append(_Part(s, s.ids[start:stop], int(stop == s.count)))
             budget -= stop - start
         return parts
 
-    def _most_drafts(self, sequences: int, has_prompts: bool) -> int:
-        """Drafted tokens for each of so many sequences; a prompt's step has work enough without."""
-        return 0 if has_prompts or not sequences else max(0, DECODE_ROWS - sequences) // sequences
-
-    def _draft(self, decoding: list[_Sequence], most: int) -> None:
-        """Draft for all sequences if that pays."""
+    def _draft(self) -> None:
+        """Draft for all sequences if that pays; beside a prompt the step has work enough without."""
+        sequences = len(self._decoding)
+        most = 0 if self._prompts or not sequences else (DECODE_ROWS - sequences) // sequences
         drafted, expected = 0, 0.0
-        for s in decoding:
-            limit = min(most, s.request.speculate, s.request.declared_length - s.count - 1)
-            s.drafted = s.drafter.propose(limit) if s.drafter and limit > 0 else 0
-            if s.drafter and s.drafted:
+        for s in self._decoding:
+            s.drafted = 0
+            if s.drafter and most > 0:
+                left = s.request.declared_length - s.count - 1
+                s.drafted = s.drafter.propose(min(most, s.request.speculate, left))
                 drafted += s.drafted
-                expected += s.drafter.expected
-        if drafted and not self._times.pays(len(decoding), drafted, expected):
-            for s in decoding:
+                expected += s.drafter.expected if s.drafted else 0
+        if drafted and not self._times.pays(sequences, drafted, expected):
+            for s in self._decoding:
                 s.drafted = 0
 
     def _begin(self, sequence: _Sequence) -> bool:
@@ -339,7 +351,7 @@ class Scheduler:
         ids, declared = request.ids[:-1], request.declared_length  # one is left, for the logits
         found, shared = None, 0
         if self._limits.prefix_memory:
-            others = [s for s in self._running if s.is_begun and not s.is_over]
+            others = [s for s in self._running() if s.is_begun]
             found, shared = self._kept.find(ids, declared, [s.prefix() for s in others])
             for other in others:
                 coming = Prefix(other.request.ids, other.cache, other.request.declared_length)

@@ -42,7 +42,7 @@ class Drafter:
 
     def propose(self, limit: int) -> int:
         """Write a draft of `limit` tokens, unless one is still open or nothing is known; its length now."""
-        if self._end <= self._count:
+        if self._end <= self._count and limit > 0:
             for order, n in enumerate(ORDERS):
                 start = self._after[order].get(self._tail[-n:])
                 if start is not None:
