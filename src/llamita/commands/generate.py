@@ -106,7 +106,7 @@ def summary(generation: Generation) -> str:
     reused = f" ({t.reused_tokens} reused)" if t.reused_tokens else ""
     drafts = f" ({t.accepted_tokens} of {t.drafted_tokens} drafted right)" if t.drafted_tokens else ""
     return (
-        f"[{generation.finish_reason}] prompt {t.prompt_tokens} tokens{reused} at {t.prefill_rate:,.0f} tok/s, "
-        f"first token after {t.first_token_seconds:.3f} s, "
+        f"[{generation.finish_reason}] prompt {t.prompt_tokens} tokens{reused} "
+        f"at {t.prefill_rate:,.0f} tok/s, first token after {t.first_token_seconds:.3f} s, "
         f"{t.generated_tokens} tokens{drafts} at {t.decode_rate:,.1f} tok/s"
     )

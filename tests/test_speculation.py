@@ -1,0 +1,266 @@
+"""Prompt lookup: the output is that of plain decoding, the distribution too, and drafts come when they pay."""
+
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from generations import Chain, Watched, plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_checkpoint
+
+import llamita
+from llamita.engine.llm import LLM
+from llamita.engine.sampler import Sampling
+from llamita.engine.speculation import DECODE_ROWS, Drafter, StepTimes
+from llamita.errors import InputError
+
+PATTERN = [7, 8, 9, 10, 11]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> LLM:
+    return llamita.load("embedded", preset="llama3.2")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> LLM:
+    llm = llamita.load(make_checkpoint(tmp_path, "llama32"))
+    llm.tokenizer.eos_token_ids = ()
+    return llm
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify every draft, whatever it costs."""
+    monkeypatch.setattr(StepTimes, "pays", lambda *_: True)
+
+
+# The output
+
+
+TEXTS = [
+    "Once upon a time, there was a little dog. The little dog was happy. Once upon a time, there",
+    "one two three one two three one two",
+    'Tom said, "I like the red ball." Sam said, "I like the red ball." Tom said,',
+    "The cat sat. The cat ran. The cat ate. The",
+]
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("options", [
+    {"greedy": True}, {"temperature": 0.3, "top_p": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 1.0},
+    {"greedy": True, "repetition_penalty": 1.3}, {"temperature": 0.5, "repetition_penalty": 1.05},
+], ids=str)  # fmt: skip
+def test_output_is_that_of_plain_decoding(embedded: LLM, options: dict[str, Any]) -> None:
+    drafted = accepted = 0
+    for seed, text in enumerate(TEXTS * 3):
+        found = [
+            embedded.generate(text, max_tokens=60, seed=seed, speculate=n, **options) for n in (0, 1, 4, 7)
+        ]
+        assert all(g.token_ids == found[0].token_ids for g in found)
+        assert all(g.text == found[0].text and g.finish_reason == found[0].finish_reason for g in found)
+        assert found[0].timings.drafted_tokens == 0
+        drafted += sum(g.timings.drafted_tokens for g in found)
+        accepted += sum(g.timings.accepted_tokens for g in found)
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.usefixtures("always")
+def test_the_distribution_is_that_of_the_model(tiny: LLM) -> None:
+    """Unseeded draws of three tokens after a prompt full of drafts, against the product of probabilities.
+
+    The bound is seven standard deviations above the mean of chi-square with 63 degrees of freedom.
+    """
+    table = np.random.default_rng(0).dirichlet(np.ones(4) * 2, size=4)
+    Chain(tiny, table)
+    prompt, runs = [0, 1, 2, 3] * 5 + [0, 1, 2], 4000
+    counts, drafted, accepted = Counter(), 0, 0
+    for _ in range(runs):
+        generation = tiny.generate(prompt, max_tokens=4, temperature=1.0, top_p=1.0)
+        counts[tuple(generation.token_ids[1:])] += 1
+        drafted += generation.timings.drafted_tokens
+        accepted += generation.timings.accepted_tokens
+    assert 0 < accepted < drafted
+    first = table[2]
+    expected = {
+        (a, b, c): runs * sum(first[z] * table[z, a] for z in range(4)) * table[a, b] * table[b, c]
+        for a, b, c in product(range(4), repeat=3)
+    }
+    assert set(counts) <= set(expected)
+    chi_square = sum((counts[k] - e) ** 2 / e for k, e in expected.items())
+    assert chi_square < 63 + 7 * np.sqrt(2 * 63)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("count", range(1, 12))
+def test_limits_end_within_a_draft(tiny: LLM, count: int) -> None:
+    table = np.full((12, 12), 1e-9)
+    for a, b in zip(PATTERN, PATTERN[1:] + PATTERN[:1], strict=True):
+        table[a, b] = 1.0
+    Chain(tiny, table)
+    generation = tiny.generate(PATTERN * 2, max_tokens=count, greedy=True)
+    assert generation.token_ids == (PATTERN * 3)[:count]
+    assert generation.timings.generated_tokens == count
+    assert (
+        generation.timings.drafted_tokens
+        == generation.timings.accepted_tokens
+        == max(0, count - 1 - generation.timings.decode_steps)
+    )
+    near_end = tiny.generate((PATTERN * 200)[: tiny.context - count], max_tokens=100, greedy=True)
+    assert (len(near_end.token_ids), near_end.finish_reason) == (count, "context")
+
+
+@pytest.mark.usefixtures("always")
+def test_end_tokens_and_stop_strings_within_a_draft(tiny: LLM) -> None:
+    letters = list(b"abcdef")
+    table = np.full((128, 128), 1e-9)
+    for a, b in zip(letters, letters[1:] + letters[:1], strict=True):
+        table[a, b] = 1.0
+    Chain(tiny, table)
+    watched = tiny.generate(letters * 3, max_tokens=50, greedy=True, stop=["bcd"])
+    assert (watched.text, watched.finish_reason, len(watched.token_ids)) == ("a", "stop", 4)
+    tiny.tokenizer.eos_token_ids = (letters[3],)
+    ended = tiny.generate(letters * 3, max_tokens=50, greedy=True)
+    assert (ended.text, ended.finish_reason, ended.timings.generated_tokens) == ("abc", "stop", 4)
+    assert ended.timings.decode_steps == 1
+
+
+@pytest.mark.usefixtures("always")
+def test_a_loop_takes_a_fifth_of_the_steps(tiny: LLM) -> None:
+    table = np.full((12, 12), 1e-9)
+    for a, b in zip(PATTERN, PATTERN[1:] + PATTERN[:1], strict=True):
+        table[a, b] = 1.0
+    Chain(tiny, table)
+    timings = tiny.generate(PATTERN * 2, max_tokens=101, greedy=True).timings
+    assert (timings.decode_steps, timings.drafted_tokens, timings.accepted_tokens) == (20, 80, 80)
+
+
+@pytest.mark.usefixtures("always")
+def test_company_leaves_fewer_rows_for_drafts(tiny: LLM) -> None:
+    prompts = [PATTERN * 6 + [20 + i] + PATTERN for i in range(10)]
+    alone = [plain(tiny, ids, 20, Sampling(0.0))[0] for ids in prompts]
+    for count in (2, 5, 10):
+        watched = Watched(tiny)
+        found = tiny.generate_many(prompts[:count], max_tokens=20, greedy=True)
+        assert [g.token_ids for g in found] == alone[:count]
+        decoding = [step for step in watched.steps if max(step) <= 5]
+        assert max(map(sum, decoding)) <= DECODE_ROWS
+        tiny.scheduler.model = tiny.model
+
+
+def test_speculate_is_checked(tiny: LLM) -> None:
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(InputError, match="speculate"):
+            tiny.generate("x", speculate=wrong)  # type: ignore[arg-type]
+
+
+# Drafts
+
+
+def drafter_of(tokens: list[int], room: int = 20) -> tuple[Drafter, np.ndarray]:
+    ids = np.zeros(len(tokens) + room, dtype=np.int32)
+    ids[: len(tokens)] = tokens
+    return Drafter(ids, len(tokens)), ids
+
+
+def drafts(drafter: Drafter, ids: np.ndarray, known: int, limit: int) -> list[int]:
+    return ids[known : known + drafter.propose(limit)].tolist()
+
+
+def test_a_draft_follows_the_last_of_the_longest_matches() -> None:
+    for tokens, expected in [
+        ([1, 2, 3, 4, 5, 1, 2, 3], [4, 5, 1, 2]),
+        ([1, 2, 9, 7, 2, 9, 8, 1, 2, 9], [7, 2, 9, 8]),  # three tokens, further away, before two
+        ([5, 6, 1, 5, 6, 2, 9, 5, 6], [2, 9, 5, 6]),  # the later of two
+        ([4, 4, 4], [4, 4, 4, 4]),  # on and on from itself
+        ([1, 2, 1, 2], [1, 2, 1, 2]),
+        ([1, 2, 3], []),
+        ([1], []),
+    ]:
+        drafter, ids = drafter_of(tokens)
+        assert drafts(drafter, ids, len(tokens), 4) == expected
+
+
+@settings(deadline=None)
+@given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40), start=st.integers(1, 40))
+def test_tokens_one_by_one_are_indexed_like_a_prompt(tokens: list[int], start: int) -> None:
+    start = min(start, len(tokens))
+    grown, ids = drafter_of(tokens[:start], room=60)
+    for token in tokens[start:]:
+        grown.add(token)
+    whole, others = drafter_of(tokens)
+    assert drafts(grown, ids, len(tokens), 4) == drafts(whole, others, len(tokens), 4)
+    assert ids[: len(tokens)].tolist() == tokens
+
+
+def test_drafts_are_judged_even_where_they_are_not_verified() -> None:
+    drafter, _ = drafter_of([1, 2, 3, 4, 5, 6, 1, 2, 3], room=100)
+    before = drafter.expected
+    assert drafter.propose(4) == 4
+    assert [drafter.add(token) for token in (4, 5)] == [True, True]
+    assert drafter.propose(4) == 2  # the rest of it
+    assert [drafter.add(token) for token in (6, 1)] == [True, True]
+    assert drafter.expected > before
+    for _ in range(30):
+        drafter.propose(4)
+        drafter.add(99)  # never what was drafted, but once: 99 follows 99
+        drafter.add(98)
+    drafter.propose(4)
+    assert drafter.expected < 1.1
+
+
+# Whether they pay
+
+
+def timed(seconds: dict[int, float]) -> StepTimes:
+    times = StepTimes()
+    for rows, value in seconds.items():
+        for _ in range(5):
+            times.add(rows, value)
+    return times
+
+
+def test_nothing_is_drafted_before_plain_steps_are_measured() -> None:
+    assert not StepTimes().pays(1, 4, 4.0)
+    assert timed({1: 1.0}).pays(1, 4, 0.01)  # what has not been measured is tried
+
+
+@pytest.mark.parametrize(
+    ("sequences", "drafted", "expected", "pays"),
+    [(1, 4, 0.3, False), (1, 4, 0.4, True), (2, 6, 0.9, False), (2, 6, 1.1, True)],
+)
+def test_drafts_pay_where_they_bring_more_tokens_a_second(
+    sequences: int, drafted: int, expected: float, pays: bool
+) -> None:
+    times = timed({1: 1.0, 5: 1.35, 2: 1.0, 8: 1.5})
+    assert times.pays(sequences, drafted, expected) == pays
+
+
+def test_spikes_count_little_and_refusals_are_forgiven() -> None:
+    times = timed({1: 1.0, 5: 1.2})
+    times.add(5, 1000.0)
+    assert times.pays(1, 4, 0.4)  # 1.35 at most
+    slow = timed({1: 1.0, 5: 3.0})
+    assert not slow.pays(1, 4, 1.0)
+    assert any(slow.pays(1, 4, 1.0) for _ in range(200))
+
+
+def test_drafting_stops_where_it_costs_too_much_and_comes_back(
+    embedded: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times as if another row cost a whole step, then as if it cost nothing."""
+    times, add = embedded.scheduler._times, StepTimes.add
+    cost = {"row": 1.0}
+    monkeypatch.setattr(StepTimes, "add", lambda self, n, _: add(self, n, 1.0 + cost["row"] * (n - 1)))
+    monkeypatch.setattr(embedded.scheduler, "_times", StepTimes())
+    options: dict[str, Any] = {"max_tokens": 200, "temperature": 1.0, "seed": 1}
+    dear = embedded.generate(TEXTS[0], **options)
+    cost["row"] = 0.0
+    cheap = embedded.generate(TEXTS[0], **options)
+    assert dear.token_ids == cheap.token_ids
+    assert dear.timings.drafted_tokens < cheap.timings.drafted_tokens / 2
+    assert times is not embedded.scheduler._times
