@@ -148,7 +148,7 @@ def test_dynamic_rotation_shares_only_under_equal_frequencies(tmp_path: Path) ->
     llm = make(tmp_path)
     ids = ids_of(0, 90)
     expect(llm, ids[:30], 0)  # 36 in all: the trained frequencies
-    expect(llm, ids[:40], 30 + 0)  # 46: the same ones
+    expect(llm, ids[:40], 30)  # 46: the same ones
     expect(llm, ids, 0)  # 96: others
     expect(llm, ids, 89)
     expect(llm, ids[:80], 0)  # 86: others again

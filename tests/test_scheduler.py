@@ -81,23 +81,13 @@ REQUESTS = st.fixed_dictionaries(
     pays=st.sampled_from(["always", "never", "sometimes"]),
 )
 def test_arrivals_chunks_and_cancellations_change_nothing(
-    llm_alone: LLM,
-    requests: list[dict[str, Any]],
-    chunks: tuple[int, int],
-    sequences: int,
-    kept: int,
-    pays: str,
+    shared: LLM, requests: list[dict[str, Any]], chunks: tuple[int, int], sequences: int, kept: int, pays: str
 ) -> None:
-    llm = llm_alone
+    llm = shared
     probe = SequenceCache(llm.config, 128, llm.kv_dtype, 128)
     limits = Limits(sequences, 2**30, kept * probe.nbytes // 128, llm.kv_dtype, CONTEXT)
     llm.scheduler = Scheduler(llm.model, limits)
-    flips = np.random.default_rng(0)
-    {
-        "always": lambda *_: True,
-        "never": lambda *_: False,
-        "sometimes": lambda *_: flips.random() < 0.5,
-    }
+    share, flips = {"always": 1.0, "never": 0.0, "sometimes": 0.5}[pays], np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "PREFILL_CHUNK", chunks[0])
         patch.setattr(scheduler, "MIXED_CHUNK", chunks[1])

@@ -340,7 +340,7 @@ class Scheduler:
                 left = s.request.declared_length - s.count - 1
                 s.drafted = s.drafter.propose(min(most, s.request.speculate, left))
                 drafted += s.drafted
-                expected += s.drafter.expected if s.drafted else 0
+                expected += min(s.drafter.expected, s.drafted)
         if drafted and not self._times.pays(sequences, drafted, expected):
             for s in self._decoding:
                 s.drafted = 0
