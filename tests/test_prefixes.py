@@ -156,7 +156,7 @@ def test_dynamic_rotation_shares_only_under_equal_frequencies(tmp_path: Path) ->
 
 def test_what_another_holds_is_not_kept_twice(llm: LLM) -> None:
     config = llm.config
-    kept = PrefixCache(1000, RopeConfig("default", 10000.0), config.head_dim)
+    kept = PrefixCache(1000, RopeConfig(10000.0), config.head_dim)
     ids = np.arange(100, dtype=np.int32)
 
     def prefix(count: int) -> Prefix:

@@ -72,13 +72,13 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=7),
     chunks=st.tuples(st.sampled_from([3, 17, 64, 256]), st.sampled_from([1, 7, 64])),
     sequences=st.integers(1, 5),
     kept=st.sampled_from([0, 100, 10_000]),  # tokens
-    pays=st.sampled_from(["always", "never", "sometimes"]),
+    pays=st.sampled_from(["always", "rarely", "sometimes"]),
 )
 def test_arrivals_chunks_and_cancellations_change_nothing(
     shared: LLM, requests: list[dict[str, Any]], chunks: tuple[int, int], sequences: int, kept: int, pays: str
@@ -87,12 +87,12 @@ def test_arrivals_chunks_and_cancellations_change_nothing(
     probe = SequenceCache(llm.config, 128, llm.kv_dtype, 128)
     limits = Limits(sequences, 2**30, kept * probe.nbytes // 128, llm.kv_dtype, CONTEXT)
     llm.scheduler = Scheduler(llm.model, limits)
-    share, flips = {"always": 1.0, "never": 0.0, "sometimes": 0.5}[pays], np.random.default_rng(0)
+    share, flips = {"always": 1.0, "rarely": 0.0, "sometimes": 0.5}[pays], np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "PREFILL_CHUNK", chunks[0])
         patch.setattr(scheduler, "MIXED_CHUNK", chunks[1])
         patch.setattr(scheduler, "Sampler", RecordingSampler)
-        patch.setattr(StepTimes, "pays", lambda *_: flips.random() < share)
+        patch.setattr(StepTimes, "best_length", lambda *_: 5 if flips.random() < share else flips.integers(3))
         RecordingSampler.rows.clear()
         run_and_compare(llm, requests)
 

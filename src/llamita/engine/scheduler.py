@@ -330,20 +330,21 @@ class Scheduler:
         return parts
 
     def _draft(self) -> None:
-        """Draft for all sequences if that pays; beside a prompt the step has work enough without."""
+        """Draft as much as pays; beside a prompt the step has work enough without."""
         sequences = len(self._decoding)
         most = 0 if self._prompts or not sequences else (DECODE_ROWS - sequences) // sequences
-        drafted, expected = 0, 0.0
+        drafts = []
         for s in self._decoding:
             s.drafted = 0
-            if s.drafter and most > 0:
-                left = s.request.declared_length - s.count - 1
-                s.drafted = s.drafter.propose(min(most, s.request.speculate, left))
-                drafted += s.drafted
-                expected += min(s.drafter.expected, s.drafted)
-        if drafted and not self._times.pays(sequences, drafted, expected):
+            limit = min(most, s.request.speculate, s.request.declared_length - s.count - 1)
+            if s.drafter and limit > 0:
+                s.drafted = s.drafter.propose(limit)
+                if s.drafted:
+                    drafts.append((s.drafted, s.drafter.rate))
+        if drafts:
+            length = self._times.best_length(sequences, drafts)
             for s in self._decoding:
-                s.drafted = 0
+                s.drafted = min(s.drafted, length)
 
     def _begin(self, sequence: _Sequence) -> bool:
         """Give a sequence its cache; False if it had better wait for what another one is taking in."""
