@@ -10,6 +10,7 @@ ORDERS = (3, 2)  # lengths of n-grams, the longer match first
 DECODE_ROWS = 16  # of a step, drafted ones included: up to here another row costs little
 _KEEP = 0.9  # of a moving average, when a new value comes
 _TRUSTED = 3  # measurements before a time is believed: the first ones fault pages in
+_MARGIN = 1.05  # that drafts must bring at least: drafting and comparing take time, too
 _SPIKE = 2.0  # times the estimate; what is above was the machine's other work
 _FORGIVE = 0.998  # per refusal: a time too high by half is tried again after some 200
 
@@ -96,7 +97,7 @@ class StepTimes:
         """
         if self._counts.get(sequences, 0) < _TRUSTED:
             return 0  # first see what a plain step costs
-        best, most = 0, sequences / self._seconds[sequences]
+        best, most = 0, _MARGIN * sequences / self._seconds[sequences]
         for length in range(1, max(length for length, _ in drafts) + 1):
             rows, tokens = sequences, float(sequences)
             for drafted, rate in drafts:
