@@ -176,7 +176,11 @@ class LLM:
             except InputError as error:
                 raise InputError(f"prompt {place} of {len(prompts)}, from 0: {error}") from None
         streams = [self._submit(request) for request in requests]
-        return [_last(stream) for stream in streams]  # an error lets go of the streams, which cancels them
+        try:
+            return [_last(stream) for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Continue a text, answer a conversation, or go on from token ids.

@@ -18,7 +18,7 @@ from llamita.engine.prefixes import SHORTEST, Prefix, PrefixCache
 from llamita.engine.requests import Answer, Generation, Request
 from llamita.engine.sampler import Sampler
 from llamita.engine.speculation import DECODE_ROWS, Drafter, StepTimes
-from llamita.errors import InputError
+from llamita.errors import InputError, RunError
 
 PREFILL_CHUNK = 256  # tokens a step: enough for the kernels' full speed, little memory for what lies between
 MIXED_CHUNK = 64  # beside running generations, which wait for the step to end
@@ -361,7 +361,11 @@ class Scheduler:
         cache = self._kept.take(found, shared, declared) if found else None
         if cache is None:
             capacity = min(self._limits.context, max(_PROBE, 1 << (declared - 1).bit_length()))
-            cache = SequenceCache(config, capacity, self._limits.kv_dtype, declared)
+            try:
+                cache = SequenceCache(config, capacity, self._limits.kv_dtype, declared)
+            except MemoryError:
+                sequence.fail(RunError(f"memory: expected room for keys and values of {capacity} tokens"))
+                return False
             if found:
                 cache.copy_prefix(found.cache, shared)
         cache.length = shared
