@@ -262,6 +262,27 @@ def test_an_interrupted_step_is_done_again(llm: LLM, step: int, error: type[Base
     assert [finish(stream).token_ids for stream in streams] == alone
 
 
+def test_an_interrupt_between_draws_ends_one_sequence(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [ids_of(seed, 20) for seed in range(3)]
+    alone = [plain(llm, ids, 8, Sampling(0.0))[0] for ids in prompts]
+    calls = iter(range(1000))
+
+    class Interrupted(RecordingSampler):
+        def choose(self, logits: np.ndarray) -> int:
+            if next(calls) == 7:  # the third step's second sequence
+                raise KeyboardInterrupt
+            return super().choose(logits)
+
+    monkeypatch.setattr(scheduler, "Sampler", Interrupted)
+    streams = [llm.stream(ids, max_tokens=8, greedy=True, speculate=0) for ids in prompts]
+    with pytest.raises(KeyboardInterrupt):
+        finish(streams[0])
+    assert finish(streams[0]).token_ids == alone[0]
+    with pytest.raises(RunError, match="interrupted"):
+        finish(streams[1])
+    assert finish(streams[2]).token_ids == alone[2]
+
+
 def test_closing_ends_a_stream_at_once(llm: LLM) -> None:
     watched = Watched(llm)
     stream = llm.stream(ids_of(0, 20), max_tokens=50, speculate=0)

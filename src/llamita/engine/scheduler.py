@@ -143,8 +143,8 @@ class _Sequence:
     def _append(self, token: int) -> bool:
         """Add a token; whether it is the draft's."""
         if not self.is_decoding:
-            self.is_decoding = True
             self.drafter = Drafter(self.ids, self.count) if self.request.speculate else None
+            self.is_decoding = True
         self.count += 1
         if self.drafter:
             return self.drafter.add(token)
@@ -234,10 +234,17 @@ class Scheduler:
             self._step()
         finally:
             if is_mine:
-                with self._changed:
-                    self._sweep()
-                    self._is_stepping = False
-                    self._changed.notify_all()
+                self._end_step()
+
+    def _end_step(self) -> None:
+        try:
+            with self._changed:
+                self._sweep()
+                self._is_stepping = False
+                self._changed.notify_all()
+        except BaseException:  # an interrupt, as the step's own exceptions have passed
+            self._is_stepping = False
+            raise
 
     def _sweep(self) -> None:
         """Let go of the sequences that are over."""
@@ -293,10 +300,14 @@ class Scheduler:
                     sequence.take(logits[first : first + rows], began)
                 except Exception as error:  # its own: the others go on
                     sequence.fail(error)
+                except BaseException:  # an interrupt with a token half taken
+                    sequence.fail(RunError("generation: interrupted"))
+                    raise
             first += rows
         if self._prompts:
-            self._decoding += [s for s in self._prompts if s.is_decoding]
-            self._prompts = [s for s in self._prompts if not s.is_decoding]
+            decoding = self._decoding + [s for s in self._prompts if s.is_decoding]
+            prompts = [s for s in self._prompts if not s.is_decoding]
+            self._decoding, self._prompts = decoding, prompts  # no call between, so no interrupt
 
     def _admit(self) -> None:
         """Let waiting sequences in, first come, first served; kept caches give way to them."""
@@ -304,13 +315,15 @@ class Scheduler:
         used, count = sum(s.request.declared_length for s in running), len(running)
         while self._waiting and count < self._limits.sequences:
             sequence = self._waiting[0]
-            needed = 0 if sequence.is_over else sequence.request.declared_length
+            if sequence.is_over:  # cancelled before its turn
+                del self._waiting[0]
+                continue
+            needed = sequence.request.declared_length
             if used + needed > self._room:
                 break
-            self._waiting.popleft()
-            if not sequence.is_over:  # else cancelled before its turn
-                self._prompts.append(sequence)
-                used, count = used + needed, count + 1
+            self._prompts = [*self._prompts, sequence]  # no call between these, so no interrupt
+            del self._waiting[0]
+            used, count = used + needed, count + 1
         self._kept.shrink(self._room - used)
 
     def _plan(self) -> list[_Part]:
