@@ -9,7 +9,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine"),
+     "wikitext", "memory", "shapes", "machine"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer",
      "random_weights"),
@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods.rtn", "methods.energy"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
-     "engine.llm"),
+     "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
     ("evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker",
      "bench", "plot"),
@@ -39,8 +39,14 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.rtn": ("methods.energy",),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
-        "chat", "quantize", "engine.cache", "engine.model", "engine.sampler", "engine.stops",
-        "engine.weights",
+        "chat", "quantize", "engine.cache", "engine.model", "engine.requests", "engine.sampler",
+        "engine.scheduler", "engine.weights",
+    ),
+    "engine.prefixes": ("engine.cache",),
+    "engine.requests": ("chat", "engine.sampler", "engine.stops"),
+    "engine.scheduler": (
+        "engine.cache", "engine.model", "engine.prefixes", "engine.requests", "engine.sampler",
+        "engine.speculation",
     ),
     "baseline": ("evaluate",),
     "harness": ("evaluate",),

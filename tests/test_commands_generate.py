@@ -71,6 +71,15 @@ def test_stop_and_seed_reach_the_engine() -> None:
     assert word not in stopped["text"]
 
 
+def test_speculation_can_be_turned_off_and_changes_no_text() -> None:
+    prompt = "The cat sat. The cat ran. The cat sat. The cat ran. The cat"
+    arguments = (*GENERATE, "--max-tokens", "60", "--prompt", prompt, "--json")
+    found = [json.loads(run(*arguments, *more).stdout) for more in (("--speculate", "0"), ())]
+    assert found[0]["text"] == found[1]["text"]
+    assert found[0]["timings"]["drafted_tokens"] == 0
+    assert found[1]["timings"]["accepted_tokens"] <= found[1]["timings"]["drafted_tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "text"),
     [
@@ -80,6 +89,7 @@ def test_stop_and_seed_reach_the_engine() -> None:
         (("--prompt", "x", "--greedy", "--top-k", "3"), b"", "greedy"),
         (("--prompt", "x", "--stop", ""), b"", "stop"),
         (("--prompt", "x", "--max-tokens", "0"), b"", "max_tokens"),
+        (("--prompt", "x", "--speculate", "-1"), b"", "speculate"),
         (("--prompt", "x", "--preset", "nope"), b"", "--preset"),
         (("--prompt", "x", "--context", "5000"), b"", "context"),
     ],
@@ -112,6 +122,16 @@ def test_chat_remembers_until_reset() -> None:
     first, second, third = prompt_tokens(b"Hello\nHello\n/reset\nHello")
     assert first == third < second
     assert prompt_tokens(b"Hello\n", "--system", "Be kind.")[0] > first
+
+
+def test_chat_does_not_compute_a_conversation_again() -> None:
+    lines = b"Once upon a time there was a little dog.\nAnd then there was a cat.\n"
+    result = run("chat", "embedded", "--max-tokens", "20", "--greedy", "--json", stdin=lines)
+    first, second = (json.loads(line)["timings"] for line in result.stdout.splitlines())
+    assert first["reused_tokens"] == 0
+    assert second["reused_tokens"] >= first["prompt_tokens"]
+    plain = run("chat", "embedded", "--max-tokens", "20", "--greedy", stdin=lines)
+    assert f"({second['reused_tokens']} reused)" in plain.stderr.decode()
 
 
 def test_chat_in_a_pipe_stops_at_a_message_that_does_not_fit() -> None:

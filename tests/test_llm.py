@@ -13,7 +13,9 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita.checkpoint import Checkpoint
+from llamita.config import ModelConfig
 from llamita.engine.llm import LLM, PREFILL_CHUNK, Generation
+from llamita.engine.scheduler import Limits, Scheduler
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError, RunError
 from llamita.quantize import RoundedSource
@@ -34,30 +36,36 @@ def tiny(tmp_path: Path) -> LLM:
 
 
 class Script:
-    """Stands for the forward pass: whatever is asked, the next token is the script's."""
+    """Stands for the forward pass: what comes after the prompt is the script, token by token."""
 
-    def __init__(self, tokens: list[int], vocab_size: int) -> None:
-        self._tokens = iter(tokens)
-        self._vocab_size = vocab_size
+    def __init__(self, tokens: list[int], config: ModelConfig) -> None:
+        self.config = config
+        self._tokens = tokens
+        self._prompt = 0  # its length, known with its last token
 
     def step(
         self, sequences: Any, rows: np.ndarray | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        for cache, ids in sequences:
-            cache.length += len(ids)
-            assert cache.length <= cache.capacity
-        if rows is not None and not len(rows):
-            return np.empty((0, self._vocab_size), dtype=np.float32)
+        ((cache, ids),) = sequences
+        cache.length += len(ids)
+        assert cache.length <= cache.capacity
+        assert rows is not None
         assert out is not None
         out[:] = 0
-        out[0, next(self._tokens)] = 100  # no other token has a chance
+        if len(rows) and not self._prompt:
+            self._prompt = cache.length
+        for row, logits in zip(rows, out, strict=True):
+            at = cache.length - len(ids) + row + 1 - self._prompt
+            logits[self._tokens[min(at, len(self._tokens) - 1)]] = 100  # no other token has a chance
         return out
 
 
-def scripted(llm: LLM, text: str | list[int]) -> LLM:
+def scripted(llm: LLM, text: str | list[int], end: int = END) -> LLM:
     """The model says this, then ends."""
     tokens = llm.tokenizer.encode(text, add_bos=False) if isinstance(text, str) else text
-    llm.model = Script([*tokens, END], llm.config.vocab_size)  # type: ignore[assignment]
+    script: Any = Script([*tokens, end], llm.config)
+    limits = Limits(1, 2**30, 0, llm.kv_dtype, llm.context)
+    llm.model, llm.scheduler = script, Scheduler(script, limits)
     return llm
 
 
@@ -139,8 +147,7 @@ def test_a_template_decides_about_bos_and_an_answer_is_a_text_of_its_own(tiny: L
     tiny.config = replace(tiny.config, vocab_size=32000, eos_token_ids=())
     (tmp_path / "chat_template.jinja").write_text("[INST]{{ messages[0].content }}[/INST]")
     answer = tiny.tokenizer.encode("Hello there", add_bos=False)
-    tiny.model = Script([*answer, 2], 32000)  # type: ignore[assignment]
-    generation = tiny.generate([{"role": "user", "content": "Hi"}])
+    generation = scripted(tiny, answer, 2).generate([{"role": "user", "content": "Hi"}])
     assert generation.text == "Hello there"
     assert generation.timings.prompt_tokens == len(tiny.tokenizer.encode("[INST]Hi[/INST]", add_bos=False))
 
@@ -265,7 +272,7 @@ def test_real_tokenizers_stream_continuations(writer: Any, tiny: LLM, tmp_path: 
     text, begun = "Hello my 🦙 friend, 你好 and  bye", "Hello my"
     ids = tiny.tokenizer.encode(text)
     cut = len(tiny.tokenizer.encode(begun))
-    tiny.model = Script([*ids[cut:], tiny.tokenizer.eos_token_ids[0]], 128256)  # type: ignore[assignment]
+    scripted(tiny, ids[cut:], tiny.tokenizer.eos_token_ids[0])
     pieces, generation = pieces_of(tiny.stream(ids[:cut], max_tokens=30))
     assert begun + "".join(pieces) == begun + generation.text == text
     assert not any("\ufffd" in piece for piece in pieces)

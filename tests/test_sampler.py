@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamita.engine.sampler import Sampler, Sampling, distribution, penalize
+from llamita.engine.sampler import Sampler, Sampling, _position, distribution, penalize
 from llamita.errors import InputError, RunError
 
 VOCAB = 5000
@@ -85,6 +85,17 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     sampler = Sampler(settings, np.array([0]), 3)
     counts = np.bincount([sampler.choose(logits) for _ in range(20_000)])
     np.testing.assert_allclose(counts / 20_000, [0.5, 0.3, 0.2], atol=0.015)  # over four standard errors
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 1000])
+def test_every_token_has_its_share_of_the_unit_interval(count: int) -> None:
+    """The middle of each token's part; logits with probabilities that float64 holds well."""
+    weights = np.random.default_rng(count).integers(0, 9, count) + (np.arange(count) == 0)
+    edges = np.concatenate([[0], np.cumsum(weights)]) / weights.sum()
+    middles = (edges[:-1] + edges[1:]) / 2
+    found = [_position(weights / weights.sum(), middle) for middle in middles[weights > 0]]
+    assert found == np.flatnonzero(weights).tolist()
+    assert _position(weights / weights.sum(), 1 - 2**-53) == np.flatnonzero(weights)[-1]
 
 
 def test_same_seed_same_draws_another_seed_others() -> None:

@@ -10,7 +10,8 @@ import typer
 
 from llamita import console
 from llamita.commands.generate import describe, show_stream, summary
-from llamita.engine.llm import LLM, Options, load
+from llamita.engine.llm import LLM, load
+from llamita.engine.requests import DEFAULT_SPECULATE, Options
 from llamita.errors import InputError
 
 HELP = "/reset forgets what was said, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
@@ -45,6 +46,9 @@ def command(
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    speculate: Annotated[
+        int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
+    ] = DEFAULT_SPECULATE,
     preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
@@ -59,6 +63,7 @@ def command(
     _ = llm.chat_template  # a base model without one is refused before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,
+        "speculate": speculate,
     }  # fmt: skip
     is_terminal = sys.stdin.isatty() and not as_json
     if is_terminal:

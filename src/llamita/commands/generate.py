@@ -1,6 +1,7 @@
 """`llamita generate`: continue a prompt, text on stdout as it comes."""
 
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from io import TextIOWrapper
 from typing import Annotated
@@ -8,7 +9,8 @@ from typing import Annotated
 import typer
 
 from llamita import console
-from llamita.engine.llm import LLM, Generation, Options, Prompt, load
+from llamita.engine.llm import LLM, load
+from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prompt
 from llamita.errors import InputError
 
 
@@ -28,6 +30,9 @@ def command(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    speculate: Annotated[
+        int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
+    ] = DEFAULT_SPECULATE,
     preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
@@ -43,7 +48,7 @@ def command(
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-        "stop": stop or [],
+        "stop": stop or [], "speculate": speculate,
     }  # fmt: skip
     if as_json:
         generation = llm.generate(text, **options)
@@ -74,12 +79,13 @@ def show_stream(llm: LLM, prompt: Prompt, options: Options, shown: list[str]) ->
     """Write the pieces to stdout as they come, and add them to `shown`; the generation that they make."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
-    for piece in llm.stream(prompt, **options):
-        if isinstance(piece, Generation):
-            return piece
-        shown.append(piece)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    with closing(llm.stream(prompt, **options)) as stream:  # stopped, it ends there and then
+        for piece in stream:
+            if isinstance(piece, Generation):
+                return piece
+            shown.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     raise AssertionError("a stream ends with its generation")
 
 
@@ -98,8 +104,10 @@ def describe(generation: Generation) -> dict[str, object]:
 def summary(generation: Generation) -> str:
     """One line about how it went."""
     t = generation.timings
+    reused = f" ({t.reused_tokens} reused)" if t.reused_tokens else ""
+    drafts = f" ({t.accepted_tokens} of {t.drafted_tokens} drafted right)" if t.drafted_tokens else ""
     return (
-        f"[{generation.finish_reason}] prompt {t.prompt_tokens} tokens at {t.prefill_rate:,.0f} tok/s, "
-        f"first token after {t.first_token_seconds:.2f} s, "
-        f"{t.generated_tokens} tokens at {t.decode_rate:,.1f} tok/s"
+        f"[{generation.finish_reason}] prompt {t.prompt_tokens} tokens{reused} "
+        f"at {t.prefill_rate:,.0f} tok/s, first token after {t.first_token_seconds:.3f} s, "
+        f"{t.generated_tokens} tokens{drafts} at {t.decode_rate:,.1f} tok/s"
     )

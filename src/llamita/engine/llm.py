@@ -6,101 +6,39 @@ print(llm.generate("Once upon a time", max_tokens=100).text)
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
-from llamita.chat import ChatTemplate, Message, read_template
+from llamita.chat import ChatTemplate, read_template
 from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.engine.cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
-from llamita.engine.sampler import Sampler, Sampling
-from llamita.engine.stops import StopStrings
+from llamita.engine.requests import (
+    Answer,
+    Generation,
+    Options,
+    Prompt,
+    Request,
+    TokenIds,
+    check_ids,
+    check_names,
+    check_request,
+)
+from llamita.engine.sampler import Sampling
+from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
+from llamita.memory import usable_memory
 from llamita.packed import open_source
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme, make_scheme
 from llamita.threads import use_threads
-from llamita.tokenizer import Detokenizer, Tokenizer, read_settings
+from llamita.tokenizer import Tokenizer, read_settings
 
-TokenIds = Sequence[int] | np.ndarray
-Prompt = str | Sequence[Message] | TokenIds
-PREFILL_CHUNK = 256  # tokens a step: enough for the kernels' full speed, little memory for what lies between
-DEFAULT_MAX_TOKENS = 256
-_SAMPLING = {field.name for field in fields(Sampling)}
-
-
-class Options(TypedDict, total=False):
-    """What `generate` and `stream` take beside the prompt.
-
-    A sampling option that is not given comes from the model's `generation_config.json` if that asks for
-    sampling, else from `Sampling`, which says what each means.
-    """
-
-    max_tokens: int  # 256 by default; the context ends a generation too, with finish_reason "context"
-    greedy: bool  # always the likeliest token; excludes temperature, top_k, top_p, min_p
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
-    stop: Sequence[str]  # the text ends before the first of these
-
-
-@dataclass
-class Timings:
-    """Where the time of one generation went; what the caller does between two pieces does not count."""
-
-    prompt_tokens: int
-    generated_tokens: int = 0  # the end token included
-    prefill_seconds: float = 0.0
-    first_token_seconds: float = 0.0  # from the call to the first token
-    decode_seconds: float = 0.0  # for the tokens after the first
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Generated tokens per second, without the first: that one comes from the prompt."""
-        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished generation.
-
-    Attributes:
-        text: what the model said, cut before a stop string.
-        token_ids: its tokens without the end token, those of a stop string included.
-        finish_reason: "stop" (end token or stop string), "length" (max_tokens) or "context" (it is full).
-        timings: where the time went.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A checked request: all that can be wrong with one has been found."""
-
-    ids: np.ndarray  # int32 (tokens,)
-    continues: bool  # the answer goes on from the prompt's text
-    limit: int  # tokens to generate at most
-    limit_reason: str  # what it means to reach that
-    sampling: Sampling
-    stop: tuple[str, ...]
-    started: float
+MAX_SEQUENCES = 16  # that run at once: a step over more rows is no longer bound by reading the weights
 
 
 def load(
@@ -110,6 +48,9 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     kv_dtype: str | None = None,
+    max_sequences: int = MAX_SEQUENCES,
+    cache_memory: int | None = None,
+    prefix_cache: int | None = None,
 ) -> "LLM":
     """Load a model: a checkpoint, a quantized directory, a hub name, or "embedded".
 
@@ -120,6 +61,11 @@ def load(
         context: tokens of a sequence at most; by default what the model was made for.
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, "f16"
             for a quantized one. "int8" takes little more than half the memory of "f16".
+        max_sequences: generations that run at once; more wait.
+        cache_memory: bytes for the keys and values of all sequences, by default half of the memory that
+            the process may use.
+        prefix_cache: bytes of these to keep of ended sequences, for prompts that begin like them; by
+            default what one whole context takes, at most an eighth of the memory. 0 turns it off.
 
     Raises:
         InputError, RunError: one line that says what is wrong.
@@ -131,11 +77,18 @@ def load(
             raise InputError(f"preset: expected a float model, got {path_or_name}, which is quantized")
         scheme = preset if isinstance(preset, QuantScheme) else make_scheme(preset)
         source = RoundedSource(source, scheme)
-    return LLM(source, context=context, kv_dtype=kv_dtype)
+    return LLM(
+        source,
+        context=context,
+        kv_dtype=kv_dtype,
+        max_sequences=max_sequences,
+        cache_memory=cache_memory,
+        prefix_cache=prefix_cache,
+    )
 
 
 class LLM:
-    """A loaded model. Sequences are independent: any number may run at once.
+    """A loaded model. Sequences are independent: any number may run at once, from any thread.
 
     Attributes:
         path: its directory.
@@ -144,11 +97,20 @@ class LLM:
         context: tokens of a sequence at most.
         kv_dtype: "f32", "f16" or "int8".
         model: the forward pass, for those who drive it themselves.
+        scheduler: what runs the generations, for those who bring requests of their own.
     """
 
     def __init__(
-        self, source: ModelSource, *, context: int | None = None, kv_dtype: str | None = None
+        self,
+        source: ModelSource,
+        *,
+        context: int | None = None,
+        kv_dtype: str | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        cache_memory: int | None = None,
+        prefix_cache: int | None = None,
     ) -> None:
+        """As `load`, from an opened model."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context = self.config.context if context is None else context
         if not 0 < self.context <= self.config.context:
@@ -158,7 +120,9 @@ class LLM:
             raise InputError(
                 f"kv_dtype (--kv-cache): expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}"
             )
+        limits = self._limits(max_sequences, cache_memory, prefix_cache)
         self.model = Model(self.config, load_weights(source))
+        self.scheduler = Scheduler(self.model, limits)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -194,12 +158,36 @@ class LLM:
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """What `stream` ends with."""
-        *_, generation = self.stream(prompt, **options)
-        assert isinstance(generation, Generation)
-        return generation
+        return _last(self.stream(prompt, **options))
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str | Generation]:
+    def generate_many(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Generation]:
+        """Generate from many prompts together, in less time than one after the other; same results.
+
+        Args:
+            prompts: any number, each as `stream` takes it.
+            options: of all of them.
+
+        Raises:
+            InputError: at once, before any text is made; it names the prompt by its place.
+            RunError: one of them failed; the others are given up.
+        """
+        requests = []
+        for place, prompt in enumerate(prompts):
+            try:
+                requests.append(self._check(prompt, options))
+            except InputError as error:
+                raise InputError(f"prompt {place} of {len(prompts)}, from 0: {error}") from None
+        streams = [self._submit(request) for request in requests]
+        try:
+            return [_last(stream) for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Continue a text, answer a conversation, or go on from token ids.
+
+        Streams share the steps of the model, whoever waits for them, in one thread or in several.
 
         Args:
             prompt: a text; messages, each with role and content; or token ids. Empty, it is the BOS token.
@@ -207,12 +195,12 @@ class LLM:
 
         Returns:
             An iterator over pieces of text, none of them empty or ending within a character, and at last
-            the whole Generation.
+            the whole Generation. Its `close` cancels, and so does dropping it.
 
         Raises:
             InputError: at once, and not on the first piece, where the prompt or an option is at fault.
         """
-        return self._run(self._check(prompt, options))
+        return self._submit(self._check(prompt, options))
 
     def new_sequence(self, declared_length: int) -> SequenceCache:
         """An empty sequence that may grow to this many tokens."""
@@ -220,20 +208,7 @@ class LLM:
 
     def check_ids(self, token_ids: TokenIds) -> np.ndarray:
         """Token ids as int32 (tokens,), found to be within vocabulary and context."""
-        try:
-            ids = np.asarray(token_ids)
-        except ValueError:  # a ragged list
-            ids = np.empty((0, 0))
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
-            raise InputError(f"token ids: expected one or more whole numbers, got {str(token_ids)[:80]}")
-        if len(ids) > self.context:
-            raise InputError(f"prompt: expected at most {self.context} tokens, the context, got {len(ids)}")
-        largest = self.config.vocab_size - 1
-        wrong = np.flatnonzero((ids < 0) | (ids > largest))
-        if len(wrong):
-            at = wrong[0]
-            raise InputError(f"token ids: expected 0 to {largest}, got {ids[at]} at position {at}")
-        return ids.astype(np.int32)
+        return check_ids(token_ids, self.config.vocab_size, self.context)
 
     def _iterate_logits(self, ids: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
         cache = self.new_sequence(len(ids))
@@ -242,29 +217,32 @@ class LLM:
             logits = np.empty((len(part), self.config.vocab_size), dtype=np.float32)
             yield self.model.step([(cache, part)], np.arange(len(part)), out=logits)
 
-    def _check(self, prompt: Prompt, options: Options) -> _Request:
+    def _check(self, prompt: Prompt, options: Options) -> Request:
         """A request from the caller's words."""
         started = time.perf_counter()
-        if unknown := options.keys() - Options.__annotations__.keys():
-            raise TypeError(f"unexpected options: {', '.join(sorted(unknown))}")
-        max_tokens = options.get("max_tokens", DEFAULT_MAX_TOKENS)
-        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
-            raise InputError(f"max_tokens: expected a whole number of at least 1, got {max_tokens!r}")
-        stop = options.get("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(s, str) and s for s in stop):
-            raise InputError(f"stop: expected texts that are not empty, got {list(stop)!r}")
+        check_names(options)
         ids, continues = self._prompt_ids(prompt)
-        room = self.context - len(ids)
-        return _Request(
-            ids=ids,
-            continues=continues,
-            limit=min(max_tokens, room),
-            limit_reason="length" if max_tokens <= room else "context",
-            sampling=self._sampling(options),
-            stop=stop,
-            started=started,
-        )
+        recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
+        return check_request(ids, continues, self.context, recommended, options, started)
+
+    def _submit(self, request: Request) -> Stream:
+        return self.scheduler.submit(request, Answer(request, self.tokenizer))
+
+    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> Limits:
+        """Checked limits, with what is known of memory in place of None."""
+        memory = usable_memory()
+        probe = self.new_sequence(min(128, self.context))
+        whole = probe.nbytes * self.context // probe.capacity
+        cache_memory = memory // 2 if cache_memory is None else cache_memory
+        prefix_cache = min(whole, memory // 8) if prefix_cache is None else prefix_cache
+        for name, value, least in (
+            ("max_sequences", sequences, 1),
+            ("cache_memory", cache_memory, 1),
+            ("prefix_cache", prefix_cache, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        return Limits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
         """Token ids of a prompt, and whether it has text that the answer goes on from."""
@@ -281,62 +259,9 @@ class LLM:
         ids = self.check_ids(ids)
         return ids, any(tokenizer.token_bytes(token) for token in ids.tolist())
 
-    def _sampling(self, options: Options) -> Sampling:
-        """The model's recommendation with the caller's options in place of it."""
-        given: dict[str, Any] = {n: v for n, v in options.items() if n in _SAMPLING and v is not None}
-        base = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
-        if not options.get("greedy"):
-            return replace(base, **given)
-        if extra := sorted(given.keys() - {"repetition_penalty", "seed"}):
-            raise InputError(f"greedy: expected without {', '.join(extra)}: it takes the likeliest token")
-        return replace(base, temperature=0.0, **given)
 
-    def _run(self, request: _Request) -> Iterator[str | Generation]:
-        """Tokens to text, until something ends it."""
-        timings = Timings(len(request.ids))
-        detokenizer = Detokenizer(self.tokenizer, continues=request.continues)
-        stops = StopStrings(request.stop)
-        tokens, pieces, reason = [], [], request.limit_reason
-        for token in self._tokens(request, timings):
-            if token in self.tokenizer.eos_token_ids:
-                reason = "stop"
-                break
-            tokens.append(token)
-            pieces.append(stops.add(detokenizer.add(token)))
-            if pieces[-1]:
-                yield pieces[-1]
-            if stops.found:
-                break
-        pieces.append(stops.add(detokenizer.finish()) + stops.finish())
-        if pieces[-1]:
-            yield pieces[-1]
-        yield Generation("".join(pieces), tokens, "stop" if stops.found else reason, timings)
-
-    def _tokens(self, request: _Request, timings: Timings) -> Iterator[int]:
-        """The model's tokens, an end token like any other, up to the request's limit."""
-        if request.limit == 0:
-            return
-        cache = self.new_sequence(len(request.ids) + request.limit)
-        sampler = Sampler(request.sampling, request.ids, self.config.vocab_size)
-        logits = np.empty((1, self.config.vocab_size), dtype=np.float32)
-        began = time.perf_counter()
-        self._prefill(cache, request.ids, logits)
-        timings.prefill_seconds = time.perf_counter() - began
-        token = sampler.choose(logits[0])
-        timings.first_token_seconds = time.perf_counter() - request.started
-        timings.generated_tokens = 1
-        yield token
-        for _ in range(request.limit - 1):
-            began = time.perf_counter()
-            self.model.step([(cache, np.array([token], dtype=np.int32))], out=logits)
-            token = sampler.choose(logits[0])
-            timings.decode_seconds += time.perf_counter() - began
-            timings.generated_tokens += 1
-            yield token
-
-    def _prefill(self, cache: SequenceCache, ids: np.ndarray, logits: np.ndarray) -> None:
-        """Take in a prompt; `logits` (1, vocab) are those after its last token."""
-        last = (len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK  # where the last chunk begins
-        for start in range(0, last, PREFILL_CHUNK):
-            self.model.step([(cache, ids[start : start + PREFILL_CHUNK])], rows=np.arange(0))
-        self.model.step([(cache, ids[last:])], out=logits)
+def _last(stream: Stream) -> Generation:
+    """The generation that a stream ends with."""
+    *_, generation = stream
+    assert isinstance(generation, Generation)
+    return generation

@@ -13,6 +13,7 @@ import numpy as np
 
 from llamita.errors import InputError, RunError
 
+_BLOCK = 64  # of numbers that are looked at together
 _COLDEST = 1e-30  # a temperature below this is greedy but for exact ties, and float32 could not divide by it
 
 
@@ -99,9 +100,25 @@ class Sampler:
 
     def _draw(self, logits: np.ndarray) -> int:
         tokens, probabilities = distribution(logits, self._sampling)
-        cumulative = np.cumsum(probabilities)
-        position = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(tokens[min(position, len(tokens) - 1)])  # the product can round up to the whole sum
+        return int(tokens[_position(probabilities, self._random.random())])
+
+
+def _position(probabilities: np.ndarray, uniform: float) -> int:
+    """Where a number from [0, 1) falls among probabilities that stand side by side.
+
+    Many are first added up in blocks: NumPy sums several times faster than it makes running sums.
+    """
+    blocks = np.arange(0, len(probabilities), _BLOCK)
+    first = 0
+    if len(blocks) > 1:
+        upto = np.cumsum(np.add.reduceat(probabilities, blocks))
+        block = min(int(np.searchsorted(upto, uniform * upto[-1], side="right")), len(blocks) - 1)
+        before = upto[block - 1] if block else 0.0
+        uniform = (uniform * upto[-1] - before) / (upto[block] - before)
+        first = int(blocks[block])
+    cumulative = np.cumsum(probabilities[first : first + _BLOCK])
+    at = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return first + min(at, len(cumulative) - 1)  # a product can round up to the whole sum
 
 
 def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
@@ -118,32 +135,47 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     Tokens go as early as it is known that they go, and sums alone are in float64: a full sort of 128,000
     logits would take as long as a layer.
     """
-    tokens = np.arange(len(logits))
     with np.errstate(over="ignore"):  # to minus infinity, which is right
-        scores = (logits - logits.max()) / np.float32(max(sampling.temperature, _COLDEST))  # the largest is 0
+        scores = logits - logits.max()  # the largest is 0
+        scores /= np.float32(max(sampling.temperature, _COLDEST))
+    tokens = None  # all of them
     if 0 < sampling.top_k < len(scores):
-        smallest = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        tokens = np.flatnonzero(scores >= smallest)  # ties with the k-th stay, as in transformers
+        tokens = np.flatnonzero(scores >= _kth_largest(scores, sampling.top_k))  # ties too, as transformers
         scores = scores[tokens]
-    weights = np.exp(scores)  # not yet divided by their sum; the largest is 1
+    weights = np.exp(scores, out=scores)  # not yet divided by their sum; the largest is 1
     if sampling.top_p < 1:
         kept = _top_p(weights, sampling.top_p)
-        tokens, weights = tokens[kept], weights[kept]
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
     if sampling.min_p > 0:
         kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
-        tokens, weights = tokens[kept], weights[kept]
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+    if tokens is None:
+        tokens = np.arange(len(weights))
     return tokens, weights / weights.sum(dtype=np.float64)
+
+
+def _kth_largest(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k-th largest score. The k-th largest of blocks' maxima is no larger, and leaves few to look at."""
+    whole = len(scores) // _BLOCK * _BLOCK
+    maxima = scores[:whole].reshape(-1, _BLOCK).max(axis=1)
+    if len(maxima) >= k:
+        scores = scores[scores >= np.partition(maxima, -k)[-k]]
+    return np.partition(scores, -k)[-k]
 
 
 def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Indices, ascending, of the likeliest tokens that reach `top_p` together: at least one.
 
-    From the least likely upwards, a token goes while the share up to it is at most 1 - top_p. Tokens below
-    (1 - top_p) / count cannot bring the share above that, so they go without being sorted.
+    From the least likely upwards, a token goes while the share up to it is at most 1 - top_p. So where all
+    tokens below a bound make no more than that share together, they go without being sorted: under
+    (1 - top_p) / count they always do, in most texts under a larger bound too.
     """
     total = weights.sum(dtype=np.float64)
     rest = (1 - top_p) * total
-    candidates = np.flatnonzero(weights > rest / len(weights))
+    for bound in (rest / 16, rest / 256, rest / 4096, rest / len(weights)):
+        candidates = np.flatnonzero(weights > bound)
+        if total - weights[candidates].sum(dtype=np.float64) <= rest:
+            break
     ascending = np.sort(weights[candidates])
     upwards = total - ascending.sum(dtype=np.float64) + np.cumsum(ascending, dtype=np.float64)
     count = max(1, len(ascending) - int(np.searchsorted(upwards, rest, side="right")))

@@ -1,0 +1,209 @@
+"""What is asked of a model and what it answers: options, a checked request, text, timings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypedDict
+
+import numpy as np
+
+from llamita.chat import Message
+from llamita.engine.sampler import Sampling
+from llamita.engine.stops import StopStrings
+from llamita.errors import InputError
+from llamita.tokenizer import Detokenizer, Tokenizer
+
+TokenIds = Sequence[int] | np.ndarray
+Prompt = str | Sequence[Message] | TokenIds
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_SPECULATE = 4  # the rows of a step of five cost little beside reading the weights
+_SAMPLING = {field.name for field in fields(Sampling)}
+
+
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` take beside the prompt.
+
+    A sampling option that is not given comes from the model's `generation_config.json` if that asks for
+    sampling, else from `Sampling`, which says what each means.
+    """
+
+    max_tokens: int  # 256 by default; the context ends a generation too, with finish_reason "context"
+    greedy: bool  # always the likeliest token; excludes temperature, top_k, top_p, min_p
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: Sequence[str]  # the text ends before the first of these
+    speculate: int  # tokens drafted from the text so far and verified together, 4 by default, 0 for none
+
+
+@dataclass
+class Timings:
+    """Where the time of one generation went; what the caller does between two pieces does not count.
+
+    A step that several generations share counts in full for each of them.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int = 0  # of the prompt, taken over from another sequence
+    generated_tokens: int = 0  # the end token included
+    drafted_tokens: int = 0  # verified by speculation
+    accepted_tokens: int = 0  # of the drafted, those that were right
+    decode_steps: int = 0  # that the tokens after the first took
+    queue_seconds: float = 0.0  # from the call to the first step that took in a part of the prompt
+    prefill_seconds: float = 0.0  # for the prompt tokens that were not reused
+    first_token_seconds: float = 0.0  # from the call to the first token
+    decode_seconds: float = 0.0  # for the tokens after the first
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, of those that were computed."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens per second, without the first: that one comes from the prompt."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation.
+
+    Attributes:
+        text: what the model said, cut before a stop string.
+        token_ids: its tokens without the end token, those of a stop string included.
+        finish_reason: "stop" (end token or stop string), "length" (max_tokens) or "context" (it is full).
+        timings: where the time went.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: all that can be wrong with one has been found."""
+
+    ids: np.ndarray  # int32 (tokens,)
+    continues: bool  # the answer goes on from the prompt's text
+    limit: int  # tokens to generate at most
+    limit_reason: str  # what it means to reach that
+    sampling: Sampling
+    stop: tuple[str, ...]
+    speculate: int  # drafted tokens a step at most
+    started: float  # by time.perf_counter
+
+    @property
+    def declared_length(self) -> int:
+        """Tokens that the sequence may reach."""
+        return len(self.ids) + self.limit
+
+
+def check_request(
+    ids: np.ndarray, continues: bool, context: int, recommended: Sampling, options: Options, started: float
+) -> Request:
+    """A request from checked prompt ids, the caller's options, and when the call began.
+
+    Raises:
+        InputError: an option is out of its range or at odds with another.
+    """
+    max_tokens = options.get("max_tokens", DEFAULT_MAX_TOKENS)
+    speculate = options.get("speculate", DEFAULT_SPECULATE)
+    for name, value, least in (("max_tokens", max_tokens, 1), ("speculate", speculate, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    stop = options.get("stop", ())
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in stop):
+        raise InputError(f"stop: expected texts that are not empty, got {list(stop)!r}")
+    room = context - len(ids)
+    return Request(
+        ids=ids,
+        continues=continues,
+        limit=min(max_tokens, room),
+        limit_reason="length" if max_tokens <= room else "context",
+        sampling=_sampling(recommended, options),
+        stop=stop,
+        speculate=speculate,
+        started=started,
+    )
+
+
+def check_names(options: Options) -> None:
+    """TypeError for an option that does not exist, as a function has it for its arguments."""
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"unexpected options: {', '.join(sorted(unknown))}")
+
+
+def check_ids(token_ids: TokenIds, vocab_size: int, context: int) -> np.ndarray:
+    """Token ids as int32 (tokens,), found to be within vocabulary and context."""
+    try:
+        ids = np.asarray(token_ids)
+    except ValueError:  # a ragged list
+        ids = np.empty((0, 0))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
+        raise InputError(f"token ids: expected one or more whole numbers, got {str(token_ids)[:80]}")
+    if len(ids) > context:
+        raise InputError(f"prompt: expected at most {context} tokens, the context, got {len(ids)}")
+    largest = vocab_size - 1
+    wrong = np.flatnonzero((ids < 0) | (ids > largest))
+    if len(wrong):
+        at = wrong[0]
+        raise InputError(f"token ids: expected 0 to {largest}, got {ids[at]} at position {at}")
+    return ids.astype(np.int32)
+
+
+def _sampling(recommended: Sampling, options: Options) -> Sampling:
+    """The model's recommendation with the caller's options in place of it."""
+    given: dict[str, Any] = {n: v for n, v in options.items() if n in _SAMPLING and v is not None}
+    if not options.get("greedy"):
+        return replace(recommended, **given)
+    if extra := sorted(given.keys() - {"repetition_penalty", "seed"}):
+        raise InputError(f"greedy: expected without {', '.join(extra)}: it takes the likeliest token")
+    return replace(recommended, temperature=0.0, **given)
+
+
+class Answer:
+    """Turns the tokens of one request into pieces of text, and knows when it is over.
+
+    Attributes:
+        timings: of the generation, kept by who computes it.
+        finish_reason: None while it goes on.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.timings = Timings(len(request.ids))
+        self.finish_reason = None if request.limit else request.limit_reason
+        self._request = request
+        self._ends = tokenizer.eos_token_ids
+        self._detokenizer = Detokenizer(tokenizer, continues=request.continues)
+        self._stops = StopStrings(request.stop)
+        self._tokens: list[int] = []
+        self._pieces: list[str] = []
+
+    def add(self, token: int) -> str:
+        """The text that may be shown after this token, "" for none."""
+        self.timings.generated_tokens += 1
+        if token in self._ends:
+            self.finish_reason = "stop"
+            return ""
+        self._tokens.append(token)
+        piece = self._stops.add(self._detokenizer.add(token))
+        self._pieces.append(piece)
+        if self._stops.found:
+            self.finish_reason = "stop"
+        elif self.timings.generated_tokens == self._request.limit:
+            self.finish_reason = self._request.limit_reason
+        return piece
+
+    def finish(self) -> tuple[str, Generation]:
+        """The last piece, "" for none, and the whole."""
+        piece = self._stops.add(self._detokenizer.finish()) + self._stops.finish()
+        reason = "stop" if self._stops.found else self.finish_reason
+        assert reason is not None
+        return piece, Generation("".join([*self._pieces, piece]), self._tokens, reason, self.timings)

@@ -1,0 +1,175 @@
+"""Prefix reuse: what is shared, what is not, and that nobody can tell but by the clock."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from generations import Watched, plain
+from tiny import make_checkpoint
+
+import llamita
+from llamita.config import RopeConfig
+from llamita.engine.cache import SequenceCache
+from llamita.engine.llm import LLM
+from llamita.engine.prefixes import Prefix, PrefixCache, common_length
+from llamita.engine.sampler import Sampling
+
+CONTEXT = 512
+ROPE = {"rope_type": "dynamic", "factor": 4.0}
+
+
+def make(directory: Path, **options: Any) -> LLM:
+    llm = llamita.load(directory, preset="llama3.2", **options)
+    llm.tokenizer.eos_token_ids = ()
+    return llm
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "llama32", max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture
+def llm(directory: Path) -> LLM:
+    return make(directory)
+
+
+def ids_of(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, count).tolist()
+
+
+def expect(llm: LLM, ids: list[int], reused: int, count: int = 6) -> list[int]:
+    """Generate, having reused so many tokens, and get what a lone sequence gets; the tokens."""
+    generation = llm.generate(ids, max_tokens=count, temperature=1.0, seed=1, speculate=0)
+    assert generation.timings.reused_tokens == reused
+    assert generation.token_ids == plain(llm, ids, count, Sampling(1.0, seed=1))[0]
+    return generation.token_ids
+
+
+def test_a_chat_goes_on_where_it_was(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = ids_of(0, 40)
+    answer = expect(llm, ids, 0)
+    monkeypatch.setattr(SequenceCache, "copy_prefix", None)  # the cache itself goes on
+    for turn in range(1, 4):
+        known = len(ids) + len(answer) - 1  # the newest token was never taken in
+        ids = [*ids, *answer, *ids_of(turn, 10)]
+        watched = Watched(llm)
+        answer = expect(llm, ids, known)
+        assert watched.steps[0] == [len(ids) - known]
+        llm.scheduler.model = llm.model
+
+
+def test_a_cache_without_room_is_copied(llm: LLM) -> None:
+    ids = ids_of(0, 100)
+    answer = expect(llm, ids, 0)  # capacity 128
+    expect(llm, [*ids, *answer, *ids_of(1, 50)], 105)
+
+
+def test_the_same_prompt_again_computes_its_last_token(llm: LLM) -> None:
+    ids = ids_of(0, 100)
+    expect(llm, ids, 0)
+    expect(llm, ids, 99)
+    expect(llm, ids[:50], 49)
+
+
+def test_branches_keep_what_they_came_from(llm: LLM) -> None:
+    """A beginning that several go on from in their own ways is copied, and stays for the next."""
+    common = ids_of(0, 60)
+    for seed in range(1, 5):
+        expect(llm, common + ids_of(seed, 60), 0 if seed == 1 else 60)
+    assert len(llm.scheduler._kept._kept) == 4
+    for seed in range(1, 5):
+        expect(llm, common + ids_of(seed, 60), 119)
+
+
+def test_short_beginnings_are_computed(llm: LLM) -> None:
+    common = ids_of(0, 15)
+    expect(llm, common + ids_of(1, 20), 0)
+    expect(llm, common + ids_of(2, 20), 0)
+
+
+def test_running_sequences_lend_too(llm: LLM) -> None:
+    ids = ids_of(0, 50)
+    stream = llm.stream(ids, max_tokens=50, greedy=True, speculate=0)
+    next(stream)
+    expect(llm, ids + ids_of(1, 20), 50)
+    *_, generation = stream
+    assert generation.token_ids == plain(llm, ids, 50, Sampling(0.0))[0]  # type: ignore[union-attr]
+
+
+def test_prompts_together_compute_their_beginning_once(llm: LLM) -> None:
+    common = ids_of(0, 300)
+    prompts = [common + ids_of(seed, 10) for seed in range(1, 6)]
+    watched = Watched(llm)
+    found = llm.generate_many(prompts, max_tokens=1)
+    assert watched.tokens == 310 + 4 * 10
+    assert [g.timings.reused_tokens for g in found] == [0, 300, 300, 300, 300]
+
+
+def test_cancelled_sequences_leave_what_they_have(llm: LLM) -> None:
+    ids = ids_of(0, 60)
+    stream = llm.stream(ids, max_tokens=50)
+    next(stream)
+    stream.close()
+    expect(llm, ids + ids_of(1, 10), 60)
+
+
+def test_zero_turns_it_off(directory: Path) -> None:
+    llm = make(directory, prefix_cache=0)
+    for _ in range(2):
+        expect(llm, ids_of(0, 50), 0)
+    assert [g.timings.reused_tokens for g in llm.generate_many([ids_of(0, 50)] * 3, max_tokens=2)] == [0] * 3
+
+
+def test_least_recently_used_go_first(directory: Path) -> None:
+    each = make(directory).new_sequence(128).nbytes // 128
+    llm = make(directory, prefix_cache=each * 150)  # two of 55 tokens
+    a, b, c = ([*ids_of(seed, 50)] for seed in range(3))
+    expect(llm, a, 0)
+    expect(llm, b, 0)
+    expect(llm, a, 49)
+    expect(llm, c, 0)  # b goes
+    expect(llm, a, 49)
+    expect(llm, b, 0)
+    assert llm.scheduler._kept.tokens <= 150
+
+
+def test_kept_caches_give_way_to_running_ones(directory: Path) -> None:
+    each = make(directory).new_sequence(128).nbytes // 128
+    llm = make(directory, cache_memory=each * 200, prefix_cache=each * 200)
+    expect(llm, ids_of(0, 100), 0)
+    expect(llm, ids_of(1, 180), 0)
+    expect(llm, ids_of(0, 100), 0)
+
+
+def test_dynamic_rotation_shares_only_under_equal_frequencies(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama2", max_position_embeddings=64, rope_scaling=ROPE)
+    llm = make(tmp_path)
+    ids = ids_of(0, 90)
+    expect(llm, ids[:30], 0)  # 36 in all: the trained frequencies
+    expect(llm, ids[:40], 30)  # 46: the same ones
+    expect(llm, ids, 0)  # 96: others
+    expect(llm, ids, 89)
+    expect(llm, ids[:80], 0)  # 86: others again
+
+
+def test_what_another_holds_is_not_kept_twice(llm: LLM) -> None:
+    config = llm.config
+    kept = PrefixCache(1000, RopeConfig(10000.0), config.head_dim)
+    ids = np.arange(100, dtype=np.int32)
+
+    def prefix(count: int) -> Prefix:
+        return Prefix(ids[:count], SequenceCache(config, 128, "f16", 128), 128)
+
+    for count in (50, 80, 60, 80):
+        kept.keep(prefix(count))
+    assert kept.tokens == 80
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [([], [], 0), ([1], [], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([2], [1], 0)],
+)
+def test_common_length(a: list[int], b: list[int], expected: int) -> None:
+    assert common_length(np.array(a), np.array(b)) == expected
