@@ -144,24 +144,6 @@ void KVCache::copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, 
   }
 }
 
-void KVCache::copy_prefix(const KVCache& source, size_t tokens) {
-  const size_t token_bytes = head_dim * element(), tile_bytes = kKeyTile * token_bytes, lane_bytes = element();
-  const size_t tiles = tokens / kKeyTile, rest = tokens % kKeyTile;
-  parallel_for(layers * kv_heads, 1, 0, [&](size_t begin, size_t end, uint8_t*) {
-    for (size_t i = begin; i < end; i++) {
-      const size_t layer = i / kv_heads, head = i % kv_heads;
-      const uint8_t* from = source.keys(layer, head);
-      uint8_t* to = keys(layer, head);
-      std::memcpy(to, from, tiles * tile_bytes);
-      for (size_t d = 0; d < head_dim && rest > 0; d++) {  // of the last tile the first lanes
-        const size_t offset = tiles * tile_bytes + d * kKeyTile * lane_bytes;
-        std::memcpy(to + offset, from + offset, rest * lane_bytes);
-      }
-      std::memcpy(values(layer, head), source.values(layer, head), tokens * value_stride * element());
-    }
-  });
-}
-
 Batch::Batch(std::vector<Sequence> list) : sequences(std::move(list)) {
   for (size_t s = 0; s < sequences.size(); s++) {
     Sequence& sequence = sequences[s];

@@ -1,5 +1,7 @@
 """What the native operations must compute, in plain NumPy: int64 dot products, exact fused multiply-adds."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -81,13 +83,14 @@ def rotate(x: F32, angles: F32, rope_scaling: float) -> F32:
     wide, scaling = angles.astype(np.float64), np.float32(rope_scaling)
     cos, sin = np.cos(wide).astype(np.float32) * scaling, np.sin(wide).astype(np.float32) * scaling
     low, high = np.split(x, 2, axis=2)
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2).astype(np.float32)
 
 
-def coded(x: F32) -> npt.NDArray[np.float64]:
+def coded(x: F32) -> npt.NDArray[Any]:
     """What int8 keys or values (tokens, heads, dim) stand for: each head as a token's activations are."""
     codes, scales, zeros = quantize_activations(x.reshape(-1, x.shape[2]))
-    return (scales[:, None] * (codes.astype(np.float64) - zeros[:, None])).reshape(x.shape)
+    values = scales[:, None] * (codes.astype(np.float64) - zeros[:, None])
+    return values.reshape(x.shape)
 
 
 def attention(

@@ -147,7 +147,7 @@ def test_what_is_not_finite_shows(isa: str, dtype: str, bad: float, part: str) -
     qkv[3, heads * dim + (5 if part == "key" else dim + 5)] = bad
     out = in_chunks(new_cache(1, dim, 140, dtype), qkv, heads, heads * dim, 140)
     assert np.isfinite(out[:3]).all()
-    shows = ~np.isfinite(out.reshape(140, heads, dim)).all(axis=2)  # (tokens, heads)
+    shows = np.logical_not(np.isfinite(out.reshape(140, heads, dim)).all(axis=2))  # (tokens, heads)
     if dtype == "int8" or part == "value" or np.isnan(bad):
         assert shows[3:].all()
     else:  # a score of minus infinity is a weight of nothing
@@ -164,41 +164,6 @@ def test_memory_of_a_cache() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 128, 140])
-def test_a_copied_prefix_goes_on_as_the_original(dtype: str, tokens: int) -> None:
-    heads, kv_heads, dim, width = 4, 2, 24, 96
-    qkv = random_qkv(150, heads, kv_heads, dim)
-    source, copy = new_cache(kv_heads, dim, 150, dtype), new_cache(kv_heads, dim, 160, dtype)
-    whole = [step(_native.Batch([(source, 0, 150)]), qkv, heads, width, layer) for layer in (0, 1)]
-    for layer in (0, 1):
-        step(
-            _native.Batch([(copy, 0, 160)]),
-            np.full((160, qkv.shape[1]), np.nan, np.float32),
-            heads,
-            width,
-            layer,
-        )
-    copy.copy_prefix(source, tokens)
-    for layer in (0, 1):
-        rest = step(_native.Batch([(copy, tokens, 150 - tokens)]), qkv[tokens:], heads, width, layer)
-        np.testing.assert_array_equal(rest, whole[layer][tokens:])
-
-
-def test_a_copied_prefix_leaves_later_positions_alone() -> None:
-    qkv, other = (random_qkv(40, 2, 1, 16, seed) for seed in (0, 1))
-    caches = [new_cache(1, 16, 40) for _ in range(3)]
-    step(_native.Batch([(caches[0], 0, 40)]), other, 2, 32)
-    for cache, start in ((caches[1], qkv), (caches[2], np.concatenate([other[:19], qkv[19:]]))):
-        step(_native.Batch([(cache, 0, 40)]), start, 2, 32)
-    caches[1].copy_prefix(caches[0], 19)
-    last = random_qkv(1, 2, 1, 16, 2)
-    found, expected = (np.empty((1, 32), np.float32) for _ in range(2))
-    _native.attention(_native.Batch([(caches[1], 39, 1)]), 1, last, 2, found)
-    _native.attention(_native.Batch([(caches[2], 39, 1)]), 1, last, 2, expected)
-    np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 128, 140])
 def test_a_copied_prefix_goes_on_as_the_original(dtype: str, tokens: int) -> None:
     heads, kv_heads, dim, width = 4, 2, 24, 96
@@ -284,26 +249,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "dtype": (
         lambda: _native.KVCache(1, 1, 16, 8, "f64", frequencies(16)),
         "dtype: expected 'f32', 'f16' or 'int8', got 'f64'",
-    ),
-    "prefix of another dtype": (
-        lambda: CACHE.copy_prefix(new_cache(2, 16, 20, "f16"), 1),
-        "source: expected 2 layers of 2 heads of 16 f32, got 2 layers of 2 heads of 16 f16",
-    ),
-    "prefix of another shape": (
-        lambda: CACHE.copy_prefix(new_cache(1, 16, 20), 1),
-        "source: expected 2 layers of 2 heads of 16 f32, got 2 layers of 1 heads of 16 f32",
-    ),
-    "prefix of another rotation": (
-        lambda: CACHE.copy_prefix(_native.KVCache(2, 2, 16, 20, "f32", 2 * frequencies(16)), 1),
-        "source: expected the same rotary frequencies",
-    ),
-    "prefix beyond the source": (
-        lambda: CACHE.copy_prefix(new_cache(2, 16, 12), 13),
-        "tokens: expected at most 12, got 13",
-    ),
-    "prefix beyond the capacity": (
-        lambda: CACHE.copy_prefix(new_cache(2, 16, 30), 21),
-        "tokens: expected at most 20, got 21",
     ),
     "prefix of another dtype": (
         lambda: CACHE.copy_prefix(new_cache(2, 16, 20, "f16"), 1),

@@ -150,7 +150,7 @@ def test_rates_are_factors_and_the_rest_is_what_was_saved(key: str, ratio: float
         (("/no/such/place",), "expected a model directory"),
         (("embedded", "--baseline", "/no/such/place"), "expected a model directory"),
         (("embedded", "--prompt-tokens", "5000"), "expected at most 2048 tokens, the context, got 5128"),
-        (("embedded", "--kv-cache", "f8"), "kv_dtype: expected one of"),
+        (("embedded", "--kv-cache", "f8"), "kv_dtype (--kv-cache): expected one of"),
         (("embedded", "--context", "4096"), "context: expected 1 to 2048"),
         (("embedded", "--repeats", "0"), "repeats"),
         (("embedded", "--plot", "picture.jpg"), "--plot: expected a name that ends in .png"),

@@ -108,7 +108,9 @@ def test_more_tokens_than_stay_in_cache(isa: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8, 17, 64])
-@pytest.mark.parametrize(("rows", "columns", "group_size"), [(48, 64, 32), (40, 4160, 32), (16, 256, 256), (5, 8, 8)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"), [(48, 64, 32), (40, 4160, 32), (16, 256, 256), (5, 8, 8)]
+)
 def test_gated_rows_give_their_products(
     isa: str, tokens: int, rows: int, columns: int, group_size: int
 ) -> None:

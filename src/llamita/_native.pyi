@@ -116,7 +116,7 @@ def swiglu_quantize(gate_up: F32, acts: Activations) -> None: ...
 def linear(
     weights: Weights, x: F32 | Activations, out: F32, bias: F32 | None = None, accumulate: bool = False
 ) -> None:
-    """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate; (tokens, rows / 2) if gated.
+    """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate; gated: (tokens, rows / 2).
 
     Quantized weights take Activations, float weights an array (tokens, columns).
     """

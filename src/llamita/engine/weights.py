@@ -80,7 +80,9 @@ def _block(source: ModelSource, config: ModelConfig, prefix: str) -> Block:
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
 
     def fused(*names: str, gated: bool = False) -> Linear:
-        return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated)
+        return _linear(
+            source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated
+        )
 
     return Block(
         attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
@@ -157,4 +159,3 @@ def _pack_int4(weights: list[Int4Weight], gated: bool) -> _native.Weights:
 
 def _pack_int8(weights: list[Int8Weight]) -> _native.Weights:
     return _native.pack_w8(weights[0].codes, weights[0].scales)
-
