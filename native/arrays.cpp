@@ -75,7 +75,7 @@ Array::Array(nb::handle object, const char* name, const char* types, std::initia
     const size_t length = shape.begin()[i];
     fits = length == kAny || length == static_cast<size_t>(raw->shape[i]);
   }
-  require(fits, std::string(name) + ": expected " + expected(types, shape) + ", got " + found(*raw));
+  REQUIRE(fits, std::string(name) + ": expected " + expected(types, shape) + ", got " + found(*raw));
 }
 
 }  // namespace llamita

@@ -16,9 +16,11 @@ constexpr size_t kAny = SIZE_MAX;  // a length that is not prescribed
 
 [[noreturn]] inline void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
 
-inline void require(bool condition, const std::string& what) {
-  if (!condition) refuse(what);
-}
+// A macro, so that the text is only made where it is needed: making it took longer than most operations on one token.
+#define REQUIRE(condition, what)    \
+  do {                              \
+    if (!(condition)) refuse(what); \
+  } while (false)
 
 // A view of an array's memory; holds on to the array. To be made and destroyed with the GIL held.
 class Array {

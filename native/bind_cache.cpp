@@ -25,9 +25,9 @@ std::string text(size_t number) { return std::to_string(number); }
 
 // By division, as the product may wrap
 void check_size(size_t layers, size_t kv_heads, size_t capacity) {
-  require(layers >= 1 && kv_heads >= 1 && capacity >= 1, "KVCache: expected at least one layer, head and token");
-  require(kv_heads <= kMaxHeads, "kv_heads: expected up to " + text(kMaxHeads) + ", got " + text(kv_heads));
-  require(layers <= kMaxEntries / kv_heads / (2 * kKeyBlock) && capacity <= kMaxEntries / kv_heads / layers - kKeyBlock,
+  REQUIRE(layers >= 1 && kv_heads >= 1 && capacity >= 1, "KVCache: expected at least one layer, head and token");
+  REQUIRE(kv_heads <= kMaxHeads, "kv_heads: expected up to " + text(kMaxHeads) + ", got " + text(kv_heads));
+  REQUIRE(layers <= kMaxEntries / kv_heads / (2 * kKeyBlock) && capacity <= kMaxEntries / kv_heads / layers - kKeyBlock,
           "KVCache: expected up to " + text(kMaxEntries) + " layers * kv_heads * capacity, got " + text(layers) +
               " * " + text(kv_heads) + " * " + text(capacity));
 }
@@ -35,10 +35,10 @@ void check_size(size_t layers, size_t kv_heads, size_t capacity) {
 std::shared_ptr<KVCache> new_cache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity,
                                    const std::string& dtype, nb::handle inv_freq, float rope_scaling) {
   check_size(layers, kv_heads, capacity);
-  require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
+  REQUIRE(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
           "head_dim: expected an even number up to " + text(kMaxHeadDim) + ", got " + text(head_dim));
   const auto found = std::find(kDtypes.begin(), kDtypes.end(), dtype);
-  require(found != kDtypes.end(), "dtype: expected 'f32', 'f16' or 'int8', got '" + dtype + "'");
+  REQUIRE(found != kDtypes.end(), "dtype: expected 'f32', 'f16' or 'int8', got '" + dtype + "'");
   const Array frequencies(inv_freq, "inv_freq", "f", {head_dim / 2});
   std::vector<float> copy(frequencies.as<float>(), frequencies.as<float>() + head_dim / 2);
   return std::make_shared<KVCache>(layers, kv_heads, head_dim, capacity,
@@ -55,12 +55,12 @@ std::string shape_text(const KVCache& cache) {
 }
 
 void copy_prefix(KVCache& cache, const KVCache& source, size_t tokens) {
-  require(same_shape(cache, source) && cache.dtype == source.dtype,
+  REQUIRE(same_shape(cache, source) && cache.dtype == source.dtype,
           "source: expected " + shape_text(cache) + ", got " + shape_text(source));
-  require(cache.inv_freq == source.inv_freq && cache.rope_scaling == source.rope_scaling,
+  REQUIRE(cache.inv_freq == source.inv_freq && cache.rope_scaling == source.rope_scaling,
           "source: expected the same rotary frequencies, got others; keys are stored rotated");
   const size_t most = std::min(cache.capacity, source.capacity);
-  require(tokens <= most, "tokens: expected at most " + text(most) + ", got " + text(tokens));
+  REQUIRE(tokens <= most, "tokens: expected at most " + text(most) + ", got " + text(tokens));
   const nb::gil_scoped_release release;
   if (&cache != &source) cache.copy_prefix(source, tokens);
 }
@@ -69,15 +69,15 @@ Batch new_batch(const nb::list& list) {
   std::vector<Sequence> sequences;
   for (nb::handle item : list) {
     const nb::tuple triple = nb::cast<nb::tuple>(item);
-    require(nb::len(triple) == 3,
+    REQUIRE(nb::len(triple) == 3,
             "sequences: expected (KVCache, start, count), got a tuple of " + text(nb::len(triple)));
     Sequence s{nb::cast<std::shared_ptr<KVCache>>(triple[0]), nb::cast<size_t>(triple[1]), nb::cast<size_t>(triple[2])};
-    require(s.start <= s.cache->capacity && s.count <= s.cache->capacity - s.start,
+    REQUIRE(s.start <= s.cache->capacity && s.count <= s.cache->capacity - s.start,
             "sequences: expected at most " + text(s.cache->capacity) + " positions, got " + text(s.start) + " + " +
                 text(s.count));
     for (const Sequence& other : sequences) {
-      require(other.cache != s.cache, "sequences: expected each cache once, got one twice");
-      require(same_shape(*other.cache, *s.cache), "sequences: expected caches of one shape, got different ones");
+      REQUIRE(other.cache != s.cache, "sequences: expected each cache once, got one twice");
+      REQUIRE(same_shape(*other.cache, *s.cache), "sequences: expected caches of one shape, got different ones");
     }
     sequences.push_back(std::move(s));
   }
@@ -88,10 +88,10 @@ Batch new_batch(const nb::list& list) {
 size_t check_step(const Batch& batch, size_t layer, size_t heads) {
   if (batch.sequences.empty()) return kAny;
   const KVCache& cache = *batch.sequences.front().cache;
-  require(layer < cache.layers, "layer: expected below " + text(cache.layers) + ", got " + text(layer));
-  require(heads >= 1 && heads % cache.kv_heads == 0,
+  REQUIRE(layer < cache.layers, "layer: expected below " + text(cache.layers) + ", got " + text(layer));
+  REQUIRE(heads >= 1 && heads % cache.kv_heads == 0,
           "heads: expected a multiple of " + text(cache.kv_heads) + " key/value heads, got " + text(heads));
-  require(heads <= kMaxHeads, "heads: expected up to " + text(kMaxHeads) + ", got " + text(heads));
+  REQUIRE(heads <= kMaxHeads, "heads: expected up to " + text(kMaxHeads) + ", got " + text(heads));
   return HeadShape{heads, cache.kv_heads, cache.head_dim}.row();
 }
 

@@ -40,22 +40,22 @@ constexpr std::string_view kRules[] = {"torchao", "torchao_bf16", "search"};  //
 std::string text(size_t number) { return std::to_string(number); }
 
 void check_columns(size_t columns) {
-  require(columns >= 1 && columns <= kMaxColumns,
+  REQUIRE(columns >= 1 && columns <= kMaxColumns,
           "columns: expected 1 to " + text(kMaxColumns) + ", got " + text(columns));
 }
 
 void check_tokens(size_t tokens, const Activations& acts) {
-  require(tokens <= acts.max_tokens, "x: expected at most " + text(acts.max_tokens) + " tokens, got " + text(tokens));
+  REQUIRE(tokens <= acts.max_tokens, "x: expected at most " + text(acts.max_tokens) + " tokens, got " + text(tokens));
 }
 
 // ---- weights -----------------------------------------------------------------------------------------------------
 HeldWeights pack_w4_arrays(const nb::list& packed, const nb::list& scales, size_t group_size, bool gated) {
-  require(nb::len(packed) > 0 && nb::len(packed) == nb::len(scales),
+  REQUIRE(nb::len(packed) > 0 && nb::len(packed) == nb::len(scales),
           "packed: expected as many arrays as scales, at least one");
-  require(group_size >= 8 && group_size % 8 == 0, "group_size: expected a multiple of 8, got " + text(group_size));
+  REQUIRE(group_size >= 8 && group_size % 8 == 0, "group_size: expected a multiple of 8, got " + text(group_size));
   const size_t words = Array(packed[0], "packed", "i", {kAny, kAny}).shape(1), columns = 8 * words;
   check_columns(columns);
-  require(columns % group_size == 0,
+  REQUIRE(columns % group_size == 0,
           "group_size: expected a divisor of " + text(columns) + " columns, got " + text(group_size));
   std::vector<Array> held;
   std::vector<Part> parts;
@@ -67,7 +67,7 @@ HeldWeights pack_w4_arrays(const nb::list& packed, const nb::list& scales, size_
         held.emplace_back(scales[i], "scales", "fH", std::initializer_list<size_t>{rows, columns / group_size});
     parts.push_back({data, rows, s.as<void>(), s.type() == 'H'});
   }
-  require(!gated || (parts.size() == 2 && parts[0].rows == parts[1].rows),
+  REQUIRE(!gated || (parts.size() == 2 && parts[0].rows == parts[1].rows),
           "packed: expected gates and as many rows that they gate, got other matrices");
   const nb::gil_scoped_release release;
   return {pack_w4(parts, columns, group_size, gated), {}};
@@ -83,7 +83,7 @@ HeldWeights pack_w8_arrays(nb::handle codes, nb::handle scales) {
 }
 
 HeldWeights wrap_float_arrays(const nb::list& arrays) {
-  require(nb::len(arrays) > 0, "arrays: expected at least one");
+  REQUIRE(nb::len(arrays) > 0, "arrays: expected at least one");
   std::vector<Array> held;
   std::vector<Part> parts;
   for (nb::handle array : arrays) {
@@ -103,10 +103,10 @@ nb::tuple round_weights_arrays(nb::handle w, int bits, size_t group_size, const 
                                nb::handle importance) {
   const Array a(w, "w", "feH", {kAny, kAny});
   const size_t rows = a.shape(0), columns = a.shape(1);
-  require(bits == 4 || bits == 8, "bits: expected 4 or 8, got " + std::to_string(bits));
+  REQUIRE(bits == 4 || bits == 8, "bits: expected 4 or 8, got " + std::to_string(bits));
   const auto known = std::find(std::begin(kRules), std::end(kRules), rule);
-  require(known != std::end(kRules), "rule: expected 'torchao', 'torchao_bf16' or 'search', got '" + rule + "'");
-  require(columns >= 1 && group_size >= 1 && columns % group_size == 0,
+  REQUIRE(known != std::end(kRules), "rule: expected 'torchao', 'torchao_bf16' or 'search', got '" + rule + "'");
+  REQUIRE(columns >= 1 && group_size >= 1 && columns % group_size == 0,
           "group_size: expected a divisor of " + text(columns) + " columns, got " + text(group_size));
   std::optional<Array> weights;
   if (!importance.is_none()) weights.emplace(importance, "importance", "f", std::initializer_list<size_t>{columns});
@@ -134,14 +134,14 @@ nb::tuple round_weights_arrays(nb::handle w, int bits, size_t group_size, const 
 
 nb::object codes_to_packed_array(nb::handle codes) {
   const Array c(codes, "codes", "b", {kAny, kAny});
-  require(c.shape(1) % 8 == 0, "codes: expected columns in a multiple of 8, got " + text(c.shape(1)));
+  REQUIRE(c.shape(1) % 8 == 0, "codes: expected columns in a multiple of 8, got " + text(c.shape(1)));
   NewArray<int32_t> packed({c.shape(0), c.shape(1) / 8});
   bool valid;
   {
     const nb::gil_scoped_release release;
     valid = codes_to_packed(c.as<int8_t>(), c.shape(0), c.shape(1), reinterpret_cast<uint32_t*>(packed.data));
   }
-  require(valid, "codes: expected -8 to 7, got a code out of range");
+  REQUIRE(valid, "codes: expected -8 to 7, got a code out of range");
   return nb::cast(packed.array);
 }
 
@@ -149,7 +149,7 @@ nb::object codes_to_packed_array(nb::handle codes) {
 void linear_arrays(const HeldWeights& held, nb::handle x, nb::handle out, nb::handle bias, bool accumulate) {
   const Weights& w = held.weights;
   const bool quantized = w.kind == Kind::w4 || w.kind == Kind::w8;
-  require(quantized == nb::isinstance<Activations>(x), std::string("x: expected ") +
+  REQUIRE(quantized == nb::isinstance<Activations>(x), std::string("x: expected ") +
                                                            (quantized ? "Activations" : "a float32 array") + " for " +
                                                            kind_name(w.kind) + " weights");
   std::optional<Array> offsets, input;
@@ -157,10 +157,10 @@ void linear_arrays(const HeldWeights& held, nb::handle x, nb::handle out, nb::ha
   Activations* acts = quantized ? nb::cast<Activations*>(x) : nullptr;
   if (!quantized) input.emplace(x, "x", "f", std::initializer_list<size_t>{kAny, w.columns});
   if (acts)
-    require(acts->columns == w.columns, "x: expected " + text(w.columns) + " columns, got " + text(acts->columns));
+    REQUIRE(acts->columns == w.columns, "x: expected " + text(w.columns) + " columns, got " + text(acts->columns));
   const size_t tokens = acts ? acts->tokens : input->shape(0);
   const Array y(out, "out", "f", {tokens, w.outputs()}, true);
-  require(!(accumulate && w.gated), "accumulate: expected without it for gated weights");
+  REQUIRE(!(accumulate && w.gated), "accumulate: expected without it for gated weights");
   const Output output{y.as<float>(), offsets ? offsets->as<float>() : nullptr, accumulate};
   const nb::gil_scoped_release release;
   if (acts)
@@ -171,12 +171,12 @@ void linear_arrays(const HeldWeights& held, nb::handle x, nb::handle out, nb::ha
 
 void embed_arrays(const HeldWeights& held, nb::handle ids, nb::handle out) {
   const Weights& w = held.weights;
-  require(w.kind != Kind::w4, "weights: expected w8 or float rows to embed, got w4");
+  REQUIRE(w.kind != Kind::w4, "weights: expected w8 or float rows to embed, got w4");
   const Array i(ids, "ids", "il", {kAny}), y(out, "out", "f", {i.shape(0), w.columns}, true);
   std::vector<int64_t> rows(i.shape(0));
   for (size_t t = 0; t < rows.size(); t++) {
     rows[t] = i.type() == 'i' ? i.as<int32_t>()[t] : i.as<int64_t>()[t];
-    require(rows[t] >= 0 && static_cast<size_t>(rows[t]) < w.rows,
+    REQUIRE(rows[t] >= 0 && static_cast<size_t>(rows[t]) < w.rows,
             "ids: expected 0 to " + text(w.rows - 1) + ", got " + std::to_string(rows[t]));
   }
   const nb::gil_scoped_release release;
