@@ -14,6 +14,11 @@ constexpr size_t kRowWork = 16384;  // elements that are worth waking a thread f
 
 size_t grain(size_t columns) { return std::max<size_t>(1, kRowWork / std::max<size_t>(columns, 1)); }
 
+// Panels worth a chunk: some 64 KB of weights, or as much computing
+size_t panel_grain(size_t tokens, size_t columns) {
+  return std::max<size_t>(1, 4096 / (std::max<size_t>(columns, 1) * std::min<size_t>(tokens, 4)));
+}
+
 // Tokens that meet a part of a panel while it is in cache: few enough for the codes that they need of it to stay
 // there too, and, of that many, equal blocks in whole tiles.
 size_t token_block(size_t tokens, size_t columns) {
@@ -115,12 +120,13 @@ void linear_quantized(const Weights& weights, Activations& acts, const Output& o
                             weights.gated};
     const size_t floats = (chunk / 8 + tokens) * kPanelRows;
     const size_t scratch_bytes = w4 ? kPanelRows * chunk + floats * sizeof(float) : 0;
-    parallel_for(weights.padded_rows() / kPanelRows, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
-      if (w4)
-        k.linear_w4(a, begin, end, scratch);
-      else
-        k.linear_w8(a, begin, end);
-    });
+    parallel_for(weights.padded_rows() / kPanelRows, panel_grain(tokens, columns), scratch_bytes,
+                 [&](size_t begin, size_t end, uint8_t* scratch) {
+                   if (w4)
+                     k.linear_w4(a, begin, end, scratch);
+                   else
+                     k.linear_w8(a, begin, end);
+                 });
   }
 }
 

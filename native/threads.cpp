@@ -1,6 +1,7 @@
-// The word `state` holds the job's number and how many of its chunks nobody has taken yet. A chunk is taken by
-// compare-and-swap, so a thread that wakes late finds nothing to do and nobody waits for it: the caller waits for
-// chunks, not for threads.
+// A job's chunks are dealt to the threads in runs of neighbours, so that each streams through memory of its own. A
+// thread takes its run from the front; when that is used up it takes from the back of another's. A run is one word, the
+// job's number and the chunks left in it, changed by compare-and-swap: a thread that wakes late finds nothing to do and
+// nobody waits for it, for the caller waits for chunks, not for threads.
 #include "threads.h"
 
 #include <pthread.h>
@@ -22,9 +23,20 @@
 namespace llamita {
 namespace {
 
-constexpr int kSpins = 2000;            // some 30 to 100 microseconds: longer than the pause between two operations
-constexpr size_t kChunksPerThread = 8;  // so that a thread that is interrupted costs an eighth of its share
-constexpr uint64_t kJob = uint64_t{1} << 32;
+constexpr int kSpins = 2000;             // some 30 to 100 microseconds: longer than the pause between two operations
+constexpr size_t kChunksPerThread = 32;  // so that a thread that is interrupted costs little of its share
+
+// Chunks [first, last) of a job that nobody has taken yet
+struct Run {
+  uint32_t job;
+  uint16_t first, last;
+
+  static Run of(uint64_t word) {
+    return {static_cast<uint32_t>(word >> 32), static_cast<uint16_t>(word >> 16), static_cast<uint16_t>(word)};
+  }
+  uint64_t word() const { return static_cast<uint64_t>(job) << 32 | static_cast<uint64_t>(first) << 16 | last; }
+};
+static_assert(kMaxThreads * kChunksPerThread <= UINT16_MAX);
 
 #if defined(__x86_64__)
 void relax() { __builtin_ia32_pause(); }
@@ -46,6 +58,7 @@ class Pool {
   // Delegates, so that the destructor joins the threads already started when one more cannot be.
   explicit Pool(size_t count) : Pool() {
     scratch_ = std::vector<Memory>(count);
+    runs_ = std::vector<SharedRun>(count);
     workers_.reserve(count - 1);
     try {
       for (size_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
@@ -69,7 +82,11 @@ class Pool {
     if (job.chunks == 1) return job.task(job.context, 0, job.items, scratch_[0].data());
     job_ = job;
     done_.store(0, std::memory_order_relaxed);
-    state_.store((state_.load(std::memory_order_relaxed) & ~(kJob - 1)) + kJob + job.chunks, std::memory_order_release);
+    number_++;
+    for (size_t i = 0; i < size(); i++) {
+      const auto edge = [&](size_t thread) { return static_cast<uint16_t>(job.chunks * thread / size()); };
+      runs_[i].word.store(Run{number_, edge(i), edge(i + 1)}.word(), std::memory_order_release);
+    }
     wake();
     while (take_chunk(0)) continue;
     for (int i = 0; i < kSpins && done_.load(std::memory_order_acquire) != job.chunks; i++) relax();
@@ -84,16 +101,27 @@ class Pool {
     signal_.notify_all();
   }
 
+  // A chunk of the thread's own run, else of another's. Once one is taken the job cannot end, nor job_ change, before
+  // it is done.
   bool take_chunk(size_t thread) {
-    uint64_t state = state_.load(std::memory_order_acquire);
-    do {
-      if (static_cast<uint32_t>(state) == 0) return false;
-    } while (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire));
-    // The job cannot end, nor job_ change, before this chunk is done.
-    const size_t chunk = job_.chunks - static_cast<uint32_t>(state), chunks = job_.chunks;
+    for (size_t i = 0; i < size(); i++) {
+      std::atomic<uint64_t>& shared = runs_[(thread + i) % size()].word;
+      uint64_t word = shared.load(std::memory_order_acquire);
+      for (Run run = Run::of(word); run.first < run.last; run = Run::of(word)) {
+        const size_t chunk = i == 0 ? run.first++ : --run.last;
+        if (shared.compare_exchange_weak(word, run.word(), std::memory_order_acq_rel, std::memory_order_acquire)) {
+          do_chunk(chunk, thread);
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  void do_chunk(size_t chunk, size_t thread) {
+    const size_t chunks = job_.chunks;
     job_.task(job_.context, job_.items * chunk / chunks, job_.items * (chunk + 1) / chunks, scratch_[thread].data());
     if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks) done_.notify_all();
-    return true;
   }
 
   void work(size_t thread) {
@@ -108,10 +136,15 @@ class Pool {
     }
   }
 
+  struct SharedRun {
+    alignas(64) std::atomic<uint64_t> word{0};
+  };
+
   std::vector<Memory> scratch_;
+  std::vector<SharedRun> runs_;
   std::vector<std::thread> workers_;
   Job job_{};
-  alignas(64) std::atomic<uint64_t> state_{0};
+  uint32_t number_ = 0;  // of the job
   alignas(64) std::atomic<uint32_t> done_{0};
   alignas(64) std::atomic<uint32_t> signal_{0};
   std::atomic<bool> stop_{false};
