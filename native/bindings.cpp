@@ -145,6 +145,15 @@ nb::object codes_to_packed_array(nb::handle codes) {
   return nb::cast(packed.array);
 }
 
+// A float32 array in huge pages: the rows of a step lie far apart, and a page each is more than the processor's table
+// of pages holds.
+nb::object new_buffer(size_t rows, size_t columns) {
+  REQUIRE(columns >= 1 && rows <= SIZE_MAX / sizeof(float) / columns / 2, "rows, columns: expected a size that exists");
+  auto* memory = new Memory(rows * columns * sizeof(float), true);
+  const nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<Memory*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, float>(memory->data(), {rows, columns}, owner));
+}
+
 // ---- operations --------------------------------------------------------------------------------------------------
 void linear_arrays(const HeldWeights& held, nb::handle x, nb::handle out, nb::handle bias, bool accumulate) {
   const Weights& w = held.weights;
@@ -286,6 +295,7 @@ void bind_operations(nb::module_& m) {
       .def_ro("tokens", &Activations::tokens)
       .def("set", set_activations, "codes"_a, "scales"_a, "zero_points"_a)
       .def("get", get_activations);
+  m.def("new_buffer", new_buffer, "rows"_a, "columns"_a);
   m.def("quantize", quantize_array, "x"_a, "acts"_a);
   m.def("rmsnorm", rmsnorm_arrays, "x"_a, "gamma"_a, "eps"_a, "out"_a);
   m.def("rmsnorm_quantize", rmsnorm_quantize_arrays, "x"_a, "gamma"_a, "eps"_a, "acts"_a);

@@ -223,7 +223,7 @@ Activations::Activations(size_t max_tokens, size_t columns)
       columns(columns),
       stride((columns + 63) / 64 * 64 + 64),  // one line more: a power of two would meet in the same cache sets
       sums_stride((columns + kSumInputs - 1) / kSumInputs),
-      memory(max_tokens * stride, false),
+      memory(max_tokens * stride, true),
       scales(max_tokens),
       zero_points(max_tokens),
       sums(max_tokens * sums_stride) {}

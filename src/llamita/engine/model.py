@@ -163,8 +163,8 @@ class _Buffers:
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         streams = (hidden, queries + 2 * keys, 2 * inner)
         operands = (hidden, queries, inner)
-        self._streams = [np.empty((capacity, width), dtype=np.float32) for width in streams]
-        self._floats = [np.empty((capacity, width), dtype=np.float32) for width in operands]
+        self._streams = [ops.new_buffer(capacity, width) for width in streams]
+        self._floats = [ops.new_buffer(capacity, width) for width in operands]
         self._codes = [ops.Activations(capacity, width) for width in operands]
 
     def first(self, tokens: int) -> _Views:
