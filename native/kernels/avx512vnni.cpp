@@ -99,7 +99,7 @@ constexpr size_t kQueryRows = 6, kQueryTile = 24;
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 constexpr size_t kFusedTokens = 16, kFusedTile = 8;  // x 2 vectors: 16 integer accumulators, float ones in memory
-constexpr size_t kUnpackedTile = 6, kByteTile = 6;   // x 2 vectors: 12 integer and 12 float accumulators
+constexpr size_t kUnpackedTile = 7, kByteTile = 7;   // x 2 vectors: 12 integer and 12 float accumulators
 constexpr size_t kAhead = 16384;  // bytes of prefetch: a panel ends sooner than the memory behind it answers
 constexpr size_t kStep = 128;     // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
 
@@ -182,7 +182,7 @@ void byte_steps(Dots<T>& dot, const uint8_t* w, const int8_t* x, size_t x_stride
 #pragma GCC unroll 8
   for (size_t s = 0; s < kSteps; s++) {
     const __m512i w0 = _mm512_load_si512(w + s * kStep), w1 = _mm512_load_si512(w + s * kStep + 64);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (size_t i = 0; i < T; i++) {
       const __m512i four = broadcast4(x + i * x_stride + 4 * s);
       dot[i][0] = dot4(dot[i][0], w0, four);
@@ -204,13 +204,13 @@ template <size_t T>
   const int32_t* start = a.x_start + t * a.groups + part.group;
   for (size_t g = 0; g < part.groups; g++, scales += kPanelRows, start++) {
     Dots<T> dot;
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (size_t i = 0; i < T; i++) dot[i][0] = dot[i][1] = _mm512_set1_epi32(start[i * a.groups]);
     size_t steps = a.group_size / 4;
     for (; steps >= 8; steps -= 8, w += 8 * kStep, x += 32) byte_steps<T, 8>(dot, w, x, a.x_stride);
     for (; steps > 0; steps--, w += kStep, x += 4) byte_steps<T, 1>(dot, w, x, a.x_stride);
     const V s0 = load(scales), s1 = load(scales + kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (size_t i = 0; i < T; i++) {
       sums[i][0] = fma({_mm512_cvtepi32_ps(dot[i][0])}, s0, sums[i][0]);
       sums[i][1] = fma({_mm512_cvtepi32_ps(dot[i][1])}, s1, sums[i][1]);
@@ -221,12 +221,12 @@ template <size_t T>
 template <size_t T>
 void unpacked_tile(const QuantizedLinear& a, const Unpacked& part, size_t t, float* acc) {
   Sums<T> sums;
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (size_t i = 0; i < T; i++)
     for (size_t v = 0; v < 2; v++) sums[i][v] = part.begins() ? zero() : load(acc + i * kPanelRows + v * kLanes);
   add_groups<T>(a, part, t, sums);
   if (part.ends(a)) return finish_all<T>(a, t, part.panel, sums);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (size_t i = 0; i < T; i++) {
     store(acc + i * kPanelRows, sums[i][0]);
     store(acc + i * kPanelRows + kLanes, sums[i][1]);
