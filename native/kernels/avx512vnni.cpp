@@ -202,7 +202,11 @@ template <size_t T>
   const float* scales = part.scales;
   const int8_t* x = a.x + t * a.x_stride + part.group * a.group_size;
   const int32_t* start = a.x_start + t * a.groups + part.group;
+  const size_t lines = (part.lines + part.groups - 1) / part.groups;
+  const bool ends = part.lines > 0 && part.ends(a);
   for (size_t g = 0; g < part.groups; g++, scales += kPanelRows, start++) {
+    fetch_next(part, g * lines, (g + 1) * lines);  // a few at a time: misses under way are limited
+    if (ends && g < T) fetch_output(a, part.panel, t + g);
     Dots<T> dot;
 #pragma GCC unroll 8
     for (size_t i = 0; i < T; i++) dot[i][0] = dot[i][1] = _mm512_set1_epi32(start[i * a.groups]);
@@ -237,7 +241,8 @@ template <size_t T>
 void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
   Sums<T> sums;
   for (auto& row : sums) row[0] = row[1] = zero();
-  add_groups<T>(a, {panel, a.panels + panel * a.panel_stride, a.scales + panel * kPanelRows, 0, 1}, t, sums);
+  add_groups<T>(a, {panel, a.panels + panel * a.panel_stride, a.scales + panel * kPanelRows, 0, 1, nullptr, 0}, t,
+                sums);
   finish_all<T>(a, t, panel, sums);
 }
 
