@@ -38,7 +38,7 @@ class Race:
         self.limits = workers.start_limits(args.workdir, args.threads)
         self.path, self.record = self._open_record()
         self.running: dict[str, workers.Worker] = {}
-        self.last_limits = self.limits.ask(do="limits")
+        self.last_limits: dict[str, Any] | None = None  # those of just now, if the last thing done was a run
         if args.note and args.note not in self.record["notes"]:
             self.record["notes"].append(args.note)
 
@@ -69,6 +69,7 @@ class Race:
 
     def enter(self, name: str) -> None:
         """Start a contender and note what it is; a failure is noted instead."""
+        self.last_limits = None
         try:
             variant = self._variant(name)
             print(f"starting {name} ({variant})", file=sys.stderr)
@@ -156,11 +157,12 @@ class Race:
 
     def _time(self, number: int, case: str, name: str) -> None:
         shape = CASES[case]
+        before = self.last_limits or self.limits.ask(do="limits")
         run = self.running[name].ask(
             do="run", prompt=shape.prompt, new=shape.new, sequences=shape.sequences, seed=number
         )
-        before, self.last_limits = self.last_limits, self.limits.ask(do="limits")
-        run |= {key: (before[key] + self.last_limits[key]) / 2 for key in before}
+        after = self.last_limits = self.limits.ask(do="limits")
+        run |= {key: (before[key] + after[key]) / 2 for key in before}
         entry = self.record["contenders"][name]
         entry["peak_memory_bytes"] = max(entry.get("peak_memory_bytes", 0), run.pop("peak_memory_bytes"))
         self.record["timings"].append({"round": number, "case": case, "contender": name, **run})
@@ -171,6 +173,7 @@ class Race:
         print(f"round {number} {case:>5} {name:18} {rates[0]:7.1f} {rates[1]:7.2f} tok/s   ({limits})")
 
     def _fail(self, name: str, error: workers.PeerError) -> None:
+        self.last_limits = None  # the failure may have taken minutes
         print(f"{name}: {error}", file=sys.stderr)
         self.record["failures"][name] = str(error).replace(str(self.args.workdir), "WORKDIR")
         if worker := self.running.pop(name, None):

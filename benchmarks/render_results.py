@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-from contenders import CASES, CONTENDERS, PART_LAYERS
+from contenders import CASES, CONTENDERS, LAYERS, PART_LAYERS
 from records import EXTRAPOLATED, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +24,9 @@ INTRODUCTION = """\
 # Results
 
 Rendered by `benchmarks/render_results.py` from `benchmarks/history/`, which holds every single timing. All
-engines ran the shape of Llama 3.2 1B with random weights, on equally many threads, in turn: each round runs
-every engine once and measures the machine's limits before and after each. Figures are medians (least to
-greatest).
+engines ran the shape of Llama 3.2 1B with random weights, on equally many threads, in turn: a round runs each
+of its engines once and measures the machine's limits before and after each run. Figures are medians (least
+to greatest) of as many runs as the table says.
 
 - *prefill*: the prompt's tokens, divided by the time from their ids to the first greedy token.
 - *decode*: the tokens after it, one at a time, each chosen by argmax and fed back.
@@ -34,7 +34,8 @@ greatest).
   multiply-adds in registers; for decode, bytes of weights and scales (in brackets: and of the cache) against
   the bandwidth of reads.
 - *ratios*: how many times as fast as that engine ours is, in prefill and in decode.
-- Peers run from pinned packages at the fastest settings found; a record lists those that it tried.
+- Peers run from pinned packages. Below its tables a record says whose settings were chosen by trying, and
+  whose are the first that the harness lists for them; all settings stand beside the versions.
 
 To measure again, on an otherwise idle machine: `python benchmarks/peers.py --tune`, then
 `python benchmarks/render_results.py`.
@@ -70,21 +71,30 @@ def _table(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str]
     sequences = f"{shape.sequences} sequences together, each with a" if shape.sequences > 1 else "A"
     ours = [name for name in rows if name.startswith(OURS)]
     four_bit = [name for name in ours if record["contenders"][name]["weights"] == "4-bit"]
-    heads = ["engine", "MB", "prefill tok/s", "decode tok/s", "prefill of limit", "decode of limit"]
+    heads = ["engine", "MB", "runs", "prefill tok/s", "decode tok/s", "prefill of limit", "decode of limit"]
     heads += [f"{record['contenders'][name]['label']}: ratios" for name in four_bit]
-    lines = [f"{sequences} prompt of {shape.prompt:,} tokens, then {shape.new} more; {_runs(rows)}.", ""]
+    lines = [f"{sequences} prompt of {shape.prompt:,} tokens, then {shape.new} more.", ""]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in rows.items():
-        cells = [_label(name, record), _size(name, record), _rate(row[PREFILL]), _rate(row[DECODE])]
-        cells += _fractions(row)
+        cells = [_label(name, record), _size(name, record), str(row["runs"])]
+        cells += [_rate(row[PREFILL]), _rate(row[DECODE]), *_fractions(row)]
         cells += ["" if name == us else _ratios(rows[us], row) for us in four_bit]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return lines + _absent(case, rows, record)
 
 
-def _runs(rows: dict[str, Any]) -> str:
-    counts = sorted({row["runs"] for row in rows.values()})
-    return f"{counts[0]} runs each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs each"
+def _absent(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """Who is not in a table, and why."""
+    missing = []
+    for name, contender in CONTENDERS.items():
+        if name in rows or (contender.layers < LAYERS and EXTRAPOLATED in rows):
+            continue
+        if case not in contender.cases:
+            why = "not run with this prompt"
+        else:
+            why = "failed, see below" if name in record["failures"] else "not started"
+        missing.append(f"{contender.label} ({why})")
+    return ["", f"Not in this table: {'; '.join(missing)}."] if missing else []
 
 
 def _label(name: str, record: dict[str, Any]) -> str:
@@ -126,6 +136,12 @@ def _contenders(record: dict[str, Any]) -> list[str]:
         "*logits*: their correlation with those of llamita's BF16 engine after the same prompt.",
         "",
     ]
+    return [*lines, *_settings(record), *_failures(record), ""]
+
+
+def _settings(record: dict[str, Any]) -> list[str]:
+    """Whose settings were chosen by trying them, and whose were not although there is a choice."""
+    lines = []
     for name, tuning in record["tuning"].items():
         totals = {
             variant: sorted(map(sum, runs))[len(runs) // 2]
@@ -133,8 +149,20 @@ def _contenders(record: dict[str, Any]) -> list[str]:
         }
         tried = ", ".join(f"{variant} {seconds:.2f} s" for variant, seconds in totals.items())
         lines.append(f"- {CONTENDERS[name].label}, settings tried (prompt and tokens together): {tried}.")
-    lines += [f"- {CONTENDERS[name].label} did not run: {why}" for name, why in record["failures"].items()]
-    return [*lines, ""] if record["tuning"] or record["failures"] else lines
+    untried = [
+        contender.label
+        for name, contender in CONTENDERS.items()
+        if len(contender.variants) > 1 and name in record["contenders"] and name not in record["tuning"]
+    ]
+    return [*lines, f"- Default settings, no others tried: {'; '.join(untried)}."] if untried else lines
+
+
+def _failures(record: dict[str, Any]) -> list[str]:
+    ran = {timing["contender"] for timing in record["timings"]}
+    return [
+        f"- {CONTENDERS[name].label} {'failed in a later run' if name in ran else 'did not run'}: {why}"
+        for name, why in record["failures"].items()
+    ]
 
 
 def _logits(entry: dict[str, Any]) -> str:

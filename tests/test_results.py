@@ -1,5 +1,6 @@
 """The comparison with other engines: its record, its page, its processes. No peer is needed here."""
 
+import argparse
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from llamita.checkpoint import Checkpoint, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))
+import peers
 import protocol
 import records
 import render_results
@@ -104,10 +106,81 @@ def test_written_records_read_back_and_render(tmp_path: Path) -> None:
     assert json.loads(path.read_text("utf-8")) == {**record, "summary": records.summarize(record)}
     page = render_results.render([record])
     assert "3.00 x, 2.50 x" in page
-    assert "did not run: it ended" in page
+    assert "OpenVINO int4, groups of 128 did not run: it ended" in page
     assert "Measured in a dream." in page
     records.write(path, record_of([]))
     assert json.loads(path.read_text("utf-8"))["timings"] == []
+
+
+def test_the_page_claims_no_more_than_the_record_holds() -> None:
+    """Runs by row, whose settings were tried, who is absent and why."""
+    timings = [timing(i, "llamacpp-q4_0", 1.0, 2.0) for i in (1, 2, 3)] + [
+        timing(1, "llamita-g128", 1.0, 2.0)
+    ]
+    timings.append({**timing(1, "llamacpp-bf16", 1.0, 1.0), "case": "8192"})
+    record = record_of(timings)
+    record["failures"] = {"openvino-int4": "it ended", "llamacpp-q4_0": "memory"}
+    page = render_results.render([record])
+    assert "| llamacpp-q4_0 | 0 | 3 |" in page
+    assert "| llamita-g128 | 0 | 1 |" in page
+    assert "Default settings, no others tried: llama.cpp Q4_0; llama.cpp BF16." in page
+    first, second = (line for line in page.splitlines() if line.startswith("Not in this table"))
+    assert "llama.cpp Q4_K_S (not started)" in first
+    assert "OpenVINO int4, groups of 128 (failed, see below)" in first
+    assert "llama.cpp Q4_0" not in first
+    assert "transformers FP32 (not run with this prompt)" in second
+    assert "llama.cpp Q4_0 failed in a later run: memory" in page
+    assert "fastest settings" not in page
+    record["tuning"] = {"llamacpp-bf16": {"best": "flash", "prefill_and_decode_seconds": {"flash": [[1, 2]]}}}
+    page = render_results.render([record])
+    assert "llama.cpp BF16, settings tried (prompt and tokens together): flash 3.00 s." in page
+    assert "no others tried: llama.cpp Q4_0." in page
+
+
+class FakeWorker:
+    """Answers at once; notes in `asked` who was asked for what, and fails where it is told to."""
+
+    def __init__(self, name: str, asked: list[tuple[str, str]], fails_at: int = 0) -> None:
+        self.name, self.asked, self.fails_at = name, asked, fails_at
+        self.about = {"version": "1", "settings": {"isa": "scalar"}}
+
+    def ask(self, do: str, seed: int = 0, **_request: Any) -> dict[str, Any]:
+        self.asked.append((self.name, f"{do} {seed}"))
+        if do == "limits":  # each probe tells which it was
+            count = self.asked.count((self.name, "limits 0"))
+            return {"int8_rate": float(count), "read_bandwidth": float(count)}
+        if seed and seed == self.fails_at:
+            raise workers.PeerError("it ended")
+        return {"prefill_seconds": 1.0, "decode_seconds": 1.0, "peak_memory_bytes": 1, "tokens": [[0]]}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_run_is_held_against_limits_of_just_before_and_just_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start of every group and after a failure the limits of some minutes ago do not count."""
+    asked: list[tuple[str, str]] = []
+    fails_at = {"llamacpp-q4_0": 2}
+    monkeypatch.setattr(workers, "start_limits", lambda *_: FakeWorker("limits", asked))
+    monkeypatch.setattr(workers, "start", lambda _, name, *__: FakeWorker(name, asked, fails_at.get(name, 0)))
+    monkeypatch.setattr(workers, "model_bytes", lambda *_: 1)
+    names = ["llamita-g128", "llamacpp-q4_0", "openvino-int4", "transformers-fp32"]
+    monkeypatch.setattr(peers, "parse", lambda: argparse.Namespace(
+        workdir=tmp_path, history=tmp_path, threads=1, note="", resume=False, cases=["512"], only=names,
+        prepare=False, tune=False, check=False, rounds=2))  # fmt: skip
+    peers.main()
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text("utf-8"))
+    assert list(record["failures"]) == ["llamacpp-q4_0"]
+    assert len(record["timings"]) == 7
+    for at, (name, what) in enumerate(asked):
+        if name != "limits" and what in ("run 1", "run 2"):
+            assert asked[at - 1][0] == "limits", f"{name}, {what}: after {asked[at - 1]}"
+    runs = [("llamita-g128", 1.5), ("llamacpp-q4_0", 2.5), ("openvino-int4", 3.5), ("llamita-g128", 4.5),
+            ("openvino-int4", 6.5), ("transformers-fp32", 8.5), ("transformers-fp32", 9.5)]  # fmt: skip
+    assert [(run["contender"], run["int8_rate"]) for run in record["timings"]] == runs
 
 
 def test_every_package_of_the_peers_is_pinned_exactly() -> None:
@@ -144,6 +217,13 @@ def test_our_worker_answers_with_greedy_tokens_and_is_stopped_between_requests(t
         logits = worker.ask(do="logits", prompt=9, vocabulary=500)["logits"]
         ids = protocol.prompt_ids({"prompt": 9, "vocabulary": 500})
         assert np.array_equal(np.float32(logits), llm.logits(ids)[-1])
+        assert worker.about["work"]["linear_macs_per_token"] == sum(
+            part.weights.rows * part.weights.columns
+            for block in llm.model.weights.blocks
+            for linear in (block.qkv, block.attention_out, block.gate_up, block.down)
+            for part in linear.parts
+        )
+        assert worker.about["work"]["int8"] is False
         state = Path(f"/proc/{worker.process.pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
         assert state == "T"
         with pytest.raises(workers.PeerError, match="expected run or logits"):

@@ -37,13 +37,12 @@ class Run:
 
 
 class Engine(Protocol):
-    """A loaded model.
+    """A loaded model."""
 
-    Attributes:
-        about: version, settings: whatever tells this engine from another.
-    """
-
-    about: dict[str, Any]
+    @property
+    def about(self) -> dict[str, Any]:
+        """Version, settings: whatever tells this engine from another."""
+        ...
 
     def run(self, prompts: list[np.ndarray], new: int) -> Run:
         """Take in fresh prompts, int32 (tokens,) each, then decode `new` tokens after the first of each."""

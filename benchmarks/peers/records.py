@@ -11,6 +11,9 @@ from typing import Any
 
 from contenders import CASES, CONTENDERS, LAYERS, PART_LAYERS, Case
 
+from llamita.machine import cpu_name
+from llamita.work import Work
+
 FORMAT = 1
 DEFINITIONS = {
     "prefill": "seconds from handing over the prompt's token ids to the first greedy token of every sequence",
@@ -18,6 +21,13 @@ DEFINITIONS = {
     "limits": "measured before and after each run; a run is held against the mean of the two",
     "int8_rate": "10^9 int8 multiply-adds per second, all threads, operands in registers",
     "read_bandwidth": "10^9 bytes per second, all threads, over 512 MiB",
+}
+WORK_FIELDS = {  # what a record calls the counts of `llamita.work.Work`
+    "linear_macs_per_token": "linear",
+    "head_macs": "head",
+    "attention_macs_per_pair": "attention",
+    "bytes_per_token": "weight_bytes",
+    "cache_bytes_per_position": "cache_bytes",
 }
 EXTRAPOLATED = "executorch"  # the name under which the parts' times are extrapolated
 _PARTS = tuple(f"executorch-{layers}" for layers in PART_LAYERS)
@@ -34,18 +44,6 @@ def machine(isa: str, threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it, with family and model, for some names say too little."""
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    name = fields.get("model name", platform.machine())
-    if "cpu family" in fields:
-        name += f" (family {fields['cpu family']}, model {fields['model']})"
-    return name
 
 
 def slug(text: str) -> str:
@@ -86,7 +84,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def _row(runs: list[dict[str, Any]], case: Case, work: dict[str, float] | None) -> dict[str, Any]:
+def _row(runs: list[dict[str, Any]], case: Case, counted: dict[str, int] | None) -> dict[str, Any]:
     """One contender in one case; fractions of the limits where its work is known."""
     prefilled, decoded = case.sequences * case.prompt, case.sequences * case.new
     row = {
@@ -95,11 +93,11 @@ def _row(runs: list[dict[str, Any]], case: Case, work: dict[str, float] | None) 
         "decode_tokens_per_second": _spread([decoded / t["decode_seconds"] for t in runs]),
         "first_token_seconds": _spread([t["prefill_seconds"] for t in runs]),
     }
-    if work and case.sequences == 1:
-        macs = prefill_macs(work, case.prompt)
-        position = case.prompt + (case.new + 1) / 2  # on the average
-        read = work["bytes_per_token"], work["bytes_per_token"] + work["cache_bytes_per_position"] * position
-        if work["int8"]:
+    if counted and case.sequences == 1:
+        work = work_of(counted)
+        macs = work.prompt(case.prompt) + work.prompt_attention(case.prompt)
+        read = work.weight_bytes, work.decode_bytes(case.prompt, case.new)
+        if counted["int8"]:
             rates = [macs / t["prefill_seconds"] / 1e9 / t["int8_rate"] for t in runs]
             row["prefill_of_limit"] = _spread(rates)
         for key, amount in zip(("decode_of_limit", "decode_with_cache_of_limit"), read, strict=True):
@@ -109,10 +107,14 @@ def _row(runs: list[dict[str, Any]], case: Case, work: dict[str, float] | None) 
     return row
 
 
-def prefill_macs(work: dict[str, float], tokens: int) -> float:
-    """Multiply-adds of a prompt: linear layers, attention's scores and sums, the head once."""
-    attention = work["attention_macs_per_pair"] * tokens * (tokens + 1) / 2
-    return work["linear_macs_per_token"] * tokens + attention + work["head_macs"]
+def work_of(counted: dict[str, int]) -> Work:
+    """The work that a record has for a contender (see `recorded`)."""
+    return Work(**{field: counted[key] for key, field in WORK_FIELDS.items()})
+
+
+def recorded(work: Work, int8: bool) -> dict[str, Any]:
+    """What a record has of the work, and whether its multiply-adds are int8 ones."""
+    return {"int8": int8, **{key: getattr(work, field) for key, field in WORK_FIELDS.items()}}
 
 
 def _extrapolate(parts: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

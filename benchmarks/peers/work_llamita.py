@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import protocol
+import records
 
 import llamita
 from llamita import _native
 from llamita.engine.llm import PREFILL_CHUNK
+from llamita.plan import describe
+from llamita.work import count_work
 
-CACHE_PROBE = 1024  # tokens
 PROBES = 3  # of each limit, every time
 PROBE_BYTES = 512 * 2**20  # far above any cache
 
@@ -26,30 +28,18 @@ class Llamita:
         self.llm = llamita.load(
             options["model"], threads=options["threads"], kv_dtype=options.get("kv_dtype")
         )
+        self.model = options["model"]
         self.sequences: list[Any] = []
-        self.about = {
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Counted on request, so that it is no part of the load."""
+        model = describe(self.model)
+        work = count_work(model.config, model.scheme, self.llm.kv_dtype, model.float_dtype)
+        return {
             "version": f"llamita {llamita.__version__}, sources {digest_of_sources()}",
             "settings": {"threads": _native.threads(), "isa": _native.isa(), "kv_dtype": self.llm.kv_dtype},
-            "work": self._work(),
-        }
-
-    def _work(self) -> dict[str, Any]:
-        """What one token costs: multiply-adds, bytes of weights and scales, bytes of the cache."""
-        model, config = self.llm.model, self.llm.config
-        blocks = [
-            part.weights
-            for block in model.weights.blocks
-            for linear in (block.qkv, block.attention_out, block.gate_up, block.down)
-            for part in linear.parts
-        ]
-        head = [part.weights for part in model.weights.head.parts]
-        return {
-            "int8": all(weights.kind in ("w4", "w8") for weights in [*blocks, *head]),
-            "linear_macs_per_token": sum(weights.rows * weights.columns for weights in blocks),
-            "head_macs": sum(weights.rows * weights.columns for weights in head),
-            "attention_macs_per_pair": 2 * config.layers * config.heads * config.head_dim,
-            "bytes_per_token": sum(map(_bytes_of, [*blocks, *head])),
-            "cache_bytes_per_position": self.llm.new_sequence(CACHE_PROBE).nbytes // CACHE_PROBE,
+            "work": records.recorded(work, int8=model.scheme is not None),
         }
 
     def run(self, prompts: list[np.ndarray], new: int) -> protocol.Run:
@@ -73,12 +63,6 @@ class Llamita:
 
     def logits(self, prompt: np.ndarray) -> np.ndarray:
         return self._prefill(self.llm.new_sequence(len(prompt)), prompt)[0].copy()
-
-
-def _bytes_of(weights: _native.Weights) -> int:
-    """Bytes that a kernel reads; float weights stay where the file is mapped."""
-    itemsize = {"f32": 4, "f16": 2, "bf16": 2}.get(weights.kind)
-    return weights.rows * weights.columns * itemsize if itemsize else weights.nbytes
 
 
 class Limits:
