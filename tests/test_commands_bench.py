@@ -1,5 +1,6 @@
 """`llamita bench` as a user meets it: the table, JSON, the picture, one-line errors."""
 
+import errno
 import importlib.util
 import json
 import sys
@@ -10,7 +11,7 @@ import pytest
 from command import assert_nothing_is_left, one_line, run
 from tiny import CONFIGS, make_checkpoint
 
-from llamita import bench, shapes
+from llamita import _native, bench, shapes
 from llamita.bench_worker import _State
 from llamita.checkpoint import Checkpoint
 from llamita.commands import bench as command
@@ -112,6 +113,19 @@ def test_bf16_in_the_shape_of_a_directory(capsys: pytest.CaptureFixture[str], pa
     assert found["baseline"]["work"]["linear"] == found["model"]["work"]["linear"]
 
 
+def test_a_single_new_token_of_several_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+    found = results(capsys, "embedded", "--new-tokens", "1", "--batch", "2")
+    assert found["settings"]["new_tokens"] == 1
+    assert found["model"]["batch_tokens_per_second"] > 0
+
+
+def test_usable_cpus_are_those_that_threads_start_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "usable_cpus", lambda: 77)
+    assert results(capsys, "embedded")["machine"]["usable_cpus"] == 77
+
+
 def test_the_table_has_metas_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "embedded", *QUICK, "--baseline", "embedded", "--batch", "2") == 0
     out = capsys.readouterr().out
@@ -189,6 +203,36 @@ def test_without_matplotlib_a_picture_is_refused_at_once(
     monkeypatch.setattr(command, "run_bench", None)
     assert run("bench", "embedded", "--plot", tmp_path / "a.png") == 1
     assert "try pip install 'llamita[plot]'" in one_line(capsys)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nobody can write in Linux's /proc")
+def test_a_directory_that_cannot_be_written_is_said_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "run_bench", None)
+    assert run("bench", "embedded", "--plot", "/proc/a.png") == 2
+    assert "--plot: expected a directory that can be written, got /proc:" in one_line(capsys)
+    (tmp_path / "a.png").mkdir()
+    assert run("bench", "embedded", "--plot", tmp_path / "a.png") == 2
+    assert "--plot: expected a file, got the directory" in one_line(capsys)
+    assert_nothing_is_left(tmp_path, "a.png")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_picture_that_fails_loses_no_figure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    def draw(_result: object, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(command, "_plotter", lambda _path: draw)
+    assert run("bench", "embedded", *QUICK, "--plot", "a.png", *["--json"][:as_json]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].endswith("a.png: No space left on device")
+    if as_json:
+        assert json.loads(captured.out)["model"]["decode_tokens_per_second"] > 0
+    else:
+        assert "decode tok/s" in captured.out
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib: pip install '.[plot]'")

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import CONFIGS, make_checkpoint
 
 from llamita import cli, hub, plan
 from llamita.checkpoint import Checkpoint
+from llamita.engine.llm import load
 from llamita.errors import InputError
 from llamita.plan import Described, Machine, describe, estimate_all
 from llamita.quantize import make_plan, quantize
@@ -99,10 +101,25 @@ def test_what_fits_the_caches_is_read_faster(tmp_path: Path) -> None:
 
 
 def test_the_memory_beside_weights_and_cache_is_buffers_and_process(config_file: Path) -> None:
-    """Of Llama 3.2 1B, 4-bit: 256 tokens of 23,552 float32 and 12,288 int8, and the logits twice."""
+    """Of Llama 3.2 1B, 4-bit: 256 tokens of 15,360 float32 and 12,288 int8, and the logits twice."""
     (_, estimate) = estimate_all(describe(str(config_file)), MACHINE, [make_scheme("llama3.2")])
     rest = estimate.memory[2048] - estimate.tensor_bytes - 2048 * estimate.cache_bytes_per_token
-    assert rest == 32e6 + 256 * (4 * 23_552 + 12_288) + 8 * 128_256
+    assert rest == 32e6 + 256 * (4 * 15_360 + 12_288) + 8 * 128_256
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_the_buffers_are_those_that_a_step_writes(tmp_path: Path, preset: str | None) -> None:
+    """Every buffer between the layers is filled with NaN; those that a step wrote are finite."""
+    scheme = make_scheme(preset, 32) if preset else None
+    llm = load(make_checkpoint(tmp_path), preset=scheme)
+    ids = np.arange(8, dtype=np.int32)
+    llm.model.step([(llm.new_sequence(8), ids)])
+    buffers = [*llm.model._buffers._streams, *llm.model._buffers._floats]
+    for buffer in buffers:
+        buffer.fill(np.nan)
+    llm.model.step([(llm.new_sequence(8), ids)])
+    written = sum(buffer.shape[1] for buffer in buffers if np.isfinite(buffer[:2]).all())
+    assert plan.buffer_widths(llm.config, scheme)[0] == written
 
 
 def test_an_untied_embedding_is_not_read_for_every_token(config_file: Path) -> None:

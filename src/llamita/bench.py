@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita import __version__
+from llamita import __version__, _native
 from llamita.bench_report import (
     Limits,
     Runs,
@@ -26,7 +26,7 @@ from llamita.bench_report import (
 )
 from llamita.bench_worker import ModelSpec, Worker
 from llamita.errors import InputError
-from llamita.machine import cpu_name, last_level_cache, machine_memory, usable_cpus
+from llamita.machine import cpu_name, last_level_cache, usable_memory
 from llamita.work import Work
 
 Progress = Callable[[str, int, int], None] | None
@@ -120,7 +120,8 @@ def _load(job: Job, role: str, spec: ModelSpec, worker: Worker) -> _Contender:
     worker.ask("decode", tokens=job.settings.new_tokens, watch=True)
     contender.memory = worker.ask("memory")
     if job.settings.batch > 1:
-        worker.ask("decode", tokens=_WARM_UP_TOKENS, batch=job.settings.batch)
+        tokens = min(_WARM_UP_TOKENS, job.settings.new_tokens)
+        worker.ask("decode", tokens=tokens, batch=job.settings.batch)
     return contender
 
 
@@ -188,8 +189,8 @@ def _machine(facts: dict[str, Any]) -> dict[str, Any]:
         "cpu": cpu_name(),
         "isa": facts["isa"],
         "threads": facts["threads"],
-        "usable_cpus": usable_cpus(),
-        "memory_bytes": machine_memory()[0],
+        "usable_cpus": _native.usable_cpus(),
+        "memory_bytes": usable_memory(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "numpy": np.__version__,

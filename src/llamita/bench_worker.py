@@ -26,7 +26,7 @@ from llamita.engine.cache import SequenceCache
 from llamita.engine.llm import LLM
 from llamita.engine.weights import Linear
 from llamita.errors import InputError, LlamitaError, RunError
-from llamita.machine import MemoryWatch, machine_memory
+from llamita.machine import MemoryWatch, free_memory
 from llamita.packed import PackedModel, open_source
 from llamita.plan import describe
 from llamita.quantize import RoundedSource, float_bytes, make_plan
@@ -132,7 +132,7 @@ class _State:
     def limits(self, threads: int | None, probe_bytes: int) -> dict[str, Any]:
         """The rates of this moment; the probe must not push a small machine into swapping."""
         use_threads(threads)
-        probe_bytes = min(probe_bytes, machine_memory()[1] // 4)
+        probe_bytes = min(probe_bytes, free_memory() // 4)
         return {"int8_rate": _native.int8_rate() * 1e9,
                 "bandwidth": _native.read_bandwidth(probe_bytes) * 1e9,
                 "probe_bytes": probe_bytes}  # fmt: skip
@@ -217,7 +217,7 @@ def _prepare(spec: ModelSpec) -> Callable[[str], str]:
 
 def _check_room(needed: int) -> None:
     """Rather an error than a process that the system kills."""
-    free = machine_memory()[1]
+    free = free_memory()
     if needed > free:
         raise RunError(
             f"memory: expected {needed / 1e9:.1f} GB free for the weights, got {free / 1e9:.1f} GB; "

@@ -5,9 +5,15 @@ import platform
 import resource
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 _UNKNOWN_CACHE = 64 * 2**20  # bytes: taken for the last-level cache where the system does not tell
+_ROOT = Path("/")
+_GROUP_FILES = (  # limit and use of a control group, and pages of files in its memory.stat; versions 2 and 1
+    (("memory.max", "memory.current"), ("active_file", "inactive_file")),
+    (("memory.limit_in_bytes", "memory.usage_in_bytes"), ("total_active_file", "total_inactive_file")),
+)
 _INTERVAL = 0.01  # seconds between two looks at the memory
 
 
@@ -23,23 +29,42 @@ def cpu_name() -> str:
     return name
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine_memory() -> tuple[int, int]:
-    """Bytes of memory that this process may use, and that are free now; containers may allow less."""
+def usable_memory(root: Path = _ROOT) -> int:
+    """Bytes of memory that this process may use, used ones included: all, or what a container allows."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = total
-    for line in _lines("/proc/meminfo"):
+    return min([total, *(limit for limit, _ in _group_limits(root))])
+
+
+def free_memory(root: Path = _ROOT) -> int:
+    """Bytes that this process may still take; pages of files count as free, for they are given back."""
+    free = usable_memory(root)
+    for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = next(iter(_lines(file)), "")
-        if limit.isdigit():
-            total, free = min(total, int(limit)), min(free, int(limit))
-    return total, free
+    return max(0, min([free, *(limit - used for limit, used in _group_limits(root))]))
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of the process's control group and of all around it that have a limit.
+
+    In a container whose path is the host's, the path leads nowhere, but its own group is mounted as the
+    root: `native/cpus_linux.cpp` reads quotas of processor time in the same way.
+    """
+    for line in _lines(root / "proc/self/cgroup"):  # "0::/path" is version 2, "4:memory:/path" version 1
+        _, _, named = line.partition(":")
+        controllers, _, path = named.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        names, files = _GROUP_FILES[bool(controllers)]
+        place = mount / path.strip("/")
+        for group in [place, *place.parents[: len(place.parts) - len(mount.parts)]]:
+            limit, used = (_first(group / name) for name in names)
+            if not limit.isdigit():  # no such file, or "max"
+                continue
+            stat = dict(line.split(" ", 1) for line in _lines(group / "memory.stat") if " " in line)
+            given_back = sum(int(stat.get(name, 0)) for name in files)
+            yield int(limit), max(0, int(used or 0) - given_back)
 
 
 def last_level_cache() -> int:

@@ -18,7 +18,7 @@ from llamita.engine.cache import KV_DTYPES
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.errors import InputError
 from llamita.files import has, read_json
-from llamita.machine import last_level_cache, machine_memory
+from llamita.machine import free_memory, last_level_cache, usable_memory
 from llamita.packed import METADATA, PackedModel, open_source
 from llamita.quantize import Plan, float_bytes, make_plan
 from llamita.scheme import PRESETS, QuantScheme
@@ -28,7 +28,7 @@ from llamita.work import Work, count_work
 CONTEXTS = (2048, 8192)  # tokens for which memory is given
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PROBE_BYTES = 2**29  # far larger than any cache; `llamita bench` reads more, and longer
-# Measured by `llamita bench` on the shape of Llama 3.2 1B and on the embedded model; docs/benchmarks.md
+# Estimates, chosen near what `llamita bench` measured on one machine: docs/benchmarks.md says how near
 _DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits
 _CACHED = 1.5  # times the bandwidth of memory, where the CPU's caches hold all weights
 _STEP_SECONDS = 10e-6  # of a layer and step, whatever its size
@@ -111,7 +111,7 @@ def _from_config(values: dict[str, Any], where: str) -> Described:
 def measure_machine() -> Machine:
     """This machine's limits, in about a second; InputError or RunError if its threads cannot be used."""
     threads = use_threads(None)
-    memory, free = machine_memory()
+    memory, free = usable_memory(), free_memory()
     probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
     bandwidth, int8_rate = _native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9
     return Machine(bandwidth, int8_rate, memory, free, threads, last_level_cache())
@@ -175,9 +175,16 @@ def _prefill_seconds(work: Work, config: ModelConfig, machine: Machine) -> float
 
 
 def _buffer_bytes(config: ModelConfig, scheme: QuantScheme | None) -> int:
-    """What lies between the layers while a prompt is taken in: see `engine.model._Buffers`."""
+    """What lies between the layers while a prompt is taken in, and the logits."""
+    floats, codes = buffer_widths(config, scheme)
+    return PREFILL_CHUNK * (4 * floats + codes) + 2 * 4 * config.vocab_size
+
+
+def buffer_widths(config: ModelConfig, scheme: QuantScheme | None) -> tuple[int, int]:
+    """Float32 values and int8 codes of each token in the buffers of `engine.model` that a step touches."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    floats = hidden + (queries + 2 * keys) + 2 * inner + queries  # the residual stream, q k v, gate up, heads
-    operands = (hidden + queries + inner) if scheme else 4 * (hidden + inner)  # bytes: int8, or float32
-    return PREFILL_CHUNK * (4 * floats + operands) + 2 * 4 * config.vocab_size
+    floats = hidden + (queries + 2 * keys) + queries + inner  # the residual stream, q k v, heads, gate · up
+    if scheme:  # norms give codes, gate and up come out as their product
+        return floats, hidden + queries + inner
+    return floats + hidden + 2 * inner, 0

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -90,12 +91,12 @@ def command(
               bench.PROBE_BYTES)  # fmt: skip
     with console.progress(quiet=json) as progress:
         result = run_bench(job, progress)
-    if draw:
-        draw(result, plot)
     if json:
         console.print_json(result)
-        return
-    _print(result)
+    else:
+        _print(result)
+    if draw:  # last, so that its failure loses no figure
+        draw(result, plot)
 
 
 def _model(src: str | None, shape: str | None, preset: str | None, group_size: int | None) -> ModelSpec:
@@ -128,8 +129,18 @@ def _plotter(path: Path) -> Any:
     """The function that draws; what can be wrong with the file is found before anything is measured."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--plot: expected a name that ends in .png, got {path}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--plot: expected an existing directory, got {path.absolute().parent}")
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        raise InputError(f"--plot: expected an existing directory, got {directory}")
+    if path.is_dir():
+        raise InputError(f"--plot: expected a file, got the directory {path}")
+    try:
+        TemporaryFile(dir=directory).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"--plot: expected a directory that can be written, got {directory}: {reason}"
+        ) from None
     try:
         return import_module(PLOT).draw
     except ModuleNotFoundError as error:

@@ -31,7 +31,7 @@ from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.memory import usable_memory
+from llamita.machine import usable_memory
 from llamita.packed import open_source
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme, make_scheme
