@@ -103,7 +103,7 @@ class Activations:
         """codes (tokens, columns), scales (tokens,), zero points (tokens,)."""
 
 def new_buffer(rows: int, columns: int) -> F32:
-    """An array (rows, columns) of anything, in huge pages; memory that is not touched costs addresses alone."""
+    """An array (rows, columns) of anything, in huge pages; what is not touched costs addresses alone."""
 
 def quantize(x: F32, acts: Activations) -> None:
     """x (tokens, columns); the fast twin of `affine.quantize_activations`."""
