@@ -16,6 +16,7 @@ from llamita.chat import ChatTemplate, read_template
 from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.engine.cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
+from llamita.engine.prefixes import BLOCK, whole_blocks
 from llamita.engine.requests import (
     Answer,
     Generation,
@@ -231,8 +232,8 @@ class LLM:
     def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> Limits:
         """Checked limits, with what is known of memory in place of None."""
         memory = usable_memory()
-        probe = self.new_sequence(min(128, self.context))
-        whole = probe.nbytes * self.context // probe.capacity
+        block = self.new_sequence(BLOCK).nbytes
+        whole = block * (whole_blocks(self.context) // BLOCK)
         cache_memory = memory // 2 if cache_memory is None else cache_memory
         prefix_cache = min(whole, memory // 8) if prefix_cache is None else prefix_cache
         for name, value, least in (
