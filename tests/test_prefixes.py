@@ -157,15 +157,47 @@ def test_kept_caches_give_way_to_running_ones(directory: Path) -> None:
     expect(llm, ids_of(0, 100), 0)
 
 
-def test_what_a_prompt_takes_over_does_not_give_way_to_it(directory: Path) -> None:
+def test_what_a_prompt_takes_over_does_not_give_way_to_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block = make(directory).new_sequence(BLOCK).nbytes
     llm = make(directory, cache_memory=3 * block, prefix_cache=3 * block)
     ids = ids_of(0, 200)
     answer = expect(llm, ids, 0)
-    expect(llm, [*ids, *answer, *ids_of(1, 10)], 205)  # two blocks beside two there is no room for
-    expect(llm, [*ids[:150], *ids_of(2, 10)], 150)  # nor can the rest of it stay for others
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceCache, "copy_prefix", None)
+        expect(llm, [*ids, *answer, *ids_of(1, 10)], 205)  # two blocks beside two there is no room for
+        expect(llm, [*ids[:150], *ids_of(2, 10)], 150)  # nor can the rest of it stay for others
     expect(llm, [*ids[:150], *ids_of(3, 150)], 150)  # three blocks, and no capacity: copied, then gone
     assert llm.scheduler._kept.positions == 3 * BLOCK
+
+
+def test_memory_that_a_cache_once_took_counts(llm: LLM) -> None:
+    ids = ids_of(0, 265)
+
+    def meddle(count: int, *_: Any) -> None:
+        if count == 2:
+            raise KeyboardInterrupt
+
+    Watched(llm, meddle)
+    stream = llm.stream(ids[:257], max_tokens=20, greedy=True, speculate=0)
+    with pytest.raises(KeyboardInterrupt):  # with 257 tokens taken in, of which 256 count
+        next(stream)
+    stream.close()
+    assert llm.scheduler._kept.positions == 3 * BLOCK
+    llm.scheduler.model = llm.model
+    stream = llm.stream([*ids[:240], 1], max_tokens=20, greedy=True, speculate=0)  # goes on in the same cache
+    next(stream)
+    assert len(llm.scheduler._kept._kept) == 0
+    stream.close()
+    assert 240 < len(llm.scheduler._kept._kept[0].ids) <= 256  # two blocks, in a cache of three
+    assert llm.scheduler._kept.positions == 3 * BLOCK
+
+
+def test_by_default_a_whole_context_is_kept(directory: Path) -> None:
+    llm = make(directory, context=200)
+    expect(llm, ids_of(0, 190), 0)
+    expect(llm, ids_of(0, 190), 189)
 
 
 @pytest.mark.parametrize("blocks", [3, 5])
@@ -198,7 +230,7 @@ def test_live_caches_stay_within_the_memory(
     common, streams = ids_of(0, 300), []
     for seed in range(40):
         length, own = random.integers(0, 250), random.integers(1, 100)
-        streams.append(llm.stream(common[:length] + ids_of(seed + 1, own), max_tokens=10))
+        streams.append(llm.stream(common[:length] + ids_of(seed + 1, int(own)), max_tokens=10))
         for _ in range(random.integers(0, 8)):
             next(streams[-1], None)
         if random.random() < 0.3:

@@ -136,9 +136,7 @@ def test_a_sequence_that_a_sweep_missed_is_not_computed(llm: LLM, monkeypatch: p
 
     sweeps = iter(range(1000))
     sweep = Scheduler._sweep
-    monkeypatch.setattr(
-        Scheduler, "_sweep", lambda self: interrupt() if next(sweeps) == 2 else sweep(self)
-    )
+    monkeypatch.setattr(Scheduler, "_sweep", lambda self: interrupt() if next(sweeps) == 2 else sweep(self))
     Watched(llm, meddle)
     streams = [llm.stream(ids_of(i, 20), max_tokens=8, greedy=True, speculate=0) for i in range(2)]
     with pytest.raises(KeyboardInterrupt):

@@ -63,8 +63,8 @@ def load(
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, "f16"
             for a quantized one. "int8" takes little more than half the memory of "f16".
         max_sequences: generations that run at once; more wait.
-        cache_memory: bytes for the keys and values of all sequences, by default half of the memory that
-            the process may use.
+        cache_memory: bytes for the keys and values of all sequences, each in whole blocks of 128 tokens;
+            by default half of the memory that the process may use.
         prefix_cache: bytes of these to keep of ended sequences, for prompts that begin like them; by
             default what one whole context takes, at most an eighth of the memory. 0 turns it off.
 

@@ -28,7 +28,7 @@ class Sampling:
         top_p: keep the likeliest tokens until their probabilities sum to this; 1 keeps all.
         min_p: keep tokens at least this likely relative to the likeliest; 0 keeps all.
         repetition_penalty: divides the positive logits of tokens already in the text and multiplies
-            their negative ones (CTRL, arXiv 1909.05858); 1 changes nothing.
+            their negative ones (CTRL, arXiv 1909.05858), 0.01 to 1e6; 1 changes nothing.
         seed: of the draws; None takes a new one each time.
     """
 

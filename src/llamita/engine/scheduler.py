@@ -60,7 +60,7 @@ class Stream:
     def __next__(self) -> str | Generation:
         sequence = self._sequence
         while True:
-            is_over = sequence.is_over  # before the events: what ends it may come between, from another thread
+            is_over = sequence.is_over  # before the events: another thread may end it between
             if sequence.events:
                 break
             if is_over:
@@ -203,8 +203,8 @@ class Scheduler:
         if request.declared_length > self._room:
             raise InputError(
                 f"max_tokens: expected up to {self._room} tokens with the prompt, for which there is memory, "
-                f"got {request.declared_length}; try fewer (--max-tokens, --context), smaller keys and values "
-                "(--kv-cache int8; kv_dtype in Python), or in Python more cache_memory"
+                f"got {request.declared_length}; try fewer (--max-tokens, --context), "
+                "smaller keys and values (--kv-cache int8, in Python kv_dtype), or there more cache_memory"
             )
         sequence = _Sequence(request, answer)
         stream = Stream(self, sequence)  # first: what is queued must have somebody who can close it
@@ -374,7 +374,7 @@ class Scheduler:
         if self._limits.prefix_memory:
             found, shared = self._kept.find(ids, declared, [s.prefix() for s in others])
             for other in others:
-                coming = Prefix(other.request.ids, other.cache, other.request.declared_length, other.positions)
+                coming = other.prefix()._replace(ids=other.request.ids)
                 if not other.is_decoding and self._kept.shared(coming, ids, declared) >= shared + SHORTEST:
                     return False
         room = self._room - sum(s.positions for s in others) - sequence.positions
