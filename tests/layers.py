@@ -39,8 +39,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.rtn": ("methods.energy",),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
-        "chat", "quantize", "engine.cache", "engine.model", "engine.requests", "engine.sampler",
-        "engine.scheduler", "engine.weights",
+        "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
+        "engine.sampler", "engine.scheduler", "engine.weights",
     ),
     "engine.prefixes": ("engine.cache",),
     "engine.requests": ("chat", "engine.sampler", "engine.stops"),

@@ -1,5 +1,6 @@
 """Prefix reuse: what is shared, what is not, and that nobody can tell but by the clock."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita.config import RopeConfig
+from llamita.engine import scheduler
 from llamita.engine.cache import SequenceCache
 from llamita.engine.llm import LLM
-from llamita.engine.prefixes import Prefix, PrefixCache, common_length
+from llamita.engine.prefixes import BLOCK, Prefix, PrefixCache, common_length
 from llamita.engine.sampler import Sampling
 
 CONTEXT = 512
@@ -107,6 +109,16 @@ def test_prompts_together_compute_their_beginning_once(llm: LLM) -> None:
     assert [g.timings.reused_tokens for g in found] == [0, 300, 300, 300, 300]
 
 
+def test_a_prompt_that_waits_for_another_holds_nobody_back(llm: LLM) -> None:
+    common = ids_of(0, 300)
+    watched = Watched(llm)
+    streams = [llm.stream(common + ids_of(seed, 10), max_tokens=1) for seed in (1, 2)]
+    other = llm.stream(ids_of(3, 40), max_tokens=1)
+    for stream in (*streams, other):
+        list(stream)
+    assert watched.steps == [[256], [54, 40], [10]]
+
+
 def test_cancelled_sequences_leave_what_they_have(llm: LLM) -> None:
     ids = ids_of(0, 60)
     stream = llm.stream(ids, max_tokens=50)
@@ -123,8 +135,8 @@ def test_zero_turns_it_off(directory: Path) -> None:
 
 
 def test_least_recently_used_go_first(directory: Path) -> None:
-    each = make(directory).new_sequence(128).nbytes // 128
-    llm = make(directory, prefix_cache=each * 150)  # two of 55 tokens
+    block = make(directory).new_sequence(BLOCK).nbytes
+    llm = make(directory, prefix_cache=2 * block)  # two of 55 tokens
     a, b, c = ([*ids_of(seed, 50)] for seed in range(3))
     expect(llm, a, 0)
     expect(llm, b, 0)
@@ -132,15 +144,100 @@ def test_least_recently_used_go_first(directory: Path) -> None:
     expect(llm, c, 0)  # b goes
     expect(llm, a, 49)
     expect(llm, b, 0)
-    assert llm.scheduler._kept.tokens <= 150
+    assert llm.scheduler._kept.positions == 2 * BLOCK
 
 
 def test_kept_caches_give_way_to_running_ones(directory: Path) -> None:
-    each = make(directory).new_sequence(128).nbytes // 128
-    llm = make(directory, cache_memory=each * 200, prefix_cache=each * 200)
+    block = make(directory).new_sequence(BLOCK).nbytes
+    llm = make(directory, cache_memory=3 * block, prefix_cache=3 * block)
     expect(llm, ids_of(0, 100), 0)
-    expect(llm, ids_of(1, 180), 0)
+    expect(llm, ids_of(1, 100), 0)
+    expect(llm, ids_of(2, 180), 0)  # two blocks: the first gives way
+    expect(llm, ids_of(1, 100), 99)
     expect(llm, ids_of(0, 100), 0)
+
+
+def test_what_a_prompt_takes_over_does_not_give_way_to_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = make(directory).new_sequence(BLOCK).nbytes
+    llm = make(directory, cache_memory=3 * block, prefix_cache=3 * block)
+    ids = ids_of(0, 200)
+    answer = expect(llm, ids, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceCache, "copy_prefix", None)
+        expect(llm, [*ids, *answer, *ids_of(1, 10)], 205)  # two blocks beside two there is no room for
+        expect(llm, [*ids[:150], *ids_of(2, 10)], 150)  # nor can the rest of it stay for others
+    expect(llm, [*ids[:150], *ids_of(3, 150)], 150)  # three blocks, and no capacity: copied, then gone
+    assert llm.scheduler._kept.positions == 3 * BLOCK
+
+
+def test_memory_that_a_cache_once_took_counts(llm: LLM) -> None:
+    ids = ids_of(0, 265)
+
+    def meddle(count: int, *_: Any) -> None:
+        if count == 2:
+            raise KeyboardInterrupt
+
+    Watched(llm, meddle)
+    stream = llm.stream(ids[:257], max_tokens=20, greedy=True, speculate=0)
+    with pytest.raises(KeyboardInterrupt):  # with 257 tokens taken in, of which 256 count
+        next(stream)
+    stream.close()
+    assert llm.scheduler._kept.positions == 3 * BLOCK
+    llm.scheduler.model = llm.model
+    stream = llm.stream([*ids[:240], 1], max_tokens=20, greedy=True, speculate=0)  # goes on in the same cache
+    next(stream)
+    assert len(llm.scheduler._kept._kept) == 0
+    stream.close()
+    assert 240 < len(llm.scheduler._kept._kept[0].ids) <= 256  # two blocks, in a cache of three
+    assert llm.scheduler._kept.positions == 3 * BLOCK
+
+
+def test_by_default_a_whole_context_is_kept(directory: Path) -> None:
+    llm = make(directory, context=200)
+    expect(llm, ids_of(0, 190), 0)
+    expect(llm, ids_of(0, 190), 189)
+
+
+@pytest.mark.parametrize("blocks", [3, 5])
+def test_live_caches_stay_within_the_memory(
+    directory: Path, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running, kept, and those of streams that are over but still referred to: what they have written."""
+    llm, live = make(directory), weakref.WeakSet()
+    block = llm.new_sequence(BLOCK).nbytes
+    llm = make(directory, cache_memory=blocks * block, prefix_cache=blocks * block)
+
+    class Noted(SequenceCache):
+        most = 0
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            live.add(self)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            self.__dict__["most"] = max(self.most, self.length if name == "length" else 0)
+
+    def meddle(*_: Any) -> None:
+        taken.append(sum(-(-cache.most // BLOCK) for cache in live))
+
+    monkeypatch.setattr(scheduler, "SequenceCache", Noted)
+    Watched(llm, meddle)
+    taken: list[int] = []
+    random = np.random.default_rng(blocks)
+    common, streams = ids_of(0, 300), []
+    for seed in range(40):
+        length, own = random.integers(0, 250), random.integers(1, 100)
+        streams.append(llm.stream(common[:length] + ids_of(seed + 1, int(own)), max_tokens=10))
+        for _ in range(random.integers(0, 8)):
+            next(streams[-1], None)
+        if random.random() < 0.3:
+            streams[-1].close()
+    for stream in streams:
+        list(stream)
+    assert max(taken) == blocks
 
 
 def test_dynamic_rotation_shares_only_under_equal_frequencies(tmp_path: Path) -> None:
@@ -160,11 +257,12 @@ def test_what_another_holds_is_not_kept_twice(llm: LLM) -> None:
     ids = np.arange(100, dtype=np.int32)
 
     def prefix(count: int) -> Prefix:
-        return Prefix(ids[:count], SequenceCache(config, 128, "f16", 128), 128)
+        return Prefix(ids[:count], SequenceCache(config, BLOCK, "f16", BLOCK), BLOCK, BLOCK)
 
     for count in (50, 80, 60, 80):
         kept.keep(prefix(count))
-    assert kept.tokens == 80
+    assert [len(prefix.ids) for prefix in kept._kept] == [80]
+    assert kept.positions == BLOCK
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,21 @@ def test_ties_and_extremes() -> None:
     assert len(tokens) == 1
     tokens, _ = distribution(flat, Sampling(temperature=1.0, top_p=0.5))
     assert len(tokens) == 50  # as many as it takes, though all are alike
+    peak = np.zeros(1000, dtype=np.float32)
+    peak[777] = 1.0
+    tokens, _ = distribution(peak, Sampling(temperature=1.0, top_p=0.0))
+    assert tokens.tolist() == [777]  # the likeliest, though it has hardly more than its share
     steep = np.array([1e30, -1e30, 3e38, -np.inf], dtype=np.float32)
     tokens, probabilities = distribution(steep, Sampling(temperature=1e-30))
     assert tokens[probabilities.argmax()] == 2
+    assert np.isfinite(probabilities).all()
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1e6])
+def test_the_largest_penalties_leave_numbers(penalty: float) -> None:
+    logits = logits_of(3)
+    tokens, probabilities = distribution(penalize(logits, np.arange(VOCAB), penalty), Sampling())
+    assert len(tokens)
     assert np.isfinite(probabilities).all()
 
 
@@ -137,6 +149,8 @@ def test_broken_logits_are_an_error(bad: float) -> None:
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-39},
+        {"repetition_penalty": 1e39},
         {"seed": -1},
     ],
     ids=str,

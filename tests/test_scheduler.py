@@ -16,6 +16,7 @@ import llamita
 from llamita.engine import scheduler
 from llamita.engine.cache import SequenceCache
 from llamita.engine.llm import LLM, Generation
+from llamita.engine.prefixes import BLOCK
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Limits, Scheduler, Stream
 from llamita.engine.speculation import StepTimes
@@ -77,7 +78,7 @@ REQUESTS = st.fixed_dictionaries(
     requests=st.lists(REQUESTS, min_size=1, max_size=7),
     chunks=st.tuples(st.sampled_from([3, 17, 64, 256]), st.sampled_from([1, 7, 64])),
     sequences=st.integers(1, 5),
-    kept=st.sampled_from([0, 100, 10_000]),  # tokens
+    kept=st.sampled_from([0, 256, 10_000]),  # positions
     pays=st.sampled_from(["always", "rarely", "sometimes"]),
 )
 def test_arrivals_chunks_and_cancellations_change_nothing(
@@ -201,13 +202,14 @@ def test_sequences_beyond_the_limit_wait(directory: Path) -> None:
 
 
 def test_sequences_that_do_not_fit_wait_and_those_that_never_will_are_refused(directory: Path) -> None:
-    each = make(directory).new_sequence(128).nbytes // 128
-    llm = make(directory, cache_memory=each * 100)
+    block = make(directory).new_sequence(BLOCK).nbytes
+    llm = make(directory, cache_memory=3 * block - 1)
     watched = Watched(llm)
-    llm.generate_many([ids_of(i, 30) for i in range(4)], max_tokens=15, speculate=0)  # 45 tokens each
+    llm.generate_many([ids_of(i, 30) for i in range(4)], max_tokens=15, speculate=0)  # a block each
     assert max(map(len, watched.steps)) == 2
-    with pytest.raises(InputError, match=r"max_tokens: expected up to 100 tokens .* got 101"):
-        llm.stream(ids_of(0, 61), max_tokens=40)
+    with pytest.raises(InputError, match=r"max_tokens: expected up to 256 tokens .* got 257") as caught:
+        llm.stream(ids_of(0, 217), max_tokens=40)
+    assert all(name in str(caught.value) for name in ("--max-tokens", "--context", "--kv-cache int8"))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from llamita.chat import ChatTemplate, read_template
 from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.engine.cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
+from llamita.engine.prefixes import BLOCK, whole_blocks
 from llamita.engine.requests import (
     Answer,
     Generation,
@@ -62,8 +63,8 @@ def load(
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, "f16"
             for a quantized one. "int8" takes little more than half the memory of "f16".
         max_sequences: generations that run at once; more wait.
-        cache_memory: bytes for the keys and values of all sequences, by default half of the memory that
-            the process may use.
+        cache_memory: bytes for the keys and values of all sequences, each in whole blocks of 128 tokens;
+            by default half of the memory that the process may use.
         prefix_cache: bytes of these to keep of ended sequences, for prompts that begin like them; by
             default what one whole context takes, at most an eighth of the memory. 0 turns it off.
 
@@ -231,8 +232,8 @@ class LLM:
     def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> Limits:
         """Checked limits, with what is known of memory in place of None."""
         memory = usable_memory()
-        probe = self.new_sequence(min(128, self.context))
-        whole = probe.nbytes * self.context // probe.capacity
+        block = self.new_sequence(BLOCK).nbytes
+        whole = block * (whole_blocks(self.context) // BLOCK)
         cache_memory = memory // 2 if cache_memory is None else cache_memory
         prefix_cache = min(whole, memory // 8) if prefix_cache is None else prefix_cache
         for name, value, least in (

@@ -9,6 +9,7 @@ from llamita.config import RopeConfig
 from llamita.engine.cache import SequenceCache, rope_frequencies
 
 SHORTEST = 16  # tokens worth sharing; fewer are computed about as fast
+BLOCK = 128  # positions that a cache takes memory for together: kKeyBlock of native/kernels/kernels.h
 _LOSS = 32  # tokens that a kept cache may lose when it is taken over
 
 
@@ -18,6 +19,12 @@ class Prefix(NamedTuple):
     ids: np.ndarray  # int32 (tokens,), what the cache holds at least
     cache: SequenceCache
     declared_length: int  # that its rotary frequencies were made for
+    positions: int  # that the cache has taken memory for
+
+
+def whole_blocks(tokens: int) -> int:
+    """Positions that a cache of so many tokens takes memory for."""
+    return -(-tokens // BLOCK) * BLOCK
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -31,7 +38,7 @@ class PrefixCache:
     """Kept caches, least recently used first.
 
     Args:
-        limit: tokens that they may hold together.
+        limit: positions that they may take together.
         rope, head_dim: of the model.
     """
 
@@ -41,13 +48,13 @@ class PrefixCache:
         self._kept: list[Prefix] = []
 
     @property
-    def tokens(self) -> int:
-        """How many the kept caches hold."""
-        return sum(len(prefix.ids) for prefix in self._kept)
+    def positions(self) -> int:
+        """How many the kept caches take."""
+        return sum(prefix.positions for prefix in self._kept)
 
     def keep(self, prefix: Prefix) -> None:
         """Keep a cache that nobody writes to any more, in place of those that hold no more than it does."""
-        if not SHORTEST <= len(prefix.ids) <= self._limit:
+        if len(prefix.ids) < SHORTEST or prefix.positions > self._limit:
             return
         shared = [self.shared(prefix, kept.ids, kept.declared_length) for kept in self._kept]
         if any(length == len(prefix.ids) for length in shared):
@@ -56,9 +63,9 @@ class PrefixCache:
         self._kept = [*(kept for kept, length in pairs if length < len(kept.ids)), prefix]
         self.shrink(self._limit)
 
-    def shrink(self, tokens: int) -> None:
-        """Drop the least recently used until the others hold no more than this."""
-        while self._kept and self.tokens > tokens:
+    def shrink(self, positions: int) -> None:
+        """Drop the least recently used until the others take no more than this."""
+        while self._kept and self.positions > positions:
             del self._kept[0]
 
     def find(
@@ -72,16 +79,19 @@ class PrefixCache:
                 best, longest = prefix, length
         return best, longest if best else 0
 
-    def take(self, prefix: Prefix, tokens: int, declared_length: int) -> SequenceCache | None:
+    def take(self, prefix: Prefix, tokens: int, declared_length: int, room: int) -> SequenceCache | None:
         """The cache of a kept prefix for a sequence that begins with `tokens` of it, if it may be had.
 
-        A cache without room, or with many more tokens, which another sequence may want, is to be copied.
+        A cache without room, or with more memory than the sequence declares, is to be copied. So is one
+        with many more tokens, which another sequence may want, unless it could not stay anyway: `room`
+        is the positions that kept caches may take beside the sequence.
         """
         at = next((i for i, kept in enumerate(self._kept) if kept is prefix), None)
         if at is None:
             return None
         del self._kept[at]
-        if prefix.cache.capacity >= declared_length and len(prefix.ids) - tokens <= _LOSS:
+        fits = prefix.cache.capacity >= declared_length and prefix.positions <= whole_blocks(declared_length)
+        if fits and (len(prefix.ids) - tokens <= _LOSS or prefix.positions > room):
             return prefix.cache
         self._kept.append(prefix)  # just used
         return None

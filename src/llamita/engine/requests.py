@@ -1,5 +1,6 @@
 """What is asked of a model and what it answers: options, a checked request, text, timings."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
@@ -15,7 +16,7 @@ from llamita.tokenizer import Detokenizer, Tokenizer
 TokenIds = Sequence[int] | np.ndarray
 Prompt = str | Sequence[Message] | TokenIds
 DEFAULT_MAX_TOKENS = 256
-DEFAULT_SPECULATE = 4  # the rows of a step of five cost little beside reading the weights
+DEFAULT_SPECULATE = 4  # a row more costs about a tenth of a step of one, and may bring a token
 _SAMPLING = {field.name for field in fields(Sampling)}
 
 
@@ -55,6 +56,17 @@ class Timings:
     prefill_seconds: float = 0.0  # for the prompt tokens that were not reused
     first_token_seconds: float = 0.0  # from the call to the first token
     decode_seconds: float = 0.0  # for the tokens after the first
+
+    def note(self, drafted: int, accepted: int, started: float, began: float) -> None:
+        """Count a step that gave tokens: its drafts, when the call started, when the step began."""
+        now = time.perf_counter()
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        if self.first_token_seconds:
+            self.decode_seconds += now - began
+            self.decode_steps += 1
+        else:
+            self.first_token_seconds = now - started
 
     @property
     def prefill_rate(self) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from llamita.errors import InputError, RunError
 
 _BLOCK = 64  # of numbers that are looked at together
+_PENALTIES = (0.01, 1e6)  # beyond, logits of trained models come near infinity in float32
 _COLDEST = 1e-30  # a temperature below this is greedy but for exact ties, and float32 could not divide by it
 
 
@@ -27,7 +28,7 @@ class Sampling:
         top_p: keep the likeliest tokens until their probabilities sum to this; 1 keeps all.
         min_p: keep tokens at least this likely relative to the likeliest; 0 keeps all.
         repetition_penalty: divides the positive logits of tokens already in the text and multiplies
-            their negative ones (CTRL, arXiv 1909.05858); 1 changes nothing.
+            their negative ones (CTRL, arXiv 1909.05858), 0.01 to 1e6; 1 changes nothing.
         seed: of the draws; None takes a new one each time.
     """
 
@@ -44,8 +45,12 @@ class Sampling:
         _expect("top_k", self.top_k, "a whole number, 0 for all", whole and self.top_k >= 0)
         _expect("top_p", self.top_p, "a number from 0 to 1", 0 <= self.top_p <= 1)
         _expect("min_p", self.min_p, "a number from 0 to 1", 0 <= self.min_p <= 1)
+        least, most = _PENALTIES
         _expect(
-            "repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf
+            "repetition_penalty",
+            self.repetition_penalty,
+            f"{least:g} to {most:g}",
+            least <= self.repetition_penalty <= most,
         )
         _expect(
             "seed",
@@ -176,11 +181,11 @@ def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
         candidates = np.flatnonzero(weights > bound)
         if total - weights[candidates].sum(dtype=np.float64) <= rest:
             break
+    if not len(candidates):  # none is wanted, and no single one is large
+        return np.array([weights.argmax()])
     ascending = np.sort(weights[candidates])
     upwards = total - ascending.sum(dtype=np.float64) + np.cumsum(ascending, dtype=np.float64)
     count = max(1, len(ascending) - int(np.searchsorted(upwards, rest, side="right")))
-    if not len(candidates):  # all alike, and none wanted
-        return np.zeros(1, dtype=np.intp)
     cut = ascending[-count]
     above = candidates[weights[candidates] > cut]
     ties = candidates[weights[candidates] == cut]

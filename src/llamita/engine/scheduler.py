@@ -14,7 +14,7 @@ import numpy as np
 
 from llamita.engine.cache import SequenceCache
 from llamita.engine.model import Model
-from llamita.engine.prefixes import SHORTEST, Prefix, PrefixCache
+from llamita.engine.prefixes import BLOCK, SHORTEST, Prefix, PrefixCache, whole_blocks
 from llamita.engine.requests import Answer, Generation, Request
 from llamita.engine.sampler import Sampler
 from llamita.engine.speculation import DECODE_ROWS, Drafter, StepTimes
@@ -22,7 +22,6 @@ from llamita.errors import InputError, RunError
 
 PREFILL_CHUNK = 256  # tokens a step: enough for the kernels' full speed, little memory for what lies between
 MIXED_CHUNK = 64  # beside running generations, which wait for the step to end
-_PROBE = 128  # tokens of a cache that is made to be measured
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Limits:
 
     Attributes:
         sequences: that run at once.
-        cache_memory: bytes of keys and values, of running sequences and kept ones together.
+        cache_memory: bytes of keys and values, of running sequences and kept ones together; each counts
+            in whole blocks of positions, as its cache takes memory.
         prefix_memory: bytes of them that may be kept ones.
         kv_dtype: of the caches.
         context: tokens of a sequence at most.
@@ -59,8 +59,11 @@ class Stream:
 
     def __next__(self) -> str | Generation:
         sequence = self._sequence
-        while not sequence.events:
-            if sequence.is_over:
+        while True:
+            is_over = sequence.is_over  # before the events: another thread may end it between
+            if sequence.events:
+                break
+            if is_over:
                 raise StopIteration
             self._scheduler.advance(sequence)
         event = sequence.events.popleft()
@@ -89,15 +92,16 @@ class _Sequence:
         self.answer = answer
         self.events: deque[str | Generation | Exception] = deque()
         self.is_over = False  # no more events will come
-        self.is_begun = False
+        self.is_begun = False  # and has a cache
         self.is_decoding = False
         self.count = len(request.ids)  # tokens known
         self.drafted = 0  # tokens after these to verify in this step
+        self.positions = whole_blocks(request.declared_length)  # that it may take
 
-    def begin(self, cache: SequenceCache, vocab_size: int) -> None:
-        """Take resources; `cache` may hold a beginning of the prompt."""
+    def begin(self, cache: SequenceCache, taken: int, vocab_size: int) -> None:
+        """Take resources; `cache` may hold a beginning of the prompt, and `taken` positions' memory."""
         request, timings = self.request, self.answer.timings
-        self.cache = cache
+        self.cache, self._taken = cache, taken
         self.ids = np.empty(request.declared_length, dtype=np.int32)
         self.ids[: self.count] = request.ids
         self.sampler = Sampler(request.sampling, request.ids, vocab_size)
@@ -107,12 +111,19 @@ class _Sequence:
 
     def settle(self) -> int:
         """Cut from the cache what no step is to build on: refused drafts, a step that was interrupted."""
+        self._taken = max(self._taken, whole_blocks(self.cache.length))
         self.cache.length = min(self.cache.length, self.count - 1)
         return self.cache.length
 
     def prefix(self) -> Prefix:
         """What the cache holds, for other sequences."""
-        return Prefix(self.ids[: self.settle()], self.cache, self.request.declared_length)
+        return Prefix(self.ids[: self.settle()], self.cache, self.request.declared_length, self._taken)
+
+    def release(self) -> None:
+        """Let go of the cache: the caller's stream may live on."""
+        if self.is_begun:
+            self.is_begun = False
+            del self.cache
 
     def take(self, logits: np.ndarray, began: float) -> None:
         """Draw the next token from each row (rows, vocab), as long as the one before was the draft's."""
@@ -124,7 +135,7 @@ class _Sequence:
             drawn += 1
             if answer.finish_reason or not is_hit:
                 break
-        self._note(len(logits) - 1, drawn - 1, began)
+        answer.timings.note(len(logits) - 1, drawn - 1, self.request.started, began)
         self.events.extend(piece for piece in pieces if piece)
         if answer.finish_reason:
             self.finish()
@@ -135,10 +146,11 @@ class _Sequence:
         self.is_over = True
 
     def fail(self, error: Exception) -> None:
-        """End with an error; what the cache holds is not to be trusted."""
-        self.events.append(error)
-        self.is_begun = False
+        """End with an error, unless the end is there already; what the cache holds is not to be trusted."""
+        if not self.is_over and Generation not in map(type, self.events):
+            self.events.append(error)
         self.is_over = True
+        self.release()
 
     def _append(self, token: int) -> bool:
         """Add a token; whether it is the draft's."""
@@ -150,16 +162,6 @@ class _Sequence:
             return self.drafter.add(token)
         self.ids[self.count - 1] = token
         return False
-
-    def _note(self, drafted: int, accepted: int, began: float) -> None:
-        timings, now = self.answer.timings, time.perf_counter()
-        timings.drafted_tokens += drafted
-        timings.accepted_tokens += accepted
-        if timings.first_token_seconds:
-            timings.decode_seconds += now - began
-            timings.decode_steps += 1
-        else:
-            timings.first_token_seconds = now - self.request.started
 
 
 class _Part(NamedTuple):
@@ -181,9 +183,9 @@ class Scheduler:
         self.model = model
         self._limits = limits
         config = model.config
-        probe = SequenceCache(config, _PROBE, limits.kv_dtype, _PROBE)
-        self._room = limits.cache_memory * _PROBE // probe.nbytes  # tokens of all sequences
-        self._kept = PrefixCache(limits.prefix_memory * _PROBE // probe.nbytes, config.rope, config.head_dim)
+        block = SequenceCache(config, BLOCK, limits.kv_dtype, BLOCK).nbytes
+        self._room = limits.cache_memory // block * BLOCK  # positions of all sequences, kept ones too
+        self._kept = PrefixCache(limits.prefix_memory // block * BLOCK, config.rope, config.head_dim)
         self._times = StepTimes()
         self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
         self._waiting: deque[_Sequence] = deque()
@@ -201,15 +203,17 @@ class Scheduler:
         if request.declared_length > self._room:
             raise InputError(
                 f"max_tokens: expected up to {self._room} tokens with the prompt, for which there is memory, "
-                f"got {request.declared_length}; try fewer, a half-width kv_dtype, or more cache_memory"
+                f"got {request.declared_length}; try fewer (--max-tokens, --context), "
+                "smaller keys and values (--kv-cache int8, in Python kv_dtype), or there more cache_memory"
             )
         sequence = _Sequence(request, answer)
+        stream = Stream(self, sequence)  # first: what is queued must have somebody who can close it
         if answer.finish_reason:  # no room for an answer
             sequence.finish()
         else:
             with self._changed:
                 self._waiting.append(sequence)
-        return Stream(self, sequence)
+        return stream
 
     def cancel(self, sequence: _Sequence) -> None:
         """End a sequence; what its cache holds is kept for others."""
@@ -243,22 +247,23 @@ class Scheduler:
                 self._is_stepping = False
                 self._changed.notify_all()
         except BaseException:  # an interrupt, as the step's own exceptions have passed
-            self._is_stepping = False
+            with self._changed:
+                self._is_stepping = False
+                self._changed.notify_all()
             raise
 
     def _sweep(self) -> None:
         """Let go of the sequences that are over."""
-        for sequence in self._running():
-            if sequence.is_over:
-                break
-        else:
+        over = [s for s in self._running() if s.is_over]
+        if not over:
             return
-        for sequence in self._running():
-            if sequence.is_over and sequence.is_begun:
+        self._prompts = [s for s in self._prompts if s not in over]
+        self._decoding = [s for s in self._decoding if s not in over]
+        for sequence in over:
+            if sequence.is_begun:
                 prefix = sequence.prefix()
                 self._kept.keep(prefix._replace(ids=prefix.ids.copy()))
-        self._prompts = [s for s in self._prompts if not s.is_over]
-        self._decoding = [s for s in self._decoding if not s.is_over]
+            sequence.release()
 
     def _running(self) -> list[_Sequence]:
         return self._decoding + self._prompts
@@ -310,32 +315,33 @@ class Scheduler:
             self._decoding, self._prompts = decoding, prompts  # no call between, so no interrupt
 
     def _admit(self) -> None:
-        """Let waiting sequences in, first come, first served; kept caches give way to them."""
+        """Let waiting sequences in, first come, first served; kept caches give way as they begin."""
         running = self._running()
-        used, count = sum(s.request.declared_length for s in running), len(running)
+        used, count = sum(s.positions for s in running), len(running)
         while self._waiting and count < self._limits.sequences:
             sequence = self._waiting[0]
             if sequence.is_over:  # cancelled before its turn
                 del self._waiting[0]
                 continue
-            needed = sequence.request.declared_length
-            if used + needed > self._room:
+            if used + sequence.positions > self._room:
                 break
             self._prompts = [*self._prompts, sequence]  # no call between these, so no interrupt
             del self._waiting[0]
-            used, count = used + needed, count + 1
-        self._kept.shrink(self._room - used)
+            used, count = used + sequence.positions, count + 1
 
     def _plan(self) -> list[_Part]:
         """What the next step takes in."""
         self._draft()
         parts = []
         for s in self._decoding:
-            parts.append(_Part(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
+            if not s.is_over:  # else it may have no cache, where an interrupt came in the way of the sweep
+                parts.append(_Part(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
         budget = MIXED_CHUNK if self._decoding else PREFILL_CHUNK
         for s in self._prompts:
-            if not budget or not (s.is_begun or self._begin(s)):
+            if not budget:
                 break
+            if s.is_over or not (s.is_begun or self._begin(s)):
+                continue  # others need not wait for what it waits for
             start = s.settle()
             stop = min(s.count, start + budget)
             parts.append(_Part(s, s.ids[start:stop], int(stop == s.count)))
@@ -364,23 +370,27 @@ class Scheduler:
         request, config = sequence.request, self.model.config
         ids, declared = request.ids[:-1], request.declared_length  # one is left, for the logits
         found, shared = None, 0
+        others = [s for s in self._running() if s.is_begun]
         if self._limits.prefix_memory:
-            others = [s for s in self._running() if s.is_begun]
             found, shared = self._kept.find(ids, declared, [s.prefix() for s in others])
             for other in others:
-                coming = Prefix(other.request.ids, other.cache, other.request.declared_length)
+                coming = other.prefix()._replace(ids=other.request.ids)
                 if not other.is_decoding and self._kept.shared(coming, ids, declared) >= shared + SHORTEST:
                     return False
-        cache = self._kept.take(found, shared, declared) if found else None
+        room = self._room - sum(s.positions for s in others) - sequence.positions
+        cache, taken = None, 0
+        if found and (cache := self._kept.take(found, shared, declared, room)):
+            taken = found.positions
+        self._kept.shrink(room)
         if cache is None:
-            capacity = min(self._limits.context, max(_PROBE, 1 << (declared - 1).bit_length()))
+            capacity = min(self._limits.context, max(BLOCK, 1 << (declared - 1).bit_length()))
             try:
                 cache = SequenceCache(config, capacity, self._limits.kv_dtype, declared)
             except MemoryError:
                 sequence.fail(RunError(f"memory: expected room for keys and values of {capacity} tokens"))
                 return False
-            if found:
+            if found:  # even where it just gave way: it is there until it has been copied
                 cache.copy_prefix(found.cache, shared)
         cache.length = shared
-        sequence.begin(cache, config.vocab_size)
+        sequence.begin(cache, taken, config.vocab_size)
         return True

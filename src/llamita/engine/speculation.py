@@ -7,7 +7,7 @@ drafts by reference in general: arXiv 2304.04487). The scheduler verifies drafts
 import numpy as np
 
 ORDERS = (3, 2)  # lengths of n-grams, the longer match first
-DECODE_ROWS = 16  # of a step, drafted ones included: up to here another row costs little
+DECODE_ROWS = 16  # of a step, drafted ones included: up to here one more costs about a tenth of a step
 _KEEP = 0.9  # of a moving average, when a new value comes
 _TRUSTED = 3  # measurements before a time is believed: the first ones fault pages in
 _MARGIN = 1.05  # that drafts must bring at least: drafting and comparing take time, too
