@@ -1,4 +1,4 @@
-"""The table of tools/mutations.py fits the tree. That tests fail for each entry takes minutes, run by hand."""
+"""The table of tools/mutations.py fits the tree. That tests fail for each entry takes minutes: by hand."""
 
 import importlib.util
 from pathlib import Path
