@@ -31,7 +31,7 @@ MUTATIONS = [
     ("native/kernels/attention.inc", "limit = a.start + token + 1, left", "limit = a.start + token + 2, left",
      "attention: a token sees the next one"),
     ("native/kernels/attention.inc", "load(sums + r * stride + d + i * kLanes) * set1(correction[r])",
-     "load(sums + r * stride + d + i * kLanes)",
+     "load(sums + r * stride + d + i * kLanes) * set1(correction[r] < 0.0f ? 0.0f : 1.0f)",
      "attention: earlier blocks are not scaled to the new maximum"),
     ("native/kernels/attention.inc", "minus = zero() - load_i8(", "minus = load_i8(", "int8 keys: the sign of the zero point"),
     ("native/kernels/panels.inc", "unpacked_tile<T>(a, part, t, acc + t * kPanelRows);", "unpacked_tile<T>(a, part, t, acc);",
