@@ -168,9 +168,7 @@ def test_memory_of_a_cache() -> None:
 # A block of all layers: 128 KB, in small pages; 2.2 MB, in a huge page and small ones
 @pytest.mark.skipif(not STATM.exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize(("layers", "kv_heads", "dtype", "count"), [(2, 2, "f16", 60), (16, 8, "int8", 12)])
-def test_a_cache_takes_no_more_than_it_says(
-    layers: int, kv_heads: int, dtype: str, count: int
-) -> None:
+def test_a_cache_takes_no_more_than_it_says(layers: int, kv_heads: int, dtype: str, count: int) -> None:
     qkv = random_qkv(20, kv_heads, kv_heads, 64)
     caches = [_native.KVCache(layers, kv_heads, 64, 128, dtype, frequencies(64)) for _ in range(count + 1)]
     before = 0
