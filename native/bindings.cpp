@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <string_view>
 
@@ -149,9 +150,9 @@ nb::object codes_to_packed_array(nb::handle codes) {
 // of pages holds.
 nb::object new_buffer(size_t rows, size_t columns) {
   REQUIRE(columns >= 1 && rows <= SIZE_MAX / sizeof(float) / columns / 2, "rows, columns: expected a size that exists");
-  auto* memory = new Memory(rows * columns * sizeof(float), true);
-  const nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<Memory*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, float>(memory->data(), {rows, columns}, owner));
+  auto memory = std::make_unique<Memory>(rows * columns * sizeof(float), Pages::huge);
+  const nb::capsule owner(memory.get(), [](void* p) noexcept { delete static_cast<Memory*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, float>(memory.release()->data(), {rows, columns}, owner));
 }
 
 // ---- operations --------------------------------------------------------------------------------------------------
@@ -242,13 +243,6 @@ void swiglu_arrays(nb::handle gate_up, nb::handle out) {
   swiglu(a.as<float>(), y.shape(0), y.shape(1), y.as<float>());
 }
 
-void swiglu_quantize_arrays(nb::handle gate_up, Activations& acts) {
-  const Array a(gate_up, "gate_up", "f", {kAny, 2 * acts.columns});
-  check_tokens(a.shape(0), acts);
-  const nb::gil_scoped_release release;
-  swiglu_quantize(a.as<float>(), a.shape(0), acts);
-}
-
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Kernels* k : supported_kernels()) names.emplace_back(k->name);
@@ -300,7 +294,6 @@ void bind_operations(nb::module_& m) {
   m.def("rmsnorm", rmsnorm_arrays, "x"_a, "gamma"_a, "eps"_a, "out"_a);
   m.def("rmsnorm_quantize", rmsnorm_quantize_arrays, "x"_a, "gamma"_a, "eps"_a, "acts"_a);
   m.def("swiglu", swiglu_arrays, "gate_up"_a, "out"_a);
-  m.def("swiglu_quantize", swiglu_quantize_arrays, "gate_up"_a, "acts"_a);
   m.def("linear", linear_arrays, "weights"_a, "x"_a, "out"_a, "bias"_a = nb::none(), "accumulate"_a = false);
   m.def("embed", embed_arrays, "weights"_a, "ids"_a, "out"_a);
 }

@@ -11,7 +11,8 @@ namespace llamita {
 namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
-constexpr size_t kItemTiles = 32;  // tiles of query rows of one head that a thread takes at a time
+constexpr size_t kWorthHuge = size_t{1} << 21;  // bytes of a block of all layers: a sequence touches no less
+constexpr size_t kItemTiles = 32;               // tiles of query rows of one head that a thread takes at a time
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
@@ -109,7 +110,8 @@ KVCache::KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacit
       block_bytes(kKeyBlock * (head_dim + value_stride) * element() + (dtype == CacheDtype::i8 ? sizeof(Coding) : 0)),
       inv_freq(std::move(inv_freq)),
       rope_scaling(rope_scaling),
-      memory(round_up(capacity, kKeyBlock) / kKeyBlock * block_stride(), true) {}
+      memory(round_up(capacity, kKeyBlock) / kKeyBlock * block_stride(),
+             block_stride() >= kWorthHuge ? Pages::huge_if_whole : Pages::small) {}
 
 uint8_t* KVCache::block(size_t index, size_t layer, size_t head) const {
   return memory.data() + index * block_stride() + layer * layer_stride() + head * block_bytes;

@@ -22,7 +22,7 @@ struct KVCache {
   // Positions [0, tokens) of every layer and head; source: another cache of this shape, dtype and rotation
   void copy_prefix(const KVCache& source, size_t tokens);
   size_t element() const { return dtype == CacheDtype::i8 ? 1 : dtype == CacheDtype::f16 ? 2 : 4; }
-  size_t nbytes() const { return memory.size(); }
+  size_t nbytes() const { return memory.taken(); }
 
   void copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, size_t count);
 

@@ -1,7 +1,9 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <new>
 
 namespace llamita {
@@ -10,24 +12,35 @@ namespace {
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kWorthHuge = size_t{1} << 16;  // bytes from which a huge page is worth the rest of it
 
+size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+
+// Bytes that come in huge pages, of memory of so many
+size_t huge_bytes(size_t bytes, Pages pages) {
+  if (pages == Pages::huge && bytes >= kWorthHuge) return round_up(bytes, kHugePage);
+  return pages == Pages::huge_if_whole ? bytes / kHugePage * kHugePage : 0;
+}
+
 #ifdef MADV_HUGEPAGE
-void advise_huge(void* data, size_t bytes) { madvise(data, bytes, MADV_HUGEPAGE); }
+void advise(void* data, size_t bytes, bool huge) { madvise(data, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE); }
 #else
-void advise_huge(void*, size_t) {}
+void advise(void*, size_t, bool) {}
 #endif
 
 }  // namespace
 
-Memory::Memory(size_t bytes, bool huge) : size_(bytes) {
+Memory::Memory(size_t bytes, Pages pages) : size_(bytes) {
   if (bytes == 0) return;
-  const bool align = huge && bytes >= kWorthHuge;
-  mapped_ = align ? (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage : bytes;
+  const size_t huge = huge_bytes(bytes, pages);
+  taken_ = std::max(huge, round_up(bytes, static_cast<size_t>(sysconf(_SC_PAGESIZE))));
+  mapped_ = huge > 0 ? taken_ + kHugePage : taken_;
   map_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map_ == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<uint8_t*>(map_);
-  if (!align) return;
-  data_ += (kHugePage - reinterpret_cast<uintptr_t>(data_) % kHugePage) % kHugePage;
-  advise_huge(data_, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+  if (huge > 0) {
+    data_ += (kHugePage - reinterpret_cast<uintptr_t>(data_) % kHugePage) % kHugePage;
+    advise(data_, huge, true);
+  }
+  if (taken_ > huge) advise(data_ + huge, taken_ - huge, false);  // where every mapping gets huge pages unasked
 }
 
 Memory::~Memory() {

@@ -1,4 +1,4 @@
-// Memory straight from the operating system: page-aligned, zero, and taken only when it is first touched.
+// Memory straight from the operating system: page-aligned, zero, and taken a page at a time, when it is first touched.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -6,11 +6,18 @@
 
 namespace llamita {
 
+// Huge pages (2 MB) spare walks through page tables, but the first byte that is touched takes all of one.
+enum class Pages {
+  small,
+  huge,           // from 64 KB on, the last one, too: for memory that will be touched soon and whole
+  huge_if_whole,  // what is left of a huge page at the end in small ones
+};
+
 class Memory {
  public:
   Memory() = default;
-  // huge: ask for huge pages, for memory that will be touched whole. Throws std::bad_alloc.
-  Memory(size_t bytes, bool huge);
+  // Throws std::bad_alloc.
+  Memory(size_t bytes, Pages pages);
   Memory(Memory&& other) noexcept { swap(other); }
   Memory& operator=(Memory&& other) noexcept {
     swap(other);
@@ -20,6 +27,7 @@ class Memory {
 
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
+  size_t taken() const { return taken_; }  // bytes, in whole pages, once all of it was touched
 
  private:
   void swap(Memory& other) noexcept {
@@ -27,11 +35,12 @@ class Memory {
     std::swap(mapped_, other.mapped_);
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    std::swap(taken_, other.taken_);
   }
   void* map_ = nullptr;
   size_t mapped_ = 0;
   uint8_t* data_ = nullptr;
-  size_t size_ = 0;
+  size_t size_ = 0, taken_ = 0;
 };
 
 }  // namespace llamita

@@ -20,32 +20,17 @@ size_t panel_grain(size_t tokens, size_t columns) {
 }
 
 // Tokens that meet a part of a panel while it is in cache: few enough for the codes that they need of it to stay
-// there too, and, of that many, equal blocks in whole tiles.
+// there too, and, of that many, equal blocks: a multiple of 12, which is whole tiles of 3 and of 6 tokens.
 size_t token_block(size_t tokens, size_t columns) {
-  constexpr size_t kTiles = 12, kCodes = 640 * 1024;
+  constexpr size_t kMultiple = 12, kCodes = 640 * 1024;
   const size_t most = std::max<size_t>(48, kCodes / std::min(columns, kChunkInputs));
   const size_t blocks = (tokens + most - 1) / most;
-  return (tokens + blocks * kTiles - 1) / (blocks * kTiles) * kTiles;
+  return (tokens + blocks * kMultiple - 1) / (blocks * kMultiple) * kMultiple;
 }
 
 Dtype dtype_of(Kind kind) {
   if (kind == Kind::f16) return Dtype::f16;
   return kind == Kind::bf16 ? Dtype::bf16 : Dtype::f32;
-}
-
-// f(token, row of floats) computes a row, which is then quantized
-template <class F>
-void quantize_rows(size_t tokens, Activations& acts, const F& f) {
-  const Kernels& k = kernels();
-  acts.tokens = tokens;
-  parallel_for(tokens, grain(acts.columns), acts.columns * sizeof(float),
-               [&](size_t begin, size_t end, uint8_t* scratch) {
-                 float* row = reinterpret_cast<float*>(scratch);
-                 for (size_t t = begin; t < end; t++) {
-                   f(t, row);
-                   k.quantize(row, acts.columns, acts.row(t));
-                 }
-               });
 }
 
 }  // namespace
@@ -68,7 +53,14 @@ void rmsnorm(const float* x, const float* gamma, size_t tokens, size_t columns, 
 void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float eps, Activations& acts) {
   const Kernels& k = kernels();
   const size_t columns = acts.columns;
-  quantize_rows(tokens, acts, [&](size_t t, float* row) { k.rmsnorm(x + t * columns, gamma, columns, eps, row); });
+  acts.tokens = tokens;
+  parallel_for(tokens, grain(columns), columns * sizeof(float), [&](size_t begin, size_t end, uint8_t* scratch) {
+    float* row = reinterpret_cast<float*>(scratch);
+    for (size_t t = begin; t < end; t++) {
+      k.rmsnorm(x + t * columns, gamma, columns, eps, row);
+      k.quantize(row, columns, acts.row(t));
+    }
+  });
 }
 
 void swiglu(const float* gate_up, size_t tokens, size_t columns, float* out) {
@@ -78,14 +70,6 @@ void swiglu(const float* gate_up, size_t tokens, size_t columns, float* out) {
       const float* gate = gate_up + t * 2 * columns;
       k.swiglu(gate, gate + columns, columns, out + t * columns);
     }
-  });
-}
-
-void swiglu_quantize(const float* gate_up, size_t tokens, Activations& acts) {
-  const Kernels& k = kernels();
-  quantize_rows(tokens, acts, [&](size_t t, float* row) {
-    const float* gate = gate_up + t * 2 * acts.columns;
-    k.swiglu(gate, gate + acts.columns, acts.columns, row);
   });
 }
 

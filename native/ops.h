@@ -10,10 +10,9 @@ void quantize(const float* x, size_t tokens, Activations& acts);
 void rmsnorm(const float* x, const float* gamma, size_t tokens, size_t columns, float eps, float* out);
 void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float eps, Activations& acts);
 void swiglu(const float* gate_up, size_t tokens, size_t columns, float* out);
-void swiglu_quantize(const float* gate_up, size_t tokens, Activations& acts);
 
 struct Output {
-  float* out;         // (tokens, rows)
+  float* out;         // (tokens, rows); gated: (tokens, rows / 2)
   const float* bias;  // (rows,) or null
   bool accumulate;
 };

@@ -187,7 +187,7 @@ Weights pack_w4(const std::vector<Part>& parts, size_t columns, size_t group_siz
     w.bf16_scales = w.bf16_scales && on_bf16_grid(part, w.groups);  // the same values in half the bytes
   }
   w.panel_stride = w.groups * kPanelRows * (w.bf16_scales ? 2 : 4) + columns / 8 * kStepBytes;
-  w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, true);
+  w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, Pages::huge);
   w.colsum.resize(w.padded_rows());
   parallel_for(w.padded_rows() / kPanelRows, 1, w.groups * kPanelRows * sizeof(uint32_t),
                [&](size_t begin, size_t end, uint8_t* scratch) {
@@ -201,7 +201,7 @@ Weights pack_w8(const int8_t* codes, size_t rows, size_t columns, const float* s
   const size_t padded = (columns + 3) / 4 * 4;
   Weights w{Kind::w8, rows, padded, padded, 1, false, false, {}, 0, {}, {}, {}};
   w.panel_stride = padded / 4 * kStepBytes;
-  w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, true);
+  w.panels = Memory(w.padded_rows() / kPanelRows * w.panel_stride, Pages::huge);
   w.scales.resize(w.padded_rows());
   w.colsum.resize(w.padded_rows());
   std::copy(scales, scales + rows, w.scales.begin());
@@ -223,7 +223,7 @@ Activations::Activations(size_t max_tokens, size_t columns)
       columns(columns),
       stride((columns + 63) / 64 * 64 + 64),  // one line more: a power of two would meet in the same cache sets
       sums_stride((columns + kSumInputs - 1) / kSumInputs),
-      memory(max_tokens * stride, true),
+      memory(max_tokens * stride, Pages::huge),
       scales(max_tokens),
       zero_points(max_tokens),
       sums(max_tokens * sums_stride) {}

@@ -25,7 +25,7 @@ double read_bandwidth(size_t bytes) {
   constexpr size_t kPiece = size_t{1} << 22;
   const Kernels& k = kernels();
   const size_t pieces = std::max<size_t>(1, bytes / kPiece);
-  const Memory memory(pieces * kPiece, true);
+  const Memory memory(pieces * kPiece, Pages::huge);
   parallel_for(pieces, 1, 0, [&](size_t begin, size_t end, uint8_t*) {
     std::memset(memory.data() + begin * kPiece, 1, (end - begin) * kPiece);
   });

@@ -78,7 +78,7 @@ class Pool {
 
   void run(const Job& job, size_t scratch_bytes) {
     for (Memory& memory : scratch_)
-      if (memory.size() < scratch_bytes) memory = Memory(scratch_bytes, true);
+      if (memory.size() < scratch_bytes) memory = Memory(scratch_bytes, Pages::huge);
     if (job.chunks == 1) return job.task(job.context, 0, job.items, scratch_[0].data());
     job_ = job;
     done_.store(0, std::memory_order_relaxed);

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from llamita.affine import quantize_activations, to_f32
 
 F32 = npt.NDArray[np.float32]
-TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 64]  # below, at and above every tile
+TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 18, 19, 20, 22, 23, 64]  # below, at and above every tile
 
 
 def fma(a: F32, b: F32, c: F32) -> F32:

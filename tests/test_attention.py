@@ -1,6 +1,8 @@
 """Rotary embedding, the cache and attention on every instruction set, against NumPy in float64."""
 
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 
 import kernel_specs as spec
 import numpy as np
@@ -11,6 +13,7 @@ from llamita import _native
 SHAPES = [(4, 1, 64), (8, 8, 32), (6, 2, 128), (4, 2, 24), (2, 1, 6), (9, 1, 80)]  # heads, kv_heads, head_dim
 DTYPES = ["f32", "f16", "int8"]
 TOLERANCE = 3e-6
+STATM = Path("/proc/self/statm")  # pages: all, resident, ...
 
 
 def frequencies(dim: int) -> np.ndarray:
@@ -157,10 +160,26 @@ def test_what_is_not_finite_shows(isa: str, dtype: str, bad: float, part: str) -
 def test_memory_of_a_cache() -> None:
     for dtype, token_bytes in (("f32", 512), ("f16", 256), ("int8", 128 + 2 * 5)):  # a key and a value
         cache = _native.KVCache(3, 2, 64, 200, dtype, frequencies(64))
-        assert (cache.capacity, cache.nbytes) == (
-            200,
-            3 * 2 * 256 * token_bytes,
-        )  # whole blocks of 128 tokens
+        whole_blocks = 3 * 2 * 256 * token_bytes
+        assert cache.capacity == 200
+        assert cache.nbytes == -(-whole_blocks // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+# A block of all layers: 128 KB, in small pages; 2.2 MB, in a huge page and small ones
+@pytest.mark.skipif(not STATM.exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.parametrize(("layers", "kv_heads", "dtype", "count"), [(2, 2, "f16", 60), (16, 8, "int8", 12)])
+def test_a_cache_takes_no_more_than_it_says(layers: int, kv_heads: int, dtype: str, count: int) -> None:
+    qkv = random_qkv(20, kv_heads, kv_heads, 64)
+    caches = [_native.KVCache(layers, kv_heads, 64, 128, dtype, frequencies(64)) for _ in range(count + 1)]
+    before = 0
+    for i, cache in enumerate(caches):
+        batch = _native.Batch([(cache, 0, 20)])
+        for layer in range(layers):
+            _native.rope_and_cache(batch, layer, qkv, kv_heads)
+        if i == 0:  # the threads' scratch came with the first
+            before = int(STATM.read_text().split()[1])
+    grown = (int(STATM.read_text().split()[1]) - before) * mmap.PAGESIZE
+    assert grown <= count * caches[0].nbytes + 2**21
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

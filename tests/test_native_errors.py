@@ -105,6 +105,8 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: _native.swiglu(F32, np.zeros((2, 64), np.float32)),
         r"gate_up: expected float32 \(2, 128\)",
     ),
+    "buffer": (lambda: _native.new_buffer(2**61, 2), "rows, columns: expected a size that exists"),
+    "empty buffer": (lambda: _native.new_buffer(1, 0), "rows, columns: expected a size that exists"),
     "gamma": (lambda: _native.rmsnorm(F32, F32[0, :8], 1e-5, F32.copy()), r"gamma: expected float32 \(64,\)"),
     "bits": (lambda: _native.round_weights(F32, 3, 32, "search"), "bits: expected 4 or 8, got 3"),
     "rule": (lambda: _native.round_weights(F32, 4, 32, "best"), "rule: expected 'torchao'.* got 'best'"),

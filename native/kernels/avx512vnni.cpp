@@ -99,7 +99,7 @@ constexpr size_t kQueryRows = 6, kQueryTile = 24;
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 constexpr size_t kFusedTokens = 16, kFusedTile = 8;  // x 2 vectors: 16 integer accumulators, float ones in memory
-constexpr size_t kUnpackedTile = 7, kByteTile = 7;   // x 2 vectors: 12 integer and 12 float accumulators
+constexpr size_t kUnpackedTile = 7, kByteTile = 7;   // x 2 vectors: 14 integer and 14 float accumulators
 constexpr size_t kAhead = 16384;  // bytes of prefetch: a panel ends sooner than the memory behind it answers
 constexpr size_t kStep = 128;     // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
 

@@ -115,7 +115,6 @@ def rmsnorm_quantize(x: F32, gamma: F32, eps: float, acts: Activations) -> None:
 def swiglu(gate_up: F32, out: F32) -> None:
     """silu(gate) * up: gate_up (tokens, 2 * columns), gate first; out (tokens, columns)."""
 
-def swiglu_quantize(gate_up: F32, acts: Activations) -> None: ...
 def linear(
     weights: Weights, x: F32 | Activations, out: F32, bias: F32 | None = None, accumulate: bool = False
 ) -> None:
@@ -145,7 +144,7 @@ class KVCache:
         """Positions [0, tokens) of every layer and head, from a cache of this shape, dtype and rotation."""
     @property
     def nbytes(self) -> int:
-        """Memory of all `capacity` tokens."""
+        """Memory of all `capacity` tokens: whole blocks of 128, in whole pages of the system."""
     @property
     def capacity(self) -> int: ...
 

@@ -124,19 +124,13 @@ def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Op
 
 def _gate_up(block: Block, b: _Views) -> None:
     """silu(gate) · up, in the form that the down projection takes."""
-    down, inner = block.down, b.inner
     if block.gate_up.is_gated:
-        _linear(block.gate_up, b.hidden, inner.floats)
-        if down.takes_codes:
-            ops.quantize(inner.floats, inner.codes)
-        return
-    _linear(block.gate_up, b.hidden, b.gate_up)
-    if not down.takes_floats:
-        ops.swiglu_quantize(b.gate_up, inner.codes)
-        return
-    ops.swiglu(b.gate_up, inner.floats)
-    if down.takes_codes:
-        ops.quantize(inner.floats, inner.codes)
+        _linear(block.gate_up, b.hidden, b.inner.floats)
+    else:
+        _linear(block.gate_up, b.hidden, b.gate_up)
+        ops.swiglu(b.gate_up, b.inner.floats)
+    if block.down.takes_codes:
+        ops.quantize(b.inner.floats, b.inner.codes)
 
 
 def _linear(linear: Linear, x: _Operand, out: np.ndarray, accumulate: bool = False) -> None:

@@ -16,7 +16,10 @@ from llamita.errors import InputError
 
 @dataclass(frozen=True)
 class Part:
-    """Native weights of one kind that fill the columns `start` to `stop` of their layer's output."""
+    """Native weights of one kind that fill the columns `start` to `stop` of their layer's output.
+
+    Gated, they are all of their layer and fill the first half of these.
+    """
 
     weights: _native.Weights
     bias: np.ndarray | None  # float32 (stop - start,)
