@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llamita.engine.llm import LLM
+from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampler, Sampling
+from llamita.engine.scheduler import Stream
 
 
 def plain(
@@ -78,3 +79,15 @@ class Chain:
             assert cache.length <= cache.capacity
         out[:] = self._logits[np.concatenate([ids for _, ids in sequences])[rows]]
         return out
+
+
+def ids_of(seed: int, count: int) -> list[int]:
+    """Random token ids."""
+    return np.random.default_rng(seed).integers(0, 256, count).tolist()
+
+
+def finish(stream: Stream) -> Generation:
+    """What a stream ends with."""
+    *_, generation = stream
+    assert isinstance(generation, Generation)
+    return generation

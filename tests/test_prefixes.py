@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import Watched, plain
+from generations import Watched, ids_of, plain
 from tiny import make_checkpoint
 
 import llamita
@@ -35,10 +35,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def llm(directory: Path) -> LLM:
     return make(directory)
-
-
-def ids_of(seed: int, count: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, count).tolist()
 
 
 def expect(llm: LLM, ids: list[int], reused: int, count: int = 6) -> list[int]:

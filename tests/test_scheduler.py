@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import RecordingSampler, Watched, plain
+from generations import RecordingSampler, Watched, finish, ids_of, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_checkpoint
@@ -18,7 +18,7 @@ from llamita.engine.cache import SequenceCache
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.prefixes import BLOCK
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Limits, Scheduler, Stream
+from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Limits, Scheduler
 from llamita.engine.speculation import StepTimes
 from llamita.errors import InputError, RunError
 
@@ -40,16 +40,6 @@ def make(directory: Path, **options: Any) -> LLM:
     llm = llamita.load(directory, preset="llama3.2", context=CONTEXT, **options)
     llm.tokenizer.eos_token_ids = ()  # every generation as long as it is asked to be
     return llm
-
-
-def ids_of(seed: int, count: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, count).tolist()
-
-
-def finish(stream: Stream) -> Generation:
-    *_, generation = stream
-    assert isinstance(generation, Generation)
-    return generation
 
 
 def running(llm: LLM) -> int:

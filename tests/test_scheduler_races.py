@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import Watched, plain
+from generations import Watched, finish, ids_of, plain
 from tiny import make_checkpoint
 
 import llamita
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import Scheduler, Stream, _Sequence
+from llamita.engine.scheduler import Scheduler, _Sequence
 from llamita.errors import RunError
 
 
@@ -24,16 +24,6 @@ def llm(tmp_path: Path) -> LLM:
     llm = llamita.load(make_checkpoint(tmp_path, "llama32", eos_token_id=319), preset="llama3.2")
     llm.tokenizer.eos_token_ids = ()
     return llm
-
-
-def ids_of(seed: int, count: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, count).tolist()
-
-
-def finish(stream: Stream) -> Generation:
-    *_, generation = stream
-    assert isinstance(generation, Generation)
-    return generation
 
 
 def once(call: Callable[[], Any]) -> Callable[[], None]:
