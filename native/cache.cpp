@@ -111,7 +111,7 @@ KVCache::KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacit
       inv_freq(std::move(inv_freq)),
       rope_scaling(rope_scaling),
       memory(round_up(capacity, kKeyBlock) / kKeyBlock * block_stride(),
-             block_stride() >= kWorthHuge ? Pages::huge_if_whole : Pages::small) {}
+             block_stride() >= kWorthHuge ? Pages::huge : Pages::small) {}
 
 uint8_t* KVCache::block(size_t index, size_t layer, size_t head) const {
   return memory.data() + index * block_stride() + layer * layer_stride() + head * block_bytes;

@@ -10,14 +10,12 @@ namespace llamita {
 namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kWorthHuge = size_t{1} << 16;  // bytes from which a huge page is worth the rest of it
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
 // Bytes that come in huge pages, of memory of so many
 size_t huge_bytes(size_t bytes, Pages pages) {
-  if (pages == Pages::huge && bytes >= kWorthHuge) return round_up(bytes, kHugePage);
-  return pages == Pages::huge_if_whole ? bytes / kHugePage * kHugePage : 0;
+  return pages == Pages::huge ? (bytes + kHugePage / 2) / kHugePage * kHugePage : 0;
 }
 
 #ifdef MADV_HUGEPAGE

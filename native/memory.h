@@ -6,12 +6,9 @@
 
 namespace llamita {
 
-// Huge pages (2 MB) spare walks through page tables, but the first byte that is touched takes all of one.
-enum class Pages {
-  small,
-  huge,           // from 64 KB on, the last one, too: for memory that will be touched soon and whole
-  huge_if_whole,  // what is left of a huge page at the end in small ones
-};
+// Huge pages (2 MB) spare walks through page tables, but the first byte that is touched takes all of one: what is left
+// at the end gets one if it fills half of it, else small pages.
+enum class Pages { small, huge };
 
 class Memory {
  public:
