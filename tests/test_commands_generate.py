@@ -1,6 +1,5 @@
 """`llamita generate` and `llamita chat` as a user meets them: output, streams, pipes, one-line errors."""
 
-import contextlib
 import json
 import os
 import pty
@@ -145,30 +144,31 @@ def test_a_base_model_does_not_chat(tmp_path: Path) -> None:
 
 
 class Terminal:
-    """A chat in a terminal of its own."""
+    """A chat in a terminal of its own, where Ctrl-C is a key.
 
-    def __init__(self, *arguments: str) -> None:
+    Args:
+        sigint: what the chat inherits for it.
+    """
+
+    def __init__(self, *arguments: str, sigint: signal.Handlers) -> None:
         self._main, child = pty.openpty()
-        self.process = subprocess.Popen(
-            [*CLI, *arguments], stdin=child, stdout=child, stderr=child, close_fds=True
-        )
+
+        def take_terminal() -> None:
+            signal.signal(signal.SIGINT, sigint)
+            os.login_tty(child)
+
+        # Slow kernels, so that no reply ends before the key is pressed
+        slow = {**os.environ, "LLAMITA_ISA": "scalar"}
+        self.process = subprocess.Popen([*CLI, *arguments], env=slow, preexec_fn=take_terminal)
         os.close(child)
         self.seen = ""
 
     def type(self, text: str) -> None:
         os.write(self._main, text.encode())
 
-    def interrupt_until(self, text: str) -> None:
-        """Press Ctrl-C as a person does: again, if nothing came of it within a second."""
-        for _ in range(3):
-            self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(AssertionError):
-                return self.wait_for(text, seconds=1)
-        self.wait_for(text)
-
-    def wait_for(self, text: str, seconds: float = 30) -> None:
+    def wait_for(self, text: str) -> None:
         """Read until the text has come, and forget what came before it."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 30
         while text not in self.seen:
             assert time.monotonic() < end, self.seen
             if select.select([self._main], [], [], 0.2)[0]:
@@ -176,15 +176,19 @@ class Terminal:
         self.seen = self.seen.split(text, 1)[1]
 
 
-def test_ctrl_c_stops_a_reply_and_not_the_chat() -> None:
+@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN])
+def test_ctrl_c_stops_a_reply_and_not_the_chat(sigint: signal.Handlers) -> None:
     options = ("--max-tokens", "2000", "--temperature", "5", "--top-p", "1", "--seed", "1")
-    terminal = Terminal("chat", "embedded", *options)
+    terminal = Terminal("chat", "embedded", *options, sigint=sigint)
     terminal.wait_for("/exit ends")
-    terminal.wait_for("> ")
-    terminal.type("Once upon a time\r")
-    terminal.wait_for("time")  # the terminal's echo
-    terminal.wait_for(" ")  # between two words of the reply
-    terminal.interrupt_until("stopped")
+    for words in (1, 10, 100):
+        terminal.wait_for("> ")
+        terminal.type("Once upon a time\r")
+        terminal.wait_for("time")  # the terminal's echo
+        for _ in range(words):
+            terminal.wait_for(" ")  # between two words of the reply
+        terminal.type("\x03")
+        terminal.wait_for("\nstopped")
     terminal.wait_for("> ")
     terminal.type("/exit\r")
     assert terminal.process.wait(timeout=20) == 0

@@ -1,10 +1,14 @@
 """The scheduler where threads and interrupts come at the worst moment: forced, not waited for."""
 
 import gc
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from generations import Watched, finish, ids_of, plain
 from tiny import make_checkpoint
 
 import llamita
+from llamita.engine import scheduler
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import Scheduler, _Sequence
@@ -134,3 +139,44 @@ def test_a_sequence_that_a_sweep_missed_is_not_computed(llm: LLM, monkeypatch: p
     assert finish(streams[1]).token_ids == plain(llm, ids_of(1, 20), 8, Sampling(0.0))[0]
     with pytest.raises(RunError, match="logits"):
         list(streams[0])
+
+
+def interrupted_at(place: int, call: Callable[[], Any]) -> bool:
+    """Run `call` with an interrupt at one of the places in the scheduler where Python lets one in.
+
+    These are the beginnings of functions and the ends of calls to C. False if there are fewer places.
+    """
+    places = count()
+
+    def watch(frame: FrameType, event: str, _argument: Any) -> None:
+        is_here = frame.f_code.co_filename in (scheduler.__file__, threading.__file__)
+        if is_here and event in ("call", "c_return") and next(places) == place:
+            interrupt()
+
+    sys.setprofile(watch)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def test_after_an_interrupt_at_any_place_other_threads_go_on(llm: LLM) -> None:
+    ids = ids_of(1, 20)
+    expected = plain(llm, ids, 2, Sampling(0.0))[0]
+    place = 0
+    while True:
+        stream = llm.stream(ids_of(0, 20), max_tokens=2, greedy=True)
+        if not interrupted_at(place, lambda stream=stream: list(stream)):
+            break
+        found: list[Generation] = []
+        generate = partial(llm.generate, ids, max_tokens=2, greedy=True)
+        other = threading.Thread(target=lambda found=found, run=generate: found.append(run()), daemon=True)
+        other.start()
+        other.join(60)
+        assert found, place
+        assert found[0].token_ids == expected
+        place += 1
+    assert place > 50

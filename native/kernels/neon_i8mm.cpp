@@ -22,6 +22,9 @@ int32x4_t dot_bytes(int32x4_t acc, uint8x16_t w, int8x8_t x) {
 }
 int32_t byte_start(int32_t x_start) { return x_start; }
 
+constexpr size_t kProbeProducts = 32;
+int32x4_t probe_step(int32x4_t acc, uint8x16_t a, int8x16_t b) { return vusmmlaq_s32(acc, a, b); }
+
 // clang-format off: in this order
 #include "neon_tiles.inc"
 #include "memory_sums.inc"
@@ -155,30 +158,6 @@ void add_groups(const QuantizedLinear& a, const Unpacked& part, size_t t, float*
 }
 
 #include "panels.inc"
-
-// ---- probe -------------------------------------------------------------------------------------------------------
-template <size_t N>
-double probe(size_t iterations) {
-  int32x4_t acc[N];
-  uint8x16_t a = vdupq_n_u8(3);
-  int8x16_t b = vdupq_n_s8(5);
-  for (auto& v : acc) v = vdupq_n_s32(0);
-  for (size_t i = 0; i < iterations; i++) {
-#pragma GCC unroll 24
-    for (size_t j = 0; j < N; j++) acc[j] = vusmmlaq_s32(acc[j], a, b);
-    asm volatile("" : "+w"(a), "+w"(b));  // keeps the loop
-  }
-  for (size_t j = 1; j < N; j++) acc[0] = vaddq_s32(acc[0], acc[j]);
-  volatile int32_t sink = vaddvq_s32(acc[0]);
-  static_cast<void>(sink);
-  return 32.0 * N * static_cast<double>(iterations);
-}
-
-double int8_probe(size_t iterations, int variant) {
-  if (variant == 0) return probe<8>(iterations);
-  if (variant == 1) return probe<16>(iterations);
-  return probe<24>(iterations);
-}
 
 }  // namespace
 

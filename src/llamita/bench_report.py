@@ -141,6 +141,15 @@ def ratios(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, f
     return {name: model[name] / baseline[name] for name in RATIOS if model[name] and baseline[name]}
 
 
+def machine_line(result: Mapping[str, Any], more: str) -> str:
+    """On what a bench's result was measured, with `more` about it, and when."""
+    machine = result["machine"]
+    return (
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; {more}; "
+        f"llamita {result['llamita']}, {result['date'][:10]}"
+    )
+
+
 def roofline_points(work: Work, rows: Mapping[str, Mapping[str, Any]], settings: Settings, chunk: int
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Points of the roofline by what was done: multiply-adds per byte from memory, and per second.

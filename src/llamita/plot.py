@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llamita.bench_report import Settings, roofline_points
+from llamita.bench_report import Settings, machine_line, roofline_points
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.work import Work
 
@@ -46,7 +46,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         roof = figure.subplots()
     _roofline(roof, result)
     figure.suptitle(_title(result), fontsize=12, color=_INK, x=0.01, ha="left", fontweight="bold")
-    figure.supxlabel(_machine(result), fontsize=8, color=_MUTED, x=0.01, ha="left")
+    machine = machine_line(result, f"medians of {result['settings']['repeats']}")
+    figure.supxlabel(machine, fontsize=8, color=_MUTED, x=0.01, ha="left")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(aside, format="png", dpi=_DPI)
@@ -62,14 +63,6 @@ def _title(result: dict[str, Any]) -> str:
     return (
         f"{result['model']['name']}{against}: a prompt of {settings['prompt_tokens']:,} tokens, "
         f"{settings['new_tokens']:,} more{weights}"
-    )
-
-
-def _machine(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    return (
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; medians of "
-        f"{result['settings']['repeats']}; llamita {result['llamita']}, {result['date'][:10]}"
     )
 
 

@@ -9,7 +9,7 @@ import typer
 
 from llamita import bench, console
 from llamita.bench import Job, run_bench
-from llamita.bench_report import Settings
+from llamita.bench_report import Settings, machine_line
 from llamita.bench_worker import ModelSpec
 from llamita.checkpoint import resolve
 from llamita.engine.cache import KV_DTYPES
@@ -168,7 +168,8 @@ def _print(result: dict[str, Any]) -> None:
     if model["of_limit"]["decode"]["fraction"] is None:
         cache = console.megabytes(limits["cache_bytes"])
         console.print_line(f"decode: no limit, for with {cache} of cache the model need not come from memory")
-    console.print_line(_machine_line(result))
+    versions = "Python {python}, NumPy {numpy}, {os}".format(**result["machine"])
+    console.print_line(machine_line(result, versions))
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -177,14 +178,6 @@ def _title(result: dict[str, Any]) -> str:
     return (
         f"A prompt of {settings['prompt_tokens']:,} tokens, {settings['new_tokens']:,} more; "
         f"medians of {settings['repeats']}{weights}"
-    )
-
-
-def _machine_line(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    return (
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; llamita {result['llamita']}, "
-        f"Python {machine['python']}, NumPy {machine['numpy']}, {machine['os']}; {result['date'][:10]}"
     )
 
 

@@ -1,5 +1,6 @@
 """`llamita chat`: a conversation in the terminal, or one line after the other from a pipe."""
 
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ def command(
     }  # fmt: skip
     is_terminal = sys.stdin.isatty() and not as_json
     if is_terminal:
+        # Python leaves Ctrl-C ignored where it began so: as a script's background job, and its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _enable_line_editing()
         console.note(HELP)
     conversation = Conversation(system)
@@ -98,15 +101,14 @@ def _obey(line: str, conversation: Conversation) -> bool:
 
 def _reply(llm: LLM, conversation: Conversation, question: str, options: Options, as_json: bool) -> None:
     """Answer and remember the answer, whole or stopped."""
-    messages = conversation.with_question(question)
     if as_json:
-        generation = llm.generate(messages, **options)
+        generation = llm.generate(conversation.with_question(question), **options)
         console.print_json(describe(generation), indent=None)
         conversation.add(question, generation.text)
         return
     shown: list[str] = []
     try:
-        generation = show_stream(llm, messages, options, shown)
+        generation = show_stream(llm, conversation.with_question(question), options, shown)
         sys.stdout.write("\n")
         console.note(summary(generation))
     except KeyboardInterrupt:

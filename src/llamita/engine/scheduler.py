@@ -191,7 +191,8 @@ class Scheduler:
         self._waiting: deque[_Sequence] = deque()
         self._prompts: list[_Sequence] = []  # that run and have no token yet, in order of arrival
         self._decoding: list[_Sequence] = []  # that have one
-        self._changed = threading.Condition()  # guards the queue, and who steps; who does has the rest
+        self._lock = threading.RLock()  # guards the queue, and who steps; who does has the rest
+        self._changed = threading.Condition(self._lock)  # not for `with`, which is Python code here
         self._is_stepping = False
 
     def submit(self, request: Request, answer: Answer) -> Stream:
@@ -211,7 +212,7 @@ class Scheduler:
         if answer.finish_reason:  # no room for an answer
             sequence.finish()
         else:
-            with self._changed:
+            with self._lock:
                 self._waiting.append(sequence)
         return stream
 
@@ -220,16 +221,20 @@ class Scheduler:
         if sequence.is_over:
             return
         sequence.is_over = True
-        with self._changed:
+        with self._lock:
             if not self._is_stepping:  # else who steps does it
                 self._sweep()
             self._changed.notify_all()
 
     def advance(self, sequence: _Sequence) -> None:
-        """Run a step, or wait while another thread runs one, unless the sequence has an event or ended."""
+        """Run a step, or wait while another thread runs one, unless the sequence has an event or ended.
+
+        An interrupt can come wherever a function begins or returns, so that of all here only plain
+        assignments and the lock's own `with` are sure to happen.
+        """
         is_mine = False
         try:
-            with self._changed:
+            with self._lock:
                 while self._is_stepping and not sequence.events and not sequence.is_over:
                     self._changed.wait()
                 if sequence.events or sequence.is_over:
@@ -238,19 +243,16 @@ class Scheduler:
             self._step()
         finally:
             if is_mine:
-                self._end_step()
-
-    def _end_step(self) -> None:
-        try:
-            with self._changed:
-                self._sweep()
-                self._is_stepping = False
-                self._changed.notify_all()
-        except BaseException:  # an interrupt, as the step's own exceptions have passed
-            with self._changed:
-                self._is_stepping = False
-                self._changed.notify_all()
-            raise
+                try:
+                    with self._lock:
+                        self._sweep()
+                        self._changed.notify_all()
+                        is_mine = self._is_stepping = False
+                finally:
+                    if is_mine:  # interrupted there
+                        self._is_stepping = False
+                        with self._lock:
+                            self._changed.notify_all()
 
     def _sweep(self) -> None:
         """Let go of the sequences that are over."""
