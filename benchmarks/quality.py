@@ -1,0 +1,162 @@
+"""What every method loses, on the embedded model and its stressed twins: docs/quality.md.
+
+    python benchmarks/quality.py --text DIR                  # everything; a stopped run goes on
+    python benchmarks/quality.py --text DIR --twins plain --groups 32 --seeds 0 --rows gptq,qronos
+    python benchmarks/quality.py --text DIR --render         # the page from what is there
+
+DIR holds tinystories_train.txt (calibration on real text), tinystories_valid.txt (what is scored, seen by
+no calibration) and, for --wikitext, the file is given by its own path. Every cell of the tables runs in a process
+of its own; its record stays in --work.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE / "quality"), str(ROOT / "tools")]
+
+import tables
+from page import render
+from rows import GROUP_SIZES, LENGTH, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK
+
+from llamita.checkpoint import resolve
+
+CHARACTERS = 60_000  # of the text that is scored
+
+
+def make_twin(parts: set[str], out: Path) -> Path:
+    """The embedded model, or its stressed twin in `out`."""
+    model = resolve("embedded")
+    if not parts or (out / "config.json").exists():
+        return out if parts else model
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "stress_embedded.py"), "--model", str(model), "--out", str(out),
+         "--parts", ",".join(sorted(parts))], check=True,
+    )  # fmt: skip
+    return out
+
+
+def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], dict[str, Any]]]:
+    """Every cell that was asked for: its key (twin, group size, row, seed) and what the worker is told."""
+    scored = (args.text / "tinystories_valid.txt").read_text("utf-8")[: args.characters]
+    real = str(args.text / "tinystories_train.txt")
+    for seed in args.seeds:
+        for group_size in args.groups:
+            for twin in args.twins:
+                model = make_twin(TWINS[twin], args.work / f"twin-{twin}")
+                for name in args.rows:
+                    row = ROWS[name]
+                    if twin not in row.twins or (seed != args.seeds[0] and not row.is_random):
+                        continue
+                    yield (
+                        (twin, group_size, name, seed),
+                        {
+                            "model": str(model), "reference": str(resolve("embedded")), "text": scored,
+                            "group_size": group_size, "method": row.method, "scales": row.scales,
+                            "calibration": {"real": real}.get(row.calibration, row.calibration),
+                            "settings": row.settings, "seed": seed, "samples": SAMPLES, "length": LENGTH,
+                            "wikitext": str(args.wikitext or "") if seed == args.seeds[0] else "",
+                        },
+                    )  # fmt: skip
+
+
+def run(job: dict[str, Any], place: Path) -> bool:
+    """Run a cell unless it is there; whether it is there at the end."""
+    if place.with_suffix(".result.json").exists():
+        return True
+    place.write_text(json.dumps(job), "utf-8")
+    done = subprocess.run([sys.executable, str(HERE / "quality" / "worker.py"), str(place)], check=False)
+    return done.returncode == 0
+
+
+def place_of(work: Path, job: dict[str, Any]) -> Path:
+    """Where a cell's record lies: named by all that it depends on."""
+    return work / f"{hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]}.json"
+
+
+def collect(args: argparse.Namespace) -> tables.Cells:
+    """Finished cells, seeds together."""
+    found: dict[tuple[str, int, str], list[tuple[Any, dict[str, Any]]]] = {}
+    for (twin, group_size, name, _), job in jobs(args):
+        place = place_of(args.work, job)
+        if place.with_suffix(".result.json").exists():
+            result = json.loads(place.with_suffix(".result.json").read_text("utf-8"))
+            found.setdefault((twin, group_size, name), []).append(
+                (np.load(place.with_suffix(".npz")), result)
+            )
+    return {key: _cell(runs) for key, runs in found.items()}
+
+
+def _cell(runs: list[tuple[Any, dict[str, Any]]]) -> tables.Cell:
+    def mean(name: str) -> np.ndarray:
+        return np.mean([arrays[name] for arrays, _ in runs], axis=0)
+
+    words = [r["wikitext"]["word_perplexity"] for _, r in runs if r["wikitext"]]
+    return tables.Cell(
+        kl=mean("kl"), losses=mean("losses"), agrees=mean("agrees"),
+        seeds=tuple(float(arrays["kl"].mean()) for arrays, _ in runs),
+        seconds=float(np.median([r["seconds"] for _, r in runs])),
+        peak_bytes=float(np.median([r["peak_bytes"] for _, r in runs])),
+        wikitext=float(np.mean(words)) if words else None,
+    )  # fmt: skip
+
+
+def _names(known: Any) -> Any:
+    def parse(text: str) -> list[Any]:
+        kind = type(next(iter(known)))
+        chosen = [kind(name.strip()) for name in text.split(",")]
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"expected some of {list(known)}, got {unknown}")
+        return chosen
+
+    return parse
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, required=True, help="directory with the texts")
+    parser.add_argument("--wikitext", type=Path, help="wiki.test.raw, scored by LM Eval with the first seed")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality")
+    parser.add_argument("--twins", type=_names(TWINS), default=list(TWINS))
+    parser.add_argument("--groups", type=_names(GROUP_SIZES), default=list(GROUP_SIZES))
+    parser.add_argument("--seeds", type=_names(SEEDS), default=list(SEEDS))
+    parser.add_argument("--rows", type=_names(ROWS), default=list(ROWS))
+    parser.add_argument("--characters", type=int, default=CHARACTERS, help="of the text that is scored")
+    parser.add_argument("--render", action="store_true", help="run nothing, write docs/quality.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not args.render:
+        for key, job in jobs(args):
+            twin, group_size, name, seed = key
+            place = place_of(args.work, job)
+            if not run(job, place):
+                print(f"failed: {key}", flush=True)
+                continue
+            kl = np.load(place.with_suffix(".npz"))["kl"].mean()
+            print(f"{twin:6} g{group_size:<4} seed {seed}  KL {kl:.4f}  {name}", flush=True)
+        return
+    cells = collect(args)
+    if not any(name == YARDSTICK for _, _, name in cells):
+        raise SystemExit(f"{args.work}: expected at least '{YARDSTICK}' among the finished cells, found none")
+    args.out.write_text(render(cells, {name: asdict(row) for name, row in ROWS.items()}), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The text of docs/quality.md around its tables."""
+
+from typing import Any
+
+from rows import LENGTH, ROWS, SAMPLES, TWINS
+from tables import Cells, against_meta, page, won_back
+
+from llamita.statistics import Interval
+
+_TWINS = {
+    "plain": "the embedded model",
+    "basis": "its stressed twin *basis*",
+    "pairs": "its stressed twin *pairs*",
+    "both": "its twin with both stresses",
+}
+_HEAD = f"""# What each method loses
+
+Made by `benchmarks/quality.py`, which says in `benchmarks/quality/rows.py` what every row is; any of them can be run alone.
+The preset is `llama3.2` (int8 embedding and head, scales on the bf16 grid) but for what a row's name says; activations are int8.
+The *embedded model* has 5.8 million weights; its [stressed twins](embedded.md#the-stressed-twin) compute the same function with the outliers of large models.
+
+- Scored text: the first 60,000 characters of TinyStories' validation split, which no calibration has seen. *WikiText*: LM Eval's word perplexity on WikiText-2's test split, with the first seed's model.
+- Calibration: {SAMPLES} windows of {LENGTH} tokens of TinyStories' training split; *own text*: as many tokens that the float model wrote.
+- Means over the seeds, token by token, with 95 % intervals of the block bootstrap over the text; *seeds*: the least and the largest mean of a single seed. *against the best*: whether the row's KL differs from the best row's beyond that interval, paired by token.
+- *s*, *MB*: time of quantizing and peak memory of its process (Torch included), on two cores of a shared machine: an order of magnitude.
+"""
+
+
+def render(cells: Cells, _rows: dict[str, Any]) -> str:
+    """The page."""
+    parts = [_HEAD, *_stress(cells), *_meta(cells), page(cells, _heading)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _heading(twin: str, group_size: int) -> str:
+    return f"## Groups of {group_size}, {_TWINS[twin]}"
+
+
+def _percent(share: Interval) -> str:
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+
+
+def _stress(cells: Cells) -> list[str]:
+    """How much of what the stress costs each row wins back."""
+    groups = sorted({g for t, g, _ in cells if t != "plain"})
+    lines = []
+    for name in ROWS:
+        for twin in TWINS:
+            shares = [won_back(cells, twin, g, name) for g in groups] if twin != "plain" else []
+            if any(shares):
+                found = " | ".join(_percent(s) if s else "" for s in shares)
+                lines.append(f"| {name} | {twin} | {found} |")
+    if not lines:
+        return []
+    return [
+        "## What the stress costs, won back",
+        "",
+        "Of the KL that searched scales alone lose on a twin beyond what they lose on the plain model. Above 100 %: better than they are on the plain model.",
+        "",
+        "| method | twin | " + " | ".join(f"groups of {g}" for g in groups) + " |",
+        "|---" * (2 + len(groups)) + "|",
+        *lines,
+        "",
+    ]
+
+
+def _meta(cells: Cells) -> list[str]:
+    """The best row beside Meta's recipe."""
+    lines = []
+    for twin in TWINS:
+        for group_size in sorted({g for t, g, _ in cells if t == twin}):
+            if found := against_meta(cells, twin, group_size):
+                best, gap = found
+                lines.append(
+                    f"| {twin} | {group_size} | {best} | {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f}) |"
+                )
+    if not lines:
+        return []
+    return [
+        "## The best beside Meta's recipe (spinquant + gptq)",
+        "",
+        "| model | groups of | best | its KL less that of Meta's recipe |",
+        "|---|---|---|---|",
+        *lines,
+        "",
+    ]

@@ -1,0 +1,100 @@
+"""From finished cells to docs/quality.md: means over seeds, intervals over tokens, and what is noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from rows import META, ROWS, TWINS, YARDSTICK
+
+from llamita.statistics import Interval, mean_interval, paired_difference
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row at one group size on one twin: the mean over its seeds, token by token.
+
+    Attributes:
+        kl, losses, agrees: (tokens,).
+        seeds: the mean KL of each seed.
+        seconds: of quantizing, without writing calibration text; the median over seeds.
+        peak_bytes: of the process until it was quantized.
+        wikitext: LM Eval's word perplexity, the mean over seeds; None where it was not asked for.
+    """
+
+    kl: np.ndarray
+    losses: np.ndarray
+    agrees: np.ndarray
+    seeds: tuple[float, ...]
+    seconds: float
+    peak_bytes: float
+    wikitext: float | None
+
+
+Cells = dict[tuple[str, int, str], Cell]  # by twin, group size and row
+
+
+def table(cells: Cells, twin: str, group_size: int) -> list[str]:
+    """The lines of one table; rows that were not run are left out."""
+    found = {name: cells[twin, group_size, name] for name in ROWS if (twin, group_size, name) in cells}
+    if YARDSTICK not in found:
+        return []
+    base, best = found[YARDSTICK], min(found, key=lambda name: found[name].kl.mean())
+    lines = [
+        "| method | perplexity | KL to BF16, nats a token | seeds | of round to nearest | same choice | WikiText"
+        " | against the best | s | MB |",
+        "|---" * 10 + "|",
+    ]
+    for name, cell in found.items():
+        kl, share = mean_interval(cell.kl), ratio(cell.kl, base.kl)
+        spread = f"{min(cell.seeds):.4f} to {max(cell.seeds):.4f}" if len(cell.seeds) > 1 else ""
+        verdict = "**best**" if name == best else _verdict(paired_difference(cell.kl, found[best].kl))
+        lines.append(
+            f"| {name} | {np.exp(cell.losses.mean()):.3f} | {kl.value:.4f} ± {(kl.high - kl.low) / 2:.4f} | {spread} "
+            f"| {share.value:.2f} ({share.low:.2f} to {share.high:.2f}) | {cell.agrees.mean():.1%} "
+            f"| {'' if cell.wikitext is None else f'{cell.wikitext:.1f}'} | {verdict} "
+            f"| {cell.seconds:.0f} | {cell.peak_bytes / 1e6:.0f} |"
+        )
+    return lines
+
+
+def ratio(values: np.ndarray, base: np.ndarray) -> Interval:
+    """mean(values) / mean(base) over the same tokens, its interval that of the linearized ratio."""
+    value = values.mean() / base.mean()
+    around = mean_interval((values - value * base) / base.mean())
+    return Interval(value, value + around.low, value + around.high)
+
+
+def _verdict(difference: Interval) -> str:
+    return "worse" if difference.low > 0 else "within noise"
+
+
+def won_back(cells: Cells, twin: str, group_size: int, name: str) -> Interval | None:
+    """Share of the KL that round to nearest loses on a twin beyond the plain model, won back by a row."""
+    keys = [
+        (twin, group_size, "searched scales"),
+        ("plain", group_size, "searched scales"),
+        (twin, group_size, name),
+    ]
+    if any(key not in cells for key in keys):
+        return None
+    stressed, plain, mended = (cells[key].kl for key in keys)
+    return ratio(stressed - mended, stressed - plain)
+
+
+def against_meta(cells: Cells, twin: str, group_size: int) -> tuple[str, Interval] | None:
+    """The best row, and the difference of its KL to that of Meta's recipe; negative is better."""
+    found = {name: cell for (t, g, name), cell in cells.items() if (t, g) == (twin, group_size)}
+    if META not in found:
+        return None
+    best = min(found, key=lambda name: found[name].kl.mean())
+    return best, paired_difference(found[best].kl, found[META].kl)
+
+
+def page(cells: Cells, heading: Callable[[str, int], str]) -> str:
+    """All tables, one below the other."""
+    parts = []
+    for twin in TWINS:
+        for group_size in sorted({g for t, g, _ in cells if t == twin}):
+            if lines := table(cells, twin, group_size):
+                parts += [heading(twin, group_size), "", *lines, ""]
+    return "\n".join(parts)
