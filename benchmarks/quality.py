@@ -5,8 +5,7 @@
     python benchmarks/quality.py --text DIR --render         # the page from what is there
 
 DIR holds tinystories_train.txt (calibration on real text), tinystories_valid.txt (what is scored, seen by
-no calibration) and, for --wikitext, the file is given by its own path. Every cell of the tables runs in a process
-of its own; its record stays in --work.
+no calibration). Every cell of the tables runs in a process of its own; its record stays in --work.
 """
 
 import argparse
@@ -25,11 +24,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE / "quality"), str(ROOT / "tools")]
 
-import tables
-from page import render
-from rows import GROUP_SIZES, LENGTH, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK
+import tables  # noqa: E402
+from page import render  # noqa: E402
+from rows import GROUP_SIZES, LENGTH, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK  # noqa: E402
 
-from llamita.checkpoint import resolve
+from llamita.checkpoint import resolve  # noqa: E402
 
 CHARACTERS = 60_000  # of the text that is scored
 

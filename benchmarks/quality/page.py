@@ -15,14 +15,20 @@ _TWINS = {
 }
 _HEAD = f"""# What each method loses
 
-Made by `benchmarks/quality.py`, which says in `benchmarks/quality/rows.py` what every row is; any of them can be run alone.
-The preset is `llama3.2` (int8 embedding and head, scales on the bf16 grid) but for what a row's name says; activations are int8.
-The *embedded model* has 5.8 million weights; its [stressed twins](embedded.md#the-stressed-twin) compute the same function with the outliers of large models.
+Made by `benchmarks/quality.py`, which says in `benchmarks/quality/rows.py` what every row is; any of them can
+be run alone. The preset is `llama3.2` (int8 embedding and head, scales on the bf16 grid) but for what a row's
+name says; activations are int8. The *embedded model* has 5.8 million weights; its
+[stressed twins](embedded.md#the-stressed-twin) compute the same function with the outliers of large models.
 
-- Scored text: the first 60,000 characters of TinyStories' validation split, which no calibration has seen. *WikiText*: LM Eval's word perplexity on WikiText-2's test split, with the first seed's model.
-- Calibration: {SAMPLES} windows of {LENGTH} tokens of TinyStories' training split; *own text*: as many tokens that the float model wrote.
-- Means over the seeds, token by token, with 95 % intervals of the block bootstrap over the text; *seeds*: the least and the largest mean of a single seed. *against the best*: whether the row's KL differs from the best row's beyond that interval, paired by token.
-- *s*, *MB*: time of quantizing and peak memory of its process (Torch included), on two cores of a shared machine: an order of magnitude.
+- Scored text: the first 60,000 characters of TinyStories' validation split, which no calibration has seen.
+  *WikiText*: LM Eval's word perplexity on WikiText-2's test split, with the first seed's model.
+- Calibration: {SAMPLES} windows of {LENGTH} tokens of TinyStories' training split; *own text*: as many tokens
+  that the float model wrote.
+- Means over the seeds, token by token, with 95 % intervals of the block bootstrap over the text; *seeds*: the
+  least and the largest mean of a single seed. *against the best*: whether the row's KL differs from the best
+  row's beyond that interval, paired by token.
+- *s*, *MB*: time of quantizing and peak memory of its process (Torch included), on two cores of a shared
+  machine: an order of magnitude.
 """
 
 
@@ -55,7 +61,8 @@ def _stress(cells: Cells) -> list[str]:
     return [
         "## What the stress costs, won back",
         "",
-        "Of the KL that searched scales alone lose on a twin beyond what they lose on the plain model. Above 100 %: better than they are on the plain model.",
+        "Of the KL that searched scales alone lose on a twin beyond what they lose on the plain model. Above "
+        "100 %: better than they are on the plain model.",
         "",
         "| method | twin | " + " | ".join(f"groups of {g}" for g in groups) + " |",
         "|---" * (2 + len(groups)) + "|",
@@ -71,9 +78,8 @@ def _meta(cells: Cells) -> list[str]:
         for group_size in sorted({g for t, g, _ in cells if t == twin}):
             if found := against_meta(cells, twin, group_size):
                 best, gap = found
-                lines.append(
-                    f"| {twin} | {group_size} | {best} | {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f}) |"
-                )
+                interval = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+                lines.append(f"| {twin} | {group_size} | {best} | {interval} |")
     if not lines:
         return []
     return [

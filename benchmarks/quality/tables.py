@@ -40,19 +40,20 @@ def table(cells: Cells, twin: str, group_size: int) -> list[str]:
         return []
     base, best = found[YARDSTICK], min(found, key=lambda name: found[name].kl.mean())
     lines = [
-        "| method | perplexity | KL to BF16, nats a token | seeds | of round to nearest | same choice | WikiText"
-        " | against the best | s | MB |",
+        "| method | perplexity | KL to BF16, nats a token | seeds | of round to nearest | same choice "
+        "| WikiText | against the best | s | MB |",
         "|---" * 10 + "|",
     ]
     for name, cell in found.items():
         kl, share = mean_interval(cell.kl), ratio(cell.kl, base.kl)
         spread = f"{min(cell.seeds):.4f} to {max(cell.seeds):.4f}" if len(cell.seeds) > 1 else ""
         verdict = "**best**" if name == best else _verdict(paired_difference(cell.kl, found[best].kl))
+        interval = f"{kl.value:.4f} ± {(kl.high - kl.low) / 2:.4f}"
+        words = "" if cell.wikitext is None else f"{cell.wikitext:.1f}"
         lines.append(
-            f"| {name} | {np.exp(cell.losses.mean()):.3f} | {kl.value:.4f} ± {(kl.high - kl.low) / 2:.4f} | {spread} "
+            f"| {name} | {np.exp(cell.losses.mean()):.3f} | {interval} | {spread} "
             f"| {share.value:.2f} ({share.low:.2f} to {share.high:.2f}) | {cell.agrees.mean():.1%} "
-            f"| {'' if cell.wikitext is None else f'{cell.wikitext:.1f}'} | {verdict} "
-            f"| {cell.seconds:.0f} | {cell.peak_bytes / 1e6:.0f} |"
+            f"| {words} | {verdict} | {cell.seconds:.0f} | {cell.peak_bytes / 1e6:.0f} |"
         )
     return lines
 
