@@ -9,7 +9,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine"),
+     "wikitext", "shapes", "machine", "charts"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
      "random_weights"),
@@ -20,11 +20,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
-    ("calibration", "evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report",
-     "bench_worker", "bench", "plot"),
+    ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report", "harness", "plan",
+     "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot"),
     # 6: one file a command
-    ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
-     "commands.verify", "commands.plan", "commands.bench"),
+    ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate", "commands.chat",
+     "commands.inspect", "commands.verify", "commands.plan", "commands.bench"),
     # 7: names of commands
     ("cli",),
 )  # fmt: skip
@@ -56,7 +56,11 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
         "engine.cache", "engine.model", "engine.prefixes", "engine.requests", "engine.sampler",
         "engine.speculation",
     ),
+    "charts": ("console",),
     "baseline": ("evaluate",),
+    "compare_layers": ("evaluate",),
+    "compare": ("compare_layers", "evaluate"),
+    "compare_report": ("compare", "compare_layers"),
     "harness": ("evaluate",),
     "random_weights": ("checkpoint", "packed"),
     "plan": ("work",),
@@ -65,6 +69,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "bench": ("bench_report", "bench_worker", "work"),
     "plot": ("bench_report", "work"),
     "commands.chat": ("commands.generate",),
+    "commands.compare": ("commands.evaluate", "commands.generate"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.

@@ -1,10 +1,14 @@
 """Which models are evaluated, and the float model that they are measured against.
 
 The baseline of a quantized directory is the model it was made from, as llamita.json records it: by name,
-and by the SHA-256 of its files, because a divergence from any other model would mean nothing.
+and by the SHA-256 of its files, because a divergence from any other model would mean nothing. A model may
+also be SRC:PRESET or SRC:PRESET:GROUP, a float one that is rounded while it loads.
 """
 
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamita.checkpoint import resolve
@@ -13,8 +17,19 @@ from llamita.errors import InputError, LlamitaError
 from llamita.evaluate import Contender, Progress
 from llamita.files import has, member, sha256_file
 from llamita.packed import METADATA, read_metadata
+from llamita.scheme import QuantScheme, make_scheme
 
 NO_BASELINE = "none"
+_ROUNDED = re.compile(r"(.+):([A-Za-z][^:/]*)(?::(\d+))?")  # SRC:PRESET, SRC:PRESET:GROUP
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to load: where it lies, how to round it on the way, what the user called the unrounded one."""
+
+    path: Path
+    scheme: QuantScheme | None
+    source: str = field(compare=False)
 
 
 def open_contenders(
@@ -28,40 +43,79 @@ def open_contenders(
     """Load models and what they are measured against, which comes first.
 
     Args:
-        sources: model directories, hub names or "embedded".
-        baseline: likewise; by default the recorded source of the quantized directories; "none" for no
+        sources: model directories, hub names or "embedded"; with a preset after a colon, rounded first.
+        baseline: likewise; by default the recorded source of the quantized models; "none" for no
             baseline. Where no source is quantized there is none either.
         threads: of the kernels.
         kv_dtype: for keys and values of all models but the baseline; see `llamita.load`.
 
     Raises:
-        InputError: a model given twice, different recorded sources, or one that has changed since.
+        InputError: a model given twice, an unknown preset, different recorded sources, or one that has
+            changed since.
         RunError, InputError: a model cannot be loaded; see `llamita.load`.
     """
-    paths = [resolve(source) for source in sources]
-    for i, path in enumerate(paths):
-        if path in paths[:i]:
+    models = [_parse(source) for source in sources]
+    for i, model in enumerate(models):
+        if model in models[:i]:
             raise InputError(f"{sources[i]}: expected every model once, got it again")
-    chosen = baseline or _recorded_source(sources, paths, progress)
-    columns = list(zip(_short_names(sources), paths, strict=True))
-    has_baseline = False
-    if chosen is not None and chosen != NO_BASELINE:
-        has_baseline, path = True, resolve(chosen)
-        columns = [(_short_names([chosen])[0], path), *(c for c in columns if c[1] != path)]
+    chosen = baseline or _source_of_all(sources, models, progress)
+    has_baseline = chosen is not None and chosen != NO_BASELINE
+    if chosen is not None and has_baseline:
+        first = _parse(chosen)
+        others = [(s, m) for s, m in zip(sources, models, strict=True) if m != first]
+        sources, models = [chosen, *(s for s, _ in others)], [first, *(m for _, m in others)]
     contenders = []
-    for i, (name, path) in enumerate(columns):
+    for i, (name, model) in enumerate(zip(_short_names(sources), models, strict=True)):
         is_baseline = has_baseline and i == 0
-        llm = load(path, threads=threads, kv_dtype=None if is_baseline else kv_dtype)
+        dtype = None if is_baseline else kv_dtype
+        llm = load(model.path, preset=model.scheme, threads=threads, kv_dtype=dtype)
         contenders.append(Contender(name, llm, is_baseline))
     return contenders
 
 
-def _recorded_source(sources: Sequence[str], paths: Sequence[Path], progress: Progress) -> str | None:
-    """What the quantized directories were made from, by the name under which it is found."""
-    quantized = [(source, path) for source, path in zip(sources, paths, strict=True) if has(path, METADATA)]
-    if not quantized:
-        return None
-    records = {source: read_metadata(path)["source"] for source, path in quantized}
+def first_float(sources: Sequence[str]) -> str | None:
+    """The first of these models that is float and stays so."""
+    for source in sources:
+        model = _parse(source)
+        if model.scheme is None and not has(model.path, METADATA):
+            return source
+    return None
+
+
+def _parse(source: str) -> _Model:
+    """A model by directory, hub name or "embedded", and the preset that follows it, if any."""
+    match = None if os.path.exists(source) else _ROUNDED.fullmatch(source)
+    if match is None:
+        return _Model(resolve(source), None, source)
+    try:
+        scheme = make_scheme(match[2], int(match[3]) if match[3] else None)
+    except InputError as error:
+        raise InputError(f"{source}: expected SRC:PRESET or SRC:PRESET:GROUP: {error}") from None
+    path = resolve(match[1])
+    if has(path, METADATA):
+        raise InputError(f"{source}: expected a float model before the preset, got one that is quantized")
+    return _Model(path, scheme, match[1])
+
+
+def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: Progress) -> str | None:
+    """What the quantized models were made from, by the name under which it is found."""
+    packed = {s: m.path for s, m in zip(sources, models, strict=True) if has(m.path, METADATA)}
+    name = _recorded_source(packed, progress) if packed else None
+    for source, model in zip(sources, models, strict=True):
+        if model.scheme is None:
+            continue
+        name = name or model.source
+        if model.path != resolve(name):
+            raise InputError(
+                f"{source}: expected one made from {name}, as another is; "
+                "try --baseline SRC, or each by itself"
+            )
+    return name
+
+
+def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
+    """What quantized directories, one or more, were made from."""
+    records = {source: read_metadata(path)["source"] for source, path in packed.items()}
     first, record = next(iter(records.items()))
     name = record["name"]
     for source, other in records.items():

@@ -15,6 +15,7 @@ from llamita.errors import LlamitaError, RunError
 COMMANDS = {
     "quantize": "llamita.commands.quantize:command",
     "evaluate": "llamita.commands.evaluate:command",
+    "compare": "llamita.commands.compare:command",
     "generate": "llamita.commands.generate:command",
     "chat": "llamita.commands.chat:command",
     "inspect": "llamita.commands.inspect:command",
@@ -25,6 +26,7 @@ COMMANDS = {
 SUMMARIES = {
     "quantize": "Turn a Llama checkpoint into a 4-bit model.",
     "evaluate": "Measure what quantization cost: perplexity, KL divergence, agreement, LM Eval tasks.",
+    "compare": "Show models side by side: sizes, losses, and where they differ beyond noise.",
     "generate": "Continue a prompt.",
     "chat": "Talk to a model in the terminal.",
     "inspect": "Show what a model directory holds.",

@@ -34,11 +34,11 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     sys.stdout.flush()
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table: the first column is text, the others are figures."""
+def print_table(title: str, columns: list[str], rows: list[list[str]], figures: bool = True) -> None:
+    """A table: the first column is text, the others are figures, or else text that wraps."""
     table = Table(title=Text(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(Text(column), justify="left" if i == 0 or not figures else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*map(Text, row))
     if isinstance(sys.stdout, TextIOWrapper):
@@ -49,6 +49,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def print_line(text: str) -> None:
     """A line of the answer that is no table, on stdout."""
     out.print(text)
+
+
+def printable(text: str) -> str:
+    """Text of models and strangers on one line: what could move a cursor or hide is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_error(message: str) -> None:

@@ -9,11 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.engine.llm import LLM
 from llamita.errors import InputError, RunError
+from llamita.packed import open_source
+from llamita.quantize import RoundedSource, make_plan
 from llamita.statistics import Interval, mean_interval, paired_difference
 
 Progress = Callable[[str, int, int], None] | None
@@ -21,7 +25,7 @@ CHUNK_TOKENS = 2048
 _LOGIT_BYTES = 64 * 2**20  # of one model's logits at a time
 _VALUES_AT_ONCE = 2**20  # logits in the arithmetic at a time: what stands between stays in the cache
 _LARGEST_LOSS = 100  # nats a token; guessing blindly among a million tokens costs 14
-_LOSS, _KL, _AGREES = range(3)  # what is kept of every model and token
+_LOSS, _KL, _TOP, _CONFIDENCE = range(4)  # what is kept of every model and token
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,39 @@ class Contender:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of its weight files."""
+        """Size of its weight files; rounded as it was loaded, of those that `quantize` would write."""
+        source = open_source(self.llm.path)
+        source.close()
+        if isinstance(source, Checkpoint) and self.llm.scheme:
+            plan = make_plan(source.config, self.llm.scheme, lambda name: source.info(name).dtype)
+            return plan.file_bytes
         return sum(file.stat().st_size for file in self.llm.path.glob("model*.safetensors"))
+
+    def open(self) -> ModelSource:
+        """Its weights once more, as the engine took them in."""
+        source = open_source(self.llm.path)
+        if isinstance(source, Checkpoint) and self.llm.scheme:
+            return RoundedSource(source, self.llm.scheme)
+        return source
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What every model made of every predicted token of a text; arrays are (models, tokens).
+
+    Attributes:
+        chunks: the tokens of the text, of which the first of each chunk is not predicted.
+        losses: negative log-likelihoods of the tokens, in nats.
+        kl: KL(first model || model) in nats.
+        top: the tokens found likeliest.
+        confidence: their probabilities.
+    """
+
+    chunks: list[np.ndarray]
+    losses: np.ndarray
+    kl: np.ndarray
+    top: np.ndarray
+    confidence: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,7 +92,15 @@ class TextScores:
     agreement: Interval | None
 
 
-def score_text(
+def score_text(contenders: Sequence[Contender], text: str, **options: Any) -> list[TextScores]:
+    """Score a text with every model; if the first is a baseline, the others are measured against it.
+
+    Options and errors as in `score_tokens`.
+    """
+    return summarize(contenders, score_tokens(contenders, text, **options))
+
+
+def score_tokens(
     contenders: Sequence[Contender],
     text: str,
     *,
@@ -65,8 +108,8 @@ def score_text(
     whole_chunks: bool = False,
     limit: int | None = None,
     progress: Progress = None,
-) -> list[TextScores]:
-    """Score a text with every model; if the first is a baseline, the others are measured against it.
+) -> TokenScores:
+    """Score every token of a text with every model, and measure each against the first.
 
     Args:
         chunk_tokens: of a chunk at most; the smallest context bounds it too.
@@ -84,7 +127,7 @@ def score_text(
         wanted = f"{length} tokens" if whole_chunks else "2 tokens"
         raise InputError(f"text: expected at least {wanted}, got {len(ids)}; try a longer one")
     total = sum(len(chunk) - 1 for chunk in chunks)
-    scores = np.empty((3, len(contenders), total))
+    scores = np.empty((4, len(contenders), total))
     done = 0
     for chunk in chunks:
         predicted = slice(done, done + len(chunk) - 1)
@@ -92,11 +135,14 @@ def score_text(
         done = predicted.stop
         if progress:
             progress("scoring the text", done, total)
-    baseline = scores[:, 0] if contenders[0].is_baseline else None
-    return [
-        _summarize(scores[:, i], None if contender.is_baseline else baseline)
-        for i, contender in enumerate(contenders)
-    ]
+    top = scores[_TOP].astype(np.int32)
+    return TokenScores(chunks, scores[_LOSS], scores[_KL], top, scores[_CONFIDENCE])
+
+
+def summarize(contenders: Sequence[Contender], tokens: TokenScores) -> list[TextScores]:
+    """Every model's means over the tokens, with intervals; RunError for a loss that no model has."""
+    has_baseline = contenders[0].is_baseline
+    return [_summarize(tokens, i, has_baseline and i > 0) for i in range(len(contenders))]
 
 
 def split_chunks(token_ids: np.ndarray, length: int, whole: bool = False) -> list[np.ndarray]:
@@ -127,6 +173,16 @@ def embedded_text() -> str:
     return path.read_text("utf-8")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, line ends as they are; InputError where it is none."""
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"--text: expected a text file, found none at {path}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+
+
 def _common_tokens(contenders: Sequence[Contender], text: str) -> np.ndarray:
     """The text's tokens, found to be the same for all models."""
     first = contenders[0]
@@ -142,7 +198,7 @@ def _common_tokens(contenders: Sequence[Contender], text: str) -> np.ndarray:
 
 
 def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: np.ndarray) -> None:
-    """Fill scores (3, models, tokens - 1) from the models' logits over one chunk (tokens,)."""
+    """Fill scores (4, models, tokens - 1) from the models' logits over one chunk (tokens,)."""
     vocab = contenders[0].llm.config.vocab_size
     step = max(16, min(256, _LOGIT_BYTES // (4 * vocab)))  # rows: 4 bytes a logit
     streams = [c.llm.iter_logits(chunk[:-1], chunk=step) for c in contenders]
@@ -165,14 +221,14 @@ def _score_rows(logits: list[np.ndarray], targets: np.ndarray, scores: np.ndarra
     """KL(p || q) = sum p (log p - log q), with p from the first model's logits (rows, vocab)."""
     everywhere = np.arange(len(targets))
     base, weights, base_total = _exponentials(logits[0])
-    top = logits[0].argmax(axis=1)
     for model, own in enumerate(logits):
         shifted, _, total = _exponentials(own) if model else (base, weights, base_total)
         scores[_LOSS, model] = np.log(total) - shifted[everywhere, targets]
         # In float32 the products are off by 1e-7 of themselves, unbiased; their sum is in float64.
         expected = (weights * (base - shifted)).sum(axis=1, dtype=np.float64) / base_total
         scores[_KL, model] = expected - np.log(base_total) + np.log(total)
-        scores[_AGREES, model] = own.argmax(axis=1) == top
+        scores[_TOP, model] = own.argmax(axis=1)
+        scores[_CONFIDENCE, model] = 1 / total  # the likeliest token's logit is shifted to zero
 
 
 def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -188,18 +244,18 @@ def _row_blocks(logits: np.ndarray) -> list[slice]:
     return [slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step)]
 
 
-def _summarize(scores: np.ndarray, baseline: np.ndarray | None) -> TextScores:
-    """From the scores (3, tokens) of a model and of its baseline, if it has one."""
-    losses = scores[_LOSS]
+def _summarize(tokens: TokenScores, model: int, is_measured: bool) -> TextScores:
+    """Of one model, measured against the first or by itself."""
+    losses = tokens.losses[model]
     if losses.mean() > _LARGEST_LOSS:
         raise RunError(
             f"perplexity: expected at most exp({_LARGEST_LOSS}), got exp({losses.mean():.0f}); "
             "the weights may be damaged"
         )
     perplexity = math.exp(losses.mean())
-    if baseline is None:
+    if not is_measured:
         return TextScores(losses.size, perplexity, None, None, None)
-    difference = paired_difference(losses, baseline[_LOSS])
+    difference = paired_difference(losses, tokens.losses[0])
     increase = Interval(*(math.expm1(x) for x in (difference.value, difference.low, difference.high)))
-    kl, agreement = mean_interval(scores[_KL]), mean_interval(scores[_AGREES])
+    kl, agreement = mean_interval(tokens.kl[model]), mean_interval(tokens.top[model] == tokens.top[0])
     return TextScores(losses.size, perplexity, increase, kl, agreement)

@@ -13,8 +13,16 @@ import typer
 
 from llamita import console, wikitext
 from llamita.baseline import open_contenders
-from llamita.errors import InputError, RunError
-from llamita.evaluate import CHUNK_TOKENS, Contender, Progress, TextScores, embedded_text, score_text
+from llamita.errors import RunError
+from llamita.evaluate import (
+    CHUNK_TOKENS,
+    Contender,
+    Progress,
+    TextScores,
+    embedded_text,
+    read_text,
+    score_text,
+)
 from llamita.statistics import Interval
 
 HARNESS = "llamita.harness"  # imported on use: it needs LM Eval and with it Torch
@@ -38,7 +46,8 @@ class _Job:
 
 # The options, each with what `--help` says of it.
 _Models = Annotated[
-    list[str], typer.Argument(metavar="DIR...", help="Model directories, hub names, or 'embedded'.")
+    list[str],
+    typer.Argument(metavar="DIR...", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
 ]
 _Baseline = Annotated[
     str | None,
@@ -132,18 +141,9 @@ def _choose_text(job: _Job, text: Path | None, wikitext_file: Path | None, harne
         job.text_name, job.text, job.whole_chunks, job.pages = name, found.text, True, found.pages
         job.notes += [found.note] if found.note else []
     if text:
-        job.text_name, job.text, job.whole_chunks = str(text), _read_text(text), False
+        job.text_name, job.text, job.whole_chunks = str(text), read_text(text), False
     elif not job.tasks:
         job.text_name, job.text = "embedded text", embedded_text()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"--text: expected a text file, found none at {path}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
 
 
 def _score(job: _Job, contenders: list[Contender], progress: Progress) -> list[TextScores]:
@@ -225,9 +225,9 @@ def _rows(
         [f"token perplexity, chunks of {job.max_seq_len:,}", *(f"{s.perplexity:.4g}" for s in scores)]
     )
     if any(s.kl for s in scores):
-        rows += _interval_rows("  over the float model's", [s.increase for s in scores], 100, ".2f", "\xa0%")
-        rows += _interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", "")
-        rows += _interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%")
+        rows += interval_rows("  over the float model's", [s.increase for s in scores], 100, ".2f", "\xa0%")
+        rows += interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", "")
+        rows += interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%")
     return rows
 
 
@@ -236,7 +236,7 @@ def _with_error(task: Any, metric: str) -> str:
     return f"{value} ± {task.errors[metric]:.4f}" if metric in task.errors else value
 
 
-def _interval_rows(
+def interval_rows(
     label: str, intervals: list[Interval | None], factor: int, spec: str, unit: str
 ) -> list[list[str]]:
     """The values, and under them the bounds of their intervals."""

@@ -6,7 +6,7 @@ apart. A layer costs ten native calls, whatever the number of tokens.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from llamita.config import ModelConfig
 from llamita.engine.cache import SequenceCache
 from llamita.engine.weights import Block, Linear, ModelWeights
 
+LINEAR_INPUTS = ("qkv", "attention_out", "gate_up", "down")  # linear layers that read the same
 Step = Sequence[tuple[SequenceCache, np.ndarray]]  # each sequence with its new token ids, int32 (tokens,)
 
 
@@ -35,6 +36,17 @@ class _Views(NamedTuple):
     hidden: _Operand
     attended: _Operand
     inner: _Operand
+
+
+class BlockView(NamedTuple):
+    """What passed a block; the arrays hold until the next one is run.
+
+    `inputs`, float32 (tokens, columns), are what its linear layers read, before that is rounded: by
+    LINEAR_INPUTS, and none after the embedding.
+    """
+
+    stream: np.ndarray  # the residual stream after it (tokens, hidden)
+    inputs: dict[str, np.ndarray]
 
 
 class Model:
@@ -70,8 +82,31 @@ class Model:
                 cache.length += count
             return self._head(x[rows], out)
 
+    def watch(self, sequences: Step) -> Iterator[BlockView]:
+        """Take in new tokens as `step` does, and show what passes: after the embedding, after each block.
+
+        The bits are those of `step`. Other steps wait until the iteration is over or closed.
+        """
+        counts = [len(ids) for _, ids in sequences]
+        with self._lock:
+            batch, buffers = self._begin(sequences, counts)
+            yield BlockView(buffers.x, {})
+            for layer, block in enumerate(self.weights.blocks):
+                before = buffers.x.copy()
+                self._block(block, layer, batch, buffers)
+                yield BlockView(buffers.x, self._linear_inputs(block, before, buffers))
+            for (cache, _), count in zip(sequences, counts, strict=True):
+                cache.length += count
+
     def _hidden_states(self, sequences: Step, counts: list[int]) -> np.ndarray:
         """Run the blocks; the residual stream (tokens, hidden) after the last one."""
+        batch, buffers = self._begin(sequences, counts)
+        for layer, block in enumerate(self.weights.blocks):
+            self._block(block, layer, batch, buffers)
+        return buffers.x
+
+    def _begin(self, sequences: Step, counts: list[int]) -> tuple[ops.Batch, _Views]:
+        """What the blocks work on: the sequences, and buffers with the embedding in the residual stream."""
         tokens = sum(counts)
         if tokens > self._buffers.capacity:
             self._buffers = _Buffers(self.config, capacity=tokens)
@@ -81,9 +116,7 @@ class Model:
         )
         ids = sequences[0][1] if len(sequences) == 1 else np.concatenate([ids for _, ids in sequences])
         ops.embed(self.weights.embedding, ids, buffers.x)
-        for layer, block in enumerate(self.weights.blocks):
-            self._block(block, layer, batch, buffers)
-        return buffers.x
+        return batch, buffers
 
     def _block(self, block: Block, layer: int, batch: ops.Batch, b: _Views) -> None:
         eps, heads = self.config.norm_eps, self.config.heads
@@ -97,6 +130,18 @@ class Model:
         _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden)
         _gate_up(block, b)
         _linear(block.down, b.inner, b.x, accumulate=True)
+
+    def _linear_inputs(self, block: Block, x: np.ndarray, b: _Views) -> dict[str, np.ndarray]:
+        """What the linear layers of a block read that has just run, from the stream x before it.
+
+        Norms that went straight to codes are computed again; x (tokens, hidden) is overwritten.
+        """
+        qkv, gate_up = np.empty_like(x), np.empty_like(x)
+        ops.rmsnorm(x, block.attention_norm, self.config.norm_eps, qkv)
+        _linear(block.attention_out, b.attended, x, accumulate=True)
+        ops.rmsnorm(x, block.mlp_norm, self.config.norm_eps, gate_up)
+        inputs = (qkv, b.attended.floats, gate_up, b.inner.floats)
+        return dict(zip(LINEAR_INPUTS, inputs, strict=True))
 
     def _head(self, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         """Logits (rows, vocab) of final hidden states (rows, hidden)."""

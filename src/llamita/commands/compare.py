@@ -1,0 +1,223 @@
+"""`llamita compare`: models side by side, with what differs beyond noise and where it shows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llamita import console
+from llamita.baseline import NO_BASELINE, first_float, open_contenders
+from llamita.checkpoint import resolve
+from llamita.commands.evaluate import interval_rows
+from llamita.commands.generate import read_prompt
+from llamita.compare import Comparison, Difference, Disagreement, compare, is_noise, to_values
+from llamita.compare_report import check_target, render, write
+from llamita.errors import InputError
+from llamita.evaluate import CHUNK_TOKENS, Contender, embedded_text, read_text
+from llamita.files import has, read_bytes
+from llamita.statistics import Interval
+
+_PROMPT_WORDS = 8  # of the text, where no prompt is given
+_TOKENIZER = "tokenizer.json"
+
+
+# The options, each with what `--help` says of it.
+_Models = Annotated[
+    list[str],
+    typer.Argument(metavar="A B...", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
+]
+_Baseline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SRC", help="Measure against this; by default the first float model, or the source."
+    ),
+]
+_Text = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The text to score; by default the embedded model's.")
+]
+_Prompt = Annotated[
+    str | None, typer.Option(help="A text that each model continues; '-' reads it from stdin.")
+]
+_MaxTokens = Annotated[int, typer.Option(min=0, help="Tokens of a continuation; 0 for none.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="The first N chunks of the text.")]
+_Length = Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")]
+_Top = Annotated[int, typer.Option(min=1, help="Layers, and tokens of the text, to show.")]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
+_KvCache = Annotated[
+    str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+_Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with plots, too.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the report that is there.")]
+
+
+def command(
+    models: _Models,
+    baseline: _Baseline = None,
+    text: _Text = None,
+    prompt: _Prompt = None,
+    max_tokens: _MaxTokens = 40,
+    limit: _Limit = None,
+    max_seq_len: _Length = CHUNK_TOKENS,
+    top: _Top = 5,
+    threads: _Threads = None,
+    kv_cache: _KvCache = None,
+    json: _Json = False,
+    html: _Html = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Show models side by side: size, loss, which differences are noise, and where they show.
+
+    SRC:PRESET rounds a float model while it loads: embedded:arm, or embedded:arm:256 with its group size.
+
+    Example: llamita compare embedded:arm embedded:llamita --html report.html
+    """
+    if html:
+        check_target(html, overwrite)
+    if baseline == NO_BASELINE:
+        raise InputError("--baseline: expected a model, got 'none'; try `llamita evaluate`, which needs none")
+    words = None if prompt is None else read_prompt(prompt)
+    content = read_text(text) if text else None
+    with console.progress(quiet=json) as progress:
+        contenders = open_contenders(
+            models, baseline or first_float(models), threads=threads, kv_dtype=kv_cache, progress=progress
+        )
+        if content is None:
+            content = _default_text(contenders)
+        if words is None:
+            words = " ".join(content.split()[:_PROMPT_WORDS])
+        comparison = compare(contenders, content, prompt=words, max_tokens=max_tokens, limit=limit,
+                             chunk_tokens=max_seq_len, places=top, progress=progress)  # fmt: skip
+    text_name = str(text) if text else "embedded text"
+    if json:
+        console.print_json({"text": text_name, **to_values(comparison)})
+    else:
+        _print(comparison, text_name, top)
+    if html:  # last, so that its failure loses no figure
+        write(html, render(comparison, text_name), overwrite)
+        console.note(f"report: {console.printable(str(html))}")
+
+
+def _default_text(contenders: list[Contender]) -> str:
+    """The text that ships, for models with the embedded model's tokenizer."""
+    embedded = resolve("embedded")
+    for contender in contenders:
+        path = contender.llm.path
+        if not has(path, _TOKENIZER) or read_bytes(path, _TOKENIZER) != read_bytes(embedded, _TOKENIZER):
+            raise InputError(
+                f"--text: expected a file, got none, and {contender.name} has not the embedded model's "
+                "tokenizer; try a text of the kind that the models are for"
+            )
+    return embedded_text()
+
+
+def _print(comparison: Comparison, text_name: str, top: int) -> None:
+    for note in comparison.notes:
+        console.note(console.printable(note))
+    names = [console.printable(model.name) for model in comparison.models]
+    console.print_table("", ["", *names], _facts(comparison))
+    tokens = comparison.models[0].scores.tokens
+    console.note(f"{console.printable(text_name)}: {tokens:,} tokens predicted; "
+                 "intervals: 95 %, block bootstrap")  # fmt: skip
+    if comparison.differences:
+        rows = [row for difference in comparison.differences for row in _difference(difference)]
+        columns = ["second less first", "KL, nats a token", "perplexity", "top-1 agreement"]
+        _print_titled("Differences, token by token; noise where the interval holds zero:", columns, rows)
+    _print_layers(comparison, names, top)
+    for place in comparison.disagreements:
+        _print_place(place, names)
+    if comparison.models[0].continuation:
+        _print_continuations(comparison, names)
+
+
+def _facts(comparison: Comparison) -> list[list[str]]:
+    """The table: a metric a row, a model a column."""
+    models, schemes = comparison.models, [model.scheme for model in comparison.models]
+    scores = [model.scores for model in models]
+    return [
+        ["scheme", *(s["name"] if s else "float" for s in schemes)],
+        ["weights in a group", *(str(s["group_size"]) if s else "" for s in schemes)],
+        ["method", *(console.printable(model.origin.method or "") for model in models)],
+        ["weight files", *(console.megabytes(model.weight_bytes) for model in models)],
+        [
+            f"token perplexity, chunks of {comparison.chunk_tokens:,}",
+            *(f"{s.perplexity:.4g}" for s in scores),
+        ],
+        *interval_rows("  over the baseline's", [s.increase for s in scores], 100, ".2f", "\xa0%"),
+        *interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", ""),
+        *interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%"),
+    ]
+
+
+def _print_titled(title: str, columns: list[str], rows: list[list[str]], figures: bool = True) -> None:
+    """A table under a line that may be longer than it is wide."""
+    console.print_line(title)
+    console.print_table("", columns, rows, figures)
+
+
+def _difference(difference: Difference) -> list[list[str]]:
+    """The differences of a pair, and under them the bounds of their intervals."""
+    cells = (
+        _signed(difference.kl, 1, ".5f", ""),
+        _signed(difference.perplexity, 100, ".2f", " %"),
+        _signed(difference.agreement, 100, ".2f", " %"),
+    )
+    pair = console.printable(f"{difference.second} - {difference.first}")
+    return [[pair, *(value for value, _ in cells)], ["", *(bounds for _, bounds in cells)]]
+
+
+def _signed(interval: Interval, factor: int, spec: str, unit: str) -> tuple[str, str]:
+    """A difference, with the word noise where it is, and its bounds."""
+    value, low, high = (f"{x * factor:+{spec}}" for x in (interval.value, interval.low, interval.high))
+    verdict = "noise: " if is_noise(interval) else ""
+    return f"{verdict}{value}{unit}".replace(" ", "\xa0"), f"{low} to {high}".replace(" ", "\xa0")
+
+
+def _print_layers(comparison: Comparison, names: list[str], top: int) -> None:
+    """The layers of the largest errors."""
+    weights = [model.weight_errors for model in comparison.models[1:]]
+    modules = {name: max(w[name] for w in weights if w and name in w) for w in weights if w for name in w}
+    worst = sorted(modules, key=lambda name: -modules[name])[:top]
+    if worst:
+        rows = [[name, *(f"{w[name]:.3e}" if w and name in w else "" for w in weights)] for name in worst]
+        _print_titled("Weights: relative squared error, largest first:", ["layer", *names[1:]], rows)
+    layers = [model.layers for model in comparison.models[1:]]
+    present = [layer.stream_errors for layer in layers if layer]
+    if present:
+        places = sorted(range(len(present[0])), key=lambda at: -max(errors[at] for errors in present))[:top]
+        rows = [
+            [
+                f"block {at - 1}" if at else "embedding",
+                *(f"{layer.stream_errors[at]:.3e}" if layer else "" for layer in layers),
+            ]
+            for at in places
+        ]
+        title = f"Residual stream, {comparison.layer_tokens:,} tokens: relative squared error, largest first:"
+        _print_titled(title, ["after", *names[1:]], rows)
+
+
+def _print_place(place: Disagreement, names: list[str]) -> None:
+    """A place in the text where models differ."""
+    rows = [
+        [
+            name,
+            f"{console.printable(o.said)} ({o.probability:.1%})",
+            f"{o.right_probability:.1%}",
+            f"{o.kl:.3f}",
+        ]
+        for name, o in zip(names, place.opinions, strict=True)
+    ]
+    context, token = console.printable(place.context), console.printable(place.token)
+    title = f"Token {place.position:,}, where they differ: …{context}[{token}]"
+    _print_titled(title, ["", "would have said", f"of [{token}]", "KL, nats"], rows)
+
+
+def _print_continuations(comparison: Comparison, names: list[str]) -> None:
+    rows = []
+    for name, model in zip(names, comparison.models, strict=True):
+        c = model.continuation
+        assert c
+        same = "" if model.is_baseline else f"{c.same_tokens} of {c.tokens}"
+        rows.append([name, same, console.printable(c.text)])
+    title = f"Continued greedily: {console.printable(comparison.prompt)}"
+    _print_titled(title, ["", "tokens as the baseline's", "text"], rows, figures=False)
