@@ -9,7 +9,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine"),
+     "wikitext", "shapes", "machine", "calibration"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer",
      "random_weights"),
