@@ -9,18 +9,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine", "calibration"),
+     "wikitext", "shapes", "machine", "hub_texts"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer",
      "random_weights"),
     # 3: how codes and scales are chosen
-    ("methods.rtn", "methods.energy"),
+    ("methods.rtn", "methods.energy", "methods.setup"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
     ("evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker",
-     "bench", "plot"),
+     "bench", "plot", "own_text", "calibration"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
      "commands.verify", "commands.plan", "commands.bench"),
@@ -49,6 +49,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
         "engine.speculation",
     ),
     "baseline": ("evaluate",),
+    "calibration": ("own_text",),
     "harness": ("evaluate",),
     "random_weights": ("checkpoint", "packed"),
     "plan": ("work",),
@@ -68,7 +69,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "rich": ("console",),
     "matplotlib": ("plot",),
 }
-TORCH_SIDE = {"harness": ("lm_eval", "datasets")}
+TORCH_SIDE = {"harness": ("lm_eval", "datasets"), "hub_texts": ("datasets",)}
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
     "torch", "torchao", "transformers", "lm_eval", "datasets", "accelerate", "peft", "trl", "executorch",

@@ -1,62 +1,78 @@
-"""Calibration text as a plain value: windows of token ids, with where they come from and their hash.
+"""Text to calibrate on: the model's own, a file, or a data set of the hub, as windows of token ids.
 
-Methods measure on these tokens what each layer will see. `calibrate` makes the value; everything after
-it, the record in `llamita.json` included, needs no more than this.
+Every window begins with the BOS token, where the model has one, because whatever the model reads in use
+does; documents stand between BOS and end token. `own_text` has the text that needs no data.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita import own_text
+from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError, RunError
+from llamita.files import parse_json
+from llamita.methods.setup import Calibration
+from llamita.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None] | None
+SELF = "self"
+SAMPLES, LENGTH, SEED = 128, 512, 0
+HUB = "llamita.hub_texts:documents"  # imported on use: it needs the package datasets
+LARGEST_FILE = 32 * 2**20  # bytes; tokenizing takes some 30 times as much memory
+_SPARE = 4  # times the tokens that are needed, read of a data set without end, to draw windows from
+_HUB_NAME = re.compile(r"wikitext|[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
+_FILE_NAMES = (".txt", ".jsonl", ".json", ".md", ".raw")
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """Tokens to calibrate on. Each window is a text of its own that begins at position 0.
+def load_calibration(
+    name: str,
+    source_path: Path,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = SEED,
+    progress: Progress = None,
+) -> Calibration:
+    """Calibration text for the float model in a directory.
 
-    Attributes:
-        name: "self", a file's name, or a hub data set.
-        sha256: of the tokens as little-endian int32 in order, in hexadecimal.
-        tokens: int32 (samples, length).
+    Args:
+        name: "self": the model writes it, from its BOS token. Or a UTF-8 text file; a file *.jsonl whose
+            every line is an object with the document's "text"; a data set of the hub with a column
+            "text", as owner/name or owner/name:configuration; "wikitext", WikiText-2's train split.
+        source_path: the model's directory; only "self" reads its weights.
+        samples: windows.
+        length: tokens of a window.
+        seed: of the draws: same name, data and seed, same tokens.
+
+    Raises:
+        InputError: no such text, too little of it, or a window that is longer than the context.
+        RunError: the data set cannot be had, or the package that reads it is missing.
     """
-
-    name: str
-    sha256: str
-    tokens: np.ndarray
-
-    @classmethod
-    def of(cls, name: str, tokens: np.ndarray) -> "Calibration":
-        """The value with its hash."""
-        tokens = np.ascontiguousarray(tokens, dtype=np.int32)
-        assert tokens.ndim == 2, "calibration tokens are (samples, length)"
-        return cls(name, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
-
-    @property
-    def samples(self) -> int:
-        """Number of windows."""
-        return self.tokens.shape[0]
-
-    @property
-    def length(self) -> int:
-        """Tokens of a window."""
-        return self.tokens.shape[1]
-
-    def record(self) -> dict[str, Any]:
-        """What llamita.json says of it."""
-        return {"name": self.name, "samples": self.samples, "length": self.length, "sha256": self.sha256}
-
-
-def join_documents(documents: Iterable[list[int]], bos: int | None, eos: int | None) -> np.ndarray:
-    """One stream of token ids, int32 (tokens,): every document between its BOS and EOS, where there are."""
-    begin, end = [[] if token is None else [token] for token in (bos, eos)]
-    stream: list[int] = []
-    for ids in documents:
-        stream += [*begin, *ids, *end]
-    return np.array(stream, dtype=np.int32)
+    for option, value, least in (("--samples", samples, 1), ("--length", length, 2), ("--seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{option}: expected at least {least}, got {value}")
+    source = Checkpoint(source_path)
+    try:
+        if length > source.config.context:
+            limit = f"{source.config.context} tokens, the model's context"
+            raise InputError(f"--length: expected at most {limit}, got {length}")
+        if name == SELF:
+            tokens = own_text.write_rows(source, samples, length, seed, progress)
+        else:
+            tokenizer = Tokenizer(source_path, source.config)
+            stream = _token_stream(tokenizer, name, samples * length, seed, progress)
+            begin = tokenizer.bos_token_id
+            tokens = draw_windows(stream, samples, length, seed, begin, name)
+    finally:
+        source.close()
+    recorded = os.path.basename(name) if os.path.isfile(name) else name
+    return Calibration(recorded, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
 
 
 def draw_windows(
@@ -64,23 +80,93 @@ def draw_windows(
 ) -> np.ndarray:
     """Random windows that share no token, in the order of the text: int32 (samples, length).
 
-    The stream (tokens,) is cut into pieces from a random offset, and as many as wanted are drawn. Each
-    window begins with the BOS token, where the model has one, as every text does that it will see.
+    The stream (tokens,) is cut into pieces from a random offset, and as many as wanted are drawn; each
+    goes behind a BOS token, where there is one.
 
     Raises:
         InputError: the stream, which messages call `name`, has fewer tokens than the windows take.
     """
     piece = length - (bos is not None)
-    if len(stream) < samples * piece:
+    spare = len(stream) - samples * piece
+    if spare < 0:
         raise InputError(
             f"{name}: expected at least {samples * piece:,} tokens for {samples} windows of {length}, got "
             f"{len(stream):,}; try a longer text, or fewer (--samples) or shorter ones (--length)"
         )
     random = np.random.default_rng(seed)
-    offset = int(random.integers(min(piece, len(stream) - samples * piece + 1)))
-    pieces = stream[offset : offset + (len(stream) - offset) // piece * piece].reshape(-1, piece)
+    offset = int(random.integers(min(piece, spare + 1)))
+    count = (len(stream) - offset) // piece
+    pieces = stream[offset : offset + count * piece].reshape(count, piece)
     windows = np.empty((samples, length), dtype=np.int32)
-    windows[:, length - piece :] = pieces[np.sort(random.permutation(len(pieces))[:samples])]
+    windows[:, length - piece :] = pieces[np.sort(random.permutation(count)[:samples])]
     if bos is not None:
         windows[:, 0] = bos
     return windows
+
+
+def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progress: Progress) -> np.ndarray:
+    """All documents of a text, one after the other: int32 (tokens,)."""
+    if progress:
+        progress(f"reading {name}", 0, 1)
+    if os.path.isdir(name):
+        raise InputError(f"--calibration: expected a text file, got a directory at {name}")
+    if os.path.exists(name):
+        return _join(tokenizer, _file_documents(Path(name)), None)
+    if _HUB_NAME.fullmatch(name) and not name.endswith(_FILE_NAMES):
+        return _join(tokenizer, _hub_documents()(name, seed), needed * _SPARE)
+    raise InputError(
+        f"--calibration: expected 'self', a text file, or a data set's name like owner/name, got {name!r}; "
+        "there is no such file"
+    )
+
+
+def _join(tokenizer: Tokenizer, documents: Iterable[str], enough: int | None) -> np.ndarray:
+    """Documents between BOS and end token, until there are enough tokens."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = list(tokenizer.eos_token_ids[:1])
+    stream: list[int] = []
+    for text in documents:
+        stream += [*begin, *tokenizer.encode(text, add_bos=False), *end]
+        if enough is not None and len(stream) >= enough:
+            break
+    return np.array(stream, dtype=np.int32)
+
+
+def _file_documents(path: Path) -> list[str]:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise InputError(
+                f"{path}: expected at most {LARGEST_FILE:,} bytes, got {size:,}; try a part of it"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = text.split("\n")
+    return [_text_of(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _text_of(line: str, where: str) -> str:
+    text = parse_json(line.encode(), where).get("text")
+    if not isinstance(text, str):
+        raise InputError(f'{where}: expected an object with a string "text"')
+    return text
+
+
+def _hub_documents() -> Any:
+    module, function = HUB.split(":")
+    try:
+        return getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "llamita":
+            raise
+        raise RunError(
+            f"--calibration: a data set of the hub needs the package {error.name}, which is missing; try pip "
+            "install 'llamita[torch]' (in a checkout '.[torch]'), a text file, or self, which need none"
+        ) from None
