@@ -4,6 +4,7 @@ import hashlib
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import pre_tokenizers
 
 import llamita
 from llamita import calibration, own_text
-from llamita.calibration import draw_windows, load_calibration
+from llamita.calibration import draw_windows
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError, RunError
 from llamita.threads import use_threads
@@ -24,6 +25,14 @@ LENGTH = 40
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny") / "model", eos_token_id=ENDS)
+
+
+def load_calibration(name: str, model: Path, *options: Any, **named: Any) -> calibration.Calibration:
+    source = Checkpoint(model)
+    try:
+        return calibration.load_calibration(name, source, *options, **named)
+    finally:
+        source.close()
 
 
 def write(model: Path, samples: int, seed: int = 0) -> np.ndarray:
@@ -170,7 +179,7 @@ def test_json_lines_are_documents(model: Path, tmp_path: Path) -> None:
         ("self", {"seed": -1}, "--seed: expected at least 0, got -1"),
     ],
 )
-def test_mistakes_are_one_line(model: Path, name: str, options: dict[str, int], message: str) -> None:
+def test_mistakes_are_one_line(model: Path, name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as found:
         load_calibration(name, model, **{"samples": 2, "length": 8, **options})
     assert "\n" not in str(found.value)

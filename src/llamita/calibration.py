@@ -33,19 +33,19 @@ _FILE_NAMES = (".txt", ".jsonl", ".json", ".md", ".raw")
 
 def load_calibration(
     name: str,
-    source_path: Path,
+    source: Checkpoint,
     samples: int = SAMPLES,
     length: int = LENGTH,
     seed: int = SEED,
     progress: Progress = None,
 ) -> Calibration:
-    """Calibration text for the float model in a directory.
+    """Calibration text for a float model.
 
     Args:
         name: "self": the model writes it, from its BOS token. Or a UTF-8 text file; a file *.jsonl whose
             every line is an object with the document's "text"; a data set of the hub with a column
             "text", as owner/name or owner/name:configuration; "wikitext", WikiText-2's train split.
-        source_path: the model's directory; only "self" reads its weights.
+        source: the model; only "self" reads its weights.
         samples: windows.
         length: tokens of a window.
         seed: of the draws: same name, data and seed, same tokens.
@@ -57,20 +57,15 @@ def load_calibration(
     for option, value, least in (("--samples", samples, 1), ("--length", length, 2), ("--seed", seed, 0)):
         if value < least:
             raise InputError(f"{option}: expected at least {least}, got {value}")
-    source = Checkpoint(source_path)
-    try:
-        if length > source.config.context:
-            limit = f"{source.config.context} tokens, the model's context"
-            raise InputError(f"--length: expected at most {limit}, got {length}")
-        if name == SELF:
-            tokens = own_text.write_rows(source, samples, length, seed, progress)
-        else:
-            tokenizer = Tokenizer(source_path, source.config)
-            stream = _token_stream(tokenizer, name, samples * length, seed, progress)
-            begin = tokenizer.bos_token_id
-            tokens = draw_windows(stream, samples, length, seed, begin, name)
-    finally:
-        source.close()
+    if length > source.config.context:
+        limit = f"{source.config.context} tokens, the model's context"
+        raise InputError(f"--length: expected at most {limit}, got {length}")
+    if name == SELF:
+        tokens = own_text.write_rows(source, samples, length, seed, progress)
+    else:
+        tokenizer = Tokenizer(source.path, source.config)
+        stream = _token_stream(tokenizer, name, samples * length, seed, progress)
+        tokens = draw_windows(stream, samples, length, seed, tokenizer.bos_token_id, name)
     recorded = os.path.basename(name) if os.path.isfile(name) else name
     return Calibration(recorded, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
 

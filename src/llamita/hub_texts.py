@@ -5,6 +5,7 @@
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import datasets
 
@@ -37,7 +38,7 @@ def _read(path: str, configuration: str | None, name: str, seed: int | None) -> 
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
         # streamed unless it is read whole: of a large data set, only what is looked at is downloaded
-        found = datasets.load_dataset(path, configuration, split="train", streaming=seed is not None)
+        found: Any = datasets.load_dataset(path, configuration, split="train", streaming=seed is not None)
         if seed is not None:
             found = found.shuffle(seed=seed, buffer_size=_BUFFER)
         for row in found:

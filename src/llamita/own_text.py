@@ -28,7 +28,7 @@ _SEEDS = 2**32  # rows that share no draw with the rows of another seed
 def write_rows(
     source: ModelSource, samples: int, length: int, seed: int, progress: Progress = None
 ) -> np.ndarray:
-    """Rows of text that the model wrote: int32 (samples, length).
+    """Rows of text that the model wrote: int32 (samples, length), a length that its context holds.
 
     A row begins with the BOS token. Where a document ends, its end token stays and a new one begins with
     BOS, without knowledge of those before it. Each row is a function of the weights, the seed and its
@@ -36,15 +36,13 @@ def write_rows(
     in a step change a token.
 
     Raises:
-        InputError: the model has no BOS token, or its context is shorter than a row.
+        InputError: the model has no BOS token.
         RunError: logits that are not finite: broken weights.
     """
     config, tokenizer = source.config, Tokenizer(source.path, source.config)
     if tokenizer.bos_token_id is None:
         raise InputError(f"{source.path}: bos_token: expected one for the model to begin its text with, "
                          "got none; try --calibration FILE")  # fmt: skip
-    if length > config.context:
-        raise InputError(f"--length: expected at most {config.context} tokens, the context, got {length}")
     model = Model(config, load_weights(source))
     caches = _caches(config, samples, length)
     rows = [_Row(place, length, seed, tokenizer, config.vocab_size) for place in range(samples)]
