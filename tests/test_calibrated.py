@@ -164,7 +164,7 @@ def test_calibration_that_cannot_be_had(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "text").write_text("too short")
     common = ("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq")
     for options, message in (
-        (("--calibration", tmp_path / "none"), "found none"),
+        (("--calibration", tmp_path / "none"), "there is no such file"),
         (("--calibration", tmp_path / "text"), "expected 128 samples"),
         (("--length", "100000"), "--length: expected at most"),
     ):
