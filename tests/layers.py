@@ -9,13 +9,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine", "hub_texts"),
+     "wikitext", "shapes", "machine", "hub_texts", "processes"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.calibrated", "methods.gptq", "methods.qronos"),
+     "methods.calibrated", "methods.gptq", "methods.qronos", "methods.ranks"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -85,6 +85,7 @@ TORCH_SIDE = {
     "methods.calibrated": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),
+    "methods.ranks": ("torch",),
 }
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (

@@ -37,7 +37,7 @@ def load_calibration(name: str, model: Path, *options: Any, **named: Any) -> cal
 
 def write(model: Path, samples: int, seed: int = 0) -> np.ndarray:
     source = Checkpoint(model)
-    rows = own_text.write_rows(source, samples, LENGTH, seed)
+    rows = own_text.write_rows(source, range(samples), LENGTH, seed)
     source.close()
     return rows
 

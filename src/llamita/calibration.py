@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita import own_text
+from llamita import own_text, processes
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError, RunError
 from llamita.files import parse_json
@@ -54,20 +54,33 @@ def load_calibration(
         InputError: no such text, too little of it, or a window that is longer than the context.
         RunError: the data set cannot be had, or the package that reads it is missing.
     """
-    for option, value, least in (("--samples", samples, 1), ("--length", length, 2), ("--seed", seed, 0)):
+    least_samples = processes.world()  # one for each
+    for option, value, least in (
+        ("--samples", samples, least_samples),
+        ("--length", length, 2),
+        ("--seed", seed, 0),
+    ):
         if value < least:
             raise InputError(f"{option}: expected at least {least}, got {value}")
     if length > source.config.context:
         limit = f"{source.config.context} tokens, the model's context"
         raise InputError(f"--length: expected at most {limit}, got {length}")
     if name == SELF:
-        tokens = own_text.write_rows(source, samples, length, seed, progress)
+        tokens = _own_text(source, samples, length, seed, progress)
     else:
         tokenizer = Tokenizer(source.path, source.config)
         stream = _token_stream(tokenizer, name, samples * length, seed, progress)
         tokens = draw_windows(stream, samples, length, seed, tokenizer.bos_token_id, name)
     recorded = os.path.basename(name) if os.path.isfile(name) else name
     return Calibration(recorded, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
+
+
+def _own_text(source: Checkpoint, samples: int, length: int, seed: int, progress: Progress) -> np.ndarray:
+    """What the model writes; of several processes each writes its part, and all get the whole."""
+    mine = processes.share(samples)
+    tokens = np.zeros((samples, length), dtype=np.int32)
+    tokens[mine.start : mine.stop] = own_text.write_rows(source, mine, length, seed, progress)
+    return processes.all_sum(tokens)
 
 
 def draw_windows(

@@ -26,9 +26,9 @@ _SEEDS = 2**32  # rows that share no draw with the rows of another seed
 
 
 def write_rows(
-    source: ModelSource, samples: int, length: int, seed: int, progress: Progress = None
+    source: ModelSource, places: range, length: int, seed: int, progress: Progress = None
 ) -> np.ndarray:
-    """Rows of text that the model wrote: int32 (samples, length), a length that its context holds.
+    """Rows of text that the model wrote: int32 (places, length), a length that its context holds.
 
     A row begins with the BOS token. Where a document ends, its end token stays and a new one begins with
     BOS, without knowledge of those before it. Each row is a function of the weights, the seed and its
@@ -44,8 +44,8 @@ def write_rows(
         raise InputError(f"{source.path}: bos_token: expected one for the model to begin its text with, "
                          "got none; try --calibration FILE")  # fmt: skip
     model = Model(config, load_weights(source))
-    caches = _caches(config, samples, length)
-    rows = [_Row(place, length, seed, tokenizer, config.vocab_size) for place in range(samples)]
+    caches = _caches(config, len(places), length)
+    rows = [_Row(place, length, seed, tokenizer, config.vocab_size) for place in places]
     waiting, writing = deque(rows), list[_Row]()
     while waiting or writing:
         while waiting and caches:
@@ -57,14 +57,14 @@ def write_rows(
         caches += [row.cache for row in writing if row.is_full]
         writing = [row for row in writing if not row.is_full]
         if progress:
-            progress("writing calibration text", sum(row.count for row in rows), samples * length)
+            progress("writing calibration text", sum(row.count for row in rows), len(rows) * length)
     return np.stack([row.ids for row in rows])
 
 
-def _caches(config: ModelConfig, samples: int, length: int) -> list[SequenceCache]:
+def _caches(config: ModelConfig, rows: int, length: int) -> list[SequenceCache]:
     """Caches for the rows of a step, as many as there is room for."""
     first = SequenceCache(config, length, "f16", length)
-    count = max(1, min(samples, ROWS_AT_ONCE, CACHE_BYTES // first.nbytes))
+    count = max(1, min(rows, ROWS_AT_ONCE, CACHE_BYTES // first.nbytes))
     return [first, *(SequenceCache(config, length, "f16", length) for _ in range(count - 1))]
 
 
