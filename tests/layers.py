@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
      "commands.verify", "commands.plan", "commands.bench"),
     # 7: names of commands
-    ("cli",),
+    ("cli", "__main__"),
 )  # fmt: skip
 
 SIBLINGS: dict[str, tuple[str, ...]] = {
@@ -41,7 +41,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.rtn": ("methods.energy",),
     "methods.blocks": ("methods.rtn",),
     "methods.calibrated": (
-        "methods.blocks", "methods.energy", "methods.fakequant", "methods.rtn", "methods.setup",
+        "methods.blocks", "methods.energy", "methods.fakequant", "methods.ranks", "methods.rtn",
+        "methods.setup",
     ),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
     "methods.qronos": ("methods.calibrated", "methods.gptq"),
@@ -66,6 +67,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "bench": ("bench_report", "bench_worker", "work"),
     "plot": ("bench_report", "work"),
     "commands.chat": ("commands.generate",),
+    "__main__": ("cli",),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import console
+from llamita import console, processes
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError
@@ -15,7 +15,7 @@ from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_cha
 from llamita.methods.setup import Progress, Setup
 from llamita.packed import METADATA
 from llamita.plan import describe
-from llamita.quantize import Plan, Summary, estimate, make_plan, quantize
+from llamita.quantize import Plan, Summary, estimate, make_plan, quantize, take_part
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.staging import check_target
 from llamita.threads import use_threads
@@ -68,7 +68,7 @@ def command(
     """
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
-    use_threads(threads)
+    use_threads(processes.fair_threads(threads))
     if dry_run:
         _dry_run(src, scheme, json)
         return
@@ -77,10 +77,15 @@ def command(
     path = resolve(src)
     if has(path, METADATA):
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
-    check_target(out, overwrite, path)  # before a text is written
+    is_first = processes.rank() == 0  # of those that torchrun starts
+    if is_first:
+        check_target(out, overwrite, path)  # before a text is written
     source = Checkpoint(path)
-    with console.progress(quiet=json) as progress:
+    with console.progress(quiet=json or not is_first) as progress:
         setup = _setup(source, chain, (calibration, samples, length), seed, progress)
+        if not is_first:
+            take_part(source, scheme, method, setup)
+            return
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:

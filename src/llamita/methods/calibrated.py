@@ -6,18 +6,18 @@ that share an input are rounded in order, each on inputs that the groups before 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llamita import _native
+from llamita import _native, processes
 from llamita.affine import dequantize
 from llamita.checkpoint import linear_names
 from llamita.errors import InputError
-from llamita.methods import rtn
+from llamita.methods import ranks, rtn
 from llamita.methods.blocks import STEPS, Block, embed, llama_config, rotary_tables
 from llamita.methods.energy import pieces_of
 from llamita.methods.fakequant import quantize_activations
@@ -140,6 +140,8 @@ def begin(
     """
     if setup.calibration is None:
         raise InputError("--calibration: expected a text, got none; try --calibration self")
+    if tune is not None and processes.world() > 1:
+        raise InputError(f"--method tune: expected a single process, got {processes.world()}")
     run = _Run(source, scheme, setup, method, tune)
     to_nearest = rtn.begin(source, scheme)
     with torch.no_grad():
@@ -151,7 +153,7 @@ def begin(
 def _round_blocks(run: _Run, to_nearest: rtn.RoundModule) -> None:
     assert run.setup.calibration is not None
     torch.set_num_threads(_native.threads())
-    tokens = run.setup.calibration.tokens
+    tokens = ranks.own_rows(torch.from_numpy(run.setup.calibration.tokens)).numpy()
     config = llama_config(run.source.config)
     rotary = rotary_tables(config, tokens.shape[1])
     streams = _Streams(embed(run.source, tokens, run.scheme))
@@ -179,7 +181,7 @@ def _round_block(
             new = {name: _nearest(to_nearest, name) for name in group}
         else:
             layers = _measure(run.method, step, block, floats, before, middle, group)
-            new = run.method.round_layers(layers, run.scheme)
+            new = _round_layers(run.method, layers, run.scheme)
         for name, layer in new.items():
             block.set_weight(name.removeprefix(f"{block.name}."), torch.from_numpy(layer.values()))
         rounded |= new
@@ -223,10 +225,23 @@ def _measure(
                 assert at.floats is not None
                 lost = (at.floats[part] - at.quantized[part]).flatten(0, 1)
                 layers.residual.addmm_(lost.T, x)
+    layers.tokens = int(ranks.all_sum(torch.tensor(layers.tokens)))
     for sums in (layers.hessian, layers.cross, layers.residual):
         if sums is not None:
-            sums /= layers.tokens
+            ranks.all_sum(sums).div_(layers.tokens)
     return layers
+
+
+def _round_layers(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
+    """Codes and scales of a group; of several processes each rounds its part of every layer's outputs."""
+    residual = None if layers.residual is None else ranks.own_rows(layers.residual)
+    own = {name: ranks.own_rows(weight) for name, weight in layers.weights.items()}
+    found = method.round_layers(replace(layers, weights=own, residual=residual), scheme)
+
+    def whole(rows: np.ndarray, name: str) -> np.ndarray:
+        return ranks.gather_rows(torch.from_numpy(rows), len(layers.weights[name])).numpy()
+
+    return {name: Rounded(whole(r.codes, name), whole(r.scales, name)) for name, r in found.items()}
 
 
 def _advance(
