@@ -9,24 +9,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine", "charts"),
+     "wikitext", "shapes", "machine", "charts", "hub_texts", "processes"),
     # 2: models on disk
-    ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
-     "random_weights"),
+    ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer", "random_weights"),
     # 3: how codes and scales are chosen
-    ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.streams", "methods.calibrated", "methods.gptq", "methods.qronos"),
+    ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant",
+     "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq", "methods.qronos",
+     "methods.ranks"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
-    ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report", "harness", "plan",
-     "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot"),
+    ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report", "harness",
+     "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot", "own_text"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate", "commands.chat",
      "commands.inspect", "commands.verify", "commands.plan", "commands.bench"),
     # 7: names of commands
-    ("cli",),
+    ("cli", "__main__"),
 )  # fmt: skip
 
 SIBLINGS: dict[str, tuple[str, ...]] = {
@@ -40,24 +40,18 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.chain": ("methods.setup",),
     "methods.rtn": ("methods.energy",),
     "methods.blocks": ("methods.rtn",),
-    "methods.calibrated": (
-        "methods.blocks", "methods.energy", "methods.fakequant", "methods.rtn", "methods.setup",
-        "methods.streams",
-    ),
+    "methods.calibrated": ("methods.blocks", "methods.energy", "methods.fakequant", "methods.rtn", "methods.setup",
+     "methods.streams", "methods.ranks"),
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
     "methods.qronos": ("methods.streams", "methods.calibrated", "methods.gptq"),
     "engine.model": ("engine.cache", "engine.weights"),
-    "engine.llm": (
-        "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
-        "engine.sampler", "engine.scheduler", "engine.weights",
-    ),
+    "engine.llm": ("chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
+     "engine.sampler", "engine.scheduler", "engine.weights"),
     "engine.prefixes": ("engine.cache",),
     "engine.requests": ("chat", "engine.sampler", "engine.stops"),
-    "engine.scheduler": (
-        "engine.cache", "engine.model", "engine.prefixes", "engine.requests", "engine.sampler",
-        "engine.speculation",
-    ),
+    "engine.scheduler": ("engine.cache", "engine.model", "engine.prefixes", "engine.requests", "engine.sampler",
+     "engine.speculation"),
     "charts": ("console",),
     "baseline": ("evaluate",),
     "compare_layers": ("evaluate",),
@@ -72,6 +66,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "plot": ("bench_report", "work"),
     "commands.chat": ("commands.generate",),
     "commands.compare": ("commands.evaluate", "commands.generate"),
+    "calibration": ("own_text",),
+    "__main__": ("cli",),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -91,7 +87,9 @@ TORCH_SIDE = {
     "methods.calibrated": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),
-}
+    "hub_texts": ("datasets",),
+    "methods.ranks": ("torch",),
+}  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
     "torch", "torchao", "transformers", "lm_eval", "datasets", "accelerate", "peft", "trl", "executorch",

@@ -114,8 +114,7 @@ def test_a_chain_from_end_to_end(tmp_path: Path, method: str) -> None:
     assert metadata["calibration"]["samples"] == 4
     assert metadata["seed"] == 0
     source, packed = Checkpoint(tmp_path / "src"), PackedModel(out)
-    tokenizer = llamita.load(tmp_path / "src").tokenizer
-    calibration = load_calibration(str(tmp_path / "text"), source, tokenizer, 4, 64, 0)
+    calibration = load_calibration(str(tmp_path / "text"), source, 4, 64, 0)
     rounded = RoundedSource(source, make_scheme("llamita"), method, Setup(calibration))
     for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.k_proj"):
         found, expected = packed.weight(name), rounded.weight(name)
@@ -259,7 +258,7 @@ def test_calibration_that_cannot_be_had(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "text").write_text("too short")
     common = ("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq")
     for options, message in (
-        (("--calibration", tmp_path / "none"), "found none"),
+        (("--calibration", tmp_path / "none"), "there is no such file"),
         (("--calibration", tmp_path / "text"), "expected 128 samples"),
         (("--length", "100000"), "--length: expected at most"),
     ):

@@ -1,39 +1,180 @@
-"""Calibration text: tokens that show a method what the layers will see."""
+"""Text to calibrate on: the model's own, a file, or a data set of the hub, as windows of token ids.
+
+Every window begins with the BOS token, where the model has one, because whatever the model reads in use
+does; documents stand between BOS and end token. `own_text` has the text that needs no data.
+"""
 
 import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita import own_text, processes
+from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError, RunError
+from llamita.files import parse_json
 from llamita.methods.setup import Calibration
 from llamita.tokenizer import Tokenizer
 
+Progress = Callable[[str, int, int], None] | None
+SELF = "self"
+SAMPLES, LENGTH, SEED = 128, 512, 0
+HUB = "llamita.hub_texts:documents"  # imported on use: it needs the package datasets
+LARGEST_FILE = 32 * 2**20  # bytes; tokenizing takes some 30 times as much memory
+_SPARE = 4  # times the tokens that are needed, read of a data set without end, to draw windows from
+_HUB_NAME = re.compile(r"wikitext|[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
+_FILE_NAMES = (".txt", ".jsonl", ".json", ".md", ".raw")
+
 
 def load_calibration(
-    name: str, source: Any, tokenizer: Tokenizer, samples: int, length: int, seed: int
+    name: str,
+    source: Checkpoint,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = SEED,
+    progress: Progress = None,
 ) -> Calibration:
-    """Tokens (samples, length) from a text file: whole chunks of it, drawn by the seed.
+    """Calibration text for a float model.
+
+    Args:
+        name: "self": the model writes it, from its BOS token. Or a UTF-8 text file; a file *.jsonl whose
+            every line is an object with the document's "text"; a data set of the hub with a column
+            "text", as owner/name or owner/name:configuration; "wikitext", WikiText-2's train split.
+        source: the model; only "self" reads its weights.
+        samples: windows.
+        length: tokens of a window.
+        seed: of the draws: same name, data and seed, same tokens.
 
     Raises:
-        InputError: no such file, or a text that is too short.
+        InputError: no such text, too little of it, or a window that is longer than the context.
+        RunError: the data set cannot be had, or the package that reads it is missing.
     """
-    del source
-    if name == "self":
-        raise InputError("--calibration: expected a text file, got 'self'; try --calibration FILE")
-    try:
-        text = Path(name).read_bytes().decode()
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"--calibration: expected a text file, found none at {name}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: expected UTF-8, got a stray byte at {error.start}") from None
-    ids = np.array(tokenizer.encode(text), np.int32)
-    chunks = ids[: len(ids) // length * length].reshape(-1, length)
-    if len(chunks) < samples:
+    least_samples = processes.world()  # one for each
+    for option, value, least in (
+        ("--samples", samples, least_samples),
+        ("--length", length, 2),
+        ("--seed", seed, 0),
+    ):
+        if value < least:
+            raise InputError(f"{option}: expected at least {least}, got {value}")
+    if length > source.config.context:
+        limit = f"{source.config.context} tokens, the model's context"
+        raise InputError(f"--length: expected at most {limit}, got {length}")
+    if name == SELF:
+        tokens = _own_text(source, samples, length, seed, progress)
+    else:
+        tokenizer = Tokenizer(source.path, source.config)
+        stream = _token_stream(tokenizer, name, samples * length, seed, progress)
+        tokens = draw_windows(stream, samples, length, seed, tokenizer.bos_token_id, name)
+    recorded = os.path.basename(name) if os.path.isfile(name) else name
+    return Calibration(recorded, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
+
+
+def _own_text(source: Checkpoint, samples: int, length: int, seed: int, progress: Progress) -> np.ndarray:
+    """What the model writes; of several processes each writes its part, and all get the whole."""
+    mine = processes.share(samples)
+    tokens = np.zeros((samples, length), dtype=np.int32)
+    tokens[mine.start : mine.stop] = own_text.write_rows(source, mine, length, seed, progress)
+    return processes.all_sum(tokens)
+
+
+def draw_windows(
+    stream: np.ndarray, samples: int, length: int, seed: int, bos: int | None, name: str
+) -> np.ndarray:
+    """Random windows that share no token, in the order of the text: int32 (samples, length).
+
+    The stream (tokens,) is cut into pieces from a random offset, and as many as wanted are drawn; each
+    goes behind a BOS token, where there is one.
+
+    Raises:
+        InputError: the stream, which messages call `name`, has fewer tokens than the windows take.
+    """
+    piece = length - (bos is not None)
+    spare = len(stream) - samples * piece
+    if spare < 0:
         raise InputError(
-            f"--calibration: expected {samples} samples of {length} tokens, got {len(ids)} tokens in {name}; "
-            f"try --samples {max(1, len(chunks))}"
+            f"{name}: expected at least {samples * piece:,} tokens for {samples} windows of {length}, got "
+            f"{len(stream):,}; try a longer text, or fewer (--samples) or shorter ones (--length)"
         )
-    tokens = chunks[np.sort(np.random.default_rng(seed).permutation(len(chunks))[:samples])]
-    return Calibration(name, hashlib.sha256(tokens.tobytes()).hexdigest(), tokens)
+    random = np.random.default_rng(seed)
+    offset = int(random.integers(min(piece, spare + 1)))
+    count = (len(stream) - offset) // piece
+    pieces = stream[offset : offset + count * piece].reshape(count, piece)
+    windows = np.empty((samples, length), dtype=np.int32)
+    windows[:, length - piece :] = pieces[np.sort(random.permutation(count)[:samples])]
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
+
+
+def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progress: Progress) -> np.ndarray:
+    """All documents of a text, one after the other: int32 (tokens,)."""
+    if progress:
+        progress(f"reading {name}", 0, 1)
+    if os.path.isdir(name):
+        raise InputError(f"--calibration: expected a text file, got a directory at {name}")
+    if os.path.exists(name):
+        return _join(tokenizer, _file_documents(Path(name)), None)
+    if _HUB_NAME.fullmatch(name) and not name.endswith(_FILE_NAMES):
+        return _join(tokenizer, _hub_documents()(name, seed), needed * _SPARE)
+    raise InputError(
+        f"--calibration: expected 'self', a text file, or a data set's name like owner/name, got {name!r}; "
+        "there is no such file"
+    )
+
+
+def _join(tokenizer: Tokenizer, documents: Iterable[str], enough: int | None) -> np.ndarray:
+    """Documents between BOS and end token, until there are enough tokens."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = list(tokenizer.eos_token_ids[:1])
+    stream: list[int] = []
+    for text in documents:
+        stream += [*begin, *tokenizer.encode(text, add_bos=False), *end]
+        if enough is not None and len(stream) >= enough:
+            break
+    return np.array(stream, dtype=np.int32)
+
+
+def _file_documents(path: Path) -> list[str]:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise InputError(
+                f"{path}: expected at most {LARGEST_FILE:,} bytes, got {size:,}; try a part of it"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = text.split("\n")
+    return [_text_of(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _text_of(line: str, where: str) -> str:
+    text = parse_json(line.encode(), where).get("text")
+    if not isinstance(text, str):
+        raise InputError(f'{where}: expected an object with a string "text"')
+    return text
+
+
+def _hub_documents() -> Any:
+    module, function = HUB.split(":")
+    try:
+        return getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "llamita":
+            raise
+        raise RunError(
+            f"--calibration: a data set of the hub needs the package {error.name}, which is missing; try pip "
+            "install 'llamita[torch]' (in a checkout '.[torch]'), a text file, or self, which need none"
+        ) from None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita import __version__, _native
+from llamita import __version__, _native, processes
 from llamita.affine import f32_to_bf16
 from llamita.card import CardFacts, model_card
 from llamita.checkpoint import (
@@ -183,11 +183,18 @@ def quantize(
     return summary
 
 
+def take_part(source: Checkpoint, scheme: QuantScheme, method: str, setup: Setup) -> None:
+    """What every process but the first does under torchrun: its part of a method's work, nothing written."""
+    chain = parse_chain(method)
+    if chain.needs_calibration:
+        chains.begin(chains.transform(source, chain, setup), scheme, chain, setup)
+
+
 def _work(
     out: Path, chain: Chain, scheme: QuantScheme, source: dict[str, Any], setup: Setup
 ) -> AbstractContextManager[Path | None]:
-    """Where the run keeps what it has finished; nowhere where that takes no time."""
-    if not chain.needs_calibration:
+    """Where the run keeps what it has finished; nowhere where that takes no time, or is done by several."""
+    if not chain.needs_calibration or processes.world() > 1:
         return nullcontext()
     calibration = setup.calibration.record() if setup.calibration else None
     return kept_work(out, {"llamita": __version__, "source": source, "scheme": scheme.to_dict(),

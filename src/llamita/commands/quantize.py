@@ -6,20 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import console
+from llamita import console, processes
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError
 from llamita.files import has
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
-from llamita.methods.setup import Setup
+from llamita.methods.setup import Progress, Setup
 from llamita.packed import METADATA
 from llamita.plan import describe
-from llamita.quantize import Plan, Summary, estimate, make_plan, quantize
+from llamita.quantize import Plan, Summary, estimate, make_plan, quantize, take_part
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.staging import check_target
 from llamita.threads import use_threads
-from llamita.tokenizer import Tokenizer
 
 _PRESETS = ", ".join(PRESETS)
 _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
@@ -35,7 +34,8 @@ _GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale
 _Method = Annotated[str, typer.Option(help=f"How weights are rounded: {_METHODS}; or several joined by +.")]
 _Scales = Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")]
 _Text = Annotated[
-    str, typer.Option(metavar="TEXT", help="For methods that look at activations: a text file, or 'self'.")
+    str,
+    typer.Option(metavar="TEXT", help="What methods calibrate on: 'self', a file, a hub data set."),
 ]
 _Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
@@ -68,7 +68,7 @@ def command(
     """
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
-    use_threads(threads)
+    use_threads(processes.fair_threads(threads))
     if dry_run:
         _dry_run(src, scheme, json)
         return
@@ -77,10 +77,15 @@ def command(
     path = resolve(src)
     if has(path, METADATA):
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
-    check_target(out, overwrite, path)  # before a text is written
+    is_first = processes.rank() == 0  # of those that torchrun starts
+    if is_first:
+        check_target(out, overwrite, path)  # before a text is written
     source = Checkpoint(path)
-    with console.progress(quiet=json) as progress:
-        setup = _setup(source, chain, (calibration, samples, length), seed)
+    with console.progress(quiet=json or not is_first) as progress:
+        setup = _setup(source, chain, (calibration, samples, length), seed, progress)
+        if not is_first:
+            take_part(source, scheme, method, setup)
+            return
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:
@@ -89,15 +94,13 @@ def command(
         _print_summary(summary, scheme)
 
 
-def _setup(source: Checkpoint, chain: Chain, text: tuple[str, int, int], seed: int) -> Setup:
+def _setup(
+    source: Checkpoint, chain: Chain, text: tuple[str, int, int], seed: int, progress: Progress
+) -> Setup:
     """What the chain needs; `text` is the calibration's name, samples and length."""
     if not chain.needs_calibration:
         return Setup(seed=seed)
-    name, samples, length = text
-    if length > source.config.context:
-        raise InputError(f"--length: expected at most {source.config.context} tokens, got {length}")
-    tokenizer = Tokenizer(source.path, source.config)
-    return Setup(load_calibration(name, source, tokenizer, samples, length, seed), seed)
+    return Setup(load_calibration(text[0], source, text[1], text[2], seed, progress), seed)
 
 
 def _dry_run(src: str, scheme: QuantScheme, json: bool) -> None:

@@ -6,18 +6,18 @@ that share an input are rounded in order, each on inputs that the groups before 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llamita import _native
+from llamita import _native, processes
 from llamita.affine import dequantize
 from llamita.checkpoint import linear_names
 from llamita.errors import InputError
-from llamita.methods import rtn
+from llamita.methods import ranks, rtn
 from llamita.methods.blocks import STEPS, Block, embed, llama_config, rotary_tables
 from llamita.methods.energy import pieces_of
 from llamita.methods.fakequant import quantize_activations
@@ -143,11 +143,13 @@ def begin(
     """
     if setup.calibration is None:
         raise InputError("--calibration: expected a text, got none; try --calibration self")
+    if tune is not None and processes.world() > 1:
+        raise InputError(f"--method tune: expected a single process, got {processes.world()}")
     torch.set_num_threads(_native.threads())
     to_nearest = rtn.begin(source, scheme)
     run = _Run(source, scheme, setup, method, tune, to_nearest)
     with torch.no_grad():
-        store = _round_blocks(run, setup.calibration.tokens)
+        store = _round_blocks(run, ranks.own_rows(torch.from_numpy(setup.calibration.tokens)).numpy())
     linears = linear_names(source.config)
     return lambda name: _rows(source, store, name) if name in linears else to_nearest(name)
 
@@ -199,7 +201,7 @@ def _round_block(
             new = {name: _nearest(run.to_nearest, name) for name in group}
         else:
             layers = _measure(step, blocks, before, after, group, run.method.needs_cross)
-            new = run.method.round_layers(layers, run.scheme)
+            new = _round_layers(run.method, layers, run.scheme)
         _set_weights(block, new)
         rounded |= new
     _advance(blocks, Block.after_mlp, after, after)
@@ -238,10 +240,23 @@ def _measure(
             lost = at["float"][part] - at["quantized"][part]
             layers.residual.addmm_(lost.flatten(0, 1).T, x)
     layers.hessian.triu_().add_(layers.hessian.triu(1).T)
+    layers.tokens = int(ranks.all_sum(torch.tensor(layers.tokens)))
     for sums in (layers.hessian, layers.cross, layers.residual):
         if sums is not None:
-            sums /= layers.tokens
+            ranks.all_sum(sums).div_(layers.tokens)
     return layers
+
+
+def _round_layers(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
+    """Codes and scales of a group; of several processes each rounds its part of every layer's outputs."""
+    residual = None if layers.residual is None else ranks.own_rows(layers.residual)
+    own = {name: ranks.own_rows(weight) for name, weight in layers.weights.items()}
+    found = method.round_layers(replace(layers, weights=own, residual=residual), scheme)
+
+    def whole(rows: np.ndarray, name: str) -> np.ndarray:
+        return ranks.gather_rows(torch.from_numpy(rows), len(layers.weights[name])).numpy()
+
+    return {name: Rounded(whole(r.codes, name), whole(r.scales, name)) for name, r in found.items()}
 
 
 def _inputs(blocks: dict[str, Block], kind: str, step: int, at: Streams, part: slice) -> Tensor:

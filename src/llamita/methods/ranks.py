@@ -1,0 +1,55 @@
+"""Sums over the processes of a run, through torch.distributed's gloo, which needs nothing but a CPU.
+
+One process needs none of it: its sums are its own.
+"""
+
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llamita.errors import RunError
+from llamita.processes import share, world
+
+_PATIENCE = timedelta(days=7)  # for each other; torchrun ends all where one fails
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, in place; each process gets the same bits."""
+    if world() > 1:
+        _join()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_sum_array(array: np.ndarray) -> None:
+    """The same for an array."""
+    all_sum(torch.from_numpy(array))
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that are this process's part."""
+    mine = share(len(tensor))
+    return tensor[mine.start : mine.stop]
+
+
+def gather_rows(rows: Tensor, count: int) -> Tensor:
+    """All `count` rows, of which each process brings its part, `own_rows` of them."""
+    if world() == 1:
+        return rows
+    mine = share(count)
+    whole = torch.zeros((count, *rows.shape[1:]), dtype=rows.dtype)
+    whole[mine.start : mine.stop] = rows
+    return all_sum(whole)
+
+
+def _join() -> None:
+    if dist.is_initialized():
+        return
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RunError(f"torchrun: expected the processes to find each other, got: {line}") from None

@@ -1,0 +1,53 @@
+"""Several processes that quantize one model: which of them this one is, and sums over all of them.
+
+`torchrun` starts them and says so in the environment. Calibration's windows are spread over them; the
+first process alone writes and prints. Talking to each other is Torch's, reached on use: `methods.ranks`.
+"""
+
+import os
+from importlib import import_module
+
+import numpy as np
+
+from llamita.errors import InputError
+
+_ALL_SUM = "llamita.methods.ranks:all_sum_array"
+
+
+def world() -> int:
+    """How many processes there are."""
+    return _number("WORLD_SIZE", 1, 1) if "MASTER_ADDR" in os.environ else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return _number("RANK", 0, 0) if world() > 1 else 0
+
+
+def fair_threads(threads: int | None) -> int | None:
+    """Threads for this process: those asked for, or its part of this machine's where it shares it."""
+    beside = _number("LOCAL_WORLD_SIZE", 1, 1) if world() > 1 else 1
+    if threads is not None or beside == 1:
+        return threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // beside)
+
+
+def share(count: int) -> range:
+    """The places, of `count`, that are this process's part: in order, and none of another's."""
+    return range(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def all_sum(array: np.ndarray) -> np.ndarray:
+    """The sum of every process's array, in place: each has the same values afterwards."""
+    if world() > 1:
+        module, function = _ALL_SUM.split(":")
+        getattr(import_module(module), function)(array)
+    return array
+
+
+def _number(name: str, default: int, least: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name}: expected a whole number of at least {least}, got {text!r}; try torchrun")
+    return int(text)
