@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
     ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report", "harness",
-     "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot", "own_text"),
+     "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot", "own_text", "needs"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate", "commands.chat",
      "commands.inspect", "commands.verify", "commands.plan", "commands.bench"),
@@ -44,7 +44,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
      "methods.streams", "methods.ranks"),
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
-    "methods.qronos": ("methods.streams", "methods.calibrated", "methods.gptq"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": ("chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
      "engine.sampler", "engine.scheduler", "engine.weights"),
