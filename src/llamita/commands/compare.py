@@ -89,13 +89,14 @@ def command(
         comparison = compare(contenders, content, prompt=words, max_tokens=max_tokens, limit=limit,
                              chunk_tokens=max_seq_len, places=top, progress=progress)  # fmt: skip
     text_name = str(text) if text else "embedded text"
-    if json:
-        console.print_json({"text": text_name, **to_values(comparison)})
-    else:
-        _print(comparison, text_name, top)
-    if html:  # last, so that its failure loses no figure
-        write(html, render(comparison, text_name), overwrite)
-        console.note(f"report: {console.printable(str(html))}")
+    try:
+        if json:
+            console.print_json({"text": text_name, **to_values(comparison)})
+        else:
+            _print(comparison, text_name, top)
+    finally:  # after the figures, that its failure loses none; and even where their reader went away
+        if html:
+            write(html, render(comparison, text_name), overwrite)
 
 
 def _default_text(contenders: list[Contender]) -> str:
