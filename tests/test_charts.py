@@ -10,7 +10,7 @@ from llamita.charts import Markup, bar_chart, escape, join, legend, line_chart, 
 HOSTILE = "</title><script>alert('x')</script>\x1b[31m\u202e\"&"
 
 
-def paths(svg: str) -> list[list[tuple[float, float]]]:
+def paths(svg: str) -> list[list[tuple[float, ...]]]:
     """The points of every line of a chart."""
     root = ElementTree.fromstring(svg)
     found = [element.attrib["d"][1:].split("L") for element in root.iter("path")]
@@ -76,7 +76,7 @@ def test_bars_have_lengths_and_intervals_in_proportion():
 
 def test_more_lines_than_colors_repeat_them():
     names = [f"m{i}" for i in range(11)]
-    svg, key = line_chart("t", dict.fromkeys(names, [1.0, 2.0]), "x"), legend(names)
+    svg, key = line_chart("t", {name: [1.0, 2.0] for name in names}, "x"), legend(names)
     strokes = re.findall(r'stroke="(#\w+)"', svg)
     assert len(strokes) == len(names)
     assert re.findall(r"background:(#\w+)", key) == strokes

@@ -8,7 +8,7 @@ import pytest
 from tiny import make_checkpoint, random_tensors, write_tensors
 
 import llamita
-from llamita import compare_layers
+from llamita import _native, compare_layers
 from llamita.affine import f32_to_bf16
 from llamita.baseline import first_float, open_contenders
 from llamita.checkpoint import Checkpoint
@@ -133,6 +133,19 @@ def test_watching_a_step_changes_no_bit_and_shows_what_its_layers_read(root, isa
             assert after.shape == before.shape == inputs["gate_up"].shape
 
 
+def test_what_a_quantized_block_rounded_is_what_is_shown(root, isa):
+    llm = llamita.load(root / "g32")
+    ids = np.arange(77, dtype=np.int32)
+    for view in llm.model.watch([(llm.new_sequence(100), ids)]):
+        buffers = llm.model._buffers.first(len(ids))
+        read = {"attention_out": buffers.attended, "gate_up": buffers.hidden, "down": buffers.inner}
+        for name, operand in read.items() if view.inputs else ():
+            again = _native.Activations(len(ids), view.inputs[name].shape[1])
+            _native.quantize(view.inputs[name], again)
+            for own, shown in zip(operand.codes.get(), again.get(), strict=True):
+                np.testing.assert_array_equal(own, shown)
+
+
 def test_a_float_block_is_the_sum_of_what_its_layers_make_of_their_inputs(root):
     llm, source = llamita.load(root / "base"), open_source(root / "base")
     ids = np.arange(200, dtype=np.int32)
@@ -222,7 +235,9 @@ def rotated(directory: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray
 def test_a_rotated_stream_is_turned_back(root, tmp_path):
     path, turn = rotated(tmp_path / "rotated", np.random.default_rng(0))
     contenders = opened(root, "base", str(path))
-    assert score_text(contenders, TEXT)[1].kl.value < 1e-6  # it has the same function
+    kl = score_text(contenders, TEXT)[1].kl
+    assert kl
+    assert kl.value < 1e-6  # it has the same function
     found = rotation_between(open_source(root / "base"), open_source(path))
     np.testing.assert_allclose(found, turn, atol=1e-5)
     ids = [np.arange(200, dtype=np.int32)]
@@ -259,6 +274,7 @@ def test_weights_of_a_transformed_model_are_not_compared(root, monkeypatch):
     _, g128, g32 = found.models
     assert g128.weight_errors
     assert (g32.weight_errors, g32.is_turned, g128.is_turned) == (None, True, False)
+    assert g32.layers
     assert g32.layers.stream_errors[-1] < 1  # turned by what fits best, here nearly nothing
     (note,) = found.notes
     assert note.startswith("g32: weights were changed before they were rounded (spinquant+rtn)")
@@ -270,6 +286,7 @@ def test_another_shape_is_compared_by_its_outputs_alone(root, tmp_path):
     _, g32, other = found.models
     assert g32.layers
     assert (other.layers, other.weight_errors) == (None, None)
+    assert other.scores.kl
     assert other.scores.kl.value > 0
     assert other.continuation
     assert found.notes == ["deep: another shape than base: nothing inside it is compared"]
