@@ -245,6 +245,11 @@ def test_a_rotated_stream_is_turned_back(root, tmp_path):
     _, turned = watch_layers(contenders, [None, found], ids)
     assert min(plain.stream_errors) > 0.1
     assert max(turned.stream_errors) < 1e-8
+    found = compare(contenders, TEXT, prompt=PROMPT, max_tokens=0)  # nothing says that it is rotated
+    assert found.notes == [
+        "rotated: its embedding has nothing of base's: another model, or in another basis; "
+        "only its outputs tell something"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def _activations(comparison: Comparison) -> Markup:
         label = "blocks passed" if place == STREAM else "block"
         parts.append(tag("h3", _PLACES[place]))
         parts.append(line_chart("largest / median channel", lines, label, log=True, colors=colors))
-        worst = int(ratios[0].argmax())
+        worst = int(np.max(ratios, axis=0).argmax())
         most = max(float(row[worst].max()) for row in peaks)
         parts.append(tag("p", tag("small", f"Every channel, after {worst} blocks:" if place == STREAM else
                                   f"Every channel, block {worst}:")))  # fmt: skip
