@@ -227,8 +227,8 @@ def _look_inside(
     for i, layers in zip(alike, watched, strict=True):
         reports[i]["layers"] = layers
         if layers.stream_errors[0] > 1:  # nothing at all would be as near
-            notes.append(f"{contenders[i].name}: its embedding has nothing of {contenders[0].name}'s: another "
-                         "model, or in another basis; only its outputs tell something")  # fmt: skip
+            notes.append(f"{contenders[i].name}: its embedding has nothing of {contenders[0].name}'s: "
+                         "another model, or in another basis; only its outputs tell something")  # fmt: skip
     for source in sources:
         source.close()
     return reports, notes
