@@ -251,7 +251,7 @@ def test_writing_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "A B..."),
+        ([], "SRC"),
         (["base"], "expected two or more models, got one"),
         (["g32", "--baseline", "none"], "--baseline: expected a model, got 'none'"),
         (["g32", "--baseline", "no/such/model"], "expected a model directory"),

@@ -24,7 +24,7 @@ _TOKENIZER = "tokenizer.json"
 # The options, each with what `--help` says of it.
 _Models = Annotated[
     list[str],
-    typer.Argument(metavar="A B...", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
+    typer.Argument(metavar="SRC", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
 ]
 _Baseline = Annotated[
     str | None,
