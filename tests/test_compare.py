@@ -282,7 +282,7 @@ def test_weights_of_a_transformed_model_are_not_compared(root, monkeypatch):
     assert g32.layers
     assert g32.layers.stream_errors[-1] < 1  # turned by what fits best, here nearly nothing
     (note,) = found.notes
-    assert note.startswith("g32: weights were changed before they were rounded (spinquant+rtn)")
+    assert note.startswith("g32: weights were changed before they were rounded (spinquant+rtn, R1, R2): only")
 
 
 def test_another_shape_is_compared_by_its_outputs_alone(root, tmp_path):

@@ -209,9 +209,10 @@ def _look_inside(
             notes.append(f"{contender.name}: another shape than {contenders[0].name}: nothing inside it "
                          "is compared")  # fmt: skip
         elif i and is_transformed:
-            method = origin.method if origin.is_transformed else origins[0].method
-            notes.append(f"{contender.name}: weights were changed before they were rounded ({method}): "
-                         "only its outputs are compared")  # fmt: skip
+            changed = origin if origin.is_transformed else origins[0]
+            notes.append(f"{contender.name}: weights were changed before they were rounded "
+                         f"({', '.join((changed.method or '', *changed.rotations))}): only its outputs are "
+                         "compared")  # fmt: skip
         elif i:
             errors = weight_errors(source, baseline, progress)
         is_turned = is_alike and ("R1" in origin.rotations) != ("R1" in origins[0].rotations)
