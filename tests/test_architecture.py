@@ -157,6 +157,7 @@ def test_commands_run_without_torch(tmp_path: Path) -> None:
         ["bench", "small", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--json"],
         ["generate", "small", "--prompt", "Once", "--max-tokens", "4", "--greedy", "--json"],
         ["evaluate", "small", "--limit", "1", "--max-seq-len", "128", "--json"],
+        ["compare", "small", "embedded:arm", "--limit", "1", "--max-seq-len", "64", "--html", "report.html"],
     ]
     program = f"from llamita.cli import main\nfor arguments in {commands!r}: main(arguments)\n"
     run_blocked(program + "assert not set(BLOCKED) & set(sys.modules)", tmp_path)

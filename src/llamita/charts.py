@@ -46,13 +46,15 @@ def escape(text: str) -> Markup:
 
 def line_chart(
     title: str, lines: Mapping[str, Sequence[float]], x_label: str, *, width: int = 460, height: int = 220,
-    log: bool = False, x_last: float | None = None, most: float | None = None, colors: Sequence[str] = COLORS,
+    log: bool = False, x_last: int | None = None, most: float | None = None, colors: Sequence[str] = COLORS,
 ) -> Markup:  # fmt: skip
     """Lines through values at 0, 1, 2, …; the axis below runs to `x_last`, that on the left to `most`.
 
-    With `log`, values that are not positive are drawn at the smallest one that is.
+    With `log` the axis is logarithmic if values differ tenfold; those that are not positive are drawn at
+    its lower end.
     """
     values = [value for line in lines.values() for value in line]
+    log = log and max(values) > 10 * min((value for value in values if value > 0), default=math.inf)
     low, high = _range(values, log, most)
     count = max(len(line) for line in lines.values())
     last = count - 1 if x_last is None else x_last
@@ -74,9 +76,9 @@ def line_chart(
         y = round(y_of(tick), 1)
         parts.append(tag("line", x1=_LEFT, x2=width - _RIGHT, y1=y, y2=y, class_="grid"))
         parts.append(tag("text", f"{tick:.3g}", x=_LEFT - 6, y=y + 4, class_="left"))
-    for share in (0, 0.5, 1):
-        x = _LEFT + inner_width * share
-        parts.append(tag("text", f"{last * share:,.4g}", x=round(x, 1), y=height - 18, class_="middle"))
+    for place in sorted({0, last // 2, last}):
+        x = x_of(place * (count - 1) / max(1, last))
+        parts.append(tag("text", f"{place:,}", x=round(x, 1), y=height - 18, class_="middle"))
     parts.append(tag("text", x_label, x=_LEFT + inner_width / 2, y=height - 4, class_="middle"))
     for (name, line), color in zip(lines.items(), _cycle(colors, len(lines)), strict=True):
         points = [f"{x_of(place):.1f},{y_of(value):.1f}" for place, value in enumerate(line)]

@@ -209,9 +209,10 @@ def _look_inside(
             notes.append(f"{contender.name}: another shape than {contenders[0].name}: nothing inside it "
                          "is compared")  # fmt: skip
         elif i and is_transformed:
-            method = origin.method if origin.is_transformed else origins[0].method
-            notes.append(f"{contender.name}: weights were changed before they were rounded ({method}): "
-                         "only its outputs are compared")  # fmt: skip
+            changed = origin if origin.is_transformed else origins[0]
+            notes.append(f"{contender.name}: weights were changed before they were rounded "
+                         f"({', '.join((changed.method or '', *changed.rotations))}): only its outputs are "
+                         "compared")  # fmt: skip
         elif i:
             errors = weight_errors(source, baseline, progress)
         is_turned = is_alike and ("R1" in origin.rotations) != ("R1" in origins[0].rotations)
@@ -226,6 +227,9 @@ def _look_inside(
     watched = watch_layers([contenders[i] for i in alike], [turns[i] for i in alike], chunks, progress)
     for i, layers in zip(alike, watched, strict=True):
         reports[i]["layers"] = layers
+        if layers.stream_errors[0] > 1:  # nothing at all would be as near
+            notes.append(f"{contenders[i].name}: its embedding has nothing of {contenders[0].name}'s: "
+                         "another model, or in another basis; only its outputs tell something")  # fmt: skip
     for source in sources:
         source.close()
     return reports, notes

@@ -32,7 +32,7 @@ class Origin:
     """How a contender's weights came about.
 
     Attributes:
-        method: of quantization, None where it was rounded as it was loaded, or is float.
+        method: of quantization, None for a float model.
         rotations: names of those that its weights hold or that run online, R1, R2, R4.
         is_transformed: whether its weights stand for other float weights than the source's.
     """
@@ -59,7 +59,7 @@ class LayerScores:
 def origin_of(source: ModelSource) -> Origin:
     """What llamita.json says of a packed model's method and rotations."""
     if not isinstance(source, PackedModel):
-        return Origin(None, (), False)
+        return Origin("rtn" if source.scheme else None, (), False)  # rounded as it was loaded
     method = source.metadata["method"]
     rotations = tuple(rotation["name"] for rotation in source.metadata["rotations"])
     return Origin(method, rotations, bool(rotations) or not set(TRANSFORMS).isdisjoint(method.split("+")))

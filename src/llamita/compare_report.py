@@ -66,8 +66,8 @@ def render(comparison: Comparison, text_name: str) -> str:
     body = [section(comparison) for section in sections]
     first, chunk = comparison.models[0], comparison.chunk_tokens
     notes = [
-        f"{text_name}: {first.scores.tokens:,} tokens predicted in chunks of {chunk:,}. KL, agreement and increase "
-        f"are against {first.name}; intervals hold 95 % of a block bootstrap.",
+        f"{text_name}: {first.scores.tokens:,} tokens predicted in chunks of {chunk:,}. KL, agreement and "
+        f"increase are against {first.name}; intervals hold 95 % of a block bootstrap.",
         *comparison.notes,
     ]
     body[1:1] = [tag("p", note) for note in notes]
@@ -213,8 +213,8 @@ def _activations(comparison: Comparison) -> Markup:
     if not models:
         return Markup("")
     colors, names = [c for _, c in models], [printable(m.name) for m, _ in models]
-    note = ("Largest absolute value of each channel over the tokens. Outliers show where the largest channel is "
-            "far above the median one; rotations spread them, and mix the channels.")  # fmt: skip
+    note = ("Largest absolute value of each channel over the tokens. Outliers show where the largest channel "
+            "is far above the median one; rotations spread them, and mix the channels.")  # fmt: skip
     parts = [tag("h2", "Activation ranges"), tag("p", note), legend(names, colors)]
     for place in PLACES:
         peaks = [m.layers.peaks[place] for m, _ in models if m.layers]
@@ -223,7 +223,7 @@ def _activations(comparison: Comparison) -> Markup:
         label = "blocks passed" if place == STREAM else "block"
         parts.append(tag("h3", _PLACES[place]))
         parts.append(line_chart("largest / median channel", lines, label, log=True, colors=colors))
-        worst = int(ratios[0].argmax())
+        worst = int(np.max(ratios, axis=0).argmax())
         most = max(float(row[worst].max()) for row in peaks)
         parts.append(tag("p", tag("small", f"Every channel, after {worst} blocks:" if place == STREAM else
                                   f"Every channel, block {worst}:")))  # fmt: skip

@@ -24,7 +24,7 @@ _TOKENIZER = "tokenizer.json"
 # The options, each with what `--help` says of it.
 _Models = Annotated[
     list[str],
-    typer.Argument(metavar="A B...", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
+    typer.Argument(metavar="SRC", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
 ]
 _Baseline = Annotated[
     str | None,
@@ -89,13 +89,14 @@ def command(
         comparison = compare(contenders, content, prompt=words, max_tokens=max_tokens, limit=limit,
                              chunk_tokens=max_seq_len, places=top, progress=progress)  # fmt: skip
     text_name = str(text) if text else "embedded text"
-    if json:
-        console.print_json({"text": text_name, **to_values(comparison)})
-    else:
-        _print(comparison, text_name, top)
-    if html:  # last, so that its failure loses no figure
-        write(html, render(comparison, text_name), overwrite)
-        console.note(f"report: {console.printable(str(html))}")
+    try:
+        if json:
+            console.print_json({"text": text_name, **to_values(comparison)})
+        else:
+            _print(comparison, text_name, top)
+    finally:  # after the figures, that its failure loses none; and even where their reader went away
+        if html:
+            write(html, render(comparison, text_name), overwrite)
 
 
 def _default_text(contenders: list[Contender]) -> str:
