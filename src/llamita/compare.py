@@ -215,7 +215,7 @@ def _look_inside(
                          "compared")  # fmt: skip
         elif i:
             errors = weight_errors(source, baseline, progress)
-        is_turned = is_alike and ("R1" in origin.rotations) != ("R1" in origins[0].rotations)
+        is_turned = i > 0 and is_alike and "R1" in (*origin.rotations, *origins[0].rotations)
         turns.append(rotation_between(baseline, source) if is_turned else None)
         reports.append({
             "name": contender.name, "path": contender.llm.path, "is_baseline": i == 0, "origin": origin,
