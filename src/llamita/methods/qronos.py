@@ -3,7 +3,7 @@ Qronos, arXiv 2505.11695).
 
 What counts is ‖R_f + W X_f - R_q - Q X_q‖²: float inputs X_f, those of the quantized model X_q, and the
 residual streams R to which some layers add. Completing the square, that is GPTQ's objective around
-W* = W + [W (X_f - X_q) X_qᵀ + (R_f - R_q) X_qᵀ] (X_q X_qᵀ + λI)⁻¹, plus a constant; each correction is taken
+W* = W + [W (X_f - X_q) X_qᵀ + (R_f - R_q) X_qᵀ] (X_q X_qᵀ + Λ)⁻¹, plus a constant; each correction is taken
 at a strength found by measurement, for a sample says only so much of the expectation.
 """
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from llamita.methods.calibrated import LayerMethod, Layers, Rounded
-from llamita.methods.gptq import DAMPING, round_target
+from llamita.methods.gptq import DAMPING, damp, round_target
 from llamita.scheme import QuantScheme
 
 STRENGTH = 0.5  # of the correction for inputs
 RESIDUAL = 0.5  # of the correction for the residual stream
-RIDGE = 0.01  # λ in means of the inputs' energy
+RIDGE = 0.05  # λ of each input, as a share of its energy
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:
@@ -43,7 +43,7 @@ def corrected_target(layers: Layers, strength: float, residual: float, ridge: fl
     if layers.residual is not None:
         missing += residual * layers.residual
     damped = layers.hessian.double()
-    damped.diagonal().add_(ridge * float(damped.diagonal().mean()))
+    damp(damped, ridge)
     lower = torch.linalg.cholesky(damped)
     correction = torch.cholesky_solve(missing.T.double(), lower).T
     return weights + correction.float()
