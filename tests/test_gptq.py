@@ -10,6 +10,7 @@ from tiny import make_checkpoint
 
 from llamita.affine import round_weights
 from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError
 from llamita.scheme import make_scheme
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
@@ -179,6 +180,19 @@ def test_the_correction_brings_outputs_nearer_to_the_float_models() -> None:
         rounded = qronos.method(settings).round_layers(layers, scheme)["a"]
         found[strength] = np.square(wanted - x_q @ rounded.values().T.astype(np.float64)).sum()
     assert found[1.0] < found[0.5] < found[0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gptq.dampin": 0.1}, "--set gptq.dampin: expected one of damping"),
+        ({"gptq.damping": -1}, "--set gptq.damping: expected a number of at least 0, got -1"),
+        ({"qronos.ridge": "much"}, "--set qronos.ridge: expected a number of at least 0, got 'much'"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        qronos.method(settings)
 
 
 # ---- what is measured -----------------------------------------------------------------------------

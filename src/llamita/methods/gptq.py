@@ -15,16 +15,18 @@ from torch import Tensor
 from llamita import _native
 from llamita.methods.calibrated import LayerMethod, Layers, Rounded
 from llamita.methods.rtn import rule_of
+from llamita.methods.setup import numbers_of
 from llamita.scheme import QuantScheme
 
 DAMPING = 0.05  # of its own energy, added to every input's: correlations are estimates
+SETTINGS = {"damping": DAMPING}
 _LEAST = 1e-3  # of the mean energy: no input is given up when scales are searched
 _LEAF = 32  # columns that are rounded one by one between products of matrices
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:
     """GPTQ as a method of the chain."""
-    damping = settings.get("gptq.damping", DAMPING)
+    damping = numbers_of(settings, "gptq", SETTINGS)["damping"]
     return LayerMethod(lambda layers, scheme: round_layers(layers, scheme, damping))
 
 
