@@ -6,16 +6,16 @@ entry, "module:function", is imported on use and is no import in this sense.
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
-    ("errors", "scheme", "config"),
+    ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine", "charts", "hub_texts", "processes"),
+     "wikitext", "shapes", "machine", "charts", "hub_texts", "processes", "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer", "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant",
      "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq", "methods.qronos",
-     "methods.ranks"),
+     "methods.ranks", "methods.online"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -41,10 +41,10 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.rtn": ("methods.energy",),
     "methods.blocks": ("methods.rtn",),
     "methods.calibrated": ("methods.blocks", "methods.energy", "methods.fakequant", "methods.rtn", "methods.setup",
-     "methods.streams", "methods.ranks"),
+     "methods.streams", "methods.ranks", "methods.online"),
     "methods.streams": ("methods.setup",),
-    "methods.gptq": ("methods.calibrated", "methods.rtn"),
-    "methods.qronos": ("methods.calibrated", "methods.gptq"),
+    "methods.gptq": ("methods.calibrated", "methods.rtn", "methods.setup"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": ("chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
      "engine.sampler", "engine.scheduler", "engine.weights"),
@@ -68,6 +68,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "commands.compare": ("commands.evaluate", "commands.generate"),
     "calibration": ("own_text",),
     "__main__": ("cli",),
+    "rotations": ("errors",),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -89,6 +90,7 @@ TORCH_SIDE = {
     "methods.qronos": ("torch",),
     "hub_texts": ("datasets",),
     "methods.ranks": ("torch",),
+    "methods.online": ("torch",),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
