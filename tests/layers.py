@@ -33,6 +33,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "scheme": ("errors",),
     "config": ("errors",),
     "threads": ("_native",),
+    "processes": ("_native",),
     "tensorfile": ("files",),
     "hub": ("files",),
     "packed": ("checkpoint",),
