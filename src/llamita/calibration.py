@@ -128,8 +128,8 @@ def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progr
     if _HUB_NAME.fullmatch(name) and not name.endswith(_FILE_NAMES):
         return _join(tokenizer, _hub_documents()(name, seed), needed * _SPARE)
     raise InputError(
-        f"--calibration: expected 'self', 'self-fast', a text file, or a data set's name like owner/name, got {name!r}; "
-        "there is no such file"
+        "--calibration: expected 'self', 'self-fast', a text file, or a data set's name like owner/name, "
+        f"got {name!r}; there is no such file"
     )
 
 
