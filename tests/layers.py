@@ -20,8 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
-    ("calibration", "evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report",
-     "bench_worker", "bench", "plot", "own_text"),
+    ("calibration", "needs", "evaluate", "baseline", "harness", "plan", "verify", "work", "speed",
+     "bench_report", "bench_worker", "bench", "plot", "own_text"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
      "commands.verify", "commands.plan", "commands.bench"),
@@ -47,7 +47,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     ),
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
-    "methods.qronos": ("methods.streams", "methods.calibrated", "methods.gptq"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",

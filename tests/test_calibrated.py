@@ -1,6 +1,9 @@
 """Blocks in steps against transformers' own model, and chains of methods from end to end."""
 
 import json
+import multiprocessing
+import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +20,13 @@ from llamita import _native
 from llamita.affine import dequantize, quantize_activations
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
-from llamita.errors import InputError
+from llamita.errors import InputError, RunError
 from llamita.methods.chain import parse_chain
 from llamita.methods.setup import Calibration, Setup
+from llamita.needs import expected_memory, expected_work
 from llamita.packed import PackedModel
 from llamita.quantize import RoundedSource, quantize
+from llamita.resume import kept_work
 from llamita.scheme import make_scheme
 from llamita.verify import verify
 
@@ -188,6 +193,48 @@ def test_a_run_that_was_cut_off_goes_on(
     assert_nothing_is_left(tmp_path, "src", "whole", "out")
 
 
+def killed_at_random(tmp_path: Path, kills: int) -> None:
+    """Start a run again and again, each killed at some moment; what at last comes is as if unharmed."""
+    source = Checkpoint(make_checkpoint(tmp_path / "src", num_hidden_layers=3))
+    setup, scheme = setup_of(source), make_scheme("llama3.2")
+    fork, rng, done = multiprocessing.get_context("fork"), np.random.default_rng(0), 0
+    began = time.perf_counter()
+    quantize(source, "x", tmp_path / "whole", scheme, "qronos", setup)
+    seconds = time.perf_counter() - began
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    while done < kills:
+        child = fork.Process(target=quantize, args=(source, "x", tmp_path / "out", scheme, "qronos", setup))
+        child.start()
+        child.join(rng.uniform(0, seconds))
+        if child.is_alive():
+            child.kill()
+            done += 1
+        child.join()
+        if (tmp_path / "out").exists():
+            assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+            shutil.rmtree(tmp_path / "out")
+    quantize(source, "x", tmp_path / "out", scheme, "qronos", setup)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    assert_nothing_is_left(tmp_path, "src", "whole", "out")
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
+    killed_at_random(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_goes_on(tmp_path: Path) -> None:
+    killed_at_random(tmp_path, 20)
+
+
+def test_two_runs_to_one_place_keep_apart(tmp_path: Path) -> None:
+    with kept_work(tmp_path / "out", {"a": 1}) as work:
+        (work / "block-0000.npz").write_bytes(b"kept")
+        with pytest.raises(RunError, match="another run"), kept_work(tmp_path / "out", {"a": 1}):
+            pass
+        assert (work / "block-0000.npz").exists()
+
+
 def test_finished_blocks_are_not_rounded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the settings differ."""
     source = Checkpoint(make_checkpoint(tmp_path / "src"))
@@ -218,6 +265,38 @@ def test_finished_blocks_are_not_rounded_again(tmp_path: Path, monkeypatch: pyte
     done.append(-1)
     quantize(source, "x", tmp_path / "other", scheme, "gptq", replace(setup, settings={"gptq.damping": 0.1}))
     assert done == [0, -1, 0, 1]
+
+
+# ---- time and memory ------------------------------------------------------------------------------
+
+
+def test_time_and_memory_are_announced_and_memory_is_told(tmp_path: Path, capsys: Any) -> None:
+    make_checkpoint(tmp_path / "src")
+    (tmp_path / "text").write_text(TEXT[:4000])
+    text = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--threads", "1")
+    assert run("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq", *text) == 0
+    captured = capsys.readouterr()
+    assert "of memory to expect" in captured.err
+    assert "memory" in captured.out
+    assert run("quantize", tmp_path / "src", "--dry-run", "--method", "gptq", "--json", *text) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert run("quantize", tmp_path / "src", "--dry-run", "--json", *text) == 0
+    plain = json.loads(capsys.readouterr().out)
+    for key in ("seconds_estimate", "memory_bytes_estimate"):
+        assert values[key] > plain[key]
+
+
+def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:
+    config = Checkpoint(resolve("embedded")).config
+    chains = {name: parse_chain(name) for name in ("gptq", "qronos")}
+    setup = Setup(memory=100 * 2**20)
+    short, longer = (expected_memory(config, chains["gptq"], setup, n, 512) for n in (16, 32))
+    assert longer - short == 2 * 4 * 16 * 512 * config.hidden_size
+    assert expected_memory(config, chains["gptq"], setup, 4096, 512) < short  # in files
+    both = expected_memory(config, chains["qronos"], setup, 16, 512)
+    assert both > short + 2 * 4 * 16 * 512 * config.hidden_size
+    work = [expected_work(config, chain, 16, 512) for chain in chains.values()]
+    assert work[0] < work[1] < 4 * work[0]
 
 
 # ---- chains ---------------------------------------------------------------------------------------

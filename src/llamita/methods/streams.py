@@ -75,7 +75,7 @@ class Store:
             else:
                 _write(path, lambda file, values=values: np.save(file, values.numpy()))
         arrays = {f"{name}.{i}": array for name, pair in layers.items() for i, array in enumerate(pair)}
-        _write(self._file("block", index), lambda file: np.savez(file, **arrays))
+        _write(self._file("block", index), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
         for kind in after:
             self._file(kind, index).unlink(missing_ok=True)
 
