@@ -6,16 +6,17 @@ entry, "module:function", is imported on use and is no import in this sense.
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
-    ("errors", "scheme", "config"),
+    ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine", "hub_texts", "processes"),
+     "wikitext", "shapes", "machine", "hadamard", "hub_texts", "processes"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.streams", "methods.calibrated", "methods.gptq", "methods.qronos", "methods.ranks"),
+     "methods.streams", "methods.online", "methods.calibrated", "methods.gptq", "methods.qronos",
+     "methods.ranks"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -32,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 SIBLINGS: dict[str, tuple[str, ...]] = {
     "scheme": ("errors",),
     "config": ("errors",),
+    "rotations": ("errors",),
     "threads": ("_native",),
     "processes": ("_native",),
     "tensorfile": ("files",),
@@ -42,8 +44,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.rtn": ("methods.energy",),
     "methods.blocks": ("methods.rtn",),
     "methods.calibrated": (
-        "methods.blocks", "methods.energy", "methods.fakequant", "methods.ranks", "methods.rtn",
-        "methods.setup", "methods.streams",
+        "methods.blocks", "methods.energy", "methods.fakequant", "methods.ranks", "methods.rtn", "methods.setup",
+        "methods.online", "methods.streams",
     ),
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
@@ -88,6 +90,7 @@ TORCH_SIDE = {
     "methods.blocks": ("torch", "transformers"),
     "methods.streams": ("torch",),
     "methods.calibrated": ("torch",),
+    "methods.online": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),
     "methods.ranks": ("torch",),

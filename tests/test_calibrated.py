@@ -17,16 +17,18 @@ from tiny import make_checkpoint
 import llamita
 import llamita.packing
 from llamita import _native
-from llamita.affine import dequantize, quantize_activations
+from llamita.affine import dequantize, quantize_activations, to_f32
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError, RunError
-from llamita.methods.chain import parse_chain
+from llamita.hadamard import fast_hadamard
+from llamita.methods.chain import begin, parse_chain
 from llamita.methods.setup import Calibration, Setup
 from llamita.needs import expected_memory, expected_work
 from llamita.packed import PackedModel
 from llamita.quantize import RoundedSource, quantize
 from llamita.resume import kept_work
+from llamita.rotations import Rotations
 from llamita.scheme import make_scheme
 from llamita.verify import verify
 
@@ -153,6 +155,39 @@ def test_the_rounded_stream_is_what_the_engine_computes() -> None:
     ours = llm.logits(tokens)
     assert np.abs(ours - logits).mean() < 0.02 * np.abs(logits).mean()
     assert (ours.argmax(axis=1) == logits.argmax(axis=1)).mean() > 0.95
+
+
+class Rotated:
+    """A checkpoint whose down_proj expects rotated inputs: the same function with R4 online."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.rotations = Rotations(("R4",), checkpoint.config.intermediate_size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def weight(self, name: str) -> np.ndarray:
+        weight = to_f32(self._checkpoint.weight(name))
+        return fast_hadamard(weight) if name.endswith("down_proj") else weight
+
+
+def test_online_rotations_are_part_of_both_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Checkpoint(make_checkpoint(tmp_path))
+    setup, kept = setup_of(source), []
+
+    def keep(store: Any, index: int, after: dict[str, Any], layers: Any) -> None:
+        kept.append(after)
+        original(store, index, after, layers)
+
+    original = calibrated.Store.keep
+    monkeypatch.setattr(calibrated.Store, "keep", keep)
+    for which in (source, Rotated(source)):
+        begin(which, make_scheme("llama3.2"), parse_chain("qronos"), setup)
+    plain, rotated = kept[1], kept[3]
+    torch.testing.assert_close(plain["float"], rotated["float"], atol=1e-4, rtol=1e-4)
+    lost = (plain["quantized"] - plain["float"]).norm()
+    assert (rotated["quantized"] - rotated["float"]).norm() < 2 * lost
 
 
 # ---- killed and resumed ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from llamita.methods import ranks, rtn
 from llamita.methods.blocks import STEPS, Block, embed, llama_config, rotary_tables
 from llamita.methods.energy import pieces_of
 from llamita.methods.fakequant import quantize_activations
+from llamita.methods.online import online_transform
 from llamita.methods.rtn import RoundedRows
 from llamita.methods.setup import Setup
 from llamita.methods.streams import Store
@@ -157,7 +158,8 @@ def begin(
 def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
     source, count = run.source, run.source.config.layers
     store = Store(run.setup, (*tokens.shape, source.config.hidden_size), run.kinds)
-    config = llama_config(source.config)
+    config, rotations = llama_config(source.config), getattr(source, "rotations", None)
+    online = None if rotations is None else online_transform(rotations)
     rotary = rotary_tables(config, tokens.shape[1])
     first = store.finished()
     if first == count:
@@ -167,9 +169,9 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
     else:
         streams = {kind: _embedded(run, store, kind, tokens) for kind in run.kinds}
     for index in range(first, count):
-        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations)}
+        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations, online)}
         if "float" in streams:
-            blocks["float"] = Block(source, config, index, rotary)
+            blocks["float"] = Block(source, config, index, rotary, online=online)
         after = {kind: store.new(kind, index + 1) for kind in streams}
         rounded = _round_block(run, index, blocks, streams, after)
         layers = {name: (_native.codes_to_packed(r.codes), r.scales) for name, r in rounded.items()}
