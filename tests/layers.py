@@ -44,8 +44,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.rtn": ("methods.energy",),
     "methods.blocks": ("methods.rtn",),
     "methods.calibrated": (
-        "methods.blocks", "methods.energy", "methods.fakequant", "methods.ranks", "methods.rtn", "methods.setup",
-        "methods.online", "methods.streams",
+        "methods.blocks", "methods.energy", "methods.fakequant", "methods.ranks", "methods.rtn",
+        "methods.setup", "methods.online", "methods.streams",
     ),
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
