@@ -48,8 +48,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
         "methods.setup", "methods.online", "methods.streams",
     ),
     "methods.streams": ("methods.setup",),
-    "methods.gptq": ("methods.calibrated", "methods.rtn"),
-    "methods.qronos": ("methods.calibrated", "methods.gptq"),
+    "methods.gptq": ("methods.calibrated", "methods.rtn", "methods.setup"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",

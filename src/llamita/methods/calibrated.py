@@ -147,7 +147,9 @@ def begin(
     if tune is not None and processes.world() > 1:
         raise InputError(f"--method tune: expected a single process, got {processes.world()}")
     torch.set_num_threads(_native.threads())
-    to_nearest = rtn.begin(source, scheme)
+    # Measured energies replace the expected ones, which would take a pass over all weights.
+    expects = method is None or scheme.scale_rule != "weighted"
+    to_nearest = rtn.begin(source, scheme if expects else replace(scheme, scale_rule="search"))
     run = _Run(source, scheme, setup, method, tune, to_nearest)
     with torch.no_grad():
         store = _round_blocks(run, ranks.own_rows(torch.from_numpy(setup.calibration.tokens)).numpy())
