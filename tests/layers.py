@@ -69,6 +69,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "calibration": ("own_text",),
     "__main__": ("cli",),
     "rotations": ("errors",),
+    "processes": ("_native",),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.

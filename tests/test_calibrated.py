@@ -373,7 +373,7 @@ def test_calibration_that_cannot_be_had(tmp_path: Path, capsys: Any) -> None:
     common = ("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq")
     for options, message in (
         (("--calibration", tmp_path / "none"), "there is no such file"),
-        (("--calibration", tmp_path / "text"), "expected 128 samples"),
+        (("--calibration", tmp_path / "text"), "tokens for 128 windows of 512, got 11"),
         (("--length", "100000"), "--length: expected at most"),
     ):
         assert run(*common, *options) == 2

@@ -42,9 +42,10 @@ def write(model: Path, samples: int, seed: int = 0) -> np.ndarray:
     return rows
 
 
-def test_a_row_begins_with_what_the_model_generates(model: Path) -> None:
-    llm = llamita.load(model, kv_dtype="f16")
-    rows, several = write(model, 4, seed=3), 0
+@pytest.mark.parametrize(("name", "preset"), [("self", None), ("self-fast", "llamita")])
+def test_a_row_begins_with_what_the_model_generates(model: Path, name: str, preset: str | None) -> None:
+    llm = llamita.load(model, preset=preset, kv_dtype="f16")
+    rows, several = load_calibration(name, model, 4, LENGTH, seed=3).tokens, 0
     for place, row in enumerate(rows):
         drawn = llm.generate([BOS], max_tokens=LENGTH - 1, temperature=1.0, top_p=1.0, seed=3 * 2**32 + place)
         first = [BOS, *drawn.token_ids]
@@ -172,7 +173,7 @@ def test_json_lines_are_documents(model: Path, tmp_path: Path) -> None:
     [
         ("nowhere.txt", {}, "'nowhere.txt'; there is no such file"),
         ("some/nowhere.jsonl", {}, "there is no such file"),
-        ("two words", {}, "expected 'self', a text file, or a data set's name"),
+        ("two words", {}, "expected 'self', 'self-fast', a text file, or a data set's name"),
         ("self", {"samples": 0}, "--samples: expected at least 1, got 0"),
         ("self", {"length": 1}, "--length: expected at least 2, got 1"),
         ("self", {"length": 513}, "--length: expected at most 512 tokens, the model's context, got 513"),

@@ -79,9 +79,12 @@ def test_shares_are_parts_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         parts += processes.share(7)
         assert 2 <= len(processes.share(7)) <= 3
     assert parts == list(range(7))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    monkeypatch.delenv("LLAMITA_THREADS", raising=False)
+    monkeypatch.setattr(processes._native, "usable_cpus", lambda: 8)
     assert processes.fair_threads(None) == 2
     assert processes.fair_threads(5) == 5
+    monkeypatch.setenv("LLAMITA_THREADS", "4")
+    assert processes.fair_threads(None) is None
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(InputError, match="RANK: expected a whole number of at least 0, got 'first'"):
         processes.rank()

@@ -9,6 +9,7 @@ from importlib import import_module
 
 import numpy as np
 
+from llamita import _native
 from llamita.errors import InputError
 
 _ALL_SUM = "llamita.methods.ranks:all_sum_array"
@@ -27,10 +28,9 @@ def rank() -> int:
 def fair_threads(threads: int | None) -> int | None:
     """Threads for this process: those asked for, or its part of this machine's where it shares it."""
     beside = _number("LOCAL_WORLD_SIZE", 1, 1) if world() > 1 else 1
-    if threads is not None or beside == 1:
+    if threads is not None or beside == 1 or os.environ.get("LLAMITA_THREADS"):
         return threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // beside)
+    return max(1, _native.usable_cpus() // beside)
 
 
 def share(count: int) -> range:

@@ -36,7 +36,7 @@ _Method = Annotated[str, typer.Option(help=f"How weights are rounded: {_METHODS}
 _Scales = Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")]
 _Text = Annotated[
     str,
-    typer.Option(metavar="TEXT", help="What methods calibrate on: 'self', a file, a hub data set."),
+    typer.Option(metavar="TEXT", help="What methods calibrate on: self, self-fast, a file, a hub data set."),
 ]
 _Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
