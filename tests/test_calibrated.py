@@ -270,6 +270,18 @@ def test_two_runs_to_one_place_keep_apart(tmp_path: Path) -> None:
         assert (work / "block-0000.npz").exists()
 
 
+def test_what_others_left_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / ".out.work").mkdir()
+    (tmp_path / ".out.work" / "mine").write_text("precious")
+    (tmp_path / ".link.work").symlink_to(tmp_path / ".out.work")
+    (tmp_path / ".file.work").write_text("precious")
+    for name in ("out", "link", "file"):
+        with pytest.raises((InputError, RunError), match="try another --out"), kept_work(tmp_path / name, {}):
+            pass
+    assert (tmp_path / ".out.work" / "mine").read_text() == "precious"
+    assert (tmp_path / ".file.work").read_text() == "precious"
+
+
 def test_finished_blocks_are_not_rounded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the settings differ."""
     source = Checkpoint(make_checkpoint(tmp_path / "src"))

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llamita.errors import RunError
+from llamita.errors import InputError, RunError
 
 _SETTINGS = "settings.json"
 
@@ -26,13 +26,19 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         settings: whatever decides the result, as JSON values; other settings discard what is there.
 
     Raises:
-        RunError: another run is at work there.
+        InputError: something else has this name.
+        RunError: another run is at work there, or it cannot be made.
     """
     work = out.parent / f".{out.name}.work"
-    work.mkdir(exist_ok=True)
-    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        work.mkdir(exist_ok=True)
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise RunError(f"{work}: cannot be made: {error.strerror}; try another --out") from None
     try:
         _take(lock, work)
+        if any(work.iterdir()) and not any(path.name.startswith(_SETTINGS) for path in work.iterdir()):
+            raise InputError(f"{work}: expected what llamita left there, got other files; try another --out")
         _prepare(work, json.dumps(settings, sort_keys=True, indent=1))
         try:
             yield work

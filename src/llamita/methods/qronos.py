@@ -18,7 +18,7 @@ from llamita.methods.setup import numbers_of
 from llamita.scheme import QuantScheme
 
 SETTINGS = {
-    "strength": 0.5,  # of the correction for inputs
+    "strength": 0.75,  # of the correction for inputs
     "residual": 0.5,  # of the correction for the residual stream
     "ridge": 0.05,  # λ, as a share of the inputs' mean energy
 }
