@@ -11,7 +11,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
      "wikitext", "shapes", "machine"),
     # 2: models on disk
-    ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer",
+    ("checkpoint", "mixed", "packed", "packed_writer", "staging", "card", "tokenizer",
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.rtn", "methods.energy"),
@@ -34,6 +34,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "threads": ("_native",),
     "tensorfile": ("files",),
     "hub": ("files",),
+    "mixed": ("checkpoint",),
     "packed": ("checkpoint",),
     "packed_writer": ("checkpoint", "packed"),
     "methods.rtn": ("methods.energy",),
