@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "bench_worker", "bench", "plot"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
-     "commands.verify", "commands.plan", "commands.bench"),
+     "commands.verify", "commands.plan", "commands.bench", "commands.selection"),
     # 7: names of commands
     ("cli",),
 )  # fmt: skip
@@ -66,6 +66,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "bench": ("bench_report", "bench_worker", "work"),
     "plot": ("bench_report", "work"),
     "commands.chat": ("commands.generate",),
+    "commands.quantize": ("commands.selection",),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.

@@ -32,6 +32,7 @@ from llamita.files import sha256_file
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, RoundModule, parse_chain
 from llamita.methods.setup import Progress, Setup
+from llamita.mixed import describe_kinds
 from llamita.packed import format_of, layout, tensor_bytes
 from llamita.packed_writer import (
     SHARD_BYTES,
@@ -183,8 +184,10 @@ def quantize(
         summary = _summarize(out, plan, time.perf_counter() - began, sums)
         files["config.json"] = write_config(directory, changed.hf_config, scheme)
         files |= copy_companions(source.path, directory, companions)
-        card = model_card(CardFacts(shown, source.path, scheme, str(chain), __version__, plan.source_bytes,
-                                    plan.tensor_bytes, summary.relative_error, summary.worst()))  # fmt: skip
+        kinds = describe_kinds(source.config, scheme)
+        card = model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), __version__,
+                                    plan.source_bytes, plan.tensor_bytes, summary.relative_error,
+                                    summary.worst()))  # fmt: skip
         files["README.md"] = write_bytes(directory / "README.md", card.encode())
         write_metadata(directory, _metadata(scheme, chain, setup, record, summary, files))
     return summary
@@ -256,10 +259,9 @@ def _write_rounded(
         scales = stored_scales(piece.scales, scheme)
         if scheme.kind(name).bits == 4:
             writer.put(f"{name}.weight_packed", _native.codes_to_packed(piece.codes))
-            writer.put(f"{name}.weight_scale", scales)
         else:
             writer.put(f"{name}.weight", piece.codes)
-            writer.put(f"{name}.weight_scale", scales)
+        writer.put(f"{name}.weight_scale", scales)
         error, energy, count = error + piece.squared_error, energy + piece.energy, count + piece.codes.size
     return error, energy, count
 

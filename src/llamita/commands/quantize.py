@@ -1,17 +1,19 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llamita import console
+from llamita import console, mixed
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
+from llamita.commands.selection import parse_goal, print_selection, selection_values, settings_of
 from llamita.errors import InputError
 from llamita.files import has
-from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
+from llamita.methods.auto import select
+from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, parse_chain
 from llamita.methods.setup import Setup
 from llamita.packed import METADATA
 from llamita.plan import describe
@@ -40,6 +42,16 @@ _Text = Annotated[
 _Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+_KeepFloat = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to leave in float, such as '*.down_proj'; repeatable."),
+]
+_MaxSize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Choose layer by layer: least loss in 700MB of weights.")
+]
+_MaxLoss = Annotated[
+    float | None, typer.Option(metavar="KL", help="Choose layer by layer: least size with at most this loss.")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
@@ -57,6 +69,9 @@ def command(
     samples: _Samples = 128,
     length: _Length = 512,
     seed: _Seed = 0,
+    keep_float: _KeepFloat = None,
+    max_size: _MaxSize = None,
+    max_loss: _MaxLoss = None,
     dry_run: _DryRun = False,
     overwrite: _Overwrite = False,
     threads: _Threads = None,
@@ -68,9 +83,12 @@ def command(
     """
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
+    goal = parse_goal(max_size, max_loss)
     use_threads(threads)
     if dry_run:
-        _dry_run(src, scheme, json)
+        if goal:
+            raise InputError("--dry-run: expected without --max-size and --max-loss, which measure the model")
+        _dry_run(src, scheme, keep_float or [], json)
         return
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
@@ -80,18 +98,30 @@ def command(
     check_target(out, overwrite, path)  # before a text is written
     source = Checkpoint(path)
     with console.progress(quiet=json) as progress:
-        setup = _setup(source, chain, (calibration, samples, length), seed)
+        scheme = mixed.keep_float(source.config, scheme, keep_float or [])
+        setup = _setup(
+            source, chain.needs_calibration or goal is not None, (calibration, samples, length), seed
+        )
+        selection = None
+        if goal:
+            assert setup.calibration is not None
+            selection = select(source, scheme, setup.calibration.tokens, goal, progress)
+            scheme = selection.scheme
+            setup = replace(setup, settings=settings_of(goal, selection, setup.calibration))
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:
-        console.print_json(_summary_values(summary, scheme))
-    else:
-        _print_summary(summary, scheme)
+        chosen = {"selection": selection_values(selection)} if selection else {}
+        console.print_json(_summary_values(summary, scheme) | chosen)
+        return
+    if selection:
+        print_selection(source.config, selection)
+    _print_summary(summary, scheme)
 
 
-def _setup(source: Checkpoint, chain: Chain, text: tuple[str, int, int], seed: int) -> Setup:
+def _setup(source: Checkpoint, needs_text: bool, text: tuple[str, int, int], seed: int) -> Setup:
     """What the chain needs; `text` is the calibration's name, samples and length."""
-    if not chain.needs_calibration:
+    if not needs_text:
         return Setup(seed=seed)
     name, samples, length = text
     if length > source.config.context:
@@ -100,8 +130,9 @@ def _setup(source: Checkpoint, chain: Chain, text: tuple[str, int, int], seed: i
     return Setup(load_calibration(name, source, tokenizer, samples, length, seed), seed)
 
 
-def _dry_run(src: str, scheme: QuantScheme, json: bool) -> None:
+def _dry_run(src: str, scheme: QuantScheme, patterns: list[str], json: bool) -> None:
     model = describe(src)
+    scheme = mixed.keep_float(model.config, scheme, patterns)
     if model.scheme is not None:
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
     plan = make_plan(model.config, scheme, model.float_dtype)
@@ -117,8 +148,10 @@ def _dry_run(src: str, scheme: QuantScheme, json: bool) -> None:
 
 def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
     tables = "int8 per channel" if scheme.table_bits else "float"
+    others = [["layers stored otherwise", f"{len(scheme.layers)}"]] if scheme.layers else []
     return [
         ["scheme", f"{scheme.name}: int4, groups of {scheme.group_size}"],
+        *others,
         ["scales", f"{scheme.scale_rule}, {scheme.scale_dtype}"],
         ["linear layers", f"{plan.linear_layers}"],
         ["embedding and head", tables],

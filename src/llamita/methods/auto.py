@@ -7,8 +7,10 @@ Hessian traces). The knapsack that is left is solved greedily over the lower con
 sizes and losses, which is optimal but for what is left over at the end.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,13 +28,17 @@ from llamita.engine.weights import ModelWeights, load_block, load_head, load_wei
 from llamita.errors import InputError
 from llamita.mixed import with_layers
 from llamita.packed import layout, tensor_bytes
-from llamita.quantize import RoundedSource, make_plan
+from llamita.quantize import Plan, RoundedSource, make_plan
 from llamita.scheme import GROUP_SIZES, KINDS, QuantScheme
 from llamita.statistics import Interval, mean_interval
 
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
 Progress = Callable[[str, int, int], None] | None
 FINEST = "w8"
 _REFERENCE_BYTES = 256 * 2**20  # of the float model's log-probabilities; beyond, every n-th token counts
+_MOST_TOKENS = 8192  # on which each option is measured
+_HEADER_SLACK = 16  # bytes: a layer's part of the header may grow by as much, and padding by 64
 _ROWS = 64  # of logits in the arithmetic at a time
 
 
@@ -49,15 +55,23 @@ Options = Mapping[str, list[Option]]  # by module name
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What is asked for, one of two: bytes of weight files at most, or nats a token at most."""
+
+    max_size: int | None = None
+    max_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class Selection:
-    """A scheme that was chosen, and what to expect of it. Losses in nats a token, on the calibration tokens.
+    """A scheme that was chosen, and what to expect of it. Losses are KL in nats a token, on the tokens given.
 
     Attributes:
         scheme: with an override for each layer that is stored in another way than most.
         file_bytes: of its weight files.
-        predicted: the sum of its layers' increases, and of what int8 costs.
+        predicted: what int8 costs, and the sum of what its layers add.
         measured: the loss of the whole.
-        uniform: the finest scheme with one group size that is no larger, None where none is.
+        uniform: the scheme with one group size that loses least within the same bytes, None if none fits.
         uniform_loss: what that one was measured to lose.
     """
 
@@ -67,6 +81,55 @@ class Selection:
     measured: Interval
     uniform: QuantScheme | None
     uniform_loss: Interval | None
+
+
+def select(
+    source: Checkpoint, scheme: QuantScheme, tokens: np.ndarray, goal: Goal, progress: Progress = None
+) -> Selection:
+    """The scheme that fits the goal best, every layer that has no override yet stored in its own way.
+
+    Args:
+        scheme: decides about everything but group sizes and bits of linear layers.
+        tokens: int32 (samples, length) on which losses are measured.
+
+    Raises:
+        InputError: no scheme of the kinds known is so small, or loses so little.
+    """
+    stride = -(-tokens.size // _MOST_TOKENS)
+    run = _Run(source, scheme, Meter(source, tokens[::stride]), *_sizes(source, scheme))
+    if goal.max_size is not None and goal.max_size < run.least_size:
+        raise InputError(
+            f"--max-size: expected at least {run.least_size:,} bytes, the smallest weight files of all, "
+            f"got {goal.max_size:,}; try a preset with smaller tables"
+        )
+    least, options = measure_options(source, scheme, run.meter, progress)
+    if goal.max_loss is not None:
+        chosen = _smallest(run, options, goal.max_loss)
+    else:
+        assert goal.max_size is not None
+        chosen = allocate(options, goal.max_size - run.overhead)
+    mixed = _scheme_of(scheme, chosen)
+    if stride > 1:  # judged on samples that the choice has not seen
+        run.meter = Meter(source, tokens[1::stride])
+    size = run.file_bytes(mixed)
+    uniform, uniform_loss = _best_uniform(run, goal.max_size or size)
+    predicted = least + sum(option.loss for option in chosen.values())
+    return Selection(mixed, size, predicted, run.loss(mixed), uniform, uniform_loss)
+
+
+@dataclass
+class _Run:
+    source: Checkpoint
+    scheme: QuantScheme
+    meter: "Meter"
+    least_size: int  # bytes of weight files
+    overhead: int  # bytes that no choice changes, at most
+
+    def loss(self, scheme: QuantScheme) -> Interval:
+        return mean_interval(self.meter.divergence(load_weights(RoundedSource(self.source, scheme))))
+
+    def file_bytes(self, scheme: QuantScheme) -> int:
+        return _plan(self.source, scheme).file_bytes
 
 
 class Meter:
@@ -229,5 +292,72 @@ def _gain(before: Option, after: Option) -> float:
 
 def _steps(hulls: Mapping[str, list[Option]]) -> list[tuple[str, Option, Option]]:
     """Every step up along every hull, the best for a byte first."""
-    steps = [(name, *pair) for name, hull in hulls.items() for pair in zip(hull, hull[1:], strict=False)]
+    steps = [(name, *pair) for name, hull in hulls.items() for pair in pairwise(hull)]
     return sorted(steps, key=lambda step: (-_gain(*step[1:]), step[0]))
+
+
+def _scheme_of(scheme: QuantScheme, chosen: Mapping[str, Option]) -> QuantScheme:
+    """The scheme with these options, its group size the one that most layers have."""
+    groups = [KINDS[option.kind].group_size for option in chosen.values()]
+    most = max(GROUP_SIZES, key=lambda group_size: (groups.count(group_size), -group_size))
+    fixed = {name: scheme.kind(name).name for name in scheme.layers}
+    layers = fixed | {name: option.kind for name, option in chosen.items()}
+    return replace(scheme, name="auto", group_size=most, layers=layers)
+
+
+def _plan(source: Checkpoint, scheme: QuantScheme) -> Plan:
+    return make_plan(source.config, scheme, lambda name: source.info(name).dtype)
+
+
+def _sizes(source: Checkpoint, scheme: QuantScheme) -> tuple[int, int]:
+    """The smallest weight files that there are, and how many bytes of any lie outside the layers chosen."""
+    kinds = candidates(source, scheme)
+    chosen = {name: Option(ways[0], 0, 0.0) for name, ways in kinds.items()}
+    smallest = _scheme_of(scheme, chosen)
+    plan = _plan(source, smallest)
+    modules = layout(source.config, smallest, lambda name: source.info(name).dtype)
+    inside = sum(tensor_bytes(modules[name]) for name in kinds)
+    return plan.file_bytes, plan.file_bytes - inside + _HEADER_SLACK * len(kinds) + 64
+
+
+def _smallest(run: _Run, options: Options, max_loss: float) -> dict[str, Option]:
+    """The first state on the way from the smallest to the finest whose measured loss is small enough."""
+    hulls = {name: _hull(ways) for name, ways in options.items()}
+    sizes = [sum(hull[0].size for hull in hulls.values())]
+    for _, before, after in _steps(hulls):
+        sizes.append(sizes[-1] + after.size - before.size)
+    finest = run.loss(_scheme_of(run.scheme, allocate(options, sizes[-1]))).value
+    if finest > max_loss:
+        raise InputError(
+            f"--max-loss: expected at least {finest:.2g}, what int8 loses on this text, got {max_loss:g}"
+        )
+    low, high = 0, len(sizes) - 1  # the state at `high` is small enough in loss
+    while low < high:
+        middle = (low + high) // 2
+        loss = run.loss(_scheme_of(run.scheme, allocate(options, sizes[middle]))).value
+        low, high = (low, middle) if loss <= max_loss else (middle + 1, high)
+    return allocate(options, sizes[high])
+
+
+def _best_uniform(run: _Run, size: int) -> tuple[QuantScheme | None, Interval | None]:
+    """The best scheme with one group size for all layers that have no override, within so many bytes."""
+    columns = [shape[1] for shape in linear_names(run.source.config).values()]
+    found: list[tuple[Interval, QuantScheme]] = []
+    for group_size in GROUP_SIZES:
+        scheme = replace(run.scheme, group_size=group_size)
+        if not any(count % group_size for count in columns) and run.file_bytes(scheme) <= size:
+            found.append((run.loss(scheme), scheme))
+    loss, scheme = min(found, key=lambda pair: pair[0].value, default=(None, None))
+    return scheme, loss
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "700MB", "1.2 GB", "640MiB" or a plain number.
+
+    Raises:
+        InputError: something else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"--max-size: expected a size such as 700MB or 1.2GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
