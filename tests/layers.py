@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
     ("calibration", "evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report",
-     "bench_worker", "bench", "plot"),
+     "bench_worker", "bench", "plot", "methods.auto"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
      "commands.verify", "commands.plan", "commands.bench", "commands.selection"),

@@ -9,10 +9,11 @@ import pytest
 from test_packed import _fake_quantize, assert_same_weight, float_weight, needs_transformers, reseal
 from tiny import make_checkpoint
 
-from llamita.checkpoint import Checkpoint, linear_names, table_names
+from llamita.checkpoint import Checkpoint, Int4Weight, linear_names, table_names
 from llamita.engine.llm import LLM, load
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
+from llamita.methods.setup import Calibration, Setup
 from llamita.mixed import count_kinds, describe_kinds, keep_float, with_layers
 from llamita.packed import PackedModel, quantization_config
 from llamita.quantize import RoundedSource, make_plan, quantize
@@ -257,3 +258,27 @@ def test_layers_that_differ_have_groups_of_their_own(tmp_path: Path) -> None:
     assert values["ignore"][0] == "lm_head"
     assert r"re:.*layers\.(1)\.self_attn\.o_proj$" in values["ignore"]
     assert values["format"] == "mixed-precision"
+
+
+# ---- methods that look at activations -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gptq", "qronos"])
+def test_calibrated_methods_round_the_int4_layers(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("torch")
+    source = Checkpoint(make_checkpoint(tmp_path / "src"))
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 64)).astype(np.int32)
+    setup = Setup(Calibration("random", "0" * 64, tokens))
+    nearest = RoundedSource(source, mixed())
+    rounded = RoundedSource(source, mixed(), method, setup)
+    changed = []
+    for name in linear_names(source.config):
+        found, usual = rounded.weight(name), nearest.weight(name)
+        if isinstance(found, Int4Weight):
+            assert isinstance(usual, Int4Weight)
+            assert found.group_size == usual.group_size == mixed().kind(name).group_size
+            changed.append(bool((found.packed != usual.packed).any()))
+        else:
+            assert_same_weight(found, usual)
+    assert len(changed) == 8
+    assert all(changed)

@@ -1,10 +1,10 @@
 """Choose how each layer is stored: the least loss under a size, or the least size under a loss.
 
-Each layer alone is rounded in each way, in a model whose other layers are int8, and the KL divergence from
-the float model is measured on calibration tokens by llamita's own engine. KL is quadratic in small errors and
-errors of different layers are nearly uncorrelated, so increases add up (HAWQ-V2, arXiv 1911.03852, adds up
-Hessian traces). The knapsack that is left is solved greedily over the lower convex hull of each layer's
-sizes and losses, which is optimal but for what is left over at the end.
+Each layer alone goes to int4 in a model whose other layers are int8, and the KL divergence from the float
+model is measured on calibration tokens by llamita's own engine. KL is quadratic in small errors, and errors
+of different layers are nearly uncorrelated: so increases add up, and a layer's grows with its squared error
+(as in HAWQ-V2, arXiv 1911.03852, where a Hessian's trace is the factor). The knapsack that is left is solved
+greedily over the lower convex hull of each layer's sizes and losses, optimal but for what is left over.
 """
 
 import re
@@ -26,6 +26,7 @@ from llamita.engine.model import Model
 from llamita.engine.scheduler import PREFILL_CHUNK
 from llamita.engine.weights import ModelWeights, load_block, load_head, load_weights
 from llamita.errors import InputError
+from llamita.methods import rtn
 from llamita.mixed import with_layers
 from llamita.packed import layout, tensor_bytes
 from llamita.quantize import Plan, RoundedSource, make_plan
@@ -35,9 +36,11 @@ from llamita.statistics import Interval, mean_interval
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
 Progress = Callable[[str, int, int], None] | None
-FINEST = "w8"
+FINEST, _MEASURED = "w8", "w4g128"
+_WAYS = (*(f"w4g{group_size}" for group_size in sorted(GROUP_SIZES, reverse=True)), FINEST)  # smallest first
 _REFERENCE_BYTES = 256 * 2**20  # of the float model's log-probabilities; beyond, every n-th token counts
-_MOST_TOKENS = 8192  # on which each option is measured
+_MOST_TOKENS = 8192  # on which each layer is measured
+_TOKENS_EACH = 4  # for a token that counts, at most: the others only give it a context
 _HEADER_SLACK = 16  # bytes: a layer's part of the header may grow by as much, and padding by 64
 _ROWS = 64  # of logits in the arithmetic at a time
 
@@ -95,7 +98,8 @@ def select(
     Raises:
         InputError: no scheme of the kinds known is so small, or loses so little.
     """
-    stride = -(-tokens.size // _MOST_TOKENS)
+    counted = _REFERENCE_BYTES // (4 * source.config.vocab_size)
+    stride = -(-tokens.size // min(_MOST_TOKENS, _TOKENS_EACH * counted))
     run = _Run(source, scheme, Meter(source, tokens[::stride]), *_sizes(source, scheme))
     if goal.max_size is not None and goal.max_size < run.least_size:
         raise InputError(
@@ -209,9 +213,8 @@ def candidates(source: Checkpoint, scheme: QuantScheme) -> dict[str, list[str]]:
     shapes = dict(linear_names(config))
     if not config.tied and scheme.kind("lm_head").bits:
         shapes["lm_head"] = (config.vocab_size, config.hidden_size)
-    groups = sorted(GROUP_SIZES, reverse=True)
     return {
-        name: [f"w4g{g}" for g in groups if columns % g == 0] + [FINEST]
+        name: [kind for kind in _WAYS if columns % (KINDS[kind].group_size or 1) == 0]
         for name, (_, columns) in shapes.items()
         if name not in scheme.layers
     }
@@ -220,37 +223,37 @@ def candidates(source: Checkpoint, scheme: QuantScheme) -> dict[str, list[str]]:
 def measure_options(
     source: Checkpoint, scheme: QuantScheme, meter: Meter, progress: Progress = None
 ) -> tuple[float, dict[str, list[Option]]]:
-    """The loss with int8 everywhere, and of each layer its options with what each adds to that."""
+    """The loss with int8 everywhere, and of each layer its options with what each adds to that.
+
+    What one int4 kind adds is measured; the others follow from the squared errors of the rounded weights.
+    """
     kinds = candidates(source, scheme)
-    rounded = {kind: _all_at(source, scheme, kinds, kind) for kind in KINDS if KINDS[kind].bits}
-    layouts = {
-        kind: layout(source.config, model.scheme, lambda name: source.info(name).dtype)
-        for kind, model in rounded.items()
-    }
-    finest = load_weights(rounded[FINEST])
-    least = float(meter.divergence(finest).mean())
-    options: dict[str, list[Option]] = {name: [] for name in kinds}
-    total, done = sum(len(ways) - 1 for ways in kinds.values()), 0
-    for name, ways in kinds.items():
-        for kind in ways:
-            loss = 0.0
-            if kind != FINEST:
-                if progress:
-                    progress(f"measuring {name} as {kind}", done, total)
-                weights = _with_module(finest, name, _Swapped(rounded[FINEST], name, rounded[kind]))
-                loss = max(0.0, float(meter.divergence(weights).mean()) - least)
-                done += 1
-            options[name].append(Option(kind, tensor_bytes(layouts[kind][name]), loss))
+    schemes = {kind: _all_at(scheme, kinds, kind) for kind in _WAYS}
+    layouts = {k: layout(source.config, s, lambda name: source.info(name).dtype) for k, s in schemes.items()}
+    begun = {kind: rtn.begin(source, schemes[kind]) for kind in schemes}
+    measured = {n: _MEASURED if _MEASURED in ways else ways[0] for n, ways in kinds.items()}
+    rounded = {kind: RoundedSource(source, schemes[kind]) for kind in {FINEST, *measured.values()}}
+    weights = load_weights(rounded[FINEST])
+    least = float(meter.divergence(weights).mean())
+    options: dict[str, list[Option]] = {}
+    for done, (name, ways) in enumerate(kinds.items()):
+        if progress:
+            progress(f"measuring {name}", done, len(kinds))
+        errors = {kind: sum(piece.squared_error for piece in begun[kind](name)) for kind in ways}
+        reference = measured[name]
+        swapped = _with_module(weights, name, _Swapped(rounded[FINEST], name, rounded[reference]))
+        added = max(0.0, float(meter.divergence(swapped).mean()) - least)
+        factor = added / errors[reference] if errors[reference] else 0.0
+        options[name] = [
+            Option(kind, tensor_bytes(layouts[kind][name]), 0.0 if kind == FINEST else factor * errors[kind])
+            for kind in ways
+        ]
     return least, options
 
 
-def _all_at(
-    source: Checkpoint, scheme: QuantScheme, kinds: Mapping[str, list[str]], kind: str
-) -> RoundedSource:
-    """The model with every layer stored in this way, or int8 where it does not fit."""
-    return RoundedSource(
-        source, with_layers(scheme, {n: kind if kind in ways else FINEST for n, ways in kinds.items()})
-    )
+def _all_at(scheme: QuantScheme, kinds: Mapping[str, list[str]], kind: str) -> QuantScheme:
+    """The scheme with every layer stored in this way, or in int8 where it does not fit."""
+    return with_layers(scheme, {n: kind if kind in ways else FINEST for n, ways in kinds.items()})
 
 
 def _with_module(weights: ModelWeights, name: str, source: ModelSource) -> ModelWeights:

@@ -6,7 +6,7 @@ that share an input are rounded in order, each on inputs that the groups before 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llamita import _native
 from llamita.affine import dequantize
-from llamita.checkpoint import linear_names
 from llamita.errors import InputError
 from llamita.methods import rtn
 from llamita.methods.blocks import STEPS, Block, embed, llama_config, rotary_tables
@@ -86,7 +85,7 @@ class RoundedBlock:
         index: its number.
         block: the quantized block, activations rounded; `block(inputs)` is what the model will compute.
         weights: its float weights, (outputs, inputs) float32, by full module name.
-        rounded: codes and scales, by full module name.
+        rounded: codes and scales of its int4 layers, by full module name.
         inputs: quantized stream in front of the block, (samples, length, hidden).
         targets: float stream behind it.
     """
@@ -144,8 +143,7 @@ def begin(
     to_nearest = rtn.begin(source, scheme)
     with torch.no_grad():
         _round_blocks(run, to_nearest)
-    linears = linear_names(source.config)
-    return lambda name: _rows(run, name) if name in linears else to_nearest(name)
+    return lambda name: _rows(run, name) if name in run.results else to_nearest(name)
 
 
 def _round_blocks(run: _Run, to_nearest: rtn.RoundModule) -> None:
@@ -175,26 +173,48 @@ def _round_block(
         if step == 2:
             middle = _advance(block, floats, before, Block.after_attention)
         group = {f"{block.name}.{name}": weights[f"{block.name}.{name}"] for name in names}
-        if run.method is None:
-            new = {name: _nearest(to_nearest, name) for name in group}
-        else:
+        new = _to_nearest(run, group, to_nearest)
+        if run.method is not None and len(new) < len(group):
             layers = _measure(run.method, step, block, floats, before, middle, group)
-            new = run.method.round_layers(layers, run.scheme)
+            new |= _by_method(run.method, layers, run.scheme)
         for name, layer in new.items():
             block.set_weight(name.removeprefix(f"{block.name}."), torch.from_numpy(layer.values()))
         rounded |= new
     after = _advance(block, floats, middle, Block.after_mlp)
     if run.tune is not None:
         assert after.floats is not None
+        coarse = {name: layer for name, layer in rounded.items() if run.scheme.kind(name).bits == 4}
         rounded = run.tune(
-            RoundedBlock(index, block, weights, rounded, before.quantized, after.floats),
+            RoundedBlock(index, block, weights, coarse, before.quantized, after.floats),
             run.scheme, run.setup,
         )  # fmt: skip
         for name, layer in rounded.items():
             block.set_weight(name.removeprefix(f"{block.name}."), torch.from_numpy(layer.values()))
         after.quantized = _through(block, before.quantized)
-    run.results |= {name: (_native.codes_to_packed(r.codes), r.scales) for name, r in rounded.items()}
+    run.results |= {
+        name: (_native.codes_to_packed(layer.codes), layer.scales)
+        for name, layer in rounded.items()
+        if run.scheme.kind(name).bits == 4
+    }
     return after
+
+
+def _to_nearest(run: _Run, group: dict[str, Tensor], to_nearest: rtn.RoundModule) -> dict[str, Rounded]:
+    """The layers of a group that no method rounds: int8 ones, and all where there is no method."""
+    kinds = {name: run.scheme.kind(name) for name in group}
+    most = 8 if run.method else 4
+    return {name: _nearest(to_nearest, name) for name, kind in kinds.items() if (kind.bits or 0) >= most}
+
+
+def _by_method(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
+    """The int4 layers of a group, those of one group size together: methods know of no other kinds."""
+    rounded: dict[str, Rounded] = {}
+    for group_size in {scheme.kind(name).group_size: None for name in layers.weights}:
+        alike = {n: w for n, w in layers.weights.items() if scheme.kind(n).group_size == group_size}
+        if group_size:
+            uniform = replace(scheme, group_size=group_size, layers={})
+            rounded |= method.round_layers(replace(layers, weights=alike), uniform)
+    return rounded
 
 
 def _measure(
