@@ -34,8 +34,8 @@ MIX = {
 }  # every way to store, alone and beside others that read the same input
 
 
-def mixed(preset: str = "llama3.2", group_size: int | None = 32, **more: str) -> QuantScheme:
-    return with_layers(make_scheme(preset, group_size), MIX | more)
+def mixed(preset: str = "llama3.2", more: dict[str, str] | None = None) -> QuantScheme:
+    return with_layers(make_scheme(preset, 32), MIX | (more or {}))
 
 
 def pack(tmp_path: Path, scheme: QuantScheme, **checkpoint: Any) -> Path:
@@ -127,7 +127,7 @@ def test_something_must_be_left_to_round(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["arm", "llama3.2", "llamita"])
 def test_a_mixed_directory_holds_what_was_rounded(tmp_path: Path, preset: str, family: str) -> None:
     more = {"lm_head": "w4g64"} if family == "llama3" else {}
-    scheme = mixed(preset, **more)
+    scheme = mixed(preset, more)
     out = pack(tmp_path, scheme, family=family, attention_bias=True)
     packed = PackedModel(out)
     assert packed.scheme == scheme
@@ -220,19 +220,20 @@ def test_transformers_opens_a_mixed_directory_and_computes_the_same(
     import torch
     from transformers import AutoModelForCausalLM
 
-    scheme = mixed(preset, **{"model.embed_tokens": "float"})
+    scheme = mixed(preset, {"model.embed_tokens": "float"})
     if family == "llama3":
         scheme = with_layers(scheme, {"lm_head": "w4g64"})
     out = pack(tmp_path, scheme, family=family, attention_bias=True)
     packed = PackedModel(out)
     ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
-    opened = AutoModelForCausalLM.from_pretrained(out)
+    opened: Any = AutoModelForCausalLM.from_pretrained(out)
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "src", dtype=torch.float32)
     with torch.no_grad():
         found = opened(ids).logits
         for name in [*linear_names(packed.config), *(["lm_head"] if family == "llama3" else [])]:
             expected = float_weight(packed.weight(name))
-            np.testing.assert_array_equal(opened.get_submodule(name).weight.numpy(), expected)
+            held: Any = opened.get_submodule(name)
+            np.testing.assert_array_equal(held.weight.numpy(), expected)
             module: Any = exact.get_submodule(name)
             module.weight.copy_(torch.from_numpy(expected))
             if scheme.kind(name).bits:

@@ -1,6 +1,6 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +9,9 @@ import typer
 from llamita import console, mixed
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
-from llamita.commands.selection import parse_goal, print_selection, selection_values, settings_of
+from llamita.commands.selection import choose, parse_goal, print_selection, selection_values
 from llamita.errors import InputError
 from llamita.files import has
-from llamita.methods.auto import select
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, parse_chain
 from llamita.methods.setup import Setup
 from llamita.packed import METADATA
@@ -83,11 +82,9 @@ def command(
     """
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
-    goal = parse_goal(max_size, max_loss)
+    goal = parse_goal(max_size, max_loss, dry_run)
     use_threads(threads)
     if dry_run:
-        if goal:
-            raise InputError("--dry-run: expected without --max-size and --max-loss, which measure the model")
         _dry_run(src, scheme, keep_float or [], json)
         return
     if out is None:
@@ -99,24 +96,16 @@ def command(
     source = Checkpoint(path)
     with console.progress(quiet=json) as progress:
         scheme = mixed.keep_float(source.config, scheme, keep_float or [])
-        setup = _setup(
-            source, chain.needs_calibration or goal is not None, (calibration, samples, length), seed
-        )
-        selection = None
-        if goal:
-            assert setup.calibration is not None
-            selection = select(source, scheme, setup.calibration.tokens, goal, progress)
-            scheme = selection.scheme
-            setup = replace(setup, settings=settings_of(goal, selection, setup.calibration))
+        needs_text = chain.needs_calibration or goal is not None
+        setup = _setup(source, needs_text, (calibration, samples, length), seed)
+        scheme, setup, selection = choose(source, scheme, goal, setup, progress)
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:
-        chosen = {"selection": selection_values(selection)} if selection else {}
-        console.print_json(_summary_values(summary, scheme) | chosen)
-        return
-    if selection:
+        console.print_json(_summary_values(summary, scheme) | selection_values(selection))
+    else:
         print_selection(source.config, selection)
-    _print_summary(summary, scheme)
+        _print_summary(summary, scheme)
 
 
 def _setup(source: Checkpoint, needs_text: bool, text: tuple[str, int, int], seed: int) -> Setup:
