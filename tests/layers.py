@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.calibrated", "methods.gptq", "methods.qronos"),
+     "methods.streams", "methods.calibrated", "methods.gptq", "methods.qronos"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -43,9 +43,11 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.blocks": ("methods.rtn",),
     "methods.calibrated": (
         "methods.blocks", "methods.energy", "methods.fakequant", "methods.rtn", "methods.setup",
+        "methods.streams",
     ),
+    "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
-    "methods.qronos": ("methods.calibrated", "methods.gptq"),
+    "methods.qronos": ("methods.streams", "methods.calibrated", "methods.gptq"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
@@ -82,6 +84,7 @@ TORCH_SIDE = {
     "harness": ("lm_eval", "datasets"),
     "methods.fakequant": ("torch",),
     "methods.blocks": ("torch", "transformers"),
+    "methods.streams": ("torch",),
     "methods.calibrated": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),

@@ -1,6 +1,8 @@
 """Blocks in steps against transformers' own model, and chains of methods from end to end."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from tiny import make_checkpoint
 
 import llamita
 import llamita.packing
+from llamita import _native
 from llamita.affine import dequantize, quantize_activations
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
@@ -18,16 +21,27 @@ from llamita.errors import InputError
 from llamita.methods.chain import parse_chain
 from llamita.methods.setup import Calibration, Setup
 from llamita.packed import PackedModel
-from llamita.quantize import RoundedSource
+from llamita.quantize import RoundedSource, quantize
 from llamita.scheme import make_scheme
 from llamita.verify import verify
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 blocks = pytest.importorskip("llamita.methods.blocks")
+calibrated = pytest.importorskip("llamita.methods.calibrated")
 fakequant = pytest.importorskip("llamita.methods.fakequant")
 
 TEXT = (Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt").read_text("utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine threads wait for each other longer than they work on models this small."""
+    before = _native.threads()
+    _native.set_threads(1)
+    torch.set_num_threads(1)
+    yield
+    _native.set_threads(before)
 
 
 def tokens_of(source: Checkpoint, samples: int = 3, length: int = 40, seed: int = 0) -> np.ndarray:
@@ -82,7 +96,17 @@ def test_a_chain_from_end_to_end(tmp_path: Path, method: str) -> None:
     make_checkpoint(tmp_path / "src")
     (tmp_path / "text").write_text(TEXT[:4000])
     out = tmp_path / "out"
-    options = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--json")
+    options = (
+        "--calibration",
+        tmp_path / "text",
+        "--samples",
+        "4",
+        "--length",
+        "64",
+        "--threads",
+        "1",
+        "--json",
+    )
     assert run("quantize", tmp_path / "src", "-o", out, "--method", method, *options) == 0
     assert verify(out).problems == []
     metadata = json.loads((out / "llamita.json").read_text())
@@ -125,6 +149,76 @@ def test_the_rounded_stream_is_what_the_engine_computes() -> None:
     ours = llm.logits(tokens)
     assert np.abs(ours - logits).mean() < 0.02 * np.abs(logits).mean()
     assert (ours.argmax(axis=1) == logits.argmax(axis=1)).mean() > 0.95
+
+
+# ---- killed and resumed ---------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a signal that no program can handle."""
+
+
+@pytest.mark.parametrize(("method", "every"), [("gptq", 3), ("qronos", 4)])
+@pytest.mark.parametrize("memory", [2**30, 1])
+def test_a_run_that_was_cut_off_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, every: int, memory: int
+) -> None:
+    """Cut off again and again; hidden states in RAM and in mapped files give the same bytes."""
+    source = Checkpoint(make_checkpoint(tmp_path / "src", num_hidden_layers=3))
+    setup, scheme = setup_of(source), make_scheme("llama3.2")
+    quantize(source, "x", tmp_path / "whole", scheme, method, setup)
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    setup, rename = replace(setup, memory=memory), Path.rename
+    left, cuts = [0], 0
+
+    def cut_off(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", cut_off)
+    while not (tmp_path / "out").exists():
+        left[0] = every
+        try:
+            quantize(source, "x", tmp_path / "out", scheme, method, setup)
+        except Killed:
+            cuts += 1
+    assert cuts > 2
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    assert_nothing_is_left(tmp_path, "src", "whole", "out")
+
+
+def test_finished_blocks_are_not_rounded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the settings differ."""
+    source = Checkpoint(make_checkpoint(tmp_path / "src"))
+    setup, scheme = setup_of(source), make_scheme("llama3.2")
+    done: list[int] = []
+
+    def round_block(run: Any, index: int, *rest: Any) -> Any:
+        if done == [0]:
+            raise Killed
+        done.append(index)
+        return original(run, index, *rest)
+
+    original = calibrated._round_block
+    monkeypatch.setattr(calibrated, "_round_block", round_block)
+    with pytest.raises(Killed):
+        quantize(source, "x", tmp_path / "out", scheme, "gptq", setup)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".work")] == [".out.work"]
+    done.append(-1)
+    quantize(source, "x", tmp_path / "out", scheme, "gptq", setup)
+    assert done == [0, -1, 1]
+    done[:] = [0]
+    with pytest.raises(Killed):
+        quantize(source, "x", tmp_path / "other", scheme, "gptq", setup)
+    assert_nothing_is_left(tmp_path, "src", "out")  # nothing was finished
+    done.clear()
+    with pytest.raises(Killed):
+        quantize(source, "x", tmp_path / "other", scheme, "gptq", setup)
+    done.append(-1)
+    quantize(source, "x", tmp_path / "other", scheme, "gptq", replace(setup, settings={"gptq.damping": 0.1}))
+    assert done == [0, -1, 0, 1]
 
 
 # ---- chains ---------------------------------------------------------------------------------------
