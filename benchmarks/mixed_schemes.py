@@ -5,13 +5,14 @@ python benchmarks/mixed_schemes.py --calibration FILE --text FILE [MODEL] [--pre
 
 import argparse
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.engine.weights import load_weights
-from llamita.methods.auto import Goal, Meter, select
+from llamita.methods.auto import Meter, allocate, measure_options, mixed_scheme, size_bounds
 from llamita.mixed import describe_kinds
 from llamita.quantize import RoundedSource, make_plan
 from llamita.scheme import GROUP_SIZES, QuantScheme, make_scheme
@@ -19,6 +20,7 @@ from llamita.statistics import mean_interval, paired_difference
 from llamita.tokenizer import Tokenizer
 
 LENGTH = 512  # tokens that are seen at a time
+SAMPLES = 16  # of calibration text, of so many tokens each
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, help="of the text; by default all")
     arguments = parser.parse_args()
     source = Checkpoint(resolve(arguments.model))
-    tokens = _tokens(source, arguments.calibration.read_text())
+    tokens = _tokens(source, arguments.calibration.read_text())[:SAMPLES]
     meter = Meter(source, _tokens(source, arguments.text.read_text()[: arguments.characters]))
 
     def loss(scheme: QuantScheme) -> np.ndarray:
@@ -40,22 +42,23 @@ def main() -> None:
     def size(scheme: QuantScheme) -> int:
         return make_plan(source.config, scheme, lambda name: source.info(name).dtype).file_bytes
 
-    uniform = [
-        replace(make_scheme(arguments.preset), group_size=g) for g in sorted(GROUP_SIZES, reverse=True)
-    ]
-    sizes, losses = [size(scheme) for scheme in uniform], [loss(scheme) for scheme in uniform]
-    budgets = sorted({*sizes[1:], *((a + b) // 2 for a, b in zip(sizes, sizes[1:], strict=False))})
+    scheme = make_scheme(arguments.preset)
+    uniform = [replace(scheme, group_size=group_size) for group_size in sorted(GROUP_SIZES, reverse=True)]
+    sizes, losses = [size(one) for one in uniform], [loss(one) for one in uniform]
+    budgets = sorted({*sizes[1:], *((a + b) // 2 for a, b in pairwise(sizes))})
+    _, options = measure_options(source, scheme, Meter(source, tokens))
+    _, overhead = size_bounds(source, scheme)
     print("| bytes | one group size | KL | mixed | KL | change | layers |\n|---|---|---|---|---|---|---|")
     for budget in budgets:
         best = max(i for i, taken in enumerate(sizes) if taken <= budget)
-        found = select(source, uniform[0], tokens, Goal(max_size=budget))
-        own = loss(found.scheme)
+        found = mixed_scheme(scheme, allocate(options, budget - overhead))
+        own = loss(found)
         change = paired_difference(own, losses[best])
         share = [100 * x / losses[best].mean() for x in (change.value, change.low, change.high)]
         print(
-            f"| {budget:,} | {uniform[best].group_size} | {_text(losses[best])} | {found.file_bytes:,} | "
+            f"| {budget:,} | {uniform[best].group_size} | {_text(losses[best])} | {size(found):,} | "
             f"{_text(own)} | {share[0]:.1f} % ({share[1]:.1f} to {share[2]:.1f}) | "
-            f"{describe_kinds(source.config, found.scheme)} |",
+            f"{describe_kinds(source.config, found)} |",
             flush=True,
         )
 

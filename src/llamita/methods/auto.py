@@ -100,7 +100,7 @@ def select(
     """
     counted = _REFERENCE_BYTES // (4 * source.config.vocab_size)
     stride = -(-tokens.size // min(_MOST_TOKENS, _TOKENS_EACH * counted))
-    run = _Run(source, scheme, Meter(source, tokens[::stride]), *_sizes(source, scheme))
+    run = _Run(source, scheme, Meter(source, tokens[::stride]), *size_bounds(source, scheme))
     if goal.max_size is not None and goal.max_size < run.least_size:
         raise InputError(
             f"--max-size: expected at least {run.least_size:,} bytes, the smallest weight files of all, "
@@ -112,7 +112,7 @@ def select(
     else:
         assert goal.max_size is not None
         chosen = allocate(options, goal.max_size - run.overhead)
-    mixed = _scheme_of(scheme, chosen)
+    mixed = mixed_scheme(scheme, chosen)
     if stride > 1:  # judged on samples that the choice has not seen
         run.meter = Meter(source, tokens[1::stride])
     size = run.file_bytes(mixed)
@@ -299,7 +299,7 @@ def _steps(hulls: Mapping[str, list[Option]]) -> list[tuple[str, Option, Option]
     return sorted(steps, key=lambda step: (-_gain(*step[1:]), step[0]))
 
 
-def _scheme_of(scheme: QuantScheme, chosen: Mapping[str, Option]) -> QuantScheme:
+def mixed_scheme(scheme: QuantScheme, chosen: Mapping[str, Option]) -> QuantScheme:
     """The scheme with these options, its group size the one that most layers have."""
     groups = [KINDS[option.kind].group_size for option in chosen.values()]
     most = max(GROUP_SIZES, key=lambda group_size: (groups.count(group_size), -group_size))
@@ -312,11 +312,11 @@ def _plan(source: Checkpoint, scheme: QuantScheme) -> Plan:
     return make_plan(source.config, scheme, lambda name: source.info(name).dtype)
 
 
-def _sizes(source: Checkpoint, scheme: QuantScheme) -> tuple[int, int]:
+def size_bounds(source: Checkpoint, scheme: QuantScheme) -> tuple[int, int]:
     """The smallest weight files that there are, and how many bytes of any lie outside the layers chosen."""
     kinds = candidates(source, scheme)
     chosen = {name: Option(ways[0], 0, 0.0) for name, ways in kinds.items()}
-    smallest = _scheme_of(scheme, chosen)
+    smallest = mixed_scheme(scheme, chosen)
     plan = _plan(source, smallest)
     modules = layout(source.config, smallest, lambda name: source.info(name).dtype)
     inside = sum(tensor_bytes(modules[name]) for name in kinds)
@@ -329,7 +329,7 @@ def _smallest(run: _Run, options: Options, max_loss: float) -> dict[str, Option]
     sizes = [sum(hull[0].size for hull in hulls.values())]
     for _, before, after in _steps(hulls):
         sizes.append(sizes[-1] + after.size - before.size)
-    finest = run.loss(_scheme_of(run.scheme, allocate(options, sizes[-1]))).value
+    finest = run.loss(mixed_scheme(run.scheme, allocate(options, sizes[-1]))).value
     if finest > max_loss:
         raise InputError(
             f"--max-loss: expected at least {finest:.2g}, what int8 loses on this text, got {max_loss:g}"
@@ -337,7 +337,7 @@ def _smallest(run: _Run, options: Options, max_loss: float) -> dict[str, Option]
     low, high = 0, len(sizes) - 1  # the state at `high` is small enough in loss
     while low < high:
         middle = (low + high) // 2
-        loss = run.loss(_scheme_of(run.scheme, allocate(options, sizes[middle]))).value
+        loss = run.loss(mixed_scheme(run.scheme, allocate(options, sizes[middle]))).value
         low, high = (low, middle) if loss <= max_loss else (middle + 1, high)
     return allocate(options, sizes[high])
 
