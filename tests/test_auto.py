@@ -229,3 +229,18 @@ def test_inspect_and_evaluate_show_the_kinds(
     (tmp_path / "text").write_text("A story about a dog. " * 20)
     assert run("evaluate", out, "--text", tmp_path / "text", "--baseline", tmp_path / "src") == 0
     assert "float (2)" in capsys.readouterr().out
+
+
+def test_single_layers_are_measured_with_the_method(tmp_path: Path, tiny: Checkpoint) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "text").write_text(HELD_OUT.read_text("utf-8")[:4000])
+    text = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64")
+    size = file_bytes(tiny, make_scheme("llama3.2", 64))
+    predicted = []
+    for method in ("rtn", "gptq"):
+        out = tmp_path / method
+        assert (
+            run("quantize", tmp_path / "src", "-o", out, *text, "--max-size", size, "--method", method) == 0
+        )
+        predicted.append(PackedModel(out).metadata["settings"]["auto.predicted_loss"])
+    assert predicted[1] != predicted[0]

@@ -98,7 +98,7 @@ def command(
         scheme = mixed.keep_float(source.config, scheme, keep_float or [])
         needs_text = chain.needs_calibration or goal is not None
         setup = _setup(source, needs_text, (calibration, samples, length), seed)
-        scheme, setup, selection = choose(source, scheme, goal, setup, progress)
+        scheme, setup, selection = choose(source, scheme, goal, chain, setup, progress)
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:

@@ -8,8 +8,10 @@ from llamita.checkpoint import Checkpoint
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.methods.auto import Goal, Selection, parse_size, select
+from llamita.methods.chain import Chain
 from llamita.methods.setup import Calibration, Progress, Setup
 from llamita.mixed import describe_kinds
+from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme
 from llamita.statistics import Interval
 
@@ -34,13 +36,22 @@ def parse_goal(max_size: str | None, max_loss: float | None, dry_run: bool) -> G
 
 
 def choose(
-    source: Checkpoint, scheme: QuantScheme, goal: Goal | None, setup: Setup, progress: Progress
+    source: Checkpoint,
+    scheme: QuantScheme,
+    goal: Goal | None,
+    chain: Chain,
+    setup: Setup,
+    progress: Progress,
 ) -> tuple[QuantScheme, Setup, Selection | None]:
     """The scheme that fits the goal, the setup with a record of it, what was found; errors as `select`."""
     if goal is None:
         return scheme, setup, None
     assert setup.calibration is not None
-    selection = select(source, scheme, setup.calibration.tokens, goal, progress)
+
+    def rounding(source: Checkpoint, scheme: QuantScheme) -> RoundedSource:
+        return RoundedSource(source, scheme, chain.rounding, setup)  # transforms and tuning left out
+
+    selection = select(source, scheme, setup.calibration.tokens, goal, progress, rounding)
     record = _record(goal, selection, setup.calibration)
     return selection.scheme, replace(setup, settings=setup.settings | record), selection
 

@@ -35,6 +35,7 @@ from llamita.statistics import Interval, mean_interval
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
+Rounding = Callable[[Checkpoint, QuantScheme], ModelSource]
 Progress = Callable[[str, int, int], None] | None
 FINEST, _MEASURED = "w8", "w4g128"
 _WAYS = (*(f"w4g{group_size}" for group_size in sorted(GROUP_SIZES, reverse=True)), FINEST)  # smallest first
@@ -87,13 +88,20 @@ class Selection:
 
 
 def select(
-    source: Checkpoint, scheme: QuantScheme, tokens: np.ndarray, goal: Goal, progress: Progress = None
+    source: Checkpoint,
+    scheme: QuantScheme,
+    tokens: np.ndarray,
+    goal: Goal,
+    progress: Progress = None,
+    rounding: Rounding = RoundedSource,
 ) -> Selection:
     """The scheme that fits the goal best, every layer that has no override yet stored in its own way.
 
     Args:
         scheme: decides about everything but group sizes and bits of linear layers.
         tokens: int32 (samples, length) on which losses are measured.
+        rounding: makes the model from which single layers are taken; losses of the whole are with round to
+            nearest.
 
     Raises:
         InputError: no scheme of the kinds known is so small, or loses so little.
@@ -106,7 +114,7 @@ def select(
             f"--max-size: expected at least {run.least_size:,} bytes, the smallest weight files of all, "
             f"got {goal.max_size:,}; try a preset with smaller tables"
         )
-    least, options = measure_options(source, scheme, run.meter, progress)
+    least, options = measure_options(source, scheme, run.meter, progress, rounding)
     if goal.max_loss is not None:
         chosen = _smallest(run, options, goal.max_loss)
     else:
@@ -221,7 +229,11 @@ def candidates(source: Checkpoint, scheme: QuantScheme) -> dict[str, list[str]]:
 
 
 def measure_options(
-    source: Checkpoint, scheme: QuantScheme, meter: Meter, progress: Progress = None
+    source: Checkpoint,
+    scheme: QuantScheme,
+    meter: Meter,
+    progress: Progress = None,
+    rounding: Rounding = RoundedSource,
 ) -> tuple[float, dict[str, list[Option]]]:
     """The loss with int8 everywhere, and of each layer its options with what each adds to that.
 
@@ -232,7 +244,8 @@ def measure_options(
     layouts = {k: layout(source.config, s, lambda name: source.info(name).dtype) for k, s in schemes.items()}
     begun = {kind: rtn.begin(source, schemes[kind]) for kind in schemes}
     measured = {n: _MEASURED if _MEASURED in ways else ways[0] for n, ways in kinds.items()}
-    rounded = {kind: RoundedSource(source, schemes[kind]) for kind in {FINEST, *measured.values()}}
+    rounded: dict[str, ModelSource] = {kind: rounding(source, schemes[kind]) for kind in {*measured.values()}}
+    rounded[FINEST] = RoundedSource(source, schemes[FINEST])
     weights = load_weights(rounded[FINEST])
     least = float(meter.divergence(weights).mean())
     options: dict[str, list[Option]] = {}
