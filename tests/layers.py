@@ -11,7 +11,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
      "wikitext", "shapes", "machine", "charts", "hub_texts", "processes", "hadamard"),
     # 2: models on disk
-    ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer", "random_weights"),
+    ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer", "random_weights",
+     "mixed"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant",
      "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq", "methods.qronos",
@@ -21,10 +22,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
     ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report", "harness",
-     "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot", "own_text", "needs"),
+     "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot", "own_text",
+     "needs", "methods.auto"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate", "commands.chat",
-     "commands.inspect", "commands.verify", "commands.plan", "commands.bench"),
+     "commands.inspect", "commands.verify", "commands.plan", "commands.bench", "commands.selection"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip
@@ -44,7 +46,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
      "methods.streams", "methods.ranks", "methods.online"),
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn", "methods.setup"),
-    "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup", "methods.streams"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": ("chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
      "engine.sampler", "engine.scheduler", "engine.weights"),
@@ -70,6 +72,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
     "rotations": ("errors",),
     "processes": ("_native",),
+    "mixed": ("checkpoint",),
+    "commands.quantize": ("commands.selection",),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.

@@ -188,7 +188,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "newer llamita"),
+        ({"format": 3}, "newer llamita"),
         ({"format": "1"}, "format"),
         ({"format": 0}, "format"),
         ({"rotations": ["r1"]}, "rotations"),

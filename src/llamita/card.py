@@ -29,11 +29,15 @@ _RULES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card tells of a quantization; sizes in bytes, errors as Σ(w - ŵ)² / Σw²."""
+    """What the card tells of a quantization; sizes in bytes, errors as Σ(w - ŵ)² / Σw².
+
+    `kinds` says how many layers are stored in which way, as `mixed.describe_kinds` has it.
+    """
 
     source_name: str
     source_path: Path
     scheme: QuantScheme
+    kinds: str
     method: str
     version: str
     source_bytes: int
@@ -45,7 +49,9 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """README.md of a packed directory, with the front matter that the Hugging Face hub reads."""
     scheme = facts.scheme
-    tables = "int8 per channel" if scheme.table_bits else "float, as in the source"
+    tables = {8: "int8 per channel", 4: "int4", None: "float, as in the source"}
+    embedding = tables[scheme.kind("model.embed_tokens").bits]
+    others = f"| linear layers by kind | {facts.kinds} |\n" if scheme.layers else ""
     before, after = facts.source_bytes / 1e6, facts.tensor_bytes / 1e6
     worst = "\n".join(f"| {name} | {error:.2e} |" for name, error in facts.worst)
     return f"""{_front_matter(facts)}
@@ -57,7 +63,7 @@ Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita
 |---|---|
 | linear layers | int4, symmetric, one {scheme.scale_dtype} scale for {scheme.group_size} inputs |
 | activations | int8, asymmetric, per token, at run time |
-| embedding and head | {tables} |
+{others}| embedding and head | {embedding} |
 | method | {facts.method} |
 | scales | {_RULES[scheme.scale_rule]} |
 | size of the tensors | {after:,.1f} MB; {before:,.1f} MB before (-{1 - after / before:.0%}) |

@@ -32,10 +32,11 @@ from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has, member, parse_json, read_bytes
 from llamita.packing import CODES_PER_WORD
-from llamita.scheme import QuantScheme
+from llamita.scheme import KINDS, LayerKind, QuantScheme
 
 METADATA = "llamita.json"
-FORMAT = 1
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+FORMAT = 2  # 2: the scheme has overrides for some layers; all else is written as 1
 KEYS = {"self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations",
         "calibration", "source", "float_layers", "error", "files"}  # fmt: skip
 _SELF_LINE = re.compile(rb'\{\n  "self_sha256": "([0-9a-f]{64})",\n')
@@ -53,33 +54,42 @@ def layout(config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str]
         float_dtype: the dtype in which a tensor that stays float is stored, by its full name.
 
     Raises:
-        InputError: the group size does not divide a layer's inputs.
+        InputError: a group size does not divide its layer's inputs, or the scheme has a layer that the
+            model has not.
     """
+    shapes = table_names(config) | linear_names(config)
+    for name in scheme.layers:
+        if name not in shapes:
+            raise InputError(f"scheme: layers: expected names of this model's layers, got {name[:80]!r}")
+    if scheme.kind(EMBEDDING).bits == 4:
+        raise InputError(f"{EMBEDDING}: expected w8 or float, got {scheme.kind(EMBEDDING).name}")
     scale = _SCALE_DTYPE[scheme.scale_dtype]
     modules: dict[str, Tensors] = {}
-    for name, (rows, columns) in table_names(config).items():
-        if scheme.table_bits:
-            modules[name] = {
-                f"{name}.weight": ("I8", (rows, columns)),
-                f"{name}.weight_scale": (scale, (rows,)),
-            }
+    for name, shape in shapes.items():
+        kind = scheme.kind(name)
+        if kind.bits:
+            modules[name] = _rounded_tensors(name, shape, kind, scale)
         else:
-            modules[name] = {f"{name}.weight": (float_dtype(f"{name}.weight"), (rows, columns))}
-    for name, (rows, columns) in linear_names(config).items():
-        if columns % scheme.group_size:
-            fitting = [g for g in (256, 128, 64, 32) if columns % g == 0]
-            try_this = f"try --group-size {fitting[0]}" if fitting else "no group size fits this model"
-            raise InputError(
-                f"{name}: expected inputs in groups of {scheme.group_size}, got {columns}; {try_this}"
-            )
-        modules[name] = {
-            f"{name}.weight_shape": ("I64", (2,)),
-            f"{name}.weight_packed": ("I32", (rows, columns // CODES_PER_WORD)),
-            f"{name}.weight_scale": (scale, (rows, columns // scheme.group_size)),
-        }
+            modules[name] = {f"{name}.weight": (float_dtype(f"{name}.weight"), shape)}
     for name, shape in vector_names(config).items():
         modules[name] = {name: (float_dtype(name), shape)}
     return modules
+
+
+def _rounded_tensors(name: str, shape: tuple[int, int], kind: LayerKind, scale: str) -> Tensors:
+    rows, columns = shape
+    if kind.group_size is None:  # compressed-tensors' shape of scales, but for tables
+        per_row = (rows, 1) if name.startswith("model.layers.") else (rows,)
+        return {f"{name}.weight": ("I8", shape), f"{name}.weight_scale": (scale, per_row)}
+    if columns % kind.group_size:
+        fitting = [g for g in (256, 128, 64, 32) if columns % g == 0]
+        try_this = f"try --group-size {fitting[0]}" if fitting else "no group size fits this model"
+        raise InputError(f"{name}: expected inputs in groups of {kind.group_size}, got {columns}; {try_this}")
+    return {
+        f"{name}.weight_shape": ("I64", (2,)),
+        f"{name}.weight_packed": ("I32", (rows, columns // CODES_PER_WORD)),
+        f"{name}.weight_scale": (scale, (rows, columns // kind.group_size)),
+    }
 
 
 def tensor_bytes(tensors: Tensors) -> int:
@@ -88,36 +98,69 @@ def tensor_bytes(tensors: Tensors) -> int:
     return sum(sizes[dtype] * math.prod(shape) for dtype, shape in tensors.values())
 
 
-def quantization_config(scheme: QuantScheme) -> dict[str, Any]:
+def int8_tables(config: ModelConfig, scheme: QuantScheme) -> list[str]:
+    """Embedding and head as far as they are int8; a tied table is both."""
+    head = EMBEDDING if config.tied else HEAD
+    kinds = {EMBEDDING: scheme.kind(EMBEDDING), HEAD: scheme.kind(head)}
+    return [name for name, kind in kinds.items() if kind.bits == 8]
+
+
+def quantization_config(config: ModelConfig, scheme: QuantScheme) -> dict[str, Any]:
     """The scheme as compressed-tensors says it, for config.json.
 
-    compressed-tensors has no int8 table that embedding and head share; a format of our own name makes every
-    loader that rests on it refuse, where it would else take the codes for weights.
+    Layers that differ from the rest have groups of their own: there a name's pattern goes before the class
+    `Linear`. compressed-tensors has no int8 table that embedding and head share; a format of our own name
+    makes every loader that rests on it refuse, where it would else take the codes for weights.
     """
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in scheme.layers.items():
+        if name not in table_names(config) or kind.startswith("w4"):
+            by_kind.setdefault(kind, []).append(name)
+    ignored = by_kind.pop("float", [])
+    members = [_config_group(_patterns(names), KINDS[kind]) for kind, names in by_kind.items()]
+    members.append(_config_group(["Linear"], KINDS[f"w4g{scheme.group_size}"]))
+    groups = {f"group_{i}": group for i, group in enumerate(members)}
+    tables = int8_tables(config, scheme)
+    if tables:
+        group = _config_group([f"re:.*{name.split('.')[-1]}" for name in tables], KINDS["w8"])
+        groups["group_tables"] = group | {"format": "llamita-int8-table", "input_activations": None}
+    head = scheme.kind(EMBEDDING if config.tied else HEAD)
+    formats = {group["format"] for group in members}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": [*([] if head.bits else [HEAD]), *_patterns(ignored)],
+        "kv_cache_scheme": None,
+        "config_groups": groups,
+    }
+
+
+def _config_group(targets: list[str], kind: LayerKind) -> dict[str, Any]:
     activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
-    weights = {"type": "int", "symmetric": True, "dynamic": False}
-    linear = {
-        "targets": ["Linear"],
-        "format": "pack-quantized",
-        "weights": {**weights, "num_bits": 4, "strategy": "group", "group_size": scheme.group_size},
+    weights: dict[str, Any] = {"type": "int", "symmetric": True, "dynamic": False, "num_bits": kind.bits}
+    grouped = {"strategy": "group", "group_size": kind.group_size}
+    return {
+        "targets": targets,
+        "format": "pack-quantized" if kind.group_size else "int-quantized",
+        "weights": weights | (grouped if kind.group_size else {"strategy": "channel"}),
         "input_activations": activations,
         "output_activations": None,
     }
-    tables = {
-        "targets": ["re:.*embed_tokens", "re:.*lm_head"],
-        "format": "llamita-int8-table",
-        "weights": {**weights, "num_bits": scheme.table_bits, "strategy": "channel"},
-        "input_activations": None,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": [] if scheme.table_bits else ["lm_head"],
-        "kv_cache_scheme": None,
-        "config_groups": {"group_0": linear} | ({"group_tables": tables} if scheme.table_bits else {}),
-    }
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """Regular expressions, as compressed-tensors marks them, that match these modules and no others."""
+    blocks: dict[str, list[int]] = {}  # "mlp.down_proj" to the blocks where it is meant
+    for name in names:
+        if name.startswith("model.layers."):
+            _, _, block, linear = name.split(".", 3)
+            blocks.setdefault(linear, []).append(int(block))
+    patterns = [f"re:.*{re.escape(name)}$" for name in names if not name.startswith("model.layers.")]
+    for linear, numbers in blocks.items():
+        among = "|".join(str(number) for number in sorted(numbers))
+        patterns.append(rf"re:.*layers\.({among})\.{re.escape(linear)}$")
+    return patterns
 
 
 class PackedModel:
@@ -139,6 +182,10 @@ class PackedModel:
         self.hf_config = parse_json(config, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme = QuantScheme.from_dict(self.metadata["scheme"])
+        if self.metadata["format"] < format_of(self.scheme):
+            raise InputError(
+                f"{METADATA}: format: expected {format_of(self.scheme)} with layers in the scheme"
+            )
         self.files, self._where = open_tensor_files(path)
         for name in self.files:
             if name not in self.metadata["files"]:
@@ -150,7 +197,6 @@ class PackedModel:
             found = self.files[self._where[name]].tensors[name].dtype if name in self._where else "BF16"
             return found if found in FLOAT_DTYPES else ", ".join(FLOAT_DTYPES)
 
-        assert self.scheme is not None
         modules = layout(self.config, self.scheme, stored_dtype)
         expected = {name: tensor for tensors in modules.values() for name, tensor in tensors.items()}
         check_names(set(expected), set(self._where), "is tie_word_embeddings right?")
@@ -165,16 +211,16 @@ class PackedModel:
         return self.files[self._where[tensor]].read(tensor)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
-        """A linear layer as `Int4Weight`; a table as `Int8Weight` or (rows, columns) float."""
-        assert self.scheme is not None
-        if f"{name}.weight_packed" in self._where:
+        """A linear layer or table as the scheme has it; float ones (rows, columns)."""
+        kind = self.scheme.kind(name)
+        if kind.group_size:
             packed = self._read(f"{name}.weight_packed")
             shape = (packed.shape[0], packed.shape[1] * CODES_PER_WORD)
             if tuple(self._read(f"{name}.weight_shape")) != shape:
                 raise InputError(f"{name}.weight_shape: expected {shape}; the file is damaged")
-            return Int4Weight(packed, self._scales(name), self.scheme.group_size)
-        if self.scheme.table_bits:
-            return Int8Weight(self._read(f"{name}.weight"), self._scales(name))
+            return Int4Weight(packed, self._scales(name), kind.group_size)
+        if kind.bits:
+            return Int8Weight(self._read(f"{name}.weight"), self._scales(name).reshape(-1))
         return self._read(f"{name}.weight")
 
     def _scales(self, name: str) -> np.ndarray:
@@ -279,6 +325,11 @@ def _is_provenance(values: dict[str, Any]) -> bool:
         and isinstance(error.get("layers"), dict)
         and all(isinstance(e, float | int) for e in error["layers"].values())
     )
+
+
+def format_of(scheme: QuantScheme) -> int:
+    """The format's number for a directory of this scheme: older readers take what they can read."""
+    return 2 if scheme.layers else 1
 
 
 def self_hash_holds(data: bytes) -> bool:

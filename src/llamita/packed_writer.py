@@ -5,6 +5,7 @@ Memory stays at one piece of a tensor and the scales that wait for their turn.
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from llamita.checkpoint import INDEX, SINGLE
+from llamita.config import ModelConfig
 from llamita.errors import RunError
 from llamita.files import is_companion, read_bytes
-from llamita.packed import METADATA, Tensors, quantization_config, tensor_bytes
+from llamita.packed import METADATA, Tensors, int8_tables, quantization_config, tensor_bytes
 from llamita.packing import CODES_PER_WORD
 from llamita.scheme import QuantScheme
 from llamita.tensorfile import TensorWriter, header_bytes
@@ -37,10 +39,10 @@ def plan_shards(modules: dict[str, Tensors], shard_bytes: int = SHARD_BYTES) -> 
 
 
 def _place(item: tuple[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Keeps every tensor aligned: 8-byte numbers first; one 2-byte scale for each row of a table, whose
+    """Keeps every tensor aligned: 8-byte numbers first; one 2-byte scale for each row, as int8 has, whose
     rows may be odd in number, last; whatever lies between is a multiple of 4 bytes."""
     name, (dtype, shape) = item
-    return 0 if dtype == "I64" else 2 if name.endswith("_scale") and len(shape) == 1 else 1
+    return 0 if dtype == "I64" else 2 if name.endswith("_scale") and math.prod(shape[1:]) == 1 else 1
 
 
 def total_bytes(shards: dict[str, Tensors]) -> int:
@@ -137,10 +139,11 @@ def write_config(directory: Path, hf_config: dict[str, Any], scheme: QuantScheme
     dropped = ("torch_dtype", "auto_map")  # the old name of dtype; code of a repository, which no Llama needs
     values = {key: value for key, value in hf_config.items() if key not in dropped}
     values["dtype"] = "float32"  # else transformers would round FP32 scales to bf16
-    if scheme.table_bits:
+    config = ModelConfig.from_hf(hf_config)
+    if int8_tables(config, scheme):
         # transformers would read the int8 codes of a table as weights and only warn; it knows no such type.
         values |= {"model_type": "llamita", "architectures": ["LlamitaForCausalLM"]}
-    values["quantization_config"] = quantization_config(scheme)
+    values["quantization_config"] = quantization_config(config, scheme)
     return write_json(directory / "config.json", values)
 
 

@@ -181,10 +181,14 @@ def _buffer_bytes(config: ModelConfig, scheme: QuantScheme | None) -> int:
 
 
 def buffer_widths(config: ModelConfig, scheme: QuantScheme | None) -> tuple[int, int]:
-    """Float32 values and int8 codes of each token in the buffers of `engine.model` that a step touches."""
+    """Float32 values and int8 codes of each token in the buffers of `engine.model` that a step touches.
+
+    Of a mixed scheme all that its layers could touch.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     floats = hidden + (queries + 2 * keys) + queries + inner  # the residual stream, q k v, heads, gate · up
-    if scheme:  # norms give codes, gate and up come out as their product
+    if scheme and not scheme.layers:  # norms give codes, gate and up come out as their product
         return floats, hidden + queries + inner
-    return floats + hidden + 2 * inner, 0
+    most = floats + hidden + 2 * inner
+    return most, hidden + queries + inner if scheme else 0

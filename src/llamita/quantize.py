@@ -33,7 +33,8 @@ from llamita.machine import MemoryWatch
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, RoundModule, parse_chain
 from llamita.methods.setup import Progress, Setup
-from llamita.packed import FORMAT, layout, tensor_bytes
+from llamita.mixed import describe_kinds
+from llamita.packed import format_of, layout, tensor_bytes
 from llamita.packed_writer import (
     SHARD_BYTES,
     FileTable,
@@ -113,18 +114,25 @@ def make_plan(
     """
     modules = layout(config, scheme, float_dtype)
     shards = plan_shards(modules, shard_bytes)
-    linear, tables = linear_names(config), table_names(config)
-    rounded = linear | (tables if scheme.table_bits else {})
-    why = f"preset {scheme.name} keeps embedding and head in float"
+    shapes = table_names(config) | linear_names(config)
+    rounded = [rows * columns for name, (rows, columns) in shapes.items() if scheme.kind(name).bits]
+    if not rounded:
+        raise InputError("--keep-float: expected patterns that leave something to round, got all layers")
     return Plan(
         source_bytes=float_bytes(config, float_dtype),
         tensor_bytes=sum(tensor_bytes(tensors) for tensors in modules.values()),
         file_bytes=total_bytes(shards),
         files=list(shards),
-        linear_layers=len(linear),
-        rounded_weights=sum(rows * columns for rows, columns in rounded.values()),
-        float_layers={} if scheme.table_bits else dict.fromkeys(tables, why),
+        linear_layers=len(linear_names(config)),
+        rounded_weights=sum(rounded),
+        float_layers={name: _why_float(name, scheme) for name in shapes if not scheme.kind(name).bits},
     )
+
+
+def _why_float(name: str, scheme: QuantScheme) -> str:
+    if name in scheme.layers:
+        return "asked for"
+    return f"preset {scheme.name} keeps embedding and head in float"
 
 
 def float_bytes(config: ModelConfig, float_dtype: Callable[[str], str]) -> int:
@@ -178,8 +186,10 @@ def quantize(
         summary = _summarize(out, plan, time.perf_counter() - began, watch.peak if watch else 0, sums)
         files["config.json"] = write_config(directory, changed.hf_config, scheme)
         files |= copy_companions(source.path, directory, companions)
-        card = model_card(CardFacts(shown, source.path, scheme, str(chain), __version__, plan.source_bytes,
-                                    plan.tensor_bytes, summary.relative_error, summary.worst()))  # fmt: skip
+        kinds = describe_kinds(source.config, scheme)
+        card = model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), __version__,
+                                    plan.source_bytes, plan.tensor_bytes, summary.relative_error,
+                                    summary.worst()))  # fmt: skip
         files["README.md"] = write_bytes(directory / "README.md", card.encode())
         write_metadata(directory, _metadata(scheme, chain, setup, record, summary, files))
     return summary
@@ -256,12 +266,11 @@ def _write_rounded(
     error, energy, count = 0.0, 0.0, 0
     for piece in pieces:
         scales = stored_scales(piece.scales, scheme)
-        if name.startswith("model.layers."):
+        if scheme.kind(name).bits == 4:
             writer.put(f"{name}.weight_packed", _native.codes_to_packed(piece.codes))
-            writer.put(f"{name}.weight_scale", scales)
         else:
             writer.put(f"{name}.weight", piece.codes)
-            writer.put(f"{name}.weight_scale", scales.reshape(-1))
+        writer.put(f"{name}.weight_scale", scales)
         error, energy, count = error + piece.squared_error, energy + piece.energy, count + piece.codes.size
     return error, energy, count
 
@@ -310,7 +319,7 @@ def _metadata(
     """llamita.json but for its own hash; docs/format.md says what each key means."""
     measured = chain.needs_calibration
     return {
-        "format": FORMAT,
+        "format": format_of(scheme),
         "llamita": __version__,
         "scheme": scheme.to_dict(),
         "method": str(chain),
@@ -342,23 +351,21 @@ class RoundedSource:
         self._round = chains.begin(self._checkpoint, scheme, chain, setup)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
-        """A linear layer as `Int4Weight`; a table as `Int8Weight`, or float where the scheme says so."""
-        is_table = name in table_names(self.config)
-        if is_table and not self.scheme.table_bits:
+        """A linear layer or table as the scheme has it; float ones as the checkpoint has them."""
+        kind = self.scheme.kind(name)
+        if not kind.bits:
             return self._checkpoint.weight(name)
         pieces = [
             (
-                piece.codes if is_table else _native.codes_to_packed(piece.codes),
+                _native.codes_to_packed(piece.codes) if kind.group_size else piece.codes,
                 stored_scales(piece.scales, self.scheme),
             )
             for piece in self._round(name)
         ]
         values, scales = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return (
-            Int8Weight(values, scales.reshape(-1))
-            if is_table
-            else Int4Weight(values, scales, self.scheme.group_size)
-        )
+        if kind.group_size:
+            return Int4Weight(values, scales, kind.group_size)
+        return Int8Weight(values, scales.reshape(-1))
 
     def vector(self, name: str) -> np.ndarray:
         """(length,) float32."""

@@ -16,7 +16,7 @@ from llamita.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
 from llamita.config import ModelConfig
 from llamita.packed import layout
 from llamita.packing import CODES_PER_WORD
-from llamita.scheme import QuantScheme
+from llamita.scheme import KINDS, QuantScheme
 
 _BLOCK_BYTES = 2**22  # of random numbers: little beside a model
 _STRIDE = 4099  # prime: matrices of equal shape begin at different places
@@ -54,17 +54,15 @@ class RandomSource:
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
         """A linear layer or table, as the scheme has it."""
         rows, columns = self._matrices[name]
-        is_table = not name.startswith("model.layers.")
-        if self.scheme is None or (is_table and not self.scheme.table_bits):
+        kind = self.scheme.kind(name) if self.scheme else KINDS["float"]
+        if not kind.bits:
             return self._take(self._floats, name, (rows, columns))
-        if is_table:
+        if not kind.group_size:
             codes = self._take(self._bytes.view(np.int8), name, (rows, columns))
             return Int8Weight(codes, self._scales(name, (rows,), _INT8_DEVIATION))
         words = self._take(self._bytes.view(np.int32), name, (rows, columns // CODES_PER_WORD))
-        group_size = self.scheme.group_size
-        return Int4Weight(
-            words, self._scales(name, (rows, columns // group_size), _INT4_DEVIATION), group_size
-        )
+        scales = self._scales(name, (rows, columns // kind.group_size), _INT4_DEVIATION)
+        return Int4Weight(words, scales, kind.group_size)
 
     def vector(self, name: str) -> np.ndarray:
         """(length,) float32: norms of one, biases of zero."""

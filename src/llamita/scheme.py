@@ -5,14 +5,32 @@ activations per token (asymmetric, at run time). A preset is a named scheme; `do
 formulas.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llamita.errors import InputError
 
 GROUP_SIZES = (32, 64, 128, 256)  # what XNNPACK, KleidiAI and torchao all take
+_LONGEST_NAME = 80  # characters of a module's name that a message shows
 SCALE_RULES = ("torchao", "search", "weighted")
 SCALE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one layer's weights are stored: int4 in groups, int8 per channel, or float (no bits)."""
+
+    name: str
+    bits: int | None
+    group_size: int | None
+
+
+_ALL_KINDS = (
+    *(LayerKind(f"w4g{group_size}", 4, group_size) for group_size in GROUP_SIZES),
+    LayerKind("w8", 8, None),
+    LayerKind("float", None, None),
+)
+KINDS = {kind.name: kind for kind in _ALL_KINDS}
 
 
 def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -32,6 +50,8 @@ class QuantScheme:
             error on the bf16 grid) or "weighted" (likewise, inputs weighted by their expected energy).
         scale_dtype: "float32" or "bfloat16", the grid on which the scales lie and are stored.
         table_bits: 8 for embedding and head in int8 per channel, None to keep them in float.
+        layers: what is stored in another way than this: full module name to a key of `KINDS`. Not to be
+            changed; an override that changes nothing is dropped, so that equal schemes compare equal.
     """
 
     name: str
@@ -39,6 +59,7 @@ class QuantScheme:
     scale_rule: str
     scale_dtype: str
     table_bits: int | None
+    layers: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isprintable():
@@ -51,16 +72,32 @@ class QuantScheme:
             raise InputError(
                 f"scale_dtype: expected bfloat16 with scales '{self.scale_rule}', got {self.scale_dtype}"
             )
+        if not isinstance(self.layers, dict):
+            raise InputError(f"layers: expected module names with kinds, got {type(self.layers).__name__}")
+        for name, kind in self.layers.items():
+            _expect(f"layers: {str(name)[:_LONGEST_NAME]!r}", kind, tuple(KINDS))
+        changed = {name: kind for name, kind in self.layers.items() if kind != self._usual(name)}
+        object.__setattr__(self, "layers", dict(sorted(changed.items())))
+
+    def kind(self, name: str) -> LayerKind:
+        """How the weights of this linear layer or table are stored, by its full module name."""
+        return KINDS[self.layers.get(name) or self._usual(name)]
+
+    def _usual(self, name: str) -> str:
+        if name.startswith("model.layers."):
+            return f"w4g{self.group_size}"
+        return "w8" if self.table_bits else "float"
 
     def to_dict(self) -> dict[str, Any]:
-        """The scheme as JSON values; `from_dict` is its inverse."""
-        return asdict(self)
+        """The scheme as JSON values; `from_dict` is its inverse. No overrides, no key `layers`."""
+        values = asdict(self)
+        return values if self.layers else {key: values[key] for key in values if key != "layers"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantScheme":
         """A scheme from JSON values; unknown or missing keys raise InputError."""
         expected = set(cls.__dataclass_fields__)
-        if not isinstance(values, dict) or set(values) != expected:
+        if not isinstance(values, dict) or {*values, "layers"} != expected:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise InputError(f"scheme: expected the keys {sorted(expected)}, got {found}")
         return cls(**values)

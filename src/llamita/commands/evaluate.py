@@ -13,7 +13,7 @@ import typer
 
 from llamita import console, wikitext
 from llamita.baseline import open_contenders
-from llamita.errors import RunError
+from llamita.errors import InputError, RunError
 from llamita.evaluate import (
     CHUNK_TOKENS,
     Contender,
@@ -23,6 +23,7 @@ from llamita.evaluate import (
     read_text,
     score_text,
 )
+from llamita.mixed import describe_kinds
 from llamita.statistics import Interval
 
 HARNESS = "llamita.harness"  # imported on use: it needs LM Eval and with it Torch
@@ -210,7 +211,7 @@ def _rows(
     schemes = [c.llm.scheme for c in contenders]
     rows = [
         ["scheme", *(s.name if s else "float" for s in schemes)],
-        ["weights in a group", *(str(s.group_size) if s else "" for s in schemes)],
+        ["weights in a group", *(_groups(c) for c in contenders)],
         ["weight files", *(console.megabytes(c.weight_bytes) for c in contenders)],
     ]
     for i, task in enumerate(results[0]):
@@ -229,6 +230,13 @@ def _rows(
         rows += interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", "")
         rows += interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%")
     return rows
+
+
+def _groups(contender: Contender) -> str:
+    scheme = contender.llm.scheme
+    if scheme is None or not scheme.layers:
+        return str(scheme.group_size) if scheme else ""
+    return describe_kinds(contender.llm.config, scheme)
 
 
 def _with_error(task: Any, metric: str) -> str:

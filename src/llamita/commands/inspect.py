@@ -7,6 +7,7 @@ import typer
 
 from llamita import console
 from llamita.checkpoint import Checkpoint, expected_tensors
+from llamita.mixed import count_kinds
 from llamita.packed import PackedModel, open_source
 
 _WORST = 5  # layers shown unless all are asked for
@@ -30,14 +31,19 @@ def command(
     if json:
         console.print_json(values)
         return
-    told = {**values, "source": values["source"]["name"]} if "source" in values else values
+    told = {**values, "source": values["source"]["name"]} if "source" in values else dict(values)
+    if values["scheme"]:  # overrides stand beside the errors
+        told["scheme"] = {key: value for key, value in values["scheme"].items() if key != "layers"}
     rows = [[key.replace("_", " "), _text(value)] for key, value in told.items() if key != "layer_errors"]
     console.print_table(directory, ["what", "value"], rows)
     worst = sorted(values["layer_errors"].items(), key=lambda item: -item[1])
     if worst:
         shown = worst if layers else worst[:_WORST]
+        kinds = {name: source.scheme.kind(name).name for name, _ in worst} if source.scheme else {}
         console.print_table(
-            "relative squared error, worst first", ["layer", "error"], [[n, f"{e:.3e}"] for n, e in shown]
+            "relative squared error, worst first",
+            ["layer", "stored as", "error"],
+            [[name, kinds.get(name, ""), f"{error:.3e}"] for name, error in shown],
         )
 
 
@@ -68,6 +74,7 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
         "tensor_bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
         "scheme": source.scheme.to_dict() if source.scheme else None,
+        "layers_by_kind": count_kinds(config, source.scheme) if source.scheme else None,
         "layer_errors": {},
     }
     if isinstance(source, PackedModel):

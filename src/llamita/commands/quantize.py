@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import console, processes
+from llamita import console, mixed, processes
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
+from llamita.commands.selection import choose, parse_goal, print_selection, selection_values
 from llamita.errors import InputError
 from llamita.files import has
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
@@ -41,6 +42,16 @@ _Text = Annotated[
 _Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+_KeepFloat = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to leave in float, such as '*.down_proj'; repeatable."),
+]
+_MaxSize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Choose layer by layer: least loss in 700MB of weights.")
+]
+_MaxLoss = Annotated[
+    float | None, typer.Option(metavar="KL", help="Choose layer by layer: least size with at most this loss.")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
@@ -58,6 +69,9 @@ def command(
     samples: _Samples = 128,
     length: _Length = 512,
     seed: _Seed = 0,
+    keep_float: _KeepFloat = None,
+    max_size: _MaxSize = None,
+    max_loss: _MaxLoss = None,
     dry_run: _DryRun = False,
     overwrite: _Overwrite = False,
     threads: _Threads = None,
@@ -69,9 +83,10 @@ def command(
     """
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
+    goal = parse_goal(max_size, max_loss, dry_run)
     use_threads(processes.fair_threads(threads))
     if dry_run:
-        _dry_run(src, scheme, chain, (samples, length), json)
+        _dry_run(src, scheme, chain, (samples, length), keep_float or [], json)
         return
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
@@ -83,7 +98,10 @@ def command(
         check_target(out, overwrite, path)  # before a text is written
     source = Checkpoint(path)
     with console.progress(quiet=json or not is_first) as progress:
-        setup = _setup(source, chain, (calibration, samples, length), seed, progress)
+        scheme = mixed.keep_float(source.config, scheme, keep_float or [])
+        needs_text = chain.needs_calibration or goal is not None
+        setup = _setup(source, needs_text, (calibration, samples, length), seed, progress)
+        scheme, setup, selection = choose(source, scheme, goal, chain, setup, progress)
         if not is_first:
             take_part(source, scheme, method, setup)
             return
@@ -91,16 +109,17 @@ def command(
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:
-        console.print_json(_summary_values(summary, scheme))
+        console.print_json(_summary_values(summary, scheme) | selection_values(selection))
     else:
+        print_selection(source.config, selection)
         _print_summary(summary, scheme)
 
 
 def _setup(
-    source: Checkpoint, chain: Chain, text: tuple[str, int, int], seed: int, progress: Progress
+    source: Checkpoint, needs_text: bool, text: tuple[str, int, int], seed: int, progress: Progress
 ) -> Setup:
     """What the chain needs; `text` is the calibration's name, samples and length."""
-    if not chain.needs_calibration:
+    if not needs_text:
         return Setup(seed=seed)
     return Setup(load_calibration(text[0], source, text[1], text[2], seed, progress), seed)
 
@@ -114,9 +133,12 @@ def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setu
         console.note(f"{chain}: about {seconds:,.0f} s and {console.megabytes(memory)} of memory to expect")
 
 
-def _dry_run(src: str, scheme: QuantScheme, chain: Chain, text: tuple[int, int], json: bool) -> None:
+def _dry_run(
+    src: str, scheme: QuantScheme, chain: Chain, text: tuple[int, int], patterns: list[str], json: bool
+) -> None:
     """`text` is the calibration's samples and length."""
     model = describe(src)
+    scheme = mixed.keep_float(model.config, scheme, patterns)
     if model.scheme is not None:
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
     plan = make_plan(model.config, scheme, model.float_dtype)
@@ -132,8 +154,10 @@ def _dry_run(src: str, scheme: QuantScheme, chain: Chain, text: tuple[int, int],
 
 def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
     tables = "int8 per channel" if scheme.table_bits else "float"
+    others = [["layers stored otherwise", f"{len(scheme.layers)}"]] if scheme.layers else []
     return [
         ["scheme", f"{scheme.name}: int4, groups of {scheme.group_size}"],
+        *others,
         ["scales", f"{scheme.scale_rule}, {scheme.scale_dtype}"],
         ["linear layers", f"{plan.linear_layers}"],
         ["embedding and head", tables],

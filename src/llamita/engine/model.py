@@ -184,10 +184,12 @@ def _linear(linear: Linear, x: _Operand, out: np.ndarray, accumulate: bool = Fal
         part = linear.parts[0]
         ops.linear(part.weights, x.codes if part.is_quantized else x.floats, out, part.bias, accumulate)
         return
-    for part in linear.parts:  # q, k, v of different kinds: rare, so the copy may cost
-        columns = np.empty((len(out), part.stop - part.start), dtype=np.float32)
-        ops.linear(part.weights, x.codes if part.is_quantized else x.floats, columns, part.bias, False)
-        out[:, part.start : part.stop] = columns
+    for part in linear.parts:  # q, k, v of different kinds: the columns of one token lie together
+        columns = out[:, part.start : part.stop]
+        whole = columns if len(out) == 1 else np.empty(columns.shape, dtype=np.float32)
+        ops.linear(part.weights, x.codes if part.is_quantized else x.floats, whole, part.bias, False)
+        if whole is not columns:
+            columns[:] = whole
 
 
 class _Buffers:

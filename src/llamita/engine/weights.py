@@ -10,7 +10,6 @@ import numpy as np
 
 from llamita import _native
 from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource
-from llamita.config import ModelConfig
 from llamita.errors import InputError
 
 
@@ -74,12 +73,20 @@ def load_weights(source: ModelSource) -> ModelWeights:
     config = source.config
     tables = (config.vocab_size, config.hidden_size)
     embedding = _linear(source, {"model.embed_tokens": tables}, has_bias=False)
-    head = embedding if config.tied else _linear(source, {"lm_head": tables}, has_bias=False)
-    blocks = tuple(_block(source, config, f"model.layers.{i}") for i in range(config.layers))
+    head = embedding if config.tied else load_head(source)
+    blocks = tuple(load_block(source, i) for i in range(config.layers))
     return ModelWeights(embedding.parts[0].weights, blocks, source.vector("model.norm.weight"), head)
 
 
-def _block(source: ModelSource, config: ModelConfig, prefix: str) -> Block:
+def load_head(source: ModelSource) -> Linear:
+    """The head, where it is not tied to the embedding; errors as in `load_weights`."""
+    shape = (source.config.vocab_size, source.config.hidden_size)
+    return _linear(source, {"lm_head": shape}, has_bias=False)
+
+
+def load_block(source: ModelSource, index: int) -> Block:
+    """One transformer block; errors as in `load_weights`."""
+    config, prefix = source.config, f"model.layers.{index}"
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
 
     def fused(*names: str, gated: bool = False) -> Linear:
@@ -142,7 +149,7 @@ def _kind(
                 f"got {shape[1]}; try a smaller group size"
             )
     elif isinstance(weight, Int8Weight):
-        found, kind = weight.codes.shape, ("int8", name)  # each packed by itself
+        found, kind = weight.codes.shape, ("int8", weight.scales.dtype)
     else:
         found, kind = weight.shape, ("float", weight.dtype)
     if found != shape:
@@ -161,4 +168,7 @@ def _pack_int4(weights: list[Int4Weight], gated: bool) -> _native.Weights:
 
 
 def _pack_int8(weights: list[Int8Weight]) -> _native.Weights:
-    return _native.pack_w8(weights[0].codes, weights[0].scales)
+    if len(weights) == 1:
+        return _native.pack_w8(weights[0].codes, weights[0].scales)
+    codes = np.concatenate([w.codes for w in weights])
+    return _native.pack_w8(codes, np.concatenate([w.scales for w in weights]))

@@ -66,7 +66,7 @@ def embed(source: Any, tokens: np.ndarray, scheme: QuantScheme | None) -> Tensor
     """
     used, places = np.unique(tokens, return_inverse=True)
     rows = source.weight("model.embed_tokens")[used]
-    if scheme is not None and scheme.table_bits:
+    if scheme is not None and scheme.kind("model.embed_tokens").bits == 8:
         codes, scales, _ = _native.round_weights(rows, 8, rows.shape[1], rule_of(scheme), None)
         rows = dequantize(codes, scales)
     table = torch.from_numpy(np.ascontiguousarray(to_f32(rows)))

@@ -89,7 +89,7 @@ class RoundedBlock:
         index: its number.
         block: the quantized block, activations rounded; `block(inputs)` is what the model will compute.
         weights: its float weights, (outputs, inputs) float32, by full module name.
-        rounded: codes and scales, by full module name.
+        rounded: codes and scales of its int4 layers, by full module name.
         inputs: quantized stream in front of the block, (samples, length, hidden).
         targets: float stream behind it.
     """
@@ -153,8 +153,8 @@ def begin(
     run = _Run(source, scheme, setup, method, tune, to_nearest)
     with torch.no_grad():
         store = _round_blocks(run, ranks.own_rows(torch.from_numpy(setup.calibration.tokens)).numpy())
-    linears = linear_names(source.config)
-    return lambda name: _rows(source, store, name) if name in linears else to_nearest(name)
+    coarse = [name for name in linear_names(source.config) if scheme.kind(name).bits == 4]
+    return lambda name: _rows(source, store, name) if name in coarse else to_nearest(name)
 
 
 def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
@@ -176,7 +176,8 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
             blocks["float"] = Block(source, config, index, rotary, online=online)
         after = {kind: store.new(kind, index + 1) for kind in streams}
         rounded = _round_block(run, index, blocks, streams, after)
-        layers = {name: (_native.codes_to_packed(r.codes), r.scales) for name, r in rounded.items()}
+        coarse = _int4(run.scheme, rounded)  # the others are rounded to nearest again when they are written
+        layers = {name: (_native.codes_to_packed(r.codes), r.scales) for name, r in coarse.items()}
         store.keep(index, after, layers)
         streams = after
     return store
@@ -201,20 +202,42 @@ def _round_block(
         if step == 2:
             _advance(blocks, Block.after_attention, before, after)
         group = {name: weights[name] for name in (f"{block.name}.{name}" for name in names)}
-        if run.method is None:
-            new = {name: _nearest(run.to_nearest, name) for name in group}
-        else:
+        new = _to_nearest(run, group)
+        if run.method is not None and any(run.scheme.kind(name).bits == 4 for name in group):
             layers = _measure(step, blocks, before, after, group, run.method.needs_cross)
-            new = _round_layers(run.method, layers, run.scheme)
+            new |= _by_method(run.method, layers, run.scheme)
         _set_weights(block, new)
         rounded |= new
     _advance(blocks, Block.after_mlp, after, after)
     if run.tune is not None:
         _report(run, index, len(STEPS), "tuning")
-        whole = RoundedBlock(index, block, weights, rounded, before["quantized"], after["float"])
+        coarse = _int4(run.scheme, rounded)
+        whole = RoundedBlock(index, block, weights, coarse, before["quantized"], after["float"])
         rounded = run.tune(whole, run.scheme, run.setup)
         _set_weights(block, rounded)
         _advance({"quantized": block}, Block.__call__, before, after)
+    return rounded
+
+
+def _int4(scheme: QuantScheme, rounded: dict[str, Rounded]) -> dict[str, Rounded]:
+    return {name: layer for name, layer in rounded.items() if scheme.kind(name).bits == 4}
+
+
+def _to_nearest(run: _Run, group: dict[str, Tensor]) -> dict[str, Rounded]:
+    """The layers of a group that no method rounds: int8 ones, and all where there is no method."""
+    least = 8 if run.method else 4
+    names = [name for name in group if (run.scheme.kind(name).bits or 0) >= least]
+    return {name: _nearest(run.to_nearest, name) for name in names}
+
+
+def _by_method(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
+    """The int4 layers of a group, those of one group size together: methods know of no other kinds."""
+    rounded: dict[str, Rounded] = {}
+    group_sizes = [scheme.kind(name).group_size for name in layers.weights]
+    for group_size in dict.fromkeys(size for size in group_sizes if size):
+        alike = {n: w for n, w in layers.weights.items() if scheme.kind(n).group_size == group_size}
+        uniform = replace(scheme, group_size=group_size, layers={})
+        rounded |= _round_layers(method, replace(layers, weights=alike), uniform)
     return rounded
 
 

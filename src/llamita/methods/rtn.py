@@ -7,7 +7,7 @@ import numpy as np
 
 from llamita import _native
 from llamita.affine import F32, dequantize, to_f32
-from llamita.checkpoint import Checkpoint, check_finite, table_names
+from llamita.checkpoint import Checkpoint, check_finite
 from llamita.errors import InputError
 from llamita.methods.energy import check_energy, input_importance, pieces_of
 from llamita.scheme import QuantScheme
@@ -42,15 +42,16 @@ def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
 def _round_module(
     source: Checkpoint, scheme: QuantScheme, name: str, importance: F32 | None
 ) -> Iterator[RoundedRows]:
-    """The rows of a linear layer in int4 groups, or of a table in int8 per channel, in pieces.
+    """The rows of a linear layer or table in int4 groups, or in int8 per channel, in pieces.
 
     Raises:
         InputError: NaN or infinity among the weights, with its place, or squares beyond float32.
     """
     weights = source.weight(name)  # (rows, columns), mapped
     columns = weights.shape[1]
-    is_table = name in table_names(source.config)
-    bits, group_size = (8, columns) if is_table else (4, scheme.group_size)
+    kind = scheme.kind(name)
+    assert kind.bits, f"{name} stays float"
+    bits, group_size = kind.bits, kind.group_size or columns
     for start, piece in pieces_of(weights):
         try:
             codes, scales, error = _native.round_weights(piece, bits, group_size, rule_of(scheme), importance)

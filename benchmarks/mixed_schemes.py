@@ -1,0 +1,77 @@
+"""What choosing each layer's way to be stored wins over one group size of the same bytes.
+
+python benchmarks/mixed_schemes.py --calibration FILE --text FILE [MODEL] [--preset NAME] [--characters N]
+"""
+
+import argparse
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from llamita.checkpoint import Checkpoint, resolve
+from llamita.engine.weights import load_weights
+from llamita.methods.auto import Meter, allocate, measure_options, mixed_scheme, size_bounds
+from llamita.mixed import describe_kinds
+from llamita.quantize import RoundedSource, make_plan
+from llamita.scheme import GROUP_SIZES, QuantScheme, make_scheme
+from llamita.statistics import mean_interval, paired_difference
+from llamita.tokenizer import Tokenizer
+
+LENGTH = 512  # tokens that are seen at a time
+SAMPLES = 16  # of calibration text, of so many tokens each
+
+
+def main() -> None:
+    """Print a Markdown table; KL from the float model in nats a token times 1000."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="embedded")
+    parser.add_argument("--calibration", type=Path, required=True, help="what the choice is made on")
+    parser.add_argument("--text", type=Path, required=True, help="what is scored")
+    parser.add_argument("--preset", default="llamita")
+    parser.add_argument("--characters", type=int, help="of the text; by default all")
+    arguments = parser.parse_args()
+    source = Checkpoint(resolve(arguments.model))
+    tokens = _tokens(source, arguments.calibration.read_text())[:SAMPLES]
+    meter = Meter(source, _tokens(source, arguments.text.read_text()[: arguments.characters]))
+
+    def loss(scheme: QuantScheme) -> np.ndarray:
+        return meter.divergence(load_weights(RoundedSource(source, scheme)))
+
+    def size(scheme: QuantScheme) -> int:
+        return make_plan(source.config, scheme, lambda name: source.info(name).dtype).file_bytes
+
+    scheme = make_scheme(arguments.preset)
+    uniform = [replace(scheme, group_size=group_size) for group_size in sorted(GROUP_SIZES, reverse=True)]
+    sizes, losses = [size(one) for one in uniform], [loss(one) for one in uniform]
+    budgets = sorted({*sizes[1:], *((a + b) // 2 for a, b in pairwise(sizes))})
+    _, options = measure_options(source, scheme, Meter(source, tokens))
+    _, overhead = size_bounds(source, scheme)
+    print("| bytes | one group size | KL | mixed | KL | change | layers |\n|---|---|---|---|---|---|---|")
+    for budget in budgets:
+        best = max(i for i, taken in enumerate(sizes) if taken <= budget)
+        found = mixed_scheme(scheme, allocate(options, budget - overhead))
+        own = loss(found)
+        change = paired_difference(own, losses[best])
+        share = [100 * x / losses[best].mean() for x in (change.value, change.low, change.high)]
+        print(
+            f"| {budget:,} | {uniform[best].group_size} | {_text(losses[best])} | {size(found):,} | "
+            f"{_text(own)} | {share[0]:.1f} % ({share[1]:.1f} to {share[2]:.1f}) | "
+            f"{describe_kinds(source.config, found)} |",
+            flush=True,
+        )
+
+
+def _tokens(source: Checkpoint, text: str) -> np.ndarray:
+    ids = np.array(Tokenizer(source.path, source.config).encode(text), np.int32)
+    return ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+
+
+def _text(values: np.ndarray) -> str:
+    interval = mean_interval(values)
+    return f"{1e3 * interval.value:.2f} ± {1e3 * (interval.high - interval.low) / 2:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The part of `llamita quantize` that chooses how each layer is stored: `--max-size`, `--max-loss`."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from llamita import console
+from llamita.checkpoint import Checkpoint
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.methods.auto import Goal, Selection, parse_size, select
+from llamita.methods.chain import Chain
+from llamita.methods.setup import Calibration, Progress, Setup
+from llamita.mixed import describe_kinds
+from llamita.quantize import RoundedSource
+from llamita.scheme import QuantScheme
+from llamita.statistics import Interval
+
+
+def parse_goal(max_size: str | None, max_loss: float | None, dry_run: bool) -> Goal | None:
+    """What the options ask for, None if nothing.
+
+    Raises:
+        InputError: both are given, or one with `dry_run`, or one is no size or no positive loss.
+    """
+    if dry_run and not (max_size is None and max_loss is None):
+        raise InputError("--dry-run: expected without --max-size and --max-loss, which measure the model")
+    if max_size is not None and max_loss is not None:
+        raise InputError("--max-size, --max-loss: expected one of them, got both")
+    if max_size is not None:
+        return Goal(max_size=parse_size(max_size))
+    if max_loss is not None:
+        if not 0 < max_loss < float("inf"):
+            raise InputError(f"--max-loss: expected nats a token above 0, such as 0.02, got {max_loss}")
+        return Goal(max_loss=max_loss)
+    return None
+
+
+def choose(
+    source: Checkpoint,
+    scheme: QuantScheme,
+    goal: Goal | None,
+    chain: Chain,
+    setup: Setup,
+    progress: Progress,
+) -> tuple[QuantScheme, Setup, Selection | None]:
+    """The scheme that fits the goal, the setup with a record of it, what was found; errors as `select`."""
+    if goal is None:
+        return scheme, setup, None
+    assert setup.calibration is not None
+
+    def rounding(source: Checkpoint, scheme: QuantScheme) -> RoundedSource:
+        return RoundedSource(source, scheme, chain.rounding, setup)  # transforms and tuning left out
+
+    selection = select(source, scheme, setup.calibration.tokens, goal, progress, rounding)
+    record = _record(goal, selection, setup.calibration)
+    return selection.scheme, replace(setup, settings=setup.settings | record), selection
+
+
+def print_selection(config: ModelConfig, selection: Selection | None) -> None:
+    """The kind of every layer, a block a row; then what was expected and what came."""
+    if selection is None:
+        return
+    names = list(config.linear_shapes())
+    rows = [
+        [str(block), *(selection.scheme.kind(f"model.layers.{block}.{name}").name for name in names)]
+        for block in range(config.layers)
+    ]
+    short = [name.rpartition(".")[2].removesuffix("_proj") for name in names]
+    console.print_table("how each layer is stored", ["block", *short], rows)
+    head = [] if config.tied else [["head", selection.scheme.kind("lm_head").name]]
+    uniform = selection.uniform
+    rows = [
+        ["linear layers", describe_kinds(config, selection.scheme)],
+        *head,
+        ["weight files", console.megabytes(selection.file_bytes)],
+        ["loss predicted", f"{selection.predicted:.5f}"],
+        ["loss measured, rounded to nearest", _text(selection.measured)],
+    ]
+    if uniform and selection.uniform_loss:
+        rows.append([f"groups of {uniform.group_size} alone lose", _text(selection.uniform_loss)])
+    console.print_table("loss: KL divergence from the float model, nats a token", ["what", "figure"], rows)
+
+
+def _text(interval: Interval) -> str:
+    return f"{interval.value:.5f} ({interval.low:.5f} to {interval.high:.5f})"
+
+
+def selection_values(selection: Selection | None) -> dict[str, Any]:
+    """The selection as JSON values, under its key; nothing where nothing was chosen."""
+    if selection is None:
+        return {}
+    schemes = {
+        "scheme": selection.scheme.to_dict(),
+        "uniform": selection.uniform.to_dict() if selection.uniform else None,
+    }
+    return {"selection": asdict(selection) | schemes}
+
+
+def _record(goal: Goal, selection: Selection, calibration: Calibration) -> dict[str, Any]:
+    """What llamita.json records of the choice."""
+    asked = {f"auto.{key}": value for key, value in asdict(goal).items() if value is not None}
+    losses = {"auto.predicted_loss": selection.predicted, "auto.measured_loss": selection.measured.value}
+    return asked | losses | {"auto.calibration": calibration.record()}
