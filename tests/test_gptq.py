@@ -97,12 +97,35 @@ def test_errors_are_in_the_order_that_is_known() -> None:
     nearest = loss(weights, codes, scales, hessian)
     found = {}
     for rule in ("torchao", "search"):
-        rounded = gptq.round_layers(layers, make_scheme("llama3.2", GROUP, rule))["a"]
+        rounded = gptq.round_layers(layers, make_scheme("llama3.2", GROUP, rule), gptq.SETTINGS)["a"]
         found[rule] = loss(weights, rounded.codes, rounded.scales, hessian)
     assert found["search"] < found["torchao"] < 0.5 * nearest
     _, plain, _ = round_weights(weights, 4, GROUP, "search")
-    codes = gptq.round_columns(torch.from_numpy(weights), torch.from_numpy(plain), layers.hessian, 0.01)
+    codes = gptq.round_columns(
+        torch.from_numpy(weights), torch.from_numpy(plain), layers.hessian, gptq.DAMPING, gptq.SWEEPS
+    )
     assert found["search"] < loss(weights, codes.numpy(), plain, hessian)
+
+
+@pytest.mark.parametrize("leaf", [5, 32])
+def test_sweeps_are_coordinate_descent(monkeypatch: pytest.MonkeyPatch, leaf: int) -> None:
+    """Each code in turn is the best for all others as they are, and the loss falls."""
+    monkeypatch.setattr(gptq, "_LEAF", leaf)
+    weights, x = problem()
+    hessian, damping = hessian_of(x), 0.1
+    _, scales, _ = round_weights(weights, 4, GROUP, "search")
+    tensors = [torch.from_numpy(a) for a in (weights, scales, hessian.astype(np.float32))]
+    found = [gptq.round_columns(*tensors, damping, sweeps).numpy() for sweeps in range(3)]
+    damped = hessian * (1 + damping * np.eye(len(hessian)))
+    codes, wide = found[0].astype(np.float64), np.repeat(scales.astype(np.float64), GROUP, axis=1)
+    for k in np.argsort(-np.diag(hessian), kind="stable"):
+        errors = weights - codes * wide
+        errors[:, k] = 0
+        best = weights[:, k] + errors @ damped[:, k] / damped[k, k]
+        codes[:, k] = np.clip(np.rint(best / wide[:, k]), -8, 7)
+    assert (codes == found[1]).all(axis=1).mean() > 0.9
+    losses = [loss(weights, c, scales, damped) for c in found]
+    assert losses[2] <= losses[1] < losses[0]
 
 
 def test_damping_knows_no_units() -> None:
@@ -133,9 +156,9 @@ def test_layers_that_share_an_input_come_apart_again() -> None:
     parts = {"q": weights[:32], "k": weights[32:48], "v": weights[48:]}
     tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
     scheme = make_scheme("llama3.2", GROUP)
-    together = gptq.round_layers(calibrated.Layers(tensors, hessian), scheme)
+    together = gptq.round_layers(calibrated.Layers(tensors, hessian), scheme, gptq.SETTINGS)
     for name, part in tensors.items():
-        alone = gptq.round_layers(calibrated.Layers({name: part}, hessian), scheme)[name]
+        alone = gptq.round_layers(calibrated.Layers({name: part}, hessian), scheme, gptq.SETTINGS)[name]
         np.testing.assert_array_equal(together[name].scales, alone.scales)
         assert (together[name].codes == alone.codes).mean() > 0.99
 
@@ -185,7 +208,7 @@ def test_the_correction_brings_outputs_nearer_to_the_float_models() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gptq.dampin": 0.1}, "--set gptq.dampin: expected one of damping"),
+        ({"gptq.dampin": 0.1}, "--set gptq.dampin: expected one of damping, sweeps"),
         ({"gptq.damping": -1}, "--set gptq.damping: expected a number of at least 0, got -1"),
         ({"qronos.ridge": "much"}, "--set qronos.ridge: expected a number of at least 0, got 'much'"),
     ],

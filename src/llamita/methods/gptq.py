@@ -15,31 +15,35 @@ from torch import Tensor
 from llamita import _native
 from llamita.methods.calibrated import LayerMethod, Layers, Rounded
 from llamita.methods.rtn import rule_of
-from llamita.methods.setup import numbers_of
+from llamita.methods.setup import Numbers, numbers_of
 from llamita.scheme import QuantScheme
 
 DAMPING = 0.05  # of its own energy, added to every input's: correlations are estimates
-SETTINGS = {"damping": DAMPING}
+SWEEPS = 1  # of coordinate descent after the greedy codes
+SETTINGS = {"damping": DAMPING, "sweeps": SWEEPS}
 _LEAST = 1e-3  # of the mean energy: no input is given up when scales are searched
 _LEAF = 32  # columns that are rounded one by one between products of matrices
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:
     """GPTQ as a method of the chain."""
-    damping = numbers_of(settings, "gptq", SETTINGS)["damping"]
-    return LayerMethod(lambda layers, scheme: round_layers(layers, scheme, damping))
+    own = numbers_of(settings, "gptq", SETTINGS)
+    return LayerMethod(lambda layers, scheme: round_layers(layers, scheme, own))
 
 
-def round_layers(layers: Layers, scheme: QuantScheme, damping: float = DAMPING) -> dict[str, Rounded]:
-    """Codes and scales of layers that share an input."""
+def round_layers(layers: Layers, scheme: QuantScheme, settings: Numbers) -> dict[str, Rounded]:
+    """Codes and scales of layers that share an input; `settings` are those of SETTINGS."""
     weights = torch.cat(list(layers.weights.values()))  # (outputs, inputs)
-    return round_target(layers, weights, scheme, damping)
+    return round_target(layers, weights, scheme, settings)
 
 
-def round_target(layers: Layers, target: Tensor, scheme: QuantScheme, damping: float) -> dict[str, Rounded]:
+def round_target(
+    layers: Layers, target: Tensor, scheme: QuantScheme, settings: Numbers
+) -> dict[str, Rounded]:  # fmt: skip
     """Codes and scales nearest to `target` (all outputs, inputs), one matrix above the other."""
     scales = search_scales(target, layers.hessian.diagonal(), scheme)
-    codes = round_columns(target, torch.from_numpy(scales), layers.hessian, damping).numpy()
+    damping, sweeps = settings["damping"], int(settings["sweeps"])
+    codes = round_columns(target, torch.from_numpy(scales), layers.hessian, damping, sweeps).numpy()
     rounded, start = {}, 0
     for name, weight in layers.weights.items():
         rows = slice(start, start + len(weight))
@@ -58,16 +62,20 @@ def search_scales(weights: Tensor, energy: Tensor, scheme: QuantScheme) -> np.nd
     return scales
 
 
-def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: float) -> Tensor:
+def round_columns(
+    target: Tensor, scales: Tensor, hessian: Tensor, damping: float, sweeps: int = 0
+) -> Tensor:  # fmt: skip
     """Codes int8 (outputs, inputs) of least error by GPTQ's greedy rule, inputs of most energy first.
 
     Args:
         target: (outputs, inputs) float32.
         scales: (outputs, groups) float32.
         hessian: (inputs, inputs), mean of x xᵀ; an input that was always 0 is rounded to nearest.
+        sweeps: how often each code is then chosen again, the others being what they are.
     """
     inputs = target.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    ordered = hessian[order][:, order]
     weights = target.T[order]  # (inputs, outputs), in which every step reads and writes whole rows
     loop = _Loop(
         weights=weights,
@@ -75,10 +83,14 @@ def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: floa
         scales=scales.T.contiguous(),
         reciprocals=1 / scales.T.contiguous(),
         groups=(order // (inputs // scales.shape[1])).tolist(),
-        feedback=feedback_matrix(hessian[order][:, order], damping),
+        feedback=feedback_matrix(ordered, damping),
         codes=torch.empty_like(weights),
     )
     _round_range(loop, 0, inputs)
+    loop.feedback = torch.empty(0)  # a wide layer's takes a quarter of a gigabyte
+    damp(ordered, damping)
+    for _ in range(sweeps):
+        _sweep(loop, ordered)
     codes = torch.empty(weights.shape, dtype=torch.int8)
     codes[order] = loop.codes.to(torch.int8)
     return codes.T.contiguous()
@@ -136,3 +148,22 @@ def _round_range(loop: _Loop, start: int, stop: int) -> None:
         torch.mul(targets[k], loop.reciprocals[group], out=code).round_().clamp_(-8, 7)
         torch.addcmul(loop.weights[k], code, loop.scales[group], value=-1, out=targets[k])  # the error
         targets[k + 1 : stop].addr_(feedback[k, k + 1 : stop], targets[k])
+
+
+def _sweep(loop: _Loop, hessian: Tensor) -> None:
+    """Coordinate descent (QuantEase, arXiv 2309.01885) from GPTQ's codes: each weight where the errors of all
+    others want it, in order; no step makes tr(E H Eᵀ) larger. `loop.targets` has the errors.
+    """
+    errors, inputs = loop.targets, len(loop.targets)
+    pulls = hessian @ errors  # (inputs, outputs)
+    for start in range(0, inputs, _LEAF):
+        stop = min(start + _LEAF, inputs)
+        changes = errors[start:stop].clone()
+        for k in range(start, stop):
+            group, code, old = loop.groups[k], loop.codes[k], changes[k - start]
+            torch.addcdiv(loop.weights[k] - old, pulls[k], hessian[k, k], out=code)
+            code.mul_(loop.reciprocals[group]).round_().clamp_(-8, 7)
+            torch.addcmul(loop.weights[k], code, loop.scales[group], value=-1, out=errors[k])
+            torch.sub(errors[k], old, out=old)
+            pulls[k + 1 : stop].addr_(hessian[k, k + 1 : stop], old)
+        pulls[stop:].addmm_(hessian[stop:, start:stop], changes)

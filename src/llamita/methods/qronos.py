@@ -26,12 +26,12 @@ SETTINGS = {
 
 def method(settings: dict[str, Any]) -> LayerMethod:
     """The corrected GPTQ as a method of the chain."""
-    damping = numbers_of(settings, "gptq", gptq.SETTINGS)["damping"]
+    loop = numbers_of(settings, "gptq", gptq.SETTINGS)
     own = numbers_of(settings, "qronos", SETTINGS)
 
     def round_layers(layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
         target = corrected_target(layers, own["strength"], own["residual"], own["ridge"])
-        return gptq.round_target(layers, target, scheme, damping)
+        return gptq.round_target(layers, target, scheme, loop)
 
     return LayerMethod(round_layers, needs_cross=True)
 
