@@ -12,10 +12,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "wikitext", "shapes", "machine", "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
-     "random_weights"),
+     "random_weights", "transformed"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.calibrated", "methods.gptq", "methods.qronos"),
+     "methods.calibrated", "methods.gptq", "methods.qronos", "methods.equalize", "methods.spinquant",
+     "methods.online", "methods.learn_rotations"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -46,6 +47,11 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     ),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
     "methods.qronos": ("methods.calibrated", "methods.gptq"),
+    "methods.equalize": ("methods.energy", "methods.setup"),
+    "methods.spinquant": ("methods.setup",),
+    "methods.learn_rotations": (
+        "methods.blocks", "methods.online", "methods.setup", "methods.spinquant",
+    ),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
@@ -84,6 +90,8 @@ TORCH_SIDE = {
     "methods.calibrated": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),
+    "methods.online": ("torch",),
+    "methods.learn_rotations": ("torch", "accelerate"),
 }
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (

@@ -190,7 +190,7 @@ def _four_that_cancel(rows: npt.NDArray[np.int64]) -> tuple[int, int, int, int] 
     for first in np.flatnonzero(sums[order[place]] == -sums)[:_MOST_CHECKED]:
         four = (a[first], b[first], a[order[place[first]]], b[order[place[first]]])
         if not correlations[list(four)].sum(axis=0).any():
-            return four
+            return tuple(int(i) for i in four)  # type: ignore[return-value]
     return None
 
 

@@ -27,6 +27,11 @@ def input_importance(source: Checkpoint) -> dict[str, F32]:
 
     Reads every weight once.
     """
+    return {name: _importance(energy) for name, energy in input_energies(source).items()}
+
+
+def input_energies(source: Checkpoint) -> dict[str, F32]:
+    """E[x²] to expect of each input of every linear layer, by the layer's name: float32 (inputs,)."""
     config = source.config
     energies: dict[str, F32] = {}
     stream = _column_energy(source, "model.embed_tokens")  # (hidden,)
@@ -47,7 +52,7 @@ def input_importance(source: Checkpoint) -> dict[str, F32]:
         inputs = _silu_energy(*gate) * up
         energies[f"{layer}.mlp.down_proj"] = inputs
         stream = stream + _output_moments(source, f"{layer}.mlp.down_proj", inputs)[1]
-    return {name: _importance(energy) for name, energy in energies.items()}
+    return energies
 
 
 def _after_norm(source: Checkpoint, name: str, stream: F32) -> F32:
