@@ -48,6 +48,7 @@ from llamita.packed_writer import (
 from llamita.resume import kept_work
 from llamita.scheme import QuantScheme
 from llamita.staging import check_space, check_target, staged
+from llamita.transformed import as_stored
 
 _ROWS = 1024  # rows of a float table copied at a time
 _SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
@@ -233,7 +234,8 @@ def _write_weights(
             elif name in tensors:
                 writer.put(name, source.stored_vector(name))
             else:
-                _write_float(writer, name, source.weight(name))
+                dtype = source.info(f"{name}.weight").dtype
+                _write_float(writer, name, as_stored(source.weight(name), dtype))
             done += tensor_bytes(tensors)
         writer.finish()
     finally:
@@ -325,15 +327,15 @@ class RoundedSource:
     ) -> None:
         chain, setup = parse_chain(method), setup or Setup()
         make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
-        self.path, self.config, self.scheme = checkpoint.path, checkpoint.config, scheme
         self._checkpoint = chains.transform(checkpoint, chain, setup)
+        self.path, self.config, self.scheme = checkpoint.path, self._checkpoint.config, scheme
         self._round = chains.begin(self._checkpoint, scheme, chain, setup)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
         """A linear layer as `Int4Weight`; a table as `Int8Weight`, or float where the scheme says so."""
         is_table = name in table_names(self.config)
         if is_table and not self.scheme.table_bits:
-            return self._checkpoint.weight(name)
+            return as_stored(self._checkpoint.weight(name), self._checkpoint.info(f"{name}.weight").dtype)
         pieces = [
             (
                 piece.codes if is_table else _native.codes_to_packed(piece.codes),

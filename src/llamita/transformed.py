@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llamita.affine import F32, to_f32
+from llamita.affine import F32, f32_to_bf16, to_f32
+from llamita.checkpoint import stored_dtype
 from llamita.config import ModelConfig
 from llamita.rotations import Rotations
-from llamita.tensorfile import TensorFile, TensorInfo
+from llamita.tensorfile import DTYPES, TensorFile, TensorInfo
 
 F64 = npt.NDArray[np.float64]
 Change = Callable[[F64], F64]  # of vectors along the last axis
@@ -68,6 +69,14 @@ class ModuleChange:
 
     inputs: tuple[Change, ...] = ()
     outputs: tuple[Change, ...] = ()
+
+
+def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values in the float type in which a tensor is stored ("BF16", "F16" or "F32"), rounded if need be."""
+    if stored_dtype(values) == dtype:
+        return values
+    floats = to_f32(values)
+    return f32_to_bf16(floats) if dtype == "BF16" else floats.astype(DTYPES[dtype])
 
 
 def rotations_of(source: FloatSource) -> Rotations:

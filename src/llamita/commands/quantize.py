@@ -1,6 +1,6 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError
 from llamita.files import has
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
-from llamita.methods.setup import Setup
+from llamita.methods.setup import Setup, parse_settings
 from llamita.packed import METADATA
 from llamita.plan import describe
 from llamita.quantize import Plan, Summary, estimate, make_plan, quantize
@@ -40,6 +40,13 @@ _Text = Annotated[
 _Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A method's setting, as spinquant.steps=0; repeatable."),
+]
+_NoOnline = Annotated[
+    bool, typer.Option("--no-online", help="spinquant: R1 and R2 alone, tables untied: a plain Llama.")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
@@ -57,6 +64,8 @@ def command(
     samples: _Samples = 128,
     length: _Length = 512,
     seed: _Seed = 0,
+    settings: _Set = None,
+    no_online: _NoOnline = False,
     dry_run: _DryRun = False,
     overwrite: _Overwrite = False,
     threads: _Threads = None,
@@ -68,6 +77,8 @@ def command(
     """
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
+    no_online_set = ["spinquant.online=false"] if no_online else []
+    chosen = parse_settings([*(settings or []), *no_online_set], chain.names)
     use_threads(threads)
     if dry_run:
         _dry_run(src, scheme, json)
@@ -80,7 +91,7 @@ def command(
     check_target(out, overwrite, path)  # before a text is written
     source = Checkpoint(path)
     with console.progress(quiet=json) as progress:
-        setup = _setup(source, chain, (calibration, samples, length), seed)
+        setup = replace(_setup(source, chain, (calibration, samples, length), seed), settings=chosen)
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:

@@ -19,12 +19,14 @@ _BALANCE = 0.75  # 1 makes all columns equal, 0 all activations; chosen by measu
 
 
 def transform(source: FloatSource, setup: Setup) -> TransformedSource:
-    """The source with v and o, and up and down, equalized; `setup` has nothing for it. Reads every weight.
+    """The source with v and o, and up and down, equalized. Reads every weight once.
 
     Raises:
-        InputError: it comes after rotations, which mix the channels of a pair.
+        InputError: it comes after rotations, which mix the channels of a pair, or with a setting.
     """
-    del setup
+    for name in setup.settings:
+        if name.startswith("equalize."):
+            raise InputError(f"{name}: expected no settings of equalize, which has none")
     if rotations_of(source).names:
         raise InputError("--method: expected equalize before spinquant, got it after; try equalize+spinquant")
     energies = input_energies(source)
