@@ -167,7 +167,7 @@ def test_orders_that_would_change_the_function_are_refused(tmp_path: Path) -> No
         ({"batch": 0}, "spinquant.batch"),
         ({"lr": 0}, "spinquant.lr: expected a positive number"),
         ({"lr": float("nan")}, "spinquant.lr"),
-        ({"loss": "mse"}, "spinquant.loss: expected one of cross-entropy, kl"),
+        ({"loss": "mse"}, "spinquant.loss: expected one of kl, cross-entropy"),
         ({"online": 1}, "spinquant.online: expected true or false"),
         ({"rate": 1}, "spinquant.rate: expected one of rotations"),
         ({"steps": 1}, "expected calibration text"),

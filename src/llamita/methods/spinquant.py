@@ -21,7 +21,7 @@ from llamita.transformed import F64, Change, FloatSource, ModuleChange, Transfor
 
 _LEARN = "llamita.methods.learn_rotations:learn"
 _PREFIX = "spinquant."
-LOSSES = ("cross-entropy", "kl")
+LOSSES = ("kl", "cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Settings:
         rotations: which of R1, R2, R4 to use.
         online: whether the model may need more than a plain Llama; else no R4, and tied tables come apart.
         steps: of learning; 0 keeps the random Hadamard matrices.
-        lr: learning rate, an angle: no step rotates by more; it falls linearly to 0.
+        lr: learning rate, the angle in radians by which a step turns; it falls linearly to 0.
         batch: samples of the calibration text in a step.
-        loss: "cross-entropy" on the text, or "kl" to the float model.
+        loss: "kl" to the float model on the text, or "cross-entropy", as Meta's code has it.
         weights: group size in which weights are rounded, too, while rotations are learned; 0 leaves them.
     """
 
     rotations: str = "R1,R2,R4"
     online: bool = True
     steps: int = 100
-    lr: float = 1.5
+    lr: float = 0.1
     batch: int = 8
-    loss: str = "cross-entropy"
-    weights: int = 0
+    loss: str = "kl"
+    weights: int = 32
 
     def __post_init__(self) -> None:
         if not self.names or self.names != tuple(name for name in NAMES if name in self.names):
