@@ -39,6 +39,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "hub": ("files",),
     "packed": ("checkpoint",),
     "packed_writer": ("checkpoint", "packed"),
+    "transformed": ("checkpoint",),
     "methods.chain": ("methods.setup",),
     "methods.rtn": ("methods.energy",),
     "methods.blocks": ("methods.rtn",),
