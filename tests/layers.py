@@ -8,25 +8,29 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
     ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
-    ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine", "charts", "hub_texts", "processes", "hadamard"),
+    ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub",
+     "statistics", "wikitext", "shapes", "machine", "charts", "hub_texts", "processes",
+     "hadamard"),
     # 2: models on disk
-    ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer", "random_weights",
-     "mixed"),
+    ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
+     "random_weights", "mixed", "transformed"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant",
-     "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq", "methods.qronos",
-     "methods.ranks", "methods.online"),
+     "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq",
+     "methods.qronos", "methods.ranks", "methods.online", "methods.equalize",
+     "methods.spinquant", "methods.learn_rotations"),
     # 4: the pipeline; the forward pass
-    ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
-     "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
+    ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights",
+     "engine.model", "engine.prefixes", "engine.speculation", "engine.requests",
+     "engine.scheduler", "engine.llm"),
     # 5: questions about models
-    ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report", "harness",
-     "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench", "plot", "own_text",
-     "needs", "methods.auto"),
+    ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report",
+     "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
+     "plot", "own_text", "needs", "methods.auto"),
     # 6: one file a command
-    ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate", "commands.chat",
-     "commands.inspect", "commands.verify", "commands.plan", "commands.bench", "commands.selection"),
+    ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
+     "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
+     "commands.selection"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip
@@ -74,6 +78,10 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "processes": ("_native",),
     "mixed": ("checkpoint",),
     "commands.quantize": ("commands.selection",),
+    "transformed": ("checkpoint",),
+    "methods.equalize": ("methods.energy", "methods.setup"),
+    "methods.spinquant": ("methods.setup",),
+    "methods.learn_rotations": ("methods.blocks", "methods.online", "methods.setup", "methods.spinquant"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -96,6 +104,7 @@ TORCH_SIDE = {
     "hub_texts": ("datasets",),
     "methods.ranks": ("torch",),
     "methods.online": ("torch",),
+    "methods.learn_rotations": ("torch", "accelerate"),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (

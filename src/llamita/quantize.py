@@ -50,6 +50,7 @@ from llamita.packed_writer import (
 from llamita.resume import kept_work
 from llamita.scheme import QuantScheme
 from llamita.staging import check_space, check_target, staged
+from llamita.transformed import as_stored
 
 _ROWS = 1024  # rows of a float table copied at a time
 _SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
@@ -252,7 +253,8 @@ def _write_weights(
             elif name in tensors:
                 writer.put(name, source.stored_vector(name))
             else:
-                _write_float(writer, name, source.weight(name))
+                dtype = source.info(f"{name}.weight").dtype
+                _write_float(writer, name, as_stored(source.weight(name), dtype))
             done += tensor_bytes(tensors)
         writer.finish()
     finally:
@@ -346,15 +348,15 @@ class RoundedSource:
     ) -> None:
         chain, setup = parse_chain(method), setup or Setup()
         make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
-        self.path, self.config, self.scheme = checkpoint.path, checkpoint.config, scheme
         self._checkpoint = chains.transform(checkpoint, chain, setup)
+        self.path, self.config, self.scheme = checkpoint.path, self._checkpoint.config, scheme
         self._round = chains.begin(self._checkpoint, scheme, chain, setup)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
         """A linear layer or table as the scheme has it; float ones as the checkpoint has them."""
         kind = self.scheme.kind(name)
         if not kind.bits:
-            return self._checkpoint.weight(name)
+            return as_stored(self._checkpoint.weight(name), self._checkpoint.info(f"{name}.weight").dtype)
         pieces = [
             (
                 _native.codes_to_packed(piece.codes) if kind.group_size else piece.codes,

@@ -13,7 +13,7 @@ import typer
 
 from llamita import console, wikitext
 from llamita.baseline import open_contenders
-from llamita.errors import InputError, RunError
+from llamita.errors import RunError
 from llamita.evaluate import (
     CHUNK_TOKENS,
     Contender,

@@ -1,6 +1,6 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from llamita.commands.selection import choose, parse_goal, print_selection, sele
 from llamita.errors import InputError
 from llamita.files import has
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
-from llamita.methods.setup import Progress, Setup
+from llamita.methods.setup import Progress, Setup, parse_settings
 from llamita.needs import estimate
 from llamita.packed import METADATA
 from llamita.plan import describe
@@ -24,6 +24,7 @@ from llamita.threads import use_threads
 
 _PRESETS = ", ".join(PRESETS)
 _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
+_NO_ONLINE = {False: (), True: ("spinquant.online=false",)}  # what --no-online stands for
 
 
 # The options, each with what `--help` says of it.
@@ -52,6 +53,13 @@ _MaxSize = Annotated[
 _MaxLoss = Annotated[
     float | None, typer.Option(metavar="KL", help="Choose layer by layer: least size with at most this loss.")
 ]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A method's setting, as spinquant.steps=0; repeatable."),
+]
+_NoOnline = Annotated[
+    bool, typer.Option("--no-online", help="spinquant: R1 and R2 alone, tables untied: a plain Llama.")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
@@ -72,6 +80,8 @@ def command(
     keep_float: _KeepFloat = None,
     max_size: _MaxSize = None,
     max_loss: _MaxLoss = None,
+    settings: _Set = None,
+    no_online: _NoOnline = False,
     dry_run: _DryRun = False,
     overwrite: _Overwrite = False,
     threads: _Threads = None,
@@ -84,23 +94,20 @@ def command(
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
     goal = parse_goal(max_size, max_loss, dry_run)
+    chosen = parse_settings([*(settings or []), *_NO_ONLINE[no_online]], chain.names)
     use_threads(processes.fair_threads(threads))
     if dry_run:
         _dry_run(src, scheme, chain, (samples, length), keep_float or [], json)
         return
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
-    path = resolve(src)
-    if has(path, METADATA):
-        raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
     is_first = processes.rank() == 0  # of those that torchrun starts
-    if is_first:
-        check_target(out, overwrite, path)  # before a text is written
-    source = Checkpoint(path)
+    source = _open(src, out, overwrite, is_first)
     with console.progress(quiet=json or not is_first) as progress:
         scheme = mixed.keep_float(source.config, scheme, keep_float or [])
         needs_text = chain.needs_calibration or goal is not None
         setup = _setup(source, needs_text, (calibration, samples, length), seed, progress)
+        setup = replace(setup, settings=chosen)
         scheme, setup, selection = choose(source, scheme, goal, chain, setup, progress)
         if not is_first:
             take_part(source, scheme, method, setup)
@@ -113,6 +120,16 @@ def command(
     else:
         print_selection(source.config, selection)
         _print_summary(summary, scheme)
+
+
+def _open(src: str, out: Path, overwrite: bool, is_first: bool) -> Checkpoint:
+    """The float model, once it is known that OUT can be made: before a text is written."""
+    path = resolve(src)
+    if has(path, METADATA):
+        raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
+    if is_first:
+        check_target(out, overwrite, path)
+    return Checkpoint(path)
 
 
 def _setup(

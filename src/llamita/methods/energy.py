@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from llamita.affine import F32, to_f32
-from llamita.checkpoint import Checkpoint, check_finite
+from llamita.checkpoint import check_finite
 from llamita.errors import InputError
+from llamita.transformed import FloatSource
 
 _CHUNK = 2**22  # weights converted at a time: 16 MB as float32
 _ATTENTION_SHARE = 0.5  # of a value's energy that is left after averaging over tokens; between 0 and 1
@@ -22,11 +23,16 @@ _TRUST = 0.5  # exponent: energies are estimates, and taken at their word they c
 _LEAST = 0.01  # of the mean: no input may be given up, for activations have outliers
 
 
-def input_importance(source: Checkpoint) -> dict[str, F32]:
+def input_importance(source: FloatSource) -> dict[str, F32]:
     """How much each input of every linear layer counts, by the layer's name: float32 (inputs,) with mean 1.
 
     Reads every weight once.
     """
+    return {name: _importance(energy) for name, energy in input_energies(source).items()}
+
+
+def input_energies(source: FloatSource) -> dict[str, F32]:
+    """E[x²] to expect of each input of every linear layer, by the layer's name: float32 (inputs,)."""
     config = source.config
     energies: dict[str, F32] = {}
     stream = _column_energy(source, "model.embed_tokens")  # (hidden,)
@@ -47,10 +53,10 @@ def input_importance(source: Checkpoint) -> dict[str, F32]:
         inputs = _silu_energy(*gate) * up
         energies[f"{layer}.mlp.down_proj"] = inputs
         stream = stream + _output_moments(source, f"{layer}.mlp.down_proj", inputs)[1]
-    return {name: _importance(energy) for name, energy in energies.items()}
+    return energies
 
 
-def _after_norm(source: Checkpoint, name: str, stream: F32) -> F32:
+def _after_norm(source: FloatSource, name: str, stream: F32) -> F32:
     """E[x²] of x = gamma·n, where n is the stream brought to a mean energy of 1."""
     mean = stream.mean(dtype=np.float64)
     # Only an embedding of zeros has no energy; all its channels are alike.
@@ -59,7 +65,7 @@ def _after_norm(source: Checkpoint, name: str, stream: F32) -> F32:
     return normed * gamma * gamma
 
 
-def _output_moments(source: Checkpoint, name: str, inputs: F32) -> tuple[F32, F32]:
+def _output_moments(source: FloatSource, name: str, inputs: F32) -> tuple[F32, F32]:
     """Mean and energy E[y²], each (outputs,), of y = W·x + b for E[x²] = inputs."""
     weights = source.weight(name)
     energy = np.empty(len(weights), np.float32)
@@ -88,7 +94,7 @@ def check_energy(name: str, piece: np.ndarray, first_row: int, energy: np.ndarra
         )
 
 
-def _column_energy(source: Checkpoint, name: str) -> F32:
+def _column_energy(source: FloatSource, name: str) -> F32:
     """Mean square of each column of a table, as if its rows came equally often: (columns,)."""
     table = source.weight(name)
     total = np.zeros(table.shape[1], np.float32)

@@ -1,6 +1,7 @@
 """What methods that look at activations begin with: text, seed, room, and settings of their own."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,24 @@ def numbers_of(settings: dict[str, Any], method: str, defaults: Numbers) -> Numb
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise InputError(f"--set {method}.{name}: expected a number of at least 0, got {value!r}")
     return {name: float(given.get(name, default)) for name, default in defaults.items()}
+
+
+def parse_settings(texts: Iterable[str], methods: Collection[str]) -> dict[str, Any]:
+    """Settings that a user wrote as METHOD.NAME=VALUE; a value that is no JSON is text.
+
+    Raises:
+        InputError: another form, or a method that is not among these.
+    """
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        method, dot, rest = name.partition(".")
+        if not (equals and dot and rest):
+            raise InputError(f"--set: expected METHOD.NAME=VALUE, such as spinquant.steps=0, got {text!r}")
+        if method not in methods:
+            raise InputError(f"--set {text}: expected a setting of {', '.join(methods)}, got one of {method}")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings

@@ -1,0 +1,84 @@
+"""Pairs of channels scaled against each other, so that both sides round well; the function stays the same.
+
+Channel c of v_proj's output (up_proj's) is multiplied by s_c, and the column of o_proj (down_proj) that
+reads it divided by s_c. Groups of int4 absorb what is done to the writer's rows; but the columns of a group
+share a scale, and so do the activations of a token. So s_c weighs the column's energy against that of the
+activation it meets: cross-layer equalization (Nagel et al., arXiv 1906.04721), energies for ranges, no data.
+"""
+
+import numpy as np
+
+from llamita.affine import to_f32
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.methods.energy import input_energies, pieces_of
+from llamita.methods.setup import Setup
+from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
+
+_BALANCE = 0.75  # 1 makes all columns equal, 0 all activations; chosen by measurement (docs/methods.md)
+
+
+def transform(source: FloatSource, setup: Setup) -> TransformedSource:
+    """The source with v and o, and up and down, equalized. Reads every weight once.
+
+    Raises:
+        InputError: it comes after rotations, which mix the channels of a pair, or with a setting.
+    """
+    for name in setup.settings:
+        if name.startswith("equalize."):
+            raise InputError(f"{name}: expected no settings of equalize, which has none")
+    if rotations_of(source).names:
+        raise InputError("--method: expected equalize before spinquant, got it after; try equalize+spinquant")
+    energies = input_energies(source)
+    changes: dict[str, ModuleChange] = {}
+    for layer in range(source.config.layers):
+        block = f"model.layers.{layer}"
+        for writer, reader in (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj")):
+            name = f"{block}.{reader}"
+            energy, columns = energies[name].astype(np.float64), _column_energy(source, name)
+            if reader == "self_attn.o_proj":
+                scales = pair_scales(*(_of_values(x, source.config) for x in (energy, columns)))
+                inputs = _of_queries(scales, source.config)
+            else:
+                scales = inputs = pair_scales(energy, columns)
+            changes[f"{block}.{writer}"] = ModuleChange(outputs=(_times(scales),))
+            changes[name] = ModuleChange(inputs=(_times(1 / inputs),))
+    return TransformedSource(source, changes)
+
+
+def pair_scales(energy: F64, columns: F64) -> F64:
+    """Factor of every channel (channels,), from the energy of its activation and of the column that reads it.
+
+    Balanced halfway, both become equal in every channel. A channel that is never written or never read keeps
+    its scale. The channels' geometric mean stays, as nothing but their proportion matters.
+    """
+    scales = np.ones(len(energy))
+    alive = (energy > 0) & (columns > 0)
+    log = _BALANCE * np.log(columns[alive]) - (1 - _BALANCE) * np.log(energy[alive])
+    if log.size:
+        scales[alive] = np.exp((log - log.mean()) / 2)  # energies are squares
+    return scales
+
+
+def _column_energy(source: FloatSource, name: str) -> F64:
+    """Sum of squares of each column of a matrix."""
+    weights = source.weight(name)
+    total = np.zeros(weights.shape[1])
+    for _, piece in pieces_of(weights):
+        total += np.square(to_f32(piece).astype(np.float64)).sum(axis=0)
+    return total
+
+
+def _of_values(x: F64, config: ModelConfig) -> F64:
+    """From o_proj's inputs to the value channels that feed them: the mean over the query heads of a group."""
+    return x.reshape(config.kv_heads, -1, config.head_dim).mean(axis=1).reshape(-1)
+
+
+def _of_queries(x: F64, config: ModelConfig) -> F64:
+    """From value channels to o_proj's inputs: each key/value head serves a group of query heads."""
+    groups = config.heads // config.kv_heads
+    return np.repeat(x.reshape(config.kv_heads, 1, -1), groups, axis=1).reshape(-1)
+
+
+def _times(scales: F64) -> Change:
+    return lambda x: x * scales

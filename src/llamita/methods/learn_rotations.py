@@ -1,0 +1,252 @@
+"""Learning R1 and R2: the whole model with rounded activations, and gradient steps that stay orthogonal.
+
+The step is Cayley's (Li et al. 2020, arXiv 2002.01113), R becomes R·(I + a/2·S)⁻¹·(I - a/2·S), solved rather
+than iterated, so that R needs no mending; S is skew, the gradient in the tangent space with momentum. What
+rounding does is differentiated with the codes held fixed: a rotation learns that a smaller range makes
+smaller errors.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from llamita.affine import to_f32
+from llamita.errors import InputError
+from llamita.methods.blocks import llama_config, rotary_tables
+from llamita.methods.online import hadamard_transform
+from llamita.methods.setup import Setup
+from llamita.methods.spinquant import RotationMatrices, Settings, rotated
+from llamita.transformed import FloatSource
+
+_MOMENTUM = 0.9
+_ITERATIONS = 12  # within a few per cent of the norm, which only sets the length of a step
+_SMALLEST = 2.0**-126  # of scales: torchao's
+
+
+def learn(
+    source: FloatSource, matrices: RotationMatrices, settings: Settings, setup: Setup
+) -> RotationMatrices:
+    """Rotations after `settings.steps` steps from `matrices`, on one device or, under Accelerate, on several.
+
+    Raises:
+        InputError: there is no calibration text, or groups of weights that do not fit.
+    """
+    if setup.calibration is None:
+        raise InputError("spinquant: expected calibration text, got none; try --set spinquant.steps=0")
+    inputs = sorted({columns for _, columns in source.config.linear_shapes().values()})
+    if settings.weights and any(columns % settings.weights for columns in inputs):
+        raise InputError(f"spinquant.weights: expected a divisor of {inputs}, got {settings.weights}")
+    accelerator = Accelerator()
+    model = _Model(source, matrices, settings, accelerator.device)
+    parameters = {name: _parameter(r, accelerator.device) for name, r in _used(matrices).items()}
+    momenta = {name: torch.zeros_like(r) for name, r in parameters.items()}
+    for step, tokens in enumerate(_batches(setup.calibration.tokens, settings, setup.seed, accelerator)):
+        if setup.progress:
+            setup.progress("learning rotations", step, settings.steps)
+        loss = model.loss(tokens.to(accelerator.device), parameters)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        rate = settings.lr * (1 - step / settings.steps)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            gradient = accelerator.reduce(gradient, "mean")
+            _turn(parameters[name], momenta[name], gradient, rate)  # type: ignore[arg-type]
+    found = {name: _orthogonal(r) for name, r in parameters.items()}
+    return RotationMatrices(found.get("r1"), found.get("r2"), matrices.r4_size)
+
+
+def _used(matrices: RotationMatrices) -> dict[str, np.ndarray]:
+    both = {"r1": matrices.r1, "r2": matrices.r2}
+    return {name: matrix for name, matrix in both.items() if matrix is not None}
+
+
+def _parameter(matrix: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(matrix).to(device, torch.float32).requires_grad_()
+
+
+def _batches(tokens: np.ndarray, settings: Settings, seed: int, accelerator: Any) -> Iterator[Tensor]:
+    """This process's part of every step's samples: int64 (samples, length); all in turn, then reshuffled."""
+    rng, order = np.random.default_rng(seed), np.empty(0, np.int64)
+    wanted = settings.batch * accelerator.num_processes
+    for _ in range(settings.steps):
+        while len(order) < wanted:
+            order = np.concatenate([order, rng.permutation(len(tokens))])
+        chosen, order = order[:wanted], order[wanted:]
+        mine = chosen[accelerator.process_index :: accelerator.num_processes]
+        yield torch.from_numpy(tokens[mine].astype(np.int64))
+
+
+def _turn(rotation: Tensor, momentum: Tensor, gradient: Tensor, rate: float) -> None:
+    """A Cayley step of R (..., n, n) in place; no plane is turned by more than about `rate`."""
+    with torch.no_grad():
+        pulled = rotation.mT @ gradient
+        momentum.mul_(_MOMENTUM).add_(pulled - pulled.mT)
+        angle = _spectral_norm(momentum).amax()  # the layers' R2 keep their proportions
+        skew = (momentum * (rate / 2 / angle.clamp(min=_SMALLEST))).double()
+        unit = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        rotation.copy_(rotation.double() @ torch.linalg.solve(unit + skew, unit - skew))
+
+
+def _spectral_norm(skew: Tensor) -> Tensor:
+    """The largest angle by which S (..., n, n) turns a plane, by power iteration: (...,)."""
+    v = skew.square().sum(-1, keepdim=True)  # (..., n, 1): the rows with most energy lead
+    for _ in range(_ITERATIONS):
+        v = skew @ (skew @ v)
+        v = v / v.norm(dim=-2, keepdim=True).clamp(min=_SMALLEST)
+    return (skew @ v).norm(dim=(-2, -1))
+
+
+def _orthogonal(rotation: Tensor) -> np.ndarray:
+    """The orthogonal matrix nearest to R (..., n, n), float64: what float32 has lost is made good."""
+    left, _, right = torch.linalg.svd(rotation.detach().double().cpu())
+    return (left @ right).numpy()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A block's weights (outputs, inputs) and biases by their name within it, norms folded, R4 merged."""
+
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor | None]
+
+
+class _Model:
+    """The source, and its loss as a function of R1 and R2: {"r1": (hidden, hidden), "r2": (layers, d, d)}."""
+
+    def __init__(
+        self, source: FloatSource, matrices: RotationMatrices, settings: Settings, device: torch.device
+    ) -> None:
+        self._config, self._settings, self._device = source.config, settings, device
+        self._online = hadamard_transform if matrices.r4_size else _same
+        merged = rotated(source, RotationMatrices(None, None, matrices.r4_size))
+        self._layers = [self._layer(merged, i) for i in range(self._config.layers)]
+        self._table = self._tensor(source.weight("model.embed_tokens"))
+        self._head = self._table if self._config.tied else self._tensor(source.weight("lm_head"))
+        self._gamma = self._tensor(source.vector("model.norm.weight"))
+        self._rotary = llama_config(self._config)
+
+    def loss(self, tokens: Tensor, rotations: dict[str, Tensor]) -> Tensor:
+        """Of the model with rounded activations: mean over the predicted tokens of (samples, length)."""
+        logits = self._logits(tokens, rotations, is_rounded=True)[:, :-1].flatten(0, 1)
+        if self._settings.loss == "cross-entropy":
+            return functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        with torch.no_grad():
+            target = self._logits(tokens, {}, is_rounded=False)[:, :-1].flatten(0, 1).log_softmax(-1)
+        return functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="batchmean")
+
+    def _logits(self, tokens: Tensor, rotations: dict[str, Tensor], is_rounded: bool) -> Tensor:
+        r1, r2 = rotations.get("r1"), rotations.get("r2")
+        rounded = _round_tokens if is_rounded else _same
+        rotary = rotary_tables(self._rotary, tokens.shape[1])
+        rotary = (rotary[0].to(self._device), rotary[1].to(self._device))
+        x = _times(self._table[tokens], r1)  # (samples, length, hidden)
+        for i, layer in enumerate(self._layers):
+            r2_i = None if r2 is None else r2[i]
+            # Recomputed on the way back: a layer's activations and rotated weights are kept one at a time.
+            x = checkpoint(self._block, x, layer, r1, r2_i, rotary, rounded, use_reentrant=False)  # type: ignore[assignment]
+        hidden = _unrotate(_norm(x, self._config.norm_eps), r1) * self._gamma
+        # In place of rotating the table: (h·R1, rounded)·R1ᵀ·Wᵀ.
+        return _unrotate(rounded(_times(hidden, r1)), r1) @ self._head.T
+
+    def _block(
+        self, x: Tensor, layer: _Layer, r1: Tensor | None, r2: Tensor | None,
+        rotary: tuple[Tensor, Tensor], rounded: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        config = self._config
+        is_rounded = rounded is not _same
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            weight, bias = self._rotated(layer, name, r1, r2)
+            if is_rounded and self._settings.weights:
+                weight = _round_groups(weight, self._settings.weights)
+            return functional.linear(x, weight, bias)
+
+        n = rounded(_norm(x, config.norm_eps))
+        q, k, v = (
+            linear(f"self_attn.{name}_proj", n).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+            for name in "qkv"
+        )  # (samples, heads, length, head_dim)
+        q, k = (_rotary(t, *rotary) for t in (q, k))
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + linear("self_attn.o_proj", rounded(attended.transpose(1, 2).flatten(2)))
+        n = rounded(_norm(x, config.norm_eps))
+        inner = functional.silu(linear("mlp.gate_proj", n)) * linear("mlp.up_proj", n)
+        return x + linear("mlp.down_proj", rounded(self._online(inner)))
+
+    def _rotated(
+        self, layer: _Layer, name: str, r1: Tensor | None, r2: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a layer under the rotations, as `spinquant.rotated` merges them."""
+        weight, bias, d = layer.weights[name], layer.biases[name], self._config.head_dim
+        if name in ("self_attn.o_proj", "mlp.down_proj"):
+            if name == "self_attn.o_proj" and r2 is not None:
+                weight = (weight.unflatten(1, (-1, d)) @ r2).flatten(1)
+            return _times(weight.T, r1).T, None if bias is None else _times(bias, r1)
+        weight = _times(weight, r1)
+        if name == "self_attn.v_proj" and r2 is not None:
+            weight = (r2.T @ weight.unflatten(0, (-1, d))).flatten(0, 1)
+            bias = None if bias is None else (bias.unflatten(0, (-1, d)) @ r2).flatten()
+        return weight, bias
+
+    def _layer(self, source: FloatSource, index: int) -> _Layer:
+        block = f"model.layers.{index}"
+        norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+        weights, biases = {}, {}
+        for name in self._config.linear_shapes():
+            weight, bias = self._tensor(source.weight(f"{block}.{name}")), source.bias(f"{block}.{name}")
+            if name not in ("self_attn.o_proj", "mlp.down_proj"):
+                norm = norms[name.partition(".")[0]]
+                weight = weight * self._tensor(source.vector(f"{block}.{norm}.weight"))
+            weights[name], biases[name] = weight, None if bias is None else self._tensor(bias)
+        return _Layer(weights, biases)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(to_f32(array), np.float32)).to(self._device)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _times(x: Tensor, rotation: Tensor | None) -> Tensor:
+    return x if rotation is None else x @ rotation
+
+
+def _unrotate(x: Tensor, rotation: Tensor | None) -> Tensor:
+    return x if rotation is None else x @ rotation.T
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without its weight, which is folded."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (samples, heads, length, head_dim) turned by its position; halves are rotated."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def _round_tokens(x: Tensor) -> Tensor:
+    """As `fakequant.quantize_activations`, but differentiable in the range, too."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scales = ((high - low) / 255).clamp(min=_SMALLEST)
+    with torch.no_grad():
+        zero_points = (-128 - torch.round(low / scales)).clamp(-128, 127)
+        codes = (torch.round(x / scales) + zero_points).clamp(-128, 127) - zero_points
+        residual = codes - x / scales
+    return x + residual * scales
+
+
+def _round_groups(weight: Tensor, group_size: int) -> Tensor:
+    """Weights (outputs, inputs) as int4 in groups stand for them, differentiable in weights and scales."""
+    groups = weight.unflatten(1, (-1, group_size))
+    scales = (groups.abs().amax(-1, keepdim=True) / 7.5).clamp(min=_SMALLEST)
+    with torch.no_grad():
+        residual = torch.round(groups / scales).clamp(-8, 7) - groups / scales
+    return (groups + residual * scales).flatten(1)

@@ -1,0 +1,250 @@
+"""Transforms keep the model's function: equalized and rotated weights give the logits that there were."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_checkpoint
+
+pytest.importorskip("torch", reason="logits are computed with Torch")
+pytest.importorskip("transformers", reason="logits are computed with transformers' layers")
+import torch
+from torch_forward import logits_of
+
+from llamita.affine import to_f32
+from llamita.checkpoint import Checkpoint, resolve
+from llamita.errors import InputError
+from llamita.hadamard import fast_hadamard
+from llamita.methods import equalize, learn_rotations, spinquant
+from llamita.methods.online import hadamard_transform
+from llamita.methods.setup import Calibration, Setup
+from llamita.transformed import FloatSource, TransformedSource, rotations_of
+
+SAME = 1e-4  # relative, in float32
+# Tied and not, biases, grouped heads, Hadamard matrices with K = 1, 12, 20, 44.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("llama32", {}),
+    "untied": ("llama31", {}),
+    "biases": ("llama2", {"attention_bias": True, "mlp_bias": True}),
+    "K12": ("llama32", {"hidden_size": 96, "head_dim": 24, "intermediate_size": 192}),
+    "K20 K44": ("llama3", {"hidden_size": 160, "head_dim": 40, "intermediate_size": 352}),
+    "one kv head": ("tinyllama", {"intermediate_size": 224}),
+}
+
+
+def model(tmp_path: Path, name: str) -> Checkpoint:
+    family, overrides = MODELS[name]
+    return Checkpoint(make_checkpoint(tmp_path / "model", family, **overrides))
+
+
+def setup_of(seed: int = 0, tokens: np.ndarray | None = None, **settings: Any) -> Setup:
+    text = None if tokens is None else Calibration("test", "", tokens)
+    return Setup(text, seed, settings={f"spinquant.{name}": value for name, value in settings.items()})
+
+
+def tokens_of(source: FloatSource, samples: int = 2, length: int = 48) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    return rng.integers(0, source.config.vocab_size, (samples, length)).astype(np.int32)
+
+
+def assert_same_function(source: FloatSource, changed: FloatSource) -> None:
+    tokens = tokens_of(source)
+    before, after = logits_of(source, tokens), logits_of(changed, tokens)
+    assert (after - before).norm() < SAME * before.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rotations", ["R1", "R2", "R4", "R1,R2,R4"])
+def test_rotations_keep_the_function(tmp_path: Path, name: str, rotations: str) -> None:
+    source = model(tmp_path, name)
+    rotated = spinquant.transform(source, setup_of(steps=0, rotations=rotations))
+    assert rotations_of(rotated).names == tuple(rotations.split(","))
+    down = "model.layers.0.mlp.down_proj"
+    changed = not np.array_equal(to_f32(rotated.weight(down)), to_f32(source.weight(down)))
+    assert changed == (rotations != "R2")
+    assert_same_function(source, rotated)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "biases"])
+def test_without_online_operations_a_plain_llama_is_left(tmp_path: Path, name: str) -> None:
+    source = model(tmp_path, name)
+    rotated = spinquant.transform(source, setup_of(steps=0, online=False))
+    assert not rotations_of(rotated).is_online
+    assert rotations_of(rotated).names == ("R1", "R2")
+    assert not rotated.config.tied
+    assert rotated.hf_config["tie_word_embeddings"] is False
+    assert rotated.info("lm_head.weight").shape == source.info("model.embed_tokens.weight").shape
+    assert_same_function(source, rotated)
+
+
+def test_tied_tables_stay_tied(tmp_path: Path) -> None:
+    source = model(tmp_path, "tied")
+    rotated = spinquant.transform(source, setup_of(steps=0))
+    assert rotated.config.tied
+    transform = rotations_of(rotated).head_transform
+    assert transform is not None
+    np.testing.assert_allclose(transform, transform.T, atol=1e-6)
+    gamma = source.vector("model.norm.weight")
+    np.testing.assert_allclose(np.linalg.eigvalsh(transform), np.sort(gamma), atol=1e-5)
+    assert (rotated.vector("model.norm.weight") == 1).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equalizing_keeps_the_function_and_stacks_with_rotations(tmp_path: Path, name: str) -> None:
+    source = model(tmp_path, name)
+    equalized = equalize.transform(source, Setup())
+    assert_same_function(source, equalized)
+    up = "model.layers.1.mlp.up_proj"
+    assert not np.array_equal(equalized.weight(up), to_f32(source.weight(up)))
+    assert_same_function(source, spinquant.transform(equalized, setup_of(steps=0)))
+
+
+def test_pairs_out_of_balance_are_found(tmp_path: Path) -> None:
+    """Scale channels of a pair against each other: equalizing brings back what it makes of the original."""
+    source = Checkpoint(make_checkpoint(tmp_path / "model", "llama32"))
+    stored, block = source.weight, "model.layers.0"
+    factors = np.where(np.arange(256) % 31 == 3, 16.0, 1.0).astype(np.float32)
+    values = factors[:64]  # of two key/value heads of 32
+
+    def stressed(name: str) -> np.ndarray:
+        weight = to_f32(stored(name))
+        if name == f"{block}.mlp.up_proj":
+            return weight * factors[:, None]
+        if name == f"{block}.mlp.down_proj":
+            return weight / factors
+        if name == f"{block}.self_attn.v_proj":
+            return weight * values[:, None]
+        if name == f"{block}.self_attn.o_proj":
+            return weight / values.reshape(2, 1, 32).repeat(2, axis=1).reshape(-1)
+        return weight
+
+    def equalized() -> list[np.ndarray]:
+        changed = equalize.transform(source, Setup())
+        names = ("mlp.up_proj", "mlp.down_proj", "self_attn.v_proj", "self_attn.o_proj")
+        return [changed.weight(f"{block}.{name}") for name in names]
+
+    plain = equalized()
+    source.weight = stressed  # type: ignore[method-assign]
+    # Each pair is balanced to the same proportions; only the channels' common factor may differ.
+    for before, after in zip(plain, equalized(), strict=True):
+        ratio = after / before
+        np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
+
+
+def test_a_channel_that_nothing_feeds_keeps_its_scale() -> None:
+    scales = equalize.pair_scales(np.array([0.0, 1.0, 4.0, 2.0]), np.array([1.0, 0.0, 9.0, 1.0]))
+    assert (scales[:2] == 1).all()
+    assert np.isfinite(scales).all()
+    assert scales[2] > scales[3]
+
+
+def test_unchanged_modules_are_those_of_the_source(tmp_path: Path) -> None:
+    source = model(tmp_path, "tied")
+    same = TransformedSource(source, {})
+    for name in ("model.embed_tokens", "model.layers.0.self_attn.q_proj"):
+        np.testing.assert_array_equal(same.weight(name), source.weight(name))
+    assert same.stored_vector("model.norm.weight").dtype == np.uint16
+
+
+def test_orders_that_would_change_the_function_are_refused(tmp_path: Path) -> None:
+    rotated = spinquant.transform(model(tmp_path, "tied"), setup_of(steps=0))
+    with pytest.raises(InputError, match=r"equalize\+spinquant"):
+        equalize.transform(rotated, Setup())
+    with pytest.raises(InputError, match="once"):
+        spinquant.transform(rotated, setup_of(steps=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rotations": "R3"}, "spinquant.rotations: expected some of R1,R2,R4"),
+        ({"rotations": "R2,R1"}, "spinquant.rotations"),
+        ({"rotations": "R4", "online": False}, "spinquant.rotations"),
+        ({"rotations": 4}, "spinquant.rotations"),
+        ({"steps": -1}, "spinquant.steps: expected a whole number from 0"),
+        ({"steps": 1.5}, "spinquant.steps"),
+        ({"batch": 0}, "spinquant.batch"),
+        ({"lr": 0}, "spinquant.lr: expected a positive number"),
+        ({"lr": float("nan")}, "spinquant.lr"),
+        ({"loss": "mse"}, "spinquant.loss: expected one of kl, cross-entropy"),
+        ({"online": 1}, "spinquant.online: expected true or false"),
+        ({"rate": 1}, "spinquant.rate: expected one of rotations"),
+        ({"steps": 1}, "expected calibration text"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        spinquant.transform(model(tmp_path, "tied"), setup_of(**settings))
+
+
+def test_sizes_without_a_hadamard_matrix_are_refused_by_name(tmp_path: Path) -> None:
+    source = Checkpoint(make_checkpoint(tmp_path / "model", "llama32", intermediate_size=4 * 47))
+    with pytest.raises(InputError, match="R4: Hadamard matrix of order 188"):
+        spinquant.transform(source, setup_of(steps=0))
+    assert_same_function(source, spinquant.transform(source, setup_of(steps=0, rotations="R1,R2")))
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tied", "biases"])
+def test_learned_rotations_are_rotations_and_lower_the_loss(tmp_path: Path, name: str) -> None:
+    source = model(tmp_path, name)
+    tokens = tokens_of(source, samples=4, length=32)
+    settings = {"steps": 6, "batch": 4, "loss": "kl", "weights": 32, "lr": 0.1}
+    first = spinquant.random_rotations(source, spinquant.Settings(), 0)
+    learned = learn_rotations.learn(
+        source, first, spinquant.Settings(**settings), setup_of(tokens=tokens, **settings)
+    )
+    assert learned.r1 is not None
+    assert learned.r2 is not None
+    np.testing.assert_allclose(learned.r1 @ learned.r1.T, np.eye(source.config.hidden_size), atol=1e-12)
+    np.testing.assert_allclose(learned.r2[1].T @ learned.r2[1], np.eye(source.config.head_dim), atol=1e-12)
+    losses = [_loss(source, matrices, settings, tokens) for matrices in (first, learned)]
+    assert losses[1] < 0.97 * losses[0]
+    assert_same_function(source, spinquant.rotated(source, learned))
+
+
+def _loss(
+    source: FloatSource, matrices: spinquant.RotationMatrices, settings: dict[str, Any], tokens: np.ndarray
+) -> float:
+    learner = learn_rotations._Model(source, matrices, spinquant.Settings(**settings), torch.device("cpu"))
+    assert matrices.r1 is not None
+    assert matrices.r2 is not None
+    rotations = {"r1": torch.from_numpy(matrices.r1).float(), "r2": torch.from_numpy(matrices.r2).float()}
+    with torch.no_grad():
+        return float(learner.loss(torch.from_numpy(tokens.astype(np.int64)), rotations))
+
+
+@pytest.mark.parametrize("name", ["tied", "biases", "one kv head"])
+def test_the_learner_computes_the_model(tmp_path: Path, name: str) -> None:
+    """Float logits as transformers' layers give them, with and without rotations."""
+    source = model(tmp_path, name)
+    matrices = spinquant.random_rotations(source, spinquant.Settings(), 0)
+    learner = learn_rotations._Model(source, matrices, spinquant.Settings(), torch.device("cpu"))
+    tokens = tokens_of(source)
+    expected = logits_of(source, tokens)
+    rotations = {"r1": torch.from_numpy(matrices.r1).float(), "r2": torch.from_numpy(matrices.r2).float()}  # type: ignore[arg-type]
+    for given in ({}, rotations):
+        with torch.no_grad():
+            logits = learner._logits(torch.from_numpy(tokens.astype(np.int64)), given, is_rounded=False)
+        assert (logits - expected).norm() < SAME * expected.norm()
+
+
+def test_the_same_seed_learns_the_same(tmp_path: Path) -> None:
+    source = model(tmp_path, "tied")
+    setup = setup_of(tokens=tokens_of(source), steps=2, batch=1)
+    one, two = (spinquant.transform(source, setup).weight("model.layers.0.mlp.up_proj") for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("size", [64, 192, 688])
+def test_the_online_transform_is_that_of_the_format(size: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, size)).astype(np.float32)
+    np.testing.assert_allclose(hadamard_transform(torch.from_numpy(x)).numpy(), fast_hadamard(x), atol=2e-6)
+
+
+def test_rotations_of_the_embedded_model_keep_its_logits() -> None:
+    source = Checkpoint(resolve("embedded"))
+    assert_same_function(source, spinquant.transform(source, setup_of(steps=0)))
