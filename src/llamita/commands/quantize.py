@@ -10,6 +10,7 @@ from llamita import console, mixed, processes
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.commands.selection import choose, parse_goal, print_selection, selection_values
+from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
@@ -115,11 +116,7 @@ def command(
         _announce(source, scheme, chain, setup)
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
-    if json:
-        console.print_json(_summary_values(summary, scheme) | selection_values(selection))
-    else:
-        print_selection(source.config, selection)
-        _print_summary(summary, scheme)
+    _print_result(summary, source.config, scheme, selection, json)
 
 
 def _open(src: str, out: Path, overwrite: bool, is_first: bool) -> Checkpoint:
@@ -167,6 +164,16 @@ def _dry_run(
     rows = [*_plan_rows(plan, scheme), ["time to quantize, about", f"{seconds:,.0f} s"],
             ["memory to quantize, about", console.megabytes(memory)]]  # fmt: skip
     console.print_table(f"plan for {src} (nothing is written)", ["what", "figure"], rows)
+
+
+def _print_result(
+    summary: Summary, config: ModelConfig, scheme: QuantScheme, selection: Any, json: bool
+) -> None:
+    if json:
+        console.print_json(_summary_values(summary, scheme) | selection_values(selection))
+    else:
+        print_selection(config, selection)
+        _print_summary(summary, scheme)
 
 
 def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
