@@ -6,10 +6,10 @@ entry, "module:function", is imported on use and is no import in this sense.
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
-    ("errors", "scheme", "config"),
+    ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine"),
+     "wikitext", "shapes", "machine", "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer",
      "random_weights"),
@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 SIBLINGS: dict[str, tuple[str, ...]] = {
     "scheme": ("errors",),
     "config": ("errors",),
+    "rotations": ("errors",),
     "threads": ("_native",),
     "tensorfile": ("files",),
     "hub": ("files",),
