@@ -72,6 +72,23 @@ def rmsnorm(x: F32, gamma: F32, eps: float) -> npt.NDArray[np.float64]:
     return wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * gamma
 
 
+def hadamard(x: F32, signs: npt.NDArray[np.int8] | None = None) -> F32:
+    """x (tokens, columns) as (tokens, K, n): levels 1, 2, 4, ... over n, sums over K in order, one factor."""
+    tokens, columns = x.shape
+    runs = 1 if signs is None else len(signs)
+    v, stride = x.reshape(tokens, runs, -1), 1
+    while stride < columns // runs:
+        pairs = v.reshape(tokens, runs, -1, 2, stride)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        v, stride = np.stack([a + b, a - b], axis=-2).reshape(tokens, runs, -1), 2 * stride
+    if signs is not None:
+        total = np.zeros_like(v)
+        for k in range(runs):  # times 1 or -1 is exact: a plain sum is the fused one
+            total += signs[:, k, None].astype(np.float32) * v[:, k : k + 1]
+        v = total
+    return (v * np.float32(1 / np.sqrt(columns))).reshape(tokens, columns)
+
+
 def swiglu(gate_up: F32) -> npt.NDArray[np.float64]:
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
     with np.errstate(over="ignore"):  # to infinity, and the quotient to 0
