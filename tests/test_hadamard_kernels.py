@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llamita import _native
+from llamita.hadamard import core_signs, factor, fast_hadamard
 
 rng = np.random.default_rng(0)
 SIZES = [2**m for m in range(15)]  # below, at and above a vector, every width of a pass
@@ -51,6 +52,13 @@ def test_it_is_the_product_with_the_matrix(isa: str, order: int, size: int) -> N
     whole = np.kron(np.ones((1, 1)) if matrix is None else matrix, sylvester(size)) / np.sqrt(order * size)
     x = normal(4, order * size)
     np.testing.assert_allclose(transformed(x, matrix), x @ whole.T, atol=2e-6 * np.sqrt(order))
+
+
+@pytest.mark.parametrize("size", [64, 768, 8192, 11008])  # 11008 = 172 · 64
+def test_it_has_the_bits_of_its_twin(isa: str, size: int) -> None:
+    core, _ = factor(size)
+    x = normal(2, size)
+    np.testing.assert_array_equal(transformed(x, core_signs(core) if core > 1 else None), fast_hadamard(x))
 
 
 @pytest.mark.parametrize("size", [1, 4, 64, 4096])
