@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -155,6 +156,33 @@ nb::object new_buffer(size_t rows, size_t columns) {
   return nb::cast(nb::ndarray<nb::numpy, float>(memory.release()->data(), {rows, columns}, owner));
 }
 
+// A transform with its signs
+struct HeldHadamard {
+  size_t columns, outer;
+  std::vector<float> signs;  // none where outer is 1
+  Hadamard transform() const {
+    const float factor = static_cast<float>(1 / std::sqrt(static_cast<double>(columns)));
+    return {columns, outer, signs.empty() ? nullptr : signs.data(), factor};
+  }
+};
+
+HeldHadamard new_hadamard(size_t columns, nb::handle signs) {
+  check_columns(columns);
+  size_t outer = 1;
+  std::vector<float> all;
+  if (!signs.is_none()) {
+    const Array s(signs, "signs", "b", {kAny, kAny});
+    outer = s.shape(0);
+    REQUIRE(outer >= 1 && s.shape(1) == outer, "signs: expected as many rows as columns, got another shape");
+    all.assign(s.as<int8_t>(), s.as<int8_t>() + outer * outer);
+    REQUIRE(std::all_of(all.begin(), all.end(), [](float sign) { return std::abs(sign) == 1.0f; }),
+            "signs: expected 1 and -1 alone");
+  }
+  REQUIRE(columns % outer == 0 && std::has_single_bit(columns / outer),
+          "columns: expected " + text(outer) + " times a power of two, got " + text(columns));
+  return {columns, outer, std::move(all)};
+}
+
 // ---- operations --------------------------------------------------------------------------------------------------
 void linear_arrays(const HeldWeights& held, nb::handle x, nb::handle out, nb::handle bias, bool accumulate) {
   const Weights& w = held.weights;
@@ -237,6 +265,20 @@ void rmsnorm_quantize_arrays(nb::handle x, nb::handle gamma, float eps, Activati
   rmsnorm_quantize(a.as<float>(), g.as<float>(), a.shape(0), eps, acts);
 }
 
+void hadamard_arrays(const HeldHadamard& held, nb::handle x, nb::handle out) {
+  const Array a(x, "x", "f", {kAny, held.columns}), y(out, "out", "f", {a.shape(0), a.shape(1)}, true);
+  const nb::gil_scoped_release release;
+  hadamard(held.transform(), a.as<float>(), a.shape(0), y.as<float>());
+}
+
+void hadamard_quantize_array(const HeldHadamard& held, nb::handle x, Activations& acts) {
+  const Array a(x, "x", "f", {kAny, held.columns});
+  REQUIRE(acts.columns == held.columns, "acts: expected " + text(held.columns) + " columns, got " + text(acts.columns));
+  check_tokens(a.shape(0), acts);
+  const nb::gil_scoped_release release;
+  hadamard_quantize(held.transform(), a.as<float>(), a.shape(0), acts);
+}
+
 void swiglu_arrays(nb::handle gate_up, nb::handle out) {
   const Array y(out, "out", "f", {kAny, kAny}, true), a(gate_up, "gate_up", "f", {y.shape(0), 2 * y.shape(1)});
   const nb::gil_scoped_release release;
@@ -289,10 +331,15 @@ void bind_operations(nb::module_& m) {
       .def_ro("tokens", &Activations::tokens)
       .def("set", set_activations, "codes"_a, "scales"_a, "zero_points"_a)
       .def("get", get_activations);
+  nb::class_<HeldHadamard>(m, "Hadamard")
+      .def(nb::new_(&new_hadamard), "columns"_a, "signs"_a = nb::none())
+      .def_prop_ro("columns", [](const HeldHadamard& held) { return held.columns; });
   m.def("new_buffer", new_buffer, "rows"_a, "columns"_a);
   m.def("quantize", quantize_array, "x"_a, "acts"_a);
   m.def("rmsnorm", rmsnorm_arrays, "x"_a, "gamma"_a, "eps"_a, "out"_a);
   m.def("rmsnorm_quantize", rmsnorm_quantize_arrays, "x"_a, "gamma"_a, "eps"_a, "acts"_a);
+  m.def("hadamard", hadamard_arrays, "transform"_a, "x"_a, "out"_a);
+  m.def("hadamard_quantize", hadamard_quantize_array, "transform"_a, "x"_a, "acts"_a);
   m.def("swiglu", swiglu_arrays, "gate_up"_a, "out"_a);
   m.def("linear", linear_arrays, "weights"_a, "x"_a, "out"_a, "bias"_a = nb::none(), "accumulate"_a = false);
   m.def("embed", embed_arrays, "weights"_a, "ids"_a, "out"_a);

@@ -66,11 +66,19 @@ void cache_head(const KVCache& cache, const float* key, const float* value, size
   }
 }
 
+// What a head's queries and keys pass before they meet: an orthogonal transform of both leaves their products as they
+// were, and spreads what few dimensions hold over all, for codes of one scale (R3).
+Hadamard head_transform(size_t dim) {
+  return {dim, 1, nullptr, static_cast<float>(1 / std::sqrt(static_cast<double>(dim)))};
+}
+
 void cache_token(const KVCache& cache, size_t layer, size_t position, const float* key_value, const float* cos,
                  const float* sin, float* scratch) {
   const size_t dim = cache.head_dim;
+  const Hadamard transform = head_transform(dim);
   for (size_t h = 0; h < cache.kv_heads; h++) {
     rotate(key_value + h * dim, cos, sin, dim, scratch);
+    if (cache.is_transformed()) kernels().hadamard(scratch, transform, nullptr, scratch);
     cache_head(cache, scratch, key_value + (cache.kv_heads + h) * dim, position % kKeyBlock,
                cache.block(position / kKeyBlock, layer, h), reinterpret_cast<uint8_t*>(scratch + cache.value_stride));
   }
@@ -167,13 +175,18 @@ void rope_and_cache(const Batch& batch, size_t layer, float* qkv, size_t heads) 
   const HeadShape shape = shape_of(batch, heads);
   const size_t dim = shape.head_dim, grain = std::max<size_t>(1, 16384 / shape.row());
   const size_t scratch_bytes = 4 * round_up(dim, kLanes) * sizeof(float);
+  const Hadamard transform = head_transform(dim);
+  const Kernels& k = kernels();
   parallel_for(batch.tokens, grain, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
     float* row = reinterpret_cast<float*>(scratch);
     for (size_t t = begin; t < end; t++) {
       const Sequence& sequence = batch.sequences[batch.owner[t]];
       const float *cos = &batch.cos[t * dim / 2], *sin = &batch.sin[t * dim / 2];
       float* q = qkv + t * shape.row();
-      for (size_t h = 0; h < heads; h++) rotate(q + h * dim, cos, sin, dim, q + h * dim);
+      for (size_t h = 0; h < heads; h++) {
+        rotate(q + h * dim, cos, sin, dim, q + h * dim);
+        if (sequence.cache->is_transformed()) k.hadamard(q + h * dim, transform, nullptr, q + h * dim);
+      }
       cache_token(*sequence.cache, layer, sequence.start + t - sequence.first, q + heads * dim, cos, sin, row);
     }
   });

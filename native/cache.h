@@ -1,5 +1,6 @@
 // Keys and values of past tokens, and a step over several sequences.
 #pragma once
+#include <bit>
 #include <memory>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct KVCache {
   size_t block_stride() const { return layers * layer_stride(); }
   // Positions [0, tokens) of every layer and head; source: another cache of this shape, dtype and rotation
   void copy_prefix(const KVCache& source, size_t tokens);
+  bool is_transformed() const { return dtype == CacheDtype::i8 && std::has_single_bit(head_dim); }  // keys
   size_t element() const { return dtype == CacheDtype::i8 ? 1 : dtype == CacheDtype::f16 ? 2 : 4; }
   size_t nbytes() const { return memory.taken(); }
 

@@ -63,6 +63,28 @@ void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float e
   });
 }
 
+void hadamard(const Hadamard& h, const float* x, size_t tokens, float* out) {
+  const Kernels& k = kernels();
+  const size_t scratch_bytes = h.outer * kLanes * sizeof(float);
+  parallel_for(tokens, grain(h.size), scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
+    for (size_t t = begin; t < end; t++)
+      k.hadamard(x + t * h.size, h, reinterpret_cast<float*>(scratch), out + t * h.size);
+  });
+}
+
+void hadamard_quantize(const Hadamard& h, const float* x, size_t tokens, Activations& acts) {
+  const Kernels& k = kernels();
+  const size_t scratch_bytes = (h.outer * kLanes + h.size) * sizeof(float);
+  acts.tokens = tokens;
+  parallel_for(tokens, grain(h.size), scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
+    float *vectors = reinterpret_cast<float*>(scratch), *row = vectors + h.outer * kLanes;
+    for (size_t t = begin; t < end; t++) {
+      k.hadamard(x + t * h.size, h, vectors, row);
+      k.quantize(row, h.size, acts.row(t));
+    }
+  });
+}
+
 void swiglu(const float* gate_up, size_t tokens, size_t columns, float* out) {
   const Kernels& k = kernels();
   parallel_for(tokens, grain(columns), 0, [&](size_t begin, size_t end, uint8_t*) {

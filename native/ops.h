@@ -9,6 +9,8 @@ namespace llamita {
 void quantize(const float* x, size_t tokens, Activations& acts);
 void rmsnorm(const float* x, const float* gamma, size_t tokens, size_t columns, float eps, float* out);
 void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float eps, Activations& acts);
+void hadamard(const Hadamard& h, const float* x, size_t tokens, float* out);  // x and out may be the same
+void hadamard_quantize(const Hadamard& h, const float* x, size_t tokens, Activations& acts);
 void swiglu(const float* gate_up, size_t tokens, size_t columns, float* out);
 
 struct Output {

@@ -72,6 +72,23 @@ def rmsnorm(x: F32, gamma: F32, eps: float) -> npt.NDArray[np.float64]:
     return wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * gamma
 
 
+def hadamard(x: F32, signs: npt.NDArray[np.int8] | None = None) -> F32:
+    """x (tokens, columns) as (tokens, K, n): levels 1, 2, 4, ... over n, sums over K in order, one factor."""
+    tokens, columns = x.shape
+    runs = 1 if signs is None else len(signs)
+    v, stride = x.reshape(tokens, runs, -1), 1
+    while stride < columns // runs:
+        pairs = v.reshape(tokens, runs, -1, 2, stride)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        v, stride = np.stack([a + b, a - b], axis=-2).reshape(tokens, runs, -1), 2 * stride
+    if signs is not None:
+        total = np.zeros_like(v)
+        for k in range(runs):  # times 1 or -1 is exact: a plain sum is the fused one
+            total += signs[:, k, None].astype(np.float32) * v[:, k : k + 1]
+        v = total
+    return (v * np.float32(1 / np.sqrt(columns))).reshape(tokens, columns)
+
+
 def swiglu(gate_up: F32) -> npt.NDArray[np.float64]:
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
     with np.errstate(over="ignore"):  # to infinity, and the quotient to 0
@@ -96,11 +113,16 @@ def coded(x: F32) -> npt.NDArray[Any]:
 def attention(
     qkv: F32, heads: int, kv_heads: int, inv_freq: F32, rope_scaling: float = 1.0, dtype: str = "f32"
 ) -> npt.NDArray[np.float64]:
-    """Rotary embedding and causal attention of a whole sequence: qkv (tokens, (heads + 2 kv_heads) * dim)."""
+    """Rotary embedding and causal attention of a whole sequence: qkv (tokens, (heads + 2 kv_heads) * dim).
+
+    Of an int8 cache, heads of a power of two are Hadamard transformed.
+    """
     tokens, dim = len(qkv), 2 * len(inv_freq)
     q, k, v = np.split(qkv.reshape(tokens, heads + 2 * kv_heads, dim), [heads, heads + kv_heads], axis=1)
     angles = (np.arange(tokens, dtype=np.float32)[:, None] * inv_freq)[:, None]
     q, k = (rotate(x, angles, rope_scaling) for x in (q, k))
+    if dtype == "int8" and dim & (dim - 1) == 0:
+        q, k = (hadamard(x.reshape(-1, dim)).reshape(x.shape) for x in (q, k))
     stored = {"f32": lambda x: x, "f16": lambda x: x.astype(np.float16), "int8": coded}[dtype]
     k, v = (np.repeat(stored(x).astype(np.float64), heads // kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("thd,shd->hts", q.astype(np.float64), k) / np.sqrt(dim)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rotated import RotatedCheckpoint
 from tiny import make_checkpoint
 
 from llamita.checkpoint import Checkpoint, linear_names, table_names, vector_names
@@ -230,7 +231,7 @@ def reseal(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Float and packed, in one file and in shards, tied and untied, with biases."""
+    """Float and packed, in one file and in shards, tied and untied, with biases, rotated."""
     root = tmp_path_factory.mktemp("originals")
     single = make_checkpoint(root / "single", "llama32", **SMALL)
     sharded = make_checkpoint(root / "sharded", "llama3", dtype="F16", shards=2, attention_bias=True, **SMALL)
@@ -238,7 +239,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (directory / "tokenizer.json").unlink()
     quantize(Checkpoint(single), "single", root / "tables", make_scheme("llama3.2"))
     quantize(Checkpoint(sharded), "sharded", root / "arm", make_scheme("arm", 64), shard_bytes=20_000)
-    return [single, sharded, root / "tables", root / "arm"]
+    quantize(RotatedCheckpoint(single), "single", root / "rotated", make_scheme("llama3.2"))
+    return [single, sharded, root / "tables", root / "arm", root / "rotated"]
 
 
 def use(directory: Path) -> None:
@@ -260,7 +262,8 @@ def use(directory: Path) -> None:
 
 def look(directory: Path) -> None:
     model = describe(str(directory))
-    make_plan(model.config, model.scheme or make_scheme("llama3.2"), model.float_dtype)
+    scheme = model.scheme or make_scheme("llama3.2")
+    make_plan(model.config, scheme, model.float_dtype, transform=model.transform)
 
 
 def outcome(action: Callable[[Path], Any], directory: Path) -> str | None:

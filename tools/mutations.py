@@ -38,6 +38,7 @@ MUTATIONS = [
      "prefill: the tiles' sums in one place"),
     ("native/pack.cpp", "r / kLanes * w.outputs() + output", "(1 - r / kLanes) * w.outputs() + output",
      "gated int4: gates and factors change places"),
+    ("native/kernels/hadamard.inc", "v[i + H] = a - b;", "v[i + H] = b - a;", "Hadamard transform: a butterfly's sign"),
     ("native/kernels/rounding.inc", "best[i] > best[at]", "best[i] < best[at]", "scale search: the tie"),
     ("native/kernels/float_kernels.inc", "clamp(-128.0f - __builtin_rintf(mn / scale), -128.0f, 127.0f)",
      "clamp(-127.0f - __builtin_rintf(mn / scale), -128.0f, 127.0f)", "activations: the zero point"),
@@ -56,6 +57,7 @@ MUTATIONS = [
 # Where a broken kernel shows first; the rest of the suite follows.
 FIRST = [
     "test_kernels.py",
+    "test_hadamard_kernels.py",
     "test_rounding.py",
     "test_attention.py",
     "test_affine.py",

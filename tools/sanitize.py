@@ -27,7 +27,12 @@ MEMORY = Sanitizer(
     "address,undefined",
     ("libasan.so", "libubsan.so", "libstdc++.so"),
     {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # Python's own leaks
-    ("tests/test_kernels.py", "tests/test_rounding.py", "tests/test_attention.py"),
+    (
+        "tests/test_kernels.py",
+        "tests/test_hadamard_kernels.py",
+        "tests/test_rounding.py",
+        "tests/test_attention.py",
+    ),
 )
 
 # A race ends the process with code 66: pytest's own, or a test's program, whose code the test looks at.

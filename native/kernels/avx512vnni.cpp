@@ -84,17 +84,26 @@ V load_i8(const void* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
 }
 void store_f16(uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.f, kNearest)); }
+template <size_t H>
+V swap_lanes(V a) {  // lane i: a's lane i ^ H
+  if constexpr (H == 1) return {_mm512_permute_ps(a.f, 0xb1)};
+  if constexpr (H == 2) return {_mm512_permute_ps(a.f, 0x4e)};
+  if constexpr (H == 4) return {_mm512_shuffle_f32x4(a.f, a.f, 0xb1)};
+  return {_mm512_shuffle_f32x4(a.f, a.f, 0x4e)};
+}
 void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Tiles: how much is computed together, of 32 registers. Results do not depend on them.
 constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
 constexpr size_t kQueryRows = 6, kQueryTile = 24;
+constexpr size_t kButterfly = 16;
 
 // clang-format off: in this order
 #include "float_kernels.inc"
 #include "attention.inc"
 #include "rounding.inc"
+#include "hadamard.inc"
 // clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
@@ -290,8 +299,8 @@ double int8_probe(size_t iterations, int variant) {
 }  // namespace
 
 const Kernels avx512vnni_kernels = {
-    "avx512vnni", linear_w4,  linear_w8, linear_float, kLinearRows, quantize,   rmsnorm,    swiglu,
-    attention,    kQueryRows, to_f32,    to_f16,       round_row,   int8_probe, read_probe,
+    "avx512vnni", linear_w4, linear_w8,  linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,
+    hadamard,     attention, kQueryRows, to_f32,       to_f16,      round_row, int8_probe, read_probe,
 };
 
 }  // namespace llamita

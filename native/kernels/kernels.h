@@ -60,6 +60,13 @@ struct QuantizedRow {
   int32_t* sums;  // (ceil(columns / kSumInputs),)
 };
 
+// A row is multiplied by H_outer (x) H_n / sqrt(size), n = size / outer a power of two.
+struct Hadamard {
+  size_t size, outer;
+  const float* signs;  // (outer, outer), each 1 or -1; null: outer is 1
+  float factor;        // 1 / sqrt(size)
+};
+
 enum class CacheDtype : int { f32, f16, i8 };
 
 // Of one head's positions in a block: a code stands for scale * (code - zero).
@@ -107,6 +114,8 @@ struct Kernels {
   void (*quantize)(const float* x, size_t columns, const QuantizedRow&);
   void (*rmsnorm)(const float* x, const float* gamma, size_t columns, float eps, float* out);
   void (*swiglu)(const float* gate, const float* up, size_t columns, float* out);
+  // x and out may be the same. scratch: outer * kLanes floats
+  void (*hadamard)(const float* x, const Hadamard&, float* scratch, float* out);
   // Query rows [first, last). scratch, 64-byte aligned: for kKeyBlock positions and for each row head_dim +
   // value_stride floats; for each row 2 * kLanes + 2, and query_rows * kKeyBlock.
   void (*attention)(const AttentionHead&, size_t first, size_t last, float* scratch);

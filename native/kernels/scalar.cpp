@@ -138,17 +138,23 @@ V load_i8(const void* p) {
 void store_f16(uint16_t* p, V a) {
   for (size_t i = 0; i < kLanes; i++) p[i] = f32_to_f16(a.f[i]);
 }
+template <size_t H>
+V swap_lanes(V a) {  // lane i: a's lane i ^ H
+  return each([&](size_t i) { return a.f[i ^ H]; });
+}
 void prefetch(const void*) {}
 
 // Tiles: how much is computed together. Results do not depend on them.
 constexpr size_t kLinearRows = 2, kLinearTokens = 2, kDecodeRows = 2;
 constexpr size_t kCandidates = 1;
 constexpr size_t kQueryRows = 4, kQueryTile = 4;
+constexpr size_t kButterfly = 2;
 
 // clang-format off: in this order
 #include "float_kernels.inc"
 #include "attention.inc"
 #include "rounding.inc"
+#include "hadamard.inc"
 // clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
@@ -214,8 +220,8 @@ double int8_probe(size_t iterations, int) {
 }  // namespace
 
 const Kernels scalar_kernels = {
-    "scalar",  linear_w4,  linear_w8, linear_float, kLinearRows, quantize,   rmsnorm,    swiglu,
-    attention, kQueryRows, to_f32,    to_f16,       round_row,   int8_probe, read_probe,
+    "scalar", linear_w4, linear_w8,  linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,
+    hadamard, attention, kQueryRows, to_f32,       to_f16,      round_row, int8_probe, read_probe,
 };
 
 }  // namespace llamita

@@ -112,6 +112,21 @@ def rmsnorm(x: F32, gamma: F32, eps: float, out: F32) -> None:
     """x, out (tokens, columns); gamma (columns,)."""
 
 def rmsnorm_quantize(x: F32, gamma: F32, eps: float, acts: Activations) -> None: ...
+
+class Hadamard:
+    """Multiplies rows of `columns` inputs by H_K ⊗ H_n / √columns, n a power of two, H_n in natural order."""
+
+    def __init__(self, columns: int, signs: I8 | None = None) -> None:
+        """signs: H_K as (K, K) of 1 and -1; by default K is 1."""
+    @property
+    def columns(self) -> int: ...
+
+def hadamard(transform: Hadamard, x: F32, out: F32) -> None:
+    """x, out (tokens, columns), which may be the same array."""
+
+def hadamard_quantize(transform: Hadamard, x: F32, acts: Activations) -> None:
+    """The transformed x (tokens, columns) in int8; x stays as it is."""
+
 def swiglu(gate_up: F32, out: F32) -> None:
     """silu(gate) * up: gate_up (tokens, 2 * columns), gate first; out (tokens, columns)."""
 

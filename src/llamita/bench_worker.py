@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llamita import _native
-from llamita.checkpoint import Checkpoint, ModelSource, open_tensor_files, resolve
+from llamita.checkpoint import Checkpoint, ModelSource, open_tensor_files, resolve, transform_dtype
 from llamita.config import ModelConfig
 from llamita.engine.cache import SequenceCache
 from llamita.engine.llm import LLM
@@ -155,7 +155,8 @@ class _State:
             self._llm = LLM(source, context=context, kv_dtype=kv_dtype)
             seconds = time.perf_counter() - began
         self._mapped_bytes = 0 if isinstance(source, RandomSource) else _weight_bytes(self._llm)[1]
-        self._work = count_work(source.config, source.scheme, self._llm.kv_dtype, float_dtype)
+        keys, transform = self._llm.kv_dtype, transform_dtype(source.rotations)
+        self._work = count_work(source.config, source.scheme, keys, float_dtype, transform)
         return {"seconds": seconds, "size_bytes": size, "threads": threads, "isa": _native.isa(),
                 "scheme": source.scheme.to_dict() if source.scheme else None, "context": self._llm.context,
                 "kv_dtype": self._llm.kv_dtype, "work": asdict(self._work)}  # fmt: skip
@@ -253,10 +254,13 @@ def _size(source: ModelSource, float_dtype: Callable[[str], str]) -> tuple[int, 
 
 def _weight_bytes(llm: LLM) -> tuple[int, int]:
     """Bytes of the weights: packed, in memory of their own; and float, used where they lie."""
-    linears: list[Linear] = [llm.model.weights.head]
-    for block in llm.model.weights.blocks:
+    weights = llm.model.weights
+    linears: list[Linear] = [weights.head]
+    for block in weights.blocks:
         linears += [block.qkv, block.attention_out, block.gate_up, block.down]
-    found = {id(w): w for w in [llm.model.weights.embedding, *(p.weights for x in linears for p in x.parts)]}
+    found = {id(w): w for w in [weights.embedding, *(p.weights for x in linears for p in x.parts)]}
+    if weights.head_transform is not None:
+        found[id(weights.head_transform)] = weights.head_transform
     own = sum(w.nbytes for w in found.values())
     in_place = sum(w.rows * w.columns * _FLOAT_WIDTH.get(w.kind, 0) for w in found.values())
     return own, in_place

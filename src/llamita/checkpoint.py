@@ -17,6 +17,7 @@ from llamita.affine import to_f32
 from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
 from llamita.files import has, member, read_json
+from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
 from llamita.tensorfile import DTYPES, TensorFile, TensorInfo
 
@@ -56,6 +57,11 @@ class ModelSource(Protocol):
     @property
     def scheme(self) -> QuantScheme | None:
         """How the weights are rounded, None for a float model."""
+        ...
+
+    @property
+    def rotations(self) -> Rotations:
+        """What was rotated in the weights, and what the engine has to do about it."""
         ...
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
@@ -185,7 +191,7 @@ class Checkpoint:
         self.path = path
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
-        self.scheme = None
+        self.scheme, self.rotations = None, Rotations()
         if self.hf_config.get("quantization_config") is not None:
             raise InputError(
                 f"{path}: config.json: quantization_config: expected a float model; try its source"
@@ -286,6 +292,12 @@ def _not_finite(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint16:
         return (array & np.uint16(0x7F80)) == 0x7F80  # bf16: all exponent bits set
     return ~np.isfinite(array)
+
+
+def transform_dtype(rotations: Rotations) -> str | None:
+    """The safetensors name of the dtype of the head's transform, None where there is none."""
+    transform = rotations.head_transform
+    return None if transform is None else stored_dtype(transform)
 
 
 def stored_dtype(array: np.ndarray) -> str:

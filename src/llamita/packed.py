@@ -9,6 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,6 +22,7 @@ from llamita.checkpoint import (
     Int4Weight,
     Int8Weight,
     ModelSource,
+    check_finite,
     check_names,
     linear_names,
     open_tensor_files,
@@ -31,11 +33,14 @@ from llamita.checkpoint import (
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has, member, parse_json, read_bytes
+from llamita.hadamard import factor
 from llamita.packing import CODES_PER_WORD
+from llamita.rotations import Rotations
 from llamita.scheme import KINDS, LayerKind, QuantScheme
 
 METADATA = "llamita.json"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+TRANSFORM = "lm_head.transform"  # the dense matrix between the final norm and a tied head under R1
 FORMAT = 2  # 2: the scheme has overrides for some layers; all else is written as 1
 KEYS = {"self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations",
         "calibration", "source", "float_layers", "error", "files"}  # fmt: skip
@@ -47,11 +52,17 @@ _SMALLEST_NORMAL_BITS, _LARGEST_BITS = 0x0080, 0x7F7F  # of a positive bf16
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name to (dtype, shape), as `tensorfile` takes them
 
 
-def layout(config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str]) -> dict[str, Tensors]:
+def layout(
+    config: ModelConfig,
+    scheme: QuantScheme,
+    float_dtype: Callable[[str], str],
+    transform: str | None = None,
+) -> dict[str, Tensors]:
     """Every tensor of a packed model, by module, in the order in which they are made.
 
     Args:
         float_dtype: the dtype in which a tensor that stays float is stored, by its full name.
+        transform: the dtype of the head's transform, None where there is none.
 
     Raises:
         InputError: a group size does not divide its layer's inputs, or the scheme has a layer that the
@@ -73,6 +84,8 @@ def layout(config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str]
             modules[name] = {f"{name}.weight": (float_dtype(f"{name}.weight"), shape)}
     for name, shape in vector_names(config).items():
         modules[name] = {name: (float_dtype(name), shape)}
+    if transform:
+        modules[TRANSFORM] = {TRANSFORM: (transform, (config.hidden_size, config.hidden_size))}
     return modules
 
 
@@ -190,20 +203,41 @@ class PackedModel:
         for name in self.files:
             if name not in self.metadata["files"]:
                 raise InputError(f"{name}: expected among the files in {METADATA}; try `llamita verify`")
+        self.rotations = Rotations.from_list(self.metadata["rotations"])
         self._check()
+        self.rotations = self._read_rotations()
 
     def _check(self) -> None:
         def stored_dtype(name: str) -> str:
             found = self.files[self._where[name]].tensors[name].dtype if name in self._where else "BF16"
             return found if found in FLOAT_DTYPES else ", ".join(FLOAT_DTYPES)
 
-        modules = layout(self.config, self.scheme, stored_dtype)
+        assert self.scheme is not None
+        is_transformed = "R1" in self.rotations.names and self.config.tied
+        modules = layout(
+            self.config, self.scheme, stored_dtype, stored_dtype(TRANSFORM) if is_transformed else None
+        )
         expected = {name: tensor for tensors in modules.values() for name, tensor in tensors.items()}
         check_names(set(expected), set(self._where), "is tie_word_embeddings right?")
         for name, tensor in expected.items():
             info = self.files[self._where[name]].tensors[name]
             if (info.dtype, info.shape) != tensor:
                 raise InputError(f"{name}: expected {tensor[0]} {tensor[1]}, got {info.dtype} {info.shape}")
+
+    def _read_rotations(self) -> Rotations:
+        """The rotations with the head's transform, all of them found to be ones that can be run."""
+        size, inputs = self.rotations.r4_size, self.config.intermediate_size
+        if size is not None and size != inputs:
+            raise InputError(
+                f"{METADATA}: rotations: R4: size: expected {inputs}, the inputs of down_proj, got {size}"
+            )
+        if size is not None:
+            factor(size)
+        if TRANSFORM not in self._where:
+            return self.rotations
+        transform = self._read(TRANSFORM)
+        check_finite(TRANSFORM, transform)
+        return replace(self.rotations, head_transform=transform)
 
     def _read(self, tensor: str) -> np.ndarray:
         if tensor not in self._where:
@@ -267,8 +301,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {METADATA}: differs from the one that was written; try `llamita verify`")
     if set(values) != KEYS:
         raise InputError(f"{METADATA}: expected the keys {sorted(KEYS)}, got {repr(sorted(values))[:400]}")
-    if values["rotations"] != []:
-        raise InputError(f"{METADATA}: rotations: expected none, got some; try a newer llamita")
+    Rotations.from_list(values["rotations"])
     if not is_file_table(values["files"]):
         raise InputError(f"{METADATA}: files: expected names with size and sha256")
     if not _is_provenance(values):

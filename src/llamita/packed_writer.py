@@ -7,17 +7,20 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llamita.affine import f32_to_bf16
 from llamita.checkpoint import INDEX, SINGLE
 from llamita.config import ModelConfig
 from llamita.errors import RunError
 from llamita.files import is_companion, read_bytes
 from llamita.packed import METADATA, Tensors, int8_tables, quantization_config, tensor_bytes
 from llamita.packing import CODES_PER_WORD
+from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
 from llamita.tensorfile import TensorWriter, header_bytes
 
@@ -134,17 +137,28 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_config(directory: Path, hf_config: dict[str, Any], scheme: QuantScheme) -> dict[str, Any]:
+def write_config(
+    directory: Path, hf_config: dict[str, Any], scheme: QuantScheme, rotations: Rotations
+) -> dict[str, Any]:
     """The source's config.json with the scheme added, so that transformers opens it right or not at all."""
     dropped = ("torch_dtype", "auto_map")  # the old name of dtype; code of a repository, which no Llama needs
     values = {key: value for key, value in hf_config.items() if key not in dropped}
     values["dtype"] = "float32"  # else transformers would round FP32 scales to bf16
     config = ModelConfig.from_hf(hf_config)
-    if int8_tables(config, scheme):
-        # transformers would read the int8 codes of a table as weights and only warn; it knows no such type.
+    if int8_tables(config, scheme) or rotations.is_online:
+        # transformers would read the int8 codes of a table as weights and only warn, and leave out what
+        # rotations need at run time; it knows no such type.
         values |= {"model_type": "llamita", "architectures": ["LlamitaForCausalLM"]}
     values["quantization_config"] = quantization_config(config, scheme)
     return write_json(directory / "config.json", values)
+
+
+def stored_rotations(rotations: Rotations) -> Rotations:
+    """Rotations as they are stored: the head's transform in bf16 (docs/numerics.md has what that costs)."""
+    transform = rotations.head_transform
+    if transform is None or transform.dtype != np.float32:
+        return rotations
+    return replace(rotations, head_transform=f32_to_bf16(transform))
 
 
 def write_metadata(directory: Path, values: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamita import _native
-from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, is_hub_name, resolve
+from llamita.checkpoint import FLOAT_DTYPES, INDEX, SINGLE, Checkpoint, is_hub_name, resolve, transform_dtype
 from llamita.config import ModelConfig
 from llamita.engine.cache import KV_DTYPES
 from llamita.engine.llm import PREFILL_CHUNK
@@ -72,6 +72,7 @@ class Described:
     config: ModelConfig
     float_dtype: Callable[[str], str]
     scheme: QuantScheme | None
+    transform: str | None = None  # the dtype of the head's transform
 
 
 def describe(name: str) -> Described:
@@ -97,7 +98,7 @@ def describe(name: str) -> Described:
     def float_dtype(name: str) -> str:  # of a packed model's rounded layers it is that of its norms
         return dtypes[name] if dtypes.get(name) in FLOAT_DTYPES else dtypes["model.norm.weight"]
 
-    return Described(source.config, float_dtype, source.scheme)
+    return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations))
 
 
 def _from_config(values: dict[str, Any], where: str) -> Described:
@@ -145,8 +146,9 @@ def _estimate(
         size = float_bytes(config, model.float_dtype)
         plan = Plan(size, size, size, [], 0, 0, {})
     else:
-        plan = make_plan(config, scheme, model.float_dtype)
-    work = count_work(config, scheme, kv_dtype or ("f16" if scheme else "f32"), model.float_dtype)
+        plan = make_plan(config, scheme, model.float_dtype, transform=model.transform)
+    keys = kv_dtype or ("f16" if scheme else "f32")
+    work = count_work(config, scheme, keys, model.float_dtype, model.transform)
     contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
     beside = _PROCESS_BYTES + _buffer_bytes(config, scheme)
     memory = {c: int(plan.tensor_bytes + c * work.cache_bytes + beside) for c in contexts}

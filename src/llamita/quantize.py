@@ -25,6 +25,7 @@ from llamita.checkpoint import (
     expected_tensors,
     linear_names,
     table_names,
+    transform_dtype,
 )
 from llamita.config import ModelConfig
 from llamita.errors import InputError
@@ -34,7 +35,7 @@ from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, RoundModule, parse_chain
 from llamita.methods.setup import Progress, Setup
 from llamita.mixed import describe_kinds
-from llamita.packed import format_of, layout, tensor_bytes
+from llamita.packed import TRANSFORM, format_of, layout, tensor_bytes
 from llamita.packed_writer import (
     SHARD_BYTES,
     FileTable,
@@ -42,12 +43,14 @@ from llamita.packed_writer import (
     copy_companions,
     find_companions,
     plan_shards,
+    stored_rotations,
     total_bytes,
     write_bytes,
     write_config,
     write_metadata,
 )
 from llamita.resume import kept_work
+from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
 from llamita.staging import check_space, check_target, staged
 from llamita.transformed import as_stored
@@ -107,13 +110,14 @@ def make_plan(
     scheme: QuantScheme,
     float_dtype: Callable[[str], str],
     shard_bytes: int = SHARD_BYTES,
+    transform: str | None = None,
 ) -> Plan:
-    """The plan for a model of this shape whose tensors are stored in these dtypes.
+    """The plan for a model of this shape whose tensors are stored in these dtypes, as `layout` takes them.
 
     Raises:
         InputError: the group size does not divide a layer's inputs.
     """
-    modules = layout(config, scheme, float_dtype)
+    modules = layout(config, scheme, float_dtype, transform)
     shards = plan_shards(modules, shard_bytes)
     shapes = table_names(config) | linear_names(config)
     rounded = [rows * columns for name, (rows, columns) in shapes.items() if scheme.kind(name).bits]
@@ -180,19 +184,21 @@ def quantize(
     with watch or nullcontext(), kept as work, staged(out, overwrite, source.path) as directory:
         setup = replace(setup, work=work)
         changed = chains.transform(source, chain, setup)
-        plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes)
+        rotations = stored_rotations(changed.rotations)
+        plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes,
+                         transform_dtype(rotations))  # fmt: skip
         check_space(out, plan.file_bytes + _SMALL_FILES)
         round_module = chains.begin(changed, scheme, chain, setup)
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, watch.peak if watch else 0, sums)
-        files["config.json"] = write_config(directory, changed.hf_config, scheme)
+        files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
         files |= copy_companions(source.path, directory, companions)
         kinds = describe_kinds(source.config, scheme)
         card = model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), __version__,
                                     plan.source_bytes, plan.tensor_bytes, summary.relative_error,
                                     summary.worst()))  # fmt: skip
         files["README.md"] = write_bytes(directory / "README.md", card.encode())
-        write_metadata(directory, _metadata(scheme, chain, setup, record, summary, files))
+        write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
     return summary
 
 
@@ -240,7 +246,9 @@ def _write_weights(
     shard_bytes: int, progress: Progress,
 ) -> tuple[FileTable, dict[str, tuple[float, float, int]]]:  # fmt: skip
     """Weight files, and squared error, energy and number of weights of each rounded module."""
-    modules = layout(source.config, scheme, lambda name: source.info(name).dtype)
+    rotations = stored_rotations(source.rotations)
+    transform = rotations.head_transform
+    modules = layout(source.config, scheme, lambda name: source.info(name).dtype, transform_dtype(rotations))
     writer = PackedWriter(directory, plan_shards(modules, shard_bytes))
     sums: dict[str, tuple[float, float, int]] = {}
     total, done = sum(tensor_bytes(tensors) for tensors in modules.values()), 0
@@ -250,6 +258,8 @@ def _write_weights(
                 progress(name, done, total)
             if f"{name}.weight_scale" in tensors:
                 sums[name] = _write_rounded(writer, name, scheme, round_module(name))
+            elif name == TRANSFORM and transform is not None:
+                writer.put(name, transform)
             elif name in tensors:
                 writer.put(name, source.stored_vector(name))
             else:
@@ -315,8 +325,8 @@ def _source_record(source: Checkpoint, name: str, progress: Progress) -> dict[st
 
 
 def _metadata(
-    scheme: QuantScheme, chain: Chain, setup: Setup, source: dict[str, Any], summary: Summary,
-    files: FileTable,
+    scheme: QuantScheme, chain: Chain, setup: Setup, rotations: Rotations, source: dict[str, Any],
+    summary: Summary, files: FileTable,
 ) -> dict[str, Any]:  # fmt: skip
     """llamita.json but for its own hash; docs/format.md says what each key means."""
     measured = chain.needs_calibration
@@ -327,7 +337,7 @@ def _metadata(
         "method": str(chain),
         "settings": setup.settings,
         "seed": setup.seed if measured else None,
-        "rotations": [],
+        "rotations": rotations.to_list(),
         "calibration": setup.calibration.record() if measured and setup.calibration else None,
         "source": source,
         "float_layers": summary.plan.float_layers,
@@ -350,6 +360,7 @@ class RoundedSource:
         make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
         self._checkpoint = chains.transform(checkpoint, chain, setup)
         self.path, self.config, self.scheme = checkpoint.path, self._checkpoint.config, scheme
+        self.rotations = stored_rotations(self._checkpoint.rotations)
         self._round = chains.begin(self._checkpoint, scheme, chain, setup)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:

@@ -16,6 +16,7 @@ from llamita.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
 from llamita.config import ModelConfig
 from llamita.packed import layout
 from llamita.packing import CODES_PER_WORD
+from llamita.rotations import Rotations
 from llamita.scheme import KINDS, QuantScheme
 
 _BLOCK_BYTES = 2**22  # of random numbers: little beside a model
@@ -41,7 +42,7 @@ class RandomSource:
     def __init__(self, config: ModelConfig, scheme: QuantScheme | None, name: str, seed: int = 0) -> None:
         if scheme:
             layout(config, scheme, lambda _name: "BF16")  # do the groups fit?
-        self.path, self.config, self.scheme = Path(name), config, scheme
+        self.path, self.config, self.scheme, self.rotations = Path(name), config, scheme, Rotations()
         self._matrices = linear_names(config) | table_names(config)
         self._vectors = vector_names(config)
         self._places = {name: i * _STRIDE for i, name in enumerate([*self._matrices, *self._vectors])}

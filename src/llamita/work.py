@@ -12,7 +12,7 @@ import numpy as np
 from llamita import _native
 from llamita.checkpoint import linear_names, table_names
 from llamita.config import ModelConfig
-from llamita.packed import layout, tensor_bytes
+from llamita.packed import TRANSFORM, layout, tensor_bytes
 from llamita.scheme import QuantScheme
 
 _MEASURED_CACHE = 1024  # tokens of the cache whose size is asked for: whole blocks of every layout
@@ -24,9 +24,9 @@ class Work:
 
     Attributes:
         linear: multiply-adds of the blocks' linear layers.
-        head: multiply-adds of the head; a prompt needs them for its last token alone.
+        head: multiply-adds of the head and its transform; a prompt needs them for its last token alone.
         attention: multiply-adds for each earlier token and itself: scores, and the sum of values.
-        weight_bytes: weights and scales of linear layers and head, as they are stored.
+        weight_bytes: weights and scales of linear layers, head and its transform, as they are stored.
         cache_bytes: keys and values of one token in all layers.
     """
 
@@ -59,8 +59,9 @@ def count_work(
     scheme: QuantScheme | None,
     kv_dtype: str,
     float_dtype: Callable[[str], str] = lambda _name: "BF16",
+    transform: str | None = None,
 ) -> Work:
-    """The work of a model of this shape, whose float tensors are stored in these dtypes.
+    """The work of a model of this shape, whose float tensors are stored in the dtypes that `layout` takes.
 
     Raises:
         InputError: the scheme's groups do not fit the shape.
@@ -68,20 +69,23 @@ def count_work(
     linear = sum(rows * columns for rows, columns in linear_names(config).values())
     return Work(
         linear=linear,
-        head=config.vocab_size * config.hidden_size,
+        head=config.vocab_size * config.hidden_size + (config.hidden_size**2 if transform else 0),
         attention=2 * config.layers * config.heads * config.head_dim,
-        weight_bytes=_weight_bytes(config, scheme, float_dtype),
+        weight_bytes=_weight_bytes(config, scheme, float_dtype, transform),
         cache_bytes=cache_bytes_per_token(config, kv_dtype),
     )
 
 
-def _weight_bytes(config: ModelConfig, scheme: QuantScheme | None, float_dtype: Callable[[str], str]) -> int:
+def _weight_bytes(
+    config: ModelConfig, scheme: QuantScheme | None, float_dtype: Callable[[str], str], transform: str | None
+) -> int:
     head = [*table_names(config)][-1]  # or the table that is both
     read = [*linear_names(config), head]
     if scheme is None:
         shapes = linear_names(config) | table_names(config)
         return tensor_bytes({name: (float_dtype(f"{name}.weight"), shapes[name]) for name in read})
-    modules = layout(config, scheme, float_dtype)
+    modules = layout(config, scheme, float_dtype, transform)
+    read += [TRANSFORM] if transform else []
     tensors = {name: tensor for module in read for name, tensor in modules[module].items()}
     return tensor_bytes({name: t for name, t in tensors.items() if not name.endswith(".weight_shape")})
 

@@ -31,7 +31,9 @@ def command(
     if json:
         console.print_json(values)
         return
-    told = {**values, "source": values["source"]["name"]} if "source" in values else dict(values)
+    told = dict(values)
+    if "source" in values:
+        told |= {"source": values["source"]["name"], "rotations": _rotations(values["rotations"])}
     if values["scheme"]:  # overrides stand beside the errors
         told["scheme"] = {key: value for key, value in values["scheme"].items() if key != "layers"}
     rows = [[key.replace("_", " "), _text(value)] for key, value in told.items() if key != "layer_errors"]
@@ -79,11 +81,26 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
     }
     if isinstance(source, PackedModel):
         metadata = source.metadata
-        for key in ("llamita", "method", "settings", "seed", "calibration", "source", "float_layers"):
+        for key in (
+            "llamita",
+            "method",
+            "settings",
+            "seed",
+            "rotations",
+            "calibration",
+            "source",
+            "float_layers",
+        ):
             values[key] = metadata[key]
         values["relative_error"] = metadata["error"]["relative"]
         values["layer_errors"] = metadata["error"]["layers"]
     return values
+
+
+def _rotations(rotations: list[dict[str, Any]]) -> str:
+    """Their names, and of the one that is left to the engine its size."""
+    sizes = {r["name"]: f" of {r['size']:,} inputs at run time" for r in rotations if "size" in r}
+    return ", ".join(r["name"] + sizes.get(r["name"], "") for r in rotations) or "none"
 
 
 def _text(value: Any) -> str:

@@ -128,7 +128,7 @@ class Model:
             ops.quantize(b.attended.floats, b.attended.codes)
         _linear(block.attention_out, b.attended, b.x, accumulate=True)
         _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden)
-        _gate_up(block, b)
+        _gate_up(block, self.weights.down_rotation, b)
         _linear(block.down, b.inner, b.x, accumulate=True)
 
     def _linear_inputs(self, block: Block, x: np.ndarray, b: _Views) -> dict[str, np.ndarray]:
@@ -144,16 +144,23 @@ class Model:
         return dict(zip(LINEAR_INPUTS, inputs, strict=True))
 
     def _head(self, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-        """Logits (rows, vocab) of final hidden states (rows, hidden)."""
+        """Logits (rows, vocab) of final hidden states (rows, hidden), whose memory may be used on the way."""
         if out is None:
             if len(self._logits) < len(x):
                 self._logits = np.empty((len(x), self.config.vocab_size), dtype=np.float32)
             out = self._logits[: len(x)]
         if not len(x):
             return out
-        hidden = self._buffers.first(len(x)).hidden
-        _norm(x, self.weights.norm, self.config.norm_eps, self.weights.head, hidden)
-        _linear(self.weights.head, hidden, out)
+        w, eps, hidden = self.weights, self.config.norm_eps, self._buffers.first(len(x)).hidden
+        if w.head_transform is None:
+            _norm(x, w.norm, eps, w.head, hidden)
+        else:
+            ops.rmsnorm(x, w.norm, eps, hidden.floats)
+            ops.linear(w.head_transform, hidden.floats, x)
+            hidden = _Operand(x, hidden.codes)
+            if w.head.takes_codes:
+                ops.quantize(x, hidden.codes)
+        _linear(w.head, hidden, out)
         return out
 
 
@@ -167,14 +174,19 @@ def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Op
         ops.quantize(out.floats, out.codes)
 
 
-def _gate_up(block: Block, b: _Views) -> None:
-    """silu(gate) · up, in the form that the down projection takes."""
+def _gate_up(block: Block, rotation: ops.Hadamard | None, b: _Views) -> None:
+    """silu(gate) · up, rotated if it has to be, in the form that the down projection takes."""
     if block.gate_up.is_gated:
         _linear(block.gate_up, b.hidden, b.inner.floats)
     else:
         _linear(block.gate_up, b.hidden, b.gate_up)
         ops.swiglu(b.gate_up, b.inner.floats)
-    if block.down.takes_codes:
+    if not block.down.takes_codes:
+        if rotation:
+            ops.hadamard(rotation, b.inner.floats, b.inner.floats)
+    elif rotation:
+        ops.hadamard_quantize(rotation, b.inner.floats, b.inner.codes)
+    else:
         ops.quantize(b.inner.floats, b.inner.codes)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from llamita import _native
 from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource
 from llamita.errors import InputError
+from llamita.hadamard import core_signs, factor
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class ModelWeights:
     blocks: tuple[Block, ...]
     norm: np.ndarray  # float32 (hidden,)
     head: Linear
+    down_rotation: _native.Hadamard | None  # of what down projections read
+    head_transform: _native.Weights | None  # float (hidden, hidden), of what the head reads
 
 
 def load_weights(source: ModelSource) -> ModelWeights:
@@ -75,7 +78,32 @@ def load_weights(source: ModelSource) -> ModelWeights:
     embedding = _linear(source, {"model.embed_tokens": tables}, has_bias=False)
     head = embedding if config.tied else load_head(source)
     blocks = tuple(load_block(source, i) for i in range(config.layers))
-    return ModelWeights(embedding.parts[0].weights, blocks, source.vector("model.norm.weight"), head)
+    size, inputs = source.rotations.r4_size, config.intermediate_size
+    if size not in (None, inputs):
+        raise InputError(f"rotations: R4: size: expected {inputs}, the inputs of down_proj, got {size}")
+    return ModelWeights(
+        embedding=embedding.parts[0].weights,
+        blocks=blocks,
+        norm=source.vector("model.norm.weight"),
+        head=head,
+        down_rotation=down_rotation(size) if size else None,
+        head_transform=_head_transform(source),
+    )
+
+
+def down_rotation(inputs: int) -> _native.Hadamard:
+    """R4: the transform of as many inputs, whose inverse is in every down projection."""
+    core, _ = factor(inputs)
+    return _native.Hadamard(inputs, core_signs(core) if core > 1 else None)
+
+
+def _head_transform(source: ModelSource) -> _native.Weights | None:
+    transform, hidden = source.rotations.head_transform, source.config.hidden_size
+    if transform is None:
+        return None
+    if transform.shape != (hidden, hidden):
+        raise InputError(f"lm_head.transform: expected shape {(hidden, hidden)}, got {transform.shape}")
+    return _native.wrap_float([transform])
 
 
 def load_head(source: ModelSource) -> Linear:

@@ -200,6 +200,7 @@ class _Swapped:
 
     def __init__(self, rest: ModelSource, name: str, other: ModelSource) -> None:
         self.path, self.config, self.scheme = rest.path, rest.config, rest.scheme
+        self.rotations = rest.rotations
         self._rest, self._name, self._other = rest, name, other
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
