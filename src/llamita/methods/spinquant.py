@@ -41,7 +41,7 @@ class Settings:
     rotations: str = "R1,R2,R4"
     online: bool = True
     steps: int = 100
-    lr: float = 0.1
+    lr: float = 0.2
     batch: int = 8
     loss: str = "kl"
     weights: int = 32
