@@ -11,16 +11,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
      "wikitext", "shapes", "machine"),
     # 2: models on disk
-    ("checkpoint", "packed", "packed_writer", "staging", "card", "tokenizer",
+    ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
      "random_weights"),
     # 3: how codes and scales are chosen
-    ("methods.rtn", "methods.energy"),
+    ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
+     "methods.calibrated", "methods.gptq", "methods.qronos"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
-    ("evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker",
-     "bench", "plot"),
+    ("calibration", "evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report",
+     "bench_worker", "bench", "plot"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
      "commands.verify", "commands.plan", "commands.bench"),
@@ -36,7 +37,14 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "hub": ("files",),
     "packed": ("checkpoint",),
     "packed_writer": ("checkpoint", "packed"),
+    "methods.chain": ("methods.setup",),
     "methods.rtn": ("methods.energy",),
+    "methods.blocks": ("methods.rtn",),
+    "methods.calibrated": (
+        "methods.blocks", "methods.energy", "methods.fakequant", "methods.rtn", "methods.setup",
+    ),
+    "methods.gptq": ("methods.calibrated", "methods.rtn"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
@@ -68,7 +76,14 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "rich": ("console",),
     "matplotlib": ("plot",),
 }
-TORCH_SIDE = {"harness": ("lm_eval", "datasets")}
+TORCH_SIDE = {
+    "harness": ("lm_eval", "datasets"),
+    "methods.fakequant": ("torch",),
+    "methods.blocks": ("torch", "transformers"),
+    "methods.calibrated": ("torch",),
+    "methods.gptq": ("torch",),
+    "methods.qronos": ("torch",),
+}
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
     "torch", "torchao", "transformers", "lm_eval", "datasets", "accelerate", "peft", "trl", "executorch",

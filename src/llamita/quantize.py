@@ -1,14 +1,14 @@
 """From a float checkpoint to a packed directory, module by module and in pieces of rows.
 
 `quantize` reads top to bottom as the whole pipeline; `RoundedSource` gives the same numbers without a
-directory. A method begins with model and scheme and gives the rounded rows of each module (`METHODS`).
+directory. A chain of methods begins with the whole model and gives the rounded rows of each module.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import import_module
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from llamita.checkpoint import (
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import sha256_file
+from llamita.methods import chain as chains
+from llamita.methods.chain import Chain, RoundModule, parse_chain
+from llamita.methods.setup import Progress, Setup
 from llamita.packed import FORMAT, layout, tensor_bytes
 from llamita.packed_writer import (
     SHARD_BYTES,
@@ -42,12 +45,10 @@ from llamita.packed_writer import (
     write_config,
     write_metadata,
 )
+from llamita.resume import kept_work
 from llamita.scheme import QuantScheme
-from llamita.staging import check_space, staged
+from llamita.staging import check_space, check_target, staged
 
-METHODS = {"rtn": "llamita.methods.rtn:begin"}
-RoundModule = Callable[[str], Iterator[Any]]  # a module's name to its rounded rows, in pieces
-Progress = Callable[[str, int, int], None] | None
 _ROWS = 1024  # rows of a float table copied at a time
 _SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
 _WORST = 5  # layers named in summary and card
@@ -139,6 +140,7 @@ def quantize(
     out: Path,
     scheme: QuantScheme,
     method: str = "rtn",
+    setup: Setup | None = None,
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -148,6 +150,8 @@ def quantize(
 
     Args:
         source_name: what the user called the source; it is recorded, a local directory by its whole path.
+        method: a chain such as "rtn" or "spinquant+gptq+tune".
+        setup: what methods that look at activations need.
         overwrite: replace an `out` that llamita made.
 
     Raises:
@@ -156,22 +160,39 @@ def quantize(
         RunError: disk full, no permission, or a file cannot be read.
     """
     began = time.perf_counter()
-    begin = find_method(method)
+    chain, setup = parse_chain(method), replace(setup or Setup(), progress=progress)
     recorded, shown = _names(source, source_name)
     companions = find_companions(source.path)
-    plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype, shard_bytes)
-    with staged(out, overwrite, source.path) as directory:
+    make_plan(source.config, scheme, lambda name: source.info(name).dtype)  # does it fit?
+    check_target(out, overwrite, source.path)
+    record = _source_record(source, recorded, progress)
+    with _work(out, chain, scheme, record, setup) as work, staged(out, overwrite, source.path) as directory:
+        setup = replace(setup, work=work)
+        changed = chains.transform(source, chain, setup)
+        plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes)
         check_space(out, plan.file_bytes + _SMALL_FILES)
-        record = _source_record(source, recorded, progress)
-        files, sums = _write_weights(directory, source, scheme, begin(source, scheme), shard_bytes, progress)
+        round_module = chains.begin(changed, scheme, chain, setup)
+        files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, sums)
-        files["config.json"] = write_config(directory, source.hf_config, scheme)
+        files["config.json"] = write_config(directory, changed.hf_config, scheme)
         files |= copy_companions(source.path, directory, companions)
-        card = model_card(CardFacts(shown, source.path, scheme, method, __version__, plan.source_bytes,
+        card = model_card(CardFacts(shown, source.path, scheme, str(chain), __version__, plan.source_bytes,
                                     plan.tensor_bytes, summary.relative_error, summary.worst()))  # fmt: skip
         files["README.md"] = write_bytes(directory / "README.md", card.encode())
-        write_metadata(directory, _metadata(scheme, method, record, summary, files))
+        write_metadata(directory, _metadata(scheme, chain, setup, record, summary, files))
     return summary
+
+
+def _work(
+    out: Path, chain: Chain, scheme: QuantScheme, source: dict[str, Any], setup: Setup
+) -> AbstractContextManager[Path | None]:
+    """Where the run keeps what it has finished; nowhere where that takes no time."""
+    if not chain.needs_calibration:
+        return nullcontext()
+    calibration = setup.calibration.record() if setup.calibration else None
+    return kept_work(out, {"llamita": __version__, "source": source, "scheme": scheme.to_dict(),
+                           "method": str(chain), "settings": setup.settings, "seed": setup.seed,
+                           "calibration": calibration})  # fmt: skip
 
 
 def _names(source: Checkpoint, name: str) -> tuple[str, str]:
@@ -192,14 +213,6 @@ def _names(source: Checkpoint, name: str) -> tuple[str, str]:
     except UnicodeEncodeError:
         raise InputError(f"{recorded!r}: expected a path in UTF-8; try renaming the directory") from None
     return recorded, shown
-
-
-def find_method(name: str) -> Callable[[Checkpoint, QuantScheme], RoundModule]:
-    """The function of this method, imported on use."""
-    if name not in METHODS:
-        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}")
-    module, function = METHODS[name].split(":")
-    return getattr(import_module(module), function)
 
 
 def _write_weights(
@@ -279,18 +292,20 @@ def _source_record(source: Checkpoint, name: str, progress: Progress) -> dict[st
 
 
 def _metadata(
-    scheme: QuantScheme, method: str, source: dict[str, Any], summary: Summary, files: FileTable
-) -> dict[str, Any]:
+    scheme: QuantScheme, chain: Chain, setup: Setup, source: dict[str, Any], summary: Summary,
+    files: FileTable,
+) -> dict[str, Any]:  # fmt: skip
     """llamita.json but for its own hash; docs/format.md says what each key means."""
+    measured = chain.needs_calibration
     return {
         "format": FORMAT,
         "llamita": __version__,
         "scheme": scheme.to_dict(),
-        "method": method,
-        "settings": {},
-        "seed": None,
+        "method": str(chain),
+        "settings": setup.settings,
+        "seed": setup.seed if measured else None,
         "rotations": [],
-        "calibration": None,
+        "calibration": setup.calibration.record() if measured and setup.calibration else None,
         "source": source,
         "float_layers": summary.plan.float_layers,
         "error": {"relative": summary.relative_error, "mean_squared": summary.mean_squared_error,
@@ -300,13 +315,19 @@ def _metadata(
 
 
 class RoundedSource:
-    """A checkpoint rounded as it is read, with the codes and scales that `quantize` would write."""
+    """A checkpoint rounded as it is read, with the codes and scales that `quantize` would write.
 
-    def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme, method: str = "rtn") -> None:
+    Methods that look at activations round all of it at once, when it is made.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, scheme: QuantScheme, method: str = "rtn", setup: Setup | None = None
+    ) -> None:
+        chain, setup = parse_chain(method), setup or Setup()
         make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
         self.path, self.config, self.scheme = checkpoint.path, checkpoint.config, scheme
-        self._checkpoint = checkpoint
-        self._round = find_method(method)(checkpoint, scheme)
+        self._checkpoint = chains.transform(checkpoint, chain, setup)
+        self._round = chains.begin(self._checkpoint, scheme, chain, setup)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
         """A linear layer as `Int4Weight`; a table as `Int8Weight`, or float where the scheme says so."""

@@ -7,43 +7,67 @@ from typing import Annotated, Any
 import typer
 
 from llamita import console
+from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError
 from llamita.files import has
+from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
+from llamita.methods.setup import Setup
 from llamita.packed import METADATA
 from llamita.plan import describe
-from llamita.quantize import METHODS, Plan, Summary, estimate, make_plan, quantize
+from llamita.quantize import Plan, Summary, estimate, make_plan, quantize
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
+from llamita.staging import check_target
 from llamita.threads import use_threads
+from llamita.tokenizer import Tokenizer
 
 _PRESETS = ", ".join(PRESETS)
+_METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
+
+
+# The options, each with what `--help` says of it.
+_Src = Annotated[
+    str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a hub name, or 'embedded'.")
+]
+_Out = Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")]
+_Preset = Annotated[str, typer.Option(help=f"The scheme: {_PRESETS}.")]
+_GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
+_Method = Annotated[str, typer.Option(help=f"How weights are rounded: {_METHODS}; or several joined by +.")]
+_Scales = Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")]
+_Text = Annotated[
+    str, typer.Option(metavar="TEXT", help="For methods that look at activations: a text file, or 'self'.")
+]
+_Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
+_Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
+_Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
+_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def command(
-    src: Annotated[
-        str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a hub name, or 'embedded'.")
-    ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")] = None,
-    preset: Annotated[str, typer.Option(help=f"The scheme: {_PRESETS}.")] = "llamita",
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")
-    ] = None,
-    method: Annotated[str, typer.Option(help=f"How weights are rounded: {', '.join(METHODS)}.")] = "rtn",
-    scales: Annotated[
-        str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    src: _Src,
+    out: _Out = None,
+    preset: _Preset = "llamita",
+    group_size: _GroupSize = None,
+    method: _Method = "rtn",
+    scales: _Scales = None,
+    calibration: _Text = "self",
+    samples: _Samples = 128,
+    length: _Length = 512,
+    seed: _Seed = 0,
+    dry_run: _DryRun = False,
+    overwrite: _Overwrite = False,
+    threads: _Threads = None,
+    json: _Json = False,
 ) -> None:
     """Turn a Llama checkpoint into a 4-bit model: rounded, packed, verified by hashes, licence included.
 
     Example: llamita quantize meta-llama/Llama-3.2-1B-Instruct -o llama-1b-4bit --preset llama3.2
     """
     scheme = make_scheme(preset, group_size, scales)
-    if method not in METHODS:
-        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+    chain = parse_chain(method)
     use_threads(threads)
     if dry_run:
         _dry_run(src, scheme, json)
@@ -53,14 +77,27 @@ def command(
     path = resolve(src)
     if has(path, METADATA):
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
+    check_target(out, overwrite, path)  # before a text is written
     source = Checkpoint(path)
     with console.progress(quiet=json) as progress:
-        summary = quantize(source, src, out, scheme, method, overwrite=overwrite, progress=progress)
+        setup = _setup(source, chain, (calibration, samples, length), seed)
+        summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:
         console.print_json(_summary_values(summary, scheme))
     else:
         _print_summary(summary, scheme)
+
+
+def _setup(source: Checkpoint, chain: Chain, text: tuple[str, int, int], seed: int) -> Setup:
+    """What the chain needs; `text` is the calibration's name, samples and length."""
+    if not chain.needs_calibration:
+        return Setup(seed=seed)
+    name, samples, length = text
+    if length > source.config.context:
+        raise InputError(f"--length: expected at most {source.config.context} tokens, got {length}")
+    tokenizer = Tokenizer(source.path, source.config)
+    return Setup(load_calibration(name, source, tokenizer, samples, length, seed), seed)
 
 
 def _dry_run(src: str, scheme: QuantScheme, json: bool) -> None:

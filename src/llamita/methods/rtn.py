@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita import _native
-from llamita.affine import F32, to_f32
+from llamita.affine import F32, dequantize, to_f32
 from llamita.checkpoint import Checkpoint, check_finite, table_names
 from llamita.errors import InputError
 from llamita.methods.energy import check_energy, input_importance, pieces_of
@@ -30,7 +30,10 @@ class RoundedRows:
     energy: float
 
 
-def begin(source: Checkpoint, scheme: QuantScheme) -> Callable[[str], Iterator[RoundedRows]]:
+RoundModule = Callable[[str], Iterator[RoundedRows]]  # a module's name to its rounded rows, in pieces
+
+
+def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
     """Round to nearest for this model: the function that gives the rounded rows of a module by its name."""
     importance = input_importance(source) if scheme.scale_rule == "weighted" else {}
     return lambda name: _round_module(source, scheme, name, importance.get(name))
@@ -50,7 +53,7 @@ def _round_module(
     bits, group_size = (8, columns) if is_table else (4, scheme.group_size)
     for start, piece in pieces_of(weights):
         try:
-            codes, scales, error = _native.round_weights(piece, bits, group_size, _rule(scheme), importance)
+            codes, scales, error = _native.round_weights(piece, bits, group_size, rule_of(scheme), importance)
         except ValueError as problem:
             check_finite(f"{name}.weight", piece, start)
             raise InputError(f"{name}.weight: {problem}") from None
@@ -66,7 +69,15 @@ def _sums(name: str, piece: np.ndarray, first_row: int, error: np.ndarray) -> tu
     return float(error.sum()), float(energy)
 
 
-def _rule(scheme: QuantScheme) -> str:
+def errors_of(piece: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> tuple[float, float]:
+    """Σ(w - ŵ)² and Σw² of rows of weights, codes (rows, columns) and scales (rows, groups)."""
+    values = to_f32(piece)
+    lost = values - dequantize(codes, scales)
+    return tuple(float(np.einsum("ij,ij->i", x, x).sum(dtype=np.float64)) for x in (lost, values))  # type: ignore[return-value]
+
+
+def rule_of(scheme: QuantScheme) -> str:
+    """The native rule of a scheme's scales."""
     if scheme.scale_rule == "torchao":
         return "torchao" if scheme.scale_dtype == "float32" else "torchao_bf16"
     return "search"

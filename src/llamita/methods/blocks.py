@@ -1,0 +1,165 @@
+"""One decoder layer at a time in float32: transformers' own modules, taken in the four steps of calibration.
+
+The steps are the groups of linear layers that read the same input; each can be asked for that input, so
+that a group can be rounded while those before it in the block already are. A block that stands for the
+quantized model rounds the activations in front of every linear layer, as the engine does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from llamita import _native
+from llamita.affine import dequantize, to_f32
+from llamita.checkpoint import check_finite
+from llamita.config import ModelConfig
+from llamita.methods.rtn import rule_of
+from llamita.scheme import QuantScheme
+
+STEPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+Activations = Callable[[Tensor], Tensor]
+
+
+def llama_config(config: ModelConfig) -> LlamaConfig:
+    """The architecture as transformers says it."""
+    rope = config.rope
+    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        parameters["factor"] = rope.factor
+    if rope.kind == "llama3":
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor,
+                       "original_max_position_embeddings": rope.original_context}  # fmt: skip
+    trained = rope.original_context if rope.kind in ("linear", "dynamic") else config.context
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_dim,
+        max_position_embeddings=trained, rms_norm_eps=config.norm_eps, rope_parameters=parameters,
+        attention_bias=config.attention_bias, mlp_bias=config.mlp_bias,
+    )  # fmt: skip
+    llama._attn_implementation = "sdpa"
+    return llama
+
+
+def rotary_tables(config: LlamaConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, each (1, length, head_dim)."""
+    embedding = LlamaRotaryEmbedding(config)
+    return embedding(torch.zeros(1), torch.arange(length)[None])
+
+
+def embed(source: Any, tokens: np.ndarray, scheme: QuantScheme | None) -> Tensor:
+    """Hidden states before the first block, (samples, length, hidden) float32.
+
+    Args:
+        tokens: int32 (samples, length).
+        scheme: rounds the table as the quantized model's is, where it has bits for it; None for floats.
+    """
+    used, places = np.unique(tokens, return_inverse=True)
+    rows = source.weight("model.embed_tokens")[used]
+    if scheme is not None and scheme.table_bits:
+        codes, scales, _ = _native.round_weights(rows, 8, rows.shape[1], rule_of(scheme), None)
+        rows = dequantize(codes, scales)
+    table = torch.from_numpy(np.ascontiguousarray(to_f32(rows)))
+    return table[torch.from_numpy(places.reshape(tokens.shape))]
+
+
+class Block:
+    """A decoder layer. `before` and `middle` are hidden states (samples, length, hidden) of the residual
+    stream at its beginning and between attention and MLP.
+
+    Attributes:
+        linears: its linear layers by their name within the block, weights (outputs, inputs) float32.
+    """
+
+    def __init__(
+        self, source: Any, config: LlamaConfig, index: int, rotary: tuple[Tensor, Tensor],
+        activations: Activations | None = None, online: Activations | None = None,
+    ) -> None:  # fmt: skip
+        """Layer `index` of the source.
+
+        Args:
+            activations: what happens to every input of a linear layer; None for nothing.
+            online: what a rotated model does to the inputs of down_proj before that.
+
+        Raises:
+            InputError: weights that are not finite.
+        """
+        self.name = f"model.layers.{index}"
+        with torch.device("meta"):  # the weights follow: nothing is drawn, nothing takes memory twice
+            self.layer: Any = LlamaDecoderLayer(config, 0).eval()
+        self.linears: dict[str, Any] = {
+            name: self.layer.get_submodule(name) for step in STEPS for name in step
+        }
+        for name, linear in self.linears.items():
+            self.set_weight(name, _weight(source, f"{self.name}.{name}"))
+            bias = source.bias(f"{self.name}.{name}")
+            linear.bias = None if bias is None else _parameter(torch.from_numpy(bias.copy()))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            vector = source.vector(f"{self.name}.{norm}.weight")
+            self.layer.get_submodule(norm).weight = _parameter(torch.from_numpy(np.array(vector, np.float32)))
+        self.layer.self_attn.o_proj = nn.Identity()  # attention ends before it: its input is asked for
+        self._rotary = rotary
+        self._activations = activations or _same
+        self._online = online or _same
+
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Replace a linear layer's weight, (outputs, inputs) float32."""
+        self.linears[name].weight = _parameter(weight)
+
+    def weight(self, name: str) -> Tensor:
+        """A linear layer's weight, (outputs, inputs) float32."""
+        return self.linears[name].weight.detach()
+
+    def inputs(self, step: int, before: Tensor, middle: Tensor | None = None) -> Tensor:
+        """What the linear layers of a step read, activations rounded: (samples, length, inputs).
+
+        Args:
+            middle: not needed for the two steps of attention.
+        """
+        layer = self.layer
+        if step < 2:
+            x = self._activations(layer.input_layernorm(before))
+            if step == 0:
+                return x
+            return self._activations(layer.self_attn(x, position_embeddings=self._rotary)[0])
+        x = self._activations(layer.post_attention_layernorm(middle))
+        if step == 2:
+            return x
+        gated = layer.mlp.act_fn(self.linears["mlp.gate_proj"](x)) * self.linears["mlp.up_proj"](x)
+        return self._activations(self._online(gated))
+
+    def after_attention(self, before: Tensor) -> Tensor:
+        """The residual stream between attention and MLP."""
+        return before + self.linears["self_attn.o_proj"](self.inputs(1, before))
+
+    def after_mlp(self, middle: Tensor) -> Tensor:
+        """The residual stream at the end."""
+        return middle + self.linears["mlp.down_proj"](self.inputs(3, middle, middle))
+
+    def __call__(self, before: Tensor) -> Tensor:
+        """The whole block, differentiable in `before` and in whatever stands for its weights."""
+        return self.after_mlp(self.after_attention(before))
+
+
+def _weight(source: Any, name: str) -> Tensor:
+    stored = source.weight(name)
+    check_finite(f"{name}.weight", stored)
+    return torch.from_numpy(np.array(to_f32(stored), np.float32))
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

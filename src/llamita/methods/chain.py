@@ -1,0 +1,124 @@
+"""A method is a chain: `equalize+spinquant+qronos+tune`.
+
+First transforms, which change the float weights and keep the function, then one rounding method ("rtn"
+where none is named), then tuning. Registries name functions as "module:function", imported on use: the
+calibrated ones need Torch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+from llamita.errors import InputError, RunError
+from llamita.methods.setup import Setup
+from llamita.scheme import QuantScheme
+
+RoundModule = Callable[[str], Iterator[Any]]  # a module's name to its rounded rows, in pieces
+
+# transform(source, setup) -> a source of the same function
+TRANSFORMS = {
+    "equalize": "llamita.methods.equalize:transform",
+    "spinquant": "llamita.methods.spinquant:transform",
+}
+# rtn: begin(source, scheme) -> RoundModule; others: method(settings) -> `methods.calibrated.LayerMethod`
+METHODS = {
+    "rtn": "llamita.methods.rtn:begin",
+    "gptq": "llamita.methods.gptq:method",
+    "qronos": "llamita.methods.qronos:method",
+}
+TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated.TuneBlock`
+CALIBRATED = "llamita.methods.calibrated:begin"
+_NEED_NO_TEXT = ("rtn", "equalize")
+_STAGES = {**{name: i for i, name in enumerate(TRANSFORMS)}, **dict.fromkeys(METHODS, len(TRANSFORMS)),
+           **dict.fromkeys(TUNINGS, len(TRANSFORMS) + 1)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Names of methods in the order in which they act."""
+
+    transforms: tuple[str, ...]
+    rounding: str
+    tuning: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them; "rtn" only where nothing else would be left."""
+        rounding = () if self.rounding == "rtn" and (self.transforms or self.tuning) else (self.rounding,)
+        return (*self.transforms, *rounding, *([self.tuning] if self.tuning else []))
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether weights are rounded block by block, on hidden states."""
+        return self.rounding != "rtn" or self.tuning is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some method looks at activations."""
+        return any(name not in _NEED_NO_TEXT for name in self.names)
+
+    def __str__(self) -> str:
+        return "+".join(self.names)
+
+
+def parse_chain(text: str) -> Chain:
+    """The chain that a user wrote.
+
+    Raises:
+        InputError: an unknown name, two methods of one stage, or a wrong order.
+    """
+    names = [name.strip() for name in text.split("+")]
+    for name in names:
+        if name not in _STAGES:
+            known = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
+            raise InputError(f"--method: expected one of {known}, or several joined by +, got {name!r}")
+    for before, after in pairwise(names):
+        if _STAGES[before] == _STAGES[after]:
+            both = ", ".join(METHODS) if before in METHODS else before
+            raise InputError(f"--method: expected at most one of {both}, got {text!r}")
+    ordered = sorted(names, key=lambda name: _STAGES[name])
+    if ordered != names:
+        raise InputError(f"--method: expected another order, got {text!r}; try {'+'.join(ordered)}")
+    rounding = next((name for name in names if name in METHODS), "rtn")
+    tuning = next((name for name in names if name in TUNINGS), None)
+    return Chain(tuple(name for name in names if name in TRANSFORMS), rounding, tuning)
+
+
+def transform(source: Any, chain: Chain, setup: Setup) -> Any:
+    """The source after the chain's transforms.
+
+    Raises:
+        RunError: a package of the Torch side is missing.
+    """
+    for name in chain.transforms:
+        source = _entry(name, TRANSFORMS[name])(source, setup)
+    return source
+
+
+def begin(source: Any, scheme: QuantScheme, chain: Chain, setup: Setup) -> RoundModule:
+    """The function that gives the rounded rows of a module by its name, transforms having been made.
+
+    Raises:
+        RunError: a package of the Torch side is missing.
+    """
+    rounding = _entry(chain.rounding, METHODS[chain.rounding])
+    if not chain.is_blockwise:
+        return rounding(source, scheme)
+    tune = _entry(chain.tuning, TUNINGS[chain.tuning]) if chain.tuning else None
+    layer_method = None if chain.rounding == "rtn" else rounding(setup.settings)
+    return _entry(str(chain), CALIBRATED)(source, scheme, setup, layer_method, tune)
+
+
+def _entry(name: str, entry: str) -> Any:
+    module, function = entry.split(":")
+    try:
+        return getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "llamita":
+            raise
+        raise RunError(
+            f"--method {name}: expected the package {error.name}, found none; try pip install "
+            "'llamita[torch]' (in a checkout '.[torch]'), or --method rtn, which needs none"
+        ) from None

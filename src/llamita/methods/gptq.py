@@ -1,0 +1,111 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323) with static groups and activation order.
+
+The error of a layer's output is tr(E H Eᵀ), E = W - Q, H = mean of x xᵀ. With H = V Vᵀ, V upper triangular,
+it is ‖E V‖², and column k of E V depends on columns up to k alone: so each weight is rounded where
+w_k + Σ_{i<k} e_i V_ik / V_kk stands, which is GPTQ without the inverse of H. Scales are chosen before.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita import _native
+from llamita.methods.calibrated import LayerMethod, Layers, Rounded
+from llamita.methods.rtn import rule_of
+from llamita.scheme import QuantScheme
+
+DAMPING = 0.01  # of the mean energy, added to every input's
+_LEAST = 1e-3  # of the mean energy: no input is given up when scales are searched
+_LEAF = 32  # columns that are rounded one by one between products of matrices
+
+
+def method(settings: dict[str, Any]) -> LayerMethod:
+    """GPTQ as a method of the chain."""
+    damping = settings.get("gptq.damping", DAMPING)
+    return LayerMethod(lambda layers, scheme: round_layers(layers, scheme, damping))
+
+
+def round_layers(layers: Layers, scheme: QuantScheme, damping: float = DAMPING) -> dict[str, Rounded]:
+    """Codes and scales of layers that share an input."""
+    weights = torch.cat(list(layers.weights.values()))  # (outputs, inputs)
+    return round_target(layers, weights, scheme, damping)
+
+
+def round_target(
+    layers: Layers, target: Tensor, scheme: QuantScheme, damping: float
+) -> dict[str, Rounded]:  # fmt: skip
+    """Codes and scales nearest to `target` (all outputs, inputs), one matrix above the other."""
+    scales = search_scales(target, layers.hessian.diagonal(), scheme)
+    codes = round_columns(target, torch.from_numpy(scales), layers.hessian, damping).numpy()
+    rounded, start = {}, 0
+    for name, weight in layers.weights.items():
+        rows = slice(start, start + len(weight))
+        rounded[name] = Rounded(np.ascontiguousarray(codes[rows]), scales[rows])
+        start = rows.stop
+    return rounded
+
+
+def search_scales(weights: Tensor, energy: Tensor, scheme: QuantScheme) -> np.ndarray:
+    """Scales (outputs, groups) float32 by the scheme's rule, squared errors weighted by measured energies."""
+    rule = rule_of(scheme)
+    importance = (energy / energy.mean()).clamp(min=_LEAST).float().numpy() if rule == "search" else None
+    _, scales, _ = _native.round_weights(
+        np.ascontiguousarray(weights.numpy()), 4, scheme.group_size, rule, importance
+    )
+    return scales
+
+
+def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: float) -> Tensor:
+    """Codes int8 (outputs, inputs) of least error by GPTQ's greedy rule, inputs of most energy first.
+
+    Args:
+        target: (outputs, inputs) float32.
+        scales: (outputs, groups) float32.
+        hessian: (inputs, inputs), mean of x xᵀ; an input that was always 0 is rounded to nearest.
+    """
+    inputs = target.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    weights = target.T[order].contiguous()  # (inputs, outputs)
+    column_scales = scales.T[order // (inputs // scales.shape[1])].contiguous()
+    feedback = feedback_matrix(hessian[order][:, order], damping)
+    codes = torch.empty_like(weights)
+    _round_range(0, inputs, weights, weights.clone(), column_scales, 1 / column_scales, feedback, codes)
+    result = torch.empty_like(target, dtype=torch.int8)
+    result[:, order] = codes.T.to(torch.int8)
+    return result
+
+
+def feedback_matrix(hessian: Tensor, damping: float) -> Tensor:
+    """V_ik / V_kk of H + damping = V Vᵀ, V upper triangular; (inputs, inputs) float32."""
+    damped = hessian.double()
+    energy = damped.diagonal()
+    dead = energy == 0
+    energy += damping * float(energy.mean())
+    energy[dead] = 1
+    # V Vᵀ = H is L Lᵀ of H with rows and columns in reverse.
+    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    upper = lower.flip(0, 1)
+    return (upper / upper.diagonal()).float()
+
+
+def _round_range(
+    start: int, stop: int, weights: Tensor, targets: Tensor, scales: Tensor, reciprocals: Tensor,
+    feedback: Tensor, codes: Tensor,
+) -> None:  # fmt: skip
+    """Round inputs [start, stop); all matrices (inputs, outputs). `targets` then holds their errors.
+
+    By halves: what the errors of the first half do to the second is one product of matrices.
+    """
+    if stop - start > _LEAF:
+        middle = (start + stop) // 2
+        _round_range(start, middle, weights, targets, scales, reciprocals, feedback, codes)
+        targets[middle:stop].addmm_(feedback[start:middle, middle:stop].T, targets[start:middle])
+        _round_range(middle, stop, weights, targets, scales, reciprocals, feedback, codes)
+        return
+    for k in range(start, stop):
+        code = codes[k]
+        torch.mul(targets[k], reciprocals[k], out=code).round_().clamp_(-8, 7)
+        torch.addcmul(weights[k], code, scales[k], value=-1, out=targets[k])  # the error
+        targets[k + 1 : stop].addr_(feedback[k, k + 1 : stop], targets[k])

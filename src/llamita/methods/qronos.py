@@ -1,0 +1,49 @@
+"""GPTQ that also makes up for what earlier rounding did to the inputs (after GPTAQ, arXiv 2504.02692, and
+Qronos, arXiv 2505.11695).
+
+What counts is ‖R_f + W X_f - R_q - Q X_q‖²: float inputs X_f, those of the quantized model X_q, and the
+residual streams R to which some layers add. Completing the square, that is GPTQ's objective around
+W* = W + [W (X_f - X_q) X_qᵀ + (R_f - R_q) X_qᵀ] (X_q X_qᵀ + λI)⁻¹, plus a constant; each correction is taken
+at a strength found by measurement, for a sample says only so much of the expectation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamita.methods.calibrated import LayerMethod, Layers, Rounded
+from llamita.methods.gptq import DAMPING, round_target
+from llamita.scheme import QuantScheme
+
+STRENGTH = 0.5  # of the correction for inputs
+RESIDUAL = 0.5  # of the correction for the residual stream
+RIDGE = 0.01  # λ in means of the inputs' energy
+
+
+def method(settings: dict[str, Any]) -> LayerMethod:
+    """The corrected GPTQ as a method of the chain."""
+    damping = settings.get("gptq.damping", DAMPING)
+    strength = settings.get("qronos.strength", STRENGTH)
+    residual = settings.get("qronos.residual", RESIDUAL)
+    ridge = settings.get("qronos.ridge", RIDGE)
+
+    def round_layers(layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
+        target = corrected_target(layers, strength, residual, ridge)
+        return round_target(layers, target, scheme, damping)
+
+    return LayerMethod(round_layers, needs_cross=True)
+
+
+def corrected_target(layers: Layers, strength: float, residual: float, ridge: float) -> Tensor:
+    """W* of these layers, one above the other: (all outputs, inputs) float32."""
+    weights = torch.cat(list(layers.weights.values()))
+    assert layers.cross is not None
+    missing = strength * (weights @ layers.cross)  # (outputs, inputs)
+    if layers.residual is not None:
+        missing += residual * layers.residual
+    damped = layers.hessian.double()
+    damped.diagonal().add_(ridge * float(damped.diagonal().mean()))
+    lower = torch.linalg.cholesky(damped)
+    correction = torch.cholesky_solve(missing.T.double(), lower).T
+    return weights + correction.float()

@@ -1,0 +1,51 @@
+"""What methods that look at activations begin with: text, seed, room, and settings of their own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Progress = Callable[[str, int, int], None] | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tokens on which a method measures what the layers see.
+
+    Attributes:
+        name: the text's, as the user called it.
+        sha256: of the tokens' bytes, in hexadecimal.
+        tokens: int32 (samples, length); samples do not see each other.
+    """
+
+    name: str
+    sha256: str
+    tokens: np.ndarray
+
+    def record(self) -> dict[str, Any]:
+        """What llamita.json says of it."""
+        samples, length = self.tokens.shape
+        return {"name": self.name, "sha256": self.sha256, "samples": samples, "length": length}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a chain of methods may use.
+
+    Attributes:
+        calibration: None where no method of the chain needs one.
+        seed: of everything that a method draws.
+        work: a directory where finished blocks are kept, so that a killed run can go on; None keeps nothing.
+        memory: bytes that hidden states may take in RAM; above, they lie in mapped files.
+        settings: of single methods, by names such as "tune.steps"; each has its defaults.
+        progress: told what is being worked on, done and total.
+    """
+
+    calibration: Calibration | None = None
+    seed: int = 0
+    work: Path | None = None
+    memory: int = 2**30
+    settings: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = None

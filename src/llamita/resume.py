@@ -1,0 +1,77 @@
+"""Where a long run keeps what it has finished: `.NAME.work` beside the directory that it makes.
+
+A run that is killed leaves it; the next run with the same settings goes on from there, one with others
+starts anew. A lock, which ends with its process, keeps two runs apart.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from llamita.errors import RunError
+
+_SETTINGS = "settings.json"
+
+
+@contextmanager
+def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """The work directory of `out`; it goes when the block ends well, or if nothing was finished in it.
+
+    Args:
+        settings: whatever decides the result, as JSON values; other settings discard what is there.
+
+    Raises:
+        RunError: another run is at work there.
+    """
+    work = out.parent / f".{out.name}.work"
+    work.mkdir(exist_ok=True)
+    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _take(lock, work)
+        _prepare(work, json.dumps(settings, sort_keys=True, indent=1))
+        try:
+            yield work
+        except BaseException:
+            if not any(path.name != _SETTINGS for path in work.iterdir()):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, work: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{work}: expected to be alone here, got another run; try another --out") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def _prepare(work: Path, settings: str) -> None:
+    """Keep what is there if it was made with these settings; half-written files go in any case."""
+    known = work / _SETTINGS
+    with suppress(OSError, UnicodeDecodeError):
+        if known.read_text("utf-8") == settings:
+            for partial in work.glob("*.partial"):
+                partial.unlink()
+            return
+    for path in work.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_whole(known, settings.encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, whatever happens."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
