@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.calibrated", "methods.gptq", "methods.qronos"),
+     "methods.calibrated", "methods.gptq", "methods.qronos", "methods.tune"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -45,6 +45,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     ),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
     "methods.qronos": ("methods.calibrated", "methods.gptq"),
+    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
@@ -83,6 +84,7 @@ TORCH_SIDE = {
     "methods.calibrated": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),
+    "methods.tune": ("torch",),
 }
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
