@@ -6,22 +6,22 @@ entry, "module:function", is imported on use and is no import in this sense.
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
-    ("errors", "scheme", "config"),
+    ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub", "statistics",
-     "wikitext", "shapes", "machine"),
+     "wikitext", "shapes", "machine", "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.calibrated", "methods.gptq", "methods.qronos", "methods.tune"),
+     "methods.streams", "methods.online", "methods.calibrated", "methods.gptq", "methods.qronos"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
     # 5: questions about models
-    ("calibration", "evaluate", "baseline", "harness", "plan", "verify", "work", "speed", "bench_report",
-     "bench_worker", "bench", "plot"),
+    ("calibration", "needs", "evaluate", "baseline", "harness", "plan", "verify", "work", "speed",
+     "bench_report", "bench_worker", "bench", "plot"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.generate", "commands.chat", "commands.inspect",
      "commands.verify", "commands.plan", "commands.bench"),
@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 SIBLINGS: dict[str, tuple[str, ...]] = {
     "scheme": ("errors",),
     "config": ("errors",),
+    "rotations": ("errors",),
     "threads": ("_native",),
     "tensorfile": ("files",),
     "hub": ("files",),
@@ -42,10 +43,11 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.blocks": ("methods.rtn",),
     "methods.calibrated": (
         "methods.blocks", "methods.energy", "methods.fakequant", "methods.rtn", "methods.setup",
+        "methods.online", "methods.streams",
     ),
+    "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
     "methods.qronos": ("methods.calibrated", "methods.gptq"),
-    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
@@ -81,10 +83,11 @@ TORCH_SIDE = {
     "harness": ("lm_eval", "datasets"),
     "methods.fakequant": ("torch",),
     "methods.blocks": ("torch", "transformers"),
+    "methods.streams": ("torch",),
     "methods.calibrated": ("torch",),
+    "methods.online": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),
-    "methods.tune": ("torch",),
 }
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (

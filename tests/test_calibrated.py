@@ -1,6 +1,11 @@
 """Blocks in steps against transformers' own model, and chains of methods from end to end."""
 
 import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +16,39 @@ from tiny import make_checkpoint
 
 import llamita
 import llamita.packing
-from llamita.affine import dequantize, quantize_activations
+from llamita import _native
+from llamita.affine import dequantize, quantize_activations, to_f32
 from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint, resolve
-from llamita.errors import InputError
-from llamita.methods.chain import parse_chain
+from llamita.errors import InputError, RunError
+from llamita.hadamard import fast_hadamard
+from llamita.methods.chain import begin, parse_chain
 from llamita.methods.setup import Calibration, Setup
+from llamita.needs import expected_memory, expected_work
 from llamita.packed import PackedModel
-from llamita.quantize import RoundedSource
+from llamita.quantize import RoundedSource, quantize
+from llamita.resume import kept_work
+from llamita.rotations import Rotations
 from llamita.scheme import make_scheme
 from llamita.verify import verify
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 blocks = pytest.importorskip("llamita.methods.blocks")
+calibrated = pytest.importorskip("llamita.methods.calibrated")
 fakequant = pytest.importorskip("llamita.methods.fakequant")
 
 TEXT = (Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt").read_text("utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine threads wait for each other longer than they work on models this small."""
+    before = _native.threads()
+    _native.set_threads(1)
+    torch.set_num_threads(1)
+    yield
+    _native.set_threads(before)
 
 
 def tokens_of(source: Checkpoint, samples: int = 3, length: int = 40, seed: int = 0) -> np.ndarray:
@@ -82,7 +103,17 @@ def test_a_chain_from_end_to_end(tmp_path: Path, method: str) -> None:
     make_checkpoint(tmp_path / "src")
     (tmp_path / "text").write_text(TEXT[:4000])
     out = tmp_path / "out"
-    options = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--json")
+    options = (
+        "--calibration",
+        tmp_path / "text",
+        "--samples",
+        "4",
+        "--length",
+        "64",
+        "--threads",
+        "1",
+        "--json",
+    )
     assert run("quantize", tmp_path / "src", "-o", out, "--method", method, *options) == 0
     assert verify(out).problems == []
     metadata = json.loads((out / "llamita.json").read_text())
@@ -125,6 +156,183 @@ def test_the_rounded_stream_is_what_the_engine_computes() -> None:
     ours = llm.logits(tokens)
     assert np.abs(ours - logits).mean() < 0.02 * np.abs(logits).mean()
     assert (ours.argmax(axis=1) == logits.argmax(axis=1)).mean() > 0.95
+
+
+class Rotated:
+    """A checkpoint whose down_proj expects rotated inputs: the same function with R4 online."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.rotations = Rotations(("R4",), checkpoint.config.intermediate_size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def weight(self, name: str) -> np.ndarray:
+        weight = to_f32(self._checkpoint.weight(name))
+        return fast_hadamard(weight) if name.endswith("down_proj") else weight
+
+
+def test_online_rotations_are_part_of_both_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Checkpoint(make_checkpoint(tmp_path))
+    setup, kept = setup_of(source), []
+
+    def keep(store: Any, index: int, after: dict[str, Any], layers: Any) -> None:
+        kept.append(after)
+        original(store, index, after, layers)
+
+    original = calibrated.Store.keep
+    monkeypatch.setattr(calibrated.Store, "keep", keep)
+    for which in (source, Rotated(source)):
+        begin(which, make_scheme("llama3.2"), parse_chain("qronos"), setup)
+    plain, rotated = kept[1], kept[3]
+    torch.testing.assert_close(plain["float"], rotated["float"], atol=1e-4, rtol=1e-4)
+    lost = (plain["quantized"] - plain["float"]).norm()
+    assert (rotated["quantized"] - rotated["float"]).norm() < 2 * lost
+
+
+# ---- killed and resumed ---------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a signal that no program can handle."""
+
+
+@pytest.mark.parametrize(("method", "every"), [("gptq", 3), ("qronos", 4)])
+@pytest.mark.parametrize("memory", [2**30, 1])
+def test_a_run_that_was_cut_off_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, every: int, memory: int
+) -> None:
+    """Cut off again and again; hidden states in RAM and in mapped files give the same bytes."""
+    source = Checkpoint(make_checkpoint(tmp_path / "src", num_hidden_layers=3))
+    setup, scheme = setup_of(source), make_scheme("llama3.2")
+    quantize(source, "x", tmp_path / "whole", scheme, method, setup)
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    setup, rename = replace(setup, memory=memory), Path.rename
+    left, cuts = [0], 0
+
+    def cut_off(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", cut_off)
+    while not (tmp_path / "out").exists():
+        left[0] = every
+        try:
+            quantize(source, "x", tmp_path / "out", scheme, method, setup)
+        except Killed:
+            cuts += 1
+    assert cuts > 2
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    assert_nothing_is_left(tmp_path, "src", "whole", "out")
+
+
+def killed_at_random(tmp_path: Path, kills: int) -> None:
+    """Start a run again and again, each killed at some moment; what at last comes is as if unharmed."""
+    source = Checkpoint(make_checkpoint(tmp_path / "src", num_hidden_layers=3))
+    setup, scheme = setup_of(source), make_scheme("llama3.2")
+    fork, rng, done = multiprocessing.get_context("fork"), np.random.default_rng(0), 0
+    began = time.perf_counter()
+    quantize(source, "x", tmp_path / "whole", scheme, "qronos", setup)
+    seconds = time.perf_counter() - began
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    while done < kills:
+        child = fork.Process(target=quantize, args=(source, "x", tmp_path / "out", scheme, "qronos", setup))
+        child.start()
+        child.join(rng.uniform(0, seconds))
+        if child.is_alive():
+            child.kill()
+            done += 1
+        child.join()
+        if (tmp_path / "out").exists():
+            assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+            shutil.rmtree(tmp_path / "out")
+    quantize(source, "x", tmp_path / "out", scheme, "qronos", setup)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    assert_nothing_is_left(tmp_path, "src", "whole", "out")
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
+    killed_at_random(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_goes_on(tmp_path: Path) -> None:
+    killed_at_random(tmp_path, 20)
+
+
+def test_two_runs_to_one_place_keep_apart(tmp_path: Path) -> None:
+    with kept_work(tmp_path / "out", {"a": 1}) as work:
+        (work / "block-0000.npz").write_bytes(b"kept")
+        with pytest.raises(RunError, match="another run"), kept_work(tmp_path / "out", {"a": 1}):
+            pass
+        assert (work / "block-0000.npz").exists()
+
+
+def test_finished_blocks_are_not_rounded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the settings differ."""
+    source = Checkpoint(make_checkpoint(tmp_path / "src"))
+    setup, scheme = setup_of(source), make_scheme("llama3.2")
+    done: list[int] = []
+
+    def round_block(run: Any, index: int, *rest: Any) -> Any:
+        if done == [0]:
+            raise Killed
+        done.append(index)
+        return original(run, index, *rest)
+
+    original = calibrated._round_block
+    monkeypatch.setattr(calibrated, "_round_block", round_block)
+    with pytest.raises(Killed):
+        quantize(source, "x", tmp_path / "out", scheme, "gptq", setup)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".work")] == [".out.work"]
+    done.append(-1)
+    quantize(source, "x", tmp_path / "out", scheme, "gptq", setup)
+    assert done == [0, -1, 1]
+    done[:] = [0]
+    with pytest.raises(Killed):
+        quantize(source, "x", tmp_path / "other", scheme, "gptq", setup)
+    assert_nothing_is_left(tmp_path, "src", "out")  # nothing was finished
+    done.clear()
+    with pytest.raises(Killed):
+        quantize(source, "x", tmp_path / "other", scheme, "gptq", setup)
+    done.append(-1)
+    quantize(source, "x", tmp_path / "other", scheme, "gptq", replace(setup, settings={"gptq.damping": 0.1}))
+    assert done == [0, -1, 0, 1]
+
+
+# ---- time and memory ------------------------------------------------------------------------------
+
+
+def test_time_and_memory_are_announced_and_memory_is_told(tmp_path: Path, capsys: Any) -> None:
+    make_checkpoint(tmp_path / "src")
+    (tmp_path / "text").write_text(TEXT[:4000])
+    text = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--threads", "1")
+    assert run("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq", *text) == 0
+    captured = capsys.readouterr()
+    assert "of memory to expect" in captured.err
+    assert "memory" in captured.out
+    assert run("quantize", tmp_path / "src", "--dry-run", "--method", "gptq", "--json", *text) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert run("quantize", tmp_path / "src", "--dry-run", "--json", *text) == 0
+    plain = json.loads(capsys.readouterr().out)
+    for key in ("seconds_estimate", "memory_bytes_estimate"):
+        assert values[key] > plain[key]
+
+
+def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:
+    config = Checkpoint(resolve("embedded")).config
+    chains = {name: parse_chain(name) for name in ("gptq", "qronos")}
+    setup = Setup(memory=100 * 2**20)
+    short, longer = (expected_memory(config, chains["gptq"], setup, n, 512) for n in (16, 32))
+    assert longer - short == 2 * 4 * 16 * 512 * config.hidden_size
+    assert expected_memory(config, chains["gptq"], setup, 4096, 512) < short  # in files
+    both = expected_memory(config, chains["qronos"], setup, 16, 512)
+    assert both > short + 2 * 4 * 16 * 512 * config.hidden_size
+    work = [expected_work(config, chain, 16, 512) for chain in chains.values()]
+    assert work[0] < work[1] < 4 * work[0]
 
 
 # ---- chains ---------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from llamita.checkpoint import (
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import sha256_file
+from llamita.machine import MemoryWatch
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, RoundModule, parse_chain
 from llamita.methods.setup import Progress, Setup
@@ -52,9 +53,6 @@ from llamita.staging import check_space, check_target, staged
 _ROWS = 1024  # rows of a float table copied at a time
 _SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
 _WORST = 5  # layers named in summary and card
-_BASE_MEMORY = 110e6  # bytes: Python, NumPy and the pieces being rounded, as measured
-_HASH_RATE = 1e9  # bytes read, hashed and written in a second, roughly
-_PROBE_ROWS, _PROBE_COLUMNS = 512, 2048
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Summary:
-    """What quantizing made: the plan, the time, and the error of every module as Σ(w - ŵ)² / Σw²."""
+    """What quantizing made: the plan, seconds, bytes of memory at the peak without pages of files (0 where it
+    was not watched), and the error of every module as Σ(w - ŵ)² / Σw²."""
 
     out: Path
     plan: Plan
     seconds: float
+    memory: int
     mean_squared_error: float
     relative_error: float
     errors: dict[str, float]
@@ -166,14 +166,16 @@ def quantize(
     make_plan(source.config, scheme, lambda name: source.info(name).dtype)  # does it fit?
     check_target(out, overwrite, source.path)
     record = _source_record(source, recorded, progress)
-    with _work(out, chain, scheme, record, setup) as work, staged(out, overwrite, source.path) as directory:
+    watch = MemoryWatch() if chain.needs_calibration else None
+    kept = _work(out, chain, scheme, record, setup)
+    with watch or nullcontext(), kept as work, staged(out, overwrite, source.path) as directory:
         setup = replace(setup, work=work)
         changed = chains.transform(source, chain, setup)
         plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes)
         check_space(out, plan.file_bytes + _SMALL_FILES)
         round_module = chains.begin(changed, scheme, chain, setup)
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
-        summary = _summarize(out, plan, time.perf_counter() - began, sums)
+        summary = _summarize(out, plan, time.perf_counter() - began, watch.peak if watch else 0, sums)
         files["config.json"] = write_config(directory, changed.hf_config, scheme)
         files |= copy_companions(source.path, directory, companions)
         card = model_card(CardFacts(shown, source.path, scheme, str(chain), __version__, plan.source_bytes,
@@ -269,12 +271,15 @@ def stored_scales(scales: np.ndarray, scheme: QuantScheme) -> np.ndarray:
     return scales if scheme.scale_dtype == "float32" else f32_to_bf16(scales)
 
 
-def _summarize(out: Path, plan: Plan, seconds: float, sums: dict[str, tuple[float, float, int]]) -> Summary:
+def _summarize(
+    out: Path, plan: Plan, seconds: float, memory: int, sums: dict[str, tuple[float, float, int]]
+) -> Summary:
     error, energy, count = (sum(values) for values in zip(*sums.values(), strict=True))
     return Summary(
         out=out,
         plan=plan,
         seconds=seconds,
+        memory=memory,
         mean_squared_error=error / count,
         relative_error=error / energy if energy else 0.0,
         errors={name: e / w if w else 0.0 for name, (e, w, _) in sums.items()},
@@ -359,16 +364,3 @@ class RoundedSource:
     def close(self) -> None:
         """Unmap the files."""
         self._checkpoint.close()
-
-
-def estimate(plan: Plan, scheme: QuantScheme) -> tuple[float, float]:
-    """Seconds and bytes of memory to expect of `quantize` here, from rounding a small matrix."""
-    sample = np.random.default_rng(0).standard_normal((_PROBE_ROWS, _PROBE_COLUMNS), np.float32)
-    rule = "torchao" if scheme.scale_rule == "torchao" else "search"
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        _native.round_weights(sample, 4, scheme.group_size, rule, None)
-        best = min(best, time.perf_counter() - began)
-    seconds = plan.rounded_weights * best / sample.size + (plan.source_bytes + plan.file_bytes) / _HASH_RATE
-    return seconds, _BASE_MEMORY

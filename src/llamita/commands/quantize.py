@@ -13,9 +13,10 @@ from llamita.errors import InputError
 from llamita.files import has
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
 from llamita.methods.setup import Setup
+from llamita.needs import estimate
 from llamita.packed import METADATA
 from llamita.plan import describe
-from llamita.quantize import Plan, Summary, estimate, make_plan, quantize
+from llamita.quantize import Plan, Summary, make_plan, quantize
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.staging import check_target
 from llamita.threads import use_threads
@@ -70,7 +71,7 @@ def command(
     chain = parse_chain(method)
     use_threads(threads)
     if dry_run:
-        _dry_run(src, scheme, json)
+        _dry_run(src, scheme, chain, (samples, length), json)
         return
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
@@ -81,6 +82,7 @@ def command(
     source = Checkpoint(path)
     with console.progress(quiet=json) as progress:
         setup = _setup(source, chain, (calibration, samples, length), seed)
+        _announce(source, scheme, chain, setup)
         summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
     source.close()
     if json:
@@ -100,12 +102,22 @@ def _setup(source: Checkpoint, chain: Chain, text: tuple[str, int, int], seed: i
     return Setup(load_calibration(name, source, tokenizer, samples, length, seed), seed)
 
 
-def _dry_run(src: str, scheme: QuantScheme, json: bool) -> None:
+def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> None:
+    """What will be needed, where it is more than moments and little memory."""
+    if chain.is_blockwise and setup.calibration is not None:
+        plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype)
+        samples, length = setup.calibration.tokens.shape
+        seconds, memory = estimate(plan, scheme, source.config, chain, setup, samples, length)
+        console.note(f"{chain}: about {seconds:,.0f} s and {console.megabytes(memory)} of memory to expect")
+
+
+def _dry_run(src: str, scheme: QuantScheme, chain: Chain, text: tuple[int, int], json: bool) -> None:
+    """`text` is the calibration's samples and length."""
     model = describe(src)
     if model.scheme is not None:
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
     plan = make_plan(model.config, scheme, model.float_dtype)
-    seconds, memory = estimate(plan, scheme)
+    seconds, memory = estimate(plan, scheme, model.config, chain, Setup(), *text)
     if json:
         expected = {"seconds_estimate": seconds, "memory_bytes_estimate": memory}
         console.print_json({"dry_run": True, "scheme": scheme.to_dict(), **asdict(plan), **expected})
@@ -132,7 +144,8 @@ def _print_summary(summary: Summary, scheme: QuantScheme) -> None:
     rows = [*_plan_rows(summary.plan, scheme), ["mean squared error", f"{summary.mean_squared_error:.3e}"],
             ["relative squared error", f"{summary.relative_error:.3e}"],
             *([f"  worst: {name}", f"{error:.3e}"] for name, error in summary.worst()),
-            ["time", f"{summary.seconds:,.1f} s"]]  # fmt: skip
+            ["time", f"{summary.seconds:,.1f} s"],
+            *([["memory", console.megabytes(summary.memory)]] if summary.memory else [])]  # fmt: skip
     console.print_table(f"{summary.out}", ["what", "figure"], rows)
     console.note(f"try: llamita chat {summary.out}")
 
@@ -144,6 +157,7 @@ def _summary_values(summary: Summary, scheme: QuantScheme) -> dict[str, Any]:
         **asdict(summary.plan),
         "ratio": summary.plan.ratio,
         "seconds": summary.seconds,
+        "memory_bytes": summary.memory,
         "mean_squared_error": summary.mean_squared_error,
         "relative_error": summary.relative_error,
         "worst_layers": dict(summary.worst()),

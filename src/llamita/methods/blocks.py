@@ -74,8 +74,7 @@ def embed(source: Any, tokens: np.ndarray, scheme: QuantScheme | None) -> Tensor
 
 
 class Block:
-    """A decoder layer. `before` and `middle` are hidden states (samples, length, hidden) of the residual
-    stream at its beginning and between attention and MLP.
+    """A decoder layer, weights and hidden states in float32.
 
     Attributes:
         linears: its linear layers by their name within the block, weights (outputs, inputs) float32.
@@ -120,19 +119,20 @@ class Block:
         """A linear layer's weight, (outputs, inputs) float32."""
         return self.linears[name].weight.detach()
 
-    def inputs(self, step: int, before: Tensor, middle: Tensor | None = None) -> Tensor:
+    def inputs(self, step: int, states: Tensor) -> Tensor:
         """What the linear layers of a step read, activations rounded: (samples, length, inputs).
 
         Args:
-            middle: not needed for the two steps of attention.
+            states: the residual stream at the block's beginning, or for the last two steps between
+                attention and MLP; (samples, length, hidden).
         """
         layer = self.layer
         if step < 2:
-            x = self._activations(layer.input_layernorm(before))
+            x = self._activations(layer.input_layernorm(states))
             if step == 0:
                 return x
             return self._activations(layer.self_attn(x, position_embeddings=self._rotary)[0])
-        x = self._activations(layer.post_attention_layernorm(middle))
+        x = self._activations(layer.post_attention_layernorm(states))
         if step == 2:
             return x
         gated = layer.mlp.act_fn(self.linears["mlp.gate_proj"](x)) * self.linears["mlp.up_proj"](x)
@@ -144,7 +144,7 @@ class Block:
 
     def after_mlp(self, middle: Tensor) -> Tensor:
         """The residual stream at the end."""
-        return middle + self.linears["mlp.down_proj"](self.inputs(3, middle, middle))
+        return middle + self.linears["mlp.down_proj"](self.inputs(3, middle))
 
     def __call__(self, before: Tensor) -> Tensor:
         """The whole block, differentiable in `before` and in whatever stands for its weights."""

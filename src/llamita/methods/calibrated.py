@@ -6,7 +6,7 @@ that share an input are rounded in order, each on inputs that the groups before 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +21,14 @@ from llamita.methods import rtn
 from llamita.methods.blocks import STEPS, Block, embed, llama_config, rotary_tables
 from llamita.methods.energy import pieces_of
 from llamita.methods.fakequant import quantize_activations
+from llamita.methods.online import online_transform
 from llamita.methods.rtn import RoundedRows
 from llamita.methods.setup import Setup
+from llamita.methods.streams import Store
 from llamita.packing import unpack_int4
 from llamita.scheme import QuantScheme
 
+_PANEL = 1024  # inputs of a Hessian that are taken at a time
 _BATCH_TOKENS = 2048  # in a forward pass at a time: the widest inputs of a 1B model then take 64 MB
 
 
@@ -105,12 +108,9 @@ class TuneBlock(Protocol):
     def __call__(self, block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[str, Rounded]: ...
 
 
-@dataclass
-class _Streams:
-    """Hidden states (samples, length, hidden): quantized, and float where a method compares with it."""
-
-    quantized: Tensor
-    floats: Tensor | None = None
+Streams = dict[
+    str, Tensor
+]  # "quantized", and "float" where a method compares with it; (samples, length, hidden)
 
 
 @dataclass
@@ -120,17 +120,21 @@ class _Run:
     setup: Setup
     method: LayerMethod | None  # None rounds to nearest
     tune: TuneBlock | None
-    results: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # packed codes, scales
+    to_nearest: rtn.RoundModule
 
     @property
-    def needs_floats(self) -> bool:
-        return self.tune is not None or (self.method is not None and self.method.needs_cross)
+    def kinds(self) -> tuple[str, ...]:
+        """The streams that the methods look at."""
+        compares = self.tune is not None or (self.method is not None and self.method.needs_cross)
+        return ("quantized", "float") if compares else ("quantized",)
 
 
 def begin(
     source: Any, scheme: QuantScheme, setup: Setup, method: LayerMethod | None, tune: TuneBlock | None
 ) -> rtn.RoundModule:
     """Round every block, then give the rounded rows of any module by its name; tables to nearest.
+
+    Blocks that an earlier run with this work directory has finished are not rounded again.
 
     Args:
         method: None rounds to nearest, for tuning.
@@ -140,118 +144,131 @@ def begin(
     """
     if setup.calibration is None:
         raise InputError("--calibration: expected a text, got none; try --calibration self")
-    run = _Run(source, scheme, setup, method, tune)
-    to_nearest = rtn.begin(source, scheme)
-    with torch.no_grad():
-        _round_blocks(run, to_nearest)
-    linears = linear_names(source.config)
-    return lambda name: _rows(run, name) if name in linears else to_nearest(name)
-
-
-def _round_blocks(run: _Run, to_nearest: rtn.RoundModule) -> None:
-    assert run.setup.calibration is not None
     torch.set_num_threads(_native.threads())
-    tokens = run.setup.calibration.tokens
-    config = llama_config(run.source.config)
+    to_nearest = rtn.begin(source, scheme)
+    run = _Run(source, scheme, setup, method, tune, to_nearest)
+    with torch.no_grad():
+        store = _round_blocks(run, setup.calibration.tokens)
+    linears = linear_names(source.config)
+    return lambda name: _rows(source, store, name) if name in linears else to_nearest(name)
+
+
+def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
+    source, count = run.source, run.source.config.layers
+    store = Store(run.setup, (*tokens.shape, source.config.hidden_size), run.kinds)
+    config, rotations = llama_config(source.config), getattr(source, "rotations", None)
+    online = None if rotations is None else online_transform(rotations)
     rotary = rotary_tables(config, tokens.shape[1])
-    streams = _Streams(embed(run.source, tokens, run.scheme))
-    if run.needs_floats:
-        streams.floats = embed(run.source, tokens, None)
-    for index in range(run.source.config.layers):
-        block = Block(run.source, config, index, rotary, quantize_activations)
-        floats = Block(run.source, config, index, rotary) if run.needs_floats else None
-        streams = _round_block(run, index, block, floats, streams, to_nearest)
+    first = store.finished()
+    if first == count:
+        return store
+    if first:
+        streams = {kind: store.load(kind, first) for kind in run.kinds}
+    else:
+        streams = {kind: _embedded(run, store, kind, tokens) for kind in run.kinds}
+    for index in range(first, count):
+        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations, online)}
+        if "float" in streams:
+            blocks["float"] = Block(source, config, index, rotary, online=online)
+        after = {kind: store.new(kind, index + 1) for kind in streams}
+        rounded = _round_block(run, index, blocks, streams, after)
+        layers = {name: (_native.codes_to_packed(r.codes), r.scales) for name, r in rounded.items()}
+        store.keep(index, after, layers)
+        streams = after
+    return store
+
+
+def _embedded(run: _Run, store: Store, kind: str, tokens: np.ndarray) -> Tensor:
+    """A stream in front of the first block."""
+    states = store.new(kind, 0)
+    for part in _batches(states):
+        states[part] = embed(run.source, tokens[part], run.scheme if kind == "quantized" else None)
+    return states
 
 
 def _round_block(
-    run: _Run, index: int, block: Block, floats: Block | None, before: _Streams, to_nearest: rtn.RoundModule
-) -> _Streams:
-    """The streams behind the block; its codes and scales go to `run.results`."""
-    rounded: dict[str, Rounded] = {}
-    weights = {f"{block.name}.{name}": block.weight(name) for step in STEPS for name in step}
-    middle = before
+    run: _Run, index: int, blocks: dict[str, Block], before: Streams, after: Streams
+) -> dict[str, Rounded]:
+    """Codes and scales of a block's layers; `after` is filled with the streams behind it."""
+    block, rounded = blocks["quantized"], {}
+    weights = {f"{block.name}.{name}": block.weight(name) for names in STEPS for name in names}
     for step, names in enumerate(STEPS):
         _report(run, index, step, names[-1])
         if step == 2:
-            middle = _advance(block, floats, before, Block.after_attention)
-        group = {f"{block.name}.{name}": weights[f"{block.name}.{name}"] for name in names}
+            _advance(blocks, Block.after_attention, before, after)
+        group = {name: weights[name] for name in (f"{block.name}.{name}" for name in names)}
         if run.method is None:
-            new = {name: _nearest(to_nearest, name) for name in group}
+            new = {name: _nearest(run.to_nearest, name) for name in group}
         else:
-            layers = _measure(run.method, step, block, floats, before, middle, group)
+            layers = _measure(step, blocks, before, after, group, run.method.needs_cross)
             new = run.method.round_layers(layers, run.scheme)
-        for name, layer in new.items():
-            block.set_weight(name.removeprefix(f"{block.name}."), torch.from_numpy(layer.values()))
+        _set_weights(block, new)
         rounded |= new
-    after = _advance(block, floats, middle, Block.after_mlp)
+    _advance(blocks, Block.after_mlp, after, after)
     if run.tune is not None:
-        assert after.floats is not None
-        rounded = run.tune(
-            RoundedBlock(index, block, weights, rounded, before.quantized, after.floats),
-            run.scheme, run.setup,
-        )  # fmt: skip
-        for name, layer in rounded.items():
-            block.set_weight(name.removeprefix(f"{block.name}."), torch.from_numpy(layer.values()))
-        after.quantized = _through(block, before.quantized)
-    run.results |= {name: (_native.codes_to_packed(r.codes), r.scales) for name, r in rounded.items()}
-    return after
+        _report(run, index, len(STEPS), "tuning")
+        whole = RoundedBlock(index, block, weights, rounded, before["quantized"], after["float"])
+        rounded = run.tune(whole, run.scheme, run.setup)
+        _set_weights(block, rounded)
+        _advance({"quantized": block}, Block.__call__, before, after)
+    return rounded
+
+
+def _set_weights(block: Block, rounded: dict[str, Rounded]) -> None:
+    for name, layer in rounded.items():
+        block.set_weight(name.removeprefix(f"{block.name}."), torch.from_numpy(layer.values()))
 
 
 def _measure(
-    method: LayerMethod, step: int, block: Block, floats: Block | None, before: _Streams, middle: _Streams,
-    weights: dict[str, Tensor],
+    step: int, blocks: dict[str, Block], before: Streams, middle: Streams, weights: dict[str, Tensor],
+    needs_cross: bool,
 ) -> Layers:  # fmt: skip
-    """What the layers of this step see, summed over batches."""
+    """What the layers of this step see; `middle` matters from step 2 on."""
     outputs, inputs = next(iter(weights.values())).shape
     layers = Layers(weights, torch.zeros(inputs, inputs))
-    adds_to_stream = step in (1, 3)
-    if method.needs_cross:
+    at = before if step < 2 else middle  # where the residual stream is that the step adds to
+    if needs_cross:
         layers.cross = torch.zeros(inputs, inputs)
-        layers.residual = torch.zeros(outputs, inputs) if adds_to_stream else None
-    for part in _batches(before.quantized):
-        x = block.inputs(step, before.quantized[part], middle.quantized[part]).flatten(0, 1)
-        layers.hessian.addmm_(x.T, x)
+        layers.residual = torch.zeros(outputs, inputs) if len(weights) == 1 else None
+    for part in _batches(before["quantized"]):
+        x = _inputs(blocks, "quantized", step, at, part)
+        add_products(layers.hessian, x)
         layers.tokens += len(x)
         if layers.cross is not None:
-            assert floats is not None
-            assert before.floats is not None
-            assert middle.floats is not None
-            x_f = floats.inputs(step, before.floats[part], middle.floats[part]).flatten(0, 1)
-            layers.cross.addmm_((x_f - x).T, x)
-            if layers.residual is not None:
-                at = before if step == 1 else middle
-                assert at.floats is not None
-                lost = (at.floats[part] - at.quantized[part]).flatten(0, 1)
-                layers.residual.addmm_(lost.T, x)
+            layers.cross.addmm_((_inputs(blocks, "float", step, at, part) - x).T, x)
+        if layers.residual is not None:
+            lost = at["float"][part] - at["quantized"][part]
+            layers.residual.addmm_(lost.flatten(0, 1).T, x)
+    layers.hessian.triu_().add_(layers.hessian.triu(1).T)
     for sums in (layers.hessian, layers.cross, layers.residual):
         if sums is not None:
             sums /= layers.tokens
     return layers
 
 
+def _inputs(blocks: dict[str, Block], kind: str, step: int, at: Streams, part: slice) -> Tensor:
+    """(tokens, inputs) of a step."""
+    return blocks[kind].inputs(step, at[kind][part]).flatten(0, 1)
+
+
+def add_products(hessian: Tensor, x: Tensor) -> None:
+    """Add xᵀx of x (tokens, inputs) to the upper triangle of `hessian`, in panels: half the products."""
+    for start in range(0, len(hessian), _PANEL):
+        stop = start + _PANEL
+        hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
 def _advance(
-    block: Block, floats: Block | None, streams: _Streams, step: Callable[[Block, Tensor], Tensor]
-) -> _Streams:
-    """Both streams after `step` of their blocks."""
-    after = _Streams(torch.empty_like(streams.quantized))
-    for part in _batches(streams.quantized):
-        after.quantized[part] = step(block, streams.quantized[part])
-    if floats is not None and streams.floats is not None:
-        after.floats = torch.empty_like(streams.floats)
-        for part in _batches(streams.floats):
-            after.floats[part] = step(floats, streams.floats[part])
-    return after
+    blocks: dict[str, Block], step: Callable[[Block, Tensor], Tensor], streams: Streams, after: Streams
+) -> None:
+    """Fill `after` with what `step` makes of the streams; it may be the same."""
+    for kind, block in blocks.items():
+        for part in _batches(streams[kind]):
+            after[kind][part] = step(block, streams[kind][part])
 
 
-def _through(block: Block, before: Tensor) -> Tensor:
-    after = torch.empty_like(before)
-    for part in _batches(before):
-        after[part] = block(before[part])
-    return after
-
-
-def _batches(stream: Tensor) -> Iterator[slice]:
-    samples, length, _ = stream.shape
+def _batches(states: Tensor) -> Iterator[slice]:
+    samples, length, _ = states.shape
     step = max(1, _BATCH_TOKENS // length)
     for start in range(0, samples, step):
         yield slice(start, start + step)
@@ -262,11 +279,10 @@ def _nearest(to_nearest: rtn.RoundModule, name: str) -> Rounded:
     return Rounded(np.concatenate([p.codes for p in pieces]), np.concatenate([p.scales for p in pieces]))
 
 
-def _rows(run: _Run, name: str) -> Iterator[RoundedRows]:
-    """A finished layer, with its error against the source's weights."""
-    packed, scales = run.results[name]
-    weights = run.source.weight(name)
-    for start, piece in pieces_of(weights):
+def _rows(source: Any, store: Store, name: str) -> Iterator[RoundedRows]:
+    """A finished layer in pieces, with its error against the source's weights."""
+    packed, scales = store.layer(name)
+    for start, piece in pieces_of(source.weight(name)):
         rows = slice(start, start + len(piece))
         codes = unpack_int4(packed[rows])
         yield RoundedRows(codes, scales[rows], *rtn.errors_of(piece, codes, scales[rows]))
@@ -274,6 +290,6 @@ def _rows(run: _Run, name: str) -> Iterator[RoundedRows]:
 
 def _report(run: _Run, index: int, step: int, name: str) -> None:
     if run.setup.progress:
-        layers = run.source.config.layers
-        what = f"block {index + 1} of {layers}: {name.rpartition('.')[2]}"
-        run.setup.progress(what, index * len(STEPS) + step, layers * len(STEPS))
+        count, steps = run.source.config.layers, len(STEPS) + (run.tune is not None)
+        what = f"block {index + 1} of {count}: {name.rpartition('.')[2]}"
+        run.setup.progress(what, index * steps + step, count * steps)

@@ -5,6 +5,7 @@ it is ‖E V‖², and column k of E V depends on columns up to k alone: so each
 w_k + Σ_{i<k} e_i V_ik / V_kk stands, which is GPTQ without the inverse of H. Scales are chosen before.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,7 @@ def round_layers(layers: Layers, scheme: QuantScheme, damping: float = DAMPING) 
     return round_target(layers, weights, scheme, damping)
 
 
-def round_target(
-    layers: Layers, target: Tensor, scheme: QuantScheme, damping: float
-) -> dict[str, Rounded]:  # fmt: skip
+def round_target(layers: Layers, target: Tensor, scheme: QuantScheme, damping: float) -> dict[str, Rounded]:
     """Codes and scales nearest to `target` (all outputs, inputs), one matrix above the other."""
     scales = search_scales(target, layers.hessian.diagonal(), scheme)
     codes = round_columns(target, torch.from_numpy(scales), layers.hessian, damping).numpy()
@@ -67,45 +66,64 @@ def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: floa
     """
     inputs = target.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    weights = target.T[order].contiguous()  # (inputs, outputs)
-    column_scales = scales.T[order // (inputs // scales.shape[1])].contiguous()
-    feedback = feedback_matrix(hessian[order][:, order], damping)
-    codes = torch.empty_like(weights)
-    _round_range(0, inputs, weights, weights.clone(), column_scales, 1 / column_scales, feedback, codes)
-    result = torch.empty_like(target, dtype=torch.int8)
-    result[:, order] = codes.T.to(torch.int8)
-    return result
+    weights = target.T[order]  # (inputs, outputs), in which every step reads and writes whole rows
+    loop = _Loop(
+        weights=weights,
+        targets=weights.clone(),
+        scales=scales.T.contiguous(),
+        reciprocals=1 / scales.T.contiguous(),
+        groups=(order // (inputs // scales.shape[1])).tolist(),
+        feedback=feedback_matrix(hessian[order][:, order], damping),
+        codes=torch.empty_like(weights),
+    )
+    _round_range(loop, 0, inputs)
+    codes = torch.empty(weights.shape, dtype=torch.int8)
+    codes[order] = loop.codes.to(torch.int8)
+    return codes.T.contiguous()
 
 
 def feedback_matrix(hessian: Tensor, damping: float) -> Tensor:
     """V_ik / V_kk of H + damping = V Vᵀ, V upper triangular; (inputs, inputs) float32."""
-    damped = hessian.double()
-    energy = damped.diagonal()
+    # V Vᵀ = H is L Lᵀ of H with rows and columns in reverse.
+    reverse = hessian.flip(0, 1).double()
+    energy = reverse.diagonal()
     dead = energy == 0
     energy += damping * float(energy.mean())
     energy[dead] = 1
-    # V Vᵀ = H is L Lᵀ of H with rows and columns in reverse.
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    upper = lower.flip(0, 1)
-    return (upper / upper.diagonal()).float()
+    lower = torch.linalg.cholesky(reverse)
+    lower /= lower.diagonal().clone()
+    return lower.float().flip(0, 1).contiguous()  # LAPACK's own order has columns together
 
 
-def _round_range(
-    start: int, stop: int, weights: Tensor, targets: Tensor, scales: Tensor, reciprocals: Tensor,
-    feedback: Tensor, codes: Tensor,
-) -> None:  # fmt: skip
-    """Round inputs [start, stop); all matrices (inputs, outputs). `targets` then holds their errors.
+@dataclass
+class _Loop:
+    """What the loop works on: inputs in the order in which they are rounded, (inputs, outputs) float32.
 
-    By halves: what the errors of the first half do to the second is one product of matrices.
+    Attributes:
+        targets: where the next weights should stand; of those that are rounded, their errors.
+        scales, reciprocals: (groups, outputs); `groups` has the group of every input.
     """
+
+    weights: Tensor
+    targets: Tensor
+    scales: Tensor
+    reciprocals: Tensor
+    groups: list[int]
+    feedback: Tensor
+    codes: Tensor
+
+
+def _round_range(loop: _Loop, start: int, stop: int) -> None:
+    """Round inputs [start, stop), by halves: what the errors of the first do to the second is one product."""
+    feedback, targets = loop.feedback, loop.targets
     if stop - start > _LEAF:
         middle = (start + stop) // 2
-        _round_range(start, middle, weights, targets, scales, reciprocals, feedback, codes)
+        _round_range(loop, start, middle)
         targets[middle:stop].addmm_(feedback[start:middle, middle:stop].T, targets[start:middle])
-        _round_range(middle, stop, weights, targets, scales, reciprocals, feedback, codes)
+        _round_range(loop, middle, stop)
         return
     for k in range(start, stop):
-        code = codes[k]
-        torch.mul(targets[k], reciprocals[k], out=code).round_().clamp_(-8, 7)
-        torch.addcmul(weights[k], code, scales[k], value=-1, out=targets[k])  # the error
+        group, code = loop.groups[k], loop.codes[k]
+        torch.mul(targets[k], loop.reciprocals[group], out=code).round_().clamp_(-8, 7)
+        torch.addcmul(loop.weights[k], code, loop.scales[group], value=-1, out=targets[k])  # the error
         targets[k + 1 : stop].addr_(feedback[k, k + 1 : stop], targets[k])

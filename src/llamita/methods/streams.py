@@ -1,0 +1,113 @@
+"""Where hidden states and finished blocks lie: in RAM, in mapped files above a limit, and kept for a run
+that goes on after this one was killed.
+
+Files of a work directory: `float-N.npy` and `quantized-N.npy`, the streams in front of block N, and
+`block-N.npz`, its codes and scales. A block counts once its last file is there, and each file appears whole.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita.methods.setup import Setup
+
+_FLOAT_BYTES = 4
+
+
+class Store:
+    """The hidden states of one or two streams in front of and behind a block, and what was rounded.
+
+    Attributes:
+        spills: whether hidden states lie in files.
+    """
+
+    def __init__(self, setup: Setup, shape: tuple[int, int, int], kinds: tuple[str, ...]) -> None:
+        """Hidden states of `shape` (samples, length, hidden) float32 for each kind, "quantized", "float"."""
+        self._shape, self._kinds = shape, kinds
+        bytes_of_all = 2 * len(kinds) * _FLOAT_BYTES * int(np.prod(shape))
+        self.spills = bytes_of_all > setup.memory
+        self._layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # where no directory keeps them
+        self._temporary = None
+        self._directory = setup.work
+        if self.spills and setup.work is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="llamita-")
+            self._directory = Path(self._temporary.name)
+
+    def finished(self) -> int:
+        """Number of blocks that an earlier run has finished, the first ones."""
+        count = 0
+        while self._directory is not None and self._file("block", count).exists():
+            count += 1
+        return count
+
+    def new(self, kind: str, index: int) -> Tensor:
+        """Room for the hidden states in front of block `index`."""
+        if not self.spills:
+            return torch.empty(self._shape)
+        path = _partial(self._file(kind, index))
+        return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.float32, self._shape))
+
+    def load(self, kind: str, index: int) -> Tensor:
+        """Hidden states that an earlier run kept."""
+        values = np.load(self._file(kind, index), mmap_mode="c")  # copied if written to, which nothing does
+        if self.spills:
+            return torch.from_numpy(values)
+        return torch.empty(self._shape).copy_(torch.from_numpy(values))  # in memory aligned as ever
+
+    def keep(
+        self, index: int, after: dict[str, Tensor], layers: dict[str, tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        """Block `index` is done: the streams behind it, and packed codes and scales of its layers by name."""
+        if self._directory is None:
+            self._layers |= layers
+            return
+        for kind, values in after.items():
+            path = self._file(kind, index + 1)
+            if self.spills:
+                _flush(_partial(path))
+                _partial(path).rename(path)
+            else:
+                _write(path, lambda file, values=values: np.save(file, values.numpy()))
+        arrays = {f"{name}.{i}": array for name, pair in layers.items() for i, array in enumerate(pair)}
+        _write(self._file("block", index), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
+        for kind in after:
+            self._file(kind, index).unlink(missing_ok=True)
+
+    def layer(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Packed codes and scales of a finished layer, by its full name."""
+        if self._directory is None:
+            return self._layers[name]
+        with np.load(self._file("block", int(name.split(".")[2]))) as arrays:
+            return arrays[f"{name}.0"], arrays[f"{name}.1"]
+
+    def _file(self, kind: str, index: int) -> Path:
+        assert self._directory is not None
+        return self._directory / f"{kind}-{index:04}.{'npz' if kind == 'block' else 'npy'}"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """A file that is there whole or not at all."""
+    with _partial(path).open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    _partial(path).rename(path)
+
+
+def _flush(path: Path) -> None:
+    """What was written through a mapping reaches the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

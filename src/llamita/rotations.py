@@ -1,0 +1,66 @@
+"""Rotations of a model as a plain value: which are in its weights, and what is left to do at run time.
+
+R1 rotates the residual stream and R2 the values of a head; both are merged into weights (SpinQuant, arXiv
+2405.16406). R4 is a Hadamard transform of down_proj's input and has to run online. Tied tables under R1 need
+one more product, `head_transform`. `docs/format.md` says how `llamita.json` lists them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llamita.errors import InputError
+
+NAMES = ("R1", "R2", "R4")  # in the order in which they are listed
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """What was rotated.
+
+    Attributes:
+        names: of NAMES, in their order.
+        r4_size: length of the online transform, the inputs of down_proj; None without R4.
+        head_transform: float32 (hidden, hidden) M; the head reads M·x of the final norm's output x. Only with
+            R1 and tied tables.
+    """
+
+    names: tuple[str, ...] = ()
+    r4_size: int | None = None
+    head_transform: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.names != tuple(name for name in NAMES if name in self.names):
+            raise InputError(f"rotations: expected some of {', '.join(NAMES)}, got {', '.join(self.names)}")
+        has_size = type(self.r4_size) is int and self.r4_size > 0
+        if has_size != ("R4" in self.names) or not (has_size or self.r4_size is None):
+            raise InputError(f"rotations: R4: size: expected a length with R4 alone, got {self.r4_size!r}")
+        transform = self.head_transform
+        if transform is not None and (
+            "R1" not in self.names or transform.ndim != 2 or transform.shape[0] != transform.shape[1]
+        ):
+            raise InputError(f"rotations: expected a square transform with R1, got {transform.shape}")
+
+    @property
+    def is_online(self) -> bool:
+        """Whether a runtime must do more than a plain Llama does."""
+        return self.r4_size is not None or self.head_transform is not None
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """As `llamita.json` lists them; `from_list` is the inverse but for the head's transform."""
+        sizes = {"R4": {"size": self.r4_size}}
+        return [{"name": name, **sizes.get(name, {})} for name in self.names]
+
+    @classmethod
+    def from_list(cls, values: Any, head_transform: np.ndarray | None = None) -> "Rotations":
+        """From the list of `llamita.json`; whatever is not known raises InputError."""
+        if not isinstance(values, list):
+            raise InputError(f"rotations: expected a list, got {repr(values)[:80]}")
+        size = None
+        for value in values:
+            keys = {"name", "size"} if isinstance(value, dict) and value.get("name") == "R4" else {"name"}
+            if not isinstance(value, dict) or set(value) != keys or value["name"] not in NAMES:
+                raise InputError(f"rotations: {repr(value)[:80]}: not known; try a newer llamita")
+            size = value.get("size", size)
+        return cls(tuple(value["name"] for value in values), size, head_transform)
