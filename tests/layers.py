@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.streams", "methods.online", "methods.calibrated", "methods.gptq", "methods.qronos"),
+     "methods.streams", "methods.online", "methods.calibrated", "methods.gptq", "methods.qronos", "methods.tune"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -48,6 +48,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn"),
     "methods.qronos": ("methods.calibrated", "methods.gptq"),
+    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
@@ -88,6 +89,7 @@ TORCH_SIDE = {
     "methods.online": ("torch",),
     "methods.gptq": ("torch",),
     "methods.qronos": ("torch",),
+    "methods.tune": ("torch",),
 }
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
