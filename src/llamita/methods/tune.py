@@ -7,7 +7,7 @@ Starts exactly at the given codes and scales, and keeps the best on held-out sam
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class TuneSettings:
     """Settings "tune.NAME" of a run; docs/methods.md has the measurements behind the defaults.
 
     Attributes:
-        steps: of the descent, in each block.
+        steps: of each of the two descents of a block: scales alone, then codes and scales.
         samples: of the calibration in a step.
         rate: the first step of a place, in hundredths of a code's distance; steps fall linearly to 0.
         scale_rate: the first step of a scale, in hundredths of its value.
@@ -73,12 +73,26 @@ class TuneSettings:
 
 
 def tune_block(block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[str, Rounded]:
-    """Codes and scales that bring the block's outputs nearer to the targets, by full module name."""
+    """Codes and scales that bring the block's outputs nearer to the targets, by full module name.
+
+    Scales first, then codes and scales: where a method has chosen the codes well, only the first may help.
+    """
     settings = TuneSettings.of(setup.settings)
+    rounded = block.rounded
+    for phase, rate in enumerate((0.0, settings.rate)):
+        random = np.random.default_rng([setup.seed, block.index, phase])
+        rounded = _tune(replace(block, rounded=rounded), scheme, replace(settings, rate=rate), random)
+    return rounded
+
+
+def _tune(
+    block: RoundedBlock, scheme: QuantScheme, settings: TuneSettings, random: np.random.Generator
+) -> dict[str, Rounded]:
+    """One descent; what it began with unless something measured better."""
     held_out = max(1, len(block.inputs) // settings.held_out)
     learned = len(block.inputs) - held_out or 1  # of a single sample both
     layers = [_Layer(block, name, scheme, settings) for name in block.rounded]
-    draws = _draws(learned, settings.samples, np.random.default_rng([setup.seed, block.index]))
+    draws = _draws(learned, settings.samples, random)
     best, kept = measure(block.block, block.inputs[-held_out:], block.targets[-held_out:]), None
     for step in range(settings.steps):
         _descend(block, layers, next(draws), step, settings)
@@ -170,20 +184,19 @@ class _Layer:
         factors: (outputs, groups), log of what the given scales are multiplied by.
     """
 
-    def __init__(
-        self, block: RoundedBlock, name: str, scheme: QuantScheme, settings: TuneSettings
-    ) -> None:
+    def __init__(self, block: RoundedBlock, name: str, scheme: QuantScheme, settings: TuneSettings) -> None:
         self.name, self._block, self._scheme = name, block.block, scheme
         self._linear = block.block.linears[name.removeprefix(f"{block.block.name}.")]
         given, weight = block.rounded[name], block.weights[name]
         self._scales = torch.from_numpy(given.scales).to(weight.device)
         codes = torch.from_numpy(given.codes).to(weight.device).float().reshape(*self._scales.shape, -1)
-        places = weight.reshape(codes.shape) / self._scales[..., None]
-        self.places = codes + settings.spread * (places - codes).clamp_(-_INSIDE, _INSIDE)
+        wanted = weight.reshape(codes.shape) / self._scales[..., None]
+        self.places = codes + settings.spread * (wanted - codes).clamp_(-_INSIDE, _INSIDE)
         self._low = (self.places - 0.5).clamp_(min=_LOWEST)
         self._high = (self.places + 0.5).clamp_(max=_HIGHEST)
         self.factors = torch.zeros_like(self._scales)
-        self._moments = _Adam(self.places), _Adam(self.factors)
+        self._place_moments = _Adam(self.places) if settings.rate else None
+        self._factor_moments = _Adam(self.factors)
         self._show()
 
     def _show(self) -> None:
@@ -203,9 +216,10 @@ class _Layer:
         """Move against the gradient of the weights, which rounding is taken to pass on unchanged."""
         codes, scales = self._codes(), self._stored_scales()
         gradient = self._linear.weight.grad.view_as(codes)
-        self._moments[1].step(self.factors, (gradient * codes).sum(-1) * scales, step, scale_rate)
-        self._moments[0].step(self.places, gradient.mul_(scales[..., None]), step, rate)
-        torch.clamp(self.places, self._low, self._high, out=self.places)
+        self._factor_moments.step(self.factors, (gradient * codes).sum(-1) * scales, step, scale_rate)
+        if self._place_moments is not None:
+            self._place_moments.step(self.places, gradient.mul_(scales[..., None]), step, rate)
+            torch.clamp(self.places, self._low, self._high, out=self.places)
         self._show()
 
     def rounded(self) -> Rounded:
