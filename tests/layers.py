@@ -15,7 +15,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "random_weights"),
     # 3: how codes and scales are chosen
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant", "methods.blocks",
-     "methods.streams", "methods.online", "methods.calibrated", "methods.gptq", "methods.qronos", "methods.tune"),
+     "methods.streams", "methods.online", "methods.calibrated", "methods.gptq", "methods.qronos",
+     "methods.tune"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights", "engine.model",
      "engine.prefixes", "engine.speculation", "engine.requests", "engine.scheduler", "engine.llm"),
@@ -46,9 +47,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
         "methods.online", "methods.streams",
     ),
     "methods.streams": ("methods.setup",),
-    "methods.gptq": ("methods.calibrated", "methods.rtn"),
-    "methods.qronos": ("methods.calibrated", "methods.gptq"),
-    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup"),
+    "methods.gptq": ("methods.calibrated", "methods.rtn", "methods.setup"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",

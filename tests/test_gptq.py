@@ -10,6 +10,7 @@ from tiny import make_checkpoint
 
 from llamita.affine import round_weights
 from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError
 from llamita.scheme import make_scheme
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
@@ -43,10 +44,11 @@ def hessian_of(x: np.ndarray) -> np.ndarray:
 
 
 def textbook(weights: np.ndarray, scales: np.ndarray, hessian: np.ndarray, damping: float) -> np.ndarray:
-    """Frantar et al. 2022, algorithm 1 without blocks, act-order and static groups: codes, all in float64."""
+    """Codes by algorithm 1 of Frantar et al. 2022 without blocks, with act-order, static groups and our
+    damping, all in float64."""
     order = np.argsort(-np.diag(hessian), kind="stable")
     w, h = weights[:, order].astype(np.float64), hessian[np.ix_(order, order)].copy()
-    h[np.diag_indices_from(h)] += damping * np.diag(h).mean()
+    h[np.diag_indices_from(h)] *= 1 + damping
     upper = np.linalg.cholesky(np.linalg.inv(h)).T  # inverse of h = upperᵀ upper
     codes = np.empty_like(w)
     for k in range(w.shape[1]):
@@ -101,6 +103,15 @@ def test_errors_are_in_the_order_that_is_known() -> None:
     _, plain, _ = round_weights(weights, 4, GROUP, "search")
     codes = gptq.round_columns(torch.from_numpy(weights), torch.from_numpy(plain), layers.hessian, 0.01)
     assert found["search"] < loss(weights, codes.numpy(), plain, hessian)
+
+
+def test_damping_knows_no_units() -> None:
+    """Inputs in other units, as beside an outlier: the same feedback, in these units."""
+    hessian = torch.from_numpy(hessian_of(problem()[1])).float()
+    units = 2.0 ** torch.arange(-8, 8).repeat(10)
+    plain = gptq.feedback_matrix(hessian, 0.1)
+    found = gptq.feedback_matrix(hessian * units[:, None] * units, 0.1)
+    torch.testing.assert_close(found, plain * units[:, None] / units, rtol=1e-4, atol=1e-6)
 
 
 def test_inputs_that_are_never_active_are_rounded_to_nearest() -> None:
@@ -169,6 +180,19 @@ def test_the_correction_brings_outputs_nearer_to_the_float_models() -> None:
         rounded = qronos.method(settings).round_layers(layers, scheme)["a"]
         found[strength] = np.square(wanted - x_q @ rounded.values().T.astype(np.float64)).sum()
     assert found[1.0] < found[0.5] < found[0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gptq.dampin": 0.1}, "--set gptq.dampin: expected one of damping"),
+        ({"gptq.damping": -1}, "--set gptq.damping: expected a number of at least 0, got -1"),
+        ({"qronos.ridge": "much"}, "--set qronos.ridge: expected a number of at least 0, got 'much'"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        qronos.method(settings)
 
 
 # ---- what is measured -----------------------------------------------------------------------------

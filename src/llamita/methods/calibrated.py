@@ -6,7 +6,7 @@ that share an input are rounded in order, each on inputs that the groups before 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -145,7 +145,9 @@ def begin(
     if setup.calibration is None:
         raise InputError("--calibration: expected a text, got none; try --calibration self")
     torch.set_num_threads(_native.threads())
-    to_nearest = rtn.begin(source, scheme)
+    # Measured energies replace the expected ones, which would take a pass over all weights.
+    expects = method is None or scheme.scale_rule != "weighted"
+    to_nearest = rtn.begin(source, scheme if expects else replace(scheme, scale_rule="search"))
     run = _Run(source, scheme, setup, method, tune, to_nearest)
     with torch.no_grad():
         store = _round_blocks(run, setup.calibration.tokens)

@@ -15,16 +15,18 @@ from torch import Tensor
 from llamita import _native
 from llamita.methods.calibrated import LayerMethod, Layers, Rounded
 from llamita.methods.rtn import rule_of
+from llamita.methods.setup import numbers_of
 from llamita.scheme import QuantScheme
 
-DAMPING = 0.01  # of the mean energy, added to every input's
+DAMPING = 0.05  # of its own energy, added to every input's: correlations are estimates
+SETTINGS = {"damping": DAMPING}
 _LEAST = 1e-3  # of the mean energy: no input is given up when scales are searched
 _LEAF = 32  # columns that are rounded one by one between products of matrices
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:
     """GPTQ as a method of the chain."""
-    damping = settings.get("gptq.damping", DAMPING)
+    damping = numbers_of(settings, "gptq", SETTINGS)["damping"]
     return LayerMethod(lambda layers, scheme: round_layers(layers, scheme, damping))
 
 
@@ -83,16 +85,23 @@ def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: floa
 
 
 def feedback_matrix(hessian: Tensor, damping: float) -> Tensor:
-    """V_ik / V_kk of H + damping = V Vᵀ, V upper triangular; (inputs, inputs) float32."""
-    # V Vᵀ = H is L Lᵀ of H with rows and columns in reverse.
-    reverse = hessian.flip(0, 1).double()
-    energy = reverse.diagonal()
-    dead = energy == 0
-    energy += damping * float(energy.mean())
-    energy[dead] = 1
-    lower = torch.linalg.cholesky(reverse)
-    lower /= lower.diagonal().clone()
-    return lower.float().flip(0, 1).contiguous()  # LAPACK's own order has columns together
+    """V_ik / V_kk of damped H = V Vᵀ, V upper triangular; (inputs, inputs) float32."""
+    matrix = hessian.flip(0, 1).double()  # V Vᵀ = H is L Lᵀ of H with rows and columns in reverse
+    del hessian  # of a wide layer each of these takes half a gigabyte
+    damp(matrix, damping)
+    matrix = torch.linalg.cholesky(matrix)
+    matrix /= matrix.diagonal().clone()
+    return matrix.float().flip(0, 1).contiguous()  # LAPACK's own order has columns together
+
+
+def damp(hessian: Tensor, damping: float) -> None:
+    """Add to the energy of every input a share of itself, in place; an input without any gets 1.
+
+    A share of the mean, as is usual, would drown most inputs where a few have nearly all the energy.
+    """
+    energy = hessian.diagonal()
+    energy *= 1 + damping
+    energy[energy == 0] = 1
 
 
 @dataclass

@@ -12,25 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamita.methods import gptq
 from llamita.methods.calibrated import LayerMethod, Layers, Rounded
-from llamita.methods.gptq import DAMPING, round_target
+from llamita.methods.setup import numbers_of
 from llamita.scheme import QuantScheme
 
-STRENGTH = 0.5  # of the correction for inputs
-RESIDUAL = 0.5  # of the correction for the residual stream
-RIDGE = 0.01  # λ in means of the inputs' energy
+SETTINGS = {
+    "strength": 0.5,  # of the correction for inputs
+    "residual": 0.5,  # of the correction for the residual stream
+    "ridge": 0.05,  # λ, as a share of the inputs' mean energy
+}
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:
     """The corrected GPTQ as a method of the chain."""
-    damping = settings.get("gptq.damping", DAMPING)
-    strength = settings.get("qronos.strength", STRENGTH)
-    residual = settings.get("qronos.residual", RESIDUAL)
-    ridge = settings.get("qronos.ridge", RIDGE)
+    damping = numbers_of(settings, "gptq", gptq.SETTINGS)["damping"]
+    own = numbers_of(settings, "qronos", SETTINGS)
 
     def round_layers(layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
-        target = corrected_target(layers, strength, residual, ridge)
-        return round_target(layers, target, scheme, damping)
+        target = corrected_target(layers, own["strength"], own["residual"], own["ridge"])
+        return gptq.round_target(layers, target, scheme, damping)
 
     return LayerMethod(round_layers, needs_cross=True)
 
@@ -43,6 +44,8 @@ def corrected_target(layers: Layers, strength: float, residual: float, ridge: fl
     if layers.residual is not None:
         missing += residual * layers.residual
     damped = layers.hessian.double()
+    # A share of the mean, not of each input's own energy: a rare input would get a large weight by chance,
+    # and its group a large scale.
     damped.diagonal().add_(ridge * float(damped.diagonal().mean()))
     lower = torch.linalg.cholesky(damped)
     correction = torch.cholesky_solve(missing.T.double(), lower).T

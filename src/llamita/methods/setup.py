@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llamita.errors import InputError
+
+Numbers = dict[str, float]
 Progress = Callable[[str, int, int], None] | None
 
 
@@ -49,3 +52,19 @@ class Setup:
     memory: int = 2**30
     settings: dict[str, Any] = field(default_factory=dict)
     progress: Progress = None
+
+
+def numbers_of(settings: dict[str, Any], method: str, defaults: Numbers) -> Numbers:
+    """A method's settings, "NAME" for "method.NAME", each at least 0; those not given as in `defaults`.
+
+    Raises:
+        InputError: a setting that the method does not have, or one that is no such number.
+    """
+    given = {name.removeprefix(f"{method}."): value for name, value in settings.items()
+             if name.startswith(f"{method}.")}  # fmt: skip
+    for name, value in given.items():
+        if name not in defaults:
+            raise InputError(f"--set {method}.{name}: expected one of {', '.join(defaults)}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise InputError(f"--set {method}.{name}: expected a number of at least 0, got {value!r}")
+    return {name: float(given.get(name, default)) for name, default in defaults.items()}
