@@ -49,6 +49,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn", "methods.setup"),
     "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup"),
+    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": (
         "chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",

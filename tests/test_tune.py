@@ -104,7 +104,7 @@ def test_the_error_falls_on_samples_that_it_has_not_learned_from(source: Checkpo
 
 def test_codes_and_scales_are_valid(source: Checkpoint) -> None:
     block = rounded_block(source)
-    found = tuned(block, steps=30, rate=20.0, scale_rate=5.0)
+    found = tuned(block, steps=30)
     moved = 0
     for name, layer in found.items():
         start = block.rounded[name]
@@ -122,7 +122,7 @@ def test_codes_and_scales_are_valid(source: Checkpoint) -> None:
 
 def test_scales_in_float32_stay_off_the_grid_of_bf16(source: Checkpoint) -> None:
     scheme = make_scheme("arm", 32)
-    found = tuned(rounded_block(source, scheme), scheme=scheme, steps=10, scale_rate=1.0)
+    found = tuned(rounded_block(source, scheme), scheme=scheme, steps=20)
     scales = np.concatenate([layer.scales.ravel() for layer in found.values()])
     assert (bf16_to_f32(f32_to_bf16(scales)) != scales).any()
 

@@ -36,7 +36,8 @@ class TuneSettings:
     Attributes:
         steps: of each of the two descents of a block: scales alone, then codes and scales.
         samples: of the calibration in a step.
-        rate: the first step of a place, in hundredths of a code's distance; steps fall linearly to 0.
+        rate: the first step of a place, in hundredths of a code's distance; steps fall linearly to 0. At 0
+            codes stay as they are.
         scale_rate: the first step of a scale, in hundredths of its value.
         spread: where places begin: 0 on their codes, 1 where the float weights lie (but within the code).
         held_out: one sample in so many is measured, not learned from.
@@ -46,7 +47,7 @@ class TuneSettings:
     steps: int = 100
     samples: int = 2
     rate: float = 4.0
-    scale_rate: float = 0.015
+    scale_rate: float = 0.1
     spread: float = 1.0
     held_out: int = 8
     checks: int = 4
@@ -79,7 +80,7 @@ def tune_block(block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[s
     """
     settings = TuneSettings.of(setup.settings)
     rounded = block.rounded
-    for phase, rate in enumerate((0.0, settings.rate)):
+    for phase, rate in enumerate((0.0, settings.rate) if settings.rate else (0.0,)):
         random = np.random.default_rng([setup.seed, block.index, phase])
         rounded = _tune(replace(block, rounded=rounded), scheme, replace(settings, rate=rate), random)
     return rounded
