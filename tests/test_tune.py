@@ -202,7 +202,8 @@ def test_a_chain_tunes_every_block(tmp_path: Path, method: str) -> None:
     for layer in range(source.config.layers):
         name = f"model.layers.{layer}.mlp.down_proj"
         one, other = (_values(model.weight(name)) for model in (before, after))
-        assert (one != other).any()
+        if method == "tune":  # after gptq its own result may stay the best
+            assert (one != other).any()
         assert np.abs(one - other).max() < 0.1
 
 
