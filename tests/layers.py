@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant",
      "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq",
      "methods.qronos", "methods.ranks", "methods.online", "methods.equalize",
-     "methods.spinquant", "methods.learn_rotations"),
+     "methods.spinquant", "methods.learn_rotations", "methods.tune"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights",
      "engine.model", "engine.prefixes", "engine.speculation", "engine.requests",
@@ -82,6 +82,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.equalize": ("methods.energy", "methods.setup"),
     "methods.spinquant": ("methods.setup",),
     "methods.learn_rotations": ("methods.blocks", "methods.online", "methods.setup", "methods.spinquant"),
+    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -105,6 +106,7 @@ TORCH_SIDE = {
     "methods.ranks": ("torch",),
     "methods.online": ("torch",),
     "methods.learn_rotations": ("torch", "accelerate"),
+    "methods.tune": ("torch",),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
