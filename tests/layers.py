@@ -51,7 +51,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
      "methods.streams", "methods.ranks", "methods.online"),
     "methods.streams": ("methods.setup",),
     "methods.gptq": ("methods.calibrated", "methods.rtn", "methods.setup"),
-    "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup", "methods.streams"),
+    "methods.qronos": ("methods.calibrated", "methods.gptq", "methods.setup"),
     "engine.model": ("engine.cache", "engine.weights"),
     "engine.llm": ("chat", "quantize", "engine.cache", "engine.model", "engine.prefixes", "engine.requests",
      "engine.sampler", "engine.scheduler", "engine.weights"),

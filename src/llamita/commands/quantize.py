@@ -1,6 +1,6 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has
 from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
-from llamita.methods.setup import Progress, Setup, parse_settings
+from llamita.methods.setup import Calibration, Progress, Setup, parse_settings
 from llamita.needs import estimate
 from llamita.packed import METADATA
 from llamita.plan import describe
@@ -95,20 +95,19 @@ def command(
     scheme = make_scheme(preset, group_size, scales)
     chain = parse_chain(method)
     goal = parse_goal(max_size, max_loss, dry_run)
-    chosen = parse_settings([*(settings or []), *_NO_ONLINE[no_online]], chain.names)
     use_threads(processes.fair_threads(threads))
+    chosen = parse_settings([*(settings or []), *_NO_ONLINE[no_online]], chain.names)
     if dry_run:
         _dry_run(src, scheme, chain, (samples, length), keep_float or [], json)
         return
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
-    is_first = processes.rank() == 0  # of those that torchrun starts
-    source = _open(src, out, overwrite, is_first)
+    source, is_first = _open(src, out, overwrite), processes.rank() == 0  # of those that torchrun starts
     with console.progress(quiet=json or not is_first) as progress:
         scheme = mixed.keep_float(source.config, scheme, keep_float or [])
         needs_text = chain.needs_calibration or goal is not None
-        setup = _setup(source, needs_text, (calibration, samples, length), seed, progress)
-        setup = replace(setup, settings=chosen)
+        text = _text(source, needs_text, (calibration, samples, length), seed, progress)
+        setup = Setup(text, seed, settings=chosen)
         scheme, setup, selection = choose(source, scheme, goal, chain, setup, progress)
         if not is_first:
             take_part(source, scheme, method, setup)
@@ -119,23 +118,21 @@ def command(
     _print_result(summary, source.config, scheme, selection, json)
 
 
-def _open(src: str, out: Path, overwrite: bool, is_first: bool) -> Checkpoint:
+def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
     """The float model, once it is known that OUT can be made: before a text is written."""
     path = resolve(src)
     if has(path, METADATA):
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
-    if is_first:
+    if processes.rank() == 0:
         check_target(out, overwrite, path)
     return Checkpoint(path)
 
 
-def _setup(
-    source: Checkpoint, needs_text: bool, text: tuple[str, int, int], seed: int, progress: Progress
-) -> Setup:
-    """What the chain needs; `text` is the calibration's name, samples and length."""
-    if not needs_text:
-        return Setup(seed=seed)
-    return Setup(load_calibration(text[0], source, text[1], text[2], seed, progress), seed)
+def _text(
+    source: Checkpoint, is_needed: bool, text: tuple[str, int, int], seed: int, progress: Progress
+) -> Calibration | None:
+    """`text` is the calibration's name, samples and length."""
+    return load_calibration(text[0], source, text[1], text[2], seed, progress) if is_needed else None
 
 
 def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> None:
