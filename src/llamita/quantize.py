@@ -179,9 +179,8 @@ def quantize(
     make_plan(source.config, scheme, lambda name: source.info(name).dtype)  # does it fit?
     check_target(out, overwrite, source.path)
     record = _source_record(source, recorded, progress)
-    watch = MemoryWatch() if chain.needs_calibration else None
-    kept = _work(out, chain, scheme, record, setup)
-    with watch or nullcontext(), kept as work, staged(out, overwrite, source.path) as directory:
+    watch, kept = MemoryWatch(), _work(out, chain, scheme, record, setup)
+    with watch, kept as work, staged(out, overwrite, source.path) as directory:
         setup = replace(setup, work=work)
         changed = chains.transform(source, chain, setup)
         rotations = stored_rotations(changed.rotations)
@@ -190,7 +189,7 @@ def quantize(
         check_space(out, plan.file_bytes + _SMALL_FILES)
         round_module = chains.begin(changed, scheme, chain, setup)
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
-        summary = _summarize(out, plan, time.perf_counter() - began, watch.peak if watch else 0, sums)
+        summary = _summarize(out, plan, time.perf_counter() - began, watch.peak, sums)
         files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
         files |= copy_companions(source.path, directory, companions)
         card = _card(source, shown, scheme, chain, summary)
