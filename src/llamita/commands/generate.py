@@ -12,6 +12,7 @@ from llamita import console
 from llamita.engine.llm import LLM, load
 from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prompt
 from llamita.errors import InputError
+from llamita.threads import remark
 
 
 def command(
@@ -33,8 +34,12 @@ def command(
     speculate: Annotated[
         int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
     ] = DEFAULT_SPECULATE,
-    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
     kv_cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
@@ -45,6 +50,7 @@ def command(
     """
     text = read_prompt(prompt)
     llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
+    console.note(remark())
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
