@@ -70,6 +70,10 @@ def command(
     ]
     console.print_table(f"{name}: estimates for this machine", columns, [_row(e) for e in estimates])
     console.note(_machine_line(machine))
+    if min(e.tensor_bytes for e in estimates) <= machine.cache:
+        console.note(
+            "a model that fits the CPU's caches: its speeds are rough; `llamita bench` measures them"
+        )
 
 
 def _row(estimate: Estimate) -> list[str]:
