@@ -136,9 +136,9 @@ def _contenders(record: dict[str, Any]) -> list[str]:
         lines.append(f"| {entry['label']} | {entry['version']} | {text} | {_logits(entry)} |")
     lines += [
         "",
-        "*logits*: their correlation with those of llamita's BF16 engine after the same prompt. The weights are "
-        "random, which rounding to 4 bits hurts more than trained ones, and every format rounds by a rule of "
-        "its own: values near 1 are to be expected of float weights alone.",
+        "*logits*: their correlation with those of llamita's BF16 engine after the same prompt. The weights "
+        "are random, which rounding to 4 bits hurts more than trained ones, and every format rounds by a "
+        "rule of its own: values near 1 are to be expected of float weights alone.",
         "",
     ]
     return [*lines, *_settings(record), *_failures(record), ""]

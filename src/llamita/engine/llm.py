@@ -5,7 +5,7 @@ print(llm.generate("Once upon a time", max_tokens=100).text)
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -182,6 +182,8 @@ class LLM:
         """
         if isinstance(prompts, str):
             raise InputError("prompts: expected several texts, got one; try [text]")
+        if not isinstance(prompts, Iterable):
+            raise InputError(f"prompts: expected several texts, got {repr(prompts)[:80]}; try a list")
         requests = []
         for place, prompt in enumerate(prompts):
             try:
