@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from llamita import console
-from llamita.commands.generate import describe, show_stream, summary
+from llamita.commands.generate import (
+    Context,
+    KvCache,
+    Preset,
+    Threads,
+    describe,
+    show_stream,
+    summary,
+)
 from llamita.engine.llm import LLM, load
 from llamita.engine.requests import DEFAULT_SPECULATE, Options
 from llamita.errors import InputError
@@ -52,14 +60,10 @@ def command(
     speculate: Annotated[
         int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
     ] = DEFAULT_SPECULATE,
-    preset: Annotated[
-        str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")
-    ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")] = None,
+    preset: Preset = None,
+    threads: Threads = None,
+    context: Context = None,
+    kv_cache: KvCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
 ) -> None:
     """Talk to a model; a line is a message.

@@ -15,6 +15,15 @@ from llamita.errors import InputError
 from llamita.threads import remark
 
 
+# The options that say how a model is loaded, each with what `--help` says of it.
+Preset = Annotated[
+    str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")]
+Context = Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")]
+KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")]
+
+
 def command(
     model: Annotated[
         str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")
@@ -34,14 +43,10 @@ def command(
     speculate: Annotated[
         int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
     ] = DEFAULT_SPECULATE,
-    preset: Annotated[
-        str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")
-    ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")] = None,
+    preset: Preset = None,
+    threads: Threads = None,
+    context: Context = None,
+    kv_cache: KvCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
 ) -> None:
     """Continue a prompt.

@@ -59,6 +59,10 @@ def command(
         console.print_json({"source": name, "context": model.config.context, "machine": asdict(machine),
                             "estimates": [asdict(e) for e in estimates]})  # fmt: skip
         return
+    _print(name, estimates, machine)
+
+
+def _print(name: str, estimates: list[Estimate], machine: Machine) -> None:
     contexts = list(estimates[0].memory)
     columns = [
         "",
