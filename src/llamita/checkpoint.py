@@ -92,7 +92,9 @@ def resolve(name: str | Path) -> Path:
     if os.path.exists(name):
         raise InputError(f"{name}: expected a model directory, got a file")
     if not str(name):
-        raise InputError("model: expected a directory, 'embedded' or a hub name like owner/model, got ''")
+        raise InputError(
+            "model: expected a model directory, 'embedded' or a hub name like owner/model, got ''"
+        )
     if not is_hub_name(name):
         raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
     return import_module("llamita.hub").download(name)

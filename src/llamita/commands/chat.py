@@ -14,6 +14,8 @@ from llamita.commands.generate import (
     Context,
     KvCache,
     Preset,
+    Speculate,
+    Temperature,
     Threads,
     describe,
     show_stream,
@@ -52,14 +54,10 @@ def command(
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")
-    ] = None,
+    temperature: Temperature = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
-    speculate: Annotated[
-        int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
-    ] = DEFAULT_SPECULATE,
+    speculate: Speculate = DEFAULT_SPECULATE,
     preset: Preset = None,
     threads: Threads = None,
     context: Context = None,
@@ -83,10 +81,7 @@ def command(
     }  # fmt: skip
     is_terminal = sys.stdin.isatty() and not as_json
     if is_terminal:
-        # Python leaves Ctrl-C ignored where it began so: as a script's background job, and its children
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        _enable_line_editing()
-        console.note(HELP)
+        _welcome()
     conversation = Conversation(system)
     while (line := _read_line(is_terminal)) is not None:
         if line.startswith("/"):
@@ -99,6 +94,14 @@ def command(
                 if not is_terminal:
                     raise
                 console.print_error(f"{error}; /reset begins anew")
+
+
+def _welcome() -> None:
+    """Make the terminal ready."""
+    # Python leaves Ctrl-C ignored where it began so: as a script's background job, and its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _enable_line_editing()
+    console.note(HELP)
 
 
 def _obey(line: str, conversation: Conversation) -> bool:

@@ -14,8 +14,11 @@ from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prom
 from llamita.errors import InputError
 from llamita.threads import remark
 
-
-# The options that say how a model is loaded, each with what `--help` says of it.
+# Options that `llamita chat` has, too, each with what `--help` says of it.
+Temperature = Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")]
+Speculate = Annotated[
+    int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
+]
 Preset = Annotated[
     str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")
 ]
@@ -31,18 +34,14 @@ def command(
     prompt: Annotated[str, typer.Option(help="The text to continue; '-' reads it from stdin.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")
-    ] = None,
+    temperature: Temperature = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this times the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    speculate: Annotated[
-        int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
-    ] = DEFAULT_SPECULATE,
+    speculate: Speculate = DEFAULT_SPECULATE,
     preset: Preset = None,
     threads: Threads = None,
     context: Context = None,
