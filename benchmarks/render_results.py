@@ -137,8 +137,8 @@ def _contenders(record: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "*logits*: their correlation with those of llamita's BF16 engine after the same prompt. The weights "
-        "are random, which rounding to 4 bits hurts more than trained ones, and every format rounds by a "
-        "rule of its own: values near 1 are to be expected of float weights alone.",
+        "are random and every 4-bit format rounds them by a rule of its own, so a value says that the model "
+        "is the same one, and nothing about the quality of a trained one; near 1 it is for float weights.",
         "",
     ]
     return [*lines, *_settings(record), *_failures(record), ""]
