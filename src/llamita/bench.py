@@ -99,7 +99,7 @@ def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
 
 
 def _check_needs(job: Job, specs: dict[str, ModelSpec], workers: dict[str, Worker]) -> None:
-    """Rather an error before anything is made than minutes of work lost, or a process that the system kills."""
+    """Rather an error before anything is made than work lost, or a process that the system kills."""
     needed, wanted = 0, job.settings.prompt_tokens + job.settings.new_tokens
     for role, spec in specs.items():
         needs = workers[role].ask("needs", spec=asdict(spec), context=job.context, kv_dtype=job.kv_dtype)
