@@ -38,7 +38,9 @@ to greatest) of as many runs as the table says.
   whose are the first that the harness lists for them; all settings stand beside the versions.
 
 To measure again, on an otherwise idle machine: `python benchmarks/peers.py --tune`, then
-`python benchmarks/render_results.py`.
+`python benchmarks/render_results.py`. The first installs the peers from the package registry, each into an
+environment of its own with the exact versions of `benchmarks/peers/*.txt` (llama.cpp is compiled), and makes
+the models: 25 GB of disk and 20 GB of memory in all.
 """
 
 
@@ -53,8 +55,9 @@ def render(records: list[dict[str, Any]]) -> str:
 def _render_record(record: dict[str, Any]) -> str:
     machine, summary = record["machine"], summarize(record)
     macs, reads = (_rate(summary["limits"][name]) for name in ("int8_rate", "read_bandwidth"))
+    day, time = record["started"].rstrip("Z").split("T")
     lines = [
-        f"## {machine['cpu']}, {machine['threads']} threads, {machine['isa']}, {record['started'][:10]}",
+        f"## {machine['cpu']}, {machine['threads']} threads, {machine['isa']}, {day} {time} UTC",
         "",
         f"Limits: {macs} GMAC/s in int8, {reads} GB/s of reads.",
         "",
@@ -92,7 +95,7 @@ def _absent(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str
         if case not in contender.cases:
             why = "not run with this prompt"
         else:
-            why = "failed, see below" if name in record["failures"] else "not started"
+            why = "failed, see below" if name in record["failures"] else "left out of this run"
         missing.append(f"{contender.label} ({why})")
     return ["", f"Not in this table: {'; '.join(missing)}."] if missing else []
 
@@ -133,7 +136,9 @@ def _contenders(record: dict[str, Any]) -> list[str]:
         lines.append(f"| {entry['label']} | {entry['version']} | {text} | {_logits(entry)} |")
     lines += [
         "",
-        "*logits*: their correlation with those of llamita's BF16 engine after the same prompt.",
+        "*logits*: their correlation with those of llamita's BF16 engine after the same prompt. The weights "
+        "are random and every 4-bit format rounds them by a rule of its own, so a value says that the model "
+        "is the same one, and nothing about the quality of a trained one; near 1 it is for float weights.",
         "",
     ]
     return [*lines, *_settings(record), *_failures(record), ""]

@@ -165,10 +165,10 @@ void renew_in_child() { shared = new Shared; }
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, renew_in_child);
 
-size_t checked(size_t count, const char* what) {
+size_t checked(size_t count, const char* what, const std::string& given) {
   if (count < 1 || count > kMaxThreads)
     throw std::invalid_argument(std::string(what) + ": expected 1 to " + std::to_string(kMaxThreads) + ", got " +
-                                std::to_string(count));
+                                given);
   return count;
 }
 
@@ -177,8 +177,7 @@ size_t default_threads() {
   if (!text || !*text) return std::min(usable_cpus(), kMaxThreads);
   char* end;
   const long count = std::strtol(text, &end, 10);
-  if (*end || count < 1) throw std::invalid_argument(std::string("LLAMITA_THREADS: expected a count, got ") + text);
-  return checked(static_cast<size_t>(count), "LLAMITA_THREADS");
+  return checked(*end || count < 1 ? 0 : static_cast<size_t>(count), "LLAMITA_THREADS", text);
 }
 
 // The three below want the lock held.
@@ -205,7 +204,7 @@ size_t threads() {
 }
 
 void set_threads(size_t count) {
-  checked(count, "threads");
+  checked(count, "threads", std::to_string(count));
   const std::lock_guard<std::mutex> guard(shared->lock);
   if (choice() != count || !shared->pool) start(count);
 }

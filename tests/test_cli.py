@@ -36,6 +36,7 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
         ("quantize", "embedded", "-o", "x", "--preset", "nope"),
         ("quantize", "embedded", "-o", "x", "--group-size", "100"),
         ("generate", "/nonexistent/model", "--prompt", "x"),
+        ("generate", "", "--prompt", "x"),
         ("inspect", "/nonexistent/model"),
     ],
 )

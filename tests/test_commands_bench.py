@@ -158,7 +158,8 @@ def test_rates_are_factors_and_the_rest_is_what_was_saved(key: str, ratio: float
         ((), "got neither"),
         (("embedded", "--shape", "1b"), "got both"),
         (("--shape", "70b"), "--shape: expected one of llama-3.2-1b"),
-        (("embedded", "--preset", "q4"), "--preset: expected one of"),
+        (("embedded", "--preset", "q4"), "--preset: expected one of arm, llama3.2, llamita, none, got 'q4'"),
+        (("embedded", "--threads", "0"), "threads: expected 1 to 1024, got 0"),
         (("embedded", "--preset", "none", "--group-size", "32"), "--group-size"),
         (("embedded", "--group-size", "48"), "--group-size: expected one of"),
         (("/no/such/place",), "expected a model directory"),
@@ -179,19 +180,51 @@ def test_mistakes_are_one_line_and_exit_2(
 
 
 def test_a_quantized_model_takes_no_preset(capsys: pytest.CaptureFixture[str], packed: Path) -> None:
+    results(capsys, packed, "--preset", "none", "--repeats", "1")
     assert run("bench", packed, "--preset", "arm") == 2
     assert "expected a float model" in one_line(capsys)
 
 
-def test_a_weak_probe_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_weak_probe_loses_no_figure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
     def probe(*_arguments: object) -> dict[str, Any]:
         return {"int8_rate": 1e6, "bandwidth": 1e6, "probe_bytes": 2**22}
 
     monkeypatch.setattr(bench, "_probe", probe)
-    assert run("bench", "embedded", *QUICK) == 1
-    assert "the probe was too weak" in one_line(capsys)
+    assert run("bench", "embedded", *QUICK, "--threads", "1", *["--json"][:as_json]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert "embedded llama3.2: prefill: expected at most the measured limit" in line
+    assert "the probe was too weak; try more --repeats" in line
+    if as_json:
+        found = json.loads(captured.out)
+        assert found["limits"]["too_weak"]
+        assert found["model"]["of_limit"]["prefill"]["fraction"] is None
+        assert found["model"]["decode_tokens_per_second"] > 0
+    else:
+        assert "decode tok/s" in captured.out
+        assert captured.out.count("too weak") == 2  # with and without attention
+        assert "decode: no limit" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("free", "arguments", "code", "text"),
+    [
+        (18.0, (), 1, "expected 21.0 GB free for the weights, got 18.0 GB; try a smaller shape, or without"),
+        (99.0, ("--context", "64"), 2, "llama-3.1-8b llama3.2: expected at most 64 tokens, the context, got"),
+    ],
+)
+def test_the_needs_of_all_are_looked_at_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, free: float,
+    arguments: tuple[str, ...], code: int, text: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bench, "Worker", InProcess)
+    monkeypatch.setattr(bench, "free_memory", lambda: int(free * 1e9))
+    monkeypatch.setattr(bench, "_load", None)
+    assert run("bench", "--shape", "8b", "--baseline", "bf16", *arguments) == code
+    assert text in one_line(capsys)
 
 
 def test_without_matplotlib_a_picture_is_refused_at_once(

@@ -84,13 +84,17 @@ def test_speculation_can_be_turned_off_and_changes_no_text() -> None:
     ("arguments", "stdin", "text"),
     [
         (("--prompt", "-"), b"caf\xe9", "0xe9 at byte 3"),
-        (("--prompt", "x " * 3000), b"", "at most 2048 tokens, the context, got"),
+        (("--prompt", "x " * 3000), b"", "; try a shorter one, or a larger context"),
         (("--prompt", "x", "--temperature", "-1"), b"", "temperature"),
         (("--prompt", "x", "--greedy", "--top-k", "3"), b"", "greedy"),
         (("--prompt", "x", "--stop", ""), b"", "stop"),
         (("--prompt", "x", "--max-tokens", "0"), b"", "max_tokens"),
         (("--prompt", "x", "--speculate", "-1"), b"", "speculate"),
-        (("--prompt", "x", "--preset", "nope"), b"", "--preset"),
+        (
+            ("--prompt", "x", "--preset", "nope"),
+            b"",
+            "--preset: expected one of arm, llama3.2, llamita, none",
+        ),
         (("--prompt", "x", "--context", "5000"), b"", "context"),
     ],
 )
@@ -134,9 +138,23 @@ def test_chat_does_not_compute_a_conversation_again() -> None:
     assert f"({second['reused_tokens']} reused)" in plain.stderr.decode()
 
 
-def test_chat_in_a_pipe_stops_at_a_message_that_does_not_fit() -> None:
-    result = run("chat", "embedded", "--context", "20", "--json", stdin=b"word " * 50)
-    expect_error(result, 2, "at most 20 tokens")
+def test_chat_goes_on_after_a_context_that_is_full() -> None:
+    """Turns until it is full, two more that are refused, and a new beginning; never a reply of a token."""
+    lines = b"Tell me a story.\n" * 12 + b"/reset\nTell me a story.\n"
+    options = ("--context", "80", "--max-tokens", "24", "--greedy", "--json", "--preset", "none")
+    result = run("chat", "embedded", *options, stdin=lines)
+    assert result.returncode == 0, result.stderr
+    replies = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(replies) == 13
+    answered = ["error" not in reply for reply in replies]
+    assert answered[0]
+    assert answered[-1]
+    assert not answered[-2]
+    assert all(len(reply["token_ids"]) >= 16 for reply in replies if reply.get("finish_reason") == "context")
+    text = next(reply["error"] for reply in replies if "error" in reply)
+    assert "within 80 tokens" in text
+    assert "try /reset, which begins anew, or up to --context 2048" in text
+    assert text in result.stderr.decode()
 
 
 def test_a_base_model_does_not_chat(tmp_path: Path) -> None:

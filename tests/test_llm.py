@@ -163,7 +163,7 @@ def test_an_empty_prompt_is_the_bos_token_alone(tiny: LLM) -> None:
     for prompt in ("", [], np.array([], dtype=np.int64)):
         assert tiny.generate(prompt, max_tokens=3, greedy=True).timings.prompt_tokens == 1
     tiny.tokenizer.bos_token_id = None
-    with pytest.raises(InputError, match="prompt: expected some text"):
+    with pytest.raises(InputError, match="expected some text, got none"):
         tiny.generate("")
 
 
@@ -320,6 +320,8 @@ def test_impossible_options_are_refused(tiny: LLM, options: dict[str, Any]) -> N
 
 
 def test_unknown_options_are_refused(tiny: LLM) -> None:
+    with pytest.raises(TypeError, match="max_token: unexpected option; try max_tokens"):
+        tiny.generate([1], max_token=5)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="tempreature"):
         tiny.stream("x", tempreature=1.0)  # type: ignore[call-arg]
 

@@ -239,6 +239,14 @@ def test_weights_that_llamita_json_does_not_list_are_refused(tmp_path: Path) -> 
         open_source(out)
 
 
+@pytest.mark.parametrize("preset", ["arm", "llama3.2"])
+def test_packed_weights_without_llamita_json_say_what_is_missing(tmp_path: Path, preset: str) -> None:
+    quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "src", tmp_path / "out", make_scheme(preset))
+    (tmp_path / "out" / "llamita.json").unlink()
+    with pytest.raises(InputError, match=r"llamita\.json: expected beside packed weights, found none; try"):
+        open_source(tmp_path / "out")
+
+
 def test_edited_files_are_refused(tmp_path: Path) -> None:
     out = pack(tmp_path)
     text = (out / "config.json").read_text()

@@ -177,6 +177,31 @@ def test_the_command_measures_this_machine(
     assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2"]
 
 
+def test_a_published_shape_needs_no_files(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda: MACHINE)
+    cli.main(["plan", "--shape", "1b", "--preset", "llama3.2", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["source"] == "llama-3.2-1b"
+    assert round(values["estimates"][1]["tensor_bytes"] / 1e6) == 810
+    for arguments, text in (([], "got neither"), (["embedded", "--shape", "1b"], "got both")):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", *arguments])
+        assert f"plan: expected a model or --shape, {text}" in capsys.readouterr().err
+
+
+def test_the_speeds_of_small_models_are_said_to_be_rough(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cache, rough in ((2**30, True), (1, False)):
+        monkeypatch.setattr(
+            "llamita.commands.plan.measure_machine", lambda c=cache: replace(MACHINE, cache=c)
+        )
+        cli.main(["plan", "embedded", "--preset", "arm"])
+        assert ("its speeds are rough" in capsys.readouterr().err) is rough
+
+
 def test_the_command_prints_estimates_as_such(
     config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

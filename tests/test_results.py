@@ -112,6 +112,15 @@ def test_written_records_read_back_and_render(tmp_path: Path) -> None:
     assert json.loads(path.read_text("utf-8"))["timings"] == []
 
 
+def test_two_records_of_a_day_have_headings_of_their_own() -> None:
+    runs = [timing(1, "llamita-g128", 1.0, 2.0)]
+    later = {**record_of(runs), "started": "2020-01-02T05:06Z"}
+    headings = [
+        x for x in render_results.render([record_of(runs), later]).splitlines() if x.startswith("## ")
+    ]
+    assert headings == [f"## a CPU, 2 threads, scalar, 2020-01-02 {time} UTC" for time in ("05:06", "03:04")]
+
+
 def test_the_page_claims_no_more_than_the_record_holds() -> None:
     """Runs by row, whose settings were tried, who is absent and why."""
     timings = [timing(i, "llamacpp-q4_0", 1.0, 2.0) for i in (1, 2, 3)] + [
@@ -125,7 +134,7 @@ def test_the_page_claims_no_more_than_the_record_holds() -> None:
     assert "| llamita-g128 | 0 | 1 |" in page
     assert "Default settings, no others tried: llama.cpp Q4_0; llama.cpp BF16." in page
     first, second = (line for line in page.splitlines() if line.startswith("Not in this table"))
-    assert "llama.cpp Q4_K_S (not started)" in first
+    assert "llama.cpp Q4_K_S (left out of this run)" in first
     assert "OpenVINO int4, groups of 128 (failed, see below)" in first
     assert "llama.cpp Q4_0" not in first
     assert "transformers FP32 (not run with this prompt)" in second

@@ -8,7 +8,7 @@ import pytest
 
 from llamita import _native
 from llamita.errors import InputError
-from llamita.threads import use_threads
+from llamita.threads import remark, use_threads
 
 ONE_OPERATION = """
 import os, threading, numpy as np
@@ -87,7 +87,7 @@ def test_a_wrong_environment_fails_on_first_use(value: str) -> None:
     program += "    try: use()\n    except ValueError as error: print(error)\n"
     lines = run(program, LLAMITA_THREADS=value).stdout.splitlines()
     assert len(lines) == 3
-    assert all(line.startswith("LLAMITA_THREADS: expected ") for line in lines)
+    assert all(line.startswith("LLAMITA_THREADS: expected 1 to 1024, got ") for line in lines)
 
 
 @pytest.mark.parametrize("count", [0, -1, 1025, 2**70])
@@ -118,7 +118,22 @@ QUANTIZE = ("quantize", "embedded", "--dry-run")
 )
 def test_commands_say_it_in_one_line(arguments: tuple[str, ...], variables: dict[str, str]) -> None:
     result = command(*arguments, **variables)
-    assert result.returncode == (1 if "LLAMITA_ISA" in variables else 2), result.stderr
+    assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    place = "LLAMITA_ISA: expected an instruction" if "LLAMITA_ISA" in variables else "expected 1 to 1024"
     assert result.stderr.startswith("error: ")
+    assert place in result.stderr or arguments[0] == "quantize"
+
+
+def test_more_threads_than_cpus_are_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "usable_cpus", lambda: 2)
+    assert remark(2) is None
+    assert remark(3) == "threads: 3 on 2 usable CPUs will be slower than 2"
+
+
+def test_a_command_remarks_on_too_many_threads() -> None:
+    result = command(*GENERATE, "--threads", str(_native.usable_cpus() + 1))
+    assert result.returncode == 0, result.stderr
+    assert "will be slower" in result.stderr.splitlines()[0]
+    assert "will be slower" not in command(*GENERATE, "--threads", "1").stderr

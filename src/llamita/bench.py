@@ -19,14 +19,14 @@ from llamita.bench_report import (
     Runs,
     Settings,
     best_of,
-    check_fractions,
     figures,
     fractions,
+    mark_weak,
     ratios,
 )
 from llamita.bench_worker import ModelSpec, Worker
-from llamita.errors import InputError
-from llamita.machine import cpu_name, last_level_cache, usable_memory
+from llamita.errors import InputError, RunError
+from llamita.machine import cpu_name, free_memory, last_level_cache, usable_memory
 from llamita.work import Work
 
 Progress = Callable[[str, int, int], None] | None
@@ -66,7 +66,7 @@ def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
 
     Raises:
         InputError: a model, an option or a size is at fault.
-        RunError: too little memory, or a result above a limit: then the probe was too weak.
+        RunError: too little memory.
     """
     specs = {"model": job.model} | ({"baseline": job.baseline} if job.baseline else {})
     total = len(specs) * (1 + 2 * job.repeats) + 1
@@ -80,11 +80,12 @@ def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
 
     with ExitStack() as stack:
         probe = stack.enter_context(Worker("limits"))
+        workers = {role: stack.enter_context(Worker(spec.name)) for role, spec in specs.items()}
+        _check_needs(job, specs, workers)
         contenders = []
         for role, spec in specs.items():
             report(f"loading the {role}")
-            worker = stack.enter_context(Worker(spec.name))
-            contenders.append(_load(job, role, spec, worker))
+            contenders.append(_load(job, role, spec, workers[role]))
         probes = []
         for repeat in range(job.repeats):
             for contender in contenders:
@@ -95,6 +96,26 @@ def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
         report("measuring the limits")
         probes.append(_probe(job, probe))
     return _result(job, contenders, probes)
+
+
+def _check_needs(job: Job, specs: dict[str, ModelSpec], workers: dict[str, Worker]) -> None:
+    """Rather an error before anything is made than work lost, or a process that the system kills."""
+    needed, wanted = 0, job.settings.prompt_tokens + job.settings.new_tokens
+    for role, spec in specs.items():
+        needs = workers[role].ask("needs", spec=asdict(spec), context=job.context, kv_dtype=job.kv_dtype)
+        needed += needs["memory_bytes"]
+        if wanted > needs["context"]:
+            raise InputError(
+                f"{spec.name}: expected at most {needs['context']} tokens, the context, got {wanted}; "
+                "try fewer --prompt-tokens or --new-tokens"
+            )
+    free = free_memory()
+    if needed > free:
+        hint = "a smaller shape, or without --baseline" if "baseline" in specs else "a smaller shape"
+        raise RunError(
+            f"memory: expected {needed / 1e9:.1f} GB free for the weights, got {free / 1e9:.1f} GB; "
+            f"try {hint}"
+        )
 
 
 def _load(job: Job, role: str, spec: ModelSpec, worker: Worker) -> _Contender:
@@ -110,12 +131,6 @@ def _load(job: Job, role: str, spec: ModelSpec, worker: Worker) -> _Contender:
             runs.load.append(seconds)
         if seconds > _QUICK_LOAD:
             break
-    wanted = job.settings.prompt_tokens + job.settings.new_tokens
-    if wanted > contender.facts["context"]:
-        raise InputError(
-            f"{spec.name}: expected at most {contender.facts['context']} tokens, the context, got {wanted}; "
-            "try fewer --prompt-tokens or --new-tokens"
-        )
     _prefill(job, worker, watch=True)
     worker.ask("decode", tokens=job.settings.new_tokens, watch=True)
     contender.memory = worker.ask("memory")
@@ -146,15 +161,12 @@ def _probe(job: Job, worker: Worker) -> dict[str, Any]:
 
 
 def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything as JSON values.
-
-    Raises:
-        RunError: a result above a limit.
-    """
+    """Everything as JSON values."""
     rates = [Limits(probe["int8_rate"], probe["bandwidth"], last_level_cache()) for probe in probes]
     limits = best_of(rates)
     specs = {"model": job.model, "baseline": job.baseline}
     models: dict[str, Any] = {"model": None, "baseline": None}
+    weak: list[str] = []
     for i, contender in enumerate(contenders):
         facts, spec = contender.facts, specs[contender.role]
         assert spec
@@ -163,7 +175,7 @@ def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]
         rows = fractions(
             Work(**facts["work"]), contender.runs, job.settings, nearby, limits, facts["scheme"] is not None
         )
-        check_fractions(spec.name, rows)
+        weak += mark_weak(spec.name, rows)
         models[contender.role] = {
             "name": spec.name,
             "is_random": spec.is_random,
@@ -178,7 +190,7 @@ def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": _machine(contenders[0].facts),
         "settings": {**asdict(job.settings), "repeats": job.repeats},
-        "limits": {**asdict(limits), "probes": probes},
+        "limits": {**asdict(limits), "probes": probes, "too_weak": weak},
         **models,
         "ratios": ratios(models["model"], baseline) if baseline else None,
     }

@@ -1,7 +1,7 @@
 """One model, or the probes, in a process of its own: loads once, then answers requests over its pipes.
 
 A request is a line of JSON, {"do": "prefill", "tokens": 512}, and so is its answer, {"seconds": …}, or
-{"error": …, "exit_code": …}. "limits", "load", "prefill", "decode" and "memory" are the functions of
+{"error": …, "exit_code": …}. "limits", "needs", "load", "prefill", "decode" and "memory" are the functions of
 `_State` by those names; their arguments are the request's other keys. The process ends with its parent.
 """
 
@@ -23,7 +23,7 @@ from llamita import _native
 from llamita.checkpoint import Checkpoint, ModelSource, open_tensor_files, resolve, transform_dtype
 from llamita.config import ModelConfig
 from llamita.engine.cache import SequenceCache
-from llamita.engine.llm import LLM
+from llamita.engine.llm import LLM, check_cache
 from llamita.engine.weights import Linear
 from llamita.errors import InputError, LlamitaError, RunError
 from llamita.machine import MemoryWatch, free_memory
@@ -40,7 +40,7 @@ from llamita.work import Work, count_work
 _FLOAT_WIDTH = {"f32": 4, "f16": 2, "bf16": 2}
 _READ_BYTES = 2**24  # of a file at a time
 _WATCH_INTERVAL = 1.0  # seconds between two looks at whether the parent lives
-REQUESTS = ("limits", "load", "prefill", "decode", "memory")
+REQUESTS = ("limits", "needs", "load", "prefill", "decode", "memory")
 
 
 @dataclass(frozen=True)
@@ -137,21 +137,29 @@ class _State:
                 "bandwidth": _native.read_bandwidth(probe_bytes) * 1e9,
                 "probe_bytes": probe_bytes}  # fmt: skip
 
+    def needs(self, spec: dict[str, Any], context: int | None, kv_dtype: str | None) -> dict[str, Any]:
+        """What a model will take: bytes of memory that no file backs, and tokens of its context."""
+        wanted = _spec(spec)
+        source = _open(wanted)
+        context, _ = check_cache(source, context, kv_dtype)
+        _, in_memory = _size(source, _float_dtype(wanted))
+        source.close()
+        return {"memory_bytes": in_memory, "context": context}
+
     def load(
         self, spec: dict[str, Any], threads: int | None, context: int | None, kv_dtype: str | None
     ) -> dict[str, Any]:
         """Load the model, in place of the one before; seconds with warm files, and what it is."""
         self._llm, self._sequences = None, []
         gc.collect()
-        scheme = QuantScheme.from_dict(spec["scheme"]) if spec["scheme"] else None
-        wanted = ModelSpec(**{**spec, "scheme": scheme})
+        wanted = _spec(spec)
         threads = use_threads(threads)
-        float_dtype = _prepare(wanted)
+        float_dtype = _float_dtype(wanted)
+        _warm(wanted)
         with self._watch, _undisturbed():
             began = time.perf_counter()
             source = _open(wanted)
-            size, in_memory = _size(source, float_dtype)
-            _check_room(in_memory)
+            size, _ = _size(source, float_dtype)
             self._llm = LLM(source, context=context, kv_dtype=kv_dtype)
             seconds = time.perf_counter() - began
         self._mapped_bytes = 0 if isinstance(source, RandomSource) else _weight_bytes(self._llm)[1]
@@ -201,29 +209,30 @@ def _undisturbed() -> Iterator[None]:
         gc.enable()
 
 
-def _prepare(spec: ModelSpec) -> Callable[[str], str]:
-    """The dtypes of a model's float tensors; its files are read once, so that no disk is waited for."""
+def _spec(values: dict[str, Any]) -> ModelSpec:
+    """A spec from the JSON values of a request."""
+    scheme = QuantScheme.from_dict(values["scheme"]) if values["scheme"] else None
+    return ModelSpec(**{**values, "scheme": scheme})
+
+
+def _float_dtype(spec: ModelSpec) -> Callable[[str], str]:
+    """The dtypes of a model's float tensors."""
     if spec.source is None or spec.random:
         return lambda _name: "BF16"
+    return describe(str(resolve(spec.source))).float_dtype
+
+
+def _warm(spec: ModelSpec) -> None:
+    """Read a model's files once, so that no disk is waited for."""
+    if spec.source is None or spec.random:
+        return
     path = resolve(spec.source)
-    model = describe(str(path))
     files, _ = open_tensor_files(path)
     for name, file in files.items():
         file.close()
         with (path / name).open("rb", buffering=0) as stream:
             while stream.read(_READ_BYTES):
                 pass
-    return model.float_dtype
-
-
-def _check_room(needed: int) -> None:
-    """Rather an error than a process that the system kills."""
-    free = free_memory()
-    if needed > free:
-        raise RunError(
-            f"memory: expected {needed / 1e9:.1f} GB free for the weights, got {free / 1e9:.1f} GB; "
-            "try a smaller shape, or without --baseline"
-        )
 
 
 def _open(spec: ModelSpec) -> ModelSource:

@@ -97,6 +97,10 @@ def resolve(name: str | Path) -> Path:
         return Path(name)
     if os.path.exists(name):
         raise InputError(f"{name}: expected a model directory, got a file")
+    if not str(name):
+        raise InputError(
+            "model: expected a model directory, 'embedded' or a hub name like owner/model, got ''"
+        )
     if not is_hub_name(name):
         raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
     return import_module("llamita.hub").download(name)
@@ -192,12 +196,16 @@ class Checkpoint:
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()
-        if self.hf_config.get("quantization_config") is not None:
+        quantization = self.hf_config.get("quantization_config")
+        if self.hf_config["model_type"] == "llamita" or _is_packed_like_ours(quantization):
+            raise InputError(
+                f"{path}: llamita.json: expected beside packed weights, found none; "
+                "try copying the directory again, whole, or its float source"
+            )
+        if quantization is not None:
             raise InputError(
                 f"{path}: config.json: quantization_config: expected a float model; try its source"
             )
-        if self.hf_config["model_type"] == "llamita":
-            raise InputError(f"{path}: llamita.json: expected beside a config.json of this type, found none")
         self.files, self._where = open_tensor_files(path)
         self._check()
 
@@ -262,6 +270,17 @@ class Checkpoint:
         """Unmap the files."""
         for file in self.files.values():
             file.close()
+
+
+def _is_packed_like_ours(quantization: object) -> bool:
+    """Whether it is compressed-tensors' layout of packed weights with rounded activations, as here."""
+    if not isinstance(quantization, dict) or quantization.get("format") != "pack-quantized":
+        return False
+    groups = quantization.get("config_groups")
+    return isinstance(groups, dict) and any(
+        isinstance(group, dict) and isinstance(group.get("input_activations"), dict)
+        for group in groups.values()
+    )
 
 
 def check_names(expected: set[str], found: set[str], hint: str) -> None:

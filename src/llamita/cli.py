@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from llamita import __version__, console
-from llamita.errors import LlamitaError, RunError
+from llamita.errors import InputError, LlamitaError, RunError
 
 COMMANDS = {
     "quantize": "llamita.commands.quantize:command",
@@ -84,6 +84,8 @@ def _load(entry: str) -> Callable[..., None]:
     try:
         return getattr(import_module(module), function)
     except ImportError as error:  # the native module refuses LLAMITA_ISA, or was built for another machine
+        if str(error).startswith("LLAMITA_ISA:"):
+            raise InputError(str(error)) from None
         raise RunError(f"{module}: expected to load, got: {error}") from None
 
 
@@ -103,6 +105,9 @@ def _root(
     ] = False,
 ) -> None:
     """Turn a Llama checkpoint into a 4-bit model that runs at the limit of the hardware.
+
+    An error is one line of text on stderr, with --json, too. Exit codes: 0 done, 1 the surroundings
+    failed, 2 the input is at fault.
 
     Example: llamita quantize embedded -o my-model && llamita chat my-model
     """

@@ -62,9 +62,10 @@ def print_error(message: str) -> None:
     err.print(Text.assemble(("error:", "bold red"), " ", line))
 
 
-def note(message: str) -> None:
-    """A remark beside the answer, on stderr."""
-    err.print(message)
+def note(message: str | None) -> None:
+    """A remark beside the answer, on stderr, if there is one."""
+    if message is not None:
+        err.print(message)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from llamita.machine import free_memory, last_level_cache, usable_memory
 from llamita.packed import METADATA, PackedModel, open_source
 from llamita.quantize import Plan, float_bytes, make_plan
 from llamita.scheme import PRESETS, QuantScheme
+from llamita.shapes import find_shape
 from llamita.threads import use_threads
 from llamita.work import Work, count_work
 
@@ -99,6 +100,12 @@ def describe(name: str) -> Described:
         return dtypes[name] if dtypes.get(name) in FLOAT_DTYPES else dtypes["model.norm.weight"]
 
     return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations))
+
+
+def describe_shape(name: str) -> tuple[str, Described]:
+    """A published shape's full name, and its float model; InputError if there is none."""
+    full, config = find_shape(name)
+    return full, _from_config(config, full)
 
 
 def _from_config(values: dict[str, Any], where: str) -> Described:

@@ -14,6 +14,7 @@ GROUP_SIZES = (32, 64, 128, 256)  # what XNNPACK, KleidiAI and torchao all take
 _LONGEST_NAME = 80  # characters of a module's name that a message shows
 SCALE_RULES = ("torchao", "search", "weighted")
 SCALE_DTYPES = ("float32", "bfloat16")
+FLOAT = "none"  # in place of a preset: the weights as they are
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,17 @@ def make_scheme(preset: str, group_size: int | None = None, scale_rule: str | No
     if scheme == PRESETS[preset] or (preset == "arm" and scheme.group_size == 256 and scale_rule is None):
         return scheme
     return replace(scheme, name="custom")
+
+
+def choose_scheme(preset: str, group_size: int | None = None) -> QuantScheme | None:
+    """As `make_scheme`, and None for "none".
+
+    Raises:
+        InputError: unknown preset or group size, or a group size for "none".
+    """
+    _expect("--preset", preset, (*PRESETS, FLOAT))
+    if preset != FLOAT:
+        return make_scheme(preset, group_size)
+    if group_size is not None:
+        raise InputError("--group-size: expected with a preset that rounds, got --preset none")
+    return None

@@ -11,7 +11,7 @@ def use_threads(count: int | None) -> int:
         count: 1 to 1024; None for those in use, at first LLAMITA_THREADS or else every core.
 
     Raises:
-        InputError: the count, or LLAMITA_THREADS, is none.
+        InputError: the count, or LLAMITA_THREADS, is not 1 to 1024.
         RunError: the system refuses to start so many.
     """
     try:
@@ -24,3 +24,12 @@ def use_threads(count: int | None) -> int:
         raise InputError(f"threads: expected 1 to 1024, got {count}") from None
     except (RuntimeError, MemoryError) as error:
         raise RunError(str(error) or "threads: expected to start them, got too little memory") from None
+
+
+def remark(count: int | None = None) -> str | None:
+    """What to say of so many threads, by default those in use, if they are more than the usable CPUs."""
+    cpus = _native.usable_cpus()
+    count = _native.threads() if count is None else count
+    if count <= cpus:
+        return None
+    return f"threads: {count} on {cpus} usable CPUs will be slower than {cpus}"

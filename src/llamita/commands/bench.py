@@ -16,12 +16,12 @@ from llamita.engine.cache import KV_DTYPES
 from llamita.errors import InputError, RunError
 from llamita.files import has
 from llamita.packed import METADATA
-from llamita.scheme import make_scheme
+from llamita.scheme import FLOAT, choose_scheme
 from llamita.shapes import find_shape
 from llamita.speed import NEW_TOKENS, PROMPT_TOKENS
+from llamita.threads import remark
 
 DEFAULT_PRESET = "llama3.2"
-FLOAT = "none"  # the preset of a float model that stays float
 BF16 = "bf16"  # the baseline that needs no checkpoint
 PLOT = "llamita.plot"  # imported on use: it needs matplotlib
 _LABELS = {
@@ -51,7 +51,9 @@ _PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")
 _NewTokens = Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")]
 _Batch = Annotated[int, typer.Option(min=1, max=64, help="Decode so many sequences together, too.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Runs; figures are their medians.")]
-_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
+_Threads = Annotated[
+    int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")
+]
 _Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a sequence at most; by default the model's.")
 ]
@@ -91,12 +93,15 @@ def command(
               bench.PROBE_BYTES)  # fmt: skip
     with console.progress(quiet=json) as progress:
         result = run_bench(job, progress)
+    console.note(remark(result["machine"]["threads"]))
     if json:
         console.print_json(result)
     else:
         _print(result)
     if draw:  # last, so that its failure loses no figure
         draw(result, plot)
+    if weak := result["limits"]["too_weak"]:
+        raise RunError(f"{'; '.join(weak)}; try more --repeats on a quiet machine")
 
 
 def _model(src: str | None, shape: str | None, preset: str | None, group_size: int | None) -> ModelSpec:
@@ -106,14 +111,10 @@ def _model(src: str | None, shape: str | None, preset: str | None, group_size: i
     if shape is not None:
         shape, _ = find_shape(shape)
     elif has(resolve(str(src)), METADATA):
-        if preset or group_size:
+        if preset not in (None, FLOAT) or group_size:
             raise InputError(f"--preset, --group-size: expected a float model, got {src}, which is quantized")
         return ModelSpec(src, None)
-    if preset == FLOAT:
-        if group_size:
-            raise InputError("--group-size: expected with a preset that rounds, got --preset none")
-        return ModelSpec(src, shape)
-    return ModelSpec(src, shape, make_scheme(preset or DEFAULT_PRESET, group_size))
+    return ModelSpec(src, shape, choose_scheme(preset or DEFAULT_PRESET, group_size))
 
 
 def _baseline(name: str | None, model: ModelSpec) -> ModelSpec | None:
@@ -165,7 +166,7 @@ def _print(result: dict[str, Any]) -> None:
     for key in ("model", "baseline"):
         if result[key]:
             console.print_line(_memory_line(result[key]))
-    if model["of_limit"]["decode"]["fraction"] is None:
+    if model["of_limit"]["decode"]["limit"] is None:
         cache = console.megabytes(limits["cache_bytes"])
         console.print_line(f"decode: no limit, for with {cache} of cache the model need not come from memory")
     versions = "Python {python}, NumPy {numpy}, {os}".format(**result["machine"])
@@ -226,11 +227,18 @@ def _fraction_rows(result: dict[str, Any]) -> list[list[str]]:
                 continue  # float arithmetic has another limit
             label = f"{result[key]['name']}: {_LABELS[what]}".format(**result["settings"])
             work = console.megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} GMAC"
-            unit, fraction = "GB/s" if is_bytes else "GMAC/s", row["fraction"]
-            known = [f"{row['limit'] / 1e9:,.1f} {unit}", f"{fraction:.1%}", f"{row['fraction_nearby']:.1%}"
-                     ] if fraction is not None else ["", "", ""]  # fmt: skip
-            rows.append([label, work, f"{row['rate'] / 1e9:,.1f} {unit}", *known])
+            unit = "GB/s" if is_bytes else "GMAC/s"
+            rows.append([label, work, f"{row['rate'] / 1e9:,.1f} {unit}", *_limit_cells(row, unit)])
     return rows
+
+
+def _limit_cells(row: dict[str, Any], unit: str) -> list[str]:
+    """Limit and fractions of it; empty without a limit."""
+    if row["limit"] is None:
+        return ["", "", ""]
+    limit, fraction = f"{row['limit'] / 1e9:,.1f} {unit}", row["fraction"]
+    return [limit, "too weak", ""] if fraction is None else [
+        limit, f"{fraction:.1%}", f"{row['fraction_nearby']:.1%}"]  # fmt: skip
 
 
 def _memory_line(model: dict[str, Any]) -> str:

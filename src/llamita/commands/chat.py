@@ -10,11 +10,23 @@ from typing import Annotated
 import typer
 
 from llamita import console
-from llamita.commands.generate import describe, show_stream, summary
+from llamita.commands.generate import (
+    Context,
+    KvCache,
+    Preset,
+    Speculate,
+    Temperature,
+    Threads,
+    describe,
+    show_stream,
+    summary,
+)
 from llamita.engine.llm import LLM, load
 from llamita.engine.requests import DEFAULT_SPECULATE, Options
 from llamita.errors import InputError
+from llamita.threads import remark
 
+LEAST_ROOM = 16  # tokens of the context: with fewer there is no reply worth the name
 HELP = "/reset forgets what was said, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
 
 
@@ -42,25 +54,26 @@ def command(
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")
-    ] = None,
+    temperature: Temperature = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
-    speculate: Annotated[
-        int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
-    ] = DEFAULT_SPECULATE,
-    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")] = None,
+    speculate: Speculate = DEFAULT_SPECULATE,
+    preset: Preset = None,
+    threads: Threads = None,
+    context: Context = None,
+    kv_cache: KvCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
 ) -> None:
     """Talk to a model; a line is a message.
 
+    /reset forgets what was said, /system TEXT sets the system message, /exit ends. Where a conversation
+    has no room left in the context, its messages go unanswered until /reset; --json then has a line
+    {"error": TEXT} in place of the reply.
+
     Example: llamita chat my-model --system "Answer in one sentence."
     """
     llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
+    console.note(remark())
     _ = llm.chat_template  # a base model without one is refused before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,
@@ -68,10 +81,7 @@ def command(
     }  # fmt: skip
     is_terminal = sys.stdin.isatty() and not as_json
     if is_terminal:
-        # Python leaves Ctrl-C ignored where it began so: as a script's background job, and its children
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        _enable_line_editing()
-        console.note(HELP)
+        _welcome()
     conversation = Conversation(system)
     while (line := _read_line(is_terminal)) is not None:
         if line.startswith("/"):
@@ -80,10 +90,18 @@ def command(
         elif line:
             try:
                 _reply(llm, conversation, line, options, as_json)
-            except InputError as error:  # as a conversation that no longer fits the context
+            except InputError as error:  # as a conversation that the template refuses
                 if not is_terminal:
                     raise
                 console.print_error(f"{error}; /reset begins anew")
+
+
+def _welcome() -> None:
+    """Make the terminal ready."""
+    # Python leaves Ctrl-C ignored where it began so: as a script's background job, and its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _enable_line_editing()
+    console.note(HELP)
 
 
 def _obey(line: str, conversation: Conversation) -> bool:
@@ -100,7 +118,12 @@ def _obey(line: str, conversation: Conversation) -> bool:
 
 
 def _reply(llm: LLM, conversation: Conversation, question: str, options: Options, as_json: bool) -> None:
-    """Answer and remember the answer, whole or stopped."""
+    """Answer and remember the answer, whole or stopped; without room for one, say what to do."""
+    if full := _is_full(llm, conversation.with_question(question), options):
+        if as_json:
+            console.print_json({"error": full}, indent=None)
+        console.print_error(full)
+        return
     if as_json:
         generation = llm.generate(conversation.with_question(question), **options)
         console.print_json(describe(generation), indent=None)
@@ -111,10 +134,24 @@ def _reply(llm: LLM, conversation: Conversation, question: str, options: Options
         generation = show_stream(llm, conversation.with_question(question), options, shown)
         sys.stdout.write("\n")
         console.note(summary(generation))
+        if generation.finish_reason == "context":
+            console.note(f"the context of {llm.context} tokens is full; /reset begins anew")
     except KeyboardInterrupt:
         sys.stdout.write("\n")
         console.note("stopped")
     conversation.add(question, "".join(shown))
+
+
+def _is_full(llm: LLM, messages: list[dict[str, str]], options: Options) -> str | None:
+    """What to say where the context has too little room for a reply."""
+    used = len(llm.tokenizer.encode(llm.chat_template.render(messages), add_bos=False))
+    if used + min(LEAST_ROOM, options.get("max_tokens", LEAST_ROOM)) <= llm.context:
+        return None
+    larger = f", or up to --context {llm.config.context}" if llm.context < llm.config.context else ""
+    return (
+        f"context: expected room for a reply within {llm.context} tokens, got a conversation of {used}; "
+        f"try /reset, which begins anew{larger}"
+    )
 
 
 def _read_line(is_terminal: bool) -> str | None:

@@ -25,6 +25,7 @@ from llamita.evaluate import (
 )
 from llamita.mixed import describe_kinds
 from llamita.statistics import Interval
+from llamita.threads import remark
 
 HARNESS = "llamita.harness"  # imported on use: it needs LM Eval and with it Torch
 WIKITEXT = "wikitext"
@@ -66,7 +67,9 @@ _AddBos = Annotated[
     bool | None,
     typer.Option("--add-bos-token/--no-add-bos-token", help="As in LM Eval; else the tokenizer decides."),
 ]
-_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
+_Threads = Annotated[
+    int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")
+]
 _KvCache = Annotated[
     str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")
 ]
@@ -102,6 +105,7 @@ def command(
     _choose_text(job, text, wikitext_file, harness)
     with console.progress(quiet=json) as progress:
         contenders = open_contenders(models, baseline, threads=threads, kv_dtype=kv_cache, progress=progress)
+        console.note(remark())
         scores = _score(job, contenders, progress)
         results = _run_tasks(job, contenders, harness, progress)
     if json:

@@ -12,6 +12,19 @@ from llamita import console
 from llamita.engine.llm import LLM, load
 from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prompt
 from llamita.errors import InputError
+from llamita.threads import remark
+
+# Options that `llamita chat` has, too, each with what `--help` says of it.
+Temperature = Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")]
+Speculate = Annotated[
+    int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
+]
+Preset = Annotated[
+    str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")]
+Context = Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")]
+KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")]
 
 
 def command(
@@ -21,22 +34,18 @@ def command(
     prompt: Annotated[str, typer.Option(help="The text to continue; '-' reads it from stdin.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")
-    ] = None,
+    temperature: Temperature = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this times the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    speculate: Annotated[
-        int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
-    ] = DEFAULT_SPECULATE,
-    preset: Annotated[str | None, typer.Option(help="Round a float model to this scheme first.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")] = None,
+    speculate: Speculate = DEFAULT_SPECULATE,
+    preset: Preset = None,
+    threads: Threads = None,
+    context: Context = None,
+    kv_cache: KvCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
 ) -> None:
     """Continue a prompt.
@@ -45,6 +54,7 @@ def command(
     """
     text = read_prompt(prompt)
     llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
+    console.note(remark())
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,

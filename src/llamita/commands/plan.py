@@ -7,22 +7,29 @@ import typer
 
 from llamita import console
 from llamita.engine.cache import KV_DTYPES
-from llamita.plan import Estimate, Machine, describe, estimate_all, measure_machine
+from llamita.errors import InputError
+from llamita.plan import Estimate, Machine, describe, describe_shape, estimate_all, measure_machine
 from llamita.scheme import PRESETS, make_scheme
-from llamita.threads import use_threads
+from llamita.threads import remark, use_threads
 
 
 def command(
     src: Annotated[
-        str, typer.Argument(metavar="SRC", help="A config.json, a directory, a hub name, or 'embedded'.")
-    ],
+        str | None,
+        typer.Argument(metavar="[SRC]", help="A config.json, a directory, a hub name, or 'embedded'."),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A published shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")
+    ] = None,
     preset: Annotated[
         list[str] | None, typer.Option(help="A preset to plan for; all of them by default.")
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels; all by default.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")
+    ] = None,
     kv_cache: Annotated[
         str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")
     ] = None,
@@ -30,22 +37,32 @@ def command(
 ) -> None:
     """Size, memory and speed to expect on this machine; downloads nothing but a config.json.
 
-    Sizes are exact. Memory and speed are estimates from this machine's measured limits.
+    Sizes are exact. Memory and speed are estimates from this machine's measured limits, and rough
+    ones for models of a few million weights.
 
     Example: llamita plan meta-llama/Llama-3.2-1B --preset llama3.2
     """
+    if (src is None) == (shape is None):
+        raise InputError(
+            f"plan: expected a model or --shape, got {'both' if src else 'neither'}; try --shape 1b"
+        )
     use_threads(threads)
     schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
-    model = describe(src)
+    name, model = (src, describe(src)) if src is not None else describe_shape(str(shape))
+    console.note(remark())
     with console.progress(quiet=json) as progress:
         if progress:
             progress("measuring this machine", 0, 1)
         machine = measure_machine()
     estimates = estimate_all(model, machine, schemes, kv_cache)
     if json:
-        console.print_json({"source": src, "context": model.config.context, "machine": asdict(machine),
+        console.print_json({"source": name, "context": model.config.context, "machine": asdict(machine),
                             "estimates": [asdict(e) for e in estimates]})  # fmt: skip
         return
+    _print(name, estimates, machine)
+
+
+def _print(name: str, estimates: list[Estimate], machine: Machine) -> None:
     contexts = list(estimates[0].memory)
     columns = [
         "",
@@ -55,8 +72,12 @@ def command(
         "prefill tok/s",
         "fits",
     ]
-    console.print_table(f"{src}: estimates for this machine", columns, [_row(e) for e in estimates])
+    console.print_table(f"{name}: estimates for this machine", columns, [_row(e) for e in estimates])
     console.note(_machine_line(machine))
+    if min(e.tensor_bytes for e in estimates) <= machine.cache:
+        console.note(
+            "a model that fits the CPU's caches: its speeds are rough; `llamita bench` measures them"
+        )
 
 
 def _row(estimate: Estimate) -> list[str]:

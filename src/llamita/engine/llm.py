@@ -5,7 +5,7 @@ print(llm.generate("Once upon a time", max_tokens=100).text)
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,6 +26,7 @@ from llamita.engine.requests import (
     TokenIds,
     check_ids,
     check_names,
+    check_prompt,
     check_request,
 )
 from llamita.engine.sampler import Sampling
@@ -35,7 +36,7 @@ from llamita.errors import InputError
 from llamita.machine import usable_memory
 from llamita.packed import open_source
 from llamita.quantize import RoundedSource
-from llamita.scheme import QuantScheme, make_scheme
+from llamita.scheme import QuantScheme, choose_scheme
 from llamita.threads import use_threads
 from llamita.tokenizer import Tokenizer, read_settings
 
@@ -57,8 +58,8 @@ def load(
 
     Args:
         path_or_name: what to load; a float model stays float unless a preset is given.
-        preset: round a float model to this scheme while it loads.
-        threads: of the kernels, for the whole process; by default all of the machine's.
+        preset: round a float model to this scheme while it loads; "none" is the same as None.
+        threads: 1 to 1024, of the kernels, for the whole process; by default all of the machine's.
         context: tokens of a sequence at most; by default what the model was made for.
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, "f16"
             for a quantized one. "int8" takes little more than half the memory of "f16".
@@ -73,10 +74,10 @@ def load(
     """
     use_threads(threads)
     source = open_source(path_or_name)
-    if preset is not None:
+    scheme = choose_scheme(preset) if isinstance(preset, str) else preset
+    if scheme is not None:
         if not isinstance(source, Checkpoint):
             raise InputError(f"preset: expected a float model, got {path_or_name}, which is quantized")
-        scheme = preset if isinstance(preset, QuantScheme) else make_scheme(preset)
         source = RoundedSource(source, scheme)
     return LLM(
         source,
@@ -86,6 +87,20 @@ def load(
         cache_memory=cache_memory,
         prefix_cache=prefix_cache,
     )
+
+
+def check_cache(source: ModelSource, context: int | None, kv_dtype: str | None) -> tuple[int, str]:
+    """Tokens of a sequence at most, and the type of keys and values; InputError for what cannot be."""
+    longest = source.config.context
+    context = longest if context is None else context
+    if not 0 < context <= longest:
+        raise InputError(
+            f"context: expected 1 to {longest} tokens, got {context}; try {longest}, the model's own"
+        )
+    chosen = kv_dtype or ("f32" if source.scheme is None else "f16")
+    if chosen not in KV_DTYPES:
+        raise InputError(f"kv_dtype (--kv-cache): expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    return context, chosen
 
 
 class LLM:
@@ -113,14 +128,7 @@ class LLM:
     ) -> None:
         """As `load`, from an opened model."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
-        self.context = self.config.context if context is None else context
-        if not 0 < self.context <= self.config.context:
-            raise InputError(f"context: expected 1 to {self.config.context} tokens, got {self.context}")
-        self.kv_dtype = kv_dtype or ("f32" if self.scheme is None else "f16")
-        if self.kv_dtype not in KV_DTYPES:
-            raise InputError(
-                f"kv_dtype (--kv-cache): expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}"
-            )
+        self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache)
         self.model = Model(self.config, load_weights(source))
         self.scheduler = Scheduler(self.model, limits)
@@ -172,6 +180,10 @@ class LLM:
             InputError: at once, before any text is made; it names the prompt by its place.
             RunError: one of them failed; the others are given up.
         """
+        if isinstance(prompts, str):
+            raise InputError("prompts: expected several texts, got one; try [text]")
+        if not isinstance(prompts, Iterable):
+            raise InputError(f"prompts: expected several texts, got {repr(prompts)[:80]}; try a list")
         requests = []
         for place, prompt in enumerate(prompts):
             try:
@@ -252,10 +264,13 @@ class LLM:
             text = self.chat_template.render(prompt)
             ids = self.check_ids(tokenizer.encode(text, add_bos=False))
             return ids, False  # an answer is a text of its own
+        check_prompt(prompt)
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not np.size(ids):
             if tokenizer.bos_token_id is None:
-                raise InputError("prompt: expected some text, got none, and the model has no BOS token")
+                raise InputError(
+                    "prompt (--prompt): expected some text, got none, and the model has no BOS token"
+                )
             ids = [tokenizer.bos_token_id]
         ids = self.check_ids(ids)
         return ids, any(tokenizer.token_bytes(token) for token in ids.tolist())

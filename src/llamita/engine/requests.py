@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, TypedDict
 
 import numpy as np
@@ -148,8 +149,21 @@ def check_request(
 
 def check_names(options: Options) -> None:
     """TypeError for an option that does not exist, as a function has it for its arguments."""
-    if unknown := options.keys() - Options.__annotations__.keys():
-        raise TypeError(f"unexpected options: {', '.join(sorted(unknown))}")
+    known = sorted(Options.__annotations__)
+    for name in sorted(options.keys() - set(known)):
+        near = get_close_matches(name, known, n=1)
+        raise TypeError(f"{name}: unexpected option; try {near[0] if near else 'one of ' + ', '.join(known)}")
+
+
+def check_prompt(prompt: Any) -> None:
+    """InputError for what is neither a text nor a sequence of one kind of things."""
+    if isinstance(prompt, str | np.ndarray):
+        return
+    if isinstance(prompt, Sequence) and all(isinstance(part, int | np.integer) for part in prompt):
+        return
+    several = isinstance(prompt, Sequence) and all(isinstance(part, str) for part in prompt)
+    hint = "; try generate_many for several texts" if several else ""
+    raise InputError(f"prompt: expected a text, messages or token ids, got {repr(prompt)[:80]}{hint}")
 
 
 def check_ids(token_ids: TokenIds, vocab_size: int, context: int) -> np.ndarray:
@@ -161,7 +175,10 @@ def check_ids(token_ids: TokenIds, vocab_size: int, context: int) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
         raise InputError(f"token ids: expected one or more whole numbers, got {str(token_ids)[:80]}")
     if len(ids) > context:
-        raise InputError(f"prompt: expected at most {context} tokens, the context, got {len(ids)}")
+        raise InputError(
+            f"prompt: expected at most {context} tokens, the context, got {len(ids)}; "
+            "try a shorter one, or a larger context (--context) where the model allows it"
+        )
     largest = vocab_size - 1
     wrong = np.flatnonzero((ids < 0) | (ids > largest))
     if len(wrong):
