@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llamita.calibration import load_calibration
-from llamita.methods.setup import Setup
 
+from llamita.calibration import load_calibration
 from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import LLM
 from llamita.evaluate import Contender, score_tokens
 from llamita.harness import run_tasks
+from llamita.methods.setup import Setup
 from llamita.quantize import RoundedSource
 from llamita.scheme import make_scheme
-from llamita.tokenizer import Tokenizer
 from llamita.wikitext import read as read_wikitext
 
 
@@ -31,8 +30,7 @@ def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:
     """What the chain begins with."""
     if not job["calibration"]:
         return Setup(seed=job["seed"])
-    tokenizer = Tokenizer(source.path, source.config)
-    text = load_calibration(job["calibration"], source, tokenizer, job["samples"], job["length"], job["seed"])
+    text = load_calibration(job["calibration"], source, job["samples"], job["length"], job["seed"])
     return Setup(text, job["seed"], settings=job["settings"])
 
 
