@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_rotated_models import pack
 from tiny import make_checkpoint, random_tensors, write_tensors
 
 import llamita
@@ -133,8 +134,9 @@ def test_watching_a_step_changes_no_bit_and_shows_what_its_layers_read(root, isa
             assert after.shape == before.shape == inputs["gate_up"].shape
 
 
-def test_what_a_quantized_block_rounded_is_what_is_shown(root, isa):
-    llm = llamita.load(root / "g32")
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_what_a_quantized_block_rounded_is_what_is_shown(root, isa, tmp_path, is_rotated):
+    llm = llamita.load(pack(tmp_path, ("R1", "R4")) if is_rotated else root / "g32")
     ids = np.arange(77, dtype=np.int32)
     for view in llm.model.watch([(llm.new_sequence(100), ids)]):
         buffers = llm.model._buffers.first(len(ids))

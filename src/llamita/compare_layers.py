@@ -17,13 +17,13 @@ from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource, linear_names
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.engine.model import LINEAR_INPUTS, BlockView
 from llamita.evaluate import Contender, Progress
+from llamita.methods.chain import TRANSFORMS
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
 
 STREAM = "stream"
 PLACES = (STREAM, *LINEAR_INPUTS)  # where activations are watched
 LAYER_TOKENS = 8192  # of the text; the errors are means, and stand to three figures long before
-TRANSFORMS = ("equalize", "spinquant")  # parts of a method that change float weights and keep the function
 _ROWS = 1024  # of a matrix in float at a time
 
 

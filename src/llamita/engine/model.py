@@ -140,7 +140,11 @@ class Model:
         ops.rmsnorm(x, block.attention_norm, self.config.norm_eps, qkv)
         _linear(block.attention_out, b.attended, x, accumulate=True)
         ops.rmsnorm(x, block.mlp_norm, self.config.norm_eps, gate_up)
-        inputs = (qkv, b.attended.floats, gate_up, b.inner.floats)
+        down = b.inner.floats
+        if self.weights.down_rotation and block.down.takes_codes:  # else it was rotated where it lies
+            down = np.empty_like(down)
+            ops.hadamard(self.weights.down_rotation, b.inner.floats, down)
+        inputs = (qkv, b.attended.floats, gate_up, down)
         return dict(zip(LINEAR_INPUTS, inputs, strict=True))
 
     def _head(self, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
