@@ -40,6 +40,9 @@ class Row:
         return bool(self.calibration)
 
 
+_SCALES_ALONE = {"tune.rate": 0}  # no second descent, over codes
+
+
 def _rotations(names: str) -> dict[str, Any]:
     return {"spinquant.rotations": names}
 
@@ -59,8 +62,10 @@ ROWS: dict[str, Row] = {
     "spinquant (R1, R2, R4)": Row("spinquant"),
     META: Row("spinquant+gptq"),
     "block tuning": Row("tune"),
+    "qronos + tuned scales": Row("qronos+tune", settings=_SCALES_ALONE),
+    "qronos + tuned scales, own text": Row("qronos+tune", calibration="self", settings=_SCALES_ALONE),
     "qronos + block tuning": Row("qronos+tune"),
-    "qronos + block tuning, own text": Row("qronos+tune", calibration="self"),
-    "equalize + qronos + block tuning": Row("equalize+qronos+tune", twins=("pairs", "both")),
-    "spinquant + qronos + block tuning": Row("spinquant+qronos+tune"),
+    "equalize + qronos + tuned scales": Row("equalize+qronos+tune", settings=_SCALES_ALONE),
+    "R4 + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE),
+    "spinquant + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_SCALES_ALONE),
 }
