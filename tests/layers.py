@@ -9,7 +9,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
     ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub",
-     "statistics", "wikitext", "shapes", "machine", "charts", "hub_texts", "processes",
+     "statistics", "wikitext", "shapes", "machine", "charts", "hub_texts", "processes", "optional",
      "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",

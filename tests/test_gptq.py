@@ -226,7 +226,7 @@ def test_statistics_are_the_means_over_all_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, panel: int
 ) -> None:
     monkeypatch.setattr(calibrated, "_PANEL", panel)
-    monkeypatch.setattr(calibrated, "_BATCH_TOKENS", 64)
+    monkeypatch.setattr(calibrated, "BATCH_TOKENS", 64)
     source = Checkpoint(make_checkpoint(tmp_path))
     config = blocks.llama_config(source.config)
     rotary = blocks.rotary_tables(config, 32)

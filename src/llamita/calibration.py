@@ -8,9 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.errors import InputError, RunError
 from llamita.files import parse_json
 from llamita.methods.setup import Calibration
+from llamita.optional import load_optional
 from llamita.quantize import RoundedSource
 from llamita.scheme import make_scheme
 from llamita.tokenizer import Tokenizer
@@ -27,6 +26,10 @@ Progress = Callable[[str, int, int], None] | None
 SELF, SELF_FAST = "self", "self-fast"
 SAMPLES, LENGTH, SEED = 128, 512, 0
 HUB = "llamita.hub_texts:documents"  # imported on use: it needs the package datasets
+_NO_DATASETS = (
+    "--calibration: a data set of the hub needs the package {package}, which is missing; try pip "
+    "install 'llamita[torch]' (in a checkout '.[torch]'), a text file, or self, which need none"
+)
 LARGEST_FILE = 32 * 2**20  # bytes; tokenizing takes some 30 times as much memory
 _FAST_SCHEME = "llamita"
 _SPARE = 4  # times the tokens that are needed, read of a data set without end, to draw windows from
@@ -126,7 +129,7 @@ def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progr
     if os.path.exists(name):
         return _join(tokenizer, _file_documents(Path(name)), None)
     if _HUB_NAME.fullmatch(name) and not name.endswith(_FILE_NAMES):
-        return _join(tokenizer, _hub_documents()(name, seed), needed * _SPARE)
+        return _join(tokenizer, load_optional(HUB, _NO_DATASETS)(name, seed), needed * _SPARE)
     raise InputError(
         "--calibration: expected 'self', 'self-fast', a text file, or a data set's name like owner/name, "
         f"got {name!r}; there is no such file"
@@ -170,16 +173,3 @@ def _text_of(line: str, where: str) -> str:
     if not isinstance(text, str):
         raise InputError(f'{where}: expected an object with a string "text"')
     return text
-
-
-def _hub_documents() -> Any:
-    module, function = HUB.split(":")
-    try:
-        return getattr(import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "llamita":
-            raise
-        raise RunError(
-            f"--calibration: a data set of the hub needs the package {error.name}, which is missing; try pip "
-            "install 'llamita[torch]' (in a checkout '.[torch]'), a text file, or self, which need none"
-        ) from None

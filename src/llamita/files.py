@@ -22,6 +22,15 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+def flush_path(path: Path) -> None:
+    """What was written to a file through a mapping, or a directory's names, reaches the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def member(directory: Path, name: object) -> Path:
     """The path of a regular file that lies directly in `directory`.
 

@@ -7,6 +7,7 @@ sums is part of the format (docs/numerics.md); the native twin gives the same bi
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,14 +72,25 @@ def core_signs(core: int) -> Signs:
     return signs
 
 
+def butterflies(y: Any, stack: Callable[[list[Any], int], Any]) -> Any:
+    """Sylvester's part of the transform along the last axis, 2^m, of a NumPy array or a Torch tensor.
+
+    Args:
+        y: (rows, K, 2^m).
+        stack: NumPy's or Torch's.
+    """
+    rows, core, length = y.shape
+    for step in (2**i for i in range(length.bit_length() - 1)):
+        pairs = y.reshape(rows, core, length // (2 * step), 2, step)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = stack([a + b, a - b], -2).reshape(rows, core, length)
+    return y
+
+
 def _transform(x: np.ndarray, orient: Callable[[Signs], Signs]) -> np.ndarray:
     n = x.shape[-1]
     core, power = factor(n)
-    y = x.reshape(-1, core, 2**power)
-    for step in (2**i for i in range(power)):
-        pairs = y.reshape(-1, core, 2**power // (2 * step), 2, step)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = np.stack([a + b, a - b], axis=-2).reshape(y.shape)
+    y = butterflies(x.reshape(-1, core, 2**power), np.stack)
     if core > 1:
         signs = orient(core_signs(core)).astype(x.dtype)
         total = np.zeros_like(y)

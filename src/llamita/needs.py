@@ -9,7 +9,7 @@ import numpy as np
 from llamita import _native
 from llamita.config import ModelConfig
 from llamita.methods.chain import Chain
-from llamita.methods.setup import Setup
+from llamita.methods.setup import BATCH_TOKENS, Setup
 from llamita.quantize import Plan
 from llamita.scheme import QuantScheme
 
@@ -18,7 +18,6 @@ _HASH_RATE = 1e9  # bytes read, hashed and written in a second, roughly
 _PROBE_ROWS, _PROBE_COLUMNS = 512, 2048
 _F32, _F64 = 4, 8  # bytes
 _TORCH_MEMORY = 300e6  # bytes: Torch and transformers, loaded, without their files' pages
-_BATCH_TOKENS = 2048  # as `calibrated` takes them
 _BATCH_COPIES = 4  # of the widest hidden states of a batch that live at a time
 
 
@@ -65,7 +64,7 @@ def expected_memory(config: ModelConfig, chain: Chain, setup: Setup, samples: in
     states = 2 * streams * _F32 * samples * length * config.hidden_size  # in front of a block and behind it
     in_ram = states if states <= setup.memory else 0
     block = sum(rows * columns for rows, columns in shapes.values()) * (2 * _F32 + 1)  # float, rounded, codes
-    batch = _BATCH_COPIES * _F32 * max(_BATCH_TOKENS, length) * config.intermediate_size
+    batch = _BATCH_COPIES * _F32 * max(BATCH_TOKENS, length) * config.intermediate_size
     # Hessian, cross products, the matrix that is factored and its factor
     measured = widest * widest * (_F32 * streams + 2 * _F64 + _F32)
     # gate and up together: weights, targets, codes, and the transposed ones

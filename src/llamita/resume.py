@@ -8,10 +8,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llamita.errors import InputError, RunError
 
@@ -70,14 +70,19 @@ def _prepare(work: Path, settings: str) -> None:
             return
     for path in work.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    write_whole(known, settings.encode())
+    write_whole(known, lambda file: file.write(settings.encode()))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, whatever happens."""
-    partial = path.with_name(f"{path.name}.partial")
+def partial_of(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file that is there whole or not at all, whatever happens; `write` fills it."""
+    partial = partial_of(path)
     with partial.open("wb") as file:
-        file.write(data)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llamita.errors import InputError, RunError
+from llamita.files import flush_path
 
 MARK = "llamita.json"  # only a directory that holds it may be overwritten
 _PATIENCE = 30.0  # seconds; another run holds the lock while it renames and removes, no longer
@@ -66,7 +67,7 @@ def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> It
             check_target(out, overwrite, source)  # what came back is in the way, too
             lock, partial = _make_partial(out)
         yield partial
-        _flush_directory(partial)
+        flush_path(partial)
         with _alone(out.parent):
             check_target(out, overwrite, source)  # another may have made it meanwhile
             _move_into_place(partial, out)
@@ -160,7 +161,7 @@ def _move_into_place(partial: Path, out: Path) -> None:
         _remove(aside, out)
     else:
         partial.rename(out)
-    _flush_directory(out.parent)
+    flush_path(out.parent)
 
 
 def _remove(aside: Path, out: Path) -> None:
@@ -169,12 +170,3 @@ def _remove(aside: Path, out: Path) -> None:
         doomed = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-{os.getpid()}-", dir=out.parent))
         aside.rename(doomed)  # replaces the empty one
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _flush_directory(directory: Path) -> None:
-    """Names, like data, reach the disk only when flushed."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """`llamita bench`: speed, size and memory of a model, beside the limits of this machine and a baseline."""
 
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from llamita.checkpoint import resolve
 from llamita.engine.cache import KV_DTYPES
 from llamita.errors import InputError, RunError
 from llamita.files import has
+from llamita.optional import load_optional
 from llamita.packed import METADATA
 from llamita.scheme import FLOAT, choose_scheme
 from llamita.shapes import find_shape
@@ -142,15 +142,11 @@ def _plotter(path: Path) -> Any:
         raise InputError(
             f"--plot: expected a directory that can be written, got {directory}: {reason}"
         ) from None
-    try:
-        return import_module(PLOT).draw
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "llamita":
-            raise
-        raise RunError(
-            f"--plot: expected the package {error.name}, found none; try pip install 'llamita[plot]' "
-            "(in a checkout '.[plot]')"
-        ) from None
+    lacking = (
+        "--plot: expected the package {package}, found none; try pip install 'llamita[plot]' "
+        "(in a checkout '.[plot]')"
+    )
+    return load_optional(f"{PLOT}:draw", lacking)
 
 
 def _print(result: dict[str, Any]) -> None:

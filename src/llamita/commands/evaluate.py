@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,6 @@ import typer
 
 from llamita import console, wikitext
 from llamita.baseline import open_contenders
-from llamita.errors import RunError
 from llamita.evaluate import (
     CHUNK_TOKENS,
     Contender,
@@ -24,6 +23,7 @@ from llamita.evaluate import (
     score_text,
 )
 from llamita.mixed import describe_kinds
+from llamita.optional import load_optional
 from llamita.statistics import Interval
 from llamita.threads import remark
 
@@ -123,15 +123,11 @@ def command(
 
 def _import_harness() -> Any:
     os.environ.setdefault("TQDM_DISABLE", "1")  # LM Eval's progress bars would break into ours
-    try:
-        return import_module(HARNESS)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "llamita":
-            raise
-        raise RunError(
-            f"--tasks: expected the package {error.name}, found none; try pip install 'llamita[torch]' "
-            "(in a checkout '.[torch]'), or --text FILE, which needs none"
-        ) from None
+    return load_optional(
+        HARNESS,
+        "--tasks: expected the package {package}, found none; try pip install 'llamita[torch]' "
+        "(in a checkout '.[torch]'), or --text FILE, which needs none",
+    )
 
 
 def _choose_text(job: _Job, text: Path | None, wikitext_file: Path | None, harness: Any) -> None:

@@ -23,13 +23,12 @@ from llamita.methods.energy import pieces_of
 from llamita.methods.fakequant import quantize_activations
 from llamita.methods.online import online_transform
 from llamita.methods.rtn import RoundedRows
-from llamita.methods.setup import Setup
+from llamita.methods.setup import BATCH_TOKENS, Setup
 from llamita.methods.streams import Store
 from llamita.packing import unpack_int4
 from llamita.scheme import QuantScheme
 
 _PANEL = 1024  # inputs of a Hessian that are taken at a time
-_BATCH_TOKENS = 2048  # in a forward pass at a time: the widest inputs of a 1B model then take 64 MB
 
 
 @dataclass(frozen=True)
@@ -309,7 +308,7 @@ def _advance(
 
 def _batches(states: Tensor) -> Iterator[slice]:
     samples, length, _ = states.shape
-    step = max(1, _BATCH_TOKENS // length)
+    step = max(1, BATCH_TOKENS // length)
     for start in range(0, samples, step):
         yield slice(start, start + step)
 

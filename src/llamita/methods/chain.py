@@ -7,12 +7,12 @@ calibrated ones need Torch.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError
 from llamita.methods.setup import Setup
+from llamita.optional import load_optional
 from llamita.scheme import QuantScheme
 
 RoundModule = Callable[[str], Iterator[Any]]  # a module's name to its rounded rows, in pieces
@@ -112,13 +112,8 @@ def begin(source: Any, scheme: QuantScheme, chain: Chain, setup: Setup) -> Round
 
 
 def _entry(name: str, entry: str) -> Any:
-    module, function = entry.split(":")
-    try:
-        return getattr(import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "llamita":
-            raise
-        raise RunError(
-            f"--method {name}: expected the package {error.name}, found none; try pip install "
-            "'llamita[torch]' (in a checkout '.[torch]'), or --method rtn, which needs none"
-        ) from None
+    return load_optional(
+        entry,
+        f"--method {name}: expected the package {{package}}, found none; try pip install "
+        "'llamita[torch]' (in a checkout '.[torch]'), or --method rtn, which needs none",
+    )

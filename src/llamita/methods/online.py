@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llamita.hadamard import core_signs, factor
+from llamita.hadamard import butterflies, core_signs, factor
 from llamita.rotations import Rotations
 
 
@@ -21,11 +21,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     """
     n = x.shape[-1]
     core, power = factor(n)
-    y = x.reshape(-1, core, 2**power)
-    for step in (2**i for i in range(power)):
-        pairs = y.reshape(-1, core, 2**power // (2 * step), 2, step)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack([a + b, a - b], dim=-2).reshape(y.shape)
+    y = butterflies(x.reshape(-1, core, 2**power), torch.stack)
     if core > 1:
         signs = torch.from_numpy(core_signs(core).copy()).to(x)
         y = torch.einsum("lk,bkj->blj", signs, y)

@@ -11,6 +11,7 @@ import numpy as np
 from llamita.errors import InputError
 
 Numbers = dict[str, float]
+BATCH_TOKENS = 2048  # in a forward pass at a time: the widest inputs of a 1B model then take 64 MB
 Progress = Callable[[str, int, int], None] | None
 
 

@@ -6,20 +6,23 @@ random signs; R1 and R2 are then learned (`methods/learn_rotations.py`, on Torch
 no mean is subtracted: RMSNorm has none. Tied tables stay tied, by a product M in front of the head.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError
 from llamita.hadamard import factor, fast_hadamard, hadamard_matrix
 from llamita.methods.setup import Setup
+from llamita.optional import load_optional
 from llamita.rotations import NAMES, Rotations
 from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
 
 _LEARN = "llamita.methods.learn_rotations:learn"
+_NO_TORCH = (
+    "--method spinquant: expected the package {package}, found none; try pip install "
+    "'llamita[torch]', or --set spinquant.steps=0, which learns nothing and needs none"
+)
 _PREFIX = "spinquant."
 LOSSES = ("kl", "cross-entropy")
 
@@ -112,21 +115,8 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
         raise InputError("--method: expected spinquant once, got a model that is rotated already")
     matrices = random_rotations(source, settings, setup.seed)
     if settings.steps and (matrices.r1 is not None or matrices.r2 is not None):
-        matrices = _learner()(source, matrices, settings, setup)
+        matrices = load_optional(_LEARN, _NO_TORCH)(source, matrices, settings, setup)
     return rotated(source, matrices, settings.online)
-
-
-def _learner() -> Callable[[FloatSource, RotationMatrices, Settings, Setup], RotationMatrices]:
-    module, function = _LEARN.split(":")
-    try:
-        return getattr(import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "llamita":
-            raise
-        raise RunError(
-            f"--method spinquant: expected the package {error.name}, found none; try pip install "
-            "'llamita[torch]', or --set spinquant.steps=0, which learns nothing and needs none"
-        ) from None
 
 
 def random_rotations(source: FloatSource, settings: Settings, seed: int) -> RotationMatrices:

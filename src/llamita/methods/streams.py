@@ -5,17 +5,16 @@ Files of a work directory: `float-N.npy` and `quantized-N.npy`, the streams in f
 `block-N.npz`, its codes and scales. A block counts once its last file is there, and each file appears whole.
 """
 
-import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llamita.files import flush_path
 from llamita.methods.setup import Setup
+from llamita.resume import partial_of, write_whole
 
 _FLOAT_BYTES = 4
 
@@ -50,7 +49,7 @@ class Store:
         """Room for the hidden states in front of block `index`."""
         if not self.spills:
             return torch.empty(self._shape)
-        path = _partial(self._file(kind, index))
+        path = partial_of(self._file(kind, index))
         return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.float32, self._shape))
 
     def load(self, kind: str, index: int) -> Tensor:
@@ -70,12 +69,12 @@ class Store:
         for kind, values in after.items():
             path = self._file(kind, index + 1)
             if self.spills:
-                _flush(_partial(path))
-                _partial(path).rename(path)
+                flush_path(partial_of(path))
+                partial_of(path).rename(path)
             else:
-                _write(path, lambda file, values=values: np.save(file, values.numpy()))
+                write_whole(path, lambda file, values=values: np.save(file, values.numpy()))
         arrays = {f"{name}.{i}": array for name, pair in layers.items() for i, array in enumerate(pair)}
-        _write(self._file("block", index), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
+        write_whole(self._file("block", index), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
         for kind in after:
             self._file(kind, index).unlink(missing_ok=True)
 
@@ -89,25 +88,3 @@ class Store:
     def _file(self, kind: str, index: int) -> Path:
         assert self._directory is not None
         return self._directory / f"{kind}-{index:04}.{'npz' if kind == 'block' else 'npy'}"
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """A file that is there whole or not at all."""
-    with _partial(path).open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    _partial(path).rename(path)
-
-
-def _flush(path: Path) -> None:
-    """What was written through a mapping reaches the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
