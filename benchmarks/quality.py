@@ -11,10 +11,11 @@ no calibration). Every cell of the tables runs in a process of its own; its reco
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,18 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], 
                 model = make_twin(TWINS[twin], args.work / f"twin-{twin}")
                 for name in args.rows:
                     row = ROWS[name]
-                    if twin not in row.twins or (seed != args.seeds[0] and not row.is_random):
+                    if twin not in row.twins or (seed != SEEDS[0] and not row.is_random):
                         continue
+                    reads_wikitext = row.on_wikitext and twin == "plain" and seed == SEEDS[0]
                     yield (
                         (twin, group_size, name, seed),
                         {
-                            "model": str(model), "reference": str(resolve("embedded")), "text": scored,
+                            "twin": twin, "model": str(model), "reference": str(resolve("embedded")),
+                            "text": scored,
                             "group_size": group_size, "method": row.method, "scales": row.scales,
                             "calibration": {"real": real}.get(row.calibration, row.calibration),
                             "settings": row.settings, "seed": seed, "samples": SAMPLES, "length": LENGTH,
-                            "wikitext": str(args.wikitext or "") if seed == args.seeds[0] else "",
+                            "wikitext": str(args.wikitext or "") if reads_wikitext else "",
                         },
                     )  # fmt: skip
 
@@ -74,13 +77,29 @@ def run(job: dict[str, Any], place: Path) -> bool:
     if place.with_suffix(".result.json").exists():
         return True
     place.write_text(json.dumps(job), "utf-8")
-    done = subprocess.run([sys.executable, str(HERE / "quality" / "worker.py"), str(place)], check=False)
+    one_thread = {"LLAMITA_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "quality" / "worker.py"), str(place)], env=os.environ | one_thread,
+        check=False,
+    )  # fmt: skip
     return done.returncode == 0
 
 
+def run_and_tell(key: tuple[str, int, str, int], job: dict[str, Any], work: Path) -> None:
+    """Run a cell and print a line about it."""
+    twin, group_size, name, seed = key
+    place = place_of(work, job)
+    if not run(job, place):
+        print(f"failed: {key}", flush=True)
+        return
+    kl = np.load(place.with_suffix(".npz"))["kl"].mean()
+    print(f"{twin:6} g{group_size:<4} seed {seed}  KL {kl:.4f}  {name}", flush=True)
+
+
 def place_of(work: Path, job: dict[str, Any]) -> Path:
-    """Where a cell's record lies: named by all that it depends on."""
-    return work / f"{hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    """Where a cell's record lies: named by all that it depends on, wherever the models lie."""
+    known = json.dumps({key: job[key] for key in job if key not in ("model", "reference")}, sort_keys=True)
+    return work / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.json"
 
 
 def collect(args: argparse.Namespace) -> tables.Cells:
@@ -102,7 +121,7 @@ def _cell(runs: list[tuple[Any, dict[str, Any]]]) -> tables.Cell:
 
     words = [r["wikitext"]["word_perplexity"] for _, r in runs if r["wikitext"]]
     return tables.Cell(
-        kl=mean("kl"), losses=mean("losses"), agrees=mean("agrees"),
+        kl=mean("kl"), losses=mean("losses"), float_losses=mean("float_losses"), agrees=mean("agrees"),
         seeds=tuple(float(arrays["kl"].mean()) for arrays, _ in runs),
         seconds=float(np.median([r["seconds"] for _, r in runs])),
         peak_bytes=float(np.median([r["peak_bytes"] for _, r in runs])),
@@ -133,6 +152,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=_names(SEEDS), default=list(SEEDS))
     parser.add_argument("--rows", type=_names(ROWS), default=list(ROWS))
     parser.add_argument("--characters", type=int, default=CHARACTERS, help="of the text that is scored")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one thread")
     parser.add_argument("--render", action="store_true", help="run nothing, write docs/quality.md")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.md")
     return parser.parse_args()
@@ -142,19 +162,14 @@ def main() -> None:
     args = _arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.render:
-        for key, job in jobs(args):
-            twin, group_size, name, seed = key
-            place = place_of(args.work, job)
-            if not run(job, place):
-                print(f"failed: {key}", flush=True)
-                continue
-            kl = np.load(place.with_suffix(".npz"))["kl"].mean()
-            print(f"{twin:6} g{group_size:<4} seed {seed}  KL {kl:.4f}  {name}", flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for _ in pool.map(lambda pair: run_and_tell(*pair, args.work), jobs(args)):
+                pass
         return
     cells = collect(args)
     if not any(name == YARDSTICK for _, _, name in cells):
         raise SystemExit(f"{args.work}: expected at least '{YARDSTICK}' among the finished cells, found none")
-    args.out.write_text(render(cells, {name: asdict(row) for name, row in ROWS.items()}), "utf-8")
+    args.out.write_text(render(cells), "utf-8")
 
 
 if __name__ == "__main__":

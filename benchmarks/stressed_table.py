@@ -11,30 +11,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from llamita.checkpoint import resolve
 from llamita.engine.llm import load
 from llamita.evaluate import Contender, score_text
 from llamita.scheme import make_scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from stress_embedded import calibration_tokens, fold_norms, stress
+from stress_embedded import save_twin
 
 TWINS = {"embedded": set(), "basis": {"basis"}, "pairs": {"pairs"}, "basis and pairs": {"basis", "pairs"}}
 SCHEMES = {"arm": make_scheme("arm"), "llama3.2": make_scheme("llama3.2"), "llamita": make_scheme("llamita")}
-
-
-def make_twin(model: Path, parts: set[str], fold: bool, out: Path) -> None:
-    """Save a twin of the embedded model, its norms folded at the end if asked for."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    twin = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    twin = stress(twin, calibration_tokens(tokenizer, (model / "heldout.txt").read_text("utf-8")), parts)
-    if fold:
-        fold_norms(twin)
-    twin.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def losses(reference: Contender, twin: Path, text: str) -> list[float]:
@@ -58,7 +44,7 @@ def main() -> None:
         for name, parts in TWINS.items():
             for fold in (False, True):
                 out = Path(folder) / f"{name}-{fold}"
-                make_twin(model, parts, fold, out)
+                save_twin(model, parts, out, fold=fold)
                 table[name, fold] = losses(reference, out, text)
     print("| model | " + " | ".join(f"KL, {s}" for s in SCHEMES) + " | KL, float |"
           + "".join(f" folding wins back, {s} |" for s in SCHEMES))  # fmt: skip

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods.setup", "methods.chain", "methods.rtn", "methods.energy", "methods.fakequant",
      "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq",
      "methods.qronos", "methods.ranks", "methods.online", "methods.equalize",
-     "methods.spinquant", "methods.learn_rotations", "methods.tune"),
+     "methods.spinquant", "methods.learn_rotations", "methods.tune_settings", "methods.tune"),
     # 4: the pipeline; the forward pass
     ("quantize", "chat", "engine.cache", "engine.sampler", "engine.stops", "engine.weights",
      "engine.model", "engine.prefixes", "engine.speculation", "engine.requests",
@@ -83,8 +83,9 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "transformed": ("checkpoint",),
     "methods.equalize": ("methods.energy", "methods.setup"),
     "methods.spinquant": ("methods.setup",),
-    "methods.learn_rotations": ("methods.blocks", "methods.online", "methods.setup", "methods.spinquant"),
-    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup"),
+    "methods.learn_rotations": ("methods.blocks", "methods.online", "methods.ranks", "methods.setup",
+     "methods.spinquant"),
+    "methods.tune": ("methods.blocks", "methods.calibrated", "methods.setup", "methods.tune_settings"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.

@@ -24,7 +24,6 @@ from llamita.errors import InputError, RunError
 from llamita.hadamard import fast_hadamard
 from llamita.methods.chain import begin, parse_chain
 from llamita.methods.setup import Calibration, Setup
-from llamita.needs import expected_memory, expected_work
 from llamita.packed import PackedModel
 from llamita.quantize import RoundedSource, quantize
 from llamita.resume import kept_work
@@ -312,38 +311,6 @@ def test_finished_blocks_are_not_rounded_again(tmp_path: Path, monkeypatch: pyte
     done.append(-1)
     quantize(source, "x", tmp_path / "other", scheme, "gptq", replace(setup, settings={"gptq.damping": 0.1}))
     assert done == [0, -1, 0, 1]
-
-
-# ---- time and memory ------------------------------------------------------------------------------
-
-
-def test_time_and_memory_are_announced_and_memory_is_told(tmp_path: Path, capsys: Any) -> None:
-    make_checkpoint(tmp_path / "src")
-    (tmp_path / "text").write_text(TEXT[:4000])
-    text = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--threads", "1")
-    assert run("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq", *text) == 0
-    captured = capsys.readouterr()
-    assert "of memory to expect" in captured.err
-    assert "memory" in captured.out
-    assert run("quantize", tmp_path / "src", "--dry-run", "--method", "gptq", "--json", *text) == 0
-    values = json.loads(capsys.readouterr().out)
-    assert run("quantize", tmp_path / "src", "--dry-run", "--json", *text) == 0
-    plain = json.loads(capsys.readouterr().out)
-    assert values["memory_bytes_estimate"] > plain["memory_bytes_estimate"]
-    assert values["seconds_estimate"] > 0
-
-
-def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:
-    config = Checkpoint(resolve("embedded")).config
-    chains = {name: parse_chain(name) for name in ("gptq", "qronos")}
-    setup = Setup(memory=100 * 2**20)
-    short, longer = (expected_memory(config, chains["gptq"], setup, n, 512) for n in (16, 32))
-    assert longer - short == 2 * 4 * 16 * 512 * config.hidden_size
-    assert expected_memory(config, chains["gptq"], setup, 4096, 512) < short  # in files
-    both = expected_memory(config, chains["qronos"], setup, 16, 512)
-    assert both > short + 2 * 4 * 16 * 512 * config.hidden_size
-    work = [expected_work(config, chain, 16, 512) for chain in chains.values()]
-    assert work[0] < work[1] < 4 * work[0]
 
 
 # ---- chains ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import assert_nothing_is_left, run
 from tiny import make_checkpoint
 from tokenizers import pre_tokenizers
 
@@ -37,7 +38,7 @@ def load_calibration(name: str, model: Path, *options: Any, **named: Any) -> cal
 
 def write(model: Path, samples: int, seed: int = 0) -> np.ndarray:
     source = Checkpoint(model)
-    rows = own_text.write_rows(source, range(samples), LENGTH, seed)
+    rows = own_text.Writer(source, LENGTH, seed).write(range(samples))
     source.close()
     return rows
 
@@ -83,6 +84,45 @@ def test_neither_threads_nor_rows_at_once_change_a_token(
     use_threads(None)
     np.testing.assert_array_equal(write(model, 3), expected[:3])
     assert (write(model, 5, seed=1) != expected).any(axis=1).all()
+
+
+def test_text_that_was_kept_is_not_written_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_calibration("self", model, 5, LENGTH).tokens
+    monkeypatch.setattr(own_text, "ROWS_AT_ONCE", 2)
+    write, written = own_text.Writer.write, list[range]()
+
+    def cut_off(self: own_text.Writer, places: range, told: Any) -> np.ndarray:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(places)
+        return write(self, places, told)
+
+    monkeypatch.setattr(own_text.Writer, "write", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        load_calibration("self", model, 5, LENGTH, work=tmp_path)
+    written.clear()
+    np.testing.assert_array_equal(load_calibration("self", model, 5, LENGTH, work=tmp_path).tokens, expected)
+    assert written == [range(4, 5)]
+
+
+def test_a_killed_run_keeps_its_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes once the directory is there; another text, or a changed model, begins anew."""
+    write, written = own_text.Writer.write, list[range]()
+
+    def count(self: own_text.Writer, places: range, told: Any) -> np.ndarray:
+        written.append(places)
+        return write(self, places, told)
+
+    monkeypatch.setattr(own_text.Writer, "write", count)
+    command = ("quantize", model, "-o", tmp_path / "out", "--samples", "2", "--length", "8", "--max-size")
+    for options in (("1KB",), ("1KB",), ("1KB", "--seed", "1")):  # smaller than it can be: refused
+        assert run(*command, *options) == 2
+    assert len(written) == 2
+    assert run(*command, "100MB", "--seed", "1") == 0
+    assert len(written) == 2
+    assert_nothing_is_left(tmp_path, "out")
 
 
 def test_progress_ends_with_all_tokens(model: Path) -> None:

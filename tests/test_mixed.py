@@ -14,7 +14,7 @@ from llamita.engine.llm import LLM, load
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.mixed import count_kinds, describe_kinds, keep_float, with_layers
+from llamita.mixed import count_kinds, describe_groups, describe_kinds, keep_float, with_layers
 from llamita.packed import PackedModel, quantization_config
 from llamita.quantize import RoundedSource, make_plan, quantize
 from llamita.random_weights import RandomSource
@@ -56,6 +56,11 @@ def test_overrides_change_their_layers_alone() -> None:
     assert scheme.kind(f"{BLOCK}.self_attn.q_proj").name == "w4g32"
     assert scheme.kind("model.embed_tokens").name == "w8"
     assert make_scheme("arm").kind("lm_head").name == "float"
+
+
+def test_groups_in_words() -> None:
+    assert describe_groups(make_scheme("arm", 64).to_dict()) == "64"
+    assert describe_groups(mixed().to_dict()) == f"32 ({len(mixed().layers)} layers otherwise)"
 
 
 def test_mixed_schemes_compare_hash_and_go_through_json() -> None:

@@ -1,5 +1,6 @@
 """Transforms keep the model's function: equalized and rotated weights give the logits that there were."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,32 @@ def test_the_same_seed_learns_the_same(tmp_path: Path) -> None:
     setup = setup_of(tokens=tokens_of(source), steps=2, batch=1)
     one, two = (spinquant.transform(source, setup).weight("model.layers.0.mlp.up_proj") for _ in range(2))
     np.testing.assert_array_equal(one, two)
+
+
+def test_learning_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off at the second state that it writes, again and again, it ends at the same bits."""
+    source = model(tmp_path, "tied")
+    setup = setup_of(tokens=tokens_of(source), steps=33, batch=1)
+    expected = spinquant.transform(source, setup).weight("model.layers.1.mlp.down_proj")
+    write, written = learn_rotations.write_whole, [0]
+
+    def cut_off(path: Path, fill: Any) -> None:
+        written[0] += 1
+        if written[0] == 2:
+            raise KeyboardInterrupt
+        write(path, fill)
+
+    monkeypatch.setattr(learn_rotations, "write_whole", cut_off)
+    setup = replace(setup, work=tmp_path)
+    for _ in range(3):  # at steps 20, 30, 33
+        written[0] = 0
+        with pytest.raises(KeyboardInterrupt):
+            spinquant.transform(source, setup)
+    written[0] = 0
+    found = [spinquant.transform(source, setup).weight("model.layers.1.mlp.down_proj") for _ in range(2)]
+    assert written[0] == 1  # the last of them had nothing left to do
+    for weight in found:
+        np.testing.assert_array_equal(weight, expected)
 
 
 @pytest.mark.parametrize("size", [64, 192, 688])

@@ -11,7 +11,8 @@ from llamita import _native
 from llamita.affine import bf16_to_f32, dequantize, f32_to_bf16
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
-from llamita.methods.setup import Calibration, Setup
+from llamita.methods.setup import Calibration, Setup, settings_of
+from llamita.methods.tune_settings import TuneSettings
 from llamita.packing import unpack_int4
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme, make_scheme
@@ -80,7 +81,7 @@ def test_it_begins_at_the_codes_and_scales_that_it_is_given(source: Checkpoint, 
     for name, layer in block.rounded.items():
         codes = np.clip(layer.codes + random.integers(-2, 3, layer.codes.shape), -8, 7).astype(np.int8)
         block.rounded[name] = calibrated.Rounded(codes, layer.scales)
-    settings = tune.TuneSettings(spread=spread)
+    settings = TuneSettings(spread=spread)
     for name, layer in block.rounded.items():
         start = tune._Layer(block, name, SCHEME, settings)
         assert_same({name: start.rounded()}, {name: layer})
@@ -185,11 +186,11 @@ def test_steps_are_those_of_adam() -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        tune.TuneSettings.of({f"tune.{name}": value for name, value in settings.items()})
+        settings_of(TuneSettings, "tune", {f"tune.{name}": value for name, value in settings.items()})
 
 
 def test_settings_of_other_methods_are_left_to_them() -> None:
-    assert tune.TuneSettings.of({"gptq.damping": 0.1, "tune.steps": 7}).steps == 7
+    assert settings_of(TuneSettings, "tune", {"gptq.damping": 0.1, "tune.steps": 7}).steps == 7
 
 
 @pytest.mark.parametrize("method", ["tune", "gptq+tune"])

@@ -112,6 +112,17 @@ def stress(model: LlamaForCausalLM, tokens: torch.Tensor, parts: set[str]) -> Ll
     return model.float()
 
 
+def save_twin(model: Path, parts: set[str], out: Path, text: Path | None = None, fold: bool = False) -> None:
+    """Write the twin of the model in the directory `model`, its norms folded at the end if asked for."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = calibration_tokens(tokenizer, (text or model / "heldout.txt").read_text("utf-8"))
+    twin = stress(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokens, parts)
+    if fold:
+        fold_norms(twin)
+    twin.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,12 +135,7 @@ def main() -> None:
     parts = set(args.parts.split(","))
     if not parts <= {"basis", "pairs"}:
         parser.error(f"--parts: expected basis, pairs or both, got {args.parts}")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = (args.text or args.model / "heldout.txt").read_text("utf-8")
-    tokens = calibration_tokens(tokenizer, text)
-    model = stress(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), tokens, parts)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save_twin(args.model, parts, args.out, args.text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 
 GROUP_SIZES = (32, 128, 256)
 SEEDS = (0, 1, 2)
-SAMPLES, LENGTH = 128, 512  # of calibration text
+SAMPLES, LENGTH = 64, 512  # of calibration text; twice as many changed no row by more than 1 %
 TWINS: dict[str, set[str]] = {
     "plain": set(),
     "basis": {"basis"},
@@ -26,6 +26,7 @@ class Row:
         calibration: "real" for the text that --text names, "self" for what the model writes, "" for none.
         settings: of the chain's methods.
         twins: keys of TWINS on which it says something.
+        on_wikitext: whether the plain model is scored by LM Eval, too, which takes longer than most methods.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Row:
     calibration: str = "real"
     settings: dict[str, Any] = field(default_factory=dict)
     twins: tuple[str, ...] = tuple(TWINS)
+    on_wikitext: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -40,6 +42,7 @@ class Row:
         return bool(self.calibration)
 
 
+_PLAIN = ("plain",)
 _SCALES_ALONE = {"tune.rate": 0}  # no second descent, over codes
 
 
@@ -48,24 +51,29 @@ def _rotations(names: str) -> dict[str, Any]:
 
 
 ROWS: dict[str, Row] = {
-    YARDSTICK: Row("rtn", scales="torchao", calibration=""),
-    "searched scales": Row("rtn", calibration=""),
+    YARDSTICK: Row("rtn", scales="torchao", calibration="", on_wikitext=True),
+    "searched scales": Row("rtn", calibration="", on_wikitext=True),
     "weighted scales": Row("rtn", scales="weighted", calibration=""),
     "equalize": Row("equalize", calibration=""),
-    "gptq": Row("gptq"),
-    "gptq, own text": Row("gptq", calibration="self", twins=("plain",)),
-    "qronos": Row("qronos"),
-    "qronos, own text": Row("qronos", calibration="self", twins=("plain",)),
-    "R1": Row("spinquant", settings=_rotations("R1")),
-    "R2": Row("spinquant", settings=_rotations("R2")),
-    "R4": Row("spinquant", settings=_rotations("R4")),
-    "spinquant (R1, R2, R4)": Row("spinquant"),
-    META: Row("spinquant+gptq"),
-    "block tuning": Row("tune"),
-    "qronos + tuned scales": Row("qronos+tune", settings=_SCALES_ALONE),
-    "qronos + tuned scales, own text": Row("qronos+tune", calibration="self", settings=_SCALES_ALONE),
-    "qronos + block tuning": Row("qronos+tune"),
+    "gptq": Row("gptq", on_wikitext=True),
+    "gptq (own text)": Row("gptq", calibration="self", twins=_PLAIN),
+    "qronos": Row("qronos", on_wikitext=True),
+    "qronos (own text)": Row("qronos", calibration="self", twins=_PLAIN),
+    "R1": Row("spinquant", settings=_rotations("R1"), twins=("plain", "basis")),
+    "R2": Row("spinquant", settings=_rotations("R2"), twins=("plain", "basis")),
+    "R4": Row("spinquant", settings=_rotations("R4"), twins=("plain", "basis")),
+    "spinquant (R1 + R2 + R4)": Row("spinquant", on_wikitext=True),
+    META: Row("spinquant+gptq", on_wikitext=True),
+    "block tuning": Row("tune", twins=("plain", "both")),
+    "qronos + tuned scales": Row("qronos+tune", settings=_SCALES_ALONE, on_wikitext=True),
+    "qronos + tuned scales (own text)": Row(
+        "qronos+tune", calibration="self", settings=_SCALES_ALONE, twins=_PLAIN
+    ),
+    "qronos + block tuning": Row("qronos+tune", twins=_PLAIN),
     "equalize + qronos + tuned scales": Row("equalize+qronos+tune", settings=_SCALES_ALONE),
     "R4 + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE),
     "spinquant + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_SCALES_ALONE),
+    "equalize + spinquant + qronos + tuned scales": Row(
+        "equalize+spinquant+qronos+tune", settings=_SCALES_ALONE, twins=("both",)
+    ),
 }

@@ -14,7 +14,7 @@ class Cell:
     """A row at one group size on one twin: the mean over its seeds, token by token.
 
     Attributes:
-        kl, losses, agrees: (tokens,).
+        kl, losses, float_losses, agrees: (tokens,).
         seeds: the mean KL of each seed.
         seconds: of quantizing, without writing calibration text; the median over seeds.
         peak_bytes: of the process until it was quantized.
@@ -23,6 +23,7 @@ class Cell:
 
     kl: np.ndarray
     losses: np.ndarray
+    float_losses: np.ndarray
     agrees: np.ndarray
     seeds: tuple[float, ...]
     seconds: float

@@ -6,10 +6,13 @@ Quantizes a model as the job says, scores the result against the float model tok
 beside the job: JOB.npz with the tokens' losses, KL and agreement, JOB.result.json with time and memory.
 """
 
+import fcntl
+import hashlib
 import json
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import LLM
 from llamita.evaluate import Contender, score_tokens
 from llamita.harness import run_tasks
+from llamita.methods import chain as chains
+from llamita.methods.chain import Chain, parse_chain
 from llamita.methods.setup import Setup
 from llamita.quantize import RoundedSource
 from llamita.scheme import make_scheme
@@ -34,6 +39,29 @@ def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:
     return Setup(text, job["seed"], settings=job["settings"])
 
 
+def transform(source: Checkpoint, twin: str, chain: Chain, setup: Setup, work: Path) -> tuple[Any, float]:
+    """The source after the chain's transforms, and the seconds that they take.
+
+    Rotations do not depend on how weights are rounded: rows that learn the same ones on the same text share
+    them, by the work directory of a run that goes on, and the time that the first of them took.
+    """
+    if not chain.transforms:
+        return source, 0.0
+    own = {name: value for name, value in setup.settings.items() if name.startswith("spinquant.")}
+    text = setup.calibration.record() if setup.calibration else None
+    known = json.dumps([twin, chain.transforms, own, text, setup.seed], sort_keys=True)
+    work = work / f"transforms-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two rows at a time, the second finds what the first has learned
+        began = time.perf_counter()
+        changed = chains.transform(source, chain, replace(setup, work=work))
+        seconds = time.perf_counter() - began
+        if not (work / "seconds").exists():
+            (work / "seconds").write_text(str(seconds))
+    return changed, float((work / "seconds").read_text())
+
+
 def main() -> None:
     place = Path(sys.argv[1])
     job = json.loads(place.read_text("utf-8"))
@@ -42,8 +70,11 @@ def main() -> None:
     setup = calibrate(source, job)
     between = time.perf_counter()
     scheme = make_scheme("llama3.2", job["group_size"], job["scales"])
-    rounded = LLM(RoundedSource(source, scheme, job["method"], setup))
-    ended = time.perf_counter()
+    chain = parse_chain(job["method"])
+    changed, seconds = transform(source, job["twin"], chain, setup, place.parent)
+    between, calibration_seconds = time.perf_counter(), between - began
+    rounded = LLM(RoundedSource(changed, scheme, str(replace(chain, transforms=())), setup))
+    seconds += time.perf_counter() - between
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reference = Contender("float", LLM(Checkpoint(Path(job["reference"]))), True)
     tokens = score_tokens([reference, Contender("rounded", rounded, False)], job["text"])
@@ -53,7 +84,7 @@ def main() -> None:
         wikitext = run_tasks([rounded], ["wikitext"], pages=pages)[0][0].metrics
     np.savez(place.with_suffix(".npz"), losses=tokens.losses[1], kl=tokens.kl[1],
              agrees=tokens.top[0] == tokens.top[1], float_losses=tokens.losses[0])  # fmt: skip
-    result = {"calibration_seconds": between - began, "seconds": ended - between, "peak_bytes": peak,
+    result = {"calibration_seconds": calibration_seconds, "seconds": seconds, "peak_bytes": peak,
               "wikitext": wikitext}  # fmt: skip
     place.with_suffix(".result.json").write_text(json.dumps(result), "utf-8")
 

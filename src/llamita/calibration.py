@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from llamita import own_text, processes
-from llamita.checkpoint import Checkpoint, ModelSource
+from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError, RunError
 from llamita.files import parse_json
 from llamita.methods.setup import Calibration
 from llamita.optional import load_optional
 from llamita.quantize import RoundedSource
+from llamita.resume import write_whole
 from llamita.scheme import make_scheme
 from llamita.tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ def load_calibration(
     length: int = LENGTH,
     seed: int = SEED,
     progress: Progress = None,
+    work: Path | None = None,
 ) -> Calibration:
     """Calibration text for a float model.
 
@@ -56,6 +58,7 @@ def load_calibration(
         samples: windows.
         length: tokens of a window.
         seed: of the draws: same name, data and seed, same tokens.
+        work: a directory where rows that the model has written are kept, so that a killed run can go on.
 
     Raises:
         InputError: no such text, too little of it, or a window that is longer than the context.
@@ -73,8 +76,7 @@ def load_calibration(
         limit = f"{source.config.context} tokens, the model's context"
         raise InputError(f"--length: expected at most {limit}, got {length}")
     if name in (SELF, SELF_FAST):
-        writer = source if name == SELF else RoundedSource(source, make_scheme(_FAST_SCHEME))
-        tokens = _own_text(writer, samples, length, seed, progress)
+        tokens = _own_text(name, source, (samples, length), seed, progress, work)
     else:
         tokenizer = Tokenizer(source.path, source.config)
         stream = _token_stream(tokenizer, name, samples * length, seed, progress)
@@ -83,11 +85,31 @@ def load_calibration(
     return Calibration(recorded, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
 
 
-def _own_text(source: ModelSource, samples: int, length: int, seed: int, progress: Progress) -> np.ndarray:
+def _own_text(
+    name: str, source: Checkpoint, shape: tuple[int, int], seed: int, progress: Progress, work: Path | None
+) -> np.ndarray:
     """What the model writes; of several processes each writes its part, and all get the whole."""
-    mine = processes.share(samples)
-    tokens = np.zeros((samples, length), dtype=np.int32)
-    tokens[mine.start : mine.stop] = own_text.write_rows(source, mine, length, seed, progress)
+    samples, length = shape
+    mine, writer = processes.share(samples), None
+    tokens = np.zeros(shape, dtype=np.int32)
+    for start in mine[:: own_text.ROWS_AT_ONCE]:
+        rows = range(start, min(start + own_text.ROWS_AT_ONCE, mine.stop))
+        kept = None if work is None else work / f"rows-{start:06}.npy"
+        if kept is not None and kept.exists():
+            tokens[rows.start : rows.stop] = np.load(kept)
+            continue
+        if writer is None:
+            model = source if name == SELF else RoundedSource(source, make_scheme(_FAST_SCHEME))
+            writer = own_text.Writer(model, length, seed)
+        before = (start - mine.start) * length
+
+        def told(count: int, before: int = before) -> None:
+            if progress:
+                progress("writing calibration text", before + count, len(mine) * length)
+
+        tokens[rows.start : rows.stop] = written = writer.write(rows, told)
+        if kept is not None:
+            write_whole(kept, lambda file, written=written: np.save(file, written))
     return processes.all_sum(tokens)
 
 

@@ -15,6 +15,7 @@ from llamita.compare import Comparison, Difference, Report, is_noise
 from llamita.compare_layers import PLACES, STREAM
 from llamita.console import megabytes, printable
 from llamita.errors import InputError, RunError
+from llamita.mixed import describe_groups
 from llamita.statistics import Interval
 
 _DOCTYPE = "<!doctype html>"
@@ -115,7 +116,7 @@ def _facts(comparison: Comparison) -> Markup:
     rows = []
     for model in models:
         scheme, scores = model.scheme, model.scores
-        named = f"{scheme['name']}, groups of {scheme['group_size']}" if scheme else "float"
+        named = f"{scheme['name']}, groups of {describe_groups(scheme)}" if scheme else "float"
         rows.append([
             model.name, named, model.origin.method or "", megabytes(model.weight_bytes),
             f"{scores.perplexity:.4g}", _interval(scores.increase, 100, ".2f", " %"),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from llamita.checkpoint import linear_names, table_names
 from llamita.config import ModelConfig
@@ -65,6 +66,12 @@ def count_kinds(config: ModelConfig, scheme: QuantScheme) -> dict[str, int]:
     """How many linear layers of the blocks are stored in each way, most first."""
     counts = Counter(scheme.kind(name).name for name in linear_names(config))
     return dict(counts.most_common())
+
+
+def describe_groups(scheme: Mapping[str, Any]) -> str:
+    """Weights that share a scale, by the scheme's JSON values: "32", or "32 (4 layers otherwise)"."""
+    others = len(scheme.get("layers", ()))
+    return f"{scheme['group_size']}" + (f" ({others} layers otherwise)" if others else "")
 
 
 def describe_kinds(config: ModelConfig, scheme: QuantScheme) -> str:

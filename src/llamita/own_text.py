@@ -19,16 +19,13 @@ from llamita.engine.weights import load_weights
 from llamita.errors import InputError
 from llamita.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None] | None
 ROWS_AT_ONCE = 32  # in a step: beyond, a step takes longer as it has more rows, and nothing is won
 CACHE_BYTES = 2**29  # of keys and values of all rows in a step; a large model writes fewer rows at once
 _SEEDS = 2**32  # rows that share no draw with the rows of another seed
 
 
-def write_rows(
-    source: ModelSource, places: range, length: int, seed: int, progress: Progress = None
-) -> np.ndarray:
-    """Rows of text that the model wrote: int32 (places, length), a length that its context holds.
+class Writer:
+    """A model that writes rows of text, each of `length` tokens, which its context holds.
 
     A row begins with the BOS token. Where a document ends, its end token stays and a new one begins with
     BOS, without knowledge of those before it. Each row is a function of the weights, the seed and its
@@ -37,28 +34,45 @@ def write_rows(
 
     Raises:
         InputError: the model has no BOS token.
-        RunError: logits that are not finite: broken weights.
     """
-    config, tokenizer = source.config, Tokenizer(source.path, source.config)
-    if tokenizer.bos_token_id is None:
-        raise InputError(f"{source.path}: bos_token: expected one for the model to begin its text with, "
-                         "got none; try --calibration FILE")  # fmt: skip
-    model = Model(config, load_weights(source))
-    caches = _caches(config, len(places), length)
-    rows = [_Row(place, length, seed, tokenizer, config.vocab_size) for place in places]
-    waiting, writing = deque(rows), list[_Row]()
-    while waiting or writing:
-        while waiting and caches:
-            writing.append(waiting.popleft())
-            writing[-1].begin(caches.pop())
-        logits = model.step([(row.cache, row.newest) for row in writing])  # (rows, vocab)
-        for row, own in zip(writing, logits, strict=True):
-            row.take(own)
-        caches += [row.cache for row in writing if row.is_full]
-        writing = [row for row in writing if not row.is_full]
-        if progress:
-            progress("writing calibration text", sum(row.count for row in rows), len(rows) * length)
-    return np.stack([row.ids for row in rows])
+
+    def __init__(self, source: ModelSource, length: int, seed: int) -> None:
+        self._tokenizer = Tokenizer(source.path, source.config)
+        if self._tokenizer.bos_token_id is None:
+            raise InputError(
+                f"{source.path}: bos_token: expected one for the model to begin its text with, "
+                "got none; try --calibration FILE"
+            )
+        self._config, self._length, self._seed = source.config, length, seed
+        self._model = Model(source.config, load_weights(source))
+
+    def write(self, places: range, told: Callable[[int], None] | None = None) -> np.ndarray:
+        """The rows of these places, int32 (places, length).
+
+        Args:
+            told: called with the number of tokens that are written, again and again.
+
+        Raises:
+            RunError: logits that are not finite: broken weights.
+        """
+        caches = _caches(self._config, len(places), self._length)
+        rows = [
+            _Row(place, self._length, self._seed, self._tokenizer, self._config.vocab_size)
+            for place in places
+        ]
+        waiting, writing = deque(rows), list[_Row]()
+        while waiting or writing:
+            while waiting and caches:
+                writing.append(waiting.popleft())
+                writing[-1].begin(caches.pop())
+            logits = self._model.step([(row.cache, row.newest) for row in writing])  # (rows, vocab)
+            for row, own in zip(writing, logits, strict=True):
+                row.take(own)
+            caches += [row.cache for row in writing if row.is_full]
+            writing = [row for row in writing if not row.is_full]
+            if told:
+                told(sum(row.count for row in rows))
+        return np.stack([row.ids for row in rows])
 
 
 def _caches(config: ModelConfig, rows: int, length: int) -> list[SequenceCache]:

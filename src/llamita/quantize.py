@@ -207,7 +207,7 @@ def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, sum
 def take_part(source: Checkpoint, scheme: QuantScheme, method: str, setup: Setup) -> None:
     """What every process but the first does under torchrun: its part of a method's work, nothing written."""
     chain = parse_chain(method)
-    if chain.needs_calibration:
+    if chain.needs_calibration(setup.settings):
         chains.begin(chains.transform(source, chain, setup), scheme, chain, setup)
 
 
@@ -215,7 +215,7 @@ def _work(
     out: Path, chain: Chain, scheme: QuantScheme, source: dict[str, Any], setup: Setup
 ) -> AbstractContextManager[Path | None]:
     """Where the run keeps what it has finished; nowhere where that takes no time, or is done by several."""
-    if not chain.needs_calibration or processes.world() > 1:
+    if not chain.needs_calibration(setup.settings) or processes.world() > 1:
         return nullcontext()
     calibration = setup.calibration.record() if setup.calibration else None
     return kept_work(out, {"llamita": __version__, "source": source, "scheme": scheme.to_dict(),
@@ -331,14 +331,14 @@ def _metadata(
     summary: Summary, files: FileTable,
 ) -> dict[str, Any]:  # fmt: skip
     """llamita.json but for its own hash; docs/format.md says what each key means."""
-    measured = chain.needs_calibration
+    measured = chain.needs_calibration(setup.settings)
     return {
         "format": format_of(scheme),
         "llamita": __version__,
         "scheme": scheme.to_dict(),
         "method": str(chain),
         "settings": setup.settings,
-        "seed": setup.seed if measured else None,
+        "seed": setup.seed if chain.is_random else None,
         "rotations": rotations.to_list(),
         "calibration": setup.calibration.record() if measured and setup.calibration else None,
         "source": source,

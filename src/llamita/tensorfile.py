@@ -70,6 +70,11 @@ class TensorFile:
         array = np.ndarray(info.shape, DTYPES[info.dtype], self._map, info.start)
         return array if array.flags.aligned else array.copy()
 
+    def forget(self) -> None:
+        """Leave the pages that were read to the system; arrays read them again when they are looked at."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the file; it stays mapped until the last array that looks at it is gone.
 

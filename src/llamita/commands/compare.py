@@ -15,6 +15,7 @@ from llamita.compare_report import check_target, render, write
 from llamita.errors import InputError
 from llamita.evaluate import CHUNK_TOKENS, Contender, embedded_text, read_text
 from llamita.files import has, read_bytes
+from llamita.mixed import describe_groups
 from llamita.statistics import Interval
 
 _PROMPT_WORDS = 8  # of the text, where no prompt is given
@@ -137,7 +138,7 @@ def _facts(comparison: Comparison) -> list[list[str]]:
     scores = [model.scores for model in models]
     return [
         ["scheme", *(s["name"] if s else "float" for s in schemes)],
-        ["weights in a group", *(str(s["group_size"]) if s else "" for s in schemes)],
+        ["weights in a group", *(describe_groups(s) if s else "" for s in schemes)],
         ["method", *(console.printable(model.origin.method or "") for model in models)],
         ["weight files", *(console.megabytes(model.weight_bytes) for model in models)],
         [

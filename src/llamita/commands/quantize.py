@@ -1,24 +1,34 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llamita import console, mixed, processes
-from llamita.calibration import load_calibration
+from llamita import __version__, console, mixed, processes
+from llamita.calibration import SELF, SELF_FAST, load_calibration
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.commands.selection import choose, parse_goal, print_selection, selection_values
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has
-from llamita.methods.chain import METHODS, TRANSFORMS, TUNINGS, Chain, parse_chain
+from llamita.methods.chain import (
+    METHODS,
+    PRESET_METHODS,
+    TRANSFORMS,
+    TUNINGS,
+    Chain,
+    check_packages,
+    parse_chain,
+)
 from llamita.methods.setup import Calibration, Progress, Setup, parse_settings
 from llamita.needs import estimate
 from llamita.packed import METADATA
 from llamita.plan import describe
 from llamita.quantize import Plan, Summary, make_plan, quantize, take_part
+from llamita.resume import kept_work
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.staging import check_target
 from llamita.threads import use_threads
@@ -33,9 +43,14 @@ _Src = Annotated[
     str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a hub name, or 'embedded'.")
 ]
 _Out = Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")]
-_Preset = Annotated[str, typer.Option(help=f"The scheme: {_PRESETS}.")]
+_Preset = Annotated[str, typer.Option(help=f"The scheme: {_PRESETS} (the closest; calibrates, needs Torch).")]
 _GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
-_Method = Annotated[str, typer.Option(help=f"How weights are rounded: {_METHODS}; or several joined by +.")]
+_Method = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How weights are rounded: {_METHODS}; or several joined by +. The preset's by default."
+    ),
+]
 _Scales = Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")]
 _Text = Annotated[
     str,
@@ -70,9 +85,9 @@ _Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 def command(
     src: _Src,
     out: _Out = None,
-    preset: _Preset = "llamita",
+    preset: _Preset = "llama3.2",
     group_size: _GroupSize = None,
-    method: _Method = "rtn",
+    method: _Method = None,
     scales: _Scales = None,
     calibration: _Text = "self",
     samples: _Samples = 128,
@@ -90,32 +105,39 @@ def command(
 ) -> None:
     """Turn a Llama checkpoint into a 4-bit model: rounded, packed, verified by hashes, licence included.
 
-    Example: llamita quantize meta-llama/Llama-3.2-1B-Instruct -o llama-1b-4bit --preset llama3.2
+    Example: llamita quantize meta-llama/Llama-3.2-1B-Instruct -o llama-1b-4bit --preset llamita
     """
     scheme = make_scheme(preset, group_size, scales)
-    chain = parse_chain(method)
+    chain, chosen = _chain(preset, method, [*(settings or []), *_NO_ONLINE[no_online]])
     goal = parse_goal(max_size, max_loss, dry_run)
     use_threads(processes.fair_threads(threads))
-    chosen = parse_settings([*(settings or []), *_NO_ONLINE[no_online]], chain.names)
     if dry_run:
-        _dry_run(src, scheme, chain, (samples, length), keep_float or [], json)
-        return
+        return _dry_run(src, scheme, chain, Setup(settings=chosen), (samples, length), keep_float or [], json)
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
-    source, is_first = _open(src, out, overwrite), processes.rank() == 0  # of those that torchrun starts
-    with console.progress(quiet=json or not is_first) as progress:
+    check_packages(chain)
+    source, is_first = _open(src, out, overwrite), processes.rank() == 0
+    needs_text = chain.needs_calibration(chosen) or goal is not None
+    text = (calibration, samples, length, seed) if needs_text else None
+    with console.progress(quiet=json or not is_first) as progress, _kept_text(source, out, text) as work:
         scheme = mixed.keep_float(source.config, scheme, keep_float or [])
-        needs_text = chain.needs_calibration or goal is not None
-        text = _text(source, needs_text, (calibration, samples, length), seed, progress)
-        setup = Setup(text, seed, settings=chosen)
+        setup = Setup(_text(source, text, progress, work), seed, settings=chosen)
         scheme, setup, selection = choose(source, scheme, goal, chain, setup, progress)
         if not is_first:
-            take_part(source, scheme, method, setup)
-            return
+            return take_part(source, scheme, str(chain), setup)
         _announce(source, scheme, chain, setup)
-        summary = quantize(source, src, out, scheme, method, setup, overwrite=overwrite, progress=progress)
+        summary = quantize(
+            source, src, out, scheme, str(chain), setup, overwrite=overwrite, progress=progress
+        )
     source.close()
-    _print_result(summary, source.config, scheme, selection, json)
+    _print_result(summary, source.config, scheme, chain, selection, json)
+
+
+def _chain(preset: str, method: str | None, settings: list[str]) -> tuple[Chain, dict[str, Any]]:
+    """The chain that was asked for, or the preset's with what that sets, and its settings."""
+    named, known = (method, {}) if method else PRESET_METHODS.get(preset, ("rtn", {}))
+    chain = parse_chain(named)
+    return chain, known | parse_settings(settings, chain.names)
 
 
 def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
@@ -128,16 +150,29 @@ def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _text(
-    source: Checkpoint, is_needed: bool, text: tuple[str, int, int], seed: int, progress: Progress
-) -> Calibration | None:
-    """`text` is the calibration's name, samples and length."""
-    return load_calibration(text[0], source, text[1], text[2], seed, progress) if is_needed else None
+_TextChoice = tuple[str, int, int, int] | None  # calibration's name, samples, length, seed
+
+
+def _text(source: Checkpoint, text: _TextChoice, progress: Progress, work: Path | None) -> Calibration | None:
+    if text is None:
+        return None
+    name, samples, length, seed = text
+    return load_calibration(name, source, samples, length, seed, progress, work)
+
+
+def _kept_text(source: Checkpoint, out: Path, text: _TextChoice) -> AbstractContextManager[Path | None]:
+    """Where text that the model writes is kept until OUT is there."""
+    if text is None or text[0] not in (SELF, SELF_FAST) or processes.world() > 1:
+        return nullcontext()
+    stats = {path.name: path.stat() for path in sorted(source.path.glob("*.safetensors"))}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    known = {"llamita": __version__, "source": str(source.path.resolve()), "files": files, "text": text}
+    return kept_work(out.with_name(f"{out.name}.text"), known)
 
 
 def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> None:
     """What will be needed, where it is more than moments and little memory."""
-    if chain.is_blockwise and setup.calibration is not None:
+    if setup.calibration is not None and chain.needs_calibration(setup.settings):
         plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype)
         samples, length = setup.calibration.tokens.shape
         seconds, memory = estimate(plan, scheme, source.config, chain, setup, samples, length)
@@ -145,15 +180,16 @@ def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setu
 
 
 def _dry_run(
-    src: str, scheme: QuantScheme, chain: Chain, text: tuple[int, int], patterns: list[str], json: bool
-) -> None:
+    src: str, scheme: QuantScheme, chain: Chain, setup: Setup, text: tuple[int, int], patterns: list[str],
+    json: bool,
+) -> None:  # fmt: skip
     """`text` is the calibration's samples and length."""
     model = describe(src)
     scheme = mixed.keep_float(model.config, scheme, patterns)
     if model.scheme is not None:
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
     plan = make_plan(model.config, scheme, model.float_dtype)
-    seconds, memory = estimate(plan, scheme, model.config, chain, Setup(), *text)
+    seconds, memory = estimate(plan, scheme, model.config, chain, setup, *text)
     if json:
         expected = {"seconds_estimate": seconds, "memory_bytes_estimate": memory}
         console.print_json({"dry_run": True, "scheme": scheme.to_dict(), **asdict(plan), **expected})
@@ -164,13 +200,13 @@ def _dry_run(
 
 
 def _print_result(
-    summary: Summary, config: ModelConfig, scheme: QuantScheme, selection: Any, json: bool
+    summary: Summary, config: ModelConfig, scheme: QuantScheme, chain: Chain, selection: Any, json: bool
 ) -> None:
     if json:
         console.print_json(_summary_values(summary, scheme) | selection_values(selection))
     else:
         print_selection(config, selection)
-        _print_summary(summary, scheme)
+        _print_summary(summary, scheme, chain)
 
 
 def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
@@ -188,7 +224,7 @@ def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
     ]
 
 
-def _print_summary(summary: Summary, scheme: QuantScheme) -> None:
+def _print_summary(summary: Summary, scheme: QuantScheme, chain: Chain) -> None:
     rows = [*_plan_rows(summary.plan, scheme), ["mean squared error", f"{summary.mean_squared_error:.3e}"],
             ["relative squared error", f"{summary.relative_error:.3e}"],
             *([f"  worst: {name}", f"{error:.3e}"] for name, error in summary.worst()),
@@ -196,6 +232,8 @@ def _print_summary(summary: Summary, scheme: QuantScheme) -> None:
             *([["memory", console.megabytes(summary.memory)]] if summary.memory else [])]  # fmt: skip
     console.print_table(f"{summary.out}", ["what", "figure"], rows)
     console.note(f"try: llamita chat {summary.out}")
+    if chain.names == ("rtn",):
+        console.note("closer to the float model: --preset llamita, which calibrates (needs llamita[torch])")
 
 
 def _summary_values(summary: Summary, scheme: QuantScheme) -> dict[str, Any]:

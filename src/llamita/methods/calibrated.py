@@ -179,6 +179,8 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
         layers = {name: (_native.codes_to_packed(r.codes), r.scales) for name, r in coarse.items()}
         store.keep(index, after, layers)
         streams = after
+        for file in source.files.values():
+            file.forget()  # or the process would grow by the whole float model, page by page
     return store
 
 

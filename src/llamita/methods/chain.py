@@ -29,6 +29,8 @@ METHODS = {
     "qronos": "llamita.methods.qronos:method",
 }
 TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated.TuneBlock`
+# What a preset stands for beside its scheme, with settings: round to nearest where it is not here.
+PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {"llamita": ("qronos+tune", {"tune.rate": 0})}
 CALIBRATED = "llamita.methods.calibrated:begin"
 _NEED_NO_TEXT = ("rtn", "equalize")
 _STAGES = {**{name: i for i, name in enumerate(TRANSFORMS)}, **dict.fromkeys(METHODS, len(TRANSFORMS)),
@@ -55,9 +57,14 @@ class Chain:
         return self.rounding != "rtn" or self.tuning is not None
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether some method looks at activations."""
+    def is_random(self) -> bool:
+        """Whether the seed makes a difference."""
         return any(name not in _NEED_NO_TEXT for name in self.names)
+
+    def needs_calibration(self, settings: dict[str, Any]) -> bool:
+        """Whether some method, so set, looks at activations."""
+        random = ("spinquant",) if settings.get("spinquant.steps") == 0 else ()
+        return any(name not in (*_NEED_NO_TEXT, *random) for name in self.names)
 
     def __str__(self) -> str:
         return "+".join(self.names)
@@ -84,6 +91,19 @@ def parse_chain(text: str) -> Chain:
     rounding = next((name for name in names if name in METHODS), "rtn")
     tuning = next((name for name in names if name in TUNINGS), None)
     return Chain(tuple(name for name in names if name in TRANSFORMS), rounding, tuning)
+
+
+def check_packages(chain: Chain) -> None:
+    """Import what the chain rounds with, so that a missing package is told before any work.
+
+    Raises:
+        RunError: a package of the Torch side is missing.
+    """
+    _entry(chain.rounding, METHODS[chain.rounding])
+    if chain.is_blockwise:
+        _entry(str(chain), CALIBRATED)
+    if chain.tuning:
+        _entry(chain.tuning, TUNINGS[chain.tuning])
 
 
 def transform(source: Any, chain: Chain, setup: Setup) -> Any:

@@ -19,15 +19,18 @@ from torch.utils.checkpoint import checkpoint
 
 from llamita.affine import to_f32
 from llamita.errors import InputError
+from llamita.methods import ranks
 from llamita.methods.blocks import llama_config, rotary_tables
 from llamita.methods.online import hadamard_transform
 from llamita.methods.setup import Setup
 from llamita.methods.spinquant import RotationMatrices, Settings, rotated
+from llamita.resume import write_whole
 from llamita.transformed import FloatSource
 
 _MOMENTUM = 0.9
 _ITERATIONS = 12  # within a few per cent of the norm, which only sets the length of a step
 _SMALLEST = 2.0**-126  # of scales: torchao's
+_FILE, _KEPT = "rotations.npz", 10  # in the work directory, written every so many steps
 
 
 def learn(
@@ -43,21 +46,57 @@ def learn(
     inputs = sorted({columns for _, columns in source.config.linear_shapes().values()})
     if settings.weights and any(columns % settings.weights for columns in inputs):
         raise InputError(f"spinquant.weights: expected a divisor of {inputs}, got {settings.weights}")
+    ranks.join()  # before Accelerate does, which would leave either CPU or GPU without sums
     accelerator = Accelerator()
-    model = _Model(source, matrices, settings, accelerator.device)
-    parameters = {name: _parameter(r, accelerator.device) for name, r in _used(matrices).items()}
-    momenta = {name: torch.zeros_like(r) for name, r in parameters.items()}
-    for step, tokens in enumerate(_batches(setup.calibration.tokens, settings, setup.seed, accelerator)):
-        if setup.progress:
-            setup.progress("learning rotations", step, settings.steps)
-        loss = model.loss(tokens.to(accelerator.device), parameters)
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        rate = settings.lr * (1 - step / settings.steps)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            gradient = accelerator.reduce(gradient, "mean")
-            _turn(parameters[name], momenta[name], gradient, rate)  # type: ignore[arg-type]
-    found = {name: _orthogonal(r) for name, r in parameters.items()}
+    state = _begin(matrices, setup, accelerator.device)
+    if state.step < settings.steps:
+        model = _Model(source, matrices, settings, accelerator.device)
+        for tokens in _batches(setup.calibration.tokens, settings, setup.seed, accelerator, state.step):
+            if setup.progress:
+                setup.progress("learning rotations", state.step, settings.steps)
+            loss = model.loss(tokens.to(accelerator.device), state.rotations)
+            gradients = torch.autograd.grad(loss, list(state.rotations.values()))
+            rate = settings.lr * (1 - state.step / settings.steps)
+            for name, gradient in zip(state.rotations, gradients, strict=True):
+                gradient = accelerator.reduce(gradient, "mean")
+                _turn(state.rotations[name], state.momenta[name], gradient, rate)  # type: ignore[arg-type]
+            state.step += 1
+            if state.step % _KEPT == 0 or state.step == settings.steps:
+                _keep(state, setup)
+    found = {name: _orthogonal(r) for name, r in state.rotations.items()}
     return RotationMatrices(found.get("r1"), found.get("r2"), matrices.r4_size)
+
+
+@dataclass
+class _State:
+    """Rotations after some steps, and their momenta, by name: "r1" (hidden, hidden), "r2" (layers, d, d)."""
+
+    step: int
+    rotations: dict[str, Tensor]
+    momenta: dict[str, Tensor]
+
+
+def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _State:
+    """Step 0, or where a run that was killed has left its last state."""
+    rotations = {name: _parameter(r, device) for name, r in _used(matrices).items()}
+    state = _State(0, rotations, {name: torch.zeros_like(r) for name, r in rotations.items()})
+    if setup.work is None or not (setup.work / _FILE).exists():
+        return state
+    with np.load(setup.work / _FILE) as kept, torch.no_grad():
+        state.step = int(kept["step"])
+        for name in rotations:
+            rotations[name].copy_(torch.from_numpy(kept[name]))
+            state.momenta[name].copy_(torch.from_numpy(kept[f"{name}.momentum"]))
+    return state
+
+
+def _keep(state: _State, setup: Setup) -> None:
+    """Write the state for a run that goes on after this one was killed."""
+    if setup.work is None:
+        return
+    arrays = {name: r.detach().cpu().numpy() for name, r in state.rotations.items()}
+    arrays |= {f"{name}.momentum": m.cpu().numpy() for name, m in state.momenta.items()}
+    write_whole(setup.work / _FILE, lambda file: np.savez(file, step=state.step, **arrays))  # pyright: ignore[reportArgumentType]
 
 
 def _used(matrices: RotationMatrices) -> dict[str, np.ndarray]:
@@ -69,16 +108,23 @@ def _parameter(matrix: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(matrix).to(device, torch.float32).requires_grad_()
 
 
-def _batches(tokens: np.ndarray, settings: Settings, seed: int, accelerator: Any) -> Iterator[Tensor]:
-    """This process's part of every step's samples: int64 (samples, length); all in turn, then reshuffled."""
+def _batches(
+    tokens: np.ndarray, settings: Settings, seed: int, accelerator: Any, first: int
+) -> Iterator[Tensor]:
+    """This process's part of the samples of every step from `first` on: int64 (samples, length).
+
+    All samples in turn, then reshuffled.
+    """
     rng, order = np.random.default_rng(seed), np.empty(0, np.int64)
-    wanted = settings.batch * accelerator.num_processes
-    for _ in range(settings.steps):
+    processes = accelerator.num_processes
+    wanted = -(-settings.batch // processes) * processes
+    for step in range(settings.steps):
         while len(order) < wanted:
             order = np.concatenate([order, rng.permutation(len(tokens))])
         chosen, order = order[:wanted], order[wanted:]
         mine = chosen[accelerator.process_index :: accelerator.num_processes]
-        yield torch.from_numpy(tokens[mine].astype(np.int64))
+        if step >= first:
+            yield torch.from_numpy(tokens[mine].astype(np.int64))
 
 
 def _turn(rotation: Tensor, momentum: Tensor, gradient: Tensor, rate: float) -> None:

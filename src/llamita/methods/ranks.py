@@ -1,4 +1,4 @@
-"""Sums over the processes of a run, through torch.distributed's gloo, which needs nothing but a CPU.
+"""Sums over the processes of a run, through torch.distributed: gloo, which needs nothing but a CPU.
 
 One process needs none of it: its sums are its own.
 """
@@ -19,7 +19,7 @@ _PATIENCE = timedelta(days=7)  # for each other; torchrun ends all where one fai
 def all_sum(tensor: Tensor) -> Tensor:
     """The sum of every process's tensor, in place; each process gets the same bits."""
     if world() > 1:
-        _join()
+        join()
         dist.all_reduce(tensor)
     return tensor
 
@@ -45,11 +45,17 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
     return all_sum(whole)
 
 
-def _join() -> None:
-    if dist.is_initialized():
+def join() -> None:
+    """Find the other processes, unless that is done. What lies on GPUs is summed there.
+
+    Raises:
+        RunError: they are not to be found.
+    """
+    if world() == 1 or dist.is_initialized():
         return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(f"torchrun: expected the processes to find each other, got: {line}") from None

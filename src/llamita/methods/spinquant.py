@@ -6,14 +6,13 @@ random signs; R1 and R2 are then learned (`methods/learn_rotations.py`, on Torch
 no mean is subtracted: RMSNorm has none. Tied tables stay tied, by a product M in front of the head.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from llamita.errors import InputError
 from llamita.hadamard import factor, fast_hadamard, hadamard_matrix
-from llamita.methods.setup import Setup
+from llamita.methods.setup import Setup, settings_of
 from llamita.optional import load_optional
 from llamita.rotations import NAMES, Rotations
 from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
@@ -23,7 +22,6 @@ _NO_TORCH = (
     "--method spinquant: expected the package {package}, found none; try pip install "
     "'llamita[torch]', or --set spinquant.steps=0, which learns nothing and needs none"
 )
-_PREFIX = "spinquant."
 LOSSES = ("kl", "cross-entropy")
 
 
@@ -36,16 +34,16 @@ class Settings:
         online: whether the model may need more than a plain Llama; else no R4, and tied tables come apart.
         steps: of learning; 0 keeps the random Hadamard matrices.
         lr: learning rate, the angle in radians by which a step turns; it falls linearly to 0.
-        batch: samples of the calibration text in a step.
+        batch: samples of the calibration text in a step, in all processes together; each takes as many.
         loss: "kl" to the float model on the text, or "cross-entropy", as Meta's code has it.
         weights: group size in which weights are rounded, too, while rotations are learned; 0 leaves them.
     """
 
     rotations: str = "R1,R2,R4"
     online: bool = True
-    steps: int = 100
+    steps: int = 200
     lr: float = 0.2
-    batch: int = 8
+    batch: int = 1
     loss: str = "kl"
     weights: int = 32
 
@@ -70,16 +68,6 @@ class Settings:
             return ()
         names = tuple(name.strip() for name in self.rotations.split(","))
         return tuple(name for name in names if self.online or name != "R4")
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Settings":
-        """The settings of a chain that are named spinquant.*; an unknown one raises InputError."""
-        own = {key.removeprefix(_PREFIX): settings[key] for key in settings if key.startswith(_PREFIX)}
-        known = [field.name for field in fields(cls)]
-        for name in own:
-            if name not in known:
-                raise InputError(f"{_PREFIX}{name}: expected one of {', '.join(known)} after '{_PREFIX}'")
-        return cls(**own)
 
 
 @dataclass(frozen=True)
@@ -110,7 +98,7 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
         InputError: a setting that is none, or a size of the model without a Hadamard matrix.
         RunError: Torch is missing.
     """
-    settings = Settings.of(setup.settings)
+    settings = settings_of(Settings, "spinquant", setup.settings)
     if rotations_of(source).names:
         raise InputError("--method: expected spinquant once, got a model that is rotated already")
     matrices = random_rotations(source, settings, setup.seed)

@@ -7,20 +7,18 @@ Starts exactly at the given codes and scales, and keeps the best on held-out sam
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.errors import InputError
 from llamita.methods.blocks import Block
 from llamita.methods.calibrated import Rounded, RoundedBlock
-from llamita.methods.setup import Setup
+from llamita.methods.setup import Setup, settings_of
+from llamita.methods.tune_settings import TuneSettings
 from llamita.scheme import QuantScheme
 
-_PREFIX = "tune."
 _INSIDE = 0.499  # of a step: how near to its edges a place begins, so that it rounds to the given code
 _LOWEST, _HIGHEST = -8.49, 7.49  # places that still round to a code
 _SMALLEST_NORMAL = 2.0**-126
@@ -29,58 +27,14 @@ _TINY = 1e-12  # beside the root of Adam's second moment
 _MEASURED_TOKENS = 2048  # at a time, when held-out samples are measured
 
 
-@dataclass(frozen=True)
-class TuneSettings:
-    """Settings "tune.NAME" of a run; docs/methods.md has the measurements behind the defaults.
-
-    Attributes:
-        steps: of each of the two descents of a block: scales alone, then codes and scales.
-        samples: of the calibration in a step.
-        rate: the first step of a place, in hundredths of a code's distance; steps fall linearly to 0. At 0
-            codes stay as they are.
-        scale_rate: the first step of a scale, in hundredths of its value.
-        spread: where places begin: 0 on their codes, 1 where the float weights lie (but within the code).
-        held_out: one sample in so many is measured, not learned from.
-        checks: how often the held-out samples are measured, all in the second half.
-    """
-
-    steps: int = 100
-    samples: int = 2
-    rate: float = 4.0
-    scale_rate: float = 0.1
-    spread: float = 1.0
-    held_out: int = 8
-    checks: int = 4
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("samples", 1), ("held_out", 2), ("checks", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise InputError(f"{_PREFIX}{name}: expected an integer of at least {least}, got {value!r}")
-        for name, most in (("rate", 50.0), ("scale_rate", 50.0), ("spread", 1.0)):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value <= most:
-                raise InputError(f"{_PREFIX}{name}: expected a number from 0 to {most:g}, got {value!r}")
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> "TuneSettings":
-        """Those among a chain's settings that are meant for tuning; InputError for an unknown one."""
-        own = {key.removeprefix(_PREFIX): value for key, value in settings.items() if key.startswith(_PREFIX)}
-        known = [field.name for field in fields(cls)]
-        for name in own:
-            if name not in known:
-                raise InputError(f"{_PREFIX}{name}: expected one of {', '.join(known)} after {_PREFIX!r}")
-        return cls(**own)
-
-
 def tune_block(block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[str, Rounded]:
     """Codes and scales that bring the block's outputs nearer to the targets, by full module name.
 
     Scales first, then codes and scales: where a method has chosen the codes well, only the first may help.
     """
-    settings = TuneSettings.of(setup.settings)
+    settings = settings_of(TuneSettings, "tune", setup.settings)
     rounded = block.rounded
-    for phase, rate in enumerate((0.0, settings.rate) if settings.rate else (0.0,)):
+    for phase, rate in enumerate(settings.descents):
         random = np.random.default_rng([setup.seed, block.index, phase])
         rounded = _tune(replace(block, rounded=rounded), scheme, replace(settings, rate=rate), random)
     return rounded
