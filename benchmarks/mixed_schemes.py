@@ -14,8 +14,9 @@ from llamita.checkpoint import Checkpoint, resolve
 from llamita.engine.weights import load_weights
 from llamita.methods.auto import Meter, allocate, measure_options, mixed_scheme, size_bounds
 from llamita.mixed import describe_kinds
-from llamita.quantize import RoundedSource, make_plan
+from llamita.quantize import RoundedSource
 from llamita.scheme import GROUP_SIZES, QuantScheme, make_scheme
+from llamita.sizes import make_plan
 from llamita.statistics import mean_interval, paired_difference
 from llamita.tokenizer import Tokenizer
 

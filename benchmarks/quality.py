@@ -27,29 +27,31 @@ sys.path[:0] = [str(HERE / "quality"), str(ROOT / "tools")]
 
 import tables  # noqa: E402
 from page import render  # noqa: E402
-from rows import GROUP_SIZES, LENGTH, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK  # noqa: E402
+from rows import GROUP_SIZES, LENGTH, REVISION, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK  # noqa: E402
 
 from llamita.checkpoint import resolve  # noqa: E402
 
-CHARACTERS = 60_000  # of the text that is scored
+SCORED = slice(60_000, 120_000)  # characters; the first 60,000 have served to choose defaults
 
 
 def make_twin(parts: set[str], out: Path) -> Path:
     """The embedded model, or its stressed twin in `out`."""
     model = resolve("embedded")
-    if not parts or (out / "config.json").exists():
+    if not parts or out.exists():
         return out if parts else model
+    partial = out.with_name(f"{out.name}.partial")
     subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "stress_embedded.py"), "--model", str(model), "--out", str(out),
-         "--parts", ",".join(sorted(parts))], check=True,
+        [sys.executable, str(ROOT / "tools" / "stress_embedded.py"), "--model", str(model),
+         "--out", str(partial), "--parts", ",".join(sorted(parts))], check=True,
     )  # fmt: skip
-    return out
+    return partial.rename(out)
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], dict[str, Any]]]:
     """Every cell that was asked for: its key (twin, group size, row, seed) and what the worker is told."""
-    scored = (args.text / "tinystories_valid.txt").read_text("utf-8")[: args.characters]
-    real = str(args.text / "tinystories_train.txt")
+    scored = (args.text / "tinystories_valid.txt").read_text("utf-8")[SCORED]
+    real = args.text / "tinystories_train.txt"
+    sha256 = hashlib.sha256(real.read_bytes()).hexdigest()
     for seed in args.seeds:
         for group_size in args.groups:
             for twin in args.twins:
@@ -65,16 +67,24 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], 
                             "twin": twin, "model": str(model), "reference": str(resolve("embedded")),
                             "text": scored,
                             "group_size": group_size, "method": row.method, "scales": row.scales,
-                            "calibration": {"real": real}.get(row.calibration, row.calibration),
+                            "calibration": {"real": str(real)}.get(row.calibration, row.calibration),
+                            "on": [row.calibration, sha256], "revision": REVISION,
                             "settings": row.settings, "seed": seed, "samples": SAMPLES, "length": LENGTH,
                             "wikitext": str(args.wikitext or "") if reads_wikitext else "",
                         },
                     )  # fmt: skip
 
 
+def result_of(place: Path) -> dict[str, Any] | None:
+    """The result of a finished cell."""
+    path = place.with_suffix(".result.json")
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
 def run(job: dict[str, Any], place: Path) -> bool:
-    """Run a cell unless it is there; whether it is there at the end."""
-    if place.with_suffix(".result.json").exists():
+    """Run a cell unless it is there, with LM Eval if that is asked for; whether it is there at the end."""
+    result = result_of(place)
+    if result is not None and (result["wikitext"] or not job["wikitext"]):
         return True
     place.write_text(json.dumps(job), "utf-8")
     one_thread = {"LLAMITA_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -98,7 +108,10 @@ def run_and_tell(key: tuple[str, int, str, int], job: dict[str, Any], work: Path
 
 def place_of(work: Path, job: dict[str, Any]) -> Path:
     """Where a cell's record lies: named by all that it depends on, wherever the models lie."""
-    known = json.dumps({key: job[key] for key in job if key not in ("model", "reference")}, sort_keys=True)
+    elsewhere = {"model", "reference", "wikitext"} | (
+        {"calibration"} if job["calibration"] != "self" else set()
+    )
+    known = json.dumps({key: job[key] for key in job if key not in elsewhere}, sort_keys=True)
     return work / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.json"
 
 
@@ -107,8 +120,7 @@ def collect(args: argparse.Namespace) -> tables.Cells:
     found: dict[tuple[str, int, str], list[tuple[Any, dict[str, Any]]]] = {}
     for (twin, group_size, name, _), job in jobs(args):
         place = place_of(args.work, job)
-        if place.with_suffix(".result.json").exists():
-            result = json.loads(place.with_suffix(".result.json").read_text("utf-8"))
+        if (result := result_of(place)) is not None:
             found.setdefault((twin, group_size, name), []).append(
                 (np.load(place.with_suffix(".npz")), result)
             )
@@ -121,7 +133,7 @@ def _cell(runs: list[tuple[Any, dict[str, Any]]]) -> tables.Cell:
 
     words = [r["wikitext"]["word_perplexity"] for _, r in runs if r["wikitext"]]
     return tables.Cell(
-        kl=mean("kl"), losses=mean("losses"), float_losses=mean("float_losses"), agrees=mean("agrees"),
+        kl=mean("kl"), losses=mean("losses"), agrees=mean("agrees"),
         seeds=tuple(float(arrays["kl"].mean()) for arrays, _ in runs),
         seconds=float(np.median([r["seconds"] for _, r in runs])),
         peak_bytes=float(np.median([r["peak_bytes"] for _, r in runs])),
@@ -151,7 +163,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=_names(GROUP_SIZES), default=list(GROUP_SIZES))
     parser.add_argument("--seeds", type=_names(SEEDS), default=list(SEEDS))
     parser.add_argument("--rows", type=_names(ROWS), default=list(ROWS))
-    parser.add_argument("--characters", type=int, default=CHARACTERS, help="of the text that is scored")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one thread")
     parser.add_argument("--render", action="store_true", help="run nothing, write docs/quality.md")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.md")

@@ -25,8 +25,9 @@ from llamita.methods.auto import (
 )
 from llamita.mixed import keep_float, with_layers
 from llamita.packed import PackedModel
-from llamita.quantize import RoundedSource, make_plan
+from llamita.quantize import RoundedSource
 from llamita.scheme import GROUP_SIZES, QuantScheme, make_scheme
+from llamita.sizes import make_plan
 from llamita.tokenizer import Tokenizer
 from llamita.verify import verify
 

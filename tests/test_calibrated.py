@@ -24,6 +24,7 @@ from llamita.errors import InputError, RunError
 from llamita.hadamard import fast_hadamard
 from llamita.methods.chain import begin, parse_chain
 from llamita.methods.setup import Calibration, Setup
+from llamita.mixed import keep_float
 from llamita.packed import PackedModel
 from llamita.quantize import RoundedSource, quantize
 from llamita.resume import kept_work
@@ -129,9 +130,11 @@ def test_a_chain_from_end_to_end(tmp_path: Path, method: str) -> None:
     assert_nothing_is_left(tmp_path, "src", "text", "out")
 
 
-def test_the_rounded_stream_is_what_the_engine_computes() -> None:
+@pytest.mark.parametrize("kept", [(), ("*.v_proj", "*.down_proj", "model.layers.3.*")])
+def test_the_rounded_stream_is_what_the_engine_computes(kept: tuple[str, ...]) -> None:
     """Last hidden states of the quantized blocks, through norm and head, against the engine's logits."""
-    source, scheme = Checkpoint(resolve("embedded")), make_scheme("llama3.2")
+    source = Checkpoint(resolve("embedded"))
+    scheme = keep_float(source.config, make_scheme("llama3.2"), kept)
     llm = llamita.load("embedded", preset=scheme, kv_dtype="f32")
     tokens = np.array(llm.tokenizer.encode(TEXT)[:128], np.int32)
     rounded = RoundedSource(source, scheme)
@@ -140,8 +143,10 @@ def test_the_rounded_stream_is_what_the_engine_computes() -> None:
     states = blocks.embed(source, tokens[None], scheme)
     with torch.no_grad():
         for index in range(source.config.layers):
-            block = blocks.Block(source, config, index, rotary, fakequant.quantize_activations)
-            for name in block.linears:
+            floats = [n for n in source.config.linear_shapes()
+                      if not scheme.kind(f"model.layers.{index}.{n}").bits]  # fmt: skip
+            block = blocks.Block(source, config, index, rotary, fakequant.quantize_activations, floats=floats)
+            for name in set(block.linears) - set(floats):
                 weight: Any = rounded.weight(f"{block.name}.{name}")
                 codes = llamita.packing.unpack_int4(weight.packed)
                 block.set_weight(name, torch.from_numpy(dequantize(codes, weight.scales)))
@@ -154,6 +159,27 @@ def test_the_rounded_stream_is_what_the_engine_computes() -> None:
     ours = llm.logits(tokens)
     assert np.abs(ours - logits).mean() < 0.02 * np.abs(logits).mean()
     assert (ours.argmax(axis=1) == logits.argmax(axis=1)).mean() > 0.95
+
+
+def test_float_layers_read_what_was_not_rounded() -> None:
+    """As in the engine: each by itself gives the float block's output of that layer."""
+    source = Checkpoint(resolve("embedded"))
+    config = blocks.llama_config(source.config)
+    rotary = blocks.rotary_tables(config, 8)
+    states = torch.randn(1, 8, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def seen(name: str, floats: tuple[str, ...], rounds: Any) -> Any:
+        block, found = blocks.Block(source, config, 0, rotary, rounds, floats=floats), []
+        block.linears[name].register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].clone()))
+        block(states)
+        return found[0]
+
+    exact, rounds = seen("self_attn.q_proj", (), None), fakequant.quantize_activations
+    assert torch.equal(seen("self_attn.q_proj", ("self_attn.q_proj",), rounds), exact)
+    assert not torch.equal(seen("self_attn.k_proj", ("self_attn.q_proj",), rounds), exact)
+    alone = tuple(name for step in blocks.STEPS for name in step if name != "mlp.down_proj")
+    for name in ("self_attn.o_proj", "mlp.up_proj"):
+        torch.testing.assert_close(seen(name, alone, rounds), seen(name, (), None), rtol=0, atol=0)
 
 
 class Rotated:

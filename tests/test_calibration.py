@@ -107,7 +107,7 @@ def test_text_that_was_kept_is_not_written_again(
     assert written == [range(4, 5)]
 
 
-def test_a_killed_run_keeps_its_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_failed_keeps_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes once the directory is there; another text, or a changed model, begins anew."""
     write, written = own_text.Writer.write, list[range]()
 
@@ -116,13 +116,18 @@ def test_a_killed_run_keeps_its_text(model: Path, tmp_path: Path, monkeypatch: p
         return write(self, places, told)
 
     monkeypatch.setattr(own_text.Writer, "write", count)
+    model = make_checkpoint(tmp_path / "src", rope_theta=10000.0)
     command = ("quantize", model, "-o", tmp_path / "out", "--samples", "2", "--length", "8", "--max-size")
     for options in (("1KB",), ("1KB",), ("1KB", "--seed", "1")):  # smaller than it can be: refused
         assert run(*command, *options) == 2
     assert len(written) == 2
+    config = model / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "20000.0"))
+    assert run(*command, "1KB", "--seed", "1") == 2
+    assert len(written) == 3
     assert run(*command, "100MB", "--seed", "1") == 0
-    assert len(written) == 2
-    assert_nothing_is_left(tmp_path, "out")
+    assert len(written) == 3
+    assert_nothing_is_left(tmp_path, "src", "out")
 
 
 def test_progress_ends_with_all_tokens(model: Path) -> None:

@@ -27,8 +27,9 @@ from llamita.errors import LlamitaError
 from llamita.packed import PackedModel, open_source
 from llamita.packed_writer import write_metadata
 from llamita.plan import describe
-from llamita.quantize import RoundedSource, make_plan, quantize
+from llamita.quantize import RoundedSource, quantize
 from llamita.scheme import make_scheme
+from llamita.sizes import make_plan
 from llamita.verify import verify
 
 CASES = 2000

@@ -16,9 +16,10 @@ from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
 from llamita.mixed import count_kinds, describe_groups, describe_kinds, keep_float, with_layers
 from llamita.packed import PackedModel, quantization_config
-from llamita.quantize import RoundedSource, make_plan, quantize
+from llamita.quantize import RoundedSource, quantize
 from llamita.random_weights import RandomSource
 from llamita.scheme import QuantScheme, make_scheme
+from llamita.sizes import make_plan
 
 BLOCK = "model.layers.0"
 MIX = {

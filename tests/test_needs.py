@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import run
+from command import one_line, run
 from tiny import make_checkpoint
 
 from llamita.checkpoint import Checkpoint, resolve
@@ -54,7 +54,7 @@ def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:
 
 
 def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path) -> None:
-    """It is `qronos+tune` with its own settings, and --method or --set replace either."""
+    """It is `equalize+qronos+tune` with its own settings, and --method or --set replace either."""
     make_checkpoint(tmp_path / "src", num_hidden_layers=1)
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:4000], "utf-8")
@@ -66,7 +66,7 @@ def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path) -> 
         return json.loads((tmp_path / name / "llamita.json").read_text("utf-8"))
 
     found = record("preset", *faster)
-    assert found["method"] == "qronos+tune"
+    assert found["method"] == "equalize+qronos+tune"
     assert found["settings"] == {"tune.rate": 0, "tune.steps": 4}
     assert record("changed", *faster, "--set", "tune.rate=1")["settings"]["tune.rate"] == 1
     found = record("named", "--method", "rtn")
@@ -90,3 +90,101 @@ def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None
     longer = [needs("spinquant+qronos", spinquant_steps=steps)[0] - work for steps in (10, 20)]
     assert longer[1] == pytest.approx(2 * longer[0])
     assert needs("spinquant")[1] > 4 * 1.2e9  # the whole model in float32
+
+
+# ---- what is refused, before any work -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "gptq", "--set", "gptq.dampin=1"), "gptq.dampin: expected one of damping, sweeps"),
+        (("--method", "qronos", "--set", "gptq.sweeps=1.5"), "gptq.sweeps: expected a whole number, got 1.5"),
+        (("--method", "tune", "--set", "tune.rate=true"), "tune.rate: expected a number from 0 to 50"),
+        (("--method", "gptq", "--set", "qronos.ridge=1"), "expected a setting of gptq, got one of qronos"),
+        (
+            ("--preset", "llamita", "--no-online"),
+            "expected a method with spinquant, got equalize",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_any_text_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.delattr("llamita.own_text.Writer")
+    assert run("quantize", make_checkpoint(tmp_path / "src"), "-o", tmp_path / "out", *options) == 2
+    assert message in one_line(capsys)
+
+
+def test_tuning_takes_one_process_and_says_so_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delattr("llamita.own_text.Writer")
+    source = make_checkpoint(tmp_path / "src")
+    assert run("quantize", source, "-o", tmp_path / "out", "--preset", "llamita") == 2
+    assert "expected a single process for tune, got 2; try --method equalize+qronos" in one_line(capsys)
+
+
+def test_an_input_that_cannot_be_factored_is_a_line(tmp_path: Path, capsys: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:4000], "utf-8")
+    options = ("--method", "gptq", "--set", "gptq.damping=0", "--samples", "1", "--length", "8")
+    source = make_checkpoint(tmp_path / "src")
+    assert run("quantize", source, "-o", tmp_path / "out", *options, "--calibration", text) == 2
+    assert "gptq.damping" in capsys.readouterr().err
+
+
+# ---- what a chain makes of the shape --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("--no-online",), ("--set", "spinquant.rotations=R2,R4")])
+def test_a_dry_run_knows_what_rotations_add(tmp_path: Path, capsys: Any, options: tuple[str, ...]) -> None:
+    source = make_checkpoint(tmp_path / "src")
+    chosen = ("--method", "spinquant", "--set", "spinquant.steps=0", *options, "--json")
+    assert run("quantize", source, *chosen, "--dry-run") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert run("quantize", source, *chosen, "-o", tmp_path / "out") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert planned["file_bytes"] == made["file_bytes"]
+    assert planned["method"] == "spinquant"
+
+
+@pytest.mark.parametrize("options", [(), ("--no-online",)])
+def test_a_size_heeds_what_rotations_add(tmp_path: Path, capsys: Any, options: tuple[str, ...]) -> None:
+    source, text = make_checkpoint(tmp_path / "src"), tmp_path / "text.txt"
+    text.write_text(TEXT[:4000], "utf-8")
+    chosen = (
+        "--method",
+        "spinquant",
+        "--set",
+        "spinquant.steps=0",
+        *options,
+        "--json",
+        "-o",
+        tmp_path / "out",
+    )
+    few = ("--calibration", text, "--samples", "2", "--length", "16")
+    assert run("quantize", source, "-o", tmp_path / "out", *chosen, *few, "--max-size", "345KB") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["file_bytes"] <= 345_000
+    assert made["selection"]["file_bytes"] == made["file_bytes"]
+
+
+def test_r4_alone_is_not_learned(tmp_path: Path, capsys: Any) -> None:
+    source = make_checkpoint(tmp_path / "src")
+    options = ("--method", "spinquant", "--set", "spinquant.rotations=R4", "--calibration", "nowhere.txt")
+    assert run("quantize", source, "-o", tmp_path / "out", *options) == 0
+    assert json.loads((tmp_path / "out" / "llamita.json").read_text())["calibration"] is None
+
+
+@pytest.mark.parametrize("method", ["qronos+tune", "gptq"])
+def test_blocks_may_stay_float_whole_or_in_part(tmp_path: Path, method: str) -> None:
+    source, text = make_checkpoint(tmp_path / "src"), tmp_path / "text.txt"
+    text.write_text(TEXT[:4000], "utf-8")
+    few = ("--calibration", text, "--samples", "2", "--length", "16")
+    kept = ("--keep-float", "model.layers.0.*", "--keep-float", "*.v_proj", "--keep-float", "*.down_proj")
+    faster = ("--set", "tune.steps=2") if "tune" in method else ()
+    options = ("--method", method, *faster, *few, *kept)
+    assert run("quantize", source, "-o", tmp_path / "out", *options) == 0

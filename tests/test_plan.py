@@ -14,8 +14,9 @@ from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import load
 from llamita.errors import InputError
 from llamita.plan import Described, Machine, describe, estimate_all
-from llamita.quantize import make_plan, quantize
+from llamita.quantize import quantize
 from llamita.scheme import PRESETS, make_scheme
+from llamita.sizes import make_plan
 
 MACHINE = Machine(bandwidth=20e9, int8_rate=200e9, memory=8 * 10**9, memory_free=10**9, threads=2,
                   cache=2**25)  # fmt: skip

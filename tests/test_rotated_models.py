@@ -20,9 +20,10 @@ from llamita.engine.llm import LLM
 from llamita.errors import InputError
 from llamita.packed import TRANSFORM, PackedModel
 from llamita.plan import describe
-from llamita.quantize import RoundedSource, make_plan, quantize
+from llamita.quantize import RoundedSource, quantize
 from llamita.rotations import Rotations
 from llamita.scheme import make_scheme
+from llamita.sizes import make_plan
 from llamita.verify import verify
 from llamita.work import count_work
 

@@ -66,7 +66,7 @@ def test_the_command_records_settings(tmp_path: Path, capsys: Any) -> None:
                "equalize") == 2  # fmt: skip
     assert "equalize.rate: expected no settings" in one_line(capsys)
     assert run("quantize", source, "-o", tmp_path / "two", "--no-online") == 2
-    assert "expected a setting of rtn" in one_line(capsys)
+    assert "expected a method with spinquant, got rtn" in one_line(capsys)
 
 
 def test_settings_as_users_write_them() -> None:

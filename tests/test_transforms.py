@@ -19,6 +19,7 @@ from llamita.errors import InputError
 from llamita.hadamard import fast_hadamard
 from llamita.methods import equalize, learn_rotations, spinquant
 from llamita.methods.online import hadamard_transform
+from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Calibration, Setup
 from llamita.transformed import FloatSource, TransformedSource, rotations_of
 
@@ -168,6 +169,7 @@ def test_orders_that_would_change_the_function_are_refused(tmp_path: Path) -> No
         ({"batch": 0}, "spinquant.batch"),
         ({"lr": 0}, "spinquant.lr: expected a positive number"),
         ({"lr": float("nan")}, "spinquant.lr"),
+        ({"dtype": "float16"}, "spinquant.dtype: expected one of float32, bfloat16, got 'float16'"),
         ({"loss": "mse"}, "spinquant.loss: expected one of kl, cross-entropy"),
         ({"online": 1}, "spinquant.online: expected true or false"),
         ({"rate": 1}, "spinquant.rate: expected one of rotations"),
@@ -189,20 +191,23 @@ def test_sizes_without_a_hadamard_matrix_are_refused_by_name(tmp_path: Path) -> 
 # ---- learning ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tied", "biases"])
-def test_learned_rotations_are_rotations_and_lower_the_loss(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("tied", "float32"), ("biases", "float32"), ("tied", "bfloat16")]
+)
+def test_learned_rotations_are_rotations_and_lower_the_loss(tmp_path: Path, name: str, dtype: str) -> None:
     source = model(tmp_path, name)
     tokens = tokens_of(source, samples=4, length=32)
-    settings = {"steps": 6, "batch": 4, "loss": "kl", "weights": 32, "lr": 0.1}
-    first = spinquant.random_rotations(source, spinquant.Settings(), 0)
+    settings = {"steps": 6, "batch": 4, "loss": "kl", "weights": 32, "lr": 0.1, "dtype": dtype}
+    first = spinquant.random_rotations(source, SpinQuantSettings(), 0)
     learned = learn_rotations.learn(
-        source, first, spinquant.Settings(**settings), setup_of(tokens=tokens, **settings)
+        source, first, SpinQuantSettings(**settings), setup_of(tokens=tokens, **settings)
     )
     assert learned.r1 is not None
     assert learned.r2 is not None
     np.testing.assert_allclose(learned.r1 @ learned.r1.T, np.eye(source.config.hidden_size), atol=1e-12)
     np.testing.assert_allclose(learned.r2[1].T @ learned.r2[1], np.eye(source.config.head_dim), atol=1e-12)
-    losses = [_loss(source, matrices, settings, tokens) for matrices in (first, learned)]
+    exactly = settings | {"dtype": "float32"}
+    losses = [_loss(source, matrices, exactly, tokens) for matrices in (first, learned)]
     assert losses[1] < 0.97 * losses[0]
     assert_same_function(source, spinquant.rotated(source, learned))
 
@@ -210,7 +215,7 @@ def test_learned_rotations_are_rotations_and_lower_the_loss(tmp_path: Path, name
 def _loss(
     source: FloatSource, matrices: spinquant.RotationMatrices, settings: dict[str, Any], tokens: np.ndarray
 ) -> float:
-    learner = learn_rotations._Model(source, matrices, spinquant.Settings(**settings), torch.device("cpu"))
+    learner = learn_rotations._Model(source, matrices, SpinQuantSettings(**settings), torch.device("cpu"))
     assert matrices.r1 is not None
     assert matrices.r2 is not None
     rotations = {"r1": torch.from_numpy(matrices.r1).float(), "r2": torch.from_numpy(matrices.r2).float()}
@@ -222,8 +227,8 @@ def _loss(
 def test_the_learner_computes_the_model(tmp_path: Path, name: str) -> None:
     """Float logits as transformers' layers give them, with and without rotations."""
     source = model(tmp_path, name)
-    matrices = spinquant.random_rotations(source, spinquant.Settings(), 0)
-    learner = learn_rotations._Model(source, matrices, spinquant.Settings(), torch.device("cpu"))
+    matrices = spinquant.random_rotations(source, SpinQuantSettings(), 0)
+    learner = learn_rotations._Model(source, matrices, SpinQuantSettings(), torch.device("cpu"))
     tokens = tokens_of(source)
     expected = logits_of(source, tokens)
     rotations = {"r1": torch.from_numpy(matrices.r1).float(), "r2": torch.from_numpy(matrices.r2).float()}  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from llamita import _native
 from llamita.affine import bf16_to_f32, dequantize, f32_to_bf16
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
-from llamita.methods.setup import Calibration, Setup, settings_of
-from llamita.methods.tune_settings import TuneSettings
+from llamita.methods.settings import TuneSettings, settings_of
+from llamita.methods.setup import Calibration, Setup
 from llamita.packing import unpack_int4
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme, make_scheme

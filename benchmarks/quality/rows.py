@@ -5,6 +5,7 @@ from typing import Any
 
 GROUP_SIZES = (32, 128, 256)
 SEEDS = (0, 1, 2)
+REVISION = 1  # of the methods: raised when one of them computes something else, and all cells run again
 SAMPLES, LENGTH = 64, 512  # of calibration text; twice as many changed no row by more than 1 %
 TWINS: dict[str, set[str]] = {
     "plain": set(),
@@ -12,6 +13,7 @@ TWINS: dict[str, set[str]] = {
     "pairs": {"pairs"},
     "both": {"basis", "pairs"},
 }
+FLOAT = "BF16"
 YARDSTICK = "torchao round to nearest"
 META = "spinquant + gptq"
 
@@ -21,7 +23,7 @@ class Row:
     """One way to quantize.
 
     Attributes:
-        method: the chain, as `llamita quantize --method` takes it.
+        method: the chain, as `llamita quantize --method` takes it; "none" leaves the model as it is.
         scales: the rule by which scales are chosen.
         calibration: "real" for the text that --text names, "self" for what the model writes, "" for none.
         settings: of the chain's methods.
@@ -51,6 +53,7 @@ def _rotations(names: str) -> dict[str, Any]:
 
 
 ROWS: dict[str, Row] = {
+    FLOAT: Row("none", calibration="", twins=_PLAIN, on_wikitext=True),
     YARDSTICK: Row("rtn", scales="torchao", calibration="", on_wikitext=True),
     "searched scales": Row("rtn", calibration="", on_wikitext=True),
     "weighted scales": Row("rtn", scales="weighted", calibration=""),
@@ -71,6 +74,9 @@ ROWS: dict[str, Row] = {
     ),
     "qronos + block tuning": Row("qronos+tune", twins=_PLAIN),
     "equalize + qronos + tuned scales": Row("equalize+qronos+tune", settings=_SCALES_ALONE),
+    "the same (own text): preset llamita": Row(
+        "equalize+qronos+tune", calibration="self", settings=_SCALES_ALONE, twins=_PLAIN
+    ),
     "R4 + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE),
     "spinquant + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_SCALES_ALONE),
     "equalize + spinquant + qronos + tuned scales": Row(

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from rows import META, ROWS, TWINS, YARDSTICK
+from rows import FLOAT, META, ROWS, TWINS, YARDSTICK
 
 from llamita.statistics import Interval, mean_interval, paired_difference
+
+STUDENT = 2.78  # 97.5th percentile of t with 4 degrees of freedom: two rows of three seeds each
 
 
 @dataclass(frozen=True)
@@ -14,16 +16,15 @@ class Cell:
     """A row at one group size on one twin: the mean over its seeds, token by token.
 
     Attributes:
-        kl, losses, float_losses, agrees: (tokens,).
+        kl, losses, agrees: (tokens,).
         seeds: the mean KL of each seed.
-        seconds: of quantizing, without writing calibration text; the median over seeds.
+        seconds: of one CPU, of quantizing without writing calibration text; the median over seeds.
         peak_bytes: of the process until it was quantized.
         wikitext: LM Eval's word perplexity, the mean over seeds; None where it was not asked for.
     """
 
     kl: np.ndarray
     losses: np.ndarray
-    float_losses: np.ndarray
     agrees: np.ndarray
     seeds: tuple[float, ...]
     seconds: float
@@ -39,24 +40,32 @@ def table(cells: Cells, twin: str, group_size: int) -> list[str]:
     found = {name: cells[twin, group_size, name] for name in ROWS if (twin, group_size, name) in cells}
     if YARDSTICK not in found:
         return []
-    base, best = found[YARDSTICK], min(found, key=lambda name: found[name].kl.mean())
+    base, best = found[YARDSTICK], _best(found)
     lines = [
         "| method | perplexity | KL to BF16, nats a token | seeds | of round to nearest | same choice "
         "| WikiText | against the best | s | MB |",
         "|---" * 10 + "|",
     ]
     for name, cell in found.items():
-        kl, share = mean_interval(cell.kl), ratio(cell.kl, base.kl)
-        spread = f"{min(cell.seeds):.4f} to {max(cell.seeds):.4f}" if len(cell.seeds) > 1 else ""
-        verdict = "**best**" if name == best else _verdict(paired_difference(cell.kl, found[best].kl))
-        interval = f"{kl.value:.4f} ± {(kl.high - kl.low) / 2:.4f}"
         words = "" if cell.wikitext is None else f"{cell.wikitext:.1f}"
+        perplexity = f"{np.exp(cell.losses.mean()):.3f}"
+        if name == FLOAT:
+            lines.append(f"| {name} | {perplexity} | 0 | | | | {words} | | | |")
+            continue
+        kl, share = mean_interval(cell.kl), ratio(cell.kl, base.kl)
+        spread = f"{len(cell.seeds)}: {min(cell.seeds):.4f} to {max(cell.seeds):.4f}"
+        verdict = "**best**" if name == best else _verdict(cell, found[best])
+        interval = f"{kl.value:.4f} ± {(kl.high - kl.low) / 2:.4f}"
         lines.append(
-            f"| {name} | {np.exp(cell.losses.mean()):.3f} | {interval} | {spread} "
+            f"| {name} | {perplexity} | {interval} | {spread if ROWS[name].is_random else ''} "
             f"| {share.value:.2f} ({share.low:.2f} to {share.high:.2f}) | {cell.agrees.mean():.1%} "
             f"| {words} | {verdict} | {cell.seconds:.0f} | {cell.peak_bytes / 1e6:.0f} |"
         )
     return lines
+
+
+def _best(found: dict[str, Cell]) -> str:
+    return min((name for name in found if name != FLOAT), key=lambda name: found[name].kl.mean())
 
 
 def ratio(values: np.ndarray, base: np.ndarray) -> Interval:
@@ -66,12 +75,24 @@ def ratio(values: np.ndarray, base: np.ndarray) -> Interval:
     return Interval(value, value + around.low, value + around.high)
 
 
-def _verdict(difference: Interval) -> str:
-    return "worse" if difference.low > 0 else "within noise"
+def difference(cell: Cell, other: Cell) -> Interval:
+    """Of the mean KL, paired by token; the interval heeds how seeds differ, where there are several."""
+    tokens = paired_difference(cell.kl, other.kl)
+    variance = sum(np.var(c.seeds, ddof=1) / len(c.seeds) for c in (cell, other) if len(c.seeds) > 1)
+    spread = STUDENT * float(variance) ** 0.5
+    return Interval(
+        tokens.value,
+        tokens.value - np.hypot(tokens.value - tokens.low, spread),
+        tokens.value + np.hypot(tokens.high - tokens.value, spread),
+    )
+
+
+def _verdict(cell: Cell, best: Cell) -> str:
+    return "worse" if difference(cell, best).low > 0 else "within noise"
 
 
 def won_back(cells: Cells, twin: str, group_size: int, name: str) -> Interval | None:
-    """Share of the KL that round to nearest loses on a twin beyond the plain model, won back by a row."""
+    """Share of the KL that searched scales lose on a twin beyond the plain model, won back by a row."""
     keys = [
         (twin, group_size, "searched scales"),
         ("plain", group_size, "searched scales"),
@@ -88,8 +109,8 @@ def against_meta(cells: Cells, twin: str, group_size: int) -> tuple[str, Interva
     found = {name: cell for (t, g, name), cell in cells.items() if (t, g) == (twin, group_size)}
     if META not in found:
         return None
-    best = min(found, key=lambda name: found[name].kl.mean())
-    return best, paired_difference(found[best].kl, found[META].kl)
+    best = _best(found)
+    return best, difference(found[best], found[META])
 
 
 def page(cells: Cells, heading: Callable[[str, int], str]) -> str:

@@ -39,43 +39,53 @@ def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:
     return Setup(text, job["seed"], settings=job["settings"])
 
 
-def transform(source: Checkpoint, twin: str, chain: Chain, setup: Setup, work: Path) -> tuple[Any, float]:
-    """The source after the chain's transforms, and the seconds that they take.
+def transform(
+    source: Checkpoint, job: dict[str, Any], chain: Chain, setup: Setup, work: Path
+) -> tuple[Any, float, int]:
+    """The source after the chain's transforms, the CPU seconds that they take, and the peak of memory.
 
     Rotations do not depend on how weights are rounded: rows that learn the same ones on the same text share
-    them, by the work directory of a run that goes on, and the time that the first of them took.
+    them, by the work directory of a run that goes on, and what the first of them took.
     """
     if not chain.transforms:
-        return source, 0.0
+        return source, 0.0, 0
     own = {name: value for name, value in setup.settings.items() if name.startswith("spinquant.")}
     text = setup.calibration.record() if setup.calibration else None
-    known = json.dumps([twin, chain.transforms, own, text, setup.seed], sort_keys=True)
-    work = work / f"transforms-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    known = [job["revision"], job["twin"], chain.transforms, own, text, setup.seed]
+    work = work / f"transforms-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}"
     work.mkdir(exist_ok=True)
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two rows at a time, the second finds what the first has learned
-        began = time.perf_counter()
+        took = json.loads((work / "took").read_text()) if (work / "took").exists() else None
+        began = time.process_time()
         changed = chains.transform(source, chain, replace(setup, work=work))
-        seconds = time.perf_counter() - began
-        if not (work / "seconds").exists():
-            (work / "seconds").write_text(str(seconds))
-    return changed, float((work / "seconds").read_text())
+        if took is None:
+            took = {"seconds": time.process_time() - began, "peak_bytes": peak_bytes()}
+            (work / "took").write_text(json.dumps(took))
+    return changed, took["seconds"], took["peak_bytes"]
+
+
+def peak_bytes() -> int:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def quantize(source: Checkpoint, job: dict[str, Any], work: Path) -> tuple[LLM, float, int]:
+    """The rounded model, CPU seconds without writing text, and the peak of memory."""
+    if job["method"] == "none":
+        return LLM(source), 0.0, peak_bytes()
+    setup, chain = calibrate(source, job), parse_chain(job["method"])
+    changed, seconds, peak = transform(source, job, chain, setup, work)
+    began = time.process_time()
+    scheme = make_scheme("llama3.2", job["group_size"], job["scales"])
+    rounded = LLM(RoundedSource(changed, scheme, str(replace(chain, transforms=())), setup))
+    return rounded, seconds + time.process_time() - began, max(peak, peak_bytes())
 
 
 def main() -> None:
     place = Path(sys.argv[1])
     job = json.loads(place.read_text("utf-8"))
-    source = Checkpoint(Path(job["model"]))
-    began = time.perf_counter()
-    setup = calibrate(source, job)
-    between = time.perf_counter()
-    scheme = make_scheme("llama3.2", job["group_size"], job["scales"])
-    chain = parse_chain(job["method"])
-    changed, seconds = transform(source, job["twin"], chain, setup, place.parent)
-    between, calibration_seconds = time.perf_counter(), between - began
-    rounded = LLM(RoundedSource(changed, scheme, str(replace(chain, transforms=())), setup))
-    seconds += time.perf_counter() - between
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rounded, seconds, peak = quantize(Checkpoint(Path(job["model"])), job, place.parent)
     reference = Contender("float", LLM(Checkpoint(Path(job["reference"]))), True)
     tokens = score_tokens([reference, Contender("rounded", rounded, False)], job["text"])
     wikitext = None
@@ -83,9 +93,8 @@ def main() -> None:
         pages = read_wikitext(Path(job["wikitext"])).pages
         wikitext = run_tasks([rounded], ["wikitext"], pages=pages)[0][0].metrics
     np.savez(place.with_suffix(".npz"), losses=tokens.losses[1], kl=tokens.kl[1],
-             agrees=tokens.top[0] == tokens.top[1], float_losses=tokens.losses[0])  # fmt: skip
-    result = {"calibration_seconds": calibration_seconds, "seconds": seconds, "peak_bytes": peak,
-              "wikitext": wikitext}  # fmt: skip
+             agrees=tokens.top[0] == tokens.top[1])  # fmt: skip
+    result = {"seconds": seconds, "peak_bytes": peak, "wikitext": wikitext}
     place.with_suffix(".result.json").write_text(json.dumps(result), "utf-8")
 
 

@@ -29,10 +29,11 @@ from llamita.errors import InputError, LlamitaError, RunError
 from llamita.machine import MemoryWatch, free_memory
 from llamita.packed import PackedModel, open_source
 from llamita.plan import describe
-from llamita.quantize import RoundedSource, float_bytes, make_plan
+from llamita.quantize import RoundedSource
 from llamita.random_weights import RandomSource
 from llamita.scheme import QuantScheme
 from llamita.shapes import find_shape
+from llamita.sizes import float_bytes, make_plan
 from llamita.speed import decode, prefill
 from llamita.threads import use_threads
 from llamita.work import Work, count_work

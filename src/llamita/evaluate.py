@@ -17,7 +17,8 @@ from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.engine.llm import LLM
 from llamita.errors import InputError, RunError
 from llamita.packed import open_source
-from llamita.quantize import RoundedSource, make_plan
+from llamita.quantize import RoundedSource
+from llamita.sizes import make_plan
 from llamita.statistics import Interval, mean_interval, paired_difference
 
 Progress = Callable[[str, int, int], None] | None

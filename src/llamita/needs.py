@@ -9,11 +9,10 @@ import numpy as np
 from llamita import _native
 from llamita.config import ModelConfig
 from llamita.methods.chain import Chain
-from llamita.methods.setup import BATCH_TOKENS, Setup, settings_of
-from llamita.methods.spinquant import Settings
-from llamita.methods.tune_settings import TuneSettings
-from llamita.quantize import Plan
+from llamita.methods.settings import SpinQuantSettings, TuneSettings, settings_of
+from llamita.methods.setup import BATCH_TOKENS, Setup
 from llamita.scheme import QuantScheme
+from llamita.sizes import Plan
 
 _BASE_MEMORY = 110e6  # bytes: Python, NumPy and the pieces being rounded, as measured
 _HASH_RATE = 1e9  # bytes read, hashed and written in a second, roughly
@@ -86,14 +85,15 @@ def _blocks_memory(config: ModelConfig, chain: Chain, setup: Setup, samples: int
 
 
 def _learning_memory(config: ModelConfig, chain: Chain, setup: Setup, length: int) -> float:
-    """The whole model in float32, a layer's weights thrice more, and what is kept of each layer and token."""
+    """The whole model, a layer's weights thrice more, and what is kept of each layer and token."""
     if not _learns(chain, setup):
         return 0
     block = sum(rows * columns for rows, columns in config.linear_shapes().values())
-    tokens = settings_of(Settings, "spinquant", setup.settings).batch * length
+    settings = settings_of(SpinQuantSettings, "spinquant", setup.settings)
+    tokens, stored = settings.batch * length, 2 if settings.dtype == "bfloat16" else _F32
     kept = config.layers * config.hidden_size + _LOGIT_COPIES * config.vocab_size
     table = (1 if config.tied else 2) * config.vocab_size * config.hidden_size
-    return _F32 * (block * (config.layers + 3) + table + tokens * kept)
+    return stored * (block * config.layers + table) + _F32 * (3 * block + tokens * kept)
 
 
 def expected_work(config: ModelConfig, chain: Chain, setup: Setup, samples: int, length: int) -> float:
@@ -107,7 +107,7 @@ def expected_work(config: ModelConfig, chain: Chain, setup: Setup, samples: int,
         measured = (1 + tune.checks) * tokens / tune.held_out
         total += config.layers * 2 * weights * (len(tune.descents) * (learned + measured) + tokens)
     if _learns(chain, setup):
-        spin = settings_of(Settings, "spinquant", setup.settings)
+        spin = settings_of(SpinQuantSettings, "spinquant", setup.settings)
         passes = 3 + _BACKWARD  # float, rounded, and rounded once more on the way back
         per_token = config.layers * weights + config.vocab_size * config.hidden_size
         rotating = config.layers * weights * config.hidden_size * (2 + _BACKWARD)
@@ -138,4 +138,4 @@ def _compares(chain: Chain) -> bool:
 
 def _learns(chain: Chain, setup: Setup) -> bool:
     """Whether rotations are learned, on the whole model."""
-    return "spinquant" in chain.transforms and settings_of(Settings, "spinquant", setup.settings).steps > 0
+    return chain.learns(setup.settings)

@@ -20,9 +20,9 @@ from llamita.errors import InputError
 from llamita.files import has, read_json
 from llamita.machine import free_memory, last_level_cache, usable_memory
 from llamita.packed import METADATA, PackedModel, open_source
-from llamita.quantize import Plan, float_bytes, make_plan
 from llamita.scheme import PRESETS, QuantScheme
 from llamita.shapes import find_shape
+from llamita.sizes import Plan, float_bytes, make_plan
 from llamita.threads import use_threads
 from llamita.work import Work, count_work
 

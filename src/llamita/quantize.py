@@ -6,7 +6,7 @@ directory. A chain of methods begins with the whole model and gives the rounded 
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +22,8 @@ from llamita.checkpoint import (
     Int4Weight,
     Int8Weight,
     check_finite,
-    expected_tensors,
-    linear_names,
-    table_names,
     transform_dtype,
 )
-from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import sha256_file
 from llamita.machine import MemoryWatch
@@ -44,7 +40,6 @@ from llamita.packed_writer import (
     find_companions,
     plan_shards,
     stored_rotations,
-    total_bytes,
     write_bytes,
     write_config,
     write_metadata,
@@ -52,39 +47,13 @@ from llamita.packed_writer import (
 from llamita.resume import kept_work
 from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
+from llamita.sizes import Plan, make_plan
 from llamita.staging import check_space, check_target, staged
 from llamita.transformed import as_stored
 
 _ROWS = 1024  # rows of a float table copied at a time
 _SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
 _WORST = 5  # layers named in summary and card
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What quantizing will make. Sizes in bytes.
-
-    Attributes:
-        source_bytes: tensors of the float model.
-        tensor_bytes: tensors of the packed model.
-        file_bytes: its weight files, headers included.
-        files: names of the weight files.
-        rounded_weights: number of weights that are rounded.
-        float_layers: layers left in float, and why.
-    """
-
-    source_bytes: int
-    tensor_bytes: int
-    file_bytes: int
-    files: list[str]
-    linear_layers: int
-    rounded_weights: int
-    float_layers: dict[str, str]
-
-    @property
-    def ratio(self) -> float:
-        """Size after over size before."""
-        return self.tensor_bytes / self.source_bytes
 
 
 @dataclass(frozen=True)
@@ -103,48 +72,6 @@ class Summary:
     def worst(self, count: int = _WORST) -> list[tuple[str, float]]:
         """The modules with the largest relative error, worst first."""
         return sorted(self.errors.items(), key=lambda item: -item[1])[:count]
-
-
-def make_plan(
-    config: ModelConfig,
-    scheme: QuantScheme,
-    float_dtype: Callable[[str], str],
-    shard_bytes: int = SHARD_BYTES,
-    transform: str | None = None,
-) -> Plan:
-    """The plan for a model of this shape whose tensors are stored in these dtypes, as `layout` takes them.
-
-    Raises:
-        InputError: the group size does not divide a layer's inputs.
-    """
-    modules = layout(config, scheme, float_dtype, transform)
-    shards = plan_shards(modules, shard_bytes)
-    shapes = table_names(config) | linear_names(config)
-    rounded = [rows * columns for name, (rows, columns) in shapes.items() if scheme.kind(name).bits]
-    if not rounded:
-        raise InputError("--keep-float: expected patterns that leave something to round, got all layers")
-    return Plan(
-        source_bytes=float_bytes(config, float_dtype),
-        tensor_bytes=sum(tensor_bytes(tensors) for tensors in modules.values()),
-        file_bytes=total_bytes(shards),
-        files=list(shards),
-        linear_layers=len(linear_names(config)),
-        rounded_weights=sum(rounded),
-        float_layers={name: _why_float(name, scheme) for name in shapes if not scheme.kind(name).bits},
-    )
-
-
-def _why_float(name: str, scheme: QuantScheme) -> str:
-    if name in scheme.layers:
-        return "asked for"
-    return f"preset {scheme.name} keeps embedding and head in float"
-
-
-def float_bytes(config: ModelConfig, float_dtype: Callable[[str], str]) -> int:
-    """Bytes of the float model's tensors, which are stored in these dtypes."""
-    return tensor_bytes(
-        {name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()}
-    )
 
 
 def quantize(

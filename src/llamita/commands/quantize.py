@@ -20,22 +20,23 @@ from llamita.methods.chain import (
     TRANSFORMS,
     TUNINGS,
     Chain,
-    check_packages,
+    check,
     parse_chain,
 )
+from llamita.methods.settings import settable
 from llamita.methods.setup import Calibration, Progress, Setup, parse_settings
 from llamita.needs import estimate
 from llamita.packed import METADATA
 from llamita.plan import describe
-from llamita.quantize import Plan, Summary, make_plan, quantize, take_part
+from llamita.quantize import Summary, quantize, take_part
 from llamita.resume import kept_work
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
+from llamita.sizes import Plan, plan_chain
 from llamita.staging import check_target
 from llamita.threads import use_threads
 
 _PRESETS = ", ".join(PRESETS)
 _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
-_NO_ONLINE = {False: (), True: ("spinquant.online=false",)}  # what --no-online stands for
 
 
 # The options, each with what `--help` says of it.
@@ -108,14 +109,14 @@ def command(
     Example: llamita quantize meta-llama/Llama-3.2-1B-Instruct -o llama-1b-4bit --preset llamita
     """
     scheme = make_scheme(preset, group_size, scales)
-    chain, chosen = _chain(preset, method, [*(settings or []), *_NO_ONLINE[no_online]])
+    chain, chosen = _chain(preset, method, settings or [], no_online)
     goal = parse_goal(max_size, max_loss, dry_run)
     use_threads(processes.fair_threads(threads))
     if dry_run:
         return _dry_run(src, scheme, chain, Setup(settings=chosen), (samples, length), keep_float or [], json)
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
-    check_packages(chain)
+    check(chain, chosen)
     source, is_first = _open(src, out, overwrite), processes.rank() == 0
     needs_text = chain.needs_calibration(chosen) or goal is not None
     text = (calibration, samples, length, seed) if needs_text else None
@@ -133,11 +134,18 @@ def command(
     _print_result(summary, source.config, scheme, chain, selection, json)
 
 
-def _chain(preset: str, method: str | None, settings: list[str]) -> tuple[Chain, dict[str, Any]]:
+def _chain(
+    preset: str, method: str | None, settings: list[str], no_online: bool
+) -> tuple[Chain, dict[str, Any]]:
     """The chain that was asked for, or the preset's with what that sets, and its settings."""
-    named, known = (method, {}) if method else PRESET_METHODS.get(preset, ("rtn", {}))
+    named, chosen = (method, {}) if method else PRESET_METHODS.get(preset, ("rtn", {}))
     chain = parse_chain(named)
-    return chain, known | parse_settings(settings, chain.names)
+    chosen = chosen | parse_settings(settings, settable(chain.names))
+    if no_online:
+        if "spinquant" not in chain.names:
+            raise InputError(f"--no-online: expected a method with spinquant, got {chain}")
+        chosen["spinquant.online"] = False
+    return chain, chosen
 
 
 def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
@@ -164,8 +172,8 @@ def _kept_text(source: Checkpoint, out: Path, text: _TextChoice) -> AbstractCont
     """Where text that the model writes is kept until OUT is there."""
     if text is None or text[0] not in (SELF, SELF_FAST) or processes.world() > 1:
         return nullcontext()
-    stats = {path.name: path.stat() for path in sorted(source.path.glob("*.safetensors"))}
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    stats = [(path.name, path.stat()) for path in sorted(source.path.iterdir())]  # weights, config, tokenizer
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     known = {"llamita": __version__, "source": str(source.path.resolve()), "files": files, "text": text}
     return kept_work(out.with_name(f"{out.name}.text"), known)
 
@@ -173,7 +181,7 @@ def _kept_text(source: Checkpoint, out: Path, text: _TextChoice) -> AbstractCont
 def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> None:
     """What will be needed, where it is more than moments and little memory."""
     if setup.calibration is not None and chain.needs_calibration(setup.settings):
-        plan = make_plan(source.config, scheme, lambda name: source.info(name).dtype)
+        plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, chain, setup.settings)
         samples, length = setup.calibration.tokens.shape
         seconds, memory = estimate(plan, scheme, source.config, chain, setup, samples, length)
         console.note(f"{chain}: about {seconds:,.0f} s and {console.megabytes(memory)} of memory to expect")
@@ -188,13 +196,14 @@ def _dry_run(
     scheme = mixed.keep_float(model.config, scheme, patterns)
     if model.scheme is not None:
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
-    plan = make_plan(model.config, scheme, model.float_dtype)
+    plan = plan_chain(model.config, scheme, model.float_dtype, chain, setup.settings)
     seconds, memory = estimate(plan, scheme, model.config, chain, setup, *text)
     if json:
-        expected = {"seconds_estimate": seconds, "memory_bytes_estimate": memory}
+        expected = {"method": str(chain), "seconds_estimate": seconds, "memory_bytes_estimate": memory}
         console.print_json({"dry_run": True, "scheme": scheme.to_dict(), **asdict(plan), **expected})
         return
-    rows = [*_plan_rows(plan, scheme), ["time to quantize, about", f"{seconds:,.0f} s"],
+    rows = [*_plan_rows(plan, scheme), ["method", str(chain)],
+            ["time to quantize, about", f"{seconds:,.0f} s"],
             ["memory to quantize, about", console.megabytes(memory)]]  # fmt: skip
     console.print_table(f"plan for {src} (nothing is written)", ["what", "figure"], rows)
 

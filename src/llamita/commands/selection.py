@@ -13,6 +13,7 @@ from llamita.methods.setup import Calibration, Progress, Setup
 from llamita.mixed import describe_kinds
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme
+from llamita.sizes import plan_chain
 from llamita.statistics import Interval
 
 
@@ -51,9 +52,19 @@ def choose(
     def rounding(source: Checkpoint, scheme: QuantScheme) -> RoundedSource:
         return RoundedSource(source, scheme, chain.rounding, setup)  # transforms and tuning left out
 
-    selection = select(source, scheme, setup.calibration.tokens, goal, progress, rounding)
+    added = _added_bytes(source, scheme, chain, setup)
+    selection = select(source, scheme, setup.calibration.tokens, goal, progress, rounding, added)
     record = _record(goal, selection, setup.calibration)
     return selection.scheme, replace(setup, settings=setup.settings | record), selection
+
+
+def _added_bytes(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> int:
+    """What the chain's transforms add to the weight files: a head of its own, or a matrix before it."""
+    plain, changed = (
+        plan_chain(source.config, scheme, lambda name: source.info(name).dtype, names, setup.settings)
+        for names in (replace(chain, transforms=()), chain)
+    )
+    return changed.file_bytes - plain.file_bytes
 
 
 def print_selection(config: ModelConfig, selection: Selection | None) -> None:

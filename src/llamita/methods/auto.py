@@ -29,8 +29,9 @@ from llamita.errors import InputError
 from llamita.methods import rtn
 from llamita.mixed import with_layers
 from llamita.packed import layout, tensor_bytes
-from llamita.quantize import Plan, RoundedSource, make_plan
+from llamita.quantize import RoundedSource
 from llamita.scheme import GROUP_SIZES, KINDS, QuantScheme
+from llamita.sizes import Plan, make_plan
 from llamita.statistics import Interval, mean_interval
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -94,6 +95,7 @@ def select(
     goal: Goal,
     progress: Progress = None,
     rounding: Rounding = RoundedSource,
+    added: int = 0,
 ) -> Selection:
     """The scheme that fits the goal best, every layer that has no override yet stored in its own way.
 
@@ -102,13 +104,16 @@ def select(
         tokens: int32 (samples, length) on which losses are measured.
         rounding: makes the model from which single layers are taken; losses of the whole are with round to
             nearest.
+        added: bytes of weight files that the chain's transforms add, whatever the scheme.
 
     Raises:
         InputError: no scheme of the kinds known is so small, or loses so little.
     """
     counted = _REFERENCE_BYTES // (4 * source.config.vocab_size)
     stride = -(-tokens.size // min(_MOST_TOKENS, _TOKENS_EACH * counted))
-    run = _Run(source, scheme, Meter(source, tokens[::stride]), *size_bounds(source, scheme))
+    least_size, overhead = size_bounds(source, scheme)
+    meter = Meter(source, tokens[::stride])
+    run = _Run(source, scheme, meter, least_size + added, overhead + added, added)
     if goal.max_size is not None and goal.max_size < run.least_size:
         raise InputError(
             f"--max-size: expected at least {run.least_size:,} bytes, the smallest weight files of all, "
@@ -136,12 +141,13 @@ class _Run:
     meter: "Meter"
     least_size: int  # bytes of weight files
     overhead: int  # bytes that no choice changes, at most
+    added: int  # by transforms
 
     def loss(self, scheme: QuantScheme) -> Interval:
         return mean_interval(self.meter.divergence(load_weights(RoundedSource(self.source, scheme))))
 
     def file_bytes(self, scheme: QuantScheme) -> int:
-        return _plan(self.source, scheme).file_bytes
+        return _plan(self.source, scheme).file_bytes + self.added
 
 
 class Meter:
@@ -245,7 +251,9 @@ def measure_options(
     layouts = {k: layout(source.config, s, lambda name: source.info(name).dtype) for k, s in schemes.items()}
     begun = {kind: rtn.begin(source, schemes[kind]) for kind in schemes}
     measured = {n: _MEASURED if _MEASURED in ways else ways[0] for n, ways in kinds.items()}
-    rounded: dict[str, ModelSource] = {kind: rounding(source, schemes[kind]) for kind in {*measured.values()}}
+    rounded: dict[str, ModelSource] = {
+        kind: rounding(source, schemes[kind]) for kind in dict.fromkeys(measured.values())
+    }
     rounded[FINEST] = RoundedSource(source, schemes[FINEST])
     weights = load_weights(rounded[FINEST])
     least = float(meter.divergence(weights).mean())

@@ -5,7 +5,7 @@ that a group can be rounded while those before it in the block already are. A bl
 quantized model rounds the activations in front of every linear layer, as the engine does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -83,12 +83,14 @@ class Block:
     def __init__(
         self, source: Any, config: LlamaConfig, index: int, rotary: tuple[Tensor, Tensor],
         activations: Activations | None = None, online: Activations | None = None,
+        floats: Collection[str] = (),
     ) -> None:  # fmt: skip
         """Layer `index` of the source.
 
         Args:
             activations: what happens to every input of a linear layer; None for nothing.
             online: what a rotated model does to the inputs of down_proj before that.
+            floats: linear layers that stay float, by their name within the block; nothing happens to theirs.
 
         Raises:
             InputError: weights that are not finite.
@@ -110,6 +112,9 @@ class Block:
         self._rotary = rotary
         self._activations = activations or _same
         self._online = online or _same
+        self._floats = set(floats)
+        for name in self._floats - {"self_attn.o_proj", "mlp.down_proj"}:
+            self.linears[name].register_forward_pre_hook(lambda *_: self._normed)
 
     def set_weight(self, name: str, weight: Tensor) -> None:
         """Replace a linear layer's weight, (outputs, inputs) float32."""
@@ -120,31 +125,39 @@ class Block:
         return self.linears[name].weight.detach()
 
     def inputs(self, step: int, states: Tensor) -> Tensor:
-        """What the linear layers of a step read, activations rounded: (samples, length, inputs).
+        """What the rounded linear layers of a step read, activations rounded: (samples, length, inputs).
 
         Args:
             states: the residual stream at the block's beginning, or for the last two steps between
                 attention and MLP; (samples, length, hidden).
         """
+        return self._activations(self._float_inputs(step, states))
+
+    def _float_inputs(self, step: int, states: Tensor) -> Tensor:
+        """The same, the last activations not rounded; those that a float layer reads."""
         layer = self.layer
-        if step < 2:
-            x = self._activations(layer.input_layernorm(states))
-            if step == 0:
-                return x
-            return self._activations(layer.self_attn(x, position_embeddings=self._rotary)[0])
-        x = self._activations(layer.post_attention_layernorm(states))
-        if step == 2:
-            return x
+        norm = layer.input_layernorm if step < 2 else layer.post_attention_layernorm
+        self._normed = norm(states)
+        if step in (0, 2):
+            return self._normed
+        x = self._activations(self._normed)
+        if step == 1:
+            return layer.self_attn(x, position_embeddings=self._rotary)[0]
         gated = layer.mlp.act_fn(self.linears["mlp.gate_proj"](x)) * self.linears["mlp.up_proj"](x)
-        return self._activations(self._online(gated))
+        return self._online(gated)
+
+    def _output(self, name: str, step: int, states: Tensor) -> Tensor:
+        """Of the single linear layer of a step."""
+        read = self._float_inputs if name in self._floats else self.inputs
+        return self.linears[name](read(step, states))
 
     def after_attention(self, before: Tensor) -> Tensor:
         """The residual stream between attention and MLP."""
-        return before + self.linears["self_attn.o_proj"](self.inputs(1, before))
+        return before + self._output("self_attn.o_proj", 1, before)
 
     def after_mlp(self, middle: Tensor) -> Tensor:
         """The residual stream at the end."""
-        return middle + self.linears["mlp.down_proj"](self.inputs(3, middle))
+        return middle + self._output("mlp.down_proj", 3, middle)
 
     def __call__(self, before: Tensor) -> Tensor:
         """The whole block, differentiable in `before` and in whatever stands for its weights."""

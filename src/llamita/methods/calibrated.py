@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita import _native, processes
+from llamita import _native
 from llamita.affine import dequantize
 from llamita.checkpoint import linear_names
 from llamita.errors import InputError
@@ -143,8 +143,6 @@ def begin(
     """
     if setup.calibration is None:
         raise InputError("--calibration: expected a text, got none; try --calibration self")
-    if tune is not None and processes.world() > 1:
-        raise InputError(f"--method tune: expected a single process, got {processes.world()}")
     torch.set_num_threads(_native.threads())
     # Measured energies replace the expected ones, which would take a pass over all weights.
     expects = method is None or scheme.scale_rule != "weighted"
@@ -170,7 +168,8 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
     else:
         streams = {kind: _embedded(run, store, kind, tokens) for kind in run.kinds}
     for index in range(first, count):
-        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations, online)}
+        floats = [name for names in STEPS for name in names if not _bits(run, index, name)]
+        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations, online, floats)}
         if "float" in streams:
             blocks["float"] = Block(source, config, index, rotary, online=online)
         after = {kind: store.new(kind, index + 1) for kind in streams}
@@ -182,6 +181,10 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
         for file in source.files.values():
             file.forget()  # or the process would grow by the whole float model, page by page
     return store
+
+
+def _bits(run: _Run, index: int, name: str) -> int | None:
+    return run.scheme.kind(f"model.layers.{index}.{name}").bits
 
 
 def _embedded(run: _Run, store: Store, kind: str, tokens: np.ndarray) -> Tensor:
@@ -279,7 +282,13 @@ def _round_layers(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> d
     """Codes and scales of a group; of several processes each rounds its part of every layer's outputs."""
     residual = None if layers.residual is None else ranks.own_rows(layers.residual)
     own = {name: ranks.own_rows(weight) for name, weight in layers.weights.items()}
-    found = method.round_layers(replace(layers, weights=own, residual=residual), scheme)
+    try:
+        found = method.round_layers(replace(layers, weights=own, residual=residual), scheme)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        raise InputError(
+            f"{next(iter(layers.weights))}: expected inputs whose products can be factored; try more "
+            "--samples, or a larger --set gptq.damping or qronos.ridge"
+        ) from None
 
     def whole(rows: np.ndarray, name: str) -> np.ndarray:
         return ranks.gather_rows(torch.from_numpy(rows), len(layers.weights[name])).numpy()

@@ -6,11 +6,15 @@ calibrated ones need Torch.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from llamita import processes
+from llamita.config import ModelConfig
 from llamita.errors import InputError
+from llamita.methods.settings import SpinQuantSettings, settings_of
+from llamita.methods.settings import check as check_settings
 from llamita.methods.setup import Setup
 from llamita.optional import load_optional
 from llamita.scheme import QuantScheme
@@ -30,7 +34,10 @@ METHODS = {
 }
 TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated.TuneBlock`
 # What a preset stands for beside its scheme, with settings: round to nearest where it is not here.
-PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {"llamita": ("qronos+tune", {"tune.rate": 0})}
+PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llamita": ("equalize+qronos+tune", {"tune.rate": 0}),
+}
+LEARNER = "llamita.methods.learn_rotations:learn"
 CALIBRATED = "llamita.methods.calibrated:begin"
 _NEED_NO_TEXT = ("rtn", "equalize")
 _STAGES = {**{name: i for i, name in enumerate(TRANSFORMS)}, **dict.fromkeys(METHODS, len(TRANSFORMS)),
@@ -61,10 +68,20 @@ class Chain:
         """Whether the seed makes a difference."""
         return any(name not in _NEED_NO_TEXT for name in self.names)
 
+    def learns(self, settings: dict[str, Any]) -> bool:
+        """Whether rotations are learned, on the whole model."""
+        return "spinquant" in self.transforms and self._rotations(settings).learns
+
     def needs_calibration(self, settings: dict[str, Any]) -> bool:
         """Whether some method, so set, looks at activations."""
-        random = ("spinquant",) if settings.get("spinquant.steps") == 0 else ()
-        return any(name not in (*_NEED_NO_TEXT, *random) for name in self.names)
+        return self.is_blockwise or self.learns(settings)
+
+    def shape(self, config: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig, str | None]:
+        """The configuration after the transforms, and the dtype of the matrix before the head, if any."""
+        return self._rotations(settings).shape(config) if "spinquant" in self.transforms else (config, None)
+
+    def _rotations(self, settings: dict[str, Any]) -> SpinQuantSettings:
+        return settings_of(SpinQuantSettings, "spinquant", settings)
 
     def __str__(self) -> str:
         return "+".join(self.names)
@@ -93,17 +110,26 @@ def parse_chain(text: str) -> Chain:
     return Chain(tuple(name for name in names if name in TRANSFORMS), rounding, tuning)
 
 
-def check_packages(chain: Chain) -> None:
-    """Import what the chain rounds with, so that a missing package is told before any work.
+def check(chain: Chain, settings: dict[str, Any]) -> None:
+    """See that the chain can run here before any work is done: settings, packages, processes.
 
     Raises:
+        InputError: a setting that is none, or several processes where a method takes one.
         RunError: a package of the Torch side is missing.
     """
+    check_settings(chain.names, settings)
+    if chain.tuning and processes.world() > 1:
+        raise InputError(
+            f"--method {chain}: expected a single process for {chain.tuning}, got {processes.world()}; "
+            f"try --method {replace(chain, tuning=None)}"
+        )
     _entry(chain.rounding, METHODS[chain.rounding])
     if chain.is_blockwise:
         _entry(str(chain), CALIBRATED)
     if chain.tuning:
         _entry(chain.tuning, TUNINGS[chain.tuning])
+    if chain.learns(settings):
+        _entry(str(chain), LEARNER)
 
 
 def transform(source: Any, chain: Chain, setup: Setup) -> Any:

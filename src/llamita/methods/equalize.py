@@ -12,6 +12,7 @@ from llamita.affine import to_f32
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.methods.energy import input_energies, pieces_of
+from llamita.methods.settings import check
 from llamita.methods.setup import Setup
 from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
 
@@ -24,9 +25,7 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
     Raises:
         InputError: it comes after rotations, which mix the channels of a pair, or with a setting.
     """
-    for name in setup.settings:
-        if name.startswith("equalize."):
-            raise InputError(f"{name}: expected no settings of equalize, which has none")
+    check(("equalize",), {name: v for name, v in setup.settings.items() if name.startswith("equalize.")})
     if rotations_of(source).names:
         raise InputError("--method: expected equalize before spinquant, got it after; try equalize+spinquant")
     energies = input_energies(source)

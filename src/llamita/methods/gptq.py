@@ -15,24 +15,21 @@ from torch import Tensor
 from llamita import _native
 from llamita.methods.calibrated import LayerMethod, Layers, Rounded
 from llamita.methods.rtn import rule_of
-from llamita.methods.setup import Numbers, numbers_of
+from llamita.methods.settings import GPTQ, Numbers, numbers_of
 from llamita.scheme import QuantScheme
 
-DAMPING = 0.05  # of its own energy, added to every input's: correlations are estimates
-SWEEPS = 1  # of coordinate descent after the greedy codes
-SETTINGS = {"damping": DAMPING, "sweeps": SWEEPS}
 _LEAST = 1e-3  # of the mean energy: no input is given up when scales are searched
 _LEAF = 32  # columns that are rounded one by one between products of matrices
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:
     """GPTQ as a method of the chain."""
-    own = numbers_of(settings, "gptq", SETTINGS)
+    own = numbers_of(settings, "gptq", GPTQ)
     return LayerMethod(lambda layers, scheme: round_layers(layers, scheme, own))
 
 
 def round_layers(layers: Layers, scheme: QuantScheme, settings: Numbers) -> dict[str, Rounded]:
-    """Codes and scales of layers that share an input; `settings` are those of SETTINGS."""
+    """Codes and scales of layers that share an input; `settings` are those of `settings.GPTQ`."""
     weights = torch.cat(list(layers.weights.values()))  # (outputs, inputs)
     return round_target(layers, weights, scheme, settings)
 

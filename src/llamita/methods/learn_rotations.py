@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from llamita import _native
 from llamita.affine import to_f32
 from llamita.errors import InputError
 from llamita.methods import ranks
 from llamita.methods.blocks import llama_config, rotary_tables
 from llamita.methods.online import hadamard_transform
+from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Setup
-from llamita.methods.spinquant import RotationMatrices, Settings, rotated
+from llamita.methods.spinquant import RotationMatrices, rotated
 from llamita.resume import write_whole
 from llamita.transformed import FloatSource
 
@@ -34,7 +36,7 @@ _FILE, _KEPT = "rotations.npz", 10  # in the work directory, written every so ma
 
 
 def learn(
-    source: FloatSource, matrices: RotationMatrices, settings: Settings, setup: Setup
+    source: FloatSource, matrices: RotationMatrices, settings: SpinQuantSettings, setup: Setup
 ) -> RotationMatrices:
     """Rotations after `settings.steps` steps from `matrices`, on one device or, under Accelerate, on several.
 
@@ -46,6 +48,7 @@ def learn(
     inputs = sorted({columns for _, columns in source.config.linear_shapes().values()})
     if settings.weights and any(columns % settings.weights for columns in inputs):
         raise InputError(f"spinquant.weights: expected a divisor of {inputs}, got {settings.weights}")
+    torch.set_num_threads(_native.threads())
     ranks.join()  # before Accelerate does, which would leave either CPU or GPU without sums
     accelerator = Accelerator()
     state = _begin(matrices, setup, accelerator.device)
@@ -109,7 +112,7 @@ def _parameter(matrix: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _batches(
-    tokens: np.ndarray, settings: Settings, seed: int, accelerator: Any, first: int
+    tokens: np.ndarray, settings: SpinQuantSettings, seed: int, accelerator: Any, first: int
 ) -> Iterator[Tensor]:
     """This process's part of the samples of every step from `first` on: int64 (samples, length).
 
@@ -165,19 +168,30 @@ class _Model:
     """The source, and its loss as a function of R1 and R2: {"r1": (hidden, hidden), "r2": (layers, d, d)}."""
 
     def __init__(
-        self, source: FloatSource, matrices: RotationMatrices, settings: Settings, device: torch.device
+        self,
+        source: FloatSource,
+        matrices: RotationMatrices,
+        settings: SpinQuantSettings,
+        device: torch.device,
     ) -> None:
         self._config, self._settings, self._device = source.config, settings, device
+        self._dtype = getattr(torch, settings.dtype)
         self._online = hadamard_transform if matrices.r4_size else _same
         merged = rotated(source, RotationMatrices(None, None, matrices.r4_size))
         self._layers = [self._layer(merged, i) for i in range(self._config.layers)]
-        self._table = self._tensor(source.weight("model.embed_tokens"))
-        self._head = self._table if self._config.tied else self._tensor(source.weight("lm_head"))
+        self._table = self._tensor(source.weight("model.embed_tokens")).to(self._dtype)
+        self._head = self._table
+        if not self._config.tied:
+            self._head = self._tensor(source.weight("lm_head")).to(self._dtype)
         self._gamma = self._tensor(source.vector("model.norm.weight"))
         self._rotary = llama_config(self._config)
 
     def loss(self, tokens: Tensor, rotations: dict[str, Tensor]) -> Tensor:
         """Of the model with rounded activations: mean over the predicted tokens of (samples, length)."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            return self._loss(tokens, rotations)
+
+    def _loss(self, tokens: Tensor, rotations: dict[str, Tensor]) -> Tensor:
         logits = self._logits(tokens, rotations, is_rounded=True)[:, :-1].flatten(0, 1)
         if self._settings.loss == "cross-entropy":
             return functional.cross_entropy(logits, tokens[:, 1:].flatten())
@@ -190,7 +204,7 @@ class _Model:
         rounded = _round_tokens if is_rounded else _same
         rotary = rotary_tables(self._rotary, tokens.shape[1])
         rotary = (rotary[0].to(self._device), rotary[1].to(self._device))
-        x = _times(self._table[tokens], r1)  # (samples, length, hidden)
+        x = _times(self._table[tokens].float(), r1).float()  # (samples, length, hidden)
         for i, layer in enumerate(self._layers):
             r2_i = None if r2 is None else r2[i]
             # Recomputed on the way back: a layer's activations and rotated weights are kept one at a time.
@@ -248,7 +262,8 @@ class _Model:
             if name not in ("self_attn.o_proj", "mlp.down_proj"):
                 norm = norms[name.partition(".")[0]]
                 weight = weight * self._tensor(source.vector(f"{block}.{norm}.weight"))
-            weights[name], biases[name] = weight, None if bias is None else self._tensor(bias)
+            weights[name] = weight.to(self._dtype)
+            biases[name] = None if bias is None else self._tensor(bias)
         return _Layer(weights, biases)
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -14,20 +14,14 @@ from torch import Tensor
 
 from llamita.methods import gptq
 from llamita.methods.calibrated import LayerMethod, Layers, Rounded
-from llamita.methods.setup import numbers_of
+from llamita.methods.settings import GPTQ, QRONOS, numbers_of
 from llamita.scheme import QuantScheme
-
-SETTINGS = {
-    "strength": 0.75,  # of the correction for inputs
-    "residual": 0.5,  # of the correction for the residual stream
-    "ridge": 0.05,  # λ, as a share of the inputs' mean energy
-}
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:
     """The corrected GPTQ as a method of the chain."""
-    loop = numbers_of(settings, "gptq", gptq.SETTINGS)
-    own = numbers_of(settings, "qronos", SETTINGS)
+    loop = numbers_of(settings, "gptq", GPTQ)
+    own = numbers_of(settings, "qronos", QRONOS)
 
     def round_layers(layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
         target = corrected_target(layers, own["strength"], own["residual"], own["ridge"])

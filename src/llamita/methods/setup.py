@@ -4,21 +4,12 @@ import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
 from llamita.errors import InputError
 
-
-class Dataclass(Protocol):
-    """Any dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-Numbers = dict[str, float]
-S = TypeVar("S", bound=Dataclass)
 BATCH_TOKENS = 2048  # in a forward pass at a time: the widest inputs of a 1B model then take 64 MB
 Progress = Callable[[str, int, int], None] | None
 
@@ -62,37 +53,6 @@ class Setup:
     memory: int = 2**30
     settings: dict[str, Any] = field(default_factory=dict)
     progress: Progress = None
-
-
-def settings_of(kind: type[S], method: str, settings: dict[str, Any]) -> S:
-    """A method's settings as its dataclass has them, "NAME" for "method.NAME"; each has its default.
-
-    Raises:
-        InputError: a setting that the method does not have, or whatever the dataclass refuses.
-    """
-    return kind(**_own(settings, method, list(kind.__dataclass_fields__)))
-
-
-def numbers_of(settings: dict[str, Any], method: str, defaults: Numbers) -> Numbers:
-    """A method's settings where they are numbers of at least 0; those not given as in `defaults`.
-
-    Raises:
-        InputError: a setting that the method does not have, or one that is no such number.
-    """
-    given = _own(settings, method, defaults)
-    for name, value in given.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise InputError(f"--set {method}.{name}: expected a number of at least 0, got {value!r}")
-    return {name: float(given.get(name, default)) for name, default in defaults.items()}
-
-
-def _own(settings: dict[str, Any], method: str, known: Collection[str]) -> dict[str, Any]:
-    start = f"{method}."
-    own = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
-    for name in own:
-        if name not in known:
-            raise InputError(f"--set {method}.{name}: expected one of {', '.join(known)}")
-    return own
 
 
 def parse_settings(texts: Iterable[str], methods: Collection[str]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import numpy as np
 
 from llamita.errors import InputError
 from llamita.hadamard import factor, fast_hadamard, hadamard_matrix
-from llamita.methods.setup import Setup, settings_of
+from llamita.methods.settings import SpinQuantSettings, settings_of
+from llamita.methods.setup import Setup
 from llamita.optional import load_optional
 from llamita.rotations import NAMES, Rotations
 from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
@@ -22,52 +23,6 @@ _NO_TORCH = (
     "--method spinquant: expected the package {package}, found none; try pip install "
     "'llamita[torch]', or --set spinquant.steps=0, which learns nothing and needs none"
 )
-LOSSES = ("kl", "cross-entropy")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `--set spinquant.NAME=VALUE` changes.
-
-    Attributes:
-        rotations: which of R1, R2, R4 to use.
-        online: whether the model may need more than a plain Llama; else no R4, and tied tables come apart.
-        steps: of learning; 0 keeps the random Hadamard matrices.
-        lr: learning rate, the angle in radians by which a step turns; it falls linearly to 0.
-        batch: samples of the calibration text in a step, in all processes together; each takes as many.
-        loss: "kl" to the float model on the text, or "cross-entropy", as Meta's code has it.
-        weights: group size in which weights are rounded, too, while rotations are learned; 0 leaves them.
-    """
-
-    rotations: str = "R1,R2,R4"
-    online: bool = True
-    steps: int = 200
-    lr: float = 0.2
-    batch: int = 1
-    loss: str = "kl"
-    weights: int = 32
-
-    def __post_init__(self) -> None:
-        if not self.names or self.names != tuple(name for name in NAMES if name in self.names):
-            raise InputError(f"spinquant.rotations: expected some of R1,R2,R4, got {self.rotations!r}")
-        for name, least in (("steps", 0), ("batch", 1), ("weights", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise InputError(f"spinquant.{name}: expected a whole number from {least}, got {value!r}")
-        if not isinstance(self.lr, int | float) or not 0 < self.lr < float("inf"):
-            raise InputError(f"spinquant.lr: expected a positive number, got {self.lr!r}")
-        if self.loss not in LOSSES:
-            raise InputError(f"spinquant.loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not isinstance(self.online, bool):
-            raise InputError(f"spinquant.online: expected true or false, got {self.online!r}")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The rotations, without R4 where nothing may run online."""
-        if not isinstance(self.rotations, str):
-            return ()
-        names = tuple(name.strip() for name in self.rotations.split(","))
-        return tuple(name for name in names if self.online or name != "R4")
 
 
 @dataclass(frozen=True)
@@ -98,16 +53,16 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
         InputError: a setting that is none, or a size of the model without a Hadamard matrix.
         RunError: Torch is missing.
     """
-    settings = settings_of(Settings, "spinquant", setup.settings)
+    settings = settings_of(SpinQuantSettings, "spinquant", setup.settings)
     if rotations_of(source).names:
         raise InputError("--method: expected spinquant once, got a model that is rotated already")
     matrices = random_rotations(source, settings, setup.seed)
-    if settings.steps and (matrices.r1 is not None or matrices.r2 is not None):
+    if settings.learns:
         matrices = load_optional(_LEARN, _NO_TORCH)(source, matrices, settings, setup)
     return rotated(source, matrices, settings.online)
 
 
-def random_rotations(source: FloatSource, settings: Settings, seed: int) -> RotationMatrices:
+def random_rotations(source: FloatSource, settings: SpinQuantSettings, seed: int) -> RotationMatrices:
     """Hadamard matrices with random signs, as QuaRot has them (arXiv 2404.00456), for R1 and every R2."""
     config, rng = source.config, np.random.default_rng(seed)
 

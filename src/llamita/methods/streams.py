@@ -76,7 +76,9 @@ class Store:
         arrays = {f"{name}.{i}": array for name, pair in layers.items() for i, array in enumerate(pair)}
         write_whole(self._file("block", index), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
         for kind in after:
-            self._file(kind, index).unlink(missing_ok=True)
+            before = self._file(kind, index)
+            for path in (before, partial_of(before)):  # that of block 0 was never whole: it is made anew
+                path.unlink(missing_ok=True)
 
     def layer(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Packed codes and scales of a finished layer, by its full name."""

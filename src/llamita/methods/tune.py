@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llamita.methods.blocks import Block
 from llamita.methods.calibrated import Rounded, RoundedBlock
-from llamita.methods.setup import Setup, settings_of
-from llamita.methods.tune_settings import TuneSettings
+from llamita.methods.settings import TuneSettings, settings_of
+from llamita.methods.setup import Setup
 from llamita.scheme import QuantScheme
 
 _INSIDE = 0.499  # of a step: how near to its edges a place begins, so that it rounds to the given code
@@ -34,6 +34,8 @@ def tune_block(block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[s
     """
     settings = settings_of(TuneSettings, "tune", setup.settings)
     rounded = block.rounded
+    if not rounded:  # all of it is stored otherwise
+        return {}
     for phase, rate in enumerate(settings.descents):
         random = np.random.default_rng([setup.seed, block.index, phase])
         rounded = _tune(replace(block, rounded=rounded), scheme, replace(settings, rate=rate), random)

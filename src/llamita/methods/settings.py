@@ -1,0 +1,207 @@
+"""What `--set METHOD.NAME=VALUE` changes: the settings of every method, their defaults, their limits.
+
+Here, apart from the methods, so that they are known before Torch or any work is: a mistake in one is told
+first, and what a method will take can be estimated. docs/methods.md has the measurements behind them.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.rotations import NAMES
+
+Numbers = dict[str, float]
+GPTQ: Numbers = {
+    "damping": 0.05,  # of its own energy, added to every input's: correlations are estimates
+    "sweeps": 1,  # of coordinate descent after the greedy codes
+}
+QRONOS: Numbers = {
+    "strength": 0.75,  # of the correction for inputs
+    "residual": 0.5,  # of the correction for the residual stream
+    "ridge": 0.05,  # as a share of the inputs' mean energy
+}
+LOSSES = ("kl", "cross-entropy")
+DTYPES = ("float32", "bfloat16")
+READ_BY = {"qronos": ("gptq", "qronos")}  # methods whose settings a method reads, where not its own alone
+
+
+class Dataclass(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+S = TypeVar("S", bound=Dataclass)
+
+
+@dataclass(frozen=True)
+class SpinQuantSettings:
+    """What `--set spinquant.NAME=VALUE` changes.
+
+    Attributes:
+        rotations: which of R1, R2, R4 to use.
+        online: whether the model may need more than a plain Llama; else no R4, and tied tables come apart.
+        steps: of learning; 0 keeps the random Hadamard matrices.
+        lr: learning rate, the angle in radians by which a step turns; it falls linearly to 0.
+        batch: samples of the calibration text in a step, in all processes together; each takes as many.
+        loss: "kl" to the float model on the text, or "cross-entropy", as Meta's code has it.
+        dtype: of products and of the weights in memory while rotations are learned; rotations are float32.
+        weights: group size in which weights are rounded, too, while rotations are learned; 0 leaves them.
+    """
+
+    rotations: str = "R1,R2,R4"
+    online: bool = True
+    steps: int = 200
+    lr: float = 0.2
+    batch: int = 1
+    loss: str = "kl"
+    dtype: str = "float32"
+    weights: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.names or self.names != tuple(name for name in NAMES if name in self.names):
+            raise InputError(f"spinquant.rotations: expected some of R1,R2,R4, got {self.rotations!r}")
+        for name, least in (("steps", 0), ("batch", 1), ("weights", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(f"spinquant.{name}: expected a whole number from {least}, got {value!r}")
+        if not isinstance(self.lr, int | float) or not 0 < self.lr < float("inf"):
+            raise InputError(f"spinquant.lr: expected a positive number, got {self.lr!r}")
+        for name, known in (("loss", LOSSES), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"spinquant.{name}: expected one of {', '.join(known)}, got {value!r}")
+        if not isinstance(self.online, bool):
+            raise InputError(f"spinquant.online: expected true or false, got {self.online!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rotations, without R4 where nothing may run online."""
+        if not isinstance(self.rotations, str):
+            return ()
+        names = tuple(name.strip() for name in self.rotations.split(","))
+        return tuple(name for name in names if self.online or name != "R4")
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are rotations to learn: R4 is what it is."""
+        return self.steps > 0 and any(name in self.names for name in ("R1", "R2"))
+
+    def shape(self, config: ModelConfig) -> tuple[ModelConfig, str | None]:
+        """The rotated model's configuration, and the dtype of the matrix in front of its head, if any.
+
+        R1 brings tied tables apart where nothing may run online.
+        """
+        if not config.tied or "R1" not in self.names:
+            return config, None
+        return (config, "BF16") if self.online else (replace(config, tied=False), None)
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Settings "tune.NAME" of a run; docs/methods.md has the measurements behind the defaults.
+
+    Attributes:
+        steps: of each of the two descents of a block: scales alone, then codes and scales.
+        samples: of the calibration in a step.
+        rate: the first step of a place, in hundredths of a code's distance; steps fall linearly to 0. At 0
+            codes stay as they are.
+        scale_rate: the first step of a scale, in hundredths of its value.
+        spread: where places begin: 0 on their codes, 1 where the float weights lie (but within the code).
+        held_out: one sample in so many is measured, not learned from.
+        checks: how often the held-out samples are measured, all in the second half.
+    """
+
+    steps: int = 100
+    samples: int = 2
+    rate: float = 4.0
+    scale_rate: float = 0.1
+    spread: float = 1.0
+    held_out: int = 8
+    checks: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("samples", 1), ("held_out", 2), ("checks", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(f"--set tune.{name}: expected an integer of at least {least}, got {value!r}")
+        for name, most in (("rate", 50.0), ("scale_rate", 50.0), ("spread", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+                raise InputError(f"--set tune.{name}: expected a number from 0 to {most:g}, got {value!r}")
+
+    @property
+    def descents(self) -> tuple[float, ...]:
+        """The first step of a place in each."""
+        return (0.0, self.rate) if self.rate else (0.0,)
+
+
+def check(methods: Collection[str], settings: dict[str, Any]) -> None:
+    """See that every setting is one of these methods, and has a value that it may have.
+
+    Raises:
+        InputError: one is not, or has not.
+    """
+    known = settable(methods)
+    for name in settings:
+        if name.partition(".")[0] not in known:
+            raise InputError(f"--set {name}: expected a setting of {', '.join(known)}")
+    for method in known:
+        kind = KINDS[method]
+        if isinstance(kind, dict):
+            numbers_of(settings, method, kind)
+        else:
+            settings_of(kind, method, settings)
+
+
+def settable(methods: Collection[str]) -> list[str]:
+    """Those whose settings these methods read."""
+    return list(
+        dict.fromkeys(read for name in methods for read in READ_BY.get(name, (name,)) if read in KINDS)
+    )
+
+
+def settings_of(kind: type[S], method: str, settings: dict[str, Any]) -> S:
+    """A method's settings as its dataclass has them, "NAME" for "method.NAME"; each has its default.
+
+    Raises:
+        InputError: a setting that the method does not have, or whatever the dataclass refuses.
+    """
+    return kind(**_own(settings, method, list(kind.__dataclass_fields__)))
+
+
+def numbers_of(settings: dict[str, Any], method: str, defaults: Numbers) -> Numbers:
+    """A method's settings where they are numbers of at least 0; those not given as in `defaults`.
+
+    Raises:
+        InputError: a setting that the method does not have, or one that is no such number.
+    """
+    given = _own(settings, method, defaults)
+    for name, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise InputError(f"--set {method}.{name}: expected a number of at least 0, got {value!r}")
+        if type(defaults[name]) is int and value != int(value):
+            raise InputError(f"--set {method}.{name}: expected a whole number, got {value!r}")
+    return {name: float(given.get(name, default)) for name, default in defaults.items()}
+
+
+def _own(settings: dict[str, Any], method: str, known: Collection[str]) -> dict[str, Any]:
+    start = f"{method}."
+    own = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
+    for name in own:
+        if name not in known:
+            choices = f"one of {', '.join(known)}" if known else f"no settings of {method}, which has none"
+            raise InputError(f"--set {method}.{name}: expected {choices}")
+    return own
+
+
+KINDS: dict[str, Any] = {  # numbers with their defaults, or a dataclass
+    "rtn": {},
+    "equalize": {},
+    "gptq": GPTQ,
+    "qronos": QRONOS,
+    "spinquant": SpinQuantSettings,
+    "tune": TuneSettings,
+}
