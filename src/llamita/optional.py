@@ -1,9 +1,13 @@
 """What only an extra of the installation brings, imported on use, so that nothing lean ever imports it."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
 from llamita.errors import RunError
+
+# What these say when transformers imports them is about kernels that nothing here uses.
+_QUIET = ("torchao", "torch.utils._pytree")
 
 
 def load_optional(entry: str, lacking: str) -> Any:
@@ -15,6 +19,8 @@ def load_optional(entry: str, lacking: str) -> Any:
     Raises:
         RunError: that.
     """
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     module, _, function = entry.partition(":")
     try:
         found = import_module(module)
