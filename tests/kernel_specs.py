@@ -1,10 +1,12 @@
 """What the native operations must compute, in plain NumPy: int64 dot products, exact fused multiply-adds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llamita import _native
 from llamita.affine import quantize_activations, to_f32
 
 F32 = npt.NDArray[np.float32]
@@ -130,3 +132,21 @@ def attention(
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     return np.einsum("hts,shd->thd", weights, v).reshape(tokens, heads * dim)
+
+
+def assert_same_bits_everywhere(compute: Callable[[], Any]) -> None:
+    """The arrays that `compute` gives are the same on every instruction set and number of threads."""
+    before, threads, results = _native.isa(), _native.threads(), []
+    try:
+        for name in _native.available_isas():
+            for count in (1, 2, 5):
+                _native.set_isa(name)
+                _native.set_threads(count)
+                assert (_native.isa(), _native.threads()) == (name, count)
+                results.append(compute())
+    finally:
+        _native.set_isa(before)
+        _native.set_threads(threads)
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(found, expected)

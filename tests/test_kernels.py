@@ -295,21 +295,7 @@ def _all_operations() -> list[np.ndarray]:
 
 
 def test_instruction_sets_and_threads_give_the_same_bits() -> None:
-    before, threads = _native.isa(), _native.threads()
-    results = []
-    try:
-        for name in _native.available_isas():
-            for count in (1, 2, 5):
-                _native.set_isa(name)
-                _native.set_threads(count)
-                assert (_native.isa(), _native.threads()) == (name, count)
-                results.append(_all_operations())
-    finally:
-        _native.set_isa(before)
-        _native.set_threads(threads)
-    for other in results[1:]:
-        for found, expected in zip(other, results[0], strict=True):
-            np.testing.assert_array_equal(found, expected)
+    spec.assert_same_bits_everywhere(_all_operations)
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other() -> None:

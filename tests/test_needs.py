@@ -18,20 +18,27 @@ pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 TEXT = (Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt").read_text("utf-8")
 
 
+@pytest.fixture
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file to calibrate on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT[:4000], "utf-8")
+    return path
+
+
 # ---- time and memory ------------------------------------------------------------------------------
 
 
-def test_time_and_memory_are_announced_and_memory_is_told(tmp_path: Path, capsys: Any) -> None:
+def test_time_and_memory_are_announced_and_memory_is_told(tmp_path: Path, text: Path, capsys: Any) -> None:
     make_checkpoint(tmp_path / "src")
-    (tmp_path / "text").write_text(TEXT[:4000])
-    text = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--threads", "1")
-    assert run("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq", *text) == 0
+    options = ("--calibration", text, "--samples", "4", "--length", "64", "--threads", "1")
+    assert run("quantize", tmp_path / "src", "-o", tmp_path / "out", "--method", "gptq", *options) == 0
     captured = capsys.readouterr()
     assert "of memory to expect" in captured.err
     assert "memory" in captured.out
-    assert run("quantize", tmp_path / "src", "--dry-run", "--method", "gptq", "--json", *text) == 0
+    assert run("quantize", tmp_path / "src", "--dry-run", "--method", "gptq", "--json", *options) == 0
     values = json.loads(capsys.readouterr().out)
-    assert run("quantize", tmp_path / "src", "--dry-run", "--json", *text) == 0
+    assert run("quantize", tmp_path / "src", "--dry-run", "--json", *options) == 0
     plain = json.loads(capsys.readouterr().out)
     assert values["memory_bytes_estimate"] > plain["memory_bytes_estimate"]
     assert values["seconds_estimate"] > 0
@@ -53,11 +60,9 @@ def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:
 # ---- what a preset stands for ---------------------------------------------------------------------
 
 
-def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path) -> None:
+def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path, text: Path) -> None:
     """It is `equalize+qronos+tune` with its own settings, and --method or --set replace either."""
     make_checkpoint(tmp_path / "src", num_hidden_layers=1)
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT[:4000], "utf-8")
     options = ("--preset", "llamita", "--calibration", text, "--samples", "2", "--length", "16", "--json")
     faster = ("--set", "tune.steps=4")
 
@@ -127,9 +132,7 @@ def test_tuning_takes_one_process_and_says_so_first(
     assert "expected a single process for tune, got 2; try --method equalize+qronos" in one_line(capsys)
 
 
-def test_an_input_that_cannot_be_factored_is_a_line(tmp_path: Path, capsys: Any) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT[:4000], "utf-8")
+def test_an_input_that_cannot_be_factored_is_a_line(tmp_path: Path, text: Path, capsys: Any) -> None:
     options = ("--method", "gptq", "--set", "gptq.damping=0", "--samples", "1", "--length", "8")
     source = make_checkpoint(tmp_path / "src")
     assert run("quantize", source, "-o", tmp_path / "out", *options, "--calibration", text) == 2
@@ -152,9 +155,10 @@ def test_a_dry_run_knows_what_rotations_add(tmp_path: Path, capsys: Any, options
 
 
 @pytest.mark.parametrize("options", [(), ("--no-online",)])
-def test_a_size_heeds_what_rotations_add(tmp_path: Path, capsys: Any, options: tuple[str, ...]) -> None:
-    source, text = make_checkpoint(tmp_path / "src"), tmp_path / "text.txt"
-    text.write_text(TEXT[:4000], "utf-8")
+def test_a_size_heeds_what_rotations_add(
+    tmp_path: Path, text: Path, capsys: Any, options: tuple[str, ...]
+) -> None:
+    source = make_checkpoint(tmp_path / "src")
     chosen = (
         "--method",
         "spinquant",
@@ -180,9 +184,8 @@ def test_r4_alone_is_not_learned(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["qronos+tune", "gptq"])
-def test_blocks_may_stay_float_whole_or_in_part(tmp_path: Path, method: str) -> None:
-    source, text = make_checkpoint(tmp_path / "src"), tmp_path / "text.txt"
-    text.write_text(TEXT[:4000], "utf-8")
+def test_blocks_may_stay_float_whole_or_in_part(tmp_path: Path, text: Path, method: str) -> None:
+    source = make_checkpoint(tmp_path / "src")
     few = ("--calibration", text, "--samples", "2", "--length", "16")
     kept = ("--keep-float", "model.layers.0.*", "--keep-float", "*.v_proj", "--keep-float", "*.down_proj")
     faster = ("--set", "tune.steps=2") if "tune" in method else ()

@@ -86,7 +86,7 @@ def _blocks_memory(config: ModelConfig, chain: Chain, setup: Setup, samples: int
 
 def _learning_memory(config: ModelConfig, chain: Chain, setup: Setup, length: int) -> float:
     """The whole model, a layer's weights thrice more, and what is kept of each layer and token."""
-    if not _learns(chain, setup):
+    if not chain.learns(setup.settings):
         return 0
     block = sum(rows * columns for rows, columns in config.linear_shapes().values())
     settings = settings_of(SpinQuantSettings, "spinquant", setup.settings)
@@ -106,7 +106,7 @@ def expected_work(config: ModelConfig, chain: Chain, setup: Setup, samples: int,
         learned = tune.steps * tune.samples * length * (1 + _BACKWARD)
         measured = (1 + tune.checks) * tokens / tune.held_out
         total += config.layers * 2 * weights * (len(tune.descents) * (learned + measured) + tokens)
-    if _learns(chain, setup):
+    if chain.learns(setup.settings):
         spin = settings_of(SpinQuantSettings, "spinquant", setup.settings)
         passes = 3 + _BACKWARD  # float, rounded, and rounded once more on the way back
         per_token = config.layers * weights + config.vocab_size * config.hidden_size
@@ -134,8 +134,3 @@ def _blocks_work(config: ModelConfig, chain: Chain, tokens: int) -> float:
 
 def _compares(chain: Chain) -> bool:
     return chain.rounding == "qronos" or chain.tuning is not None
-
-
-def _learns(chain: Chain, setup: Setup) -> bool:
-    """Whether rotations are learned, on the whole model."""
-    return chain.learns(setup.settings)

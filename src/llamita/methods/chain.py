@@ -37,7 +37,7 @@ TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated
 PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "llamita": ("equalize+qronos+tune", {"tune.rate": 0}),
 }
-LEARNER = "llamita.methods.learn_rotations:learn"
+LEARNER = "llamita.methods.spinquant:learner"  # gives what learns rotations, or says what that needs
 CALIBRATED = "llamita.methods.calibrated:begin"
 _NEED_NO_TEXT = ("rtn", "equalize")
 _STAGES = {**{name: i for i, name in enumerate(TRANSFORMS)}, **dict.fromkeys(METHODS, len(TRANSFORMS)),
@@ -129,7 +129,7 @@ def check(chain: Chain, settings: dict[str, Any]) -> None:
     if chain.tuning:
         _entry(chain.tuning, TUNINGS[chain.tuning])
     if chain.learns(settings):
-        _entry(str(chain), LEARNER)
+        _entry(str(chain), LEARNER)()
 
 
 def transform(source: Any, chain: Chain, setup: Setup) -> Any:

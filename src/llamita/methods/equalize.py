@@ -12,7 +12,7 @@ from llamita.affine import to_f32
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.methods.energy import input_energies, pieces_of
-from llamita.methods.settings import check
+from llamita.methods.settings import numbers_of
 from llamita.methods.setup import Setup
 from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
 
@@ -25,7 +25,7 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
     Raises:
         InputError: it comes after rotations, which mix the channels of a pair, or with a setting.
     """
-    check(("equalize",), {name: v for name, v in setup.settings.items() if name.startswith("equalize.")})
+    numbers_of(setup.settings, "equalize", {})
     if rotations_of(source).names:
         raise InputError("--method: expected equalize before spinquant, got it after; try equalize+spinquant")
     energies = input_energies(source)

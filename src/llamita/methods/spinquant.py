@@ -6,6 +6,7 @@ random signs; R1 and R2 are then learned (`methods/learn_rotations.py`, on Torch
 no mean is subtracted: RMSNorm has none. Tied tables stay tied, by a product M in front of the head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +59,17 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
         raise InputError("--method: expected spinquant once, got a model that is rotated already")
     matrices = random_rotations(source, settings, setup.seed)
     if settings.learns:
-        matrices = load_optional(_LEARN, _NO_TORCH)(source, matrices, settings, setup)
+        matrices = learner()(source, matrices, settings, setup)
     return rotated(source, matrices, settings.online)
+
+
+def learner() -> Callable[..., RotationMatrices]:
+    """`learn_rotations.learn`.
+
+    Raises:
+        RunError: a package that it needs is missing.
+    """
+    return load_optional(_LEARN, _NO_TORCH)
 
 
 def random_rotations(source: FloatSource, settings: SpinQuantSettings, seed: int) -> RotationMatrices:
