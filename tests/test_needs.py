@@ -61,7 +61,7 @@ def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:
 
 
 def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path, text: Path) -> None:
-    """It is `equalize+qronos+tune` with its own settings, and --method or --set replace either."""
+    """It is a chain with its own settings; --method or --set replace either, --no-online leaves R4 out."""
     make_checkpoint(tmp_path / "src", num_hidden_layers=1)
     options = ("--preset", "llamita", "--calibration", text, "--samples", "2", "--length", "16", "--json")
     faster = ("--set", "tune.steps=4")
@@ -71,8 +71,12 @@ def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path, tex
         return json.loads((tmp_path / name / "llamita.json").read_text("utf-8"))
 
     found = record("preset", *faster)
-    assert found["method"] == "equalize+qronos+tune"
-    assert found["settings"] == {"tune.rate": 0, "tune.steps": 4}
+    assert found["method"] == "equalize+spinquant+qronos+tune"
+    assert found["settings"] == {"spinquant.rotations": "R4", "tune.rate": 0, "tune.steps": 4}
+    assert [one["name"] for one in found["rotations"]] == ["R4"]
+    found = record("plain", *faster, "--no-online")
+    assert (found["method"], found["settings"]) == ("equalize+qronos+tune", {"tune.rate": 0, "tune.steps": 4})
+    assert not found.get("rotations")
     assert record("changed", *faster, "--set", "tune.rate=1")["settings"]["tune.rate"] == 1
     found = record("named", "--method", "rtn")
     assert (found["method"], found["settings"]) == ("rtn", {})
@@ -108,8 +112,8 @@ def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None
         (("--method", "tune", "--set", "tune.rate=true"), "tune.rate: expected a number from 0 to 50"),
         (("--method", "gptq", "--set", "qronos.ridge=1"), "expected a setting of gptq, got one of qronos"),
         (
-            ("--preset", "llamita", "--no-online"),
-            "expected a method with spinquant, got equalize",
+            ("--preset", "llamita", "--no-online", "--set", "spinquant.steps=0"),
+            "spinquant.steps=0: expected a setting of equalize",
         ),
     ],
 )
@@ -129,7 +133,10 @@ def test_tuning_takes_one_process_and_says_so_first(
     monkeypatch.delattr("llamita.own_text.Writer")
     source = make_checkpoint(tmp_path / "src")
     assert run("quantize", source, "-o", tmp_path / "out", "--preset", "llamita") == 2
-    assert "expected a single process for tune, got 2; try --method equalize+qronos" in one_line(capsys)
+    assert (
+        "expected a single process for tune, got 2; try --method equalize+spinquant+qronos --set "
+        in one_line(capsys)
+    )
 
 
 def test_an_input_that_cannot_be_factored_is_a_line(tmp_path: Path, text: Path, capsys: Any) -> None:

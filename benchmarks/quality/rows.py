@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from llamita.methods.chain import PRESET_METHODS
+
 GROUP_SIZES = (32, 128, 256)
 SEEDS = (0, 1, 2)
 REVISION = 1  # of the methods: raised when one of them computes something else, and all cells run again
@@ -16,6 +18,7 @@ TWINS: dict[str, set[str]] = {
 FLOAT = "BF16"
 YARDSTICK = "torchao round to nearest"
 META = "spinquant + gptq"
+PRESET = "equalize + R4 + qronos + tuned scales: preset llamita"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Row:
 
 _PLAIN = ("plain",)
 _SCALES_ALONE = {"tune.rate": 0}  # no second descent, over codes
+_PRESET, _PRESET_SETTINGS = PRESET_METHODS["llamita"]
 
 
 def _rotations(names: str) -> dict[str, Any]:
@@ -61,7 +65,6 @@ ROWS: dict[str, Row] = {
     "gptq": Row("gptq", on_wikitext=True),
     "gptq (own text)": Row("gptq", calibration="self", twins=_PLAIN),
     "qronos": Row("qronos", on_wikitext=True),
-    "qronos (own text)": Row("qronos", calibration="self", twins=_PLAIN),
     "R1": Row("spinquant", settings=_rotations("R1"), twins=("plain", "basis")),
     "R2": Row("spinquant", settings=_rotations("R2"), twins=("plain", "basis")),
     "R4": Row("spinquant", settings=_rotations("R4"), twins=("plain", "basis")),
@@ -69,17 +72,15 @@ ROWS: dict[str, Row] = {
     META: Row("spinquant+gptq", on_wikitext=True),
     "block tuning": Row("tune", twins=("plain", "both")),
     "qronos + tuned scales": Row("qronos+tune", settings=_SCALES_ALONE, on_wikitext=True),
-    "qronos + tuned scales (own text)": Row(
-        "qronos+tune", calibration="self", settings=_SCALES_ALONE, twins=_PLAIN
-    ),
     "qronos + block tuning": Row("qronos+tune", twins=_PLAIN),
     "equalize + qronos + tuned scales": Row("equalize+qronos+tune", settings=_SCALES_ALONE),
-    "the same (own text): preset llamita": Row(
-        "equalize+qronos+tune", calibration="self", settings=_SCALES_ALONE, twins=_PLAIN
+    "R4 + qronos + tuned scales": Row(
+        "spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE, twins=_PLAIN
     ),
-    "R4 + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE),
+    PRESET: Row(_PRESET, settings=_PRESET_SETTINGS, on_wikitext=True),
+    f"{PRESET} (own text)": Row(_PRESET, calibration="self", settings=_PRESET_SETTINGS, twins=_PLAIN),
     "spinquant + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_SCALES_ALONE),
     "equalize + spinquant + qronos + tuned scales": Row(
-        "equalize+spinquant+qronos+tune", settings=_SCALES_ALONE, twins=("both",)
+        "equalize+spinquant+qronos+tune", settings=_SCALES_ALONE, twins=("pairs", "both")
     ),
 }

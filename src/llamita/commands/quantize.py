@@ -1,7 +1,7 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +75,7 @@ _Set = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="A method's setting, as spinquant.steps=0; repeatable."),
 ]
 _NoOnline = Annotated[
-    bool, typer.Option("--no-online", help="spinquant: R1 and R2 alone, tables untied: a plain Llama.")
+    bool, typer.Option("--no-online", help="A plain Llama: no R4; tables untied where R1 is used.")
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
@@ -140,6 +140,11 @@ def _chain(
     """The chain that was asked for, or the preset's with what that sets, and its settings."""
     named, chosen = (method, {}) if method else PRESET_METHODS.get(preset, ("rtn", {}))
     chain = parse_chain(named)
+    if no_online and not method and "spinquant" in chain.names:
+        # A preset rotates by R4 alone, which runs online: without that nothing of spinquant is left.
+        chain = replace(chain, transforms=tuple(name for name in chain.transforms if name != "spinquant"))
+        chosen = {name: value for name, value in chosen.items() if not name.startswith("spinquant.")}
+        no_online = False
     chosen = chosen | parse_settings(settings, settable(chain.names))
     if no_online:
         if "spinquant" not in chain.names:

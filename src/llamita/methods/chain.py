@@ -35,7 +35,7 @@ METHODS = {
 TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated.TuneBlock`
 # What a preset stands for beside its scheme, with settings: round to nearest where it is not here.
 PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llamita": ("equalize+qronos+tune", {"tune.rate": 0}),
+    "llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
 }
 LEARNER = "llamita.methods.spinquant:learner"  # gives what learns rotations, or says what that needs
 CALIBRATED = "llamita.methods.calibrated:begin"
@@ -119,9 +119,10 @@ def check(chain: Chain, settings: dict[str, Any]) -> None:
     """
     check_settings(chain.names, settings)
     if chain.tuning and processes.world() > 1:
+        kept = [f" --set {k}={v}" for k, v in settings.items() if k.split(".")[0] != chain.tuning]
         raise InputError(
             f"--method {chain}: expected a single process for {chain.tuning}, got {processes.world()}; "
-            f"try --method {replace(chain, tuning=None)}"
+            f"try --method {replace(chain, tuning=None)}{''.join(kept)}"
         )
     _entry(chain.rounding, METHODS[chain.rounding])
     if chain.is_blockwise:
