@@ -50,6 +50,17 @@ MUTATIONS = [
      "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
     ("src/llamita/engine/scheduler.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
      "speculation: what follows a refused draft is kept"),
+    ("src/llamita/methods/gptq.py", "descending=True, stable=True", "descending=False, stable=True",
+     "gptq: inputs of least energy first"),
+    ("src/llamita/methods/gptq.py", "energy *= 1 + damping", "energy += damping * energy.mean()",
+     "gptq: damping by the mean energy"),
+    ("src/llamita/methods/gptq.py", "groups=(order // (inputs // scales.shape[1])).tolist()",
+     "groups=(torch.arange(inputs) // (inputs // scales.shape[1])).tolist()", "gptq: another group's scale"),
+    ("src/llamita/methods/qronos.py", "missing += residual * layers.residual",
+     "missing -= residual * layers.residual", "qronos: the sign of the residual stream's correction"),
+    ("src/llamita/methods/equalize.py", "(log - log.mean()) / 2", "log - log.mean()", "equalize: energies are squares"),
+    ("src/llamita/methods/spinquant.py", "r1.T @ (gamma[:, None] * r1)", "r1 @ (gamma[:, None] * r1.T)",
+     "spinquant: the head's transform, the other way round"),
     ("src/llamita/evaluate.py", "losses[rows] = np.log(total) - shifted", "losses[rows] = total - shifted", "perplexity: the normalizer"),
 ]  # fmt: skip
 
@@ -64,6 +75,8 @@ FIRST = [
     "test_evaluate.py",
     "test_model.py",
     "test_speculation.py",
+    "test_gptq.py",
+    "test_transforms.py",
 ]
 NOT_RUN = "tests/test_mutations.py"  # fails on every changed tree: it looks for the text as it was
 
