@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from stories import read_stories
 
 from llamita.calibration import draw_windows, load_calibration
 from llamita.checkpoint import Checkpoint, resolve
@@ -65,12 +66,14 @@ def main() -> None:
     source = Checkpoint(resolve("embedded"))
     books = (arguments.text / "children.txt").read_text("utf-8")
     texts = {
-        "stories": (arguments.text / "tinystories_train.txt").read_text("utf-8"),
+        "stories": read_stories(arguments.text / "tinystories_train.txt"),
         "books": books[:-LAST],
         "WikiText-2": arguments.wikitext.read_text("utf-8"),
     }
-    stories = (arguments.text / "tinystories_valid.txt").read_text("utf-8")[SCORED]
-    scored = {"stories": stories, "books": books[-LAST:]}
+    scored = {
+        "stories": read_stories(arguments.text / "tinystories_valid.txt")[SCORED],
+        "books": books[-LAST:],
+    }
     reference = Contender("float", LLM(source), True)
     method, settings = (arguments.method, {}) if arguments.method else PRESET_METHODS["llamita"]
     found: dict[tuple[str, int, str], list[np.ndarray]] = {}
