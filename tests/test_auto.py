@@ -11,6 +11,7 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 from llamita.checkpoint import Checkpoint, linear_names, resolve
+from llamita.commands.selection import parse_size
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
 from llamita.methods.auto import (
@@ -20,7 +21,6 @@ from llamita.methods.auto import (
     allocate,
     candidates,
     measure_options,
-    parse_size,
     select,
 )
 from llamita.mixed import keep_float, with_layers

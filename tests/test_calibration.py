@@ -117,15 +117,15 @@ def test_a_run_that_failed_keeps_its_text(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(own_text.Writer, "write", count)
     model = make_checkpoint(tmp_path / "src", rope_theta=10000.0)
-    command = ("quantize", model, "-o", tmp_path / "out", "--samples", "2", "--length", "8", "--max-size")
-    for options in (("1KB",), ("1KB",), ("1KB", "--seed", "1")):  # smaller than it can be: refused
+    command = ("quantize", model, "-o", tmp_path / "out", "--samples", "2", "--length", "8", "--max-loss")
+    for options in (("1e-9",), ("1e-9",), ("1e-9", "--seed", "1")):  # less than int8 loses: refused
         assert run(*command, *options) == 2
     assert len(written) == 2
     config = model / "config.json"
     config.write_text(config.read_text().replace("10000.0", "20000.0"))
-    assert run(*command, "1KB", "--seed", "1") == 2
+    assert run(*command, "1e-9", "--seed", "1") == 2
     assert len(written) == 3
-    assert run(*command, "100MB", "--seed", "1") == 0
+    assert run(*command, "9", "--seed", "1") == 0
     assert len(written) == 3
     assert_nothing_is_left(tmp_path, "src", "out")
 

@@ -78,8 +78,8 @@ def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path, tex
     assert (found["method"], found["settings"]) == ("equalize+qronos+tune", {"tune.rate": 0, "tune.steps": 4})
     assert not found.get("rotations")
     assert record("changed", *faster, "--set", "tune.rate=1")["settings"]["tune.rate"] == 1
-    found = record("named", "--method", "rtn")
-    assert (found["method"], found["settings"]) == ("rtn", {})
+    found = record("named", "--method", "gptq")
+    assert (found["method"], found["settings"]) == ("gptq", {})
 
 
 def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None:
@@ -115,6 +115,14 @@ def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None
             ("--preset", "llamita", "--no-online", "--set", "spinquant.steps=0"),
             "spinquant.steps=0: expected a setting of equalize",
         ),
+        (("--method", "rtn", "--calibration", "self"), "--calibration: expected with a method that looks at"),
+        (("--no-online",), "expected a method with spinquant, got rtn, of which nothing runs online"),
+        (
+            ("--method", "spinquant", "--set", "spinquant.rotations=R4", "--no-online"),
+            "--no-online: expected R1 or R2 beside R4, which runs online",
+        ),
+        (("--method", "gptq", "--max-size", "100000"), "--max-size: expected at least"),
+        (("--method", "gptq", "--max-size", "3.6"), "expected a size such as 700MB or 1.2GB, got '3.6'"),
     ],
 )
 def test_mistakes_are_told_before_any_text_is_written(
@@ -161,6 +169,32 @@ def test_a_dry_run_knows_what_rotations_add(tmp_path: Path, capsys: Any, options
     assert planned["method"] == "spinquant"
 
 
+def test_the_size_before_is_that_of_the_source(tmp_path: Path, capsys: Any) -> None:
+    """Also where --no-online brings tied tables apart."""
+    source = make_checkpoint(tmp_path / "src")
+    rotated = ("--method", "spinquant", "--set", "spinquant.steps=0", "--no-online", "--json")
+    assert run("quantize", source, "-o", tmp_path / "plain", "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert run("quantize", source, *rotated, "--dry-run") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert run("quantize", source, *rotated, "-o", tmp_path / "out") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert planned["source_bytes"] == made["source_bytes"] == plain["source_bytes"]
+    assert made["ratio"] > plain["ratio"]
+
+
+def test_the_card_of_a_calibrated_model_says_what_its_errors_mean(tmp_path: Path, text: Path) -> None:
+    source = make_checkpoint(tmp_path / "src")
+    few = ("--calibration", text, "--samples", "2", "--length", "16")
+    assert run("quantize", source, "-o", tmp_path / "measured", "--method", "gptq", *few) == 0
+    assert run("quantize", source, "-o", tmp_path / "nearest") == 0
+    measured, nearest = ((tmp_path / n / "README.md").read_text("utf-8") for n in ("measured", "nearest"))
+    assert "measured energy" in measured
+    assert "grow as the model gets better" in measured
+    assert "measured energy" not in nearest
+    assert "grow as the model gets better" not in nearest
+
+
 @pytest.mark.parametrize("options", [(), ("--no-online",)])
 def test_a_size_heeds_what_rotations_add(
     tmp_path: Path, text: Path, capsys: Any, options: tuple[str, ...]
@@ -181,11 +215,12 @@ def test_a_size_heeds_what_rotations_add(
     made = json.loads(capsys.readouterr().out)
     assert made["file_bytes"] <= 345_000
     assert made["selection"]["file_bytes"] == made["file_bytes"]
+    assert made["selection"]["finished"]["value"] > 0
 
 
 def test_r4_alone_is_not_learned(tmp_path: Path, capsys: Any) -> None:
     source = make_checkpoint(tmp_path / "src")
-    options = ("--method", "spinquant", "--set", "spinquant.rotations=R4", "--calibration", "nowhere.txt")
+    options = ("--method", "spinquant", "--set", "spinquant.rotations=R4")
     assert run("quantize", source, "-o", tmp_path / "out", *options) == 0
     assert json.loads((tmp_path / "out" / "llamita.json").read_text())["calibration"] is None
 

@@ -19,7 +19,8 @@ name says; activations are int8. The *embedded model* has 5.8 million weights; i
 [stressed twins](embedded.md#the-stressed-twin) compute the same function with the outliers of large models.
 
 - Scored text: characters 60,000 to 120,000 of TinyStories' validation split, which no calibration has seen;
-  the first 60,000 served to choose defaults. *WikiText*: LM Eval's word perplexity on WikiText-2's test
+  the first 60,000 served to choose defaults. The marks at the ends of stories are left out: the model has
+  never read them. *WikiText*: LM Eval's word perplexity on WikiText-2's test
   split, with the first seed's model, which has learned children's stories and little else.
 - Calibration: {SAMPLES} windows of {LENGTH} tokens of TinyStories' training split; *own text*: as many tokens
   that the float model wrote.

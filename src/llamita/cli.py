@@ -1,6 +1,7 @@
 """The command line: a table of commands, imported on use, and the one place where errors are printed."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -56,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         console.print_error("interrupted")
         sys.exit(_INTERRUPTED)
     except LlamitaError as error:
-        console.print_error(str(error))
+        if not isinstance(error, InputError) or _is_first():  # wrong input is wrong for all processes
+            console.print_error(str(error))
         sys.exit(error.exit_code)
     except MemoryError:
         console.print_error("memory: this machine has too little for the work asked; try `llamita plan`")
@@ -67,6 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         console.print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
         sys.exit(1)
+
+
+def _is_first() -> bool:
+    """Whether this is the one process, or of those of torchrun the one that speaks."""
+    return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _make_app(arguments: list[str]) -> typer.Typer:

@@ -81,8 +81,8 @@ def quantize(
     scheme: QuantScheme,
     method: str = "rtn",
     setup: Setup | None = None,
-    *,
     overwrite: bool = False,
+    *,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = None,
 ) -> Summary:
@@ -103,7 +103,7 @@ def quantize(
     chain, setup = parse_chain(method), replace(setup or Setup(), progress=progress)
     recorded, shown = _names(source, source_name)
     companions = find_companions(source.path)
-    make_plan(source.config, scheme, lambda name: source.info(name).dtype)  # does it fit?
+    before = make_plan(source.config, scheme, lambda name: source.info(name).dtype)  # does it fit?
     check_target(out, overwrite, source.path)
     record = _source_record(source, recorded, progress)
     watch, kept = MemoryWatch(), _work(out, chain, scheme, record, setup)
@@ -112,7 +112,7 @@ def quantize(
         changed = chains.transform(source, chain, setup)
         rotations = stored_rotations(changed.rotations)
         plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes,
-                         transform_dtype(rotations))  # fmt: skip
+                         transform_dtype(rotations), before.source_bytes)  # fmt: skip
         check_space(out, plan.file_bytes + _SMALL_FILES)
         round_module = chains.begin(changed, scheme, chain, setup)
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
@@ -127,8 +127,9 @@ def quantize(
 
 def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> str:
     kinds, plan = describe_kinds(source.config, scheme), summary.plan
-    return model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), __version__, plan.source_bytes,
-                                plan.tensor_bytes, summary.relative_error, summary.worst()))  # fmt: skip
+    return model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), chain.is_blockwise,
+                                __version__, plan.source_bytes, plan.tensor_bytes, summary.relative_error,
+                                summary.worst()))  # fmt: skip
 
 
 def take_part(source: Checkpoint, scheme: QuantScheme, method: str, setup: Setup) -> None:

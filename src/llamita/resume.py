@@ -8,14 +8,16 @@ import fcntl
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from llamita.errors import InputError, RunError
 
 _SETTINGS = "settings.json"
+T = TypeVar("T")
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         InputError: something else has this name.
         RunError: another run is at work there, or it cannot be made.
     """
-    work = out.parent / f".{out.name}.work"
+    work = _work_of(out)
     try:
         work.mkdir(exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -49,6 +51,16 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def has_kept_work(out: Path) -> bool:
+    """Whether a run that was to make `out` has left something finished."""
+    work = _work_of(out)
+    return work.is_dir() and any(path.name != _SETTINGS for path in work.iterdir())
+
+
+def _work_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.work"
 
 
 def _take(lock: int, work: Path) -> None:
@@ -71,6 +83,15 @@ def _prepare(work: Path, settings: str) -> None:
     for path in work.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_whole(known, lambda file: file.write(settings.encode()))
+
+
+def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of a kept file; None, and the file is gone, where it is damaged, as by a bad disk."""
+    try:
+        return read(path)
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
+        path.unlink(missing_ok=True)
+        return None
 
 
 def partial_of(path: Path) -> Path:

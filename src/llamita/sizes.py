@@ -46,8 +46,13 @@ def make_plan(
     float_dtype: Callable[[str], str],
     shard_bytes: int = SHARD_BYTES,
     transform: str | None = None,
+    source_bytes: int | None = None,
 ) -> Plan:
     """The plan for a model of this shape whose tensors are stored in these dtypes, as `layout` takes them.
+
+    Args:
+        source_bytes: of the model before its transforms, which can bring tied tables apart; by default of
+            this shape.
 
     Raises:
         InputError: the group size does not divide a layer's inputs.
@@ -59,7 +64,7 @@ def make_plan(
     if not rounded:
         raise InputError("--keep-float: expected patterns that leave something to round, got all layers")
     return Plan(
-        source_bytes=float_bytes(config, float_dtype),
+        source_bytes=float_bytes(config, float_dtype) if source_bytes is None else source_bytes,
         tensor_bytes=sum(tensor_bytes(tensors) for tensors in modules.values()),
         file_bytes=total_bytes(shards),
         files=list(shards),
@@ -79,7 +84,8 @@ def plan_chain(
     def dtype(name: str) -> str:
         return float_dtype("model.embed_tokens.weight" if config.tied and name == "lm_head.weight" else name)
 
-    return make_plan(changed, scheme, dtype, transform=transform)
+    before = float_bytes(config, float_dtype)
+    return make_plan(changed, scheme, dtype, transform=transform, source_bytes=before)
 
 
 def _why_float(name: str, scheme: QuantScheme) -> str:

@@ -69,7 +69,8 @@ def command(
 ) -> None:
     """Show models side by side: size, loss, which differences are noise, and where they show.
 
-    SRC:PRESET rounds a float model while it loads: embedded:arm, or embedded:arm:256 with its group size.
+    SRC:PRESET rounds a float model to nearest while it loads: embedded:arm, or embedded:arm:256 with its
+    group size.
 
     Example: llamita compare embedded:arm embedded:llamita --html report.html
     """

@@ -1,6 +1,8 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,14 @@ import typer
 from llamita import __version__, console, mixed, processes
 from llamita.calibration import SELF, SELF_FAST, load_calibration
 from llamita.checkpoint import Checkpoint, resolve
-from llamita.commands.selection import choose, parse_goal, print_selection, selection_values
+from llamita.commands.selection import (
+    check_goal,
+    choose,
+    judge,
+    parse_goal,
+    print_selection,
+    selection_values,
+)
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has
@@ -23,18 +32,20 @@ from llamita.methods.chain import (
     check,
     parse_chain,
 )
+from llamita.methods.settings import check as check_settings
 from llamita.methods.settings import settable
 from llamita.methods.setup import Calibration, Progress, Setup, parse_settings
 from llamita.needs import estimate
 from llamita.packed import METADATA
 from llamita.plan import describe
 from llamita.quantize import Summary, quantize, take_part
-from llamita.resume import kept_work
+from llamita.resume import has_kept_work, kept_work
 from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.sizes import Plan, plan_chain
 from llamita.staging import check_target
 from llamita.threads import use_threads
 
+_TEXT_MEMORY = 50  # bytes for each of a file that is tokenized, as measured
 _PRESETS = ", ".join(PRESETS)
 _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
 
@@ -54,8 +65,11 @@ _Method = Annotated[
 ]
 _Scales = Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")]
 _Text = Annotated[
-    str,
-    typer.Option(metavar="TEXT", help="What methods calibrate on: self, self-fast, a file, a hub data set."),
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What methods calibrate on: self (the default), self-fast, a file, a hub data set.",
+    ),
 ]
 _Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
@@ -90,7 +104,7 @@ def command(
     group_size: _GroupSize = None,
     method: _Method = None,
     scales: _Scales = None,
-    calibration: _Text = "self",
+    calibration: _Text = None,
     samples: _Samples = 128,
     length: _Length = 512,
     seed: _Seed = 0,
@@ -118,18 +132,18 @@ def command(
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
     check(chain, chosen)
     source, is_first = _open(src, out, overwrite), processes.rank() == 0
-    needs_text = chain.needs_calibration(chosen) or goal is not None
-    text = (calibration, samples, length, seed) if needs_text else None
+    text = _text_choice(goal or chain.needs_calibration(chosen), calibration, samples, length, seed)
+    scheme = mixed.keep_float(source.config, scheme, keep_float or [])
+    check_goal(source, scheme, goal, chain, chosen)
     with console.progress(quiet=json or not is_first) as progress, _kept_text(source, out, text) as work:
-        scheme = mixed.keep_float(source.config, scheme, keep_float or [])
         setup = Setup(_text(source, text, progress, work), seed, settings=chosen)
         scheme, setup, selection = choose(source, scheme, goal, chain, setup, progress)
         if not is_first:
             return take_part(source, scheme, str(chain), setup)
-        _announce(source, scheme, chain, setup)
-        summary = quantize(
-            source, src, out, scheme, str(chain), setup, overwrite=overwrite, progress=progress
-        )
+        _announce(source, scheme, chain, setup, calibration)
+        with _going_on(out, chain, chosen):
+            summary = quantize(source, src, out, scheme, str(chain), setup, overwrite, progress=progress)
+        selection = judge(selection, source, out, chain, setup.calibration)
     source.close()
     _print_result(summary, source.config, scheme, chain, selection, json)
 
@@ -148,8 +162,11 @@ def _chain(
     chosen = chosen | parse_settings(settings, settable(chain.names))
     if no_online:
         if "spinquant" not in chain.names:
-            raise InputError(f"--no-online: expected a method with spinquant, got {chain}")
+            raise InputError(
+                f"--no-online: expected a method with spinquant, got {chain}, of which nothing runs online"
+            )
         chosen["spinquant.online"] = False
+    check_settings(chain.names, chosen)
     return chain, chosen
 
 
@@ -164,6 +181,14 @@ def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
 
 
 _TextChoice = tuple[str, int, int, int] | None  # calibration's name, samples, length, seed
+
+
+def _text_choice(
+    is_needed: Any, calibration: str | None, samples: int, length: int, seed: int
+) -> _TextChoice:  # fmt: skip
+    if not is_needed and calibration is not None:
+        raise InputError("--calibration: expected with a method that looks at activations, got none of these")
+    return (calibration or SELF, samples, length, seed) if is_needed else None
 
 
 def _text(source: Checkpoint, text: _TextChoice, progress: Progress, work: Path | None) -> Calibration | None:
@@ -183,13 +208,40 @@ def _kept_text(source: Checkpoint, out: Path, text: _TextChoice) -> AbstractCont
     return kept_work(out.with_name(f"{out.name}.text"), known)
 
 
-def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> None:
-    """What will be needed, where it is more than moments and little memory."""
+def _announce(
+    source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup, text: str | None
+) -> None:  # fmt: skip
+    """What will be needed, where it is more than moments and little memory; `text` is calibrated on."""
     if setup.calibration is not None and chain.needs_calibration(setup.settings):
         plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, chain, setup.settings)
         samples, length = setup.calibration.tokens.shape
         seconds, memory = estimate(plan, scheme, source.config, chain, setup, samples, length)
+        memory += _TEXT_MEMORY * (os.path.getsize(text) if text and os.path.isfile(text) else 0)
         console.note(f"{chain}: about {seconds:,.0f} s and {console.megabytes(memory)} of memory to expect")
+
+
+def _print_result(
+    summary: Summary, config: ModelConfig, scheme: QuantScheme, chain: Chain, selection: Any, json: bool
+) -> None:
+    if json:
+        console.print_json(_summary_values(summary, scheme) | selection_values(selection))
+    else:
+        print_selection(config, selection)
+        _print_summary(summary, scheme, chain, is_chosen=selection is not None)
+
+
+@contextmanager
+def _going_on(out: Path, chain: Chain, settings: dict[str, Any]) -> Iterator[None]:
+    """Say that a run that was stopped is gone on with, and of one that is being stopped, that it can be."""
+    keeps = chain.needs_calibration(settings) and processes.world() == 1
+    if keeps and has_kept_work(out):
+        console.note(f"{out}: an earlier run was stopped; goes on where it was, if it was the same")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if keeps and has_kept_work(out):
+            console.note("stopped; the same command goes on from here")
+        raise
 
 
 def _dry_run(
@@ -213,16 +265,6 @@ def _dry_run(
     console.print_table(f"plan for {src} (nothing is written)", ["what", "figure"], rows)
 
 
-def _print_result(
-    summary: Summary, config: ModelConfig, scheme: QuantScheme, chain: Chain, selection: Any, json: bool
-) -> None:
-    if json:
-        console.print_json(_summary_values(summary, scheme) | selection_values(selection))
-    else:
-        print_selection(config, selection)
-        _print_summary(summary, scheme, chain)
-
-
 def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
     tables = "int8 per channel" if scheme.table_bits else "float"
     others = [["layers stored otherwise", f"{len(scheme.layers)}"]] if scheme.layers else []
@@ -238,15 +280,16 @@ def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
     ]
 
 
-def _print_summary(summary: Summary, scheme: QuantScheme, chain: Chain) -> None:
+def _print_summary(summary: Summary, scheme: QuantScheme, chain: Chain, is_chosen: bool) -> None:
+    worst = [] if chain.is_blockwise else summary.worst()  # weights that moved most are not what lost most
     rows = [*_plan_rows(summary.plan, scheme), ["mean squared error", f"{summary.mean_squared_error:.3e}"],
             ["relative squared error", f"{summary.relative_error:.3e}"],
-            *([f"  worst: {name}", f"{error:.3e}"] for name, error in summary.worst()),
+            *([f"  worst: {name}", f"{error:.3e}"] for name, error in worst),
             ["time", f"{summary.seconds:,.1f} s"],
             *([["memory", console.megabytes(summary.memory)]] if summary.memory else [])]  # fmt: skip
     console.print_table(f"{summary.out}", ["what", "figure"], rows)
     console.note(f"try: llamita chat {summary.out}")
-    if chain.names == ("rtn",):
+    if chain.names == ("rtn",) and not is_chosen:
         console.note("closer to the float model: --preset llamita, which calibrates (needs llamita[torch])")
 
 

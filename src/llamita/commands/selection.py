@@ -1,20 +1,36 @@
 """The part of `llamita quantize` that chooses how each layer is stored: `--max-size`, `--max-loss`."""
 
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from llamita import console
 from llamita.checkpoint import Checkpoint
 from llamita.config import ModelConfig
+from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.methods.auto import Goal, Selection, parse_size, select
+from llamita.methods.auto import (
+    Goal,
+    Meter,
+    Selection,
+    check_size,
+    select,
+    size_bounds,
+    stride_of,
+)
 from llamita.methods.chain import Chain
 from llamita.methods.setup import Calibration, Progress, Setup
 from llamita.mixed import describe_kinds
+from llamita.packed import open_source
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme
 from llamita.sizes import plan_chain
-from llamita.statistics import Interval
+from llamita.statistics import Interval, mean_interval
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
+_LEAST_BYTES = 1000  # below, a plain number is one whose unit was forgotten
 
 
 def parse_goal(max_size: str | None, max_loss: float | None, dry_run: bool) -> Goal | None:
@@ -36,6 +52,18 @@ def parse_goal(max_size: str | None, max_loss: float | None, dry_run: bool) -> G
     return None
 
 
+def parse_size(text: str) -> int:
+    """Bytes from "700MB", "1.2 GB", "640MiB" or a plain number.
+
+    Raises:
+        InputError: something else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (not match[2] and float(match[1]) < _LEAST_BYTES):
+        raise InputError(f"--max-size: expected a size such as 700MB or 1.2GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
 def choose(
     source: Checkpoint,
     scheme: QuantScheme,
@@ -52,19 +80,47 @@ def choose(
     def rounding(source: Checkpoint, scheme: QuantScheme) -> RoundedSource:
         return RoundedSource(source, scheme, chain.rounding, setup)  # transforms and tuning left out
 
-    added = _added_bytes(source, scheme, chain, setup)
+    added = _added_bytes(source, scheme, chain, setup.settings)
     selection = select(source, scheme, setup.calibration.tokens, goal, progress, rounding, added)
-    record = _record(goal, selection, setup.calibration)
+    record = _record(goal, selection, setup.calibration, chain)
     return selection.scheme, replace(setup, settings=setup.settings | record), selection
 
 
-def _added_bytes(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> int:
+def check_goal(
+    source: Checkpoint, scheme: QuantScheme, goal: Goal | None, chain: Chain, settings: dict[str, Any]
+) -> None:
+    """See that some scheme is so small, before a text is written.
+
+    Raises:
+        InputError: there is none.
+    """
+    if goal is None or goal.max_size is None:
+        return
+    check_size(goal.max_size, size_bounds(source, scheme)[0] + _added_bytes(source, scheme, chain, settings))
+
+
+def _added_bytes(source: Checkpoint, scheme: QuantScheme, chain: Chain, settings: dict[str, Any]) -> int:
     """What the chain's transforms add to the weight files: a head of its own, or a matrix before it."""
     plain, changed = (
-        plan_chain(source.config, scheme, lambda name: source.info(name).dtype, names, setup.settings)
+        plan_chain(source.config, scheme, lambda name: source.info(name).dtype, names, settings)
         for names in (replace(chain, transforms=()), chain)
     )
     return changed.file_bytes - plain.file_bytes
+
+
+def judge(
+    selection: Selection | None, source: Checkpoint, out: Path, chain: Chain, calibration: Calibration | None
+) -> Selection | None:
+    """With the loss of the model in `out`, where it was not rounded to nearest, as the choice was judged."""
+    if selection is None or calibration is None or chain.names == ("rtn",):
+        return selection
+    stride = stride_of(source, calibration.tokens)
+    meter = Meter(source, calibration.tokens[1 if stride > 1 else 0 :: stride])
+    finished = open_source(out)
+    try:
+        return replace(selection, finished=mean_interval(meter.divergence(load_weights(finished))))
+    finally:
+        finished.close()
 
 
 def print_selection(config: ModelConfig, selection: Selection | None) -> None:
@@ -86,6 +142,7 @@ def print_selection(config: ModelConfig, selection: Selection | None) -> None:
         ["weight files", console.megabytes(selection.file_bytes)],
         ["loss predicted", f"{selection.predicted:.5f}"],
         ["loss measured, rounded to nearest", _text(selection.measured)],
+        *([["loss of the finished model", _text(selection.finished)]] if selection.finished else []),
     ]
     if uniform and selection.uniform_loss:
         rows.append([f"groups of {uniform.group_size} alone lose", _text(selection.uniform_loss)])
@@ -107,8 +164,9 @@ def selection_values(selection: Selection | None) -> dict[str, Any]:
     return {"selection": asdict(selection) | schemes}
 
 
-def _record(goal: Goal, selection: Selection, calibration: Calibration) -> dict[str, Any]:
-    """What llamita.json records of the choice."""
+def _record(goal: Goal, selection: Selection, calibration: Calibration, chain: Chain) -> dict[str, Any]:
+    """What llamita.json records of the choice; what was measured is the loss of round to nearest."""
     asked = {f"auto.{key}": value for key, value in asdict(goal).items() if value is not None}
-    losses = {"auto.predicted_loss": selection.predicted, "auto.measured_loss": selection.measured.value}
+    measured = "auto.measured_loss" if chain.names == ("rtn",) else "auto.measured_loss_rounded_to_nearest"
+    losses = {"auto.predicted_loss": selection.predicted, measured: selection.measured.value}
     return asked | losses | {"auto.calibration": calibration.record()}

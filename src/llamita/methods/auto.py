@@ -7,7 +7,6 @@ of different layers are nearly uncorrelated: so increases add up, and a layer's 
 greedily over the lower convex hull of each layer's sizes and losses, optimal but for what is left over.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,8 +33,6 @@ from llamita.scheme import GROUP_SIZES, KINDS, QuantScheme
 from llamita.sizes import Plan, make_plan
 from llamita.statistics import Interval, mean_interval
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
 Rounding = Callable[[Checkpoint, QuantScheme], ModelSource]
 Progress = Callable[[str, int, int], None] | None
 FINEST, _MEASURED = "w8", "w4g128"
@@ -78,6 +75,7 @@ class Selection:
         measured: the loss of the whole.
         uniform: the scheme with one group size that loses least within the same bytes, None if none fits.
         uniform_loss: what that one was measured to lose.
+        finished: the loss of the finished model, where it is not rounded to nearest.
     """
 
     scheme: QuantScheme
@@ -86,6 +84,7 @@ class Selection:
     measured: Interval
     uniform: QuantScheme | None
     uniform_loss: Interval | None
+    finished: Interval | None = None
 
 
 def select(
@@ -109,16 +108,12 @@ def select(
     Raises:
         InputError: no scheme of the kinds known is so small, or loses so little.
     """
-    counted = _REFERENCE_BYTES // (4 * source.config.vocab_size)
-    stride = -(-tokens.size // min(_MOST_TOKENS, _TOKENS_EACH * counted))
+    stride = stride_of(source, tokens)
     least_size, overhead = size_bounds(source, scheme)
     meter = Meter(source, tokens[::stride])
     run = _Run(source, scheme, meter, least_size + added, overhead + added, added)
-    if goal.max_size is not None and goal.max_size < run.least_size:
-        raise InputError(
-            f"--max-size: expected at least {run.least_size:,} bytes, the smallest weight files of all, "
-            f"got {goal.max_size:,}; try a preset with smaller tables"
-        )
+    if goal.max_size is not None:
+        check_size(goal.max_size, run.least_size)
     least, options = measure_options(source, scheme, run.meter, progress, rounding)
     if goal.max_loss is not None:
         chosen = _smallest(run, options, goal.max_loss)
@@ -132,6 +127,21 @@ def select(
     uniform, uniform_loss = _best_uniform(run, goal.max_size or size)
     predicted = least + sum(option.loss for option in chosen.values())
     return Selection(mixed, size, predicted, run.loss(mixed), uniform, uniform_loss)
+
+
+def check_size(size: int, least: int) -> None:
+    """Raise InputError where no weight files are so small."""
+    if size < least:
+        raise InputError(
+            f"--max-size: expected at least {least:,} bytes, the smallest weight files of all, got {size:,}; "
+            "try a preset with smaller tables, or less --keep-float"
+        )
+
+
+def stride_of(source: ModelSource, tokens: np.ndarray) -> int:
+    """Of how many samples one is measured, so that time and memory stay bounded."""
+    counted = _REFERENCE_BYTES // (4 * source.config.vocab_size)
+    return -(-tokens.size // min(_MOST_TOKENS, _TOKENS_EACH * counted))
 
 
 @dataclass
@@ -374,15 +384,3 @@ def _best_uniform(run: _Run, size: int) -> tuple[QuantScheme | None, Interval | 
             found.append((run.loss(scheme), scheme))
     loss, scheme = min(found, key=lambda pair: pair[0].value, default=(None, None))
     return scheme, loss
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "700MB", "1.2 GB", "640MiB" or a plain number.
-
-    Raises:
-        InputError: something else.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise InputError(f"--max-size: expected a size such as 700MB or 1.2GB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])

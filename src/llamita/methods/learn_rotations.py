@@ -26,7 +26,7 @@ from llamita.methods.online import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Setup
 from llamita.methods.spinquant import RotationMatrices, rotated
-from llamita.resume import write_whole
+from llamita.resume import read_kept, write_whole
 from llamita.transformed import FloatSource
 
 _MOMENTUM = 0.9
@@ -85,11 +85,13 @@ def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _S
     state = _State(0, rotations, {name: torch.zeros_like(r) for name, r in rotations.items()})
     if setup.work is None or not (setup.work / _FILE).exists():
         return state
-    with np.load(setup.work / _FILE) as kept, torch.no_grad():
+    kept = read_kept(setup.work / _FILE, lambda path: dict(np.load(path)))
+    if kept is not None:
         state.step = int(kept["step"])
-        for name in rotations:
-            rotations[name].copy_(torch.from_numpy(kept[name]))
-            state.momenta[name].copy_(torch.from_numpy(kept[f"{name}.momentum"]))
+        with torch.no_grad():
+            for name in rotations:
+                rotations[name].copy_(torch.from_numpy(kept[name]))
+                state.momenta[name].copy_(torch.from_numpy(kept[f"{name}.momentum"]))
     return state
 
 

@@ -61,6 +61,8 @@ class SpinQuantSettings:
     weights: int = 32
 
     def __post_init__(self) -> None:
+        if self.rotations == "R4" and not self.online:
+            raise InputError("--no-online: expected R1 or R2 beside R4, which runs online, got R4 alone")
         if not self.names or self.names != tuple(name for name in NAMES if name in self.names):
             raise InputError(f"spinquant.rotations: expected some of R1,R2,R4, got {self.rotations!r}")
         for name, least in (("steps", 0), ("batch", 1), ("weights", 0)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llamita.files import flush_path
 from llamita.methods.setup import Setup
-from llamita.resume import partial_of, write_whole
+from llamita.resume import partial_of, read_kept, write_whole
 
 _FLOAT_BYTES = 4
 
@@ -39,11 +39,28 @@ class Store:
             self._directory = Path(self._temporary.name)
 
     def finished(self) -> int:
-        """Number of blocks that an earlier run has finished, the first ones."""
+        """Number of blocks that an earlier run has finished, the first ones; 0 if a file is damaged."""
+        if self._directory is None:
+            return 0
         count = 0
-        while self._directory is not None and self._file("block", count).exists():
+        while self._file("block", count).exists():
             count += 1
-        return count
+        blocks = [self._file("block", i) for i in range(count)]
+        streams = [self._file(kind, count) for kind in self._kinds if count]
+        whole = [read_kept(path, lambda path: dict(np.load(path))) is not None for path in blocks]
+        whole += [read_kept(path, self._mapped) is not None for path in streams]
+        if all(whole):
+            return count
+        for path in (*blocks, *streams):
+            path.unlink(missing_ok=True)
+        return 0
+
+    def _mapped(self, path: Path) -> np.ndarray:
+        """A stream of an earlier run, copied where it is written to, which nothing does."""
+        values = np.load(path, mmap_mode="c")
+        if values.shape != self._shape or values.dtype != np.float32:
+            raise ValueError(f"expected float32 {self._shape}, got {values.dtype} {values.shape}")
+        return values
 
     def new(self, kind: str, index: int) -> Tensor:
         """Room for the hidden states in front of block `index`."""
@@ -54,7 +71,7 @@ class Store:
 
     def load(self, kind: str, index: int) -> Tensor:
         """Hidden states that an earlier run kept."""
-        values = np.load(self._file(kind, index), mmap_mode="c")  # copied if written to, which nothing does
+        values = self._mapped(self._file(kind, index))
         if self.spills:
             return torch.from_numpy(values)
         return torch.empty(self._shape).copy_(torch.from_numpy(values))  # in memory aligned as ever

@@ -1,0 +1,75 @@
+"""What a stopped run has kept: used where it is whole, made anew where it is damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import run
+from tiny import make_checkpoint
+
+from llamita.resume import read_kept, write_whole
+
+pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
+FEW = ("--method", "qronos", "--samples", "4", "--length", "16", "--threads", "1")
+LEARNED = ("--method", "spinquant", "--set", "spinquant.steps=3", "--samples", "2", "--length", "16")
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, options: tuple[str, ...]) -> None:
+    """A run that is interrupted once everything but the files is done."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llamita.quantize._write_weights", stop)
+        assert run("quantize", source, "-o", out, *options) == 130
+
+
+def cut(path: Path) -> None:
+    """Lose the second half, as a full or failing disk may."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scramble(path: Path) -> None:
+    """Keep the size alone."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut, scramble, None])
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (FEW, ".out.work/block-0000.npz"),
+        (FEW, ".out.work/float-*.npy"),
+        (FEW, ".out.text.work/rows-000000.npy"),
+        (LEARNED, ".out.work/rotations.npz"),
+    ],
+)
+def test_damaged_work_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: tuple[str, ...], pattern: str,
+    damage: Callable[[Path], None] | None,
+) -> None:  # fmt: skip
+    source = make_checkpoint(tmp_path / "src")
+    assert run("quantize", source, "-o", tmp_path / "whole", *options) == 0
+    stopped(monkeypatch, source, tmp_path / "out", options)
+    assert "the same command goes on from here" in capsys.readouterr().err
+    (kept,) = tmp_path.glob(pattern)
+    if damage is not None:
+        damage(kept)
+    assert run("quantize", source, "-o", tmp_path / "out", *options) == 0
+    assert "goes on where it was" in capsys.readouterr().err
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_kept_file_is_read_or_gone(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    write_whole(path, lambda file: file.write(b"12"))
+    assert read_kept(path, lambda path: int(path.read_bytes())) == 12
+    path.write_bytes(b"1x")
+    assert read_kept(path, lambda path: int(path.read_bytes())) is None
+    assert not path.exists()
