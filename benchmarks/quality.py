@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE / "quality"), str(ROOT / "tools")]
 import tables  # noqa: E402
 from page import render  # noqa: E402
 from rows import GROUP_SIZES, LENGTH, REVISION, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK  # noqa: E402
-from stories import read_stories  # noqa: E402
+from stories import read_stories, write_stories  # noqa: E402
 
 from llamita.checkpoint import resolve  # noqa: E402
 
@@ -51,8 +51,7 @@ def make_twin(parts: set[str], out: Path) -> Path:
 def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], dict[str, Any]]]:
     """Every cell that was asked for: its key (twin, group size, row, seed) and what the worker is told."""
     scored = read_stories(args.text / "tinystories_valid.txt")[SCORED]
-    real = args.work / "stories.txt"
-    real.write_text(read_stories(args.text / "tinystories_train.txt"), "utf-8")
+    real = write_stories(args.text / "tinystories_train.txt", args.work / "stories.txt")
     sha256 = hashlib.sha256(real.read_bytes()).hexdigest()
     for seed in args.seeds:
         for group_size in args.groups:

@@ -115,11 +115,14 @@ def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None
             ("--preset", "llamita", "--no-online", "--set", "spinquant.steps=0"),
             "spinquant.steps=0: expected a setting of equalize",
         ),
-        (("--method", "rtn", "--calibration", "self"), "--calibration: expected with a method that looks at"),
-        (("--no-online",), "expected a method with spinquant, got rtn, of which nothing runs online"),
+        (
+            ("--method", "rtn", "--calibration", "self"),
+            "--calibration: expected a method that looks at activations, got rtn; try gptq",
+        ),
+        (("--no-online",), "expected a method with spinquant, got rtn; try without --no-online"),
         (
             ("--method", "spinquant", "--set", "spinquant.rotations=R4", "--no-online"),
-            "--no-online: expected R1 or R2 beside R4, which runs online",
+            "spinquant.rotations: expected R1 or R2 with --no-online, got R4 alone",
         ),
         (("--method", "gptq", "--max-size", "100000"), "--max-size: expected at least"),
         (("--method", "gptq", "--max-size", "3.6"), "expected a size such as 700MB or 1.2GB, got '3.6'"),
@@ -145,6 +148,41 @@ def test_tuning_takes_one_process_and_says_so_first(
         "expected a single process for tune, got 2; try --method equalize+spinquant+qronos --set "
         in one_line(capsys)
     )
+
+
+def test_the_way_out_of_several_processes_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What the message suggests is taken, up to where the processes would meet."""
+    source = make_checkpoint(tmp_path / "src")
+    options = ("--method", "spinquant+tune", "--no-online", "--set", "spinquant.steps=0")
+    with monkeypatch.context() as patch:
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+            patch.setenv(name, value)
+        assert run("quantize", source, "-o", tmp_path / "out", *options) == 2
+    suggested = one_line(capsys).partition("; try ")[2].split()
+    assert "--no-online" in suggested
+    assert run("quantize", source, "-o", tmp_path / "out", *suggested) == 0
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_a_size_without_a_rotation_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, dry_run: tuple[str, ...]
+) -> None:
+    monkeypatch.delattr("llamita.own_text.Writer")
+    source = make_checkpoint(tmp_path / "src", intermediate_size=1888, num_hidden_layers=1)
+    assert run("quantize", source, "-o", tmp_path / "out", "--preset", "llamita", *dry_run) == 2
+    assert "R4: Hadamard matrix of order 1888: none is known here; try --no-online" in one_line(capsys)
+
+
+def test_a_process_that_is_alone_tells_its_mistakes(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Whatever torchrun's variables say; of several on a machine the first tells them."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for world, rank, local, tells in (("", "1", "1", True), ("2", "x", "0", True), ("2", "1", "1", False)):
+        for name, value in {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": local}.items():
+            monkeypatch.setenv(name, value)
+        assert run("quantize", "nowhere", "-o", "out") == 2
+        assert bool(capsys.readouterr().err) == tells
 
 
 def test_an_input_that_cannot_be_factored_is_a_line(tmp_path: Path, text: Path, capsys: Any) -> None:
@@ -189,10 +227,15 @@ def test_the_card_of_a_calibrated_model_says_what_its_errors_mean(tmp_path: Path
     assert run("quantize", source, "-o", tmp_path / "measured", "--method", "gptq", *few) == 0
     assert run("quantize", source, "-o", tmp_path / "nearest") == 0
     measured, nearest = ((tmp_path / n / "README.md").read_text("utf-8") for n in ("measured", "nearest"))
-    assert "measured energy" in measured
-    assert "grow as the model gets better" in measured
+    assert "measured energy |" in measured
+    assert "can be larger although the model is better" in measured
     assert "measured energy" not in nearest
-    assert "grow as the model gets better" not in nearest
+    assert "can be larger although" not in nearest
+    tuned = {name: parse_chain(name).scales("weighted") for name in ("qronos+tune", "tune")}
+    assert all("tuned by descent" in text for text in tuned.values())
+    assert "measured" in tuned["qronos+tune"]
+    assert "expected" in tuned["tune"]
+    assert "torchao" in parse_chain("gptq").scales("torchao")
 
 
 @pytest.mark.parametrize("options", [(), ("--no-online",)])

@@ -8,20 +8,28 @@ import pytest
 from command import run
 from tiny import make_checkpoint
 
+from llamita.errors import RunError
 from llamita.resume import read_kept, write_whole
 
-pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
+calibrated = pytest.importorskip("llamita.methods.calibrated", reason="on the Torch side")
 FEW = ("--method", "qronos", "--samples", "4", "--length", "16", "--threads", "1")
 LEARNED = ("--method", "spinquant", "--set", "spinquant.steps=3", "--samples", "2", "--length", "16")
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, options: tuple[str, ...]) -> None:
-    """A run that is interrupted once everything but the files is done."""
+    """A run that is interrupted in its second block, or once rotations are learned."""
+    round_block = calibrated._round_block
+
+    def stop_second(run: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return round_block(run, index, *rest)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "_round_block", stop_second)
         patch.setattr("llamita.quantize._write_weights", stop)
         assert run("quantize", source, "-o", out, *options) == 130
 
@@ -36,13 +44,20 @@ def scramble(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("damage", [cut, scramble, None])
+def lose_a_page(path: Path) -> None:
+    """Zeros where numbers were: nothing about the file looks wrong."""
+    data = path.read_bytes()
+    middle = len(data) * 3 // 4
+    path.write_bytes(data[: middle - 64] + bytes(64) + data[middle:])
+
+
+@pytest.mark.parametrize("damage", [cut, scramble, lose_a_page, None])
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
         (FEW, ".out.work/block-0000.npz"),
         (FEW, ".out.work/float-*.npy"),
-        (FEW, ".out.text.work/rows-000000.npy"),
+        (FEW, ".out.text.work/rows-000000.npz"),
         (LEARNED, ".out.work/rotations.npz"),
     ],
 )
@@ -58,7 +73,7 @@ def test_damaged_work_is_done_again(
     if damage is not None:
         damage(kept)
     assert run("quantize", source, "-o", tmp_path / "out", *options) == 0
-    assert "goes on where it was" in capsys.readouterr().err
+    assert "left what it had finished" in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     for name in names:
@@ -73,3 +88,15 @@ def test_a_kept_file_is_read_or_gone(tmp_path: Path) -> None:
     path.write_bytes(b"1x")
     assert read_kept(path, lambda path: int(path.read_bytes())) is None
     assert not path.exists()
+
+
+def test_what_cannot_be_read_is_not_thrown_away(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    path.write_bytes(b"12")
+
+    def fail(path: Path) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.raises(RunError, match="Cannot allocate memory"):
+        read_kept(path, fail)
+    assert path.exists()

@@ -18,7 +18,8 @@ TWINS: dict[str, set[str]] = {
 FLOAT = "BF16"
 YARDSTICK = "torchao round to nearest"
 META = "spinquant + gptq"
-PRESET = "equalize + R4 + qronos + tuned scales: preset llamita"
+REAL_PRESET = "equalize + R4 + qronos + tuned scales"
+PRESET = "the same on own text: preset llamita"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ ROWS: dict[str, Row] = {
     "qronos": Row("qronos"),
     "R1": Row("spinquant", settings=_rotations("R1"), twins=("plain", "basis")),
     "R2": Row("spinquant", settings=_rotations("R2"), twins=("plain", "basis")),
-    "R4": Row("spinquant", settings=_rotations("R4"), twins=("plain", "basis")),
+    "R4": Row("spinquant", calibration="", settings=_rotations("R4"), twins=("plain", "basis")),
     "spinquant (R1 + R2 + R4)": Row("spinquant"),
     META: Row("spinquant+gptq", on_wikitext=True),
     "block tuning": Row("tune", twins=("plain", "both")),
@@ -77,8 +78,8 @@ ROWS: dict[str, Row] = {
     "R4 + qronos + tuned scales": Row(
         "spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE, twins=_PLAIN
     ),
-    PRESET: Row(_PRESET, settings=_PRESET_SETTINGS, on_wikitext=True),
-    f"{PRESET} (own text)": Row(_PRESET, calibration="self", settings=_PRESET_SETTINGS, twins=_PLAIN),
+    REAL_PRESET: Row(_PRESET, settings=_PRESET_SETTINGS, on_wikitext=True),
+    PRESET: Row(_PRESET, calibration="self", settings=_PRESET_SETTINGS, twins=_PLAIN),
     "spinquant + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_SCALES_ALONE),
     "equalize + spinquant + qronos + tuned scales": Row(
         "equalize+spinquant+qronos+tune", settings=_SCALES_ALONE, twins=("pairs", "both")

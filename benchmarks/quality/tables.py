@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from rows import FLOAT, META, ROWS, TWINS, YARDSTICK
+from rows import FLOAT, META, PRESET, REAL_PRESET, ROWS, TWINS, YARDSTICK
 
 from llamita.statistics import Interval, mean_interval, paired_difference
 
-STUDENT = 2.78  # 97.5th percentile of t with 4 degrees of freedom: two rows of three seeds each
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5th percentile of t, by degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ def ratio(values: np.ndarray, base: np.ndarray) -> Interval:
 def difference(cell: Cell, other: Cell) -> Interval:
     """Of the mean KL, paired by token; the interval heeds how seeds differ, where there are several."""
     tokens = paired_difference(cell.kl, other.kl)
-    variance = sum(np.var(c.seeds, ddof=1) / len(c.seeds) for c in (cell, other) if len(c.seeds) > 1)
-    spread = STUDENT * float(variance) ** 0.5
+    several = [c for c in (cell, other) if len(c.seeds) > 1]
+    variance = sum(np.var(c.seeds, ddof=1) / len(c.seeds) for c in several)
+    freedom = sum(len(c.seeds) - 1 for c in several)
+    spread = STUDENT[freedom] * float(variance) ** 0.5 if several else 0.0
     return Interval(
         tokens.value,
         tokens.value - np.hypot(tokens.value - tokens.low, spread),
@@ -104,13 +106,13 @@ def won_back(cells: Cells, twin: str, group_size: int, name: str) -> Interval | 
     return ratio(stressed - mended, stressed - plain)
 
 
-def against_meta(cells: Cells, twin: str, group_size: int) -> tuple[str, Interval] | None:
-    """The best row, and the difference of its KL to that of Meta's recipe; negative is better."""
+def against_meta(cells: Cells, twin: str, group_size: int) -> list[tuple[str, Interval]]:
+    """The best row and those of the preset, with the difference of their KL to that of Meta's recipe."""
     found = {name: cell for (t, g, name), cell in cells.items() if (t, g) == (twin, group_size)}
     if META not in found:
-        return None
-    best = _best(found)
-    return best, difference(found[best], found[META])
+        return []
+    names = dict.fromkeys([_best(found), *(name for name in (REAL_PRESET, PRESET) if name in found)])
+    return [(name, difference(found[name], found[META])) for name in names if name != META]
 
 
 def page(cells: Cells, heading: Callable[[str, int], str]) -> str:

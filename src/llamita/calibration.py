@@ -94,9 +94,9 @@ def _own_text(
     tokens = np.zeros(shape, dtype=np.int32)
     for start in mine[:: own_text.ROWS_AT_ONCE]:
         rows = range(start, min(start + own_text.ROWS_AT_ONCE, mine.stop))
-        kept = None if work is None else work / f"rows-{start:06}.npy"
+        kept = None if work is None else work / f"rows-{start:06}.npz"
         if kept is not None and kept.exists():
-            found = read_kept(kept, np.load)
+            found = read_kept(kept, lambda path: np.load(path)["ids"])  # its own checksum is checked
             if found is not None and found.shape == (len(rows), length):
                 tokens[rows.start : rows.stop] = found
                 continue
@@ -111,7 +111,7 @@ def _own_text(
 
         tokens[rows.start : rows.stop] = written = writer.write(rows, told)
         if kept is not None:
-            write_whole(kept, lambda file, written=written: np.save(file, written))
+            write_whole(kept, lambda file, written=written: np.savez(file, ids=written))
     return processes.all_sum(tokens)
 
 

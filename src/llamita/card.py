@@ -20,15 +20,9 @@ _VERSION = re.compile(r"(?i)\bllama[ _-]?(2|3(?:[._][123])?)(?![\d.]*\d)")
 _LICENCE_KEY = re.compile(
     r"^(license|license_name|license_link|language):[^\n]*(?:\n- [^\n]*)*$", re.MULTILINE
 )
-_RULES = {
-    "torchao": "the largest weight of the group over 7.5 (torchao's formula)",
-    "search": "least squared error among all bf16 values",
-    "weighted": "least squared error among all bf16 values, inputs weighted by their expected energy",
-}
-_MEASURED = "least squared error among all bf16 values, inputs weighted by their measured energy"
 _FARTHER = """
 The method moves weights away from the nearest code on purpose, to make up in one for what is lost in
-others: these errors grow as the model gets better.
+others: these errors can be larger although the model is better.
 """
 
 
@@ -36,8 +30,8 @@ others: these errors grow as the model gets better.
 class CardFacts:
     """What the card tells of a quantization; sizes in bytes, errors as Σ(w - ŵ)² / Σw².
 
-    `kinds` says how many layers are stored in which way, as `mixed.describe_kinds` has it; `is_measured`
-    whether the method rounds by what it has measured of activations.
+    `kinds` says how many layers are stored in which way, as `mixed.describe_kinds` has it, `scales` how
+    scales were chosen, `is_measured` whether the method rounds by what it has measured of activations.
     """
 
     source_name: str
@@ -45,6 +39,7 @@ class CardFacts:
     scheme: QuantScheme
     kinds: str
     method: str
+    scales: str
     is_measured: bool
     version: str
     source_bytes: int
@@ -60,8 +55,6 @@ def model_card(facts: CardFacts) -> str:
     embedding = tables[scheme.kind("model.embed_tokens").bits]
     others = f"| linear layers by kind | {facts.kinds} |\n" if scheme.layers else ""
     before, after = facts.source_bytes / 1e6, facts.tensor_bytes / 1e6
-    searched = scheme.scale_rule != "torchao"
-    rule = _MEASURED if facts.is_measured and searched else _RULES[scheme.scale_rule]
     worst = "\n".join(f"| {name} | {error:.2e} |" for name, error in facts.worst)
     return f"""{_front_matter(facts)}
 # {_display_name(facts.source_name)}, 4-bit ({scheme.name})
@@ -74,7 +67,7 @@ Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita
 | activations | int8, asymmetric, per token, at run time |
 {others}| embedding and head | {embedding} |
 | method | {facts.method} |
-| scales | {rule} |
+| scales | {facts.scales} |
 | size of the tensors | {after:,.1f} MB; {before:,.1f} MB before (-{1 - after / before:.0%}) |
 | relative squared error of the weights | {facts.relative_error:.3e} |
 

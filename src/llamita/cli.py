@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         console.print_error("interrupted")
         sys.exit(_INTERRUPTED)
     except LlamitaError as error:
-        if not isinstance(error, InputError) or _is_first():  # wrong input is wrong for all processes
+        if not isinstance(error, InputError) or _speaks():
             console.print_error(str(error))
         sys.exit(error.exit_code)
     except MemoryError:
@@ -71,9 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _is_first() -> bool:
-    """Whether this is the one process, or of those of torchrun the one that speaks."""
-    return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
+def _speaks() -> bool:
+    """Whether this process tells what is wrong with the input: of torchrun's on a machine, the first."""
+    try:
+        processes = import_module("llamita.processes")  # the native module with it: not for `--help`
+        return processes.world() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    except InputError:
+        return True
 
 
 def _make_app(arguments: list[str]) -> typer.Typer:

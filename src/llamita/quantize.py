@@ -126,10 +126,16 @@ def quantize(
 
 
 def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> str:
-    kinds, plan = describe_kinds(source.config, scheme), summary.plan
-    return model_card(CardFacts(shown, source.path, scheme, kinds, str(chain), chain.is_blockwise,
-                                __version__, plan.source_bytes, plan.tensor_bytes, summary.relative_error,
-                                summary.worst()))  # fmt: skip
+    plan = summary.plan
+    return model_card(
+        CardFacts(
+            source_name=shown, source_path=source.path, scheme=scheme, version=__version__,
+            kinds=describe_kinds(source.config, scheme), method=str(chain),
+            scales=chain.scales(scheme.scale_rule), is_measured=chain.is_blockwise,
+            source_bytes=plan.source_bytes, tensor_bytes=plan.tensor_bytes,
+            relative_error=summary.relative_error, worst=summary.worst(),
+        )
+    )  # fmt: skip
 
 
 def take_part(source: Checkpoint, scheme: QuantScheme, method: str, setup: Setup) -> None:

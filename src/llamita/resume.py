@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import IO, Any, TypeVar
 
 from llamita.errors import InputError, RunError
 
-_SETTINGS = "settings.json"
+_SETTINGS, _PARTIAL = "settings.json", ".partial"
 T = TypeVar("T")
 
 
@@ -45,7 +44,7 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
-            if not any(path.name != _SETTINGS for path in work.iterdir()):
+            if not _finished(work):
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
@@ -56,7 +55,11 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
 def has_kept_work(out: Path) -> bool:
     """Whether a run that was to make `out` has left something finished."""
     work = _work_of(out)
-    return work.is_dir() and any(path.name != _SETTINGS for path in work.iterdir())
+    return work.is_dir() and _finished(work)
+
+
+def _finished(work: Path) -> bool:
+    return any(path.name != _SETTINGS and path.suffix != _PARTIAL for path in work.iterdir())
 
 
 def _work_of(out: Path) -> Path:
@@ -77,7 +80,7 @@ def _prepare(work: Path, settings: str) -> None:
     known = work / _SETTINGS
     with suppress(OSError, UnicodeDecodeError):
         if known.read_text("utf-8") == settings:
-            for partial in work.glob("*.partial"):
+            for partial in work.glob(f"*{_PARTIAL}"):
                 partial.unlink()
             return
     for path in work.iterdir():
@@ -86,17 +89,23 @@ def _prepare(work: Path, settings: str) -> None:
 
 
 def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
-    """What `read` makes of a kept file; None, and the file is gone, where it is damaged, as by a bad disk."""
+    """What `read` makes of a kept file; None, and the file is gone, where it is none that llamita wrote.
+
+    Raises:
+        RunError: the file cannot be read, which says nothing about what is in it.
+    """
     try:
         return read(path)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}; try again") from None
+    except Exception:  # NumPy's readers fail in a dozen ways
         path.unlink(missing_ok=True)
         return None
 
 
 def partial_of(path: Path) -> Path:
     """What a file is called until it is whole."""
-    return path.with_name(f"{path.name}.partial")
+    return path.with_name(path.name + _PARTIAL)
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

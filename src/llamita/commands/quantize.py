@@ -1,6 +1,5 @@
 """`llamita quantize`: a checkpoint in, a packed directory out."""
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -15,7 +14,6 @@ from llamita.checkpoint import Checkpoint, resolve
 from llamita.commands.selection import (
     check_goal,
     choose,
-    judge,
     parse_goal,
     print_selection,
     selection_values,
@@ -23,20 +21,23 @@ from llamita.commands.selection import (
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has
+from llamita.methods.auto import Selection, finished_loss
 from llamita.methods.chain import (
     METHODS,
+    OFFLINE_METHODS,
     PRESET_METHODS,
     TRANSFORMS,
     TUNINGS,
     Chain,
     check,
+    check_sizes,
     parse_chain,
 )
 from llamita.methods.settings import check as check_settings
 from llamita.methods.settings import settable
 from llamita.methods.setup import Calibration, Progress, Setup, parse_settings
 from llamita.needs import estimate
-from llamita.packed import METADATA
+from llamita.packed import METADATA, open_source
 from llamita.plan import describe
 from llamita.quantize import Summary, quantize, take_part
 from llamita.resume import has_kept_work, kept_work
@@ -45,7 +46,6 @@ from llamita.sizes import Plan, plan_chain
 from llamita.staging import check_target
 from llamita.threads import use_threads
 
-_TEXT_MEMORY = 50  # bytes for each of a file that is tokenized, as measured
 _PRESETS = ", ".join(PRESETS)
 _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
 
@@ -130,9 +130,9 @@ def command(
         return _dry_run(src, scheme, chain, Setup(settings=chosen), (samples, length), keep_float or [], json)
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
-    check(chain, chosen)
     source, is_first = _open(src, out, overwrite), processes.rank() == 0
-    text = _text_choice(goal or chain.needs_calibration(chosen), calibration, samples, length, seed)
+    check(chain, chosen, source.config)
+    text = _text_choice(chain, chosen, goal is not None, calibration, (samples, length, seed))
     scheme = mixed.keep_float(source.config, scheme, keep_float or [])
     check_goal(source, scheme, goal, chain, chosen)
     with console.progress(quiet=json or not is_first) as progress, _kept_text(source, out, text) as work:
@@ -140,10 +140,10 @@ def command(
         scheme, setup, selection = choose(source, scheme, goal, chain, setup, progress)
         if not is_first:
             return take_part(source, scheme, str(chain), setup)
-        _announce(source, scheme, chain, setup, calibration)
+        _announce(source, scheme, chain, setup)
         with _going_on(out, chain, chosen):
             summary = quantize(source, src, out, scheme, str(chain), setup, overwrite, progress=progress)
-        selection = judge(selection, source, out, chain, setup.calibration)
+    selection = _judged(selection, source, out, chain, setup.calibration)
     source.close()
     _print_result(summary, source.config, scheme, chain, selection, json)
 
@@ -152,18 +152,17 @@ def _chain(
     preset: str, method: str | None, settings: list[str], no_online: bool
 ) -> tuple[Chain, dict[str, Any]]:
     """The chain that was asked for, or the preset's with what that sets, and its settings."""
-    named, chosen = (method, {}) if method else PRESET_METHODS.get(preset, ("rtn", {}))
+    if no_online and not method and preset in OFFLINE_METHODS:
+        methods, no_online = OFFLINE_METHODS, False
+    else:
+        methods = PRESET_METHODS
+    named, chosen = (method, {}) if method else methods.get(preset, ("rtn", {}))
     chain = parse_chain(named)
-    if no_online and not method and "spinquant" in chain.names:
-        # A preset rotates by R4 alone, which runs online: without that nothing of spinquant is left.
-        chain = replace(chain, transforms=tuple(name for name in chain.transforms if name != "spinquant"))
-        chosen = {name: value for name, value in chosen.items() if not name.startswith("spinquant.")}
-        no_online = False
     chosen = chosen | parse_settings(settings, settable(chain.names))
     if no_online:
         if "spinquant" not in chain.names:
             raise InputError(
-                f"--no-online: expected a method with spinquant, got {chain}, of which nothing runs online"
+                f"--no-online: expected a method with spinquant, got {chain}; try without --no-online"
             )
         chosen["spinquant.online"] = False
     check_settings(chain.names, chosen)
@@ -184,11 +183,13 @@ _TextChoice = tuple[str, int, int, int] | None  # calibration's name, samples, l
 
 
 def _text_choice(
-    is_needed: Any, calibration: str | None, samples: int, length: int, seed: int
-) -> _TextChoice:  # fmt: skip
-    if not is_needed and calibration is not None:
-        raise InputError("--calibration: expected with a method that looks at activations, got none of these")
-    return (calibration or SELF, samples, length, seed) if is_needed else None
+    chain: Chain, settings: dict[str, Any], has_goal: bool, name: str | None, rest: tuple[int, int, int]
+) -> _TextChoice:
+    """What to calibrate on, if anything does: name, then samples, length and seed."""
+    is_needed = has_goal or chain.needs_calibration(settings)
+    if not is_needed and name is not None:
+        raise InputError(f"--calibration: expected a method that looks at activations, got {chain}; try gptq")
+    return (name or SELF, *rest) if is_needed else None
 
 
 def _text(source: Checkpoint, text: _TextChoice, progress: Progress, work: Path | None) -> Calibration | None:
@@ -209,15 +210,23 @@ def _kept_text(source: Checkpoint, out: Path, text: _TextChoice) -> AbstractCont
 
 
 def _announce(
-    source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup, text: str | None
+    source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup
 ) -> None:  # fmt: skip
-    """What will be needed, where it is more than moments and little memory; `text` is calibrated on."""
+    """What will be needed, where it is more than moments and little memory."""
     if setup.calibration is not None and chain.needs_calibration(setup.settings):
         plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, chain, setup.settings)
         samples, length = setup.calibration.tokens.shape
         seconds, memory = estimate(plan, scheme, source.config, chain, setup, samples, length)
-        memory += _TEXT_MEMORY * (os.path.getsize(text) if text and os.path.isfile(text) else 0)
         console.note(f"{chain}: about {seconds:,.0f} s and {console.megabytes(memory)} of memory to expect")
+
+
+def _judged(
+    selection: Selection | None, source: Checkpoint, out: Path, chain: Chain, calibration: Calibration | None
+) -> Selection | None:
+    """With what the finished model loses, where it was not rounded to nearest as the choice assumed."""
+    if selection is None or calibration is None or chain.names == ("rtn",):
+        return selection
+    return replace(selection, finished=finished_loss(source, open_source(out), calibration.tokens))
 
 
 def _print_result(
@@ -235,7 +244,7 @@ def _going_on(out: Path, chain: Chain, settings: dict[str, Any]) -> Iterator[Non
     """Say that a run that was stopped is gone on with, and of one that is being stopped, that it can be."""
     keeps = chain.needs_calibration(settings) and processes.world() == 1
     if keeps and has_kept_work(out):
-        console.note(f"{out}: an earlier run was stopped; goes on where it was, if it was the same")
+        console.note(f"{out}: an earlier run left what it had finished; used if that was this very command")
     try:
         yield
     except KeyboardInterrupt:
@@ -253,6 +262,7 @@ def _dry_run(
     scheme = mixed.keep_float(model.config, scheme, patterns)
     if model.scheme is not None:
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
+    check_sizes(chain, setup.settings, model.config)
     plan = plan_chain(model.config, scheme, model.float_dtype, chain, setup.settings)
     seconds, memory = estimate(plan, scheme, model.config, chain, setup, *text)
     if json:

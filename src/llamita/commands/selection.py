@@ -2,31 +2,26 @@
 
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from llamita import console
 from llamita.checkpoint import Checkpoint
 from llamita.config import ModelConfig
-from llamita.engine.weights import load_weights
 from llamita.errors import InputError
 from llamita.methods.auto import (
     Goal,
-    Meter,
     Selection,
     check_size,
     select,
     size_bounds,
-    stride_of,
 )
 from llamita.methods.chain import Chain
 from llamita.methods.setup import Calibration, Progress, Setup
 from llamita.mixed import describe_kinds
-from llamita.packed import open_source
 from llamita.quantize import RoundedSource
 from llamita.scheme import QuantScheme
 from llamita.sizes import plan_chain
-from llamita.statistics import Interval, mean_interval
+from llamita.statistics import Interval
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
@@ -82,7 +77,7 @@ def choose(
 
     added = _added_bytes(source, scheme, chain, setup.settings)
     selection = select(source, scheme, setup.calibration.tokens, goal, progress, rounding, added)
-    record = _record(goal, selection, setup.calibration, chain)
+    record = _record(goal, selection, setup.calibration)
     return selection.scheme, replace(setup, settings=setup.settings | record), selection
 
 
@@ -108,21 +103,6 @@ def _added_bytes(source: Checkpoint, scheme: QuantScheme, chain: Chain, settings
     return changed.file_bytes - plain.file_bytes
 
 
-def judge(
-    selection: Selection | None, source: Checkpoint, out: Path, chain: Chain, calibration: Calibration | None
-) -> Selection | None:
-    """With the loss of the model in `out`, where it was not rounded to nearest, as the choice was judged."""
-    if selection is None or calibration is None or chain.names == ("rtn",):
-        return selection
-    stride = stride_of(source, calibration.tokens)
-    meter = Meter(source, calibration.tokens[1 if stride > 1 else 0 :: stride])
-    finished = open_source(out)
-    try:
-        return replace(selection, finished=mean_interval(meter.divergence(load_weights(finished))))
-    finally:
-        finished.close()
-
-
 def print_selection(config: ModelConfig, selection: Selection | None) -> None:
     """The kind of every layer, a block a row; then what was expected and what came."""
     if selection is None:
@@ -142,10 +122,12 @@ def print_selection(config: ModelConfig, selection: Selection | None) -> None:
         ["weight files", console.megabytes(selection.file_bytes)],
         ["loss predicted", f"{selection.predicted:.5f}"],
         ["loss measured, rounded to nearest", _text(selection.measured)],
-        *([["loss of the finished model", _text(selection.finished)]] if selection.finished else []),
     ]
+    if selection.finished:  # flattered a little: the method has seen this text
+        rows.append(["loss of the finished model, on its calibration text", _text(selection.finished)])
     if uniform and selection.uniform_loss:
-        rows.append([f"groups of {uniform.group_size} alone lose", _text(selection.uniform_loss)])
+        name = f"groups of {uniform.group_size} alone, rounded to nearest"
+        rows.append([name, _text(selection.uniform_loss)])
     console.print_table("loss: KL divergence from the float model, nats a token", ["what", "figure"], rows)
 
 
@@ -164,9 +146,8 @@ def selection_values(selection: Selection | None) -> dict[str, Any]:
     return {"selection": asdict(selection) | schemes}
 
 
-def _record(goal: Goal, selection: Selection, calibration: Calibration, chain: Chain) -> dict[str, Any]:
+def _record(goal: Goal, selection: Selection, calibration: Calibration) -> dict[str, Any]:
     """What llamita.json records of the choice; what was measured is the loss of round to nearest."""
     asked = {f"auto.{key}": value for key, value in asdict(goal).items() if value is not None}
-    measured = "auto.measured_loss" if chain.names == ("rtn",) else "auto.measured_loss_rounded_to_nearest"
-    losses = {"auto.predicted_loss": selection.predicted, measured: selection.measured.value}
-    return asked | losses | {"auto.calibration": calibration.record()}
+    losses = {"auto.predicted_loss": selection.predicted, "auto.measured_loss": selection.measured.value}
+    return asked | losses | {"auto.measured_method": "rtn", "auto.calibration": calibration.record()}

@@ -108,7 +108,7 @@ def select(
     Raises:
         InputError: no scheme of the kinds known is so small, or loses so little.
     """
-    stride = stride_of(source, tokens)
+    stride = _stride(source, tokens)
     least_size, overhead = size_bounds(source, scheme)
     meter = Meter(source, tokens[::stride])
     run = _Run(source, scheme, meter, least_size + added, overhead + added, added)
@@ -138,10 +138,17 @@ def check_size(size: int, least: int) -> None:
         )
 
 
-def stride_of(source: ModelSource, tokens: np.ndarray) -> int:
+def _stride(source: ModelSource, tokens: np.ndarray) -> int:
     """Of how many samples one is measured, so that time and memory stay bounded."""
     counted = _REFERENCE_BYTES // (4 * source.config.vocab_size)
     return -(-tokens.size // min(_MOST_TOKENS, _TOKENS_EACH * counted))
+
+
+def finished_loss(source: Checkpoint, finished: ModelSource, tokens: np.ndarray) -> Interval:
+    """What a finished model loses on the samples on which a choice is judged."""
+    stride = _stride(source, tokens)
+    meter = Meter(source, tokens[1 if stride > 1 else 0 :: stride])
+    return mean_interval(meter.divergence(load_weights(finished)))
 
 
 @dataclass

@@ -160,7 +160,7 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
     config, rotations = llama_config(source.config), getattr(source, "rotations", None)
     online = None if rotations is None else online_transform(rotations)
     rotary = rotary_tables(config, tokens.shape[1])
-    first = store.finished()
+    first = store.finished(count)
     if first == count:
         return store
     if first:

@@ -37,6 +37,17 @@ TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated
 PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
 }
+_RULES = {
+    "torchao": "the largest weight of the group over 7.5 (torchao's formula)",
+    "search": "least squared error among all bf16 values",
+    "weighted": "least squared error among all bf16 values, inputs weighted by their expected energy",
+}
+_MEASURED = "least squared error among all bf16 values, inputs weighted by their measured energy"
+_TUNED = "; then tuned by descent on each block's output"
+# The same where nothing may run online.
+OFFLINE_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llamita": ("equalize+qronos+tune", {"tune.rate": 0})
+}
 LEARNER = "llamita.methods.spinquant:learner"  # gives what learns rotations, or says what that needs
 CALIBRATED = "llamita.methods.calibrated:begin"
 _NEED_NO_TEXT = ("rtn", "equalize")
@@ -76,6 +87,11 @@ class Chain:
         """Whether some method, so set, looks at activations."""
         return self.is_blockwise or self.learns(settings)
 
+    def scales(self, rule: str) -> str:
+        """How scales come about by this rule, for people."""
+        measures = rule != "torchao" and self.rounding != "rtn"
+        return (_MEASURED if measures else _RULES[rule]) + (_TUNED if self.tuning else "")
+
     def shape(self, config: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig, str | None]:
         """The configuration after the transforms, and the dtype of the matrix before the head, if any."""
         return self._rotations(settings).shape(config) if "spinquant" in self.transforms else (config, None)
@@ -110,16 +126,28 @@ def parse_chain(text: str) -> Chain:
     return Chain(tuple(name for name in names if name in TRANSFORMS), rounding, tuning)
 
 
-def check(chain: Chain, settings: dict[str, Any]) -> None:
-    """See that the chain can run here before any work is done: settings, packages, processes.
+def check_sizes(chain: Chain, settings: dict[str, Any], config: ModelConfig) -> None:
+    """Raise InputError for a size of the model that a rotation of the chain has no matrix for."""
+    if "spinquant" in chain.transforms:
+        settings_of(SpinQuantSettings, "spinquant", settings).sizes(config)
+
+
+def check(chain: Chain, settings: dict[str, Any], config: ModelConfig) -> None:
+    """See that the chain can run here before any work is done: settings, sizes, packages, processes.
 
     Raises:
-        InputError: a setting that is none, or several processes where a method takes one.
+        InputError: a setting that is none, a size that cannot be rotated, or several processes where a
+            method takes one.
         RunError: a package of the Torch side is missing.
     """
     check_settings(chain.names, settings)
+    check_sizes(chain, settings, config)
     if chain.tuning and processes.world() > 1:
-        kept = [f" --set {k}={v}" for k, v in settings.items() if k.split(".")[0] != chain.tuning]
+        kept = [
+            " --no-online" if (name, value) == ("spinquant.online", False) else f" --set {name}={value}"
+            for name, value in settings.items()
+            if name.split(".")[0] != chain.tuning
+        ]
         raise InputError(
             f"--method {chain}: expected a single process for {chain.tuning}, got {processes.world()}; "
             f"try --method {replace(chain, tuning=None)}{''.join(kept)}"

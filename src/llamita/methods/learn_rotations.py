@@ -85,7 +85,8 @@ def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _S
     state = _State(0, rotations, {name: torch.zeros_like(r) for name, r in rotations.items()})
     if setup.work is None or not (setup.work / _FILE).exists():
         return state
-    kept = read_kept(setup.work / _FILE, lambda path: dict(np.load(path)))
+    names = ["step", *rotations, *(f"{name}.momentum" for name in rotations)]
+    kept = read_kept(setup.work / _FILE, lambda path: {name: np.load(path)[name] for name in names})
     if kept is not None:
         state.step = int(kept["step"])
         with torch.no_grad():

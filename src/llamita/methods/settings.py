@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from llamita.config import ModelConfig
 from llamita.errors import InputError
+from llamita.hadamard import factor
 from llamita.rotations import NAMES
 
 Numbers = dict[str, float]
@@ -61,8 +62,10 @@ class SpinQuantSettings:
     weights: int = 32
 
     def __post_init__(self) -> None:
-        if self.rotations == "R4" and not self.online:
-            raise InputError("--no-online: expected R1 or R2 beside R4, which runs online, got R4 alone")
+        if not self.online and not self.names and replace(self, online=True).names == ("R4",):
+            raise InputError(
+                "spinquant.rotations: expected R1 or R2 with --no-online, got R4 alone, which runs online"
+            )
         if not self.names or self.names != tuple(name for name in NAMES if name in self.names):
             raise InputError(f"spinquant.rotations: expected some of R1,R2,R4, got {self.rotations!r}")
         for name, least in (("steps", 0), ("batch", 1), ("weights", 0)):
@@ -85,6 +88,21 @@ class SpinQuantSettings:
             return ()
         names = tuple(name.strip() for name in self.rotations.split(","))
         return tuple(name for name in names if self.online or name != "R4")
+
+    def sizes(self, config: ModelConfig) -> dict[str, int]:
+        """The size of every rotation in use.
+
+        Raises:
+            InputError: there is no Hadamard matrix of that size.
+        """
+        sizes = {"R1": config.hidden_size, "R2": config.head_dim, "R4": config.intermediate_size}
+        for name in self.names:
+            try:
+                factor(sizes[name])
+            except InputError as error:
+                hint = "try --no-online" if name == "R4" else "try --set spinquant.rotations without it"
+                raise InputError(f"spinquant: {name}: {str(error).partition(';')[0]}; {hint}") from None
+        return {name: sizes[name] for name in self.names}
 
     @property
     def learns(self) -> bool:

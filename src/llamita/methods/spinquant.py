@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.hadamard import factor, fast_hadamard, hadamard_matrix
+from llamita.hadamard import fast_hadamard, hadamard_matrix
 from llamita.methods.settings import SpinQuantSettings, settings_of
 from llamita.methods.setup import Setup
 from llamita.optional import load_optional
@@ -79,15 +79,10 @@ def random_rotations(source: FloatSource, settings: SpinQuantSettings, seed: int
     def draw(size: int) -> F64:
         return rng.choice([-1.0, 1.0], size)[:, None] * hadamard_matrix(size)
 
-    sizes = {"R1": config.hidden_size, "R2": config.head_dim, "R4": config.intermediate_size}
-    for name in settings.names:
-        try:
-            factor(sizes[name])
-        except InputError as error:
-            raise InputError(f"spinquant: {name}: {error}") from None
+    sizes = settings.sizes(config)
     r1 = draw(sizes["R1"]) if "R1" in settings.names else None
     r2 = np.stack([draw(sizes["R2"]) for _ in range(config.layers)]) if "R2" in settings.names else None
-    return RotationMatrices(r1, r2, sizes["R4"] if "R4" in settings.names else None)
+    return RotationMatrices(r1, r2, sizes.get("R4"))
 
 
 def rotated(source: FloatSource, matrices: RotationMatrices, online: bool = True) -> TransformedSource:

@@ -6,6 +6,7 @@ Files of a work directory: `float-N.npy` and `quantized-N.npy`, the streams in f
 """
 
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from llamita.methods.setup import Setup
 from llamita.resume import partial_of, read_kept, write_whole
 
 _FLOAT_BYTES = 4
+_SUMS = "streams.crc32"  # in a block's file: a damaged stream would give other codes, unseen
 
 
 class Store:
@@ -38,20 +40,22 @@ class Store:
             self._temporary = tempfile.TemporaryDirectory(prefix="llamita-")
             self._directory = Path(self._temporary.name)
 
-    def finished(self) -> int:
-        """Number of blocks that an earlier run has finished, the first ones; 0 if a file is damaged."""
+    def finished(self, blocks: int) -> int:
+        """Number of blocks, of so many, that an earlier run has finished, the first ones.
+
+        None where a file is damaged: the streams behind earlier blocks are gone, so all begins anew.
+        """
         if self._directory is None:
             return 0
-        count = 0
-        while self._file("block", count).exists():
-            count += 1
-        blocks = [self._file("block", i) for i in range(count)]
-        streams = [self._file(kind, count) for kind in self._kinds if count]
-        whole = [read_kept(path, lambda path: dict(np.load(path))) is not None for path in blocks]
-        whole += [read_kept(path, self._mapped) is not None for path in streams]
-        if all(whole):
+        files = [self._file("block", i) for i in range(blocks)]
+        count = next((i for i, path in enumerate(files) if not path.exists()), blocks)
+        kept = [read_kept(path, _checksums) for path in files[:count]]
+        streams = [self._file(kind, count) for kind in self._kinds if 0 < count < blocks]
+        found = {path: read_kept(path, lambda path: zlib.crc32(self._mapped(path).data)) for path in streams}
+        wanted = dict(zip(streams, kept[-1] or (), strict=False)) if streams else {}
+        if all(sums is not None for sums in kept) and found == wanted:
             return count
-        for path in (*blocks, *streams):
+        for path in (*files[:count], *streams):
             path.unlink(missing_ok=True)
         return 0
 
@@ -91,6 +95,7 @@ class Store:
             else:
                 write_whole(path, lambda file, values=values: np.save(file, values.numpy()))
         arrays = {f"{name}.{i}": array for name, pair in layers.items() for i, array in enumerate(pair)}
+        arrays[_SUMS] = np.array([zlib.crc32(after[kind].numpy().data) for kind in self._kinds], np.uint32)
         write_whole(self._file("block", index), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
         for kind in after:
             before = self._file(kind, index)
@@ -107,3 +112,9 @@ class Store:
     def _file(self, kind: str, index: int) -> Path:
         assert self._directory is not None
         return self._directory / f"{kind}-{index:04}.{'npz' if kind == 'block' else 'npy'}"
+
+
+def _checksums(path: Path) -> list[int]:
+    """Those of the streams behind a block, in their order; reading all of the file checks its own."""
+    with np.load(path) as arrays:
+        return [int(x) for x in {name: arrays[name] for name in arrays.files}[_SUMS]]
