@@ -72,12 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _speaks() -> bool:
-    """Whether this process tells what is wrong with the input: of torchrun's on a machine, the first."""
-    try:
-        processes = import_module("llamita.processes")  # the native module with it: not for `--help`
-        return processes.world() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-    except InputError:
-        return True
+    """Whether this process tells what is wrong with the input: of torchrun's on a machine, the first.
+
+    Here rather than by `processes`, whose native module may be what could not be loaded.
+    """
+    is_alone = "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    return is_alone or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _make_app(arguments: list[str]) -> typer.Typer:
