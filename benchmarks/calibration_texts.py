@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from stories import read_stories
+from stories import SCORED, read_stories
 
 from llamita.calibration import draw_windows, load_calibration
 from llamita.checkpoint import Checkpoint, resolve
@@ -25,7 +25,6 @@ from llamita.statistics import mean_interval
 from llamita.tokenizer import Tokenizer
 
 LENGTH = 512  # tokens of a window
-SCORED = slice(60_000, 120_000)  # characters of stories: the first 60,000 have served to choose defaults
 LAST = 60_000  # characters of books
 Windows = dict[str, np.ndarray]  # by the text's name: (samples, LENGTH)
 

@@ -28,11 +28,9 @@ sys.path[:0] = [str(HERE / "quality"), str(ROOT / "tools")]
 import tables  # noqa: E402
 from page import render  # noqa: E402
 from rows import GROUP_SIZES, LENGTH, REVISION, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK  # noqa: E402
-from stories import read_stories, write_stories  # noqa: E402
+from stories import SCORED, read_stories, write_stories  # noqa: E402
 
 from llamita.checkpoint import resolve  # noqa: E402
-
-SCORED = slice(60_000, 120_000)  # characters; the first 60,000 have served to choose defaults
 
 
 def make_twin(parts: set[str], out: Path) -> Path:

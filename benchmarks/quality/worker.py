@@ -33,9 +33,9 @@ from llamita.wikitext import read as read_wikitext
 
 def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:
     """What the chain begins with."""
-    if not job["calibration"]:
-        return Setup(seed=job["seed"], settings=job["settings"])
-    text = load_calibration(job["calibration"], source, job["samples"], job["length"], job["seed"])
+    text = None
+    if job["calibration"]:
+        text = load_calibration(job["calibration"], source, job["samples"], job["length"], job["seed"])
     return Setup(text, job["seed"], settings=job["settings"])
 
 

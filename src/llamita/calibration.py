@@ -19,7 +19,7 @@ from llamita.files import parse_json
 from llamita.methods.setup import Calibration
 from llamita.optional import load_optional
 from llamita.quantize import RoundedSource
-from llamita.resume import read_kept, write_whole
+from llamita.resume import kept_arrays, write_whole
 from llamita.scheme import make_scheme
 from llamita.tokenizer import Tokenizer
 
@@ -96,9 +96,9 @@ def _own_text(
         rows = range(start, min(start + own_text.ROWS_AT_ONCE, mine.stop))
         kept = None if work is None else work / f"rows-{start:06}.npz"
         if kept is not None and kept.exists():
-            found = read_kept(kept, lambda path: np.load(path)["ids"])  # its own checksum is checked
-            if found is not None and found.shape == (len(rows), length):
-                tokens[rows.start : rows.stop] = found
+            found = kept_arrays(kept, ["ids"])
+            if found is not None and found["ids"].shape == (len(rows), length):
+                tokens[rows.start : rows.stop] = found["ids"]
                 continue
         if writer is None:
             model = source if name == SELF else RoundedSource(source, make_scheme(_FAST_SCHEME))

@@ -8,10 +8,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
+
+import numpy as np
 
 from llamita.errors import InputError, RunError
 
@@ -101,6 +103,17 @@ def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
     except Exception:  # NumPy's readers fail in a dozen ways
         path.unlink(missing_ok=True)
         return None
+
+
+def kept_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+    """These arrays of a kept .npz file, all of which is read, so that its checksums are checked; or None."""
+
+    def read(path: Path) -> dict[str, np.ndarray]:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        return {name: arrays[name] for name in names}
+
+    return read_kept(path, read)
 
 
 def partial_of(path: Path) -> Path:

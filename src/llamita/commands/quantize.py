@@ -209,9 +209,7 @@ def _kept_text(source: Checkpoint, out: Path, text: _TextChoice) -> AbstractCont
     return kept_work(out.with_name(f"{out.name}.text"), known)
 
 
-def _announce(
-    source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup
-) -> None:  # fmt: skip
+def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setup) -> None:
     """What will be needed, where it is more than moments and little memory."""
     if setup.calibration is not None and chain.needs_calibration(setup.settings):
         plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, chain, setup.settings)
@@ -226,7 +224,11 @@ def _judged(
     """With what the finished model loses, where it was not rounded to nearest as the choice assumed."""
     if selection is None or calibration is None or chain.names == ("rtn",):
         return selection
-    return replace(selection, finished=finished_loss(source, open_source(out), calibration.tokens))
+    finished = open_source(out)
+    try:
+        return replace(selection, finished=finished_loss(source, finished, calibration.tokens))
+    finally:
+        finished.close()
 
 
 def _print_result(

@@ -14,7 +14,6 @@ from llamita import processes
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.methods.settings import SpinQuantSettings, settings_of
-from llamita.methods.settings import check as check_settings
 from llamita.methods.setup import Setup
 from llamita.optional import load_optional
 from llamita.scheme import QuantScheme
@@ -37,6 +36,9 @@ TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated
 PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
 }
+OFFLINE_METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # the same where nothing may run online
+    "llamita": ("equalize+qronos+tune", {"tune.rate": 0}),
+}
 _RULES = {
     "torchao": "the largest weight of the group over 7.5 (torchao's formula)",
     "search": "least squared error among all bf16 values",
@@ -44,10 +46,6 @@ _RULES = {
 }
 _MEASURED = "least squared error among all bf16 values, inputs weighted by their measured energy"
 _TUNED = "; then tuned by descent on each block's output"
-# The same where nothing may run online.
-OFFLINE_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llamita": ("equalize+qronos+tune", {"tune.rate": 0})
-}
 LEARNER = "llamita.methods.spinquant:learner"  # gives what learns rotations, or says what that needs
 CALIBRATED = "llamita.methods.calibrated:begin"
 _NEED_NO_TEXT = ("rtn", "equalize")
@@ -133,14 +131,15 @@ def check_sizes(chain: Chain, settings: dict[str, Any], config: ModelConfig) -> 
 
 
 def check(chain: Chain, settings: dict[str, Any], config: ModelConfig) -> None:
-    """See that the chain can run here before any work is done: settings, sizes, packages, processes.
+    """See that the chain can run here before any work is done: sizes, packages, processes.
+
+    Args:
+        settings: as `settings.check` has passed them.
 
     Raises:
-        InputError: a setting that is none, a size that cannot be rotated, or several processes where a
-            method takes one.
+        InputError: a size that cannot be rotated, or several processes where a method takes one.
         RunError: a package of the Torch side is missing.
     """
-    check_settings(chain.names, settings)
     check_sizes(chain, settings, config)
     if chain.tuning and processes.world() > 1:
         kept = [

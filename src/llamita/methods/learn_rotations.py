@@ -26,7 +26,7 @@ from llamita.methods.online import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Setup
 from llamita.methods.spinquant import RotationMatrices, rotated
-from llamita.resume import read_kept, write_whole
+from llamita.resume import kept_arrays, write_whole
 from llamita.transformed import FloatSource
 
 _MOMENTUM = 0.9
@@ -86,7 +86,7 @@ def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _S
     if setup.work is None or not (setup.work / _FILE).exists():
         return state
     names = ["step", *rotations, *(f"{name}.momentum" for name in rotations)]
-    kept = read_kept(setup.work / _FILE, lambda path: {name: np.load(path)[name] for name in names})
+    kept = kept_arrays(setup.work / _FILE, names)
     if kept is not None:
         state.step = int(kept["step"])
         with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamita.files import flush_path
 from llamita.methods.setup import Setup
-from llamita.resume import partial_of, read_kept, write_whole
+from llamita.resume import kept_arrays, partial_of, read_kept, write_whole
 
 _FLOAT_BYTES = 4
 _SUMS = "streams.crc32"  # in a block's file: a damaged stream would give other codes, unseen
@@ -43,17 +43,17 @@ class Store:
     def finished(self, blocks: int) -> int:
         """Number of blocks, of so many, that an earlier run has finished, the first ones.
 
-        None where a file is damaged: the streams behind earlier blocks are gone, so all begins anew.
+        Where a file is damaged all begins anew, with 0: the streams behind earlier blocks are gone.
         """
         if self._directory is None:
             return 0
         files = [self._file("block", i) for i in range(blocks)]
         count = next((i for i, path in enumerate(files) if not path.exists()), blocks)
-        kept = [read_kept(path, _checksums) for path in files[:count]]
+        kept = [kept_arrays(path, [_SUMS]) for path in files[:count]]
         streams = [self._file(kind, count) for kind in self._kinds if 0 < count < blocks]
-        found = {path: read_kept(path, lambda path: zlib.crc32(self._mapped(path).data)) for path in streams}
-        wanted = dict(zip(streams, kept[-1] or (), strict=False)) if streams else {}
-        if all(sums is not None for sums in kept) and found == wanted:
+        found = [read_kept(path, lambda path: zlib.crc32(self._mapped(path).data)) for path in streams]
+        last = kept[-1][_SUMS].tolist() if streams and kept[-1] else []
+        if None not in kept and found == last:
             return count
         for path in (*files[:count], *streams):
             path.unlink(missing_ok=True)
@@ -112,9 +112,3 @@ class Store:
     def _file(self, kind: str, index: int) -> Path:
         assert self._directory is not None
         return self._directory / f"{kind}-{index:04}.{'npz' if kind == 'block' else 'npy'}"
-
-
-def _checksums(path: Path) -> list[int]:
-    """Those of the streams behind a block, in their order; reading all of the file checks its own."""
-    with np.load(path) as arrays:
-        return [int(x) for x in {name: arrays[name] for name in arrays.files}[_SUMS]]
