@@ -134,6 +134,10 @@ class Worker:
 
     def _pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        if self.process.returncode is not None:  # it has ended already
+            return
+        # A signal takes a moment: until it has stopped, or ended, it would run beside the next one.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def start(workdir: Path, name: str, variant: str, threads: int) -> Worker:
