@@ -275,6 +275,26 @@ def test_learning_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.M
 def test_the_online_transform_is_that_of_the_format(size: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, size)).astype(np.float32)
     np.testing.assert_allclose(hadamard_transform(torch.from_numpy(x)).numpy(), fast_hadamard(x), atol=2e-6)
+    exact = x.astype(np.float64)
+    found = hadamard_transform(torch.from_numpy(exact))  # float64 is left to Torch
+    np.testing.assert_allclose(found.numpy(), fast_hadamard(exact), atol=1e-12)
+    rounded = hadamard_transform(torch.from_numpy(x).bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    np.testing.assert_allclose(rounded.float().numpy(), fast_hadamard(x), atol=0.05)
+
+
+@pytest.mark.parametrize("size", [64, 192, 688])
+def test_gradients_pass_the_online_transform(size: int) -> None:
+    """Hᵀ·g / √n, as Torch finds it in float64 from the sums themselves."""
+    random = np.random.default_rng(0)
+    x = torch.from_numpy(random.standard_normal((2, 3, size)).astype(np.float32)).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    weights = torch.from_numpy(random.standard_normal((2, 3, size)).astype(np.float32))
+    (hadamard_transform(x) * weights).sum().backward()
+    (hadamard_transform(exact) * weights.double()).sum().backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    np.testing.assert_allclose(x.grad.numpy(), exact.grad.numpy(), atol=2e-6)
 
 
 def test_rotations_of_the_embedded_model_keep_its_logits() -> None:
