@@ -16,7 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "random_weights", "mixed", "transformed"),
     # 3: how codes and scales are chosen
     ("methods.settings", "methods.setup", "methods.chain", "methods.rtn", "methods.energy",
-     "methods.fakequant", "methods.blocks", "methods.streams", "methods.calibrated", "methods.gptq",
+     "methods.fakequant", "methods.trained", "methods.blocks",
+     "methods.streams", "methods.calibrated", "methods.gptq",
      "methods.qronos", "methods.ranks", "methods.online", "methods.equalize",
      "methods.spinquant", "methods.learn_rotations", "methods.tune"),
     # 4: the pipeline; the forward pass
@@ -26,11 +27,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 5: questions about models
     ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report",
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
-     "plot", "own_text", "needs", "methods.auto"),
+     "plot", "own_text", "needs", "methods.auto",
+     "train.records", "train.tasks", "train.examples", "train.recipe", "train.data", "train.fake_quant",
+     "train.prepare", "train.objective", "train.trainer", "train.finetune", "train.save", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
-     "commands.selection"),
+     "commands.selection", "commands.finetune"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip
@@ -87,15 +90,27 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "methods.learn_rotations": ("methods.blocks", "methods.online", "methods.ranks", "methods.settings",
      "methods.setup", "methods.spinquant"),
     "methods.tune": ("methods.blocks", "methods.calibrated", "methods.settings", "methods.setup"),
+    "methods.trained": ("methods.energy", "methods.rtn"),
+    "train.tasks": ("train.records",),
+    "train.examples": ("train.tasks",),
+    "train.prepare": ("train.fake_quant",),
+    "train.objective": ("train.examples",),
+    "train.trainer": ("train.examples", "train.fake_quant", "train.objective", "train.recipe"),
+    "train.save": ("train.fake_quant",),
+    "train.data": ("train.examples", "train.recipe", "train.records", "train.tasks"),
+    "train.run": ("train.data", "train.finetune", "train.recipe", "train.save"),
+    "train.finetune": ("train.examples", "train.fake_quant", "train.prepare", "train.recipe",
+     "train.trainer"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
-LEAN = ("numpy", "tokenizers", "jinja2", "typer", "rich", "huggingface_hub")
+LEAN = ("numpy", "tokenizers", "jinja2", "typer", "rich", "huggingface_hub", "yaml")
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "tokenizers": ("tokenizer",),
     "jinja2": ("chat",),
     "huggingface_hub": ("hub",),
     "rich": ("console",),
+    "yaml": ("train.recipe",),
     "matplotlib": ("plot",),
 }
 TORCH_SIDE = {
@@ -111,6 +126,13 @@ TORCH_SIDE = {
     "methods.online": ("torch",),
     "methods.learn_rotations": ("torch", "accelerate"),
     "methods.tune": ("torch",),
+    "train.fake_quant": ("torch",),
+    "train.prepare": ("torch",),
+    "train.objective": ("torch",),
+    "train.trainer": ("torch", "datasets", "transformers", "trl"),
+    "train.save": ("torch",),
+    "train.run": (),
+    "train.finetune": ("torch", "transformers", "peft", "safetensors"),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (

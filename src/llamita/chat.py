@@ -81,11 +81,13 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def read_template(directory: Path) -> str:
-    """The source of a model's chat template: `chat_template.jinja`, else from `tokenizer_config.json`.
+def find_template(directory: Path) -> str | None:
+    """The source of a model's chat template, None where it has none, as a base model.
+
+    It is `chat_template.jinja`, else in `tokenizer_config.json`.
 
     Raises:
-        InputError: the model has none.
+        InputError: the file is no text.
     """
     if has(directory, "chat_template.jinja"):
         try:
@@ -96,7 +98,17 @@ def read_template(directory: Path) -> str:
     if isinstance(template, list):  # several, each named; the one for plain conversations is "default"
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
-    if not isinstance(template, str):
+    return template if isinstance(template, str) else None
+
+
+def read_template(directory: Path) -> str:
+    """The source of a model's chat template; see `find_template`.
+
+    Raises:
+        InputError: the model has none.
+    """
+    template = find_template(directory)
+    if template is None:
         raise InputError(
             f"{directory}: expected a chat template, got none; try `llamita generate`: a base model"
         )

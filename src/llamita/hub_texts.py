@@ -1,6 +1,6 @@
-"""Texts from data sets of the Hugging Face hub, through its own package `datasets`.
+"""Texts and rows from data sets of the Hugging Face hub, through its own package `datasets`.
 
-`calibration` imports this on use: the package belongs to the Torch side's dependencies.
+`calibration` and `train.records` import this on use: the package belongs to the Torch side's dependencies.
 """
 
 import logging
@@ -33,24 +33,41 @@ def documents(name: str, seed: int) -> Iterator[str]:
     yield from _read(path, configuration or None, name, seed)
 
 
+def rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a data set's train split in their order, each as it arrives.
+
+    Args:
+        name: owner/name or owner/name:configuration.
+
+    Raises:
+        InputError: no such configuration or split.
+        RunError: the hub cannot be reached, or knows no such data set.
+    """
+    path, _, configuration = name.partition(":")
+    yield from _rows(path, configuration or None, name, None, is_streamed=True)
+
+
 def _read(path: str, configuration: str | None, name: str, seed: int | None) -> Iterator[str]:
+    # streamed unless it is read whole: of a large data set, only what is looked at is downloaded
+    for row in _rows(path, configuration, name, seed, is_streamed=seed is not None):
+        if not isinstance(row.get("text"), str):
+            raise InputError(f'{name}: expected a column "text", got {", ".join(row)}; try another data set')
+        yield row["text"]
+
+
+def _rows(
+    path: str, configuration: str | None, name: str, seed: int | None, is_streamed: bool
+) -> Iterator[dict[str, Any]]:
     datasets.disable_progress_bars()  # they would break into ours
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
-        # streamed unless it is read whole: of a large data set, only what is looked at is downloaded
-        found: Any = datasets.load_dataset(path, configuration, split="train", streaming=seed is not None)
-        if seed is not None:
-            found = found.shuffle(seed=seed, buffer_size=_BUFFER)
-        for row in found:
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise InputError(f'{name}: expected a column "text", got {columns}; try another data set')
-            yield row["text"]
+        found: Any = datasets.load_dataset(path, configuration, split="train", streaming=is_streamed)
+        yield from found if seed is None else found.shuffle(seed=seed, buffer_size=_BUFFER)
     except ValueError as error:  # no such configuration or split; the message names those there are
         raise InputError(f"{name}: {_first_line(error)}") from None
     except OSError as error:  # the hub's own errors are among these
         raise RunError(f"{name}: expected a data set that the hub or its cache has: {_first_line(error)}; "
-                       "try a text file, or self, which needs none") from None  # fmt: skip
+                       "try a file") from None  # fmt: skip
 
 
 def _first_line(error: Exception) -> str:

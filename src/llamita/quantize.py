@@ -83,6 +83,7 @@ def quantize(
     setup: Setup | None = None,
     overwrite: bool = False,
     *,
+    origin: Checkpoint | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = None,
 ) -> Summary:
@@ -90,26 +91,24 @@ def quantize(
 
     Args:
         source_name: what the user called the source; it is recorded, a local directory by its whole path.
+        origin: what `source` was trained from, where it was: that has the name, licence and tokenizer.
         method: a chain such as "rtn" or "spinquant+gptq+tune".
         setup: what methods that look at activations need.
         overwrite: replace an `out` that llamita made.
 
     Raises:
-        InputError: `out` exists, a layer does not fit the groups, weights are not finite, or the source's
-            path is not UTF-8.
+        InputError: `out` exists, a layer does not fit the groups, weights are not finite, no UTF-8 path.
         RunError: disk full, no permission, or a file cannot be read.
     """
-    began = time.perf_counter()
+    began, origin = time.perf_counter(), origin or source
     chain, setup = parse_chain(method), replace(setup or Setup(), progress=progress)
-    recorded, shown = _names(source, source_name)
-    companions = find_companions(source.path)
-    before = make_plan(source.config, scheme, lambda name: source.info(name).dtype)  # does it fit?
-    check_target(out, overwrite, source.path)
-    record = _source_record(source, recorded, progress)
+    (recorded, shown), companions = _names(origin, source_name), find_companions(origin.path)
+    before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype)  # does it fit?
+    check_target(out, overwrite, origin.path)
+    record = _source_record(origin, recorded, progress)
     watch, kept = MemoryWatch(), _work(out, chain, scheme, record, setup)
-    with watch, kept as work, staged(out, overwrite, source.path) as directory:
-        setup = replace(setup, work=work)
-        changed = chains.transform(source, chain, setup)
+    with watch, kept as work, staged(out, overwrite, origin.path) as directory:
+        changed = chains.transform(source, chain, setup := replace(setup, work=work))
         rotations = stored_rotations(changed.rotations)
         plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes,
                          transform_dtype(rotations), before.source_bytes)  # fmt: skip
@@ -118,14 +117,15 @@ def quantize(
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, watch.peak, sums)
         files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
-        files |= copy_companions(source.path, directory, companions)
-        card = _card(source, shown, scheme, chain, summary)
-        files["README.md"] = write_bytes(directory / "README.md", card.encode())
+        files |= copy_companions(origin.path, directory, companions)
+        files["README.md"] = write_bytes(
+            directory / "README.md", _card(origin, shown, scheme, chain, summary)
+        )
         write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
     return summary
 
 
-def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> str:
+def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> bytes:
     plan = summary.plan
     return model_card(
         CardFacts(
@@ -135,7 +135,7 @@ def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, sum
             source_bytes=plan.source_bytes, tensor_bytes=plan.tensor_bytes,
             relative_error=summary.relative_error, worst=summary.worst(),
         )
-    )  # fmt: skip
+    ).encode()  # fmt: skip
 
 
 def take_part(source: Checkpoint, scheme: QuantScheme, method: str, setup: Setup) -> None:

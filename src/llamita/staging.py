@@ -19,7 +19,8 @@ from pathlib import Path
 from llamita.errors import InputError, RunError
 from llamita.files import flush_path
 
-MARK = "llamita.json"  # only a directory that holds it may be overwritten
+MARK = "llamita.json"  # only a directory that holds it may be overwritten, or
+TRAINED_MARK = "llamita_training.json"  # that holds this one, as what `finetune` leaves does
 _PATIENCE = 30.0  # seconds; another run holds the lock while it renames and removes, no longer
 
 
@@ -35,10 +36,14 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
         return
     if not overwrite:
         raise InputError(f"--out: {out} exists; try --overwrite or another name")
-    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / MARK).is_file()):
+    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not _is_ours(out)):
         raise InputError(f"--out: --overwrite replaces only what llamita made, and {out} holds no {MARK}")
     if source is not None and source.resolve().is_relative_to(out.resolve()):
         raise InputError(f"--out: {out} holds the source {source}; try another name")
+
+
+def _is_ours(directory: Path) -> bool:
+    return (directory / MARK).is_file() or (directory / TRAINED_MARK).is_file()
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -130,7 +135,7 @@ def _umask() -> int:
 def _recover(out: Path) -> None:
     """Remove what killed runs left; bring back an `out` that one had moved aside."""
     for leftover in _leftovers(out, r"replaced-[0-9]+"):
-        if not (leftover / MARK).is_file():  # a user's own
+        if not _is_ours(leftover):  # a user's own
             continue
         if os.path.lexists(out):
             _remove(leftover, out)

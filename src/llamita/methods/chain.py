@@ -25,11 +25,13 @@ TRANSFORMS = {
     "equalize": "llamita.methods.equalize:transform",
     "spinquant": "llamita.methods.spinquant:transform",
 }
-# rtn: begin(source, scheme) -> RoundModule; others: method(settings) -> `methods.calibrated.LayerMethod`
+# rtn, trained: begin(source, scheme) -> RoundModule
+# others: method(settings) -> `methods.calibrated.LayerMethod`
 METHODS = {
     "rtn": "llamita.methods.rtn:begin",
     "gptq": "llamita.methods.gptq:method",
     "qronos": "llamita.methods.qronos:method",
+    "trained": "llamita.methods.trained:begin",
 }
 TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated.TuneBlock`
 # What a preset stands for beside its scheme, with settings: round to nearest where it is not here.
@@ -45,10 +47,12 @@ _RULES = {
     "weighted": "least squared error among all bf16 values, inputs weighted by their expected energy",
 }
 _MEASURED = "least squared error among all bf16 values, inputs weighted by their measured energy"
+_TRAINED = "chosen before training"
 _TUNED = "; then tuned by descent on each block's output"
 LEARNER = "llamita.methods.spinquant:learner"  # gives what learns rotations, or says what that needs
 CALIBRATED = "llamita.methods.calibrated:begin"
-_NEED_NO_TEXT = ("rtn", "equalize")
+_AT_ONCE = ("rtn", "trained")  # look at the weights of a module alone
+_NEED_NO_TEXT = (*_AT_ONCE, "equalize")
 _STAGES = {**{name: i for i, name in enumerate(TRANSFORMS)}, **dict.fromkeys(METHODS, len(TRANSFORMS)),
            **dict.fromkeys(TUNINGS, len(TRANSFORMS) + 1)}  # fmt: skip
 
@@ -70,7 +74,7 @@ class Chain:
     @property
     def is_blockwise(self) -> bool:
         """Whether weights are rounded block by block, on hidden states."""
-        return self.rounding != "rtn" or self.tuning is not None
+        return self.rounding not in _AT_ONCE or self.tuning is not None
 
     @property
     def is_random(self) -> bool:
@@ -87,7 +91,9 @@ class Chain:
 
     def scales(self, rule: str) -> str:
         """How scales come about by this rule, for people."""
-        measures = rule != "torchao" and self.rounding != "rtn"
+        if self.rounding == "trained":
+            return _TRAINED
+        measures = rule != "torchao" and self.rounding not in _AT_ONCE
         return (_MEASURED if measures else _RULES[rule]) + (_TUNED if self.tuning else "")
 
     def shape(self, config: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig, str | None]:
@@ -120,6 +126,8 @@ def parse_chain(text: str) -> Chain:
     if ordered != names:
         raise InputError(f"--method: expected another order, got {text!r}; try {'+'.join(ordered)}")
     rounding = next((name for name in names if name in METHODS), "rtn")
+    if rounding == "trained" and len(names) > 1:
+        raise InputError(f"--method: expected trained alone, as its codes are fixed, got {text!r}")
     tuning = next((name for name in names if name in TUNINGS), None)
     return Chain(tuple(name for name in names if name in TRANSFORMS), rounding, tuning)
 

@@ -1,0 +1,194 @@
+"""`llamita finetune`: a model and data in; a tuned checkpoint, adaptors or a 4-bit model out."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llamita import console, processes
+from llamita.checkpoint import Checkpoint, resolve
+from llamita.errors import InputError
+from llamita.machine import MemoryWatch
+from llamita.methods.chain import parse_chain
+from llamita.optional import load_optional
+from llamita.packed import METADATA
+from llamita.resume import has_kept_work, kept_work
+from llamita.scheme import PRESETS
+from llamita.staging import check_target
+from llamita.threads import use_threads
+from llamita.train.data import Data, load_data
+from llamita.train.recipe import METHODS, Recipe, change, read_recipe
+from llamita.train.tasks import TASKS
+
+RUN = "llamita.train.run:run"
+_LACKING = (
+    "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' "
+    "(in a checkout '.[torch]')"
+)
+
+_Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="A Hugging Face directory, a hub name, or 'embedded'.")
+]
+_Data = Annotated[
+    str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")
+]
+_Out = Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")]
+_Task = Annotated[
+    str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")
+]
+_Method = Annotated[str, typer.Option(help=f"What is trained: {', '.join(METHODS)}.")]
+_Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="Every setting, in YAML, in place of --method.")
+]
+_Preset = Annotated[
+    str | None,
+    typer.Option(help=f"The scheme of a 4-bit result: {', '.join(PRESETS)}; the recipe's by default."),
+]
+_GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
+_Teacher = Annotated[
+    str | None, typer.Option(metavar="SRC", help="Whose answers a distilling stage learns; BASE by default.")
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A setting of the recipe, as learning_rate=1e-4; repeatable."
+    ),
+]
+_Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Records to read at most.")]
+_ReportTo = Annotated[str, typer.Option(help="As transformers takes it: none, tensorboard, wandb, ….")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Read the data, show the plan, and train nothing.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
+_Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
+_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def command(
+    base: _Base,
+    data: _Data,
+    out: _Out = None,
+    task: _Task = None,
+    method: _Method = "lora",
+    recipe: _Recipe = None,
+    preset: _Preset = None,
+    group_size: _GroupSize = None,
+    teacher: _Teacher = None,
+    settings: _Set = None,
+    seed: _Seed = 0,
+    limit: _Limit = None,
+    report_to: _ReportTo = "none",
+    dry_run: _DryRun = False,
+    overwrite: _Overwrite = False,
+    threads: _Threads = None,
+    json: _Json = False,
+) -> None:
+    """Fine-tune a model on your data: in float, or with the rounding of the 4-bit model in every step.
+
+    Example: llamita finetune meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --method qat -o tuned-4bit
+    """
+    chosen = _recipe(method, recipe, preset, group_size, settings or [])
+    if processes.world() > 1:
+        raise InputError(
+            f"finetune: expected a single process, got {processes.world()}; try without torchrun"
+        )
+    use_threads(threads)
+    source = _open_float(base, "BASE")
+    other = None if teacher is None else _open_float(teacher, "--teacher").path
+    run: Callable[..., dict[str, Any]] | None = None
+    if not dry_run:
+        if out is None:
+            raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
+        check_target(out, overwrite, source.path)
+        run = load_optional(RUN, _LACKING)
+    with console.progress(quiet=json) as progress:
+        found = load_data(data, task, source, chosen, seed, limit, progress)
+        console.note(found.note)
+        if run is None:
+            return _print_plan(found, chosen, json)
+        order = {"name": base, "source": source, "data": found, "data_name": data, "recipe": chosen,
+                 "teacher": other, "out": out, "seed": seed, "report_to": report_to}  # fmt: skip
+        result = _train(run, order, overwrite, progress)
+    _print_result(order["out"], result, json)
+
+
+def _recipe(
+    method: str, name: str | None, preset: str | None, group_size: int | None, settings: list[str]
+) -> Recipe:
+    if method not in METHODS:
+        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+    recipe = read_recipe(name or METHODS[method])
+    scheme = [f"preset={preset}"] if preset else []
+    scheme += [f"group_size={group_size}"] if group_size else []
+    changed = change(recipe, [*scheme, *settings])
+    if scheme and not changed.is_quantized:
+        raise InputError("--preset, --group-size: expected with a method that gives a 4-bit model (qat); "
+                         "try quantize on what this makes")  # fmt: skip
+    parse_chain(changed.start)
+    return changed
+
+
+def _open_float(name: str, option: str) -> Checkpoint:
+    path = resolve(name)
+    if (path / METADATA).exists():
+        raise InputError(f"{option}: expected a float model, got a packed one; try the one it was made from")
+    return Checkpoint(path)
+
+
+def _train(
+    run: Callable[..., dict[str, Any]], order: dict[str, Any], overwrite: bool, progress: Any
+) -> dict[str, Any]:
+    """Run the order, keeping what is finished beside its directory."""
+    out = order["out"]
+    if has_kept_work(out):
+        console.note(f"{out}: going on where an earlier run was, if its settings were these")
+    kept = {"base": str(order["source"].path), "data": order["data"].sha256, "seed": order["seed"],
+            "recipe": order["recipe"].to_dict(), "teacher": str(order["teacher"])}  # fmt: skip
+    began, watch = time.perf_counter(), MemoryWatch()
+    with watch, kept_work(out, kept) as work:
+        result = run(**order, work=work, overwrite=overwrite, progress=progress)
+    return result | {"seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
+
+
+def _print_plan(data: Data, recipe: Recipe, json: bool) -> None:
+    learned, measured = data.examples
+    rows, length = data.rows.ids.shape
+    values = {"examples": learned, "held_out_examples": measured, "rows": rows, "length": length,
+              "tokens": rows * length, "learned_tokens": data.learned_tokens,
+              "recipe": recipe.to_dict()}  # fmt: skip
+    if json:
+        return console.print_json(values)
+    table = [
+        ["examples learned, measured", f"{learned:,}, {measured:,}"],
+        ["rows of tokens", f"{rows:,} of {length:,}"],
+        [
+            "tokens that the loss counts",
+            f"{data.learned_tokens:,} ({data.learned_tokens / (rows * length):.0%})",
+        ],
+    ]
+    table += [
+        [f"stage {n}: {s.train}{', rounded' if s.quantized else ''}", _schedule(s, rows)]
+        for n, s in enumerate(recipe.stages, 1)
+    ]
+    console.print_table("What would be trained", ["", ""], table)
+
+
+def _schedule(stage: Any, rows: int) -> str:
+    return f"{stage.count_steps(rows):,} steps of {stage.batch}, learning rate {stage.learning_rate:g}"
+
+
+def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
+    if json:
+        return console.print_json({"out": str(out), **result})
+    rows = [
+        ["held-out loss before", f"{result['losses'][0]:.4f}"] if result["losses"] else ["held-out loss", "-"]
+    ]
+    rows += [[f"after stage {n}", f"{loss:.4f}"] for n, loss in enumerate(result["losses"][1:], 1)]
+    rows += [
+        ["tokens per second", f"{result['tokens_per_second']:,.0f}"],
+        ["time", f"{result['seconds']:,.1f} s"],
+        ["memory", f"{result['memory_bytes'] / 1e6:,.0f} MB"],
+    ]
+    console.print_table(f"{out}: {result['kind']}", ["", ""], rows)
+    console.note(f"try: {result['try']}")

@@ -1,0 +1,69 @@
+"""Codes of a model that was trained with its rounding: nearest to its weights, on the scales of training.
+
+`finetune` leaves such a checkpoint: float weights as every other, and beside them SCALES, float32 (rows,
+groups) of every module that is rounded. Nothing is chosen here, so the codes are those of training.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from llamita.affine import CODE_RANGE, SMALLEST_NORMAL, bf16_to_f32, f32_to_bf16, to_f32
+from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError
+from llamita.files import has, member
+from llamita.methods.energy import pieces_of
+from llamita.methods.rtn import RoundedRows, RoundModule, errors_of
+from llamita.scheme import QuantScheme
+from llamita.tensorfile import TensorFile
+
+SCALES = "training_scales.safetensors"
+
+
+def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
+    """The function that gives the rounded rows of a module by its name.
+
+    Raises:
+        InputError: the source was not trained so, or for another scheme.
+    """
+    if not isinstance(source, Checkpoint) or not has(source.path, SCALES):
+        raise InputError(
+            f"--method trained: expected {SCALES} beside the weights, as finetune leaves it; "
+            "try another method"
+        )
+    scales = TensorFile(member(source.path, SCALES))
+    return lambda name: _round_module(source, scheme, scales, name)
+
+
+def _round_module(
+    source: Checkpoint, scheme: QuantScheme, scales: TensorFile, name: str
+) -> Iterator[RoundedRows]:
+    kind, weights = scheme.kind(name), source.weight(name)
+    groups = weights.shape[1] // (kind.group_size or weights.shape[1])
+    found = scales.tensors.get(name)
+    if found is None or found.shape != (len(weights), groups):
+        had = "none" if found is None else f"{found.shape}"
+        raise InputError(
+            f"{SCALES}: {name}: expected {(len(weights), groups)}, got {had}; try training's preset"
+        )
+    given = _checked(scales.read(name), name, scheme)
+    for start, piece in pieces_of(weights):
+        yield _rounded(to_f32(piece), given[start : start + len(piece)], kind.bits or 0)
+
+
+def _checked(scales: np.ndarray, name: str, scheme: QuantScheme) -> np.ndarray:
+    """Scales as every scheme has them: finite, normal, positive, on its grid."""
+    is_good = scales.dtype == np.float32 and bool(
+        np.isfinite(scales).all() and (scales >= SMALLEST_NORMAL).all()
+    )
+    if is_good and scheme.scale_dtype == "bfloat16":
+        is_good = np.array_equal(bf16_to_f32(f32_to_bf16(scales)), scales)
+    if not is_good:
+        raise InputError(f"{SCALES}: {name}: expected positive numbers in {scheme.scale_dtype}, got others")
+    return scales
+
+
+def _rounded(piece: np.ndarray, scales: np.ndarray, bits: int) -> RoundedRows:
+    steps = piece.reshape(*scales.shape, -1) * (np.float32(1) / scales)[..., None]
+    codes = np.clip(np.rint(steps), *CODE_RANGE[bits]).astype(np.int8).reshape(piece.shape)
+    return RoundedRows(codes, scales, *errors_of(piece, codes, scales))

@@ -1,0 +1,1 @@
+"""Fine-tuning, and training with quantization in the loop, on TRL, PEFT and transformers' Llama."""

@@ -1,0 +1,111 @@
+"""From the name of some data to packed rows: those that are learned, and those that are only measured."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamita.chat import ChatTemplate, find_template
+from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError
+from llamita.methods.setup import Calibration
+from llamita.tokenizer import Tokenizer
+from llamita.train.examples import Example, Windows, fitting, pack, tokenize
+from llamita.train.recipe import Recipe
+from llamita.train.records import read_data
+from llamita.train.tasks import TASKS, Conversation, conversation
+
+Progress = Callable[[str, int, int], None] | None
+_LEAST_HELD_OUT = 2  # examples, where any are held out
+
+
+@dataclass(frozen=True)
+class Data:
+    """What training reads.
+
+    Attributes:
+        rows, held_out: packed examples that are learned, and that are only measured.
+        examples: how many are learned, and measured.
+        asked: the conversations that are only measured.
+        note: what was left out or divided, None where nothing was.
+        sha256: of the tokens of both, in hexadecimal.
+    """
+
+    rows: Windows
+    held_out: Windows
+    examples: tuple[int, int]
+    asked: tuple[Conversation, ...]
+    note: str | None
+    sha256: str
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that the loss counts, in one pass over the data."""
+        return int(self.rows.is_target.sum())
+
+    def calibration(self, name: str, samples: int) -> Calibration:
+        """The first rows, for methods that measure what layers see."""
+        tokens = np.ascontiguousarray(self.rows.ids[:samples], np.int32)
+        return Calibration(name, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
+
+
+def load_data(
+    name: str, task: str | None, source: Checkpoint, recipe: Recipe, seed: int, limit: int | None = None,
+    progress: Progress = None,
+) -> Data:  # fmt: skip
+    """Read, tokenize and pack.
+
+    Args:
+        name: a file or a data set of the hub, as `records.read_data` takes it.
+        task: a key of `TASKS`; None where the records say what they are.
+        seed: draws what is held out, and the order.
+        limit: records that are read at most.
+
+    Raises:
+        InputError: an unknown task, a bad record, or nothing to learn.
+    """
+    if task is not None and task not in TASKS:
+        raise InputError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}")
+    if recipe.length > source.config.context:
+        raise InputError(f"length: expected at most {source.config.context} tokens, the model's context, "
+                         f"got {recipe.length}; try --set length=N")  # fmt: skip
+    tokenizer = Tokenizer(source.path, source.config)
+    template = _template(source, tokenizer)
+    told = [conversation(record, task) for record in read_data(name, limit)]
+    examples = []
+    for number, one in enumerate(told):
+        if progress and number % 100 == 0:
+            progress("tokenizing", number, len(told))
+        examples.append(tokenize(one, tokenizer, template))
+    bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
+    kept, note = fitting(examples, recipe.length, bos)
+    if not kept:
+        raise InputError(f"{name}: expected examples to learn from, got none{': ' + note if note else ''}")
+    learned, measured = _divide(kept, recipe.held_out, seed)
+    pad = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
+    rows, held_out = pack(learned, recipe.length, pad), pack(measured, recipe.length, pad)
+    places = {example.place for example in measured}
+    digest = hashlib.sha256()
+    for windows in (rows, held_out):
+        digest.update(windows.ids.astype("<i4").tobytes() + windows.labels.astype("<i4").tobytes())
+    asked = tuple(one for one in told if one.place in places and one.text is None)
+    return Data(rows, held_out, (len(learned), len(measured)), asked, note, digest.hexdigest())
+
+
+def _template(source: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The model's own, None for a base model, whose turns stand one below the other."""
+    text = find_template(source.path)
+    if text is None:
+        return None
+    return ChatTemplate(text, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+
+def _divide(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Those that are learned, and a share of them, drawn by the seed, that is only measured."""
+    count = 0 if share == 0 else max(_LEAST_HELD_OUT, round(share * len(examples)))
+    if count >= len(examples):
+        raise InputError(f"--data: expected more than {count} examples, {count} of them to be held out, "
+                         f"got {len(examples)}; try more data, or --set held_out=0")  # fmt: skip
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]

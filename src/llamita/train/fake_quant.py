@@ -1,0 +1,128 @@
+"""Layers that compute in training what the engine will compute with their weights rounded.
+
+Forward: the codes nearest to the weights on scales that stay as they are, and int8 activations per token.
+Backward: as if nothing had been rounded (the straight-through estimator, Bengio et al. 2013, arXiv
+1308.3432), but for weights beyond the last code, which get no gradient (Esser et al. 2020, arXiv 1902.08153).
+Scales are chosen before training, by any method that quantizes.
+"""
+
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llamita.affine import CODE_RANGE
+from llamita.methods.fakequant import quantize_activations
+
+
+class Switch:
+    """Whether the layers that share it round, so that all of them begin together."""
+
+    def __init__(self, on: bool = True) -> None:
+        self.on = on
+
+
+class _Dequantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+        steps = weight.reshape(*scales.shape, -1) * (1.0 / scales)[..., None]
+        codes = steps.round_()
+        lowest, highest = CODE_RANGE[bits]
+        ctx.save_for_backward((codes >= lowest) & (codes <= highest))
+        return codes.clamp_(lowest, highest).mul_(scales[..., None]).reshape(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (is_inside,) = ctx.saved_tensors
+        gradient = gradients[0]
+        return gradient * is_inside.view(gradient.shape), None, None
+
+
+def codes_of(weight: Tensor, scales: Tensor, bits: int) -> np.ndarray:
+    """The codes that the forward pass uses: int8 (rows, columns).
+
+    Args:
+        weight: (rows, columns) float32.
+        scales: (rows, groups) float32.
+    """
+    steps = weight.detach().reshape(*scales.shape, -1) * (1.0 / scales)[..., None]
+    codes = steps.round().clamp(*CODE_RANGE[bits])
+    return codes.to(torch.int8).reshape(weight.shape).cpu().numpy()
+
+
+class SharedInput:
+    """Rounds an input that several layers read, as q, k and v do, once: it is known by being the same tensor.
+
+    Nothing is kept longer than the input itself.
+    """
+
+    def __init__(self) -> None:
+        self._read: weakref.ref[Tensor] | None = None
+        self._rounded: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., columns) as its int8 codes stand for it, per token."""
+        if self._rounded is None or self._read is None or self._read() is not x:
+            self._rounded, self._read = quantize_activations(x), weakref.ref(x, self._forget)
+        return self._rounded
+
+    def _forget(self, read: "weakref.ref[Tensor]") -> None:
+        if self._read is read:
+            self._rounded = None
+
+
+class FakeQuantLinear(nn.Linear):
+    """A linear layer whose weights and inputs are rounded as it reads them; its parameters stay float.
+
+    Attributes:
+        bits: of its codes.
+        scales: (outputs, groups) float32, a buffer.
+    """
+
+    scales: Tensor
+
+    def __init__(
+        self, linear: nn.Linear, bits: int, scales: Tensor, shared: SharedInput, switch: Switch
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
+        self.register_buffer("scales", scales, persistent=False)  # the same in every checkpoint
+        self._shared, self._switch = shared, switch
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        if not self._switch.on:
+            return functional.linear(input, self.weight, self.bias)
+        weight = _Dequantized.apply(self.weight, self.scales, self.bits)
+        return functional.linear(self._shared(input), weight, self.bias)
+
+
+class FakeQuantEmbedding(nn.Embedding):
+    """An embedding in int8 per row; only the rows that are looked up are rounded.
+
+    Attributes:
+        scales: (rows, 1) float32, a buffer.
+    """
+
+    scales: Tensor
+
+    def __init__(self, embedding: nn.Embedding, scales: Tensor, switch: Switch) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        self.weight, self.bits = embedding.weight, 8
+        self.register_buffer("scales", scales, persistent=False)
+        self._switch = switch
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids (...) to (..., hidden)."""
+        if not self._switch.on:
+            return functional.embedding(input, self.weight)
+        used, places = torch.unique(input, return_inverse=True)
+        rows = functional.embedding(used, self.weight)
+        return functional.embedding(places, _Dequantized.apply(rows, self.scales[used], self.bits))

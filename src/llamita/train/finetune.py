@@ -1,0 +1,223 @@
+"""Stages of training, each begun with what the one before left; what is finished is kept for a next run."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
+
+from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError
+from llamita.methods.setup import Calibration, Setup
+from llamita.quantize import RoundedSource
+from llamita.resume import write_whole
+from llamita.scheme import QuantScheme, make_scheme
+from llamita.train.examples import Windows
+from llamita.train.fake_quant import Switch
+from llamita.train.prepare import prepare
+from llamita.train.recipe import Recipe, Stage
+from llamita.train.trainer import Begin, RowTrainer, Tell, as_dataset, collate, config_of
+
+Progress = Callable[[str, int, int], None] | None
+_DONE = "stage-{}.safetensors"  # what a finished stage leaves in the work directory
+
+
+@dataclass
+class Job:
+    """What is trained, on what.
+
+    Attributes:
+        source: the float model.
+        rows, held_out: packed examples that are learned, and that are only measured.
+        teacher: the float model whose answers a distilling stage learns; the source by default.
+        calibration: what the methods measure that round the model where a quantized stage begins.
+        work: a directory where checkpoints are kept.
+        report_to: as transformers takes it: none, tensorboard, …
+    """
+
+    source: Checkpoint
+    recipe: Recipe
+    rows: Windows
+    held_out: Windows
+    work: Path
+    seed: int = 0
+    teacher: Path | None = None
+    calibration: Calibration | None = None
+    report_to: str = "none"
+    progress: Progress = None
+
+
+@dataclass
+class Trained:
+    """What training gave.
+
+    Attributes:
+        model: transformers' model, fake-quantized layers in it where the last stage had them; PEFT's around
+            it where it has adaptors.
+        history: what was logged, in order: "stage", "step", "loss", "eval_loss", ….
+    """
+
+    model: Any
+    recipe: Recipe
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def held_out_losses(self) -> list[float]:
+        """Nats a learned token, before the first stage and after each."""
+        return [row["eval_loss"] for row in self.history if "eval_loss" in row and row.get("is_end")]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training alone, pads included, as far as this run did it."""
+        seconds = sum(row.get("train_runtime", 0.0) for row in self.history)
+        return sum(row.get("trained_tokens", 0.0) for row in self.history) / seconds if seconds else 0.0
+
+
+def scheme_of(recipe: Recipe) -> QuantScheme:
+    """The scheme of a recipe's quantized stages."""
+    return make_scheme(recipe.preset, recipe.group_size)
+
+
+def train(job: Job) -> Trained:
+    """Run every stage of the recipe that the work directory has not.
+
+    Raises:
+        InputError: nothing to learn from, or a model that training cannot have.
+    """
+    if not len(job.rows.ids):
+        raise InputError("--data: expected something to learn, got nothing; see what was left out above")
+    with quiet():
+        trained = Trained(load_float(job.source.path), job.recipe)
+        switch: Switch | None = None
+        for number, stage in enumerate(job.recipe.stages, 1):
+            if stage.quantized and switch is None:
+                switch = _quantize(trained.model, job)
+            if stage.train != "weights":
+                trained.model = _with_adaptors(trained.model, stage, job.seed)
+            _run_stage(trained, job, number, stage, switch)
+    return trained
+
+
+def load_float(path: Path) -> Any:
+    """transformers' model in float32, on the CPU."""
+    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+
+
+def _quantize(model: Any, job: Job) -> Switch:
+    """Round the model as it is now, and let it compute so from here on."""
+    setup = Setup(job.calibration, job.seed, progress=job.progress)
+    with _as_checkpoint(model, job) as source:
+        return prepare(model, RoundedSource(source, scheme_of(job.recipe), job.recipe.start, setup))
+
+
+@contextmanager
+def _as_checkpoint(model: Any, job: Job) -> Iterator[Checkpoint]:
+    """The model as it stands, on disk: the methods that quantize read files."""
+    if job.recipe.stages[0].quantized:  # nothing was trained yet
+        yield job.source
+        return
+    folder = job.work / "before-rounding"
+    model.save_pretrained(folder)
+    source = Checkpoint(folder)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _with_adaptors(model: Any, stage: Stage, seed: int) -> Any:
+    torch.manual_seed(seed)  # of the adaptors' first values
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    config = LoraConfig(
+        r=stage.rank, lora_alpha=stage.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        target_modules=list(stage.targets),
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Switch | None) -> None:
+    done = job.work / _DONE.format(number)
+    if done.exists():
+        _restore(trained.model, done)
+        trained.history += json.loads(done.with_suffix(".json").read_text("utf-8"))
+        return
+    history: list[dict[str, Any]] = []
+    trainer = _make_trainer(trained.model, job, number, stage, switch, history)
+    if number == 1:
+        _measure(trainer, history, 0)
+    kept = transformers.trainer_utils.get_last_checkpoint(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=kept)
+    history.append({"trained_tokens": trainer.trained_tokens})
+    if switch is not None:
+        switch.on = True
+    _measure(trainer, history, number)
+    logged = [{"stage": number, **row} for row in history]
+    write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
+    _keep(trained.model, done)
+    trained.history += logged
+
+
+def _make_trainer(
+    model: Any, job: Job, number: int, stage: Stage, switch: Switch | None, history: list[dict[str, Any]]
+) -> RowTrainer:
+    folder = job.work / f"stage-{number}"
+    folder.mkdir(exist_ok=True)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = config_of(job.recipe, stage, len(job.rows.ids), job.seed, folder, job.report_to, world)
+    callbacks: list[Any] = [Tell(history.append, job.progress)]
+    if switch is not None and stage.quantized:
+        callbacks.append(Begin(switch, stage.fake_quant_after))
+    tokenizer = AutoTokenizer.from_pretrained(job.source.path, local_files_only=True)
+    teacher = load_float(job.teacher or job.source.path).eval() if stage.distill else None
+    trainer = RowTrainer(
+        model=model, args=config, train_dataset=as_dataset(job.rows), eval_dataset=as_dataset(job.held_out),
+        data_collator=collate, processing_class=tokenizer, callbacks=callbacks,
+        teacher=teacher, distill=stage.distill,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _measure(trainer: RowTrainer, history: list[dict[str, Any]], number: int) -> None:
+    """The held-out loss where a stage ends, or training begins."""
+    if trainer.has_held_out:
+        history.append(
+            {"step": trainer.state.global_step, "is_end": 1, "after": number, **trainer.evaluate()}
+        )
+
+
+def _keep(model: Any, path: Path) -> None:
+    """All that training can have changed, in a file that appears whole."""
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    partial = path.with_suffix(".partial")
+    save_file(state, partial)
+    partial.rename(path)
+
+
+def _restore(model: Any, path: Path) -> None:
+    state = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars and remarks, which would break into ours."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+        transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,141 @@
+"""Training data as records with their place: files in the forms that people have, data sets of the hub."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llamita.errors import InputError, RunError
+from llamita.files import parse_json
+from llamita.optional import load_optional
+
+LARGEST_FILE = 2**30  # bytes: what is read whole has to fit in memory, several times over
+HUB = "llamita.hub_texts:rows"  # imported on use: it needs the package datasets
+_NO_DATASETS = (
+    "--data: a data set of the hub needs the package {package}, which is missing; try pip install "
+    "'llamita[torch]' (in a checkout '.[torch]'), or a file"
+)
+_FILES = (".jsonl", ".json", ".tsv", ".txt", ".md")
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
+_COLUMNS = ("source", "target")  # of a TSV without a header
+
+
+@dataclass(frozen=True)
+class Record:
+    """An object of the data, and where it stands, for messages."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def read_data(name: str, limit: int | None = None) -> Iterator[Record]:
+    """The records of a file, as `read_records` has them, or of a data set of the hub.
+
+    Args:
+        name: a path; or owner/name or owner/name:configuration, of which the train split is read.
+        limit: how many to read at most; all by default.
+
+    Raises:
+        InputError: no such file or data set, or what is in it cannot be learned from.
+        RunError: it cannot be read, or the package that reads it is missing.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix in _FILES or not _HUB_NAME.fullmatch(name):
+        if path.is_dir():
+            raise InputError(f"{name}: expected a file, got a directory; try one of its files")
+        records = read_records(path)
+    else:
+        rows = load_optional(HUB, _NO_DATASETS)(name)
+        records = (Record(f"{name}: row {number}", row) for number, row in enumerate(rows, 1))
+    return islice(records, limit)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file.
+
+    Args:
+        path: *.jsonl, an object a line; *.json, a list of objects or SQuAD's nested form; *.tsv, two
+            columns or more of source and target; any other file is one document of plain text.
+
+    Raises:
+        InputError: no such file, not UTF-8, or a record that is no object, named by its line or number.
+        RunError: it cannot be read.
+    """
+    text = _read(path)
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                place = f"{path.name}: line {number}"
+                yield Record(place, parse_json(line.encode(), place))
+    elif path.suffix == ".json":
+        yield from _json_records(path, text)
+    elif path.suffix == ".tsv":
+        yield from _tsv_records(path, text)
+    else:
+        yield Record(path.name, {"text": text})
+
+
+def _read(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise InputError(
+                f"{path}: expected at most {LARGEST_FILE:,} bytes, got {size:,}; try a part of it"
+            )
+        return path.read_bytes().decode()
+    except OSError as error:
+        kind = InputError if isinstance(error, FileNotFoundError) else RunError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+
+
+def _json_records(path: Path, text: str) -> Iterator[Record]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got {error}") from None
+    if isinstance(values, dict) and isinstance(values.get("data"), list):
+        yield from _squad_records(path, values["data"])
+        return
+    if not isinstance(values, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: item {number}: expected an object, got {type(value).__name__}")
+        yield Record(f"{path.name}: item {number}", value)
+
+
+def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
+    """Context, question and the first answer of every question (Rajpurkar et al. 2016, arXiv 1606.05250)."""
+    number = 0
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for item in paragraph["qas"]:
+                    number += 1
+                    answers = [str(answer["text"]) for answer in item["answers"]]
+                    values = {
+                        "context": paragraph["context"],
+                        "question": item["question"],
+                        "answers": answers,
+                    }
+                    yield Record(f"{path.name}: question {number}", values | {"answer": answers[0]})
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{path}: question {number + 1}: expected SQuAD's form (paragraphs, qas, answers), got {error!r}"
+        ) from None
+
+
+def _tsv_records(path: Path, text: str) -> Iterator[Record]:
+    rows = csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    for number, row in enumerate(rows, 1):
+        if not row:
+            continue
+        if len(row) < len(_COLUMNS):
+            raise InputError(f"{path}: line {number}: expected two columns or more, got {len(row)}")
+        yield Record(f"{path.name}: line {number}", dict(zip(_COLUMNS, row, strict=False)))

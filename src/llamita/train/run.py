@@ -1,0 +1,63 @@
+"""`llamita finetune` behind its options: trains, then puts on the disk what the recipe's last stage makes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llamita import __version__
+from llamita.checkpoint import Checkpoint
+from llamita.packed_writer import write_bytes
+from llamita.staging import TRAINED_MARK, staged
+from llamita.train.data import Data
+from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
+from llamita.train.recipe import Recipe
+from llamita.train.save import save_adaptors, save_float, save_packed
+
+_CALIBRATION_ROWS = 128
+
+
+def run(
+    name: str, source: Checkpoint, data: Data, data_name: str, recipe: Recipe, teacher: Path | None,
+    out: Path, work: Path, seed: int, report_to: str, overwrite: bool, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Train and save.
+
+    Args:
+        name, data_name: what the user called the model and the data.
+        teacher: a float model whose answers distilling stages learn; the source by default.
+        work: what is finished is kept here.
+
+    Returns:
+        "kind", "losses" (held out: before, and after each stage), "tokens_per_second", "try" (what next).
+    """
+    job = Job(
+        source, recipe, data.rows, data.held_out, work, seed=seed, teacher=teacher,
+        calibration=data.calibration(data_name, _CALIBRATION_ROWS), report_to=report_to, progress=progress,
+    )  # fmt: skip
+    trained = train(job)
+    record = {
+        "llamita": __version__, "base": name, "data": {"name": data_name, "sha256": data.sha256},
+        "recipe": recipe.to_dict(), "seed": seed, "losses": trained.held_out_losses,
+        "history": trained.history,
+    }  # fmt: skip
+    with quiet():
+        kind, hint = _save(trained, job, name, out, record, overwrite)
+    return {"kind": kind, "try": hint, "losses": trained.held_out_losses,
+            "tokens_per_second": trained.tokens_per_second}  # fmt: skip
+
+
+def _save(
+    trained: Trained, job: Job, name: str, out: Path, record: dict[str, Any], overwrite: bool
+) -> tuple[str, str]:
+    recipe, source = job.recipe, job.source
+    if recipe.is_quantized:
+        settings = {key: value for key, value in record.items() if key != "history"}
+        save_packed(trained.model, source, name, out, scheme_of(recipe), job.work, settings, overwrite)
+        return "a 4-bit model", f"llamita generate {out} --prompt TEXT"
+    with staged(out, overwrite, source.path) as directory:
+        write_bytes(directory / TRAINED_MARK, json.dumps(record, indent=1).encode())
+        if recipe.has_adaptors:
+            save_adaptors(trained.model, directory)
+            return "adaptors, in PEFT's form", f"PeftModel.from_pretrained(BASE, '{out}') of peft"
+        save_float(trained.model, source, directory)
+    return "a float checkpoint", f"llamita quantize {out} -o {out}-4bit"

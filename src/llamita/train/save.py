@@ -1,0 +1,109 @@
+"""What training leaves on disk: a checkpoint, adaptors in PEFT's form, or a packed directory."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llamita.checkpoint import Checkpoint
+from llamita.methods.setup import Setup
+from llamita.methods.trained import SCALES
+from llamita.packed_writer import copy_companions, find_companions
+from llamita.quantize import Summary, quantize
+from llamita.scheme import QuantScheme
+from llamita.tensorfile import TensorWriter
+from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_TABLES = ("model.embed_tokens", "lm_head")
+
+
+def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
+    """The model as an ordinary checkpoint in its source's dtype, with tokenizer, licence and the like.
+
+    Args:
+        directory: exists, empty.
+    """
+    dtype = _DTYPES[source.info("model.embed_tokens.weight").dtype]
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    model.config.dtype = dtype
+    model.save_pretrained(directory, state_dict=state)
+    _copy_companions(source, directory)
+
+
+def save_adaptors(model: Any, directory: Path) -> None:
+    """Low-rank adaptors in the form of PEFT's own files.
+
+    Args:
+        model: PEFT's.
+    """
+    model.save_pretrained(directory)
+    card = directory / "README.md"
+    if card.exists():  # PEFT's template, which says nothing
+        card.unlink()
+
+
+def save_trained(model: Any, source: Checkpoint, directory: Path) -> None:
+    """The float weights behind the codes, in float32, and the scales: what `--method trained` reads.
+
+    Tables that stay float have their source's dtype.
+    """
+    state, scales = {}, {}
+    modules = dict(model.named_modules())
+    for name, tensor in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        rounded = modules.get(module)
+        if isinstance(rounded, FakeQuantLinear | FakeQuantEmbedding):
+            scales[module] = rounded.scales.detach().cpu().numpy()
+        elif module in _TABLES:
+            tensor = tensor.to(_DTYPES[source.info(name).dtype])
+        state[name] = tensor
+    if source.config.tied:
+        scales.pop(_TABLES[1], None)
+    model.save_pretrained(directory, state_dict=state)
+    _write_scales(directory / SCALES, scales)
+    _copy_companions(source, directory)
+
+
+def _copy_companions(source: Checkpoint, directory: Path) -> None:
+    """Tokenizer, licence and the like as the source has them, in place of what transformers wrote."""
+    names = find_companions(source.path)
+    for name in names.values():
+        (directory / name).unlink(missing_ok=True)
+    copy_companions(source.path, directory, names)
+
+
+def _write_scales(path: Path, scales: dict[str, np.ndarray]) -> None:
+    writer = TensorWriter(path, {name: ("F32", values.shape) for name, values in scales.items()})
+    try:
+        for name, values in scales.items():
+            writer.write(name, values)
+        writer.finish()
+    finally:
+        writer.abandon()
+
+
+def save_packed(
+    model: Any, source: Checkpoint, name: str, out: Path, scheme: QuantScheme, work: Path,
+    settings: dict[str, Any], overwrite: bool,
+) -> Summary:  # fmt: skip
+    """The packed directory with the codes that the fake-quantized model computes with.
+
+    Args:
+        name: what the user called the source.
+        work: where the float weights behind the codes are kept meanwhile.
+        settings: of training, which the directory records.
+    """
+    folder = work / "trained"
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run's
+    folder.mkdir()
+    save_trained(model, source, folder)
+    trained = Checkpoint(folder)
+    try:
+        return quantize(
+            trained, name, out, scheme, "trained", Setup(settings=settings), overwrite, origin=source
+        )
+    finally:
+        trained.close()

@@ -1,0 +1,161 @@
+"""TRL's SFTTrainer on packed rows, with our loss: its own reads the head's weights, past their rounding."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from llamita.train.examples import IGNORED, Windows
+from llamita.train.fake_quant import Switch
+from llamita.train.objective import loss_sum
+from llamita.train.recipe import Recipe, Stage
+
+Told = Callable[[dict[str, float]], None]  # what a step or a measurement gave, as transformers names it
+
+
+class RowTrainer(SFTTrainer):
+    """Trains on rows of packed examples; evaluates by the mean over all learned tokens, not over batches."""
+
+    def __init__(self, *args: Any, teacher: Any = None, distill: float = 0.0, **kwargs: Any) -> None:
+        self._teacher, self._distill = teacher, distill
+        self.trained_tokens = 0  # by this process
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a micro-batch: its share of the step's mean over learned tokens."""
+        labels = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+        total, _ = loss_sum(outputs.logits, labels, self._teacher_logits(inputs), self._distill)
+        count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        self.trained_tokens += labels.numel() if model.training else 0
+        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher_logits(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        if self._teacher is None or self._distill == 0:
+            return None
+        with torch.no_grad():
+            return self._teacher(
+                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+            ).logits
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The data's cross-entropy per learned token."""
+        del ignore_keys
+        model: Any = self.model
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            labels = inputs["labels"]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits = model(
+                    input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+                ).logits
+                _, crossed = loss_sum(logits, labels, None, 0.0)
+            sums += torch.stack([crossed.double(), (labels[:, 1:] != IGNORED).sum().double()]).to(sums)
+        sums = self.accelerator.reduce(sums, "sum")
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp(min=1))}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is anything to measure."""
+        held_out: Any = self.eval_dataset
+        return len(held_out) > 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What transformers logs, without TRL's metrics of a loss that is not used."""
+        self._metrics["train"].clear()
+        self._metrics["eval"].clear()
+        super().log(logs, start_time)
+
+
+def as_dataset(windows: Windows) -> Dataset:
+    """Rows as the trainer takes them."""
+    return Dataset.from_dict(
+        {"input_ids": windows.ids, "labels": windows.labels, "position_ids": windows.positions}
+    )
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of rows of one length."""
+    return {name: torch.from_numpy(np.array([row[name] for row in rows], np.int64)) for name in rows[0]}
+
+
+class Begin(TrainerCallback):
+    """Turns rounding on after a number of steps, also where a run goes on behind them."""
+
+    def __init__(self, switch: Switch, after: int) -> None:
+        self._switch, self._after = switch, after
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before each step."""
+        del args, control, kwargs
+        self._switch.on = state.global_step >= self._after
+
+
+class Tell(TrainerCallback):
+    """Passes on what is logged, and how far a run is."""
+
+    def __init__(self, told: Told, progress: Callable[[str, int, int], None] | None) -> None:
+        self._told, self._progress = told, progress
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Figures of a step or of a measurement."""
+        del args, control, kwargs
+        self._told({"step": state.global_step, **(logs or {})})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each step."""
+        del args, control, kwargs
+        if self._progress:
+            last = next(
+                (f"loss {row['loss']:.3f}" for row in reversed(state.log_history) if "loss" in row), ""
+            )
+            self._progress(f"training {last}", state.global_step, state.max_steps)
+
+
+def config_of(
+    recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str, world: int
+) -> Any:
+    """A stage's settings as transformers and TRL take them."""
+    per_step = stage.micro_batch * world
+    accumulate = max(1, stage.batch // per_step)
+    steps = stage.count_steps(rows)
+    has_gpu = torch.cuda.is_available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return SFTConfig(
+            output_dir=str(work), max_steps=steps, seed=seed, data_seed=seed,
+            per_device_train_batch_size=stage.micro_batch, per_device_eval_batch_size=stage.micro_batch,
+            gradient_accumulation_steps=accumulate, learning_rate=stage.learning_rate,
+            warmup_steps=round(stage.warmup * steps), lr_scheduler_type=stage.schedule,
+            weight_decay=stage.weight_decay, adam_beta2=0.95, max_grad_norm=1.0,
+            logging_steps=1, logging_nan_inf_filter=False, save_steps=recipe.save_every, save_total_limit=2,
+            eval_strategy="steps" if recipe.evaluate_every else "no",
+            eval_steps=recipe.evaluate_every or None,
+            load_best_model_at_end=False, report_to=report_to, disable_tqdm=True,
+            bf16=has_gpu, fp16=False, use_cpu=not has_gpu, gradient_checkpointing=has_gpu,
+            dataloader_num_workers=0, remove_unused_columns=False, max_length=None, packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, include_num_input_tokens_seen="no",
+        )  # fmt: skip

@@ -1,0 +1,117 @@
+"""`llamita finetune` as its user meets it: what it makes, what it says, what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import one_line, run
+from tiny import make_checkpoint
+
+from llamita.checkpoint import Checkpoint
+
+pytest.importorskip("trl", reason="training is on the Torch side")
+FAST = ("--set", "steps=2", "--set", "batch=4", "--set", "micro_batch=2", "--set", "length=64")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny base model."""
+    return make_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Forty short examples, and one that is too long."""
+    lines = [{"prompt": f"say {i}", "completion": f"{i} {i}"} for i in range(40)]
+    lines.append({"prompt": "long " * 40, "completion": "x"})
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def test_a_dry_run_shows_data_and_steps(model: Path, data: Path, capsys: Any) -> None:
+    options = ("--data", data, "--method", "qat", "--set", "length=64", "--json")
+    assert run("finetune", model, *options, "--dry-run") == 0
+    captured = capsys.readouterr()
+    values = json.loads(captured.out)
+    assert values["examples"] + values["held_out_examples"] == 40
+    assert values["learned_tokens"] > 0
+    assert values["recipe"]["stages"][0]["quantized"] is True
+    assert "1 of 41 examples have more than 64 tokens: left out (data.jsonl: line 41)" in captured.err
+    assert run("finetune", model, "--data", data, "--set", "length=64", "--dry-run") == 0
+    assert "steps of 16, learning rate 0.0002" in capsys.readouterr().out
+
+
+def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert run("finetune", model, "--data", data, "--method", "qat", "-o", out, *FAST, "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["losses"]) == 2
+    assert values["tokens_per_second"] > 0
+    record = json.loads((out / "llamita.json").read_text("utf-8"))
+    assert record["method"] == "trained"
+    assert record["settings"]["recipe"]["stages"][0]["steps"] == 2
+    assert record["source"]["name"] == str(model)
+    assert run("verify", out) == 0
+    assert run("evaluate", out, "--text", data, "--json") == 0  # beside the model it was trained from
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_full_makes_a_checkpoint_that_quantize_takes(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    assert run("finetune", model, "--data", data, "--method", "full", "-o", out, *FAST) == 0
+    shown = capsys.readouterr()
+    assert "a float checkpoint" in shown.out
+    assert "held-out loss before" in shown.out
+    assert f"try: llamita quantize {out}" in shown.err
+    Checkpoint(out)
+    training = json.loads((out / "llamita_training.json").read_text("utf-8"))
+    assert training["losses"][0] != training["losses"][1]
+    assert run("quantize", out, "-o", tmp_path / "packed") == 0
+    assert run("finetune", model, "--data", data, "--method", "full", "-o", out, *FAST) == 2  # is there
+    assert run("finetune", model, "--data", data, "--method", "full", "-o", out, "--overwrite", *FAST) == 0
+
+
+def test_lora_makes_adaptors_that_peft_reads(model: Path, data: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    assert run("finetune", model, "--data", data, "-o", out, *FAST) == 0
+    config = json.loads((out / "adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (16, 32)
+    base = transformers.LlamaForCausalLM.from_pretrained(model)
+    loaded = peft.PeftModel.from_pretrained(base, out)
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2 * 7
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--method", "magic"), "--method: expected one of full, lora, qat"),
+        (("--recipe", "nothing"), "--recipe: expected lora, qat, sft, or a YAML file, got nothing"),
+        (("--task", "cooking"), "--task: expected one of translation"),
+        (("--task", "translation"), "data.jsonl: line 1: expected the column source or sentence"),
+        (("--preset", "llama3.2"), "--preset, --group-size: expected with a method that gives a 4-bit model"),
+        (("--set", "rank=0"), "rank: expected a whole number of at least 1, got 0"),
+        (("--set", "length=100000"), "length: expected at most 512 tokens, the model's context"),
+        (("--set", "length=4"), "expected examples to learn from, got none"),
+        (("--teacher", "/nowhere"), "/nowhere"),
+        (("--method", "qat", "--set", "start=magic"), "--method: expected one of rtn"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    model: Path, data: Path, tmp_path: Path, capsys: Any, options: tuple[str, ...], told: str
+) -> None:
+    assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 2
+    assert told in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_model_is_refused(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    capsys.readouterr()
+    assert run("finetune", tmp_path / "packed", "--data", data, "-o", tmp_path / "out") == 2
+    assert "expected a float model, got a packed one" in one_line(capsys)
