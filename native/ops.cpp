@@ -161,6 +161,32 @@ void linear_float(const Weights& weights, const float* x, size_t tokens, const O
   });
 }
 
+void low_rank(const LowRank& a, const float* x, size_t tokens, float* out) {
+  if (tokens == 0) return;
+  const Kernels& k = kernels();
+  const size_t inner = a.down.rows;
+  std::vector<float> t(tokens * inner);
+  linear_float(a.down, x, tokens, {t.data(), nullptr, false});
+  for (float& value : t) value *= a.scaling;
+  std::vector<size_t> starts;  // of each part's panels among all
+  size_t panels = 0;
+  for (const LowRankPart& part : a.ups) {
+    starts.push_back(panels);
+    panels += (part.count + kLanes - 1) / kLanes;
+  }
+  parallel_for(panels, std::max<size_t>(1, 64 / tokens), 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t i = 0; i < a.ups.size(); i++) {
+      const LowRankPart& part = a.ups[i];
+      const size_t stop = starts[i] + (part.count + kLanes - 1) / kLanes;
+      const size_t first = std::max(begin, starts[i]), last = std::min(end, stop);
+      if (first >= last) continue;
+      const LowRankUp up{part.panels, part.dtype, part.rank,        part.count, t.data() + part.inner,
+                         inner,       tokens,     out + part.first, a.outputs};
+      k.low_rank_up(up, first - starts[i], last - starts[i]);
+    }
+  });
+}
+
 void embed(const Weights& weights, const int64_t* ids, size_t tokens, float* out) {
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(weights.kind);

@@ -20,6 +20,20 @@ struct Output {
 };
 void linear_quantized(const Weights& weights, Activations& acts, const Output& output);
 void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output);
+
+// B of an adaptor, in panels, for outputs [first, first + count); it reads rank inner values, the first at `inner`
+struct LowRankPart {
+  const void* panels;
+  Dtype dtype;
+  size_t rank, count, first, inner;
+};
+struct LowRank {
+  Weights down;  // every part's A, one above the other
+  std::vector<LowRankPart> ups;
+  size_t outputs;
+  float scaling;
+};
+void low_rank(const LowRank& a, const float* x, size_t tokens, float* out);  // adds scaling * B (A x)
 void embed(const Weights& weights, const int64_t* ids, size_t tokens, float* out);
 
 struct RoundedRows {

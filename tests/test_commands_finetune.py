@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command import one_line, run
 from tiny import make_checkpoint
 
+import llamita
 from llamita.checkpoint import Checkpoint
 
 pytest.importorskip("trl", reason="training is on the Torch side")
@@ -87,11 +89,26 @@ def test_lora_makes_adaptors_that_peft_reads(model: Path, data: Path, tmp_path: 
     assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2 * 7
 
 
+def test_qat_lora_makes_a_packed_model_and_adaptors(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    options = ("--data", data, "--method", "qat-lora", *FAST, "--set", "2.learning_rate=1e-2")
+    assert run("finetune", model, *options, "-o", out, "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["losses"]) == 3
+    assert values["try"].endswith(f"--adaptor {tmp_path / 'out-adaptor'}")
+    llm = llamita.load(out, adaptors={"a": tmp_path / "out-adaptor"})
+    ids = list(range(2, 30))
+    assert np.abs(llm.logits(ids, adaptor="a") - llm.logits(ids)).max() > 1e-3
+    assert run("finetune", model, *options, "-o", out, "--overwrite") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--method", "magic"), "--method: expected one of full, lora, qat"),
-        (("--recipe", "nothing"), "--recipe: expected lora, qat, sft, or a YAML file, got nothing"),
+        (("--method", "magic"), "--method: expected one of lora, full, qat, qat-lora"),
+        (("--recipe", "nothing"), "--recipe: expected lora, qat, qat-lora, sft, or a YAML file, got nothing"),
         (("--task", "cooking"), "--task: expected one of translation"),
         (("--task", "translation"), "data.jsonl: line 1: expected the column source or sentence"),
         (("--preset", "llama3.2"), "--preset, --group-size: expected with a method that gives a 4-bit model"),

@@ -33,7 +33,25 @@ def locked() -> np.ndarray:
     return array
 
 
+def low_rank(count: int = 3, start: int = 0, rank: int = 2) -> _native.LowRank:
+    panels = np.zeros((1, 2, 16), np.float32)
+    return _native.LowRank([np.zeros((rank, 64), np.float32)], [(panels, start, count)], 3, 1.0)
+
+
 CASES: dict[str, tuple[Callable[[], object], str]] = {
+    "low rank, parts": (lambda: _native.LowRank([], [], 3, 1.0), "downs, ups: expected as many of one"),
+    "low rank, rank": (lambda: low_rank(rank=4), r"ups: expected .*\(1, 4, 16\), got float32"),
+    "low rank, outputs": (lambda: low_rank(start=1), "ups: expected outputs within 3, got 3 from 1"),
+    "low rank, none": (lambda: low_rank(count=0), "ups: expected outputs within 3, got 0 from 0"),
+    "low rank, panels": (lambda: low_rank(count=17), "ups: expected outputs within 3, got 17 from 0"),
+    "low rank, x": (
+        lambda: _native.low_rank(low_rank(), F32[:, :32].copy(), out()),
+        r"x: expected float32 \(any, 64\)",
+    ),
+    "low rank, out": (
+        lambda: _native.low_rank(low_rank(), F32, out(2, 4)),
+        r"out: expected float32 \(2, 3\)",
+    ),
     "dtype": (lambda: _native.quantize(WIDE, acts()), r"x: expected float32 \(any, 64\), got float64"),
     "columns": (
         lambda: _native.quantize(F32[:, :32].copy(), acts()),

@@ -219,8 +219,8 @@ double int8_probe(size_t iterations, int variant) {
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2",   linear_w4, linear_w8,  linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,
-    hadamard, attention, kQueryRows, to_f32,       to_f16,      round_row, int8_probe, read_probe,
+    "avx2",    linear_w4,  linear_w8, linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,     hadamard,
+    attention, kQueryRows, to_f32,    to_f16,       low_rank_up, round_row, int8_probe, read_probe,
 };
 
 }  // namespace llamita

@@ -104,6 +104,7 @@ constexpr size_t kButterfly = 16;
 #include "attention.inc"
 #include "rounding.inc"
 #include "hadamard.inc"
+#include "low_rank.inc"
 // clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
@@ -299,8 +300,8 @@ double int8_probe(size_t iterations, int variant) {
 }  // namespace
 
 const Kernels avx512vnni_kernels = {
-    "avx512vnni", linear_w4, linear_w8,  linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,
-    hadamard,     attention, kQueryRows, to_f32,       to_f16,      round_row, int8_probe, read_probe,
+    "avx512vnni", linear_w4,  linear_w8, linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,     hadamard,
+    attention,    kQueryRows, to_f32,    to_f16,       low_rank_up, round_row, int8_probe, read_probe,
 };
 
 }  // namespace llamita

@@ -17,8 +17,8 @@ __m256i dot4(__m256i sums, __m256i w, __m256i x) {
 }  // namespace
 
 const Kernels avxvnni_kernels = {
-    "avxvnni", linear_w4, linear_w8,  linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,
-    hadamard,  attention, kQueryRows, to_f32,       to_f16,      round_row, int8_probe, read_probe,
+    "avxvnni", linear_w4,  linear_w8, linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,     hadamard,
+    attention, kQueryRows, to_f32,    to_f16,       low_rank_up, round_row, int8_probe, read_probe,
 };
 
 }  // namespace llamita

@@ -53,6 +53,17 @@ struct FloatLinear {
   bool accumulate;
 };
 
+// out[t, n] += sum_r x[t, r] * w[n, r]; w lies in panels of kLanes outputs, each (rank, kLanes)
+struct LowRankUp {
+  const void* w;  // of `dtype`
+  Dtype dtype;
+  size_t rank, outputs;
+  const float* x;  // tokens x_stride apart
+  size_t x_stride, tokens;
+  float* out;  // tokens out_stride apart
+  size_t out_stride;
+};
+
 struct QuantizedRow {
   int8_t* codes;  // (columns,)
   float* scale;
@@ -122,6 +133,7 @@ struct Kernels {
   size_t query_rows;  // rows that share one pass over the keys: at most kLanes
   void (*to_f32)(const void* source, Dtype, size_t count, float* out);
   void (*to_f16)(const float* source, size_t count, uint16_t* out);
+  void (*low_rank_up)(const LowRankUp&, size_t first, size_t last);  // panels [first, last)
   // False if w holds NaN or infinity (nothing is written then). scratch: 2 * (group_size + kLanes) floats.
   bool (*round_row)(const float* w, const Rounding&, float* scratch, int8_t* codes, float* scales,
                     double* squared_error);

@@ -14,6 +14,7 @@ namespace {
 #include "attention.inc"
 #include "rounding.inc"
 #include "hadamard.inc"
+#include "low_rank.inc"
 // clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
@@ -163,8 +164,8 @@ void add_groups(const QuantizedLinear& a, const Unpacked& part, size_t t, float*
 }  // namespace
 
 const Kernels neon_i8mm_kernels = {
-    "neon-i8mm", linear_w4, linear_w8,  linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,
-    hadamard,    attention, kQueryRows, to_f32,       to_f16,      round_row, int8_probe, read_probe,
+    "neon-i8mm", linear_w4,  linear_w8, linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,     hadamard,
+    attention,   kQueryRows, to_f32,    to_f16,       low_rank_up, round_row, int8_probe, read_probe,
 };
 
 }  // namespace llamita

@@ -155,6 +155,7 @@ constexpr size_t kButterfly = 2;
 #include "attention.inc"
 #include "rounding.inc"
 #include "hadamard.inc"
+#include "low_rank.inc"
 // clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
@@ -220,8 +221,8 @@ double int8_probe(size_t iterations, int) {
 }  // namespace
 
 const Kernels scalar_kernels = {
-    "scalar", linear_w4, linear_w8,  linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,
-    hadamard, attention, kQueryRows, to_f32,       to_f16,      round_row, int8_probe, read_probe,
+    "scalar",  linear_w4,  linear_w8, linear_float, kLinearRows, quantize,  rmsnorm,    swiglu,     hadamard,
+    attention, kQueryRows, to_f32,    to_f16,       low_rank_up, round_row, int8_probe, read_probe,
 };
 
 }  // namespace llamita

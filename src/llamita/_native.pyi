@@ -138,6 +138,20 @@ def linear(
     Quantized weights take Activations, float weights an array (tokens, columns).
     """
 
+class LowRank:
+    """Adaptors B_i·A_i of layers that read the same input, scaled: see `low_rank`. Keeps its arrays alive."""
+
+    def __init__(
+        self, downs: list[Any], ups: list[tuple[Any, int, int]], outputs: int, scaling: float
+    ) -> None:
+        """downs: A_i (rank_i, columns), all of one float type. ups: (B_i, start, rows), B_i of outputs
+        `start` to start + rows, in panels of 16 (rows / 16 rounded up, rank_i, 16), zeros behind the last row."""
+    @property
+    def scaling(self) -> float: ...
+
+def low_rank(adaptor: LowRank, x: F32, out: F32) -> None:
+    """out[:, start : start + rows] += scaling * (x · A_iᵀ) · B_iᵀ for every part; x, out (tokens, …)."""
+
 def embed(weights: Weights, ids: I32 | npt.NDArray[np.int64], out: F32) -> None:
     """Rows of 8-bit or float weights: ids (tokens,), out (tokens, columns)."""
 

@@ -11,12 +11,15 @@ import typer
 
 from llamita import console
 from llamita.commands.generate import (
+    ADAPTOR,
+    AdaptorPath,
     Context,
     KvCache,
     Preset,
     Speculate,
     Temperature,
     Threads,
+    adaptors_of,
     describe,
     show_stream,
     summary,
@@ -62,6 +65,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    adaptor: AdaptorPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
 ) -> None:
     """Talk to a model; a line is a message.
@@ -72,12 +76,13 @@ def command(
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """
-    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
+    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache,
+               adaptors=adaptors_of(adaptor))  # fmt: skip
     console.note(remark())
     _ = llm.chat_template  # a base model without one is refused before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,
-        "speculate": speculate,
+        "speculate": speculate, "adaptor": adaptor and ADAPTOR,
     }  # fmt: skip
     is_terminal = sys.stdin.isatty() and not as_json
     if is_terminal:

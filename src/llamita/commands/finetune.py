@@ -101,6 +101,8 @@ def command(
         if out is None:
             raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
         check_target(out, overwrite, source.path)
+        if chosen.is_quantized and chosen.has_adaptors:
+            check_target(out.with_name(f"{out.name}-adaptor"), overwrite, source.path)
         run = load_optional(RUN, _LACKING)
     with console.progress(quiet=json) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)

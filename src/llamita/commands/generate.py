@@ -4,6 +4,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,10 @@ Preset = Annotated[
 Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")]
 Context = Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")]
 KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")]
+AdaptorPath = Annotated[
+    Path | None, typer.Option("--adaptor", metavar="DIR", help="A low-rank adaptor in PEFT's form to use.")
+]
+ADAPTOR = "adaptor"  # what the one of --adaptor is called
 
 
 def command(
@@ -46,6 +51,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    adaptor: AdaptorPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
 ) -> None:
     """Continue a prompt.
@@ -53,12 +59,13 @@ def command(
     Example: llamita generate embedded --prompt "Once upon a time" --max-tokens 100
     """
     text = read_prompt(prompt)
-    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
+    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache,
+               adaptors=adaptors_of(adaptor))  # fmt: skip
     console.note(remark())
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-        "stop": stop or [], "speculate": speculate,
+        "stop": stop or [], "speculate": speculate, "adaptor": adaptor and ADAPTOR,
     }  # fmt: skip
     if as_json:
         generation = llm.generate(text, **options)
@@ -67,6 +74,11 @@ def command(
     generation = show_stream(llm, text, options, [])
     sys.stdout.write("\n")
     console.note(summary(generation))
+
+
+def adaptors_of(path: Path | None) -> dict[str, Path]:
+    """The one of --adaptor, by the name that requests give it."""
+    return {} if path is None else {ADAPTOR: path}
 
 
 def read_prompt(prompt: str) -> str:

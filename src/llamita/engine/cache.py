@@ -6,6 +6,7 @@ import numpy as np
 
 from llamita import _native
 from llamita.config import ModelConfig, RopeConfig
+from llamita.engine.adaptors import Adaptor
 
 KV_DTYPES = ("f32", "f16", "int8")
 
@@ -28,6 +29,7 @@ class SequenceCache:
         )
         self.capacity = capacity
         self.length = 0
+        self.adaptor: Adaptor | None = None  # whose keys and values these are, set before the first step
 
     def copy_prefix(self, source: "SequenceCache", tokens: int) -> None:
         """Begin with the first tokens of another sequence of the same model; what was here before goes.

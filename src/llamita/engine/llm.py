@@ -5,7 +5,7 @@ print(llm.generate("Once upon a time", max_tokens=100).text)
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,6 +14,7 @@ import numpy as np
 
 from llamita.chat import ChatTemplate, read_template
 from llamita.checkpoint import Checkpoint, ModelSource
+from llamita.engine.adaptors import check_fits, load_adaptor
 from llamita.engine.cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
@@ -28,6 +29,7 @@ from llamita.engine.requests import (
     check_names,
     check_prompt,
     check_request,
+    find_adaptor,
 )
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
@@ -53,6 +55,7 @@ def load(
     max_sequences: int = MAX_SEQUENCES,
     cache_memory: int | None = None,
     prefix_cache: int | None = None,
+    adaptors: Mapping[str, str | Path] | None = None,
 ) -> "LLM":
     """Load a model: a checkpoint, a quantized directory, a hub name, or "embedded".
 
@@ -68,6 +71,8 @@ def load(
             by default half of the memory that the process may use.
         prefix_cache: bytes of these to keep of ended sequences, for prompts that begin like them; by
             default what one whole context takes, at most an eighth of the memory. 0 turns it off.
+        adaptors: low-rank adaptors to have beside the model, directories in PEFT's form by the names that
+            requests will give them.
 
     Raises:
         InputError, RunError: one line that says what is wrong.
@@ -86,6 +91,7 @@ def load(
         max_sequences=max_sequences,
         cache_memory=cache_memory,
         prefix_cache=prefix_cache,
+        adaptors=adaptors,
     )
 
 
@@ -112,6 +118,7 @@ class LLM:
         scheme: how its weights are rounded, None for a float model.
         context: tokens of a sequence at most.
         kv_dtype: "f32", "f16" or "int8".
+        adaptors: that requests may name.
         model: the forward pass, for those who drive it themselves.
         scheduler: what runs the generations, for those who bring requests of their own.
     """
@@ -125,12 +132,16 @@ class LLM:
         max_sequences: int = MAX_SEQUENCES,
         cache_memory: int | None = None,
         prefix_cache: int | None = None,
+        adaptors: Mapping[str, str | Path] | None = None,
     ) -> None:
         """As `load`, from an opened model."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache)
-        self.model = Model(self.config, load_weights(source))
+        if adaptors:
+            check_fits(source)
+        self.adaptors = {n: load_adaptor(n, Path(path), self.config) for n, path in (adaptors or {}).items()}
+        self.model = Model(self.config, load_weights(source, gated=not self.adaptors))
         self.scheduler = Scheduler(self.model, limits)
 
     @cached_property
@@ -144,8 +155,11 @@ class LLM:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         return ChatTemplate(read_template(self.path), bos_token=bos, eos_token=eos)
 
-    def logits(self, token_ids: TokenIds) -> np.ndarray:
+    def logits(self, token_ids: TokenIds, adaptor: str | None = None) -> np.ndarray:
         """The logits that follow every token: float32 (tokens, vocab).
+
+        Args:
+            adaptor: the name of one that the model was loaded with.
 
         Raises:
             InputError: no tokens, more than the context holds, or an id outside the vocabulary.
@@ -153,6 +167,7 @@ class LLM:
         ids = self.check_ids(token_ids)
         logits = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
         cache = self.new_sequence(len(ids))
+        cache.adaptor = find_adaptor(adaptor, self.adaptors)
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = slice(start, start + PREFILL_CHUNK)
             self.model.step([(cache, ids[part])], np.arange(len(ids[part])), out=logits[part])
@@ -236,7 +251,7 @@ class LLM:
         check_names(options)
         ids, continues = self._prompt_ids(prompt)
         recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
-        return check_request(ids, continues, self.context, recommended, options, started)
+        return check_request(ids, continues, self.context, recommended, options, started, self.adaptors)
 
     def _submit(self, request: Request) -> Stream:
         return self.scheduler.submit(request, Answer(request, self.tokenizer))

@@ -13,6 +13,7 @@ import numpy as np
 
 from llamita import _native as ops
 from llamita.config import ModelConfig
+from llamita.engine.adaptors import Span, apply
 from llamita.engine.cache import SequenceCache
 from llamita.engine.weights import Block, Linear, ModelWeights
 
@@ -90,19 +91,21 @@ class Model:
         counts = [len(ids) for _, ids in sequences]
         with self._lock:
             batch, buffers = self._begin(sequences, counts)
+            spans = _spans(sequences, counts)
             yield BlockView(buffers.x, {})
             for layer, block in enumerate(self.weights.blocks):
                 before = buffers.x.copy()
-                self._block(block, layer, batch, buffers)
-                yield BlockView(buffers.x, self._linear_inputs(block, before, buffers))
+                self._block(block, layer, batch, buffers, spans)
+                yield BlockView(buffers.x, self._linear_inputs(block, layer, before, buffers, spans))
             for (cache, _), count in zip(sequences, counts, strict=True):
                 cache.length += count
 
     def _hidden_states(self, sequences: Step, counts: list[int]) -> np.ndarray:
         """Run the blocks; the residual stream (tokens, hidden) after the last one."""
         batch, buffers = self._begin(sequences, counts)
+        spans = _spans(sequences, counts)
         for layer, block in enumerate(self.weights.blocks):
-            self._block(block, layer, batch, buffers)
+            self._block(block, layer, batch, buffers, spans)
         return buffers.x
 
     def _begin(self, sequences: Step, counts: list[int]) -> tuple[ops.Batch, _Views]:
@@ -118,20 +121,26 @@ class Model:
         ops.embed(self.weights.embedding, ids, buffers.x)
         return batch, buffers
 
-    def _block(self, block: Block, layer: int, batch: ops.Batch, b: _Views) -> None:
+    def _block(self, block: Block, layer: int, batch: ops.Batch, b: _Views, spans: Sequence[Span]) -> None:
         eps, heads = self.config.norm_eps, self.config.heads
-        _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden)
+        _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden, bool(spans))
         _linear(block.qkv, b.hidden, b.qkv)
+        apply(spans, layer, "qkv", b.hidden.floats, b.qkv)
         ops.rope_and_cache(batch, layer, b.qkv, heads)
         ops.attention(batch, layer, b.qkv, heads, b.attended.floats)
         if block.attention_out.takes_codes:
             ops.quantize(b.attended.floats, b.attended.codes)
         _linear(block.attention_out, b.attended, b.x, accumulate=True)
-        _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden)
-        _gate_up(block, self.weights.down_rotation, b)
+        apply(spans, layer, "attention_out", b.attended.floats, b.x)
+        _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden, bool(spans))
+        _gate_up(block, layer, b, spans)
+        apply(spans, layer, "down", b.inner.floats, b.x)
+        _rotate(block, self.weights.down_rotation, b.inner)
         _linear(block.down, b.inner, b.x, accumulate=True)
 
-    def _linear_inputs(self, block: Block, x: np.ndarray, b: _Views) -> dict[str, np.ndarray]:
+    def _linear_inputs(
+        self, block: Block, layer: int, x: np.ndarray, b: _Views, spans: Sequence[Span]
+    ) -> dict[str, np.ndarray]:
         """What the linear layers of a block read that has just run, from the stream x before it.
 
         Norms that went straight to codes are computed again; x (tokens, hidden) is overwritten.
@@ -139,6 +148,7 @@ class Model:
         qkv, gate_up = np.empty_like(x), np.empty_like(x)
         ops.rmsnorm(x, block.attention_norm, self.config.norm_eps, qkv)
         _linear(block.attention_out, b.attended, x, accumulate=True)
+        apply(spans, layer, "attention_out", b.attended.floats, x)
         ops.rmsnorm(x, block.mlp_norm, self.config.norm_eps, gate_up)
         down = b.inner.floats
         if self.weights.down_rotation and block.down.takes_codes:  # else it was rotated where it lies
@@ -168,9 +178,26 @@ class Model:
         return out
 
 
-def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Operand) -> None:
-    """RMSNorm, in the form that the layer which reads it takes."""
-    if not reader.takes_floats:
+def _spans(sequences: Step, counts: list[int]) -> list[Span]:
+    """The tokens of a step that have adaptors; neighbours of the same one together."""
+    spans: list[Span] = []
+    start = 0
+    for (cache, _), count in zip(sequences, counts, strict=True):
+        stop = start + count
+        if cache.adaptor is not None:
+            begins = start
+            if spans and spans[-1][1] is cache.adaptor and spans[-1][0].stop == start:
+                begins = spans.pop()[0].start
+            spans.append((slice(begins, stop), cache.adaptor))
+        start = stop
+    return spans
+
+
+def _norm(
+    x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Operand, keeps_floats: bool = False
+) -> None:
+    """RMSNorm, in the form that the layer which reads it takes, and in floats if they are to be kept."""
+    if not (reader.takes_floats or keeps_floats):
         ops.rmsnorm_quantize(x, gamma, eps, out.codes)
         return
     ops.rmsnorm(x, gamma, eps, out.floats)
@@ -178,20 +205,25 @@ def _norm(x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Op
         ops.quantize(out.floats, out.codes)
 
 
-def _gate_up(block: Block, rotation: ops.Hadamard | None, b: _Views) -> None:
-    """silu(gate) · up, rotated if it has to be, in the form that the down projection takes."""
+def _gate_up(block: Block, layer: int, b: _Views, spans: Sequence[Span]) -> None:
+    """silu(gate) · up, in floats."""
     if block.gate_up.is_gated:
         _linear(block.gate_up, b.hidden, b.inner.floats)
-    else:
-        _linear(block.gate_up, b.hidden, b.gate_up)
-        ops.swiglu(b.gate_up, b.inner.floats)
+        return
+    _linear(block.gate_up, b.hidden, b.gate_up)
+    apply(spans, layer, "gate_up", b.hidden.floats, b.gate_up)
+    ops.swiglu(b.gate_up, b.inner.floats)
+
+
+def _rotate(block: Block, rotation: ops.Hadamard | None, inner: _Operand) -> None:
+    """What the down projection reads, rotated if it has to be, in the form that it takes."""
     if not block.down.takes_codes:
         if rotation:
-            ops.hadamard(rotation, b.inner.floats, b.inner.floats)
+            ops.hadamard(rotation, inner.floats, inner.floats)
     elif rotation:
-        ops.hadamard_quantize(rotation, b.inner.floats, b.inner.codes)
+        ops.hadamard_quantize(rotation, inner.floats, inner.codes)
     else:
-        ops.quantize(b.inner.floats, b.inner.codes)
+        ops.quantize(inner.floats, inner.codes)
 
 
 def _linear(linear: Linear, x: _Operand, out: np.ndarray, accumulate: bool = False) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamita.config import RopeConfig
+from llamita.engine.adaptors import Adaptor
 from llamita.engine.cache import SequenceCache, rope_frequencies
 
 SHORTEST = 16  # tokens worth sharing; fewer are computed about as fast
@@ -20,6 +21,11 @@ class Prefix(NamedTuple):
     cache: SequenceCache
     declared_length: int  # that its rotary frequencies were made for
     positions: int  # that the cache has taken memory for
+
+    @property
+    def adaptor(self) -> Adaptor | None:
+        """Whose keys and values it holds."""
+        return self.cache.adaptor
 
 
 def whole_blocks(tokens: int) -> int:
@@ -56,7 +62,7 @@ class PrefixCache:
         """Keep a cache that nobody writes to any more, in place of those that hold no more than it does."""
         if len(prefix.ids) < SHORTEST or prefix.positions > self._limit:
             return
-        shared = [self.shared(prefix, kept.ids, kept.declared_length) for kept in self._kept]
+        shared = [self.shared(prefix, kept.ids, kept.declared_length, kept.adaptor) for kept in self._kept]
         if any(length == len(prefix.ids) for length in shared):
             return
         pairs = zip(self._kept, shared, strict=True)
@@ -69,12 +75,16 @@ class PrefixCache:
             del self._kept[0]
 
     def find(
-        self, ids: np.ndarray, declared_length: int, running: Iterable[Prefix]
+        self,
+        ids: np.ndarray,
+        declared_length: int,
+        running: Iterable[Prefix],
+        adaptor: Adaptor | None = None,
     ) -> tuple[Prefix | None, int]:
         """What shares the longest beginning with a sequence, kept or running, and the length of that."""
         best, longest = None, SHORTEST - 1
         for prefix in (*reversed(self._kept), *running):
-            length = self.shared(prefix, ids, declared_length)
+            length = self.shared(prefix, ids, declared_length, adaptor)
             if length > longest:
                 best, longest = prefix, length
         return best, longest if best else 0
@@ -96,8 +106,12 @@ class PrefixCache:
         self._kept.append(prefix)  # just used
         return None
 
-    def shared(self, prefix: Prefix, ids: np.ndarray, declared_length: int) -> int:
-        """Tokens whose keys and values are those of a sequence with these ids and this length, too."""
+    def shared(
+        self, prefix: Prefix, ids: np.ndarray, declared_length: int, adaptor: Adaptor | None = None
+    ) -> int:
+        """Tokens whose keys and values are those of a sequence with these ids, length and adaptor, too."""
+        if prefix.adaptor is not adaptor:
+            return 0
         length = common_length(prefix.ids, ids)
         if length < SHORTEST or self._rope.kind != "dynamic" or prefix.declared_length == declared_length:
             return length

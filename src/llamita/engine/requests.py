@@ -1,7 +1,7 @@
 """What is asked of a model and what it answers: options, a checked request, text, timings."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypedDict
@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from llamita.chat import Message
+from llamita.engine.adaptors import Adaptor
 from llamita.engine.sampler import Sampling
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: Sequence[str]  # the text ends before the first of these
     speculate: int  # tokens drafted from the text so far and verified together, 4 by default, 0 for none
+    adaptor: str | None  # the name of one that the model was loaded with; none by default
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Request:
     sampling: Sampling
     stop: tuple[str, ...]
     speculate: int  # drafted tokens a step at most
+    adaptor: Adaptor | None
     started: float  # by time.perf_counter
 
     @property
@@ -118,9 +121,10 @@ class Request:
 
 
 def check_request(
-    ids: np.ndarray, continues: bool, context: int, recommended: Sampling, options: Options, started: float
-) -> Request:
-    """A request from checked prompt ids, the caller's options, and when the call began.
+    ids: np.ndarray, continues: bool, context: int, recommended: Sampling, options: Options, started: float,
+    adaptors: Mapping[str, Adaptor],
+) -> Request:  # fmt: skip
+    """A request from checked prompt ids, the caller's options, when the call began, and adaptors by name.
 
     Raises:
         InputError: an option is out of its range or at odds with another.
@@ -143,8 +147,19 @@ def check_request(
         sampling=_sampling(recommended, options),
         stop=stop,
         speculate=speculate,
+        adaptor=find_adaptor(options.get("adaptor"), adaptors),
         started=started,
     )
+
+
+def find_adaptor(name: object, adaptors: Mapping[str, Adaptor]) -> Adaptor | None:
+    """The adaptor of this name, None for none; InputError where the model has none of this name."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in adaptors:
+        known = ", ".join(adaptors) or "none, as the model was loaded without"
+        raise InputError(f"adaptor: expected one of {known}, got {name!r}")
+    return adaptors[name]
 
 
 def check_names(options: Options) -> None:

@@ -66,8 +66,11 @@ class ModelWeights:
     head_transform: _native.Weights | None  # float (hidden, hidden), of what the head reads
 
 
-def load_weights(source: ModelSource) -> ModelWeights:
+def load_weights(source: ModelSource, gated: bool = True) -> ModelWeights:
     """Read every weight and bring it into the kernels' form.
+
+    Args:
+        gated: let gate and up become one product, between whose parts and SwiGLU nothing can be added.
 
     Raises:
         InputError: a tensor whose shape is not the configuration's, or whose group size does not divide
@@ -77,7 +80,7 @@ def load_weights(source: ModelSource) -> ModelWeights:
     tables = (config.vocab_size, config.hidden_size)
     embedding = _linear(source, {"model.embed_tokens": tables}, has_bias=False)
     head = embedding if config.tied else load_head(source)
-    blocks = tuple(load_block(source, i) for i in range(config.layers))
+    blocks = tuple(load_block(source, i, gated) for i in range(config.layers))
     size, inputs = source.rotations.r4_size, config.intermediate_size
     if size not in (None, inputs):
         raise InputError(f"rotations: R4: size: expected {inputs}, the inputs of down_proj, got {size}")
@@ -112,7 +115,7 @@ def load_head(source: ModelSource) -> Linear:
     return _linear(source, {"lm_head": shape}, has_bias=False)
 
 
-def load_block(source: ModelSource, index: int) -> Block:
+def load_block(source: ModelSource, index: int, gated: bool = True) -> Block:
     """One transformer block; errors as in `load_weights`."""
     config, prefix = source.config, f"model.layers.{index}"
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
@@ -127,7 +130,7 @@ def load_block(source: ModelSource, index: int) -> Block:
         qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         attention_out=fused("self_attn.o_proj"),
         mlp_norm=source.vector(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=fused("mlp.gate_proj", "mlp.up_proj", gated=True),
+        gate_up=fused("mlp.gate_proj", "mlp.up_proj", gated=gated),
         down=fused("mlp.down_proj"),
     )
 

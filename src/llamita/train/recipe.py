@@ -11,7 +11,7 @@ import yaml
 from llamita.errors import InputError, RunError
 from llamita.scheme import GROUP_SIZES, PRESETS
 
-METHODS = {"full": "sft", "lora": "lora", "qat": "qat"}  # and their recipes
+METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "qat-lora"}  # and their recipes
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINS = ("weights", "adaptors", "preferences")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")

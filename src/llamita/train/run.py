@@ -50,14 +50,34 @@ def _save(
     trained: Trained, job: Job, name: str, out: Path, record: dict[str, Any], overwrite: bool
 ) -> tuple[str, str]:
     recipe, source = job.recipe, job.source
-    if recipe.is_quantized:
-        settings = {key: value for key, value in record.items() if key != "history"}
-        save_packed(trained.model, source, name, out, scheme_of(recipe), job.work, settings, overwrite)
-        return "a 4-bit model", f"llamita generate {out} --prompt TEXT"
-    with staged(out, overwrite, source.path) as directory:
+    if not recipe.is_quantized:
+        return _save_float(trained, job, out, record, overwrite)
+    model = trained.model
+    settings = {key: value for key, value in record.items() if key != "history"}
+    kind, hint = "a 4-bit model", f"llamita generate {out} --prompt TEXT"
+    if recipe.has_adaptors:
+        beside = adaptor_place(out)
+        with staged(beside, overwrite, source.path) as directory:
+            write_bytes(directory / TRAINED_MARK, json.dumps(record, indent=1).encode())
+            save_adaptors(model, directory)
+        model = model.unload()
+        kind, hint = f"a 4-bit model and, in {beside}, adaptors", f"{hint} --adaptor {beside}"
+    save_packed(model, source, name, out, scheme_of(recipe), job.work, settings, overwrite)
+    return kind, hint
+
+
+def adaptor_place(out: Path) -> Path:
+    """Where the adaptors of a quantized model go."""
+    return out.with_name(f"{out.name}-adaptor")
+
+
+def _save_float(
+    trained: Trained, job: Job, out: Path, record: dict[str, Any], overwrite: bool
+) -> tuple[str, str]:
+    with staged(out, overwrite, job.source.path) as directory:
         write_bytes(directory / TRAINED_MARK, json.dumps(record, indent=1).encode())
-        if recipe.has_adaptors:
+        if job.recipe.has_adaptors:
             save_adaptors(trained.model, directory)
-            return "adaptors, in PEFT's form", f"PeftModel.from_pretrained(BASE, '{out}') of peft"
-        save_float(trained.model, source, directory)
+            return "adaptors, in PEFT's form", f"llamita generate BASE --prompt TEXT --adaptor {out}"
+        save_float(trained.model, job.source, directory)
     return "a float checkpoint", f"llamita quantize {out} -o {out}-4bit"

@@ -34,11 +34,14 @@ def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
 
 
 def save_adaptors(model: Any, directory: Path) -> None:
-    """Low-rank adaptors in the form of PEFT's own files.
+    """Low-rank adaptors in BF16, in the form of PEFT's own files.
 
     Args:
         model: PEFT's.
     """
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(directory)
     card = directory / "README.md"
     if card.exists():  # PEFT's template, which says nothing

@@ -1,0 +1,167 @@
+"""Low-rank adaptors beside a model's weights: y = W·x + s·B·(A·x) (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+They are never merged, so one copy of the quantized weights serves several, and a step may mix sequences of
+different ones. A and B are PEFT's own files, read as they are stored; x is the float input of a layer, not
+its int8 codes.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita import _native as ops
+from llamita.checkpoint import FLOAT_DTYPES, ModelSource, check_finite
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.files import member, read_json
+from llamita.packed import PackedModel
+from llamita.tensorfile import TensorFile
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# The engine's linear layers, and those of a checkpoint that each is made of, in the order of its outputs.
+FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_LARGEST_RANK = 4096
+_PANEL = 16  # outputs that are computed together: kLanes of native/kernels/kernels.h
+_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight")
+_PLAIN: dict[str, Any] = {  # settings that change what is computed, and where they do not
+    "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {}, "layer_replication": None, "lora_bias": False, "trainable_token_indices": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adaptor:
+    """Adaptors of a whole model.
+
+    Attributes:
+        name: what requests call it.
+        blocks: of every block, by the keys of FUSED; a layer that has none is missing.
+        nbytes: of A and B.
+    """
+
+    name: str
+    blocks: tuple[dict[str, ops.LowRank], ...]
+    nbytes: int
+
+
+Span = tuple[slice, Adaptor]  # tokens of a step, and whose they are
+
+
+def apply(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.ndarray) -> None:
+    """Add to out (tokens, outputs) what the adaptors of a step make of x (tokens, inputs)."""
+    for tokens, adaptor in spans:
+        adapted = adaptor.blocks[layer].get(fused)
+        if adapted is not None:
+            ops.low_rank(adapted, x[tokens], out[tokens])
+
+
+def check_fits(source: ModelSource) -> None:
+    """See that this model reads and gives what the model did that adaptors were trained on.
+
+    Raises:
+        InputError: it was rotated, or its channels were scaled.
+    """
+    rotated = [name for name in source.rotations.names if name != "R4"]  # which is undone where it acts
+    methods = source.metadata["method"].split("+") if isinstance(source, PackedModel) else []
+    changed = [*rotated, *(["equalize"] if "equalize" in methods else [])]
+    if changed:
+        raise InputError(
+            f"adaptors: expected a model whose channels are those of its source, got one changed by "
+            f"{' and '.join(changed)}; try quantize --method qronos+tune --set tune.rate=0"
+        )
+
+
+def load_adaptor(name: str, path: Path, config: ModelConfig) -> Adaptor:
+    """Adaptors from a directory in PEFT's form.
+
+    Args:
+        name: what requests will call it.
+
+    Raises:
+        InputError: a setting that is not known here, or a tensor that is missing, unknown or of another
+            shape.
+        RunError: a file cannot be read.
+    """
+    settings = read_json(path, CONFIG)
+    rank, scaling = _check_settings(settings, path)
+    file = TensorFile(member(path, WEIGHTS))
+    found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    shapes = config.linear_shapes()
+    for tensor, info in file.tensors.items():
+        match = _NAME.fullmatch(tensor)
+        if match is None or match[2] not in shapes or int(match[1]) >= config.layers:
+            raise InputError(f"{path}: {tensor[:100]!r}: expected adaptors of this model's linear layers")
+        rows, columns = shapes[match[2]]
+        expected = (rank, columns) if match[3] == "A" else (rows, rank)
+        if info.dtype not in FLOAT_DTYPES or info.shape != expected:
+            raise InputError(
+                f"{path}: {tensor}: expected floats {expected}, got {info.dtype} {info.shape}; "
+                "is this an adaptor of another model?"
+            )
+        values = file.read(tensor)
+        check_finite(tensor, values)
+        found.setdefault((int(match[1]), match[2]), {})[match[3]] = values
+    if not found:
+        raise InputError(f"{path}: {WEIGHTS}: expected adaptors, got none")
+    for (layer, module), pair in found.items():
+        if len(pair) != 2:
+            raise InputError(f"{path}: model.layers.{layer}.{module}: expected both lora_A and lora_B")
+    blocks = tuple(_block(config, layer, found, scaling) for layer in range(config.layers))
+    return Adaptor(name, blocks, sum(array.nbytes for pair in found.values() for array in pair.values()))
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
+    """The rank, and what B·A·x is multiplied by."""
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"{path}: {CONFIG}: peft_type: expected LORA, got {settings.get('peft_type')!r}")
+    for name, plain in _PLAIN.items():
+        value = settings.get(name, plain)
+        if value != plain and value is not None:
+            raise InputError(f"{path}: {CONFIG}: {name}: expected {plain!r}, got {repr(value)[:60]}; "
+                             "try merging it into its base with PEFT")  # fmt: skip
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise InputError(f"{path}: {CONFIG}: r: expected 1 to {_LARGEST_RANK}, got {rank!r}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise InputError(f"{path}: {CONFIG}: lora_alpha: expected a number, got {alpha!r}")
+    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _block(
+    config: ModelConfig, layer: int, found: dict[tuple[int, str], dict[str, np.ndarray]], scaling: float
+) -> dict[str, ops.LowRank]:
+    """The adaptors of one block."""
+    shapes, block = config.linear_shapes(), {}
+    for fused, names in FUSED.items():
+        outputs = 0
+        downs, ups = list[np.ndarray](), list[tuple[np.ndarray, int, int]]()
+        for name in names:
+            rows = shapes[name][0]
+            pair = found.get((layer, name))
+            if pair is not None:
+                if downs and downs[0].dtype != pair["A"].dtype:
+                    raise InputError(f"model.layers.{layer}.{name}: lora_A: expected its neighbours' dtype")
+                downs.append(pair["A"])
+                ups.append((_panels(pair["B"]), outputs, rows))
+            outputs += rows
+        if downs:
+            block[fused] = ops.LowRank(downs, ups, outputs, scaling)
+    return block
+
+
+def _panels(up: np.ndarray) -> np.ndarray:
+    """B (rows, rank) by 16 rows: (panels, rank, 16), zeros behind the last row."""
+    rows, rank = up.shape
+    whole = np.zeros((-(-rows // _PANEL) * _PANEL, rank), up.dtype)
+    whole[:rows] = up
+    return np.ascontiguousarray(whole.reshape(-1, _PANEL, rank).transpose(0, 2, 1))
