@@ -30,7 +30,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
      "plot", "own_text", "needs", "methods.auto",
      "train.records", "train.tasks", "train.examples", "train.recipe", "train.data", "train.fake_quant",
-     "train.prepare", "train.objective", "train.trainer", "train.finetune", "train.save", "train.run"),
+     "train.prepare", "train.objective", "train.trainer", "train.finetune", "train.save", "train.measures",
+     "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
@@ -101,7 +102,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.trainer": ("train.examples", "train.fake_quant", "train.objective", "train.recipe"),
     "train.save": ("train.fake_quant",),
     "train.data": ("train.examples", "train.recipe", "train.records", "train.tasks"),
-    "train.run": ("train.data", "train.finetune", "train.recipe", "train.save"),
+    "train.measures": ("evaluate", "train.examples", "train.tasks"),
+    "train.run": ("train.measures", "train.data", "train.finetune", "train.recipe", "train.save"),
     "train.finetune": ("train.examples", "train.fake_quant", "train.prepare", "train.recipe",
      "train.trainer"),
 }  # fmt: skip
@@ -135,12 +137,13 @@ TORCH_SIDE = {
     "train.trainer": ("torch", "datasets", "transformers", "trl"),
     "train.save": ("torch",),
     "train.run": (),
+    "train.measures": ("sacrebleu", "rouge_score"),
     "train.finetune": ("torch", "transformers", "peft", "safetensors"),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
     "torch", "torchao", "transformers", "lm_eval", "datasets", "accelerate", "peft", "trl", "executorch",
-    "compressed_tensors", "evaluate", "sacrebleu",
+    "compressed_tensors", "evaluate", "sacrebleu", "rouge_score",
 )  # fmt: skip
 
 # Imports inside functions, each with its reason.

@@ -50,6 +50,7 @@ def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_pat
     assert run("finetune", model, "--data", data, "--method", "qat", "-o", out, *FAST, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert len(values["losses"]) == 2
+    assert [name for name, _, _ in values["scores"]] == ["base", "base, rounded to nearest", "tuned, 4-bit"]
     assert values["tokens_per_second"] > 0
     record = json.loads((out / "llamita.json").read_text("utf-8"))
     assert record["method"] == "trained"
@@ -67,7 +68,8 @@ def test_full_makes_a_checkpoint_that_quantize_takes(
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, *FAST) == 0
     shown = capsys.readouterr()
     assert "a float checkpoint" in shown.out
-    assert "held-out loss before" in shown.out
+    assert "held-out examples" in shown.out
+    assert "tokens/s" in shown.err
     assert f"try: llamita quantize {out}" in shown.err
     Checkpoint(out)
     training = json.loads((out / "llamita_training.json").read_text("utf-8"))

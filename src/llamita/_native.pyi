@@ -144,8 +144,11 @@ class LowRank:
     def __init__(
         self, downs: list[Any], ups: list[tuple[Any, int, int]], outputs: int, scaling: float
     ) -> None:
-        """downs: A_i (rank_i, columns), all of one float type. ups: (B_i, start, rows), B_i of outputs
-        `start` to start + rows, in panels of 16 (rows / 16 rounded up, rank_i, 16), zeros behind the last row."""
+        """downs: A_i (rank_i, columns), all of one float type.
+
+        ups: (B_i, start, rows), B_i of outputs `start` to start + rows, in panels of 16 (rows / 16 rounded
+        up, rank_i, 16), zeros behind the last row.
+        """
     @property
     def scaling(self) -> float: ...
 

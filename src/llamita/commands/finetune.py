@@ -109,8 +109,8 @@ def command(
         console.note(found.note)
         if run is None:
             return _print_plan(found, chosen, json)
-        order = {"name": base, "source": source, "data": found, "data_name": data, "recipe": chosen,
-                 "teacher": other, "out": out, "seed": seed, "report_to": report_to}  # fmt: skip
+        order = {"name": base, "source": source, "data": found, "data_name": data, "task": task,
+                 "recipe": chosen, "teacher": other, "out": out, "seed": seed, "report_to": report_to}  # fmt: skip
         result = _train(run, order, overwrite, progress)
     _print_result(order["out"], result, json)
 
@@ -183,14 +183,14 @@ def _schedule(stage: Any, rows: int) -> str:
 def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
     if json:
         return console.print_json({"out": str(out), **result})
-    rows = [
-        ["held-out loss before", f"{result['losses'][0]:.4f}"] if result["losses"] else ["held-out loss", "-"]
-    ]
-    rows += [[f"after stage {n}", f"{loss:.4f}"] for n, loss in enumerate(result["losses"][1:], 1)]
-    rows += [
-        ["tokens per second", f"{result['tokens_per_second']:,.0f}"],
-        ["time", f"{result['seconds']:,.1f} s"],
-        ["memory", f"{result['memory_bytes'] / 1e6:,.0f} MB"],
-    ]
-    console.print_table(f"{out}: {result['kind']}", ["", ""], rows)
+    scores = result["scores"]
+    measures = list(scores[0][2])
+    rows = [[name, f"{loss:.4f}", *(f"{found[m]:.1f}" for m in measures)] for name, loss, found in scores]
+    console.print_table(f"{out}: {result['kind']}", ["held-out examples", "loss", *measures], rows)
+    rate = (
+        f"{result['tokens_per_second']:,.0f} tokens/s"
+        if result["tokens_per_second"]
+        else "nothing left to train"
+    )
+    console.note(f"{rate}, {result['seconds']:,.0f} s, {result['memory_bytes'] / 1e6:,.0f} MB")
     console.note(f"try: {result['try']}")

@@ -27,7 +27,7 @@ class Data:
     Attributes:
         rows, held_out: packed examples that are learned, and that are only measured.
         examples: how many are learned, and measured.
-        asked: the conversations that are only measured.
+        measured: the examples that are only measured, and the conversations that they are of, in one order.
         note: what was left out or divided, None where nothing was.
         sha256: of the tokens of both, in hexadecimal.
     """
@@ -35,7 +35,7 @@ class Data:
     rows: Windows
     held_out: Windows
     examples: tuple[int, int]
-    asked: tuple[Conversation, ...]
+    measured: tuple[tuple[Example, Conversation], ...]
     note: str | None
     sha256: str
 
@@ -85,12 +85,12 @@ def load_data(
     learned, measured = _divide(kept, recipe.held_out, seed)
     pad = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
     rows, held_out = pack(learned, recipe.length, pad), pack(measured, recipe.length, pad)
-    places = {example.place for example in measured}
+    by_place = {one.place: one for one in told}
+    pairs = tuple((example, by_place[example.place]) for example in measured)
     digest = hashlib.sha256()
     for windows in (rows, held_out):
         digest.update(windows.ids.astype("<i4").tobytes() + windows.labels.astype("<i4").tobytes())
-    asked = tuple(one for one in told if one.place in places and one.text is None)
-    return Data(rows, held_out, (len(learned), len(measured)), asked, note, digest.hexdigest())
+    return Data(rows, held_out, (len(learned), len(measured)), pairs, note, digest.hexdigest())
 
 
 def _template(source: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:

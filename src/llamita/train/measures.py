@@ -1,0 +1,124 @@
+"""How well a model does a task: the loss of the right answers, and the answers that it gives itself.
+
+Translations by chrF and BLEU (sacrebleu; Popović 2015, Post 2018), answers about a passage by exact match
+and F1 as SQuAD has them (Rajpurkar et al. 2016, arXiv 1606.05250), summaries by ROUGE (rouge-score; Lin
+2004). All from 0 to 100. The engine runs the model, so a quantized one is measured as it will run.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from llamita.chat import find_template
+from llamita.engine.llm import LLM
+from llamita.engine.requests import Prompt
+from llamita.evaluate import token_losses
+from llamita.train.examples import Example
+from llamita.train.tasks import Conversation
+
+Answers = Sequence[tuple[str, tuple[str, ...]]]  # what the model said, and what would be right
+Progress = Callable[[str, int, int], None] | None
+_LONGER = 2  # times the longest right answer, and
+_SPARE = 16  # tokens more, may an answer have
+_TOGETHER = 64  # prompts handed to the engine at a time
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scored: nats a learned token, and the task's measures by name, none for some tasks."""
+
+    loss: float
+    measures: dict[str, float]
+
+
+def score(
+    llm: LLM, task: str | None, measured: Sequence[tuple[Example, Conversation]], adaptor: str | None = None,
+    limit: int = 200, progress: Progress = None,
+) -> Scores:  # fmt: skip
+    """Score a model on held-out examples.
+
+    Args:
+        task: a key of MEASURES; others have the loss alone.
+        measured: the examples and their conversations.
+        limit: answers to generate at most; the loss is of all examples.
+    """
+    loss, learned, longest = 0.0, 0, 1
+    for number, (example, _) in enumerate(measured):
+        if progress:
+            progress("measuring", number, len(measured))
+        losses = token_losses(llm.logits(example.ids, adaptor=adaptor)[:-1], example.ids[1:])
+        targets = example.is_learned[1:]
+        loss, learned = loss + float(losses[targets].sum()), learned + int(targets.sum())
+        longest = max(longest, int(targets.sum()))
+    found: dict[str, float] = {}
+    if task in MEASURES:
+        asked = [conversation for _, conversation in measured[:limit]]
+        said = _answer(llm, asked, adaptor, _LONGER * longest + _SPARE, progress)
+        found = MEASURES[task]([(text, one.answers) for text, one in zip(said, asked, strict=True)])
+    return Scores(loss / max(learned, 1), found)
+
+
+def _answer(
+    llm: LLM, asked: Sequence[Conversation], adaptor: str | None, max_tokens: int, progress: Progress
+) -> list[str]:
+    """The likeliest answers to what stands before each last turn, asked as training had it."""
+    has_template = find_template(llm.path) is not None
+    prompts = list[Prompt]()
+    for one in asked:
+        before = list(one.turns[:-1])
+        prompts.append(before if has_template else "".join(f"{turn['content']}\n" for turn in before))
+    said = list[str]()
+    for start in range(0, len(prompts), _TOGETHER):
+        if progress:
+            progress("answering", start, len(prompts))
+        part = prompts[start : start + _TOGETHER]
+        said += [g.text for g in llm.generate_many(part, greedy=True, max_tokens=max_tokens, adaptor=adaptor)]
+    return said
+
+
+def translation(answers: Answers) -> dict[str, float]:
+    """chrF (chrF2, character 6-grams) and BLEU (4-grams, tokenized as WMT does) of the whole corpus."""
+    said, right = [text for text, _ in answers], [[known[0] for _, known in answers]]
+    return {"chrF": CHRF().corpus_score(said, right).score, "BLEU": BLEU().corpus_score(said, right).score}
+
+
+def question_answering(answers: Answers) -> dict[str, float]:
+    """Exact match and F1 over words, each the best of the right answers, means over questions."""
+    exact = [max(float(_words(text) == _words(one)) for one in known) for text, known in answers]
+    overlap = [max(_f1(_words(text), _words(one)) for one in known) for text, known in answers]
+    return {"exact match": 100 * float(np.mean(exact)), "F1": 100 * float(np.mean(overlap))}
+
+
+def _words(text: str) -> list[str]:
+    """In lower case, without punctuation and articles."""
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _f1(said: list[str], right: list[str]) -> float:
+    common = sum((Counter(said) & Counter(right)).values())
+    if not said or not right:
+        return float(said == right)
+    return 2 * common / (len(said) + len(right))
+
+
+def summarization(answers: Answers) -> dict[str, float]:
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, with stems, means over texts."""
+    kinds = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+    scorer = RougeScorer(list(kinds.values()), use_stemmer=True)
+    found = [scorer.score(known[0], text) for text, known in answers]
+    return {name: 100 * float(np.mean([one[kind].fmeasure for one in found])) for name, kind in kinds.items()}
+
+
+MEASURES: dict[str | None, Callable[[Answers], dict[str, float]]] = {
+    "translation": translation,
+    "qa": question_answering,
+    "summarization": summarization,
+}
