@@ -110,7 +110,8 @@ def command(
         if run is None:
             return _print_plan(found, chosen, json)
         order = {"name": base, "source": source, "data": found, "data_name": data, "task": task,
-                 "recipe": chosen, "teacher": other, "out": out, "seed": seed, "report_to": report_to}  # fmt: skip
+                 "recipe": chosen, "teacher": other, "out": out, "seed": seed,
+                 "report_to": report_to}  # fmt: skip
         result = _train(run, order, overwrite, progress)
     _print_result(order["out"], result, json)
 
