@@ -68,7 +68,7 @@ def test_full_makes_a_checkpoint_that_quantize_takes(
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, *FAST) == 0
     shown = capsys.readouterr()
     assert "a float checkpoint" in shown.out
-    assert "held-out examples" in shown.out
+    assert "Held-out examples" in shown.out
     assert "tokens/s" in shown.err
     assert f"try: llamita quantize {out}" in shown.err
     Checkpoint(out)
