@@ -49,20 +49,27 @@ def score(
         measured: the examples and their conversations.
         limit: answers to generate at most; the loss is of all examples.
     """
-    loss, learned, longest = 0.0, 0, 1
-    for number, (example, _) in enumerate(measured):
-        if progress:
-            progress("measuring", number, len(measured))
-        losses = token_losses(llm.logits(example.ids, adaptor=adaptor)[:-1], example.ids[1:])
-        targets = example.is_learned[1:]
-        loss, learned = loss + float(losses[targets].sum()), learned + int(targets.sum())
-        longest = max(longest, int(targets.sum()))
+    losses = example_losses(llm, [example for example, _ in measured], adaptor, progress)
+    longest = max((len(one) for one in losses), default=1)
     found: dict[str, float] = {}
     if task in MEASURES:
         asked = [conversation for _, conversation in measured[:limit]]
         said = _answer(llm, asked, adaptor, _LONGER * longest + _SPARE, progress)
         found = MEASURES[task]([(text, one.answers) for text, one in zip(said, asked, strict=True)])
-    return Scores(loss / max(learned, 1), found)
+    return Scores(float(np.concatenate(losses).mean()) if losses else 0.0, found)
+
+
+def example_losses(
+    llm: LLM, examples: Sequence[Example], adaptor: str | None = None, progress: Progress = None
+) -> list[np.ndarray]:
+    """Nats of every learned token of each example: float64 (learned tokens,)."""
+    found = []
+    for number, example in enumerate(examples):
+        if progress:
+            progress("measuring", number, len(examples))
+        losses = token_losses(llm.logits(example.ids, adaptor=adaptor)[:-1], example.ids[1:])
+        found.append(losses[example.is_learned[1:]])
+    return found
 
 
 def _answer(
