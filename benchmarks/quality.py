@@ -57,7 +57,7 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], 
                 model = make_twin(TWINS[twin], args.work / f"twin-{twin}")
                 for name in args.rows:
                     row = ROWS[name]
-                    if twin not in row.twins or (seed != SEEDS[0] and not row.is_random):
+                    if not row.runs(twin, seed):
                         continue
                     reads_wikitext = row.on_wikitext and twin == "plain" and seed == SEEDS[0]
                     yield (

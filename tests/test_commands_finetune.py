@@ -79,6 +79,14 @@ def test_full_makes_a_checkpoint_that_quantize_takes(
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, "--overwrite", *FAST) == 0
 
 
+def test_without_held_out_examples_nothing_is_measured(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = ("--data", data, *FAST, "--set", "held_out=0", "-o", tmp_path / "out")
+    assert run("finetune", model, *options) == 0
+    assert "Held-out" not in capsys.readouterr().out
+
+
 def test_lora_makes_adaptors_that_peft_reads(model: Path, data: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

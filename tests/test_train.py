@@ -287,6 +287,19 @@ def test_adaptors_learn_beside_a_model_that_stays(tmp_path: Path) -> None:
     assert layer.lora_B["default"].weight.abs().sum() > 0
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(*arguments: Any) -> Any:
+        total, crossed = loss_sum(*arguments)
+        return total * float("nan"), crossed
+
+    monkeypatch.setattr("llamita.train.trainer.loss_sum", poisoned)
+    job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
+    with pytest.raises(
+        InputError, match="expected a finite loss, got nan at step 1; try --set learning_rate="
+    ):
+        finetune.train(job)
+
+
 def test_nothing_to_learn_is_told(tmp_path: Path) -> None:
     job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
     job.rows = rows_of(0)

@@ -27,7 +27,8 @@ name says; activations are int8. The *embedded model* has 5.8 million weights; i
   that the float model wrote.
 - The preset is what `quantize --preset llamita` does but for the windows, of which that takes 128. R1 needs a
   matrix before the tied head, which makes the model larger (1B: 1 %); all other rows have the same size.
-- Not every row was run on every twin and with every seed: *seeds* says how many; what has none draws nothing.
+- On the plain model every row has three seeds; on *basis* those do that learn rotations, other cells have
+  one. Rows that say nothing about a twin are left out there. What has no *seeds* draws nothing.
 - Means over the seeds, token by token, with 95 % intervals of the block bootstrap over the text; *seeds*: how
   many, the least and the largest mean of a single one. *against the best*: whether the row's KL differs from
   the best row's beyond noise, paired by token, the spread of seeds included where there are several.

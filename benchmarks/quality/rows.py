@@ -32,6 +32,8 @@ class Row:
         calibration: "real" for the text that --text names, "self" for what the model writes, "" for none.
         settings: of the chain's methods.
         twins: keys of TWINS on which it says something.
+        on_basis_thrice: whether it runs with every seed on the twin *basis*, too; others run with one there,
+            which is enough where rows differ by ten times the spread of seeds.
         on_wikitext: whether the plain model is scored by LM Eval, too, which takes longer than most methods.
     """
 
@@ -41,14 +43,25 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     twins: tuple[str, ...] = tuple(TWINS)
     on_wikitext: bool = False
+    on_basis_thrice: bool = False
 
     @property
     def is_random(self) -> bool:
         """Whether seeds make a difference."""
         return bool(self.calibration)
 
+    def runs(self, twin: str, seed: int) -> bool:
+        """Whether there is a cell for this twin and seed."""
+        if twin not in self.twins:
+            return False
+        return seed == SEEDS[0] or (
+            self.is_random and (twin == "plain" or (twin == "basis" and self.on_basis_thrice))
+        )
+
 
 _PLAIN = ("plain",)
+_BASIS = ("plain", "basis")
+_EACH = ("plain", "basis", "pairs")
 _SCALES_ALONE = {"tune.rate": 0}  # no second descent, over codes
 _PRESET, _PRESET_SETTINGS = PRESET_METHODS["llamita"]
 
@@ -63,24 +76,26 @@ ROWS: dict[str, Row] = {
     "searched scales": Row("rtn", calibration="", on_wikitext=True),
     "weighted scales": Row("rtn", scales="weighted", calibration=""),
     "equalize": Row("equalize", calibration=""),
-    "gptq": Row("gptq", on_wikitext=True),
+    "gptq": Row("gptq", twins=_BASIS, on_wikitext=True),
     "gptq (own text)": Row("gptq", calibration="self", twins=_PLAIN),
-    "qronos": Row("qronos"),
-    "R1": Row("spinquant", settings=_rotations("R1"), twins=("plain", "basis")),
-    "R2": Row("spinquant", settings=_rotations("R2"), twins=("plain", "basis")),
-    "R4": Row("spinquant", calibration="", settings=_rotations("R4"), twins=("plain", "basis")),
-    "spinquant (R1 + R2 + R4)": Row("spinquant"),
-    META: Row("spinquant+gptq", on_wikitext=True),
-    "block tuning": Row("tune", twins=("plain", "both")),
-    "qronos + tuned scales": Row("qronos+tune", settings=_SCALES_ALONE),
+    "qronos": Row("qronos", twins=_BASIS),
+    "R1": Row("spinquant", settings=_rotations("R1"), twins=_BASIS),
+    "R2": Row("spinquant", settings=_rotations("R2"), twins=_BASIS),
+    "R4": Row("spinquant", calibration="", settings=_rotations("R4"), twins=_BASIS),
+    "spinquant (R1 + R2 + R4)": Row("spinquant", twins=_EACH, on_basis_thrice=True),
+    META: Row("spinquant+gptq", on_wikitext=True, on_basis_thrice=True),
+    "block tuning": Row("tune", twins=_PLAIN),
+    "qronos + tuned scales": Row("qronos+tune", settings=_SCALES_ALONE, twins=_BASIS),
     "qronos + block tuning": Row("qronos+tune", twins=_PLAIN),
-    "equalize + qronos + tuned scales": Row("equalize+qronos+tune", settings=_SCALES_ALONE),
+    "equalize + qronos + tuned scales": Row("equalize+qronos+tune", settings=_SCALES_ALONE, twins=_BASIS),
     "R4 + qronos + tuned scales": Row(
         "spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE, twins=_PLAIN
     ),
     REAL_PRESET: Row(_PRESET, settings=_PRESET_SETTINGS, on_wikitext=True),
     PRESET: Row(_PRESET, calibration="self", settings=_PRESET_SETTINGS, twins=_PLAIN),
-    "spinquant + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_SCALES_ALONE),
+    "spinquant + qronos + tuned scales": Row(
+        "spinquant+qronos+tune", settings=_SCALES_ALONE, twins=_EACH, on_basis_thrice=True
+    ),
     "equalize + spinquant + qronos + tuned scales": Row(
         "equalize+spinquant+qronos+tune", settings=_SCALES_ALONE, twins=("pairs", "both")
     ),

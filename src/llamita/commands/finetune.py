@@ -185,10 +185,11 @@ def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
     if json:
         return console.print_json({"out": str(out), **result})
     scores = result["scores"]
-    measures = list(scores[0][2])
+    measures = list(scores[0][2]) if scores else []
     rows = [[name, f"{loss:.4f}", *(f"{found[m]:.1f}" for m in measures)] for name, loss, found in scores]
     console.print_line(f"{out}: {result['kind']}")
-    console.print_table("Held-out examples", ["model", "loss", *measures], rows)
+    if rows:
+        console.print_table("Held-out examples", ["model", "loss", *measures], rows)
     rate = (
         f"{result['tokens_per_second']:,.0f} tokens/s"
         if result["tokens_per_second"]

@@ -55,6 +55,8 @@ def run(
 
 def _scores(job: Job, task: str | None, data: Data, out: Path, progress: Progress) -> list[list[Any]]:
     """Before and after, on the engine: what the held-out examples cost, and how well their task is done."""
+    if not data.measured:
+        return []
     recipe, base = job.recipe, job.source.path
     preset = scheme_of(recipe) if recipe.is_quantized else None
     models: dict[str, tuple[Path, QuantScheme | None, Path | None]] = {"base": (base, None, None)}

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer on packed rows, with our loss: its own reads the head's weights, past their rounding."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from llamita.errors import InputError
 from llamita.train.examples import IGNORED, Windows
 from llamita.train.fake_quant import Switch
 from llamita.train.objective import loss_sum
@@ -28,6 +30,8 @@ class RowTrainer(SFTTrainer):
         self._teacher, self._distill = teacher, distill
         self.trained_tokens = 0  # by this process
         super().__init__(*args, **kwargs)
+        if teacher is not None:
+            teacher.to(self.args.device)
 
     def compute_loss(
         self,
@@ -123,7 +127,13 @@ class Tell(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Figures of a step or of a measurement."""
         del args, control, kwargs
-        self._told({"step": state.global_step, **(logs or {})})
+        found = logs or {}
+        if not math.isfinite(found.get("loss", 0.0)):
+            raise InputError(
+                f"training: expected a finite loss, got {found['loss']} at step {state.global_step}; "
+                "try --set learning_rate= with a smaller one"
+            )
+        self._told({"step": state.global_step, **found})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each step."""
