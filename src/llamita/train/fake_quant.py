@@ -64,7 +64,7 @@ class SharedInput:
         self._rounded: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., columns) as its int8 codes stand for it, per token; in float32, also where x is not (autocast)."""
+        """(..., columns) as its int8 codes stand for it, per token; float32, also under autocast."""
         if self._rounded is None or self._read is None or self._read() is not x:
             self._rounded, self._read = quantize_activations(x.float()), weakref.ref(x, self._forget)
         return self._rounded
