@@ -300,6 +300,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pyt
         finetune.train(job)
 
 
+def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
+    """Random rows are learned by heart, so that others only get worse."""
+    recipe = replace(recipe_of(steps=40), evaluate_every=1, patience=3)
+    trained = finetune.train(job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe))
+    by_step = {row["step"]: row["eval_loss"] for row in trained.history if "eval_loss" in row and row["step"]}
+    losses = list(by_step.values())
+    assert list(by_step) == list(range(1, len(losses) + 1))
+    assert 4 <= len(losses) < 40
+    assert min(losses[-3:]) >= min(losses[:-3])
+    assert all(min(losses[i - 3 : i]) < min(losses[: i - 3]) for i in range(4, len(losses)))  # and not before
+
+
 def test_nothing_to_learn_is_told(tmp_path: Path) -> None:
     job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
     job.rows = rows_of(0)

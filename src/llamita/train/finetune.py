@@ -24,7 +24,7 @@ from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
-from llamita.train.trainer import Begin, RowTrainer, Tell, as_dataset, collate, config_of
+from llamita.train.trainer import Begin, Patience, RowTrainer, Tell, as_dataset, collate, config_of
 
 Progress = Callable[[str, int, int], None] | None
 _DONE = "stage-{}.safetensors"  # what a finished stage leaves in the work directory
@@ -176,6 +176,8 @@ def _make_trainer(
     callbacks: list[Any] = [Tell(history.append, job.progress)]
     if switch is not None and stage.quantized:
         callbacks.append(Begin(switch, stage.fake_quant_after))
+    if job.recipe.patience is not None:
+        callbacks.append(Patience(job.recipe.patience))
     tokenizer = AutoTokenizer.from_pretrained(job.source.path, local_files_only=True)
     teacher = load_float(job.teacher or job.source.path).eval() if stage.distill else None
     trainer = RowTrainer(

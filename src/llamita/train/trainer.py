@@ -118,6 +118,20 @@ class Begin(TrainerCallback):
         self._switch.on = state.global_step >= self._after
 
 
+class Patience(TrainerCallback):
+    """Ends a stage after so many measurements in a row that were no better than the best before them."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each measurement; the state's history, which checkpoints keep, has those of earlier runs."""
+        del args, kwargs
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row and row.get("step")]
+        if len(losses) > self._patience and min(losses[-self._patience :]) >= min(losses[: -self._patience]):
+            control.should_training_stop = True
+
+
 class Tell(TrainerCallback):
     """Passes on what is logged, and how far a run is."""
 
