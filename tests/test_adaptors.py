@@ -198,6 +198,8 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
         ({"peft_type": "IA3"}, "peft_type: expected LORA, got 'IA3'"),
         ({"use_dora": True}, "use_dora: expected False, got True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected None"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected true, got 'pissa'"),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected a number"),
         ({"r": 8}, r"expected floats \(8, 128\), got BF16 \(4, 128\)"),
         ({"r": 0}, "r: expected 1 to 4096, got 0"),
         ({"lora_alpha": "much"}, "lora_alpha: expected a number, got 'much'"),

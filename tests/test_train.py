@@ -20,7 +20,7 @@ from llamita.packing import unpack_int4
 from llamita.quantize import RoundedSource
 from llamita.scheme import make_scheme
 from llamita.train.examples import IGNORED, Windows
-from llamita.train.recipe import Recipe, change, parse_recipe
+from llamita.train.recipe import Recipe, Stage, change, parse_recipe
 
 torch = pytest.importorskip("torch", reason="training is on the Torch side")
 pytest.importorskip("trl", reason="training is on the Torch side")
@@ -255,6 +255,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(KeyboardInterrupt):
         finetune.train(job_of(path, tmp_path / "killed", recipe, progress=stop))
+    (tmp_path / "killed" / "stage-1" / "checkpoint-6").mkdir()  # cut short, without its state
     again = finetune.train(job_of(path, tmp_path / "killed", recipe))
     assert again.held_out_losses[-1] == whole.held_out_losses[-1]
     for name, parameter in again.model.named_parameters():
@@ -331,6 +332,18 @@ def test_settings_change_a_recipe() -> None:
     assert parse_recipe(recipe.to_dict()) == recipe
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(4, 3), (16, 3), (17, 6), (32, 6)])
+def test_every_epoch_ends_with_what_is_left(rows: int, expected: int) -> None:
+    stage = Stage(epochs=3, batch=16, micro_batch=4)
+    assert stage.count_steps(rows) == expected
+
+
+def test_adaptors_are_the_last_stage() -> None:
+    for stages in (["adaptors", "weights"], ["adaptors", "adaptors"]):
+        with pytest.raises(InputError, match="expected adaptors once and last"):
+            parse_recipe({"stages": [{"train": train} for train in stages]})
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -338,9 +351,11 @@ def test_settings_change_a_recipe() -> None:
         ("2.batch=4", "expected a stage from 1 to 1, got '2'"),
         ("batches=4", "expected settings among"),
         ("batch=5", "expected a multiple of micro_batch, 2, got 5"),
-        ("train=all", "train: expected weights, adaptors, preferences, got 'all'"),
+        ("train=all", "train: expected weights, adaptors, got 'all'"),
         ("learning_rate=fast", "learning_rate: expected a number"),
         ("targets=[head]", "targets: expected some of"),
+        ("targets=5", "targets: expected some of"),
+        ("group_size=64.0", "group_size: expected 32, 64, 128, 256, got 64.0"),
         ("preset=none", "preset: expected arm, llama3.2, llamita"),
         ("patience=2", "expected evaluate_every beside it"),
     ],

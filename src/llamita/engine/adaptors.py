@@ -31,11 +31,15 @@ FUSED = {
     "down": ("mlp.down_proj",),
 }
 _LARGEST_RANK = 4096
+_LARGEST_ALPHA = 1e6
 _PANEL = 16  # outputs that are computed together: kLanes of native/kernels/kernels.h
-_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight")
+_NAME = re.compile(
+    r"base_model\.model\.model\.layers\.([0-9]{1,5})\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight"
+)
 _PLAIN: dict[str, Any] = {  # settings that change what is computed, and where they do not
     "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
     "alpha_pattern": {}, "layer_replication": None, "lora_bias": False, "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
 }  # fmt: skip
 
 
@@ -129,10 +133,14 @@ def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
         if value != plain and value is not None:
             raise InputError(f"{path}: {CONFIG}: {name}: expected {plain!r}, got {repr(value)[:60]}; "
                              "try merging it into its base with PEFT")  # fmt: skip
+    begins = settings.get("init_lora_weights", True)
+    if begins not in (True, False, "gaussian", "orthogonal", "eva"):  # others change the base, too
+        raise InputError(f"{path}: {CONFIG}: init_lora_weights: expected true, got {repr(begins)[:60]}; "
+                         "try converting it to plain LoRA with PEFT")  # fmt: skip
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise InputError(f"{path}: {CONFIG}: r: expected 1 to {_LARGEST_RANK}, got {rank!r}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= _LARGEST_ALPHA:
         raise InputError(f"{path}: {CONFIG}: lora_alpha: expected a number, got {alpha!r}")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 

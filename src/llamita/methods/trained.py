@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llamita.affine import CODE_RANGE, SMALLEST_NORMAL, bf16_to_f32, f32_to_bf16, to_f32
-from llamita.checkpoint import Checkpoint
+from llamita.checkpoint import Checkpoint, check_finite
 from llamita.errors import InputError
 from llamita.files import has, member
 from llamita.methods.energy import pieces_of
@@ -48,6 +48,7 @@ def _round_module(
         )
     given = _checked(scales.read(name), name, scheme)
     for start, piece in pieces_of(weights):
+        check_finite(f"{name}.weight", piece, start)
         yield _rounded(to_f32(piece), given[start : start + len(piece)], kind.bits or 0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,8 +155,7 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
     trainer = _make_trainer(trained.model, job, number, stage, switch, history)
     if number == 1:
         _measure(trainer, history, 0)
-    kept = transformers.trainer_utils.get_last_checkpoint(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=kept)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
     history.append({"trained_tokens": trainer.trained_tokens})
     if switch is not None:
         switch.on = True
@@ -164,6 +164,17 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
     write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
     _keep(trained.model, done)
     trained.history += logged
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest one that is whole; those that a kill has cut short go. Their state is written last."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / "trainer_state.json").is_file():
+            whole.append(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def _make_trainer(
@@ -199,7 +210,7 @@ def _measure(trainer: RowTrainer, history: list[dict[str, Any]], number: int) ->
 
 def _keep(model: Any, path: Path) -> None:
     """All that training can have changed, in a file that appears whole."""
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     partial = path.with_suffix(".partial")
     save_file(state, partial)
     partial.rename(path)
@@ -209,7 +220,8 @@ def _restore(model: Any, path: Path) -> None:
     state = load_file(path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(state[name])
+            if name in state:
+                parameter.copy_(state[name])
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def prepare(model: Any, rounded: ModelSource) -> Switch:
         InputError: the quantized model computes something online that training has not.
     """
     if rounded.rotations.to_list():
-        raise InputError("rotations: training has none; try --no-online, or a method without spinquant")
+        raise InputError("rotations: training has none; try --set start=qronos")
     switch = Switch()
     for index, layer in enumerate(model.model.layers):
         for step in STEPS:

@@ -13,12 +13,12 @@ from llamita.scheme import GROUP_SIZES, PRESETS
 
 METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "qat-lora"}  # and their recipes
 RECIPES = Path(__file__).parents[1] / "recipes"
-TRAINS = ("weights", "adaptors", "preferences")
+TRAINS = ("weights", "adaptors")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _RANGES = (
     ("epochs", 0.001, 1000.0), ("learning_rate", 1e-9, 1.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 1.0),
-    ("distill", 0.0, 1.0), ("beta", 0.001, 10.0),
+    ("distill", 0.0, 1.0),
 )  # fmt: skip
 _LARGEST = 1 << 16  # bytes of a recipe
 
@@ -29,8 +29,7 @@ class Stage:
 
     Attributes:
         train: "weights", all of the model's; "adaptors", low-rank ones beside a model that stays as it is
-            (LoRA, Hu et al. 2021, arXiv 2106.09685); "preferences", the adaptors by DPO (Rafailov et al.
-            2023, arXiv 2305.18290), where the data has preferences.
+            (LoRA, Hu et al. 2021, arXiv 2106.09685).
         quantized: whether the model computes, from here on, as its quantized self will.
         fake_quant_after: steps of this stage before it does.
         epochs: times that the data is seen; `steps`, where given, counts instead.
@@ -39,7 +38,6 @@ class Stage:
         distill: the weight of the teacher's KL in the loss, the data's cross-entropy having the rest.
         rank, alpha: of adaptors: their part is multiplied by alpha / rank.
         targets: the linear layers of a block that have adaptors.
-        beta: of DPO, how close to stay to where the stage begins.
     """
 
     train: str = "weights"
@@ -57,7 +55,6 @@ class Stage:
     rank: int = 16
     alpha: int = 32
     targets: tuple[str, ...] = LINEARS
-    beta: float = 0.1
 
     def __post_init__(self) -> None:
         _one_of("train", self.train, TRAINS)
@@ -76,14 +73,18 @@ class Stage:
         self._check_targets()
 
     def _check_targets(self) -> None:
-        if not self.targets or any(target not in LINEARS for target in self.targets):
+        if (
+            not isinstance(self.targets, tuple)
+            or not self.targets
+            or any(target not in LINEARS for target in self.targets)
+        ):
             raise InputError(f"targets: expected some of {', '.join(LINEARS)}, got {self.targets!r}")
         if type(self.quantized) is not bool:
             raise InputError(f"quantized: expected true or false, got {self.quantized!r}")
 
     def count_steps(self, rows: int) -> int:
-        """Steps that `epochs` over so many rows take, or as many as `steps` says."""
-        return self.steps or max(1, math.ceil(rows * self.epochs / self.batch))
+        """Steps that `epochs` over so many rows take, the last of each with what is left, or `steps`."""
+        return self.steps or max(1, round(self.epochs * math.ceil(rows / self.batch)))
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Recipe:
     def _check_order(self) -> None:
         kinds = [stage.train for stage in self.stages]
         for before, after in zip(self.stages, self.stages[1:], strict=False):
-            if before.train != "weights" and after.train == "weights":
-                raise InputError(f"stages: expected weights before adaptors, got {', '.join(kinds)}")
+            if before.train != "weights":
+                raise InputError(f"stages: expected adaptors once and last, got {', '.join(kinds)}")
             if before.quantized and not after.quantized:
                 raise InputError("stages: expected quantized stages last, got a float one behind them")
 
@@ -231,7 +232,7 @@ def _made(kind: Any, values: dict[str, Any], where: str) -> Any:
             raise InputError(f"{where}: expected settings among {', '.join(known)}, got {name!r}")
     if isinstance(values.get("targets"), list):
         values = values | {"targets": tuple(values["targets"])}
-    for name in ("learning_rate", "epochs", "warmup", "weight_decay", "distill", "beta", "held_out"):
+    for name in ("learning_rate", "epochs", "warmup", "weight_decay", "distill", "held_out"):
         if isinstance(values.get(name), str) and _is_number(values[name]):
             values = values | {name: float(values[name])}
     try:
@@ -249,7 +250,7 @@ def _is_number(text: str) -> bool:
 
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
+    if not any(type(value) is type(one) and value == one for one in allowed):
         raise InputError(f"{name}: expected {', '.join(map(str, allowed))}, got {value!r}")
 
 
