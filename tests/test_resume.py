@@ -9,7 +9,7 @@ from command import run
 from tiny import make_checkpoint
 
 from llamita.errors import RunError
-from llamita.resume import read_kept, write_whole
+from llamita.resume import kept_work, read_kept, write_whole
 
 calibrated = pytest.importorskip("llamita.methods.calibrated", reason="on the Torch side")
 FEW = ("--method", "qronos", "--samples", "4", "--length", "16", "--threads", "1")
@@ -100,3 +100,24 @@ def test_what_cannot_be_read_is_not_thrown_away(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="Cannot allocate memory"):
         read_kept(path, fail)
     assert path.exists()
+
+
+def test_a_kill_while_the_work_is_removed_leaves_what_can_be_told_from_a_strangers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    def run_once() -> None:
+        with kept_work(out, {"a": 1}) as work:
+            (work / "first.npz").write_bytes(b"1")
+
+    monkeypatch.setattr("llamita.resume._remove_one", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_once()
+    monkeypatch.undo()
+    with kept_work(out, {"a": 1}) as work:
+        assert (work / "first.npz").exists()
+    assert not work.exists()

@@ -47,11 +47,24 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
             yield work
         except BaseException:
             if not _finished(work):
-                shutil.rmtree(work, ignore_errors=True)
+                _remove(work)
             raise
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
     finally:
         os.close(lock)
+
+
+def _remove(work: Path) -> None:
+    """The settings last: without them, what a kill in between leaves would be a stranger's."""
+    for path in work.iterdir():
+        if path.name != _SETTINGS:
+            _remove_one(path)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_one(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def has_kept_work(out: Path) -> bool:
