@@ -23,7 +23,7 @@ from llamita.scheme import make_scheme
 from llamita.train.data import Data, load_data
 from llamita.train.finetune import Job, quiet, train
 from llamita.train.measures import example_losses
-from llamita.train.recipe import Recipe, change, read_recipe
+from llamita.train.recipe import Recipe, adaptor_place, change, read_recipe
 from llamita.train.save import save_adaptors, save_float, save_packed
 
 DRAWS = 2000
@@ -103,20 +103,15 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path)
             return
         model = trained.model
         if recipe.has_adaptors:
-            save_adaptors(model, fresh(adaptor_of(place)))
+            save_adaptors(model, fresh(adaptor_place(place)))
             model = model.unload()
         scheme = make_scheme(recipe.preset, recipe.group_size)
         save_packed(model, source, str(source.path), place, scheme, work, {}, overwrite=False)
 
 
-def adaptor_of(place: Path) -> Path:
-    """Where a model's adaptors are, if it has any."""
-    return place.with_name(f"{place.name}-adaptor")
-
-
 def losses_of(data: Data, place: Path) -> list[np.ndarray]:
     """Of every held-out example, in the engine."""
-    beside = adaptor_of(place)
+    beside = adaptor_place(place)
     llm = load(place, adaptors={"a": beside} if beside.exists() else {})
     return example_losses(llm, [one for one, _ in data.measured], "a" if beside.exists() else None)
 

@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
-     "commands.selection", "commands.finetune"),
+     "commands.selection", "commands.finetune", "commands.options"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip
@@ -87,7 +87,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "rotations": ("errors",),
     "processes": ("_native",),
     "mixed": ("checkpoint",),
-    "commands.quantize": ("commands.selection",),
+    "commands.quantize": ("commands.options", "commands.selection"),
+    "commands.finetune": ("commands.options",),
     "transformed": ("checkpoint",),
     "methods.equalize": ("methods.energy", "methods.settings", "methods.setup"),
     "methods.spinquant": ("methods.settings", "methods.setup"),

@@ -71,7 +71,7 @@ def round_weights(
     else:
         factors = None if importance is None else _per_group(importance, rows, group_size)
         scales = _searched_scales(groups, bits, factors)
-    codes = _codes(groups, scales, bits)
+    codes = codes_at(groups, scales, bits)
     per_group = _squared_error(groups, scales, bits, None).astype(np.float64)
     squared_error = per_group.reshape(rows, -1).sum(axis=1)
     return codes.astype(np.int8).reshape(rows, columns), scales.reshape(rows, -1), squared_error
@@ -83,7 +83,8 @@ def _torchao_scales(groups: F32, bits: int) -> F32:
     return np.maximum(largest / np.float32((qmax - qmin) / 2), SMALLEST_NORMAL)
 
 
-def _codes(groups: F32, scales: F32, bits: int) -> F32:
+def codes_at(groups: F32, scales: F32, bits: int) -> F32:
+    """The codes nearest to groups (groups, group_size) on scales (groups,), as float32."""
     reciprocal = np.float32(1) / scales[:, None]  # multiplied, not divided: as torchao does
     return np.clip(np.rint(groups * reciprocal), *CODE_RANGE[bits])
 
@@ -115,7 +116,7 @@ def _searched_scales(groups: F32, bits: int, importance: F32 | None) -> F32:
 
 def _squared_error(groups: F32, scales: F32, bits: int, importance: F32 | None) -> F32:
     """Σ importance·e² of each group, in the order that the native kernels sum: lane k mod 16, then a tree."""
-    error = groups - _codes(groups, scales, bits) * scales[:, None]
+    error = groups - codes_at(groups, scales, bits) * scales[:, None]
     with np.errstate(over="ignore"):  # weights near 1e19 and beyond: infinite errors tie, largest scale wins
         terms = error * error if importance is None else error * error * importance
         lanes = np.zeros((len(groups), LANES), np.float32)

@@ -9,13 +9,14 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llamita import own_text, processes
 from llamita.checkpoint import Checkpoint
-from llamita.errors import InputError, RunError
-from llamita.files import parse_json
+from llamita.errors import InputError
+from llamita.files import json_lines, read_text
 from llamita.methods.setup import Calibration
 from llamita.optional import load_optional
 from llamita.quantize import RoundedSource
@@ -173,27 +174,14 @@ def _join(tokenizer: Tokenizer, documents: Iterable[str], enough: int | None) ->
 
 
 def _file_documents(path: Path) -> list[str]:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise InputError(
-                f"{path}: expected at most {LARGEST_FILE:,} bytes, got {size:,}; try a part of it"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+    text = read_text(path, LARGEST_FILE)
     if path.suffix != ".jsonl":
         return [text]
-    lines = text.split("\n")
-    return [_text_of(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return [_text_of(values, place) for place, values in json_lines(text, str(path))]
 
 
-def _text_of(line: str, where: str) -> str:
-    text = parse_json(line.encode(), where).get("text")
+def _text_of(values: dict[str, Any], where: str) -> str:
+    text = values.get("text")
     if not isinstance(text, str):
         raise InputError(f'{where}: expected an object with a string "text"')
     return text

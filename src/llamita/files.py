@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,36 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A whole text file of the user's, in UTF-8.
+
+    Args:
+        limit: bytes that it may have.
+
+    Raises:
+        InputError: there is none, it is larger, or not UTF-8.
+        RunError: it cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise InputError(f"{path}: expected at most {limit:,} bytes, got {size:,}; try a part of it")
+        return path.read_bytes().decode()
+    except OSError as error:
+        kind = InputError if isinstance(error, FileNotFoundError) else RunError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+
+
+def json_lines(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a text of JSON lines, each behind its place for messages; empty lines are left out."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            place = f"{where}: line {number}"
+            yield place, parse_json(line.encode(), place)
 
 
 def sha256_file(path: Path) -> str:

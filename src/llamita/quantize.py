@@ -100,29 +100,38 @@ def quantize(
         InputError: `out` exists, a layer does not fit the groups, weights are not finite, no UTF-8 path.
         RunError: disk full, no permission, or a file cannot be read.
     """
-    began, origin = time.perf_counter(), origin or source
+    began = time.perf_counter()
     chain, setup = parse_chain(method), replace(setup or Setup(), progress=progress)
-    (recorded, shown), companions = _names(origin, source_name), find_companions(origin.path)
+    origin = origin or source
+    recorded, shown = _names(origin, source_name)
+    companions = find_companions(origin.path)
     before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype)  # does it fit?
     check_target(out, overwrite, origin.path)
     record = _source_record(origin, recorded, progress)
     watch, kept = MemoryWatch(), _work(out, chain, scheme, record, setup)
     with watch, kept as work, staged(out, overwrite, origin.path) as directory:
-        changed = chains.transform(source, chain, setup := replace(setup, work=work))
-        rotations = stored_rotations(changed.rotations)
-        plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes,
-                         transform_dtype(rotations), before.source_bytes)  # fmt: skip
+        setup = replace(setup, work=work)
+        changed = chains.transform(source, chain, setup)
+        plan = _plan(changed, scheme, shard_bytes, before.source_bytes)
         check_space(out, plan.file_bytes + _SMALL_FILES)
         round_module = chains.begin(changed, scheme, chain, setup)
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, watch.peak, sums)
+        rotations = stored_rotations(changed.rotations)
         files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
         files |= copy_companions(origin.path, directory, companions)
-        files["README.md"] = write_bytes(
-            directory / "README.md", _card(origin, shown, scheme, chain, summary)
-        )
+        card = _card(origin, shown, scheme, chain, summary)
+        files["README.md"] = write_bytes(directory / "README.md", card)
         write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
     return summary
+
+
+def _plan(changed: Checkpoint, scheme: QuantScheme, shard_bytes: int, source_bytes: int) -> Plan:
+    """What will be written of the source after its transforms."""
+    transform = transform_dtype(stored_rotations(changed.rotations))
+    return make_plan(
+        changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes, transform, source_bytes
+    )
 
 
 def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> bytes:

@@ -58,13 +58,13 @@ def _remove(work: Path) -> None:
     """The settings last: without them, what a kill in between leaves would be a stranger's."""
     for path in work.iterdir():
         if path.name != _SETTINGS:
-            _remove_one(path)
+            with suppress(OSError):
+                _remove_one(path)
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _remove_one(path: Path) -> None:
-    with suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def has_kept_work(out: Path) -> bool:
@@ -99,7 +99,7 @@ def _prepare(work: Path, settings: str) -> None:
                 partial.unlink()
             return
     for path in work.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _remove_one(path)
     write_whole(known, lambda file: file.write(settings.encode()))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from llamita import console, processes
 from llamita.checkpoint import Checkpoint, resolve
+from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
 from llamita.errors import InputError
 from llamita.machine import MemoryWatch
 from llamita.methods.chain import parse_chain
@@ -19,7 +20,7 @@ from llamita.scheme import PRESETS
 from llamita.staging import check_target
 from llamita.threads import use_threads
 from llamita.train.data import Data, load_data
-from llamita.train.recipe import METHODS, Recipe, change, read_recipe
+from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
 from llamita.train.tasks import TASKS
 
 RUN = "llamita.train.run:run"
@@ -34,7 +35,6 @@ _Base = Annotated[
 _Data = Annotated[
     str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")
 ]
-_Out = Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")]
 _Task = Annotated[
     str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")
 ]
@@ -46,7 +46,6 @@ _Preset = Annotated[
     str | None,
     typer.Option(help=f"The scheme of a 4-bit result: {', '.join(PRESETS)}; the recipe's by default."),
 ]
-_GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
 _Teacher = Annotated[
     str | None, typer.Option(metavar="SRC", help="Whose answers a distilling stage learns; BASE by default.")
 ]
@@ -56,33 +55,29 @@ _Set = Annotated[
         "--set", metavar="NAME=VALUE", help="A setting of the recipe, as learning_rate=1e-4; repeatable."
     ),
 ]
-_Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Records to read at most.")]
 _ReportTo = Annotated[str, typer.Option(help="As transformers takes it: none, tensorboard, wandb, ….")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Read the data, show the plan, and train nothing.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
-_Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def command(
     base: _Base,
     data: _Data,
-    out: _Out = None,
+    out: Out = None,
     task: _Task = None,
     method: _Method = "lora",
     recipe: _Recipe = None,
     preset: _Preset = None,
-    group_size: _GroupSize = None,
+    group_size: GroupSize = None,
     teacher: _Teacher = None,
     settings: _Set = None,
-    seed: _Seed = 0,
+    seed: Seed = 0,
     limit: _Limit = None,
     report_to: _ReportTo = "none",
     dry_run: _DryRun = False,
-    overwrite: _Overwrite = False,
-    threads: _Threads = None,
-    json: _Json = False,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Fine-tune a model on your data: in float, or with the rounding of the 4-bit model in every step.
 
@@ -102,7 +97,7 @@ def command(
             raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
         check_target(out, overwrite, source.path)
         if chosen.is_quantized and chosen.has_adaptors:
-            check_target(out.with_name(f"{out.name}-adaptor"), overwrite, source.path)
+            check_target(adaptor_place(out), overwrite, source.path)
         run = load_optional(RUN, _LACKING)
     with console.progress(quiet=json) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
@@ -155,7 +150,7 @@ def _train(
 
 
 def _print_plan(data: Data, recipe: Recipe, json: bool) -> None:
-    learned, measured = data.examples
+    learned, measured = data.learned, len(data.measured)
     rows, length = data.rows.ids.shape
     values = {"examples": learned, "held_out_examples": measured, "rows": rows, "length": length,
               "tokens": rows * length, "learned_tokens": data.learned_tokens,

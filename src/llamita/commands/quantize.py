@@ -11,6 +11,7 @@ import typer
 from llamita import __version__, console, mixed, processes
 from llamita.calibration import SELF, SELF_FAST, load_calibration
 from llamita.checkpoint import Checkpoint, resolve
+from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
 from llamita.commands.selection import (
     check_goal,
     choose,
@@ -54,9 +55,7 @@ _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
 _Src = Annotated[
     str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a hub name, or 'embedded'.")
 ]
-_Out = Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")]
 _Preset = Annotated[str, typer.Option(help=f"The scheme: {_PRESETS} (the closest; calibrates, needs Torch).")]
-_GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
 _Method = Annotated[
     str | None,
     typer.Option(
@@ -73,7 +72,6 @@ _Text = Annotated[
 ]
 _Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
-_Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 _KeepFloat = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Layers to leave in float, such as '*.down_proj'; repeatable."),
@@ -92,31 +90,28 @@ _NoOnline = Annotated[
     bool, typer.Option("--no-online", help="A plain Llama: no R4; tables untied where R1 is used.")
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
-_Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def command(
     src: _Src,
-    out: _Out = None,
+    out: Out = None,
     preset: _Preset = "llama3.2",
-    group_size: _GroupSize = None,
+    group_size: GroupSize = None,
     method: _Method = None,
     scales: _Scales = None,
     calibration: _Text = None,
     samples: _Samples = 128,
     length: _Length = 512,
-    seed: _Seed = 0,
+    seed: Seed = 0,
     keep_float: _KeepFloat = None,
     max_size: _MaxSize = None,
     max_loss: _MaxLoss = None,
     settings: _Set = None,
     no_online: _NoOnline = False,
     dry_run: _DryRun = False,
-    overwrite: _Overwrite = False,
-    threads: _Threads = None,
-    json: _Json = False,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Turn a Llama checkpoint into a 4-bit model: rounded, packed, verified by hashes, licence included.
 

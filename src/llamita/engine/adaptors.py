@@ -50,12 +50,10 @@ class Adaptor:
     Attributes:
         name: what requests call it.
         blocks: of every block, by the keys of FUSED; a layer that has none is missing.
-        nbytes: of A and B.
     """
 
     name: str
     blocks: tuple[dict[str, ops.LowRank], ...]
-    nbytes: int
 
 
 Span = tuple[slice, Adaptor]  # tokens of a step, and whose they are
@@ -121,7 +119,7 @@ def load_adaptor(name: str, path: Path, config: ModelConfig) -> Adaptor:
         if len(pair) != 2:
             raise InputError(f"{path}: model.layers.{layer}.{module}: expected both lora_A and lora_B")
     blocks = tuple(_block(config, layer, found, scaling) for layer in range(config.layers))
-    return Adaptor(name, blocks, sum(array.nbytes for pair in found.values() for array in pair.values()))
+    return Adaptor(name, blocks)
 
 
 def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llamita.affine import CODE_RANGE, SMALLEST_NORMAL, bf16_to_f32, f32_to_bf16, to_f32
+from llamita.affine import SMALLEST_NORMAL, bf16_to_f32, codes_at, f32_to_bf16, to_f32
 from llamita.checkpoint import Checkpoint, check_finite
 from llamita.errors import InputError
 from llamita.files import has, member
@@ -65,6 +65,6 @@ def _checked(scales: np.ndarray, name: str, scheme: QuantScheme) -> np.ndarray:
 
 
 def _rounded(piece: np.ndarray, scales: np.ndarray, bits: int) -> RoundedRows:
-    steps = piece.reshape(*scales.shape, -1) * (np.float32(1) / scales)[..., None]
-    codes = np.clip(np.rint(steps), *CODE_RANGE[bits]).astype(np.int8).reshape(piece.shape)
+    groups = piece.reshape(scales.size, -1)
+    codes = codes_at(groups, scales.ravel(), bits).astype(np.int8).reshape(piece.shape)
     return RoundedRows(codes, scales, *errors_of(piece, codes, scales))

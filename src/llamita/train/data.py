@@ -26,7 +26,7 @@ class Data:
 
     Attributes:
         rows, held_out: packed examples that are learned, and that are only measured.
-        examples: how many are learned, and measured.
+        learned: how many examples are learned.
         measured: the examples that are only measured, and the conversations that they are of, in one order.
         note: what was left out or divided, None where nothing was.
         sha256: of the tokens of both, in hexadecimal.
@@ -34,7 +34,7 @@ class Data:
 
     rows: Windows
     held_out: Windows
-    examples: tuple[int, int]
+    learned: int
     measured: tuple[tuple[Example, Conversation], ...]
     note: str | None
     sha256: str
@@ -90,7 +90,7 @@ def load_data(
     digest = hashlib.sha256()
     for windows in (rows, held_out):
         digest.update(windows.ids.astype("<i4").tobytes() + windows.labels.astype("<i4").tobytes())
-    return Data(rows, held_out, (len(learned), len(measured)), pairs, note, digest.hexdigest())
+    return Data(rows, held_out, len(learned), pairs, note, digest.hexdigest())
 
 
 def _template(source: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:

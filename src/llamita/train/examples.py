@@ -8,7 +8,7 @@ import numpy as np
 from llamita.chat import ChatTemplate
 from llamita.errors import InputError
 from llamita.tokenizer import Tokenizer
-from llamita.train.tasks import Conversation
+from llamita.train.tasks import Conversation, Turn
 
 IGNORED = -100  # a label that is no target, as Torch's cross-entropy has it
 _SHOWN = 3  # places named in a message
@@ -78,13 +78,18 @@ def _closed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids if not ends or (ids and ids[-1] in ends) else [*ids, ends[0]]
 
 
+def line_of(turn: Turn) -> str:
+    """A turn in front of another one, as a model without a chat template reads it."""
+    return turn["content"] + "\n"
+
+
 def _pieces(conversation: Conversation, template: ChatTemplate | None) -> list[tuple[str, bool]]:
     """The conversation's text in pieces, and which of them are the assistant's."""
     turns = conversation.turns
     if template is None:
         return [
-            (turn["content"] + ("" if i == len(turns) - 1 else "\n"), turn["role"] == "assistant")
-            for i, turn in enumerate(turns)
+            *((line_of(turn), turn["role"] == "assistant") for turn in turns[:-1]),
+            (turns[-1]["content"], turns[-1]["role"] == "assistant"),
         ]
     pieces, done = list[tuple[str, bool]](), ""
     for i, turn in enumerate(turns):

@@ -25,11 +25,15 @@ class Switch:
         self.on = on
 
 
+def nearest(weight: Tensor, scales: Tensor) -> Tensor:
+    """Weights in steps of their scales, rounded, in or out of range: (rows, groups, group_size)."""
+    return (weight.reshape(*scales.shape, -1) * (1.0 / scales)[..., None]).round_()
+
+
 class _Dequantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-        steps = weight.reshape(*scales.shape, -1) * (1.0 / scales)[..., None]
-        codes = steps.round_()
+        codes = nearest(weight, scales)
         lowest, highest = CODE_RANGE[bits]
         ctx.save_for_backward((codes >= lowest) & (codes <= highest))
         return codes.clamp_(lowest, highest).mul_(scales[..., None]).reshape(weight.shape)
@@ -48,8 +52,7 @@ def codes_of(weight: Tensor, scales: Tensor, bits: int) -> np.ndarray:
         weight: (rows, columns) float32.
         scales: (rows, groups) float32.
     """
-    steps = weight.detach().reshape(*scales.shape, -1) * (1.0 / scales)[..., None]
-    codes = steps.round().clamp(*CODE_RANGE[bits])
+    codes = nearest(weight.detach(), scales).clamp_(*CODE_RANGE[bits])
     return codes.to(torch.int8).reshape(weight.shape).cpu().numpy()
 
 

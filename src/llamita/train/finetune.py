@@ -1,7 +1,6 @@
 """Stages of training, each begun with what the one before left; what is finished is kept for a next run."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
+from llamita.files import flush_path
 from llamita.methods.setup import Calibration, Setup
 from llamita.quantize import RoundedSource
-from llamita.resume import write_whole
+from llamita.resume import partial_of, write_whole
 from llamita.scheme import QuantScheme, make_scheme
 from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
@@ -182,8 +182,7 @@ def _make_trainer(
 ) -> RowTrainer:
     folder = job.work / f"stage-{number}"
     folder.mkdir(exist_ok=True)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    config = config_of(job.recipe, stage, len(job.rows.ids), job.seed, folder, job.report_to, world)
+    config = config_of(job.recipe, stage, len(job.rows.ids), job.seed, folder, job.report_to)
     callbacks: list[Any] = [Tell(history.append, job.progress)]
     if switch is not None and stage.quantized:
         callbacks.append(Begin(switch, stage.fake_quant_after))
@@ -211,8 +210,9 @@ def _measure(trainer: RowTrainer, history: list[dict[str, Any]], number: int) ->
 def _keep(model: Any, path: Path) -> None:
     """All that training can have changed, in a file that appears whole."""
     state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    partial = path.with_suffix(".partial")
+    partial = partial_of(path)
     save_file(state, partial)
+    flush_path(partial)
     partial.rename(path)
 
 

@@ -20,7 +20,7 @@ from llamita.chat import find_template
 from llamita.engine.llm import LLM
 from llamita.engine.requests import Prompt
 from llamita.evaluate import token_losses
-from llamita.train.examples import Example
+from llamita.train.examples import Example, line_of
 from llamita.train.tasks import Conversation
 
 Answers = Sequence[tuple[str, tuple[str, ...]]]  # what the model said, and what would be right
@@ -80,7 +80,7 @@ def _answer(
     prompts = list[Prompt]()
     for one in asked:
         before = list(one.turns[:-1])
-        prompts.append(before if has_template else "".join(f"{turn['content']}\n" for turn in before))
+        prompts.append(before if has_template else "".join(map(line_of, before)))
     said = list[str]()
     for start in range(0, len(prompts), _TOGETHER):
         if progress:

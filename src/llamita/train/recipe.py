@@ -20,6 +20,7 @@ _RANGES = (
     ("epochs", 0.001, 1000.0), ("learning_rate", 1e-9, 1.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 1.0),
     ("distill", 0.0, 1.0),
 )  # fmt: skip
+_FRACTIONS = (*(name for name, _, _ in _RANGES), "held_out")
 _LARGEST = 1 << 16  # bytes of a recipe
 
 
@@ -154,6 +155,11 @@ class Recipe:
         return values
 
 
+def adaptor_place(out: Path) -> Path:
+    """Where the adaptors of a quantized model go, whose packed directory is `out`."""
+    return out.with_name(f"{out.name}-adaptor")
+
+
 def read_recipe(name: str) -> Recipe:
     """A recipe of ours by its name, or a YAML file.
 
@@ -215,8 +221,6 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
             read = yaml.safe_load(value)
         except yaml.YAMLError:
             read = value
-        if isinstance(read, str):  # YAML 1.1 takes 1e-4, without a point, for text
-            read = float(read) if _is_number(read) else read
         if not dot and name in whole and name != "stages":
             whole[name] = read
         else:
@@ -232,7 +236,7 @@ def _made(kind: Any, values: dict[str, Any], where: str) -> Any:
             raise InputError(f"{where}: expected settings among {', '.join(known)}, got {name!r}")
     if isinstance(values.get("targets"), list):
         values = values | {"targets": tuple(values["targets"])}
-    for name in ("learning_rate", "epochs", "warmup", "weight_decay", "distill", "held_out"):
+    for name in _FRACTIONS:  # YAML 1.1 takes 1e-4, without a point, for text
         if isinstance(values.get(name), str) and _is_number(values[name]):
             values = values | {name: float(values[name])}
     try:

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llamita.errors import InputError, RunError
-from llamita.files import parse_json
+from llamita.errors import InputError
+from llamita.files import json_lines, read_text
 from llamita.optional import load_optional
 
 LARGEST_FILE = 2**30  # bytes: what is read whole has to fit in memory, several times over
@@ -64,33 +64,15 @@ def read_records(path: Path) -> Iterator[Record]:
         InputError: no such file, not UTF-8, or a record that is no object, named by its line or number.
         RunError: it cannot be read.
     """
-    text = _read(path)
+    text = read_text(path, LARGEST_FILE)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                place = f"{path.name}: line {number}"
-                yield Record(place, parse_json(line.encode(), place))
+        yield from (Record(place, values) for place, values in json_lines(text, path.name))
     elif path.suffix == ".json":
         yield from _json_records(path, text)
     elif path.suffix == ".tsv":
         yield from _tsv_records(path, text)
     else:
         yield Record(path.name, {"text": text})
-
-
-def _read(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise InputError(
-                f"{path}: expected at most {LARGEST_FILE:,} bytes, got {size:,}; try a part of it"
-            )
-        return path.read_bytes().decode()
-    except OSError as error:
-        kind = InputError if isinstance(error, FileNotFoundError) else RunError
-        raise kind(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
 
 
 def _json_records(path: Path, text: str) -> Iterator[Record]:

@@ -13,7 +13,7 @@ from llamita.staging import TRAINED_MARK, staged
 from llamita.train.data import Data
 from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
 from llamita.train.measures import score
-from llamita.train.recipe import Recipe
+from llamita.train.recipe import Recipe, adaptor_place
 from llamita.train.save import save_adaptors, save_float, save_packed
 
 _CALIBRATION_ROWS = 128
@@ -94,11 +94,6 @@ def _save(
         kind, hint = f"a 4-bit model and, in {beside}, adaptors", f"{hint} --adaptor {beside}"
     save_packed(model, source, name, out, scheme_of(recipe), job.work, settings, overwrite)
     return kind, hint
-
-
-def adaptor_place(out: Path) -> Path:
-    """Where the adaptors of a quantized model go."""
-    return out.with_name(f"{out.name}-adaptor")
 
 
 def _save_float(

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from llamita import processes
 from llamita.errors import InputError
 from llamita.train.examples import IGNORED, Windows
 from llamita.train.fake_quant import Switch
@@ -42,7 +43,7 @@ class RowTrainer(SFTTrainer):
     ) -> Any:
         """The loss of a micro-batch: its share of the step's mean over learned tokens."""
         labels = inputs["labels"]
-        outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+        outputs = _forward(model, inputs)
         total, _ = loss_sum(outputs.logits, labels, self._teacher_logits(inputs), self._distill)
         count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         self.trained_tokens += labels.numel() if model.training else 0
@@ -55,9 +56,7 @@ class RowTrainer(SFTTrainer):
         if self._teacher is None or self._distill == 0:
             return None
         with torch.no_grad():
-            return self._teacher(
-                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-            ).logits
+            return _forward(self._teacher, inputs).logits
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -70,10 +69,7 @@ class RowTrainer(SFTTrainer):
         for inputs in self.get_eval_dataloader(eval_dataset):
             labels = inputs["labels"]
             with torch.no_grad(), self.compute_loss_context_manager():
-                logits = model(
-                    input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-                ).logits
-                _, crossed = loss_sum(logits, labels, None, 0.0)
+                _, crossed = loss_sum(_forward(model, inputs).logits, labels, None, 0.0)
             sums += torch.stack([crossed.double(), (labels[:, 1:] != IGNORED).sum().double()]).to(sums)
         sums = self.accelerator.reduce(sums, "sum")
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp(min=1))}
@@ -92,6 +88,11 @@ class RowTrainer(SFTTrainer):
         self._metrics["train"].clear()
         self._metrics["eval"].clear()
         super().log(logs, start_time)
+
+
+def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """Positions alone tell the examples of a row apart."""
+    return model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
 
 
 def as_dataset(windows: Windows) -> Dataset:
@@ -159,12 +160,9 @@ class Tell(TrainerCallback):
             self._progress(f"training {last}", state.global_step, state.max_steps)
 
 
-def config_of(
-    recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str, world: int
-) -> Any:
+def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
     """A stage's settings as transformers and TRL take them."""
-    per_step = stage.micro_batch * world
-    accumulate = max(1, stage.batch // per_step)
+    accumulate = max(1, stage.batch // (stage.micro_batch * processes.world()))
     steps = stage.count_steps(rows)
     has_gpu = torch.cuda.is_available()
     with warnings.catch_warnings():
