@@ -101,8 +101,7 @@ def quantize(
         RunError: disk full, no permission, or a file cannot be read.
     """
     began = time.perf_counter()
-    chain, setup = parse_chain(method), replace(setup or Setup(), progress=progress)
-    origin = origin or source
+    chain, setup, origin = parse_chain(method), replace(setup or Setup(), progress=progress), origin or source
     recorded, shown = _names(origin, source_name)
     companions = find_companions(origin.path)
     before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype)  # does it fit?
