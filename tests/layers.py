@@ -29,9 +29,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report",
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
      "plot", "own_text", "needs", "methods.auto",
-     "train.records", "train.tasks", "train.examples", "train.recipe", "train.data", "train.fake_quant",
-     "train.prepare", "train.objective", "train.trainer", "train.finetune", "train.save", "train.measures",
-     "train.run"),
+     "train.records", "train.tasks", "train.examples", "train.recipe", "train.data", "train.order",
+     "train.fake_quant", "train.prepare", "train.objective", "train.trainer", "train.finetune", "train.save",
+     "train.measures", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
@@ -104,9 +104,10 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.save": ("train.fake_quant",),
     "train.data": ("train.examples", "train.recipe", "train.records", "train.tasks"),
     "train.measures": ("evaluate", "train.examples", "train.tasks"),
-    "train.run": ("train.measures", "train.data", "train.finetune", "train.recipe", "train.save"),
+    "train.order": ("train.data", "train.recipe"),
+    "train.run": ("train.measures", "train.finetune", "train.order", "train.recipe", "train.save"),
     "train.finetune": ("train.examples", "train.fake_quant", "train.prepare", "train.recipe",
-     "train.trainer"),
+     "train.save", "train.trainer"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -136,7 +137,7 @@ TORCH_SIDE = {
     "train.prepare": ("torch",),
     "train.objective": ("torch",),
     "train.trainer": ("torch", "datasets", "transformers", "trl"),
-    "train.save": ("torch",),
+    "train.save": ("torch", "safetensors"),
     "train.run": (),
     "train.measures": ("sacrebleu", "rouge_score"),
     "train.finetune": ("torch", "transformers", "peft", "safetensors"),

@@ -125,7 +125,9 @@ def test_qat_lora_makes_a_packed_model_and_adaptors(
         (("--set", "rank=0"), "rank: expected a whole number of at least 1, got 0"),
         (("--set", "length=100000"), "length: expected at most 512 tokens, the model's context"),
         (("--set", "length=4"), "expected examples to learn from, got none"),
-        (("--teacher", "/nowhere"), "/nowhere"),
+        (("--teacher", "/nowhere", "--set", "distill=0.5"), "/nowhere"),
+        (("--teacher", "/nowhere"), "--teacher: expected a stage that distils, got none"),
+        (("--report-to", "nobody"), "--report-to: expected what transformers can report to, got nobody"),
         (("--method", "qat", "--set", "start=magic"), "--method: expected one of rtn"),
     ],
 )

@@ -106,7 +106,7 @@ def quantize(
     companions = find_companions(origin.path)
     before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype)  # does it fit?
     check_target(out, overwrite, origin.path)
-    record = _source_record(origin, recorded, progress)
+    record = source_record(origin, recorded, progress)
     watch, kept = MemoryWatch(), _work(out, chain, scheme, record, setup)
     with watch, kept as work, staged(out, overwrite, origin.path) as directory:
         setup = replace(setup, work=work)
@@ -258,7 +258,7 @@ def _summarize(
     )
 
 
-def _source_record(source: Checkpoint, name: str, progress: Progress) -> dict[str, Any]:
+def source_record(source: Checkpoint, name: str, progress: Progress) -> dict[str, Any]:
     """Which model this was made from: its name, and the SHA-256 of config and weight files."""
     files = {}
     for i, file in enumerate(["config.json", *source.files]):

@@ -15,11 +15,12 @@ from llamita.machine import MemoryWatch
 from llamita.methods.chain import parse_chain
 from llamita.optional import load_optional
 from llamita.packed import METADATA
-from llamita.resume import has_kept_work, kept_work
+from llamita.resume import has_kept_work
 from llamita.scheme import PRESETS
 from llamita.staging import check_target
 from llamita.threads import use_threads
 from llamita.train.data import Data, load_data
+from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
 from llamita.train.tasks import TASKS
 
@@ -90,25 +91,38 @@ def command(
         )
     use_threads(threads)
     source = _open_float(base, "BASE")
-    other = None if teacher is None else _open_float(teacher, "--teacher").path
-    run: Callable[..., dict[str, Any]] | None = None
-    if not dry_run:
-        if out is None:
-            raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
-        check_target(out, overwrite, source.path)
-        if chosen.is_quantized and chosen.has_adaptors:
-            check_target(adaptor_place(out), overwrite, source.path)
-        run = load_optional(RUN, _LACKING)
+    other = _teacher_path(teacher, source, chosen)
+    run = None if dry_run else load_optional(RUN, _LACKING)
+    if run is not None:
+        _check_out(out, chosen, overwrite, source)
     with console.progress(quiet=json) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
         console.note(found.note)
-        if run is None:
+        if run is None or out is None:
             return _print_plan(found, chosen, json)
-        order = {"name": base, "source": source, "data": found, "data_name": data, "task": task,
-                 "recipe": chosen, "teacher": other, "out": out, "seed": seed,
-                 "report_to": report_to}  # fmt: skip
-        result = _train(run, order, overwrite, progress)
-    _print_result(order["out"], result, json)
+        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite)
+        result = _train(run, order, progress)
+    _print_result(out, result, json)
+
+
+def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, source: Checkpoint) -> None:
+    if out is None:
+        raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
+    check_target(out, overwrite, source.path)
+    if recipe.is_quantized and recipe.has_adaptors:
+        check_target(adaptor_place(out), overwrite, source.path)
+
+
+def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path | None:
+    if name is None:
+        return None
+    if not any(stage.distill for stage in recipe.stages):
+        raise InputError("--teacher: expected a stage that distils, got none; try --set distill=0.5")
+    teacher = _open_float(name, "--teacher")
+    if teacher.config.vocab_size != source.config.vocab_size:
+        raise InputError(f"--teacher: expected the {source.config.vocab_size:,} tokens of BASE, "
+                         f"got {teacher.config.vocab_size:,}")  # fmt: skip
+    return teacher.path
 
 
 def _recipe(
@@ -134,18 +148,13 @@ def _open_float(name: str, option: str) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _train(
-    run: Callable[..., dict[str, Any]], order: dict[str, Any], overwrite: bool, progress: Any
-) -> dict[str, Any]:
-    """Run the order, keeping what is finished beside its directory."""
-    out = order["out"]
-    if has_kept_work(out):
-        console.note(f"{out}: going on where an earlier run was, if its settings were these")
-    kept = {"base": str(order["source"].path), "data": order["data"].sha256, "seed": order["seed"],
-            "recipe": order["recipe"].to_dict(), "teacher": str(order["teacher"])}  # fmt: skip
+def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> dict[str, Any]:
+    """Run the order, and say how long it took."""
+    if has_kept_work(order.out):
+        console.note(f"{order.out}: going on where an earlier run was, if its settings were these")
     began, watch = time.perf_counter(), MemoryWatch()
-    with watch, kept_work(out, kept) as work:
-        result = run(**order, work=work, overwrite=overwrite, progress=progress)
+    with watch:
+        result = run(order, progress)
     return result | {"seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
 
 

@@ -1,6 +1,7 @@
 """Stages of training, each begun with what the one before left; what is finished is kept for a next run."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,17 @@ from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
-from llamita.train.trainer import Begin, Patience, RowTrainer, Tell, as_dataset, collate, config_of
+from llamita.train.save import writing
+from llamita.train.trainer import (
+    Begin,
+    Patience,
+    RowTrainer,
+    Tell,
+    as_dataset,
+    check_reporter,
+    collate,
+    config_of,
+)
 
 Progress = Callable[[str, int, int], None] | None
 _DONE = "stage-{}.safetensors"  # what a finished stage leaves in the work directory
@@ -42,6 +53,7 @@ class Job:
         calibration: what the methods measure that round the model where a quantized stage begins.
         work: a directory where checkpoints are kept.
         report_to: as transformers takes it: none, tensorboard, …
+        logs: where TensorBoard's files go.
     """
 
     source: Checkpoint
@@ -53,6 +65,7 @@ class Job:
     teacher: Path | None = None
     calibration: Calibration | None = None
     report_to: str = "none"
+    logs: Path | None = None
     progress: Progress = None
 
 
@@ -68,7 +81,7 @@ class Trained:
 
     model: Any
     recipe: Recipe
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def held_out_losses(self) -> list[float]:
@@ -95,7 +108,11 @@ def train(job: Job) -> Trained:
     """
     if not len(job.rows.ids):
         raise InputError("--data: expected something to learn, got nothing; see what was left out above")
-    with quiet():
+    job.recipe.check_steps(len(job.rows.ids))
+    check_reporter(job.report_to)
+    if job.logs is not None:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.logs))
+    with quiet(), writing(job.work):
         trained = Trained(load_float(job.source.path), job.recipe)
         switch: Switch | None = None
         for number, stage in enumerate(job.recipe.stages, 1):
@@ -151,15 +168,13 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
         _restore(trained.model, done)
         trained.history += json.loads(done.with_suffix(".json").read_text("utf-8"))
         return
-    history: list[dict[str, Any]] = []
-    trainer = _make_trainer(trained.model, job, number, stage, switch, history)
-    if number == 1:
-        _measure(trainer, history, 0)
+    trainer = _make_trainer(trained.model, job, number, stage, switch)
+    history = _measure(trainer, 0) if number == 1 else []
     trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
-    history.append({"trained_tokens": trainer.trained_tokens})
+    history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
     if switch is not None:
         switch.on = True
-    _measure(trainer, history, number)
+    history += _measure(trainer, number)
     logged = [{"stage": number, **row} for row in history]
     write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
     _keep(trained.model, done)
@@ -177,13 +192,11 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
-def _make_trainer(
-    model: Any, job: Job, number: int, stage: Stage, switch: Switch | None, history: list[dict[str, Any]]
-) -> RowTrainer:
+def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switch | None) -> RowTrainer:
     folder = job.work / f"stage-{number}"
     folder.mkdir(exist_ok=True)
     config = config_of(job.recipe, stage, len(job.rows.ids), job.seed, folder, job.report_to)
-    callbacks: list[Any] = [Tell(history.append, job.progress)]
+    callbacks: list[Any] = [Tell(job.progress)]
     if switch is not None and stage.quantized:
         callbacks.append(Begin(switch, stage.fake_quant_after))
     if job.recipe.patience is not None:
@@ -199,12 +212,11 @@ def _make_trainer(
     return trainer
 
 
-def _measure(trainer: RowTrainer, history: list[dict[str, Any]], number: int) -> None:
+def _measure(trainer: RowTrainer, number: int) -> list[dict[str, Any]]:
     """The held-out loss where a stage ends, or training begins."""
-    if trainer.has_held_out:
-        history.append(
-            {"step": trainer.state.global_step, "is_end": 1, "after": number, **trainer.evaluate()}
-        )
+    if not trainer.has_held_out:
+        return []
+    return [{"step": trainer.state.global_step, "is_end": 1, "after": number, **trainer.evaluate()}]
 
 
 def _keep(model: Any, path: Path) -> None:

@@ -136,6 +136,16 @@ class Recipe:
             if before.quantized and not after.quantized:
                 raise InputError("stages: expected quantized stages last, got a float one behind them")
 
+    def check_steps(self, rows: int) -> None:
+        """Raise InputError if a stage over so many rows would end before its rounding begins."""
+        for number, stage in enumerate(self.stages, 1):
+            steps = stage.count_steps(rows)
+            if stage.quantized and stage.fake_quant_after >= steps:
+                raise InputError(
+                    f"stage {number}: fake_quant_after: expected less than its {steps} steps, "
+                    f"got {stage.fake_quant_after}; try --set {number}.fake_quant_after=0"
+                )
+
     @property
     def is_quantized(self) -> bool:
         """Whether the result is a 4-bit model."""

@@ -1,6 +1,7 @@
 """`llamita finetune` behind its options: trains, then puts on the disk what the recipe's last stage makes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,56 +9,70 @@ from llamita import __version__
 from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import load
 from llamita.packed_writer import write_bytes
+from llamita.quantize import source_record
+from llamita.resume import kept_work
 from llamita.scheme import QuantScheme
-from llamita.staging import TRAINED_MARK, staged
-from llamita.train.data import Data
+from llamita.staging import TRAINED_MARK, check_space, staged
 from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
 from llamita.train.measures import score
-from llamita.train.recipe import Recipe, adaptor_place
-from llamita.train.save import save_adaptors, save_float, save_packed
+from llamita.train.order import Order
+from llamita.train.recipe import adaptor_place
+from llamita.train.save import save_adaptors, save_float, save_packed, writing
 
 _CALIBRATION_ROWS = 128
 
 
-def run(
-    name: str, source: Checkpoint, data: Data, data_name: str, task: str | None, recipe: Recipe,
-    teacher: Path | None, out: Path, work: Path, seed: int, report_to: str, overwrite: bool,
-    progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """Train and save.
-
-    Args:
-        name, data_name: what the user called the model and the data.
-        task: a key of `tasks.TASKS`, by whose measure the result is judged, where it has one.
-        teacher: a float model whose answers distilling stages learn; the source by default.
-        work: what is finished is kept here.
+def run(order: Order, progress: Progress) -> dict[str, Any]:
+    """Train, save, and compare with what was there before.
 
     Returns:
         "kind", "losses" (held out: before, and after each stage), "tokens_per_second", "try" (what next), and
         "scores": of the base, of it rounded as the result is, of the result: [name, loss, measures] each.
+
+    Raises:
+        InputError: the data, the model or a setting is not for training.
+        RunError: the disk is full, or another run is at work there.
     """
-    job = Job(
-        source, recipe, data.rows, data.held_out, work, seed=seed, teacher=teacher,
-        calibration=data.calibration(data_name, _CALIBRATION_ROWS), report_to=report_to, progress=progress,
-    )  # fmt: skip
-    trained = train(job)
+    base = source_record(order.source, order.name, progress)
+    taught = source_record(Checkpoint(order.teacher), "", progress)["files"] if order.teacher else None
+    kept = {"llamita": __version__, "base": base["files"], "teacher": taught, "data": order.data.sha256,
+            "seed": order.seed, "recipe": order.recipe.to_dict()}  # fmt: skip
+    with kept_work(order.out, kept) as work:
+        made = _make(order, base, work, progress)
+    return made | {"scores": _scores(order, progress)}
+
+
+def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
+    data, recipe = order.data, order.recipe
+    check_space(order.out, _disk_bytes(order))
+    trained = train(Job(
+        order.source, recipe, data.rows, data.held_out, work, seed=order.seed, teacher=order.teacher,
+        calibration=data.calibration(order.data_name, _CALIBRATION_ROWS),
+        report_to=order.report_to, logs=order.out.with_name(f"{order.out.name}-logs"), progress=progress,
+    ))  # fmt: skip
+    losses = trained.held_out_losses
     record = {
-        "llamita": __version__, "base": name, "data": {"name": data_name, "sha256": data.sha256},
-        "recipe": recipe.to_dict(), "seed": seed, "losses": trained.held_out_losses,
-        "history": trained.history,
+        "llamita": __version__, "base": base, "data": {"name": order.data_name, "sha256": data.sha256},
+        "recipe": recipe.to_dict(), "seed": order.seed, "losses": losses, "history": trained.history,
     }  # fmt: skip
-    with quiet():
-        kind, hint = _save(trained, job, name, out, record, overwrite)
-    return {"kind": kind, "try": hint, "losses": trained.held_out_losses,
-            "tokens_per_second": trained.tokens_per_second,
-            "scores": _scores(job, task, data, out, progress)}  # fmt: skip
+    with quiet(), writing(order.out):
+        kind, hint = _save(trained, order, work, record)
+    return {"kind": kind, "try": hint, "losses": losses, "tokens_per_second": trained.tokens_per_second}
 
 
-def _scores(job: Job, task: str | None, data: Data, out: Path, progress: Progress) -> list[list[Any]]:
+def _disk_bytes(order: Order) -> int:
+    """What training may write at most: in float32, three checkpoints of weights and Adam's two moments."""
+    weights = sum(4 * math.prod(info.shape) for file in order.source.files.values()
+                  for info in file.tensors.values())  # fmt: skip
+    trains_all = any(stage.train == "weights" for stage in order.recipe.stages)
+    return weights * 10 if trains_all else weights
+
+
+def _scores(order: Order, progress: Progress) -> list[list[Any]]:
     """Before and after, on the engine: what the held-out examples cost, and how well their task is done."""
-    if not data.measured:
+    if not order.data.measured:
         return []
-    recipe, base = job.recipe, job.source.path
+    recipe, base, out = order.recipe, order.source.path, order.out
     preset = scheme_of(recipe) if recipe.is_quantized else None
     models: dict[str, tuple[Path, QuantScheme | None, Path | None]] = {"base": (base, None, None)}
     if preset is not None:
@@ -71,38 +86,46 @@ def _scores(job: Job, task: str | None, data: Data, out: Path, progress: Progres
     found = []
     for name, (path, scheme, adaptor) in models.items():
         llm = load(path, preset=scheme, adaptors={} if adaptor is None else {name: adaptor})
-        scores = score(llm, task, data.measured, adaptor and name, progress=progress)
+        scores = score(llm, order.task, order.data.measured, adaptor and name, progress=progress)
         found.append([name, scores.loss, scores.measures])
     return found
 
 
-def _save(
-    trained: Trained, job: Job, name: str, out: Path, record: dict[str, Any], overwrite: bool
-) -> tuple[str, str]:
-    recipe, source = job.recipe, job.source
+def _save(trained: Trained, order: Order, work: Path, record: dict[str, Any]) -> tuple[str, str]:
+    """What was made, in words, and what to do with it."""
+    recipe, out = order.recipe, order.out
     if not recipe.is_quantized:
-        return _save_float(trained, job, out, record, overwrite)
-    model = trained.model
+        with staged(out, order.overwrite, order.source.path) as directory:
+            return _save_float(trained, order, record, directory)
+    if not recipe.has_adaptors:
+        _save_packed(trained.model, order, work, record)
+        return "a 4-bit model", f"llamita generate {out} --prompt TEXT"
+    beside = adaptor_place(out)
+    with staged(beside, order.overwrite, order.source.path) as directory:
+        _write_record(directory, record)
+        save_adaptors(trained.model, str(out), directory)
+        _save_packed(trained.model.unload(), order, work, record)  # both are there, or neither
+    return (f"a 4-bit model and, in {beside}, adaptors",
+            f"llamita generate {out} --prompt TEXT --adaptor {beside}")  # fmt: skip
+
+
+def _save_float(trained: Trained, order: Order, record: dict[str, Any], directory: Path) -> tuple[str, str]:
+    _write_record(directory, record)
+    if order.recipe.has_adaptors:
+        save_adaptors(trained.model, order.name, directory)
+        return (
+            "adaptors, in PEFT's form",
+            f"llamita generate {order.name} --prompt TEXT --adaptor {order.out}",
+        )
+    save_float(trained.model, order.source, directory)
+    return "a float checkpoint", f"llamita quantize {order.out} -o {order.out}-4bit"
+
+
+def _save_packed(model: Any, order: Order, work: Path, record: dict[str, Any]) -> None:
     settings = {key: value for key, value in record.items() if key != "history"}
-    kind, hint = "a 4-bit model", f"llamita generate {out} --prompt TEXT"
-    if recipe.has_adaptors:
-        beside = adaptor_place(out)
-        with staged(beside, overwrite, source.path) as directory:
-            write_bytes(directory / TRAINED_MARK, json.dumps(record, indent=1).encode())
-            save_adaptors(model, directory)
-        model = model.unload()
-        kind, hint = f"a 4-bit model and, in {beside}, adaptors", f"{hint} --adaptor {beside}"
-    save_packed(model, source, name, out, scheme_of(recipe), job.work, settings, overwrite)
-    return kind, hint
+    save_packed(model, order.source, order.name, order.out, scheme_of(order.recipe), work, settings,
+                order.overwrite)  # fmt: skip
 
 
-def _save_float(
-    trained: Trained, job: Job, out: Path, record: dict[str, Any], overwrite: bool
-) -> tuple[str, str]:
-    with staged(out, overwrite, job.source.path) as directory:
-        write_bytes(directory / TRAINED_MARK, json.dumps(record, indent=1).encode())
-        if job.recipe.has_adaptors:
-            save_adaptors(trained.model, directory)
-            return "adaptors, in PEFT's form", f"llamita generate BASE --prompt TEXT --adaptor {out}"
-        save_float(trained.model, job.source, directory)
-    return "a float checkpoint", f"llamita quantize {out} -o {out}-4bit"
+def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    write_bytes(directory / TRAINED_MARK, json.dumps(record, indent=1).encode())

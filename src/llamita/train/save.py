@@ -1,13 +1,18 @@
 """What training leaves on disk: a checkpoint, adaptors in PEFT's form, or a packed directory."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from llamita.checkpoint import Checkpoint
+from llamita.errors import RunError
+from llamita.files import flush_path
 from llamita.methods.setup import Setup
 from llamita.methods.trained import SCALES
 from llamita.packed_writer import copy_companions, find_companions
@@ -31,21 +36,25 @@ def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
     model.config.dtype = dtype
     model.save_pretrained(directory, state_dict=state)
     _copy_companions(source, directory)
+    flush_files(directory)
 
 
-def save_adaptors(model: Any, directory: Path) -> None:
+def save_adaptors(model: Any, base: str, directory: Path) -> None:
     """Low-rank adaptors in BF16, in the form of PEFT's own files.
 
     Args:
         model: PEFT's.
+        base: the name of the model that they are for.
     """
+    model.peft_config["default"].base_model_name_or_path = base
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_embedding_layers=False)
     card = directory / "README.md"
     if card.exists():  # PEFT's template, which says nothing
         card.unlink()
+    flush_files(directory)
 
 
 def save_trained(model: Any, source: Checkpoint, directory: Path) -> None:
@@ -68,6 +77,25 @@ def save_trained(model: Any, source: Checkpoint, directory: Path) -> None:
     model.save_pretrained(directory, state_dict=state)
     _write_scales(directory / SCALES, scales)
     _copy_companions(source, directory)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Says in one line what the writers of PyTorch and safetensors tell with errors of their own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunError(f"{place}: cannot be written: {error}") from None
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise RunError(f"{place}: cannot be written; try a disk with more room") from None
+
+
+def flush_files(directory: Path) -> None:
+    """What other libraries wrote here reaches the disk."""
+    for path in directory.iterdir():
+        flush_path(path)
 
 
 def _copy_companions(source: Checkpoint, directory: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -20,8 +21,6 @@ from llamita.train.examples import IGNORED, Windows
 from llamita.train.fake_quant import Switch
 from llamita.train.objective import loss_sum
 from llamita.train.recipe import Recipe, Stage
-
-Told = Callable[[dict[str, float]], None]  # what a step or a measurement gave, as transformers names it
 
 
 class RowTrainer(SFTTrainer):
@@ -134,21 +133,21 @@ class Patience(TrainerCallback):
 
 
 class Tell(TrainerCallback):
-    """Passes on what is logged, and how far a run is."""
+    """Shows how far a run is, and ends one whose loss is no number."""
 
-    def __init__(self, told: Told, progress: Callable[[str, int, int], None] | None) -> None:
-        self._told, self._progress = told, progress
+    def __init__(self, progress: Callable[[str, int, int], None] | None) -> None:
+        self._progress = progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Figures of a step or of a measurement."""
         del args, control, kwargs
-        found = logs or {}
-        if not math.isfinite(found.get("loss", 0.0)):
-            raise InputError(
-                f"training: expected a finite loss, got {found['loss']} at step {state.global_step}; "
-                "try --set learning_rate= with a smaller one"
-            )
-        self._told({"step": state.global_step, **found})
+        for name in ("loss", "eval_loss"):
+            found = (logs or {}).get(name, 0.0)
+            if not math.isfinite(found):
+                raise InputError(
+                    f"training: expected a finite loss, got {found} at step {state.global_step}; "
+                    "try --set learning_rate= with a smaller one"
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each step."""
@@ -158,6 +157,16 @@ class Tell(TrainerCallback):
                 (f"loss {row['loss']:.3f}" for row in reversed(state.log_history) if "loss" in row), ""
             )
             self._progress(f"training {last}", state.global_step, state.max_steps)
+
+
+def check_reporter(name: str) -> None:
+    """Raise InputError if transformers cannot report there."""
+    try:
+        for callback in get_reporting_integration_callbacks(name):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"--report-to: expected what transformers can report to, got {name}: "
+                         f"{' '.join(str(error).split())}") from None  # fmt: skip
 
 
 def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
