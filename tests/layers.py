@@ -29,8 +29,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report",
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
      "plot", "own_text", "needs", "methods.auto",
-     "train.records", "train.tasks", "train.examples", "train.recipe", "train.data", "train.order",
-     "train.fake_quant", "train.prepare", "train.objective", "train.trainer", "train.finetune", "train.save",
+     "train.records", "train.tasks", "train.examples", "train.recipe", "train.preferences", "train.data",
+     "train.order",
+     "train.fake_quant", "train.prepare", "train.objective", "train.trainer",
+     "train.preference_trainer", "train.finetune", "train.save",
      "train.measures", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
@@ -102,12 +104,14 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.objective": ("train.examples",),
     "train.trainer": ("train.examples", "train.fake_quant", "train.objective", "train.recipe"),
     "train.save": ("train.fake_quant",),
-    "train.data": ("train.examples", "train.recipe", "train.records", "train.tasks"),
+    "train.preferences": ("train.examples", "train.records", "train.tasks"),
+    "train.preference_trainer": ("train.examples", "train.preferences"),
+    "train.data": ("train.examples", "train.preferences", "train.recipe", "train.records", "train.tasks"),
     "train.measures": ("evaluate", "train.examples", "train.tasks"),
     "train.order": ("train.data", "train.recipe"),
     "train.run": ("train.measures", "train.finetune", "train.order", "train.recipe", "train.save"),
-    "train.finetune": ("train.examples", "train.fake_quant", "train.prepare", "train.recipe",
-     "train.save", "train.trainer"),
+    "train.finetune": ("train.examples", "train.fake_quant", "train.preference_trainer", "train.preferences",
+     "train.prepare", "train.recipe", "train.save", "train.trainer"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -137,6 +141,7 @@ TORCH_SIDE = {
     "train.prepare": ("torch",),
     "train.objective": ("torch",),
     "train.trainer": ("torch", "datasets", "transformers", "trl"),
+    "train.preference_trainer": ("torch", "datasets", "transformers", "trl"),
     "train.save": ("torch", "safetensors"),
     "train.run": (),
     "train.measures": ("sacrebleu", "rouge_score"),

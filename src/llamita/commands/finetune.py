@@ -19,7 +19,7 @@ from llamita.resume import has_kept_work
 from llamita.scheme import PRESETS
 from llamita.staging import check_target
 from llamita.threads import use_threads
-from llamita.train.data import Data, load_data
+from llamita.train.data import Data, load_data, with_preferences
 from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
 from llamita.train.tasks import TASKS
@@ -35,6 +35,10 @@ _Base = Annotated[
 ]
 _Data = Annotated[
     str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")
+]
+_Preferences = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for a recipe's DPO stage."),
 ]
 _Task = Annotated[
     str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")
@@ -65,6 +69,7 @@ def command(
     base: _Base,
     data: _Data,
     out: Out = None,
+    preferences: _Preferences = None,
     task: _Task = None,
     method: _Method = "lora",
     recipe: _Recipe = None,
@@ -85,6 +90,7 @@ def command(
     Example: llamita finetune meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --method qat -o tuned-4bit
     """
     chosen = _recipe(method, recipe, preset, group_size, settings or [])
+    chosen = _with_or_without(chosen, preferences)
     if processes.world() > 1:
         raise InputError(
             f"finetune: expected a single process, got {processes.world()}; try without torchrun"
@@ -97,6 +103,8 @@ def command(
         _check_out(out, chosen, overwrite, source)
     with console.progress(quiet=json) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
+        if preferences is not None:
+            found = with_preferences(found, preferences, source, chosen, seed, limit)
         console.note(found.note)
         if run is None or out is None:
             return _print_plan(found, chosen, json)
@@ -141,6 +149,18 @@ def _recipe(
     return changed
 
 
+def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
+    """A recipe's stages that there is data for."""
+    if preferences is not None:
+        if not recipe.prefers:
+            raise InputError("--preferences: expected a recipe with a stage that learns from them; try "
+                             "--recipe llama3.2-qat-lora")  # fmt: skip
+        return recipe
+    if all(stage.prefers for stage in recipe.stages):
+        raise InputError("--preferences: expected pairs of answers for this recipe, got none")
+    return recipe.without_preferences()
+
+
 def _open_float(name: str, option: str) -> Checkpoint:
     path = resolve(name)
     if (path / METADATA).exists():
@@ -175,7 +195,10 @@ def _print_plan(data: Data, recipe: Recipe, json: bool) -> None:
         ],
     ]
     table += [
-        [f"stage {n}: {s.train}{', rounded' if s.quantized else ''}", _schedule(s, rows)]
+        [
+            f"stage {n}: {s.train}{', rounded' if s.quantized else ''}{', preferences' if s.prefers else ''}",
+            _schedule(s, len(data.pairs) if s.prefers else rows),
+        ]
         for n, s in enumerate(recipe.stages, 1)
     ]
     console.print_table("What would be trained", ["", ""], table)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
@@ -24,6 +24,8 @@ from llamita.resume import partial_of, write_whole
 from llamita.scheme import QuantScheme, make_scheme
 from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
+from llamita.train.preference_trainer import PairTrainer, as_pairs
+from llamita.train.preferences import Pair
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
@@ -36,6 +38,7 @@ from llamita.train.trainer import (
     check_reporter,
     collate,
     config_of,
+    preference_config,
 )
 
 Progress = Callable[[str, int, int], None] | None
@@ -49,6 +52,7 @@ class Job:
     Attributes:
         source: the float model.
         rows, held_out: packed examples that are learned, and that are only measured.
+        pairs, held_out_pairs: preferences, likewise, for stages that learn from them.
         teacher: the float model whose answers a distilling stage learns; the source by default.
         calibration: what the methods measure that round the model where a quantized stage begins.
         work: a directory where checkpoints are kept.
@@ -66,6 +70,8 @@ class Job:
     calibration: Calibration | None = None
     report_to: str = "none"
     logs: Path | None = None
+    pairs: Sequence[Pair] = ()
+    held_out_pairs: Sequence[Pair] = ()
     progress: Progress = None
 
 
@@ -108,7 +114,7 @@ def train(job: Job) -> Trained:
     """
     if not len(job.rows.ids):
         raise InputError("--data: expected something to learn, got nothing; see what was left out above")
-    job.recipe.check_steps(len(job.rows.ids))
+    job.recipe.check_steps(len(job.rows.ids), len(job.pairs))
     check_reporter(job.report_to)
     if job.logs is not None:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.logs))
@@ -118,7 +124,7 @@ def train(job: Job) -> Trained:
         for number, stage in enumerate(job.recipe.stages, 1):
             if stage.quantized and switch is None:
                 switch = _quantize(trained.model, job)
-            if stage.train != "weights":
+            if stage.train != "weights" and not isinstance(trained.model, PeftModel):
                 trained.model = _with_adaptors(trained.model, stage, job.seed)
             _run_stage(trained, job, number, stage, switch)
     return trained
@@ -170,8 +176,11 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
         return
     trainer = _make_trainer(trained.model, job, number, stage, switch)
     history = _measure(trainer, 0) if number == 1 else []
-    trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
-    history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
+    if stage.prefers:
+        history += _prefer(trained.model, job, number, stage)
+    else:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
+        history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
     if switch is not None:
         switch.on = True
     history += _measure(trainer, number)
@@ -179,6 +188,23 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
     write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
     _keep(trained.model, done)
     trained.history += logged
+
+
+def _prefer(model: Any, job: Job, number: int, stage: Stage) -> list[dict[str, Any]]:
+    """Train adaptors on pairs; what was logged."""
+    folder = job.work / f"stage-{number}"
+    trainer = PairTrainer(
+        model, args=preference_config(job.recipe, stage, len(job.pairs), job.seed, folder, job.report_to),
+        train_dataset=as_pairs(job.pairs), eval_dataset=as_pairs(job.held_out_pairs) or None,
+        processing_class=AutoTokenizer.from_pretrained(job.source.path, local_files_only=True),
+        callbacks=[Tell(job.progress)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    if job.held_out_pairs:
+        trainer.evaluate()
+    trainer.release()
+    return trainer.state.log_history
 
 
 def _last_checkpoint(folder: Path) -> str | None:
