@@ -13,7 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
-     "random_weights", "mixed", "transformed"),
+     "random_weights", "mixed", "transformed", "dequantized"),
     # 3: how codes and scales are chosen
     ("methods.settings", "methods.setup", "methods.chain", "methods.rtn", "methods.energy",
      "methods.fakequant", "methods.trained", "methods.blocks",
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "train.order",
      "train.fake_quant", "train.prepare", "train.objective", "train.trainer",
      "train.preference_trainer", "train.finetune", "train.save",
-     "train.measures", "train.run"),
+     "train.measures", "train.plot", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
@@ -92,6 +92,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "commands.quantize": ("commands.options", "commands.selection"),
     "commands.finetune": ("commands.options",),
     "transformed": ("checkpoint",),
+    "dequantized": ("checkpoint", "packed"),
     "methods.equalize": ("methods.energy", "methods.settings", "methods.setup"),
     "methods.spinquant": ("methods.settings", "methods.setup"),
     "methods.learn_rotations": ("methods.blocks", "methods.online", "methods.ranks", "methods.settings",
@@ -109,7 +110,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.data": ("train.examples", "train.preferences", "train.recipe", "train.records", "train.tasks"),
     "train.measures": ("evaluate", "train.examples", "train.tasks"),
     "train.order": ("train.data", "train.recipe"),
-    "train.run": ("train.measures", "train.finetune", "train.order", "train.recipe", "train.save"),
+    "train.run": ("train.measures", "train.finetune", "train.order", "train.plot", "train.recipe",
+     "train.save"),
     "train.finetune": ("train.examples", "train.fake_quant", "train.preference_trainer", "train.preferences",
      "train.prepare", "train.recipe", "train.save", "train.trainer"),
 }  # fmt: skip
