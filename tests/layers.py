@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 5: questions about models
     ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report",
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
-     "plot", "own_text", "needs", "methods.auto",
+     "plot", "own_text", "needs", "merge", "methods.auto",
      "train.records", "train.tasks", "train.examples", "train.recipe", "train.preferences", "train.data",
      "train.order",
      "train.fake_quant", "train.prepare", "train.objective", "train.trainer",
@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
-     "commands.selection", "commands.finetune", "commands.options"),
+     "commands.selection", "commands.finetune", "commands.merge", "commands.options"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip
@@ -91,6 +91,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "mixed": ("checkpoint",),
     "commands.quantize": ("commands.options", "commands.selection"),
     "commands.finetune": ("commands.options",),
+    "commands.merge": ("commands.options",),
+    "merge": ("evaluate",),
     "transformed": ("checkpoint",),
     "dequantized": ("checkpoint", "packed"),
     "methods.equalize": ("methods.energy", "methods.settings", "methods.setup"),

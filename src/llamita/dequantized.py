@@ -15,11 +15,11 @@ _ROWS = 1024  # of a matrix in float at a time
 
 
 class DequantizedSource:
-    """A packed model, dequantized matrix by matrix when it is read; satisfies `FloatSource`."""
+    """A packed model, dequantized when it is read; satisfies `FloatSource` and `ModelSource`."""
 
     def __init__(self, packed: PackedModel) -> None:
         self.path, self.config, self.hf_config = packed.path, packed.config, packed.hf_config
-        self.files, self.rotations = packed.files, packed.rotations
+        self.files, self.rotations, self.scheme = packed.files, packed.rotations, None
         self._packed = packed
         self._shapes = table_names(packed.config) | linear_names(packed.config)
 

@@ -52,7 +52,7 @@ from llamita.staging import check_space, check_target, staged
 from llamita.transformed import FloatSource, as_stored
 
 _ROWS = 1024  # rows of a float table copied at a time
-_SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
+SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
 _WORST = 5  # layers named in summary and card
 
 
@@ -105,7 +105,7 @@ def quantize(
         setup = replace(setup, work=work)
         changed = chains.transform(source, chain, setup)
         plan = _plan(changed, scheme, shard_bytes, before.source_bytes)
-        check_space(out, plan.file_bytes + _SMALL_FILES)
+        check_space(out, plan.file_bytes + SMALL_FILES)
         round_module = chains.begin(changed, scheme, chain, setup)
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, watch.peak, sums)
@@ -291,7 +291,7 @@ class RoundedSource:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, scheme: QuantScheme, method: str = "rtn", setup: Setup | None = None
+        self, checkpoint: FloatSource, scheme: QuantScheme, method: str = "rtn", setup: Setup | None = None
     ) -> None:
         chain, setup = parse_chain(method), setup or Setup()
         make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
