@@ -66,3 +66,16 @@ def test_a_run_without_held_out_examples_has_none_in_its_legend() -> None:
     rows = [row for row in history(8) if "eval_loss" not in row]
     assert "held out" not in loss_plot(rows)
     assert "training" in loss_plot(rows)
+
+
+def test_losses_of_preferences_are_left_out() -> None:
+    """They are no nats a token; what examples lose behind that stage is."""
+    pairs: list[dict[str, Any]] = [
+        {"stage": 2, "step": step, "loss": 0.7, "rewards/margins": 0.1} for step in range(1, 21)
+    ]
+    pairs.append({"stage": 2, "step": 20, "eval_loss": 0.6, "eval_rewards/accuracies": 1.0})
+    pairs.append({"stage": 2, "step": 0, "is_end": 1, "after": 2, "eval_loss": 1.5})
+    root = ElementTree.fromstring(loss_plot([*history(20), *pairs]))
+    assert len(lines_of(root)) == 2
+    xs = [x for x, _ in dots_of(root)]
+    assert xs == [58.0, pytest.approx((58 + 702) / 2), 702.0]

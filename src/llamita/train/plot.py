@@ -16,7 +16,6 @@ _MEAN = {"stroke": "#3b82c4", "stroke_width": 2}
 _STEPS = {"stroke": "#3b82c4", "stroke_width": 1, "stroke_opacity": 0.5}
 _MARGIN = 0.05  # of the span of losses, free above and below
 _WINDOW, _SHORTEST = 0.05, 5  # of a stage's steps in a running mean, and steps at least
-_LETTER = 6.2  # width of a letter of 12 pixels, roughly
 
 Row = Mapping[str, float]
 Points = list[tuple[float, float]]  # step, loss
@@ -32,7 +31,7 @@ def loss_plot(history: Sequence[Row]) -> str:
     for row in history:
         lengths[int(row["stage"])] = max(lengths.get(int(row["stage"]), 0), int(row.get("step", 0)))
     begins = list(accumulate(lengths.values(), initial=0))
-    places = list(zip(lengths, begins, strict=False))
+    places = list(zip(lengths, begins, begins[1:], strict=False))
     losses, held_out = ([_points(history, *at, key) for at in places] for key in ("loss", "eval_loss"))
     values = [loss for points in (*losses, *held_out) for _, loss in points]
     if not values:
@@ -49,10 +48,11 @@ def loss_plot(history: Sequence[Row]) -> str:
     return tag("svg", *parts, xmlns="http://www.w3.org/2000/svg", **size, **look) + "\n"
 
 
-def _points(history: Sequence[Row], stage: int, begin: int, key: str) -> Points:
-    """What was logged under this key, once a step; steps counted from the beginning of training."""
-    rows = (row for row in history if row["stage"] == stage and math.isfinite(row.get(key, math.nan)))
-    return sorted({begin + row["step"]: row[key] for row in rows}.items())
+def _points(history: Sequence[Row], stage: int, begin: int, end: int, key: str) -> Points:
+    """What was logged of examples under this key, once a step counted from the beginning of training."""
+    own = [row for row in history if row["stage"] == stage and not any("rewards/" in name for name in row)]
+    rows = [row for row in own if math.isfinite(row.get(key, math.nan))]  # those of pairs are no nats a token
+    return sorted({end if row.get("after") else begin + row["step"]: row[key] for row in rows}.items())
 
 
 def _running_mean(points: Points) -> Points:
@@ -112,7 +112,7 @@ def _legend(has_losses: bool, has_held_out: bool) -> Markup:
     for text, style in (("training", _STEPS), ("running mean", _MEAN)) if has_losses else ():
         parts.append(tag("line", x1=x, x2=x + 22, y1=16, y2=16, **style))
         parts.append(_text(text, x + 28, 20, "start"))
-        x += 52 + _LETTER * len(text)
+        x += 52 + 6.2 * len(text)  # a letter of 12 pixels is about so wide
     if has_held_out:
         parts.append(tag("circle", cx=x + 4, cy=16, r=4, fill=_HELD_OUT))
         parts.append(_text("held out", x + 14, 20, "start"))
