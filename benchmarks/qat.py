@@ -2,11 +2,11 @@
 
     python benchmarks/qat.py --data pairs.tsv --task translation --work DIR --seeds 0,1,2
 
-The embedded model is first tuned in float on the task (once). From there, with every seed: the same number of
-further steps on the same data in float, with the rounding in every step (qat), and in two stages (qat-lora).
-What rounding costs is the loss of the float result rounded to nearest less that of the float result itself;
-`won back` is the share of it that a trained model does not lose. All models run in the engine, on examples
-that none has learned. Intervals are of the bootstrap over examples, paired, and over seeds.
+With every seed the embedded model is trained for the same steps on the same data: in float, with the rounding
+in every step (qat), and in two stages (qat-lora), at one learning rate. What rounding costs is the loss of
+the float result rounded to nearest less that of the float result itself; `won back` is the share of it that
+a model does not lose. All models run in the engine, on examples that none has learned. Intervals are of the
+bootstrap over examples, paired, and over seeds.
 """
 
 import argparse
@@ -30,25 +30,10 @@ DRAWS = 2000
 Losses = dict[str, list[np.ndarray]]  # of every example, by model
 
 
-def settings(arguments: argparse.Namespace, steps: int, rate: float) -> list[str]:
-    """Of every stage."""
-    return [f"steps={steps}", f"learning_rate={rate}", f"length={arguments.length}", "batch=4",
-            "micro_batch=4", f"held_out={arguments.held_out}"]  # fmt: skip
-
-
-def tune_first(arguments: argparse.Namespace, place: Path) -> Path:
-    """The embedded model tuned in float: where all others begin."""
-    if place.exists():
-        return place
-    source = Checkpoint(resolve("embedded"))
-    recipe = change(read_recipe("sft"), settings(arguments, arguments.first_steps, 1e-3))
-    data = load_data(arguments.data, arguments.task, source, recipe, 0)
-    work = fresh(arguments.work / "first-work")
-    trained = train(Job(source, recipe, data.rows, data.held_out, work))
-    partial = fresh(place.with_suffix(".partial"))
-    with quiet():
-        save_float(trained.model, source, partial)
-    return partial.rename(place)
+CHAINS = {  # the best after training: the preset's, and the best of docs/quality.md
+    "preset llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
+    "spinquant+qronos+tune": ("spinquant+qronos+tune", {"tune.rate": 0}),
+}
 
 
 def fresh(path: Path) -> Path:
@@ -58,37 +43,44 @@ def fresh(path: Path) -> Path:
     return path
 
 
-def run_seed(arguments: argparse.Namespace, base: Path, seed: int) -> Losses:
+def run_seed(arguments: argparse.Namespace, seed: int) -> Losses:
     """Losses of all models of a seed."""
-    source = Checkpoint(base)
-    group = f"group_size={arguments.group_size}"
-    plain = settings(arguments, arguments.steps, arguments.rate)
-    recipes = {
+    source = Checkpoint(resolve("embedded"))
+    recipes = recipes_of(arguments)
+    data = load_data(arguments.data, arguments.task, source, recipes["float"], 0)  # held out: the same always
+    places: dict[str, Path] = {}
+    for name in ("float", "rtn", *CHAINS, "qat", "qat-lora"):
+        places[name] = arguments.work / f"{name.replace(' ', '-')}-{seed}"
+        if places[name].exists():
+            continue
+        if name in recipes:
+            make(source, data, recipes[name], seed, places[name])
+        else:
+            method, chosen = CHAINS.get(name, (name, {}))
+            setup = Setup(data.calibration("data", 128), seed, settings=chosen) if chosen else None
+            scheme = make_scheme("llama3.2", arguments.group_size)
+            quantize(Checkpoint(places["float"]), "float", places[name], scheme, method, setup)
+    return {name: losses_of(data, place) for name, place in places.items()}
+
+
+def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
+    """What is trained: as many steps in all, however they are divided."""
+    plain = [f"steps={arguments.steps}", f"learning_rate={arguments.rate}", f"length={arguments.length}",
+             "batch=4", "micro_batch=4", f"held_out={arguments.held_out}"]  # fmt: skip
+    rounded = [
+        *plain,
+        f"group_size={arguments.group_size}",
+        "distill=0",
+    ]  # the base knows nothing of the task
+    return {
         "float": change(read_recipe("sft"), plain),
-        "qat": change(read_recipe("qat"), [*plain, group, f"distill={arguments.distill}"]),
+        "qat": change(read_recipe("qat"), rounded),
         "qat-lora": change(
             read_recipe("llama3.2-qat-lora").without_preferences(),
-            [*plain, group, f"distill={arguments.distill}",
-             f"1.steps={arguments.steps - arguments.lora_steps}",
+            [*rounded, f"1.steps={arguments.steps - arguments.lora_steps}",
              f"2.steps={arguments.lora_steps}", f"2.learning_rate={arguments.lora_rate}"],
         ),
     }  # fmt: skip
-    data = load_data(arguments.data, arguments.task, source, recipes["float"], 0)  # held out: the same always
-    found: Losses = {}
-    for name, recipe in recipes.items():
-        place = arguments.work / f"{name}-{seed}"
-        if not place.exists():
-            make(source, data, recipe, seed, place)
-        found[name] = losses_of(data, place)
-    tuned = Checkpoint(arguments.work / f"float-{seed}")
-    scheme = make_scheme("llama3.2", arguments.group_size)
-    for method in ("rtn", "equalize+qronos+tune"):
-        place = arguments.work / f"{method}-{seed}"
-        if not place.exists():
-            setup = Setup(data.calibration("data", 128), seed, settings={"tune.rate": 0})
-            quantize(tuned, str(tuned.path), place, scheme, method, setup if "+" in method else None)
-        found[method] = losses_of(data, place)
-    return found
 
 
 def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path) -> None:
@@ -103,7 +95,7 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path)
             return
         model = trained.model
         if recipe.has_adaptors:
-            save_adaptors(model, fresh(adaptor_place(place)))
+            save_adaptors(model, "embedded", fresh(adaptor_place(place)))
             model = model.unload()
         scheme = make_scheme(recipe.preset, recipe.group_size)
         save_packed(model, source, str(source.path), place, scheme, work, {}, overwrite=False)
@@ -152,16 +144,13 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--held-out", type=float, default=0.1)
-    parser.add_argument("--first-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--distill", type=float, default=0.5)
-    parser.add_argument("--lora-steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--lora-steps", type=int, default=100)
     parser.add_argument("--lora-rate", type=float, default=5e-4)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    base = tune_first(arguments, arguments.work / "first")
-    seeds = [run_seed(arguments, base, seed) for seed in arguments.seeds]
+    seeds = [run_seed(arguments, seed) for seed in arguments.seeds]
     print("| model | loss, nats a learned token | won back |\n|---|---|---|")
     for name in seeds[0]:
         means = [float(np.concatenate(found[name]).mean()) for found in seeds]

@@ -33,8 +33,8 @@ class RowTrainer(SFTTrainer):
         self._teacher, self._distill = teacher, distill
         self.trained_tokens = 0  # by this process
         super().__init__(*args, **kwargs)
-        if teacher is not None:
-            teacher.to(self.args.device)
+        if teacher is not None:  # on a GPU in BF16: it is read, never changed
+            teacher.to(self.args.device, torch.float32 if self.args.use_cpu else torch.bfloat16)
 
     def compute_loss(
         self,
