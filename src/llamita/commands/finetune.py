@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,24 +86,23 @@ def command(
     Example: llamita finetune meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --method qat -o tuned-4bit
     """
     chosen = _recipe(method, recipe, preset, group_size, settings or [])
-    if processes.world() > 1:
-        raise InputError(
-            f"finetune: expected a single process, got {processes.world()}; try without torchrun"
-        )
-    use_threads(threads)
+    use_threads(processes.fair_threads(threads))
+    is_first = processes.rank() == 0
     source = _open_float(base, "BASE")
     other = _teacher_path(teacher, source, chosen)
     run = None if dry_run else load_optional(RUN, _LACKING)
     if run is not None:
         _check_out(out, chosen, overwrite, source)
-    with console.progress(quiet=json) as progress:
+    with console.progress(quiet=json or not is_first) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
-        console.note(found.note)
+        if is_first:
+            console.note(found.note)
         if run is None or out is None:
-            return _print_plan(found, chosen, json)
+            return _print_plan(found, chosen, json) if is_first else None
         order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite)
         result = _train(run, order, progress)
-    _print_result(out, result, json)
+    if is_first:
+        _print_result(out, result, json)
 
 
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, source: Checkpoint) -> None:
@@ -137,8 +137,18 @@ def _recipe(
     if scheme and not changed.is_quantized:
         raise InputError("--preset, --group-size: expected with a method that gives a 4-bit model (qat); "
                          "try quantize on what this makes")  # fmt: skip
-    parse_chain(changed.start)
+    _check_processes(changed)
     return changed
+
+
+def _check_processes(recipe: Recipe) -> None:
+    start, least = parse_chain(recipe.start), min(stage.batch for stage in recipe.stages)
+    if least < processes.world():
+        raise InputError(f"batch: expected a row for each of {processes.world()} processes, got {least}; "
+                         "try fewer processes")  # fmt: skip
+    if start.tuning and processes.world() > 1:
+        raise InputError(f"start: expected a single process for {start.tuning}, got {processes.world()}; "
+                         f"try --set start={replace(start, tuning=None)}")  # fmt: skip
 
 
 def _open_float(name: str, option: str) -> Checkpoint:
@@ -150,7 +160,7 @@ def _open_float(name: str, option: str) -> Checkpoint:
 
 def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> dict[str, Any]:
     """Run the order, and say how long it took."""
-    if has_kept_work(order.out):
+    if processes.rank() == 0 and has_kept_work(order.out):
         console.note(f"{order.out}: going on where an earlier run was, if its settings were these")
     began, watch = time.perf_counter(), MemoryWatch()
     with watch:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,26 +16,26 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
+from llamita import processes
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
 from llamita.files import flush_path
 from llamita.methods.setup import Calibration, Setup
-from llamita.quantize import RoundedSource
 from llamita.resume import partial_of, write_whole
 from llamita.scheme import QuantScheme, make_scheme
+from llamita.train.batches import as_dataset, collate
 from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
+from llamita.train.start import rounded
 from llamita.train.trainer import (
     Begin,
     Patience,
     RowTrainer,
     Tell,
-    as_dataset,
     check_reporter,
-    collate,
     config_of,
 )
 
@@ -121,6 +122,7 @@ def train(job: Job) -> Trained:
             if stage.train != "weights":
                 trained.model = _with_adaptors(trained.model, stage, job.seed)
             _run_stage(trained, job, number, stage, switch)
+    processes.wait()  # for those that still read what the work directory keeps
     return trained
 
 
@@ -133,7 +135,8 @@ def _quantize(model: Any, job: Job) -> Switch:
     """Round the model as it is now, and let it compute so from here on."""
     setup = Setup(job.calibration, job.seed, progress=job.progress)
     with _as_checkpoint(model, job) as source:
-        return prepare(model, RoundedSource(source, scheme_of(job.recipe), job.recipe.start, setup))
+        scheme, place = scheme_of(job.recipe), job.work / "start"
+        return prepare(model, rounded(source, job.source, scheme, job.recipe.start, setup, place))
 
 
 @contextmanager
@@ -143,7 +146,9 @@ def _as_checkpoint(model: Any, job: Job) -> Iterator[Checkpoint]:
         yield job.source
         return
     folder = job.work / "before-rounding"
-    model.save_pretrained(folder)
+    if processes.rank() == 0:
+        model.save_pretrained(folder)
+    processes.wait()
     source = Checkpoint(folder)
     try:
         yield source
@@ -164,7 +169,7 @@ def _with_adaptors(model: Any, stage: Stage, seed: int) -> Any:
 
 def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Switch | None) -> None:
     done = job.work / _DONE.format(number)
-    if done.exists():
+    if processes.agreed(done.exists()):
         _restore(trained.model, done)
         trained.history += json.loads(done.with_suffix(".json").read_text("utf-8"))
         return
@@ -176,20 +181,23 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
         switch.on = True
     history += _measure(trainer, number)
     logged = [{"stage": number, **row} for row in history]
-    write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
-    _keep(trained.model, done)
+    if processes.rank() == 0:
+        write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
+        _keep(trained.model, done)
     trained.history += logged
 
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest one that is whole; those that a kill has cut short go. Their state is written last."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / "trainer_state.json").is_file():
-            whole.append(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    newest = 0
+    if processes.rank() == 0:
+        for path in folder.glob("checkpoint-*"):
+            if (path / "trainer_state.json").is_file():
+                newest = max(newest, int(path.name.split("-")[1]))
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+    newest = processes.agreed(newest)
+    return str(folder / f"checkpoint-{newest}") if newest else None
 
 
 def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switch | None) -> RowTrainer:
@@ -206,7 +214,7 @@ def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switc
     trainer = RowTrainer(
         model=model, args=config, train_dataset=as_dataset(job.rows), eval_dataset=as_dataset(job.held_out),
         data_collator=collate, processing_class=tokenizer, callbacks=callbacks,
-        teacher=teacher, distill=stage.distill,
+        batch=stage.batch, teacher=teacher, distill=stage.distill,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -243,7 +251,9 @@ def quiet() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that accelerate's options of Torch's DDP age
+            yield
     finally:
         transformers.utils.logging.set_verbosity(before)
         transformers.utils.logging.enable_progress_bar()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl.trainer.sft_config import SFTConfig
@@ -17,18 +17,24 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from llamita import processes
 from llamita.errors import InputError
-from llamita.train.examples import IGNORED, Windows
+from llamita.train.batches import StepLoader, StepRows, collate, count_parts, count_rows, own_parts
+from llamita.train.examples import IGNORED
 from llamita.train.fake_quant import Switch
 from llamita.train.objective import loss_sum
 from llamita.train.recipe import Recipe, Stage
 
 
 class RowTrainer(SFTTrainer):
-    """Trains on rows of packed examples; evaluates by the mean over all learned tokens, not over batches."""
+    """Trains on rows of packed examples; evaluates by the mean over all learned tokens, not over batches.
 
-    def __init__(self, *args: Any, teacher: Any = None, distill: float = 0.0, **kwargs: Any) -> None:
-        self._teacher, self._distill = teacher, distill
-        self.trained_tokens = 0  # by this process
+    Several processes share the rows of each step, of which there are `batch`.
+    """
+
+    def __init__(
+        self, *args: Any, batch: int, teacher: Any = None, distill: float = 0.0, **kwargs: Any
+    ) -> None:
+        self._batch, self._teacher, self._distill = batch, teacher, distill
+        self._trained_tokens = 0  # by this process
         super().__init__(*args, **kwargs)
         if teacher is not None:
             teacher.to(self.args.device)
@@ -45,11 +51,25 @@ class RowTrainer(SFTTrainer):
         outputs = _forward(model, inputs)
         total, _ = loss_sum(outputs.logits, labels, self._teacher_logits(inputs), self._distill)
         count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        self.trained_tokens += labels.numel() if model.training else 0
+        self._trained_tokens += labels.numel() if model.training else 0
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's part of every step."""
+        rows, micro_batch = count_rows(self.train_dataset), self.args.per_device_train_batch_size
+        steps = StepRows(rows, self._batch, micro_batch, self.args.seed)
+        dataset: Any = self.train_dataset
+        return StepLoader(dataset, batch_sampler=steps, collate_fn=collate)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """This process's part of the held-out rows, each of which one process reads."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = count_rows(dataset)
+        own = own_parts(range(rows), self.args.per_device_eval_batch_size, rows)
+        return DataLoader(dataset, batch_sampler=own, collate_fn=collate)
 
     def _teacher_logits(self, inputs: dict[str, Tensor]) -> Tensor | None:
         if self._teacher is None or self._distill == 0:
@@ -65,7 +85,8 @@ class RowTrainer(SFTTrainer):
         model: Any = self.model
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for inputs in self.get_eval_dataloader(eval_dataset):
+        for batch in self.get_eval_dataloader(eval_dataset):
+            inputs: Any = self._prepare_inputs(batch)
             labels = inputs["labels"]
             with torch.no_grad(), self.compute_loss_context_manager():
                 _, crossed = loss_sum(_forward(model, inputs).logits, labels, None, 0.0)
@@ -79,8 +100,12 @@ class RowTrainer(SFTTrainer):
     @property
     def has_held_out(self) -> bool:
         """Whether there is anything to measure."""
-        held_out: Any = self.eval_dataset
-        return len(held_out) > 0
+        return count_rows(self.eval_dataset) > 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that all processes have trained on, pads included."""
+        return int(processes.all_sum(np.array([self._trained_tokens]))[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What transformers logs, without TRL's metrics of a loss that is not used."""
@@ -92,18 +117,6 @@ class RowTrainer(SFTTrainer):
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
     """Positions alone tell the examples of a row apart."""
     return model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-
-
-def as_dataset(windows: Windows) -> Dataset:
-    """Rows as the trainer takes them."""
-    return Dataset.from_dict(
-        {"input_ids": windows.ids, "labels": windows.labels, "position_ids": windows.positions}
-    )
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of rows of one length."""
-    return {name: torch.from_numpy(np.array([row[name] for row in rows], np.int64)) for name in rows[0]}
 
 
 class Begin(TrainerCallback):
@@ -171,7 +184,6 @@ def check_reporter(name: str) -> None:
 
 def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
     """A stage's settings as transformers and TRL take them."""
-    accumulate = max(1, stage.batch // (stage.micro_batch * processes.world()))
     steps = stage.count_steps(rows)
     has_gpu = torch.cuda.is_available()
     with warnings.catch_warnings():
@@ -179,8 +191,9 @@ def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, re
         return SFTConfig(
             output_dir=str(work), max_steps=steps, seed=seed, data_seed=seed,
             per_device_train_batch_size=stage.micro_batch, per_device_eval_batch_size=stage.micro_batch,
-            gradient_accumulation_steps=accumulate, learning_rate=stage.learning_rate,
-            warmup_steps=round(stage.warmup * steps), lr_scheduler_type=stage.schedule,
+            gradient_accumulation_steps=count_parts(stage.batch, stage.micro_batch),
+            learning_rate=stage.learning_rate, warmup_steps=round(stage.warmup * steps),
+            lr_scheduler_type=stage.schedule,
             weight_decay=stage.weight_decay, adam_beta2=0.95, max_grad_norm=1.0,
             logging_steps=1, logging_nan_inf_filter=False, save_steps=recipe.save_every, save_total_limit=2,
             eval_strategy="steps" if recipe.evaluate_every else "no",
@@ -188,5 +201,6 @@ def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, re
             load_best_model_at_end=False, report_to=report_to, disable_tqdm=True,
             bf16=has_gpu, fp16=False, use_cpu=not has_gpu, gradient_checkpointing=has_gpu,
             dataloader_num_workers=0, remove_unused_columns=False, max_length=None, packing=False,
+            ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,  # all are used, none changes
             dataset_kwargs={"skip_prepare_dataset": True}, include_num_input_tokens_seen="no",
         )  # fmt: skip
