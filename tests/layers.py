@@ -30,7 +30,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
      "plot", "own_text", "needs", "methods.auto",
      "train.records", "train.tasks", "train.examples", "train.recipe", "train.data", "train.order",
-     "train.fake_quant", "train.prepare", "train.objective", "train.batches", "train.trainer", "train.start",
+     "train.fake_quant", "train.prepare", "train.objective", "train.batches", "train.sharding",
+     "train.trainer", "train.start",
      "train.finetune", "train.save", "train.measures", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
@@ -102,14 +103,14 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.objective": ("train.examples",),
     "train.batches": ("train.examples",),
     "train.trainer": ("train.batches", "train.examples", "train.fake_quant", "train.objective",
-     "train.recipe"),
+     "train.recipe", "train.sharding"),
     "train.save": ("train.fake_quant",),
     "train.data": ("train.examples", "train.recipe", "train.records", "train.tasks"),
     "train.measures": ("evaluate", "train.examples", "train.tasks"),
     "train.order": ("train.data", "train.recipe"),
     "train.run": ("train.measures", "train.finetune", "train.order", "train.recipe", "train.save"),
     "train.finetune": ("train.batches", "train.examples", "train.fake_quant", "train.prepare", "train.recipe",
-     "train.save", "train.start", "train.trainer"),
+     "train.save", "train.sharding", "train.start", "train.trainer"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -139,11 +140,12 @@ TORCH_SIDE = {
     "train.prepare": ("torch",),
     "train.objective": ("torch",),
     "train.batches": ("torch", "datasets"),
+    "train.sharding": ("torch", "transformers", "safetensors"),
     "train.trainer": ("torch", "transformers", "trl"),
     "train.save": ("torch", "safetensors"),
     "train.run": (),
     "train.measures": ("sacrebleu", "rouge_score"),
-    "train.finetune": ("torch", "transformers", "peft", "safetensors"),
+    "train.finetune": ("torch", "transformers", "peft"),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (

@@ -14,10 +14,13 @@ import pytest
 from command import assert_nothing_is_left, one_line, run
 from tiny import make_checkpoint
 
+torch = pytest.importorskip("torch", reason="training is on the Torch side")
 pytest.importorskip("trl", reason="training is on the Torch side")
 
-from llamita.train import trainer
-from llamita.train.batches import StepRows, count_parts, own_parts
+from safetensors.torch import load_file  # noqa: E402
+
+from llamita.train import finetune, trainer  # noqa: E402
+from llamita.train.batches import StepRows, count_parts, own_parts  # noqa: E402
 
 SMALL = ("--set", "length=64", "--set", "held_out=0.3", "--set", "batch=4", "--set", "micro_batch=1",
          "--set", "learning_rate=1e-3", "--set", "save_every=2", "--set", "evaluate_every=3")  # fmt: skip
@@ -40,10 +43,10 @@ def data(tmp_path: Path) -> Path:
 
 
 def started(count: int, *arguments: object) -> subprocess.Popen[str]:
-    """`llamita` under torchrun."""
+    """A program under torchrun, or a module and its arguments."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
-        [*torchrun, "-m", "llamita", *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+        [*torchrun, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
 
@@ -84,27 +87,33 @@ def worker(torchrun: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(children)
 
 
-def test_two_processes_learn_what_one_learns(model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", [(), ("--shard",)])
+def test_two_processes_learn_what_one_learns(
+    model: Path, data: Path, tmp_path: Path, sharding: tuple[str, ...]
+) -> None:
     options = ("--method", "qat-lora", *SMALL, "--set", "1.steps=5", "--set", "2.steps=1", "--json")
     assert run("finetune", model, "--data", data, "-o", tmp_path / "one", *options) == 0
-    torchrun = started(2, "finetune", model, "--data", data, "-o", tmp_path / "two", *options)
-    code, out, err = finished(torchrun)
+    two = ("finetune", model, "--data", data, "-o", tmp_path / "two", *options, *sharding)
+    code, out, err = finished(started(2, "-m", "llamita", *two))
     assert code == 0, err
     assert len(json.loads(out)["scores"]) == 3  # the first process prints, and it alone
     assert_nothing_is_left(tmp_path, "model", "data.jsonl", "one", "one-adaptor", "two", "two-adaptor")
-    one, two = history(tmp_path / "one-adaptor"), history(tmp_path / "two-adaptor")
-    stages = [[[row for row in rows if row["stage"] == stage] for rows in (two, one)] for stage in (1, 2)]
+    logged = [history(tmp_path / name) for name in ("two-adaptor", "one-adaptor")]
+    stages = [[[row for row in rows if row["stage"] == stage] for rows in logged] for stage in (1, 2)]
     assert_same_losses(*stages[0], rel=1e-5)
     assert_same_losses(*stages[1], rel=1e-2)  # an activation that rounds the other way shows at once
-    tokens = [sum(row.get("trained_tokens", 0) for row in rows) for rows in (two, one)]
+    tokens = [sum(row.get("trained_tokens", 0) for row in rows) for rows in logged]
     assert tokens[0] >= tokens[1] > 0  # of both, pads included
 
 
-def test_one_process_goes_on_where_two_were_killed(model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", [(), ("--shard",)])
+def test_one_process_goes_on_where_two_were_killed(
+    model: Path, data: Path, tmp_path: Path, sharding: tuple[str, ...]
+) -> None:
     options = ("--method", "full", *SMALL, "--set", "steps=40")
     assert run("finetune", model, "--data", data, "-o", tmp_path / "whole", *options) == 0
     out, kept = tmp_path / "out", tmp_path / ".out.work" / "stage-1"
-    torchrun = started(2, "finetune", model, "--data", data, "-o", out, *options)
+    torchrun = started(2, "-m", "llamita", "finetune", model, "--data", data, "-o", out, *options, *sharding)
     while torchrun.poll() is None and not (kept / "checkpoint-4" / "trainer_state.json").exists():
         time.sleep(0.01)
     os.kill(worker(torchrun, 1), signal.SIGKILL)
@@ -119,7 +128,7 @@ def test_one_process_goes_on_where_two_were_killed(model: Path, data: Path, tmp_
     assert not kept.exists()
 
 
-def test_two_processes_go_on_where_one_was_stopped(
+def test_two_processes_with_parts_go_on_where_one_was_stopped(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--method", "qat", *SMALL, "--set", "steps=6", "--set", "start=gptq", "--json")
@@ -133,7 +142,8 @@ def test_two_processes_go_on_where_one_was_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Tell, "on_step_end", stop)
         assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 130
-    code, _, err = finished(started(2, "finetune", model, "--data", data, "-o", tmp_path / "out", *options))
+    two = ("finetune", model, "--data", data, "-o", tmp_path / "out", *options, "--shard")
+    code, _, err = finished(started(2, "-m", "llamita", *two))
     assert code == 0, err
     assert err.count("going on where an earlier run was") == 1
     records = [json.loads((tmp_path / name / "llamita.json").read_text("utf-8")) for name in ("out", "whole")]
@@ -144,11 +154,81 @@ def test_two_processes_go_on_where_one_was_stopped(
 
 def test_a_mistake_is_told_once(model: Path, data: Path, tmp_path: Path) -> None:
     code, out, err = finished(
-        started(2, "finetune", model, "--data", data, "-o", tmp_path / "out", *SMALL, "--set", "rank=0")
+        started(
+            2,
+            "-m",
+            "llamita",
+            "finetune",
+            model,
+            "--data",
+            data,
+            "-o",
+            tmp_path / "out",
+            *SMALL,
+            "--set",
+            "rank=0",
+        )
     )
     assert code != 0
     assert out == ""
     assert err.count("rank: expected a whole number of at least 1, got 0") == 1
+
+
+PARTS = """
+import copy
+import sys
+from pathlib import Path
+import torch
+from llamita import processes
+from llamita.train.finetune import load_float
+from llamita.train.sharding import keep, optimizer_state, restore, restore_optimizer, shard
+
+processes.join(60)
+models = [load_float(Path(sys.argv[1])) for _ in range(2)]
+with torch.no_grad():
+    for parameter in models[1].parameters():
+        parameter.zero_()
+optimizers = []
+for model in models:
+    shard(model, torch.device("cpu"))
+    optimizers.append(torch.optim.AdamW(model.parameters(), lr=0.01))
+held = sum(p.to_local().numel() for p in models[0].parameters())
+assert held == sum(p.numel() for p in models[0].parameters()) / 2, held
+keep(models[0], Path(sys.argv[2]))
+processes.wait()
+restore(models[1], Path(sys.argv[2]))
+ids = torch.arange(12)[None]
+for _ in range(2):
+    models[0](input_ids=ids, labels=ids).loss.backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+state = [optimizer_state(optimizers[0])]
+torch.distributed.broadcast_object_list(state)
+keep(models[0], Path(sys.argv[2]))
+processes.wait()
+restore(models[1], Path(sys.argv[2]))
+restore_optimizer(optimizers[1], copy.deepcopy(state[0]))
+losses = []
+for model, optimizer in zip(models, optimizers, strict=True):
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    losses.append(model(input_ids=ids, labels=ids).loss.item())
+assert losses[0] == losses[1], losses
+"""
+
+
+def test_each_process_holds_half_and_what_is_kept_is_whole(model: Path, tmp_path: Path) -> None:
+    """Weights and Adam's moments, kept and restored, give the same next step."""
+    (tmp_path / "parts.py").write_text(PARTS)
+    kept = tmp_path / "kept.safetensors"
+    code, _, err = finished(started(2, tmp_path / "parts.py", model, kept))
+    assert code == 0, err
+    state = load_file(kept)
+    whole = finetune.load_float(model)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    assert {name: tensor.shape for name, tensor in state.items()} == shapes
+    finetune.restore(whole, kept)
+    assert all(torch.equal(parameter, state[name]) for name, parameter in whole.named_parameters())
 
 
 @pytest.fixture
@@ -179,6 +259,17 @@ def test_what_several_processes_cannot_do_is_refused(
 ) -> None:  # fmt: skip
     assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 2
     assert told in one_line(capsys)
+
+
+def test_parts_need_several_processes_and_no_accelerate(
+    model: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", data, "-o", tmp_path / "out")
+    assert run("finetune", model, *options, "--shard") == 2
+    assert "--shard: expected several processes, got one; try torchrun" in one_line(capsys)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run("finetune", model, *options) == 2
+    assert "ACCELERATE_USE_FSDP: expected accelerate to start processes" in one_line(capsys)
 
 
 def test_processes_share_the_rows_of_each_step(third_of_three: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`llamita finetune`: a model and data in; a tuned checkpoint, adaptors or a 4-bit model out."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,9 @@ _Set = Annotated[
 ]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Records to read at most.")]
 _ReportTo = Annotated[str, typer.Option(help="As transformers takes it: none, tensorboard, wandb, ….")]
+_Shard = Annotated[
+    bool, typer.Option("--shard", help="Under torchrun: each process holds its part of the weights (FSDP2).")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Read the data, show the plan, and train nothing.")]
 
 
@@ -76,6 +80,7 @@ def command(
     seed: Seed = 0,
     limit: _Limit = None,
     report_to: _ReportTo = "none",
+    shard: _Shard = False,
     dry_run: _DryRun = False,
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -86,6 +91,7 @@ def command(
     Example: llamita finetune meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --method qat -o tuned-4bit
     """
     chosen = _recipe(method, recipe, preset, group_size, settings or [])
+    _check_processes(chosen, shard)
     use_threads(processes.fair_threads(threads))
     is_first = processes.rank() == 0
     source = _open_float(base, "BASE")
@@ -99,7 +105,8 @@ def command(
             console.note(found.note)
         if run is None or out is None:
             return _print_plan(found, chosen, json) if is_first else None
-        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite)
+        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite,
+                      shard)  # fmt: skip
         result = _train(run, order, progress)
     if is_first:
         _print_result(out, result, json)
@@ -137,11 +144,11 @@ def _recipe(
     if scheme and not changed.is_quantized:
         raise InputError("--preset, --group-size: expected with a method that gives a 4-bit model (qat); "
                          "try quantize on what this makes")  # fmt: skip
-    _check_processes(changed)
+    parse_chain(changed.start)
     return changed
 
 
-def _check_processes(recipe: Recipe) -> None:
+def _check_processes(recipe: Recipe, shard: bool) -> None:
     start, least = parse_chain(recipe.start), min(stage.batch for stage in recipe.stages)
     if least < processes.world():
         raise InputError(f"batch: expected a row for each of {processes.world()} processes, got {least}; "
@@ -149,6 +156,11 @@ def _check_processes(recipe: Recipe) -> None:
     if start.tuning and processes.world() > 1:
         raise InputError(f"start: expected a single process for {start.tuning}, got {processes.world()}; "
                          f"try --set start={replace(start, tuning=None)}")  # fmt: skip
+    if shard and processes.world() == 1:
+        raise InputError("--shard: expected several processes, got one; try torchrun --nproc-per-node N")
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "").lower() == "true":
+            raise InputError(f"{name}: expected accelerate to start processes and no more; try --shard")
 
 
 def _open_float(name: str, option: str) -> Checkpoint:

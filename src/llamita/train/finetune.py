@@ -1,5 +1,6 @@
 """Stages of training, each begun with what the one before left; what is finished is kept for a next run."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,15 +14,13 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
 from llamita import processes
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
-from llamita.files import flush_path
 from llamita.methods.setup import Calibration, Setup
-from llamita.resume import partial_of, write_whole
+from llamita.resume import write_whole
 from llamita.scheme import QuantScheme, make_scheme
 from llamita.train.batches import as_dataset, collate
 from llamita.train.examples import Windows
@@ -29,6 +28,7 @@ from llamita.train.fake_quant import Switch
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
+from llamita.train.sharding import keep, restore, take_whole
 from llamita.train.start import rounded
 from llamita.train.trainer import (
     Begin,
@@ -55,6 +55,7 @@ class Job:
         work: a directory where checkpoints are kept.
         report_to: as transformers takes it: none, tensorboard, …
         logs: where TensorBoard's files go.
+        shard: whether each process holds only its part of what is trained.
     """
 
     source: Checkpoint
@@ -68,6 +69,7 @@ class Job:
     report_to: str = "none"
     logs: Path | None = None
     progress: Progress = None
+    shard: bool = False
 
 
 @dataclass
@@ -170,20 +172,24 @@ def _with_adaptors(model: Any, stage: Stage, seed: int) -> Any:
 def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Switch | None) -> None:
     done = job.work / _DONE.format(number)
     if processes.agreed(done.exists()):
-        _restore(trained.model, done)
+        restore(trained.model, done)
         trained.history += json.loads(done.with_suffix(".json").read_text("utf-8"))
         return
-    trainer = _make_trainer(trained.model, job, number, stage, switch)
+    model, turned = copy.deepcopy((trained.model, switch)) if job.shard else (trained.model, switch)
+    trainer = _make_trainer(model, job, number, stage, turned)
     history = _measure(trainer, 0) if number == 1 else []
     trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
     history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
-    if switch is not None:
-        switch.on = True
+    for one in (switch, turned):
+        if one is not None:
+            one.on = True
     history += _measure(trainer, number)
     logged = [{"stage": number, **row} for row in history]
+    if job.shard:
+        take_whole(trained.model, trainer.model)
     if processes.rank() == 0:
         write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
-        _keep(trained.model, done)
+        keep(trained.model, done)
     trained.history += logged
 
 
@@ -214,7 +220,7 @@ def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switc
     trainer = RowTrainer(
         model=model, args=config, train_dataset=as_dataset(job.rows), eval_dataset=as_dataset(job.held_out),
         data_collator=collate, processing_class=tokenizer, callbacks=callbacks,
-        batch=stage.batch, teacher=teacher, distill=stage.distill,
+        batch=stage.batch, teacher=teacher, distill=stage.distill, shards=job.shard,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -225,23 +231,6 @@ def _measure(trainer: RowTrainer, number: int) -> list[dict[str, Any]]:
     if not trainer.has_held_out:
         return []
     return [{"step": trainer.state.global_step, "is_end": 1, "after": number, **trainer.evaluate()}]
-
-
-def _keep(model: Any, path: Path) -> None:
-    """All that training can have changed, in a file that appears whole."""
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    partial = partial_of(path)
-    save_file(state, partial)
-    flush_path(partial)
-    partial.rename(path)
-
-
-def _restore(model: Any, path: Path) -> None:
-    state = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in state:
-                parameter.copy_(state[name])
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) ->
         order.source, recipe, data.rows, data.held_out, work, seed=order.seed, teacher=order.teacher,
         calibration=data.calibration(order.data_name, _CALIBRATION_ROWS),
         report_to=order.report_to, logs=order.out.with_name(f"{order.out.name}-logs"), progress=progress,
+        shard=order.shard,
     ))  # fmt: skip
     if processes.rank() > 0:
         return {}

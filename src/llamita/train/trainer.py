@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -22,22 +24,30 @@ from llamita.train.examples import IGNORED
 from llamita.train.fake_quant import Switch
 from llamita.train.objective import loss_sum
 from llamita.train.recipe import Recipe, Stage
+from llamita.train.sharding import keep, optimizer_state, reshard, restore, restore_optimizer, shard, whole
+
+_TRAINED = "trained.safetensors"  # in a checkpoint
 
 
 class RowTrainer(SFTTrainer):
     """Trains on rows of packed examples; evaluates by the mean over all learned tokens, not over batches.
 
-    Several processes share the rows of each step, of which there are `batch`.
+    Several processes share the rows of each step, of which there are `batch`; with `shards`, also the
+    weights.
     """
 
     def __init__(
-        self, *args: Any, batch: int, teacher: Any = None, distill: float = 0.0, **kwargs: Any
-    ) -> None:
-        self._batch, self._teacher, self._distill = batch, teacher, distill
+        self, *args: Any, batch: int, teacher: Any = None, distill: float = 0.0, shards: bool = False,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self._batch, self._teacher, self._distill, self._shards = batch, teacher, distill, shards
         self._trained_tokens = 0  # by this process
         super().__init__(*args, **kwargs)
+        if shards:
+            self.is_distributed_loading_by_transformers = True  # accelerate is to wrap nothing
+            shard(self.model, self.args.device)
         if teacher is not None:
-            teacher.to(self.args.device)
+            shard(teacher, self.args.device) if shards else teacher.to(self.args.device)
 
     def compute_loss(
         self,
@@ -91,11 +101,45 @@ class RowTrainer(SFTTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 _, crossed = loss_sum(_forward(model, inputs).logits, labels, None, 0.0)
             sums += torch.stack([crossed.double(), (labels[:, 1:] != IGNORED).sum().double()]).to(sums)
+        reshard(model)
         sums = self.accelerator.reduce(sums, "sum")
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp(min=1))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """All that training can have changed, whole."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(exist_ok=True)
+        keep(self.model, folder / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(model or self.model, Path(resume_from_checkpoint) / _TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state, schedule = optimizer_state(self.optimizer), _schedule(self)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            restore_optimizer(self.optimizer, state)
+            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            _schedule(self).load_state_dict(schedule)
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self._shards:  # whose parts alone go there
+            super()._move_model_to_device(model, device)
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        return nullcontext()  # each micro-batch's are reduced at once, so that no process holds them whole
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm: Any = super()._clip_grad_norm(model)
+        return whole(norm)
 
     @property
     def has_held_out(self) -> bool:
@@ -112,6 +156,10 @@ class RowTrainer(SFTTrainer):
         self._metrics["train"].clear()
         self._metrics["eval"].clear()
         super().log(logs, start_time)
+
+
+def _schedule(trainer: Any) -> Any:
+    return trainer.lr_scheduler
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
