@@ -67,7 +67,7 @@ def run_seed(arguments: argparse.Namespace, base: Path, seed: int) -> Losses:
         "float": change(read_recipe("sft"), plain),
         "qat": change(read_recipe("qat"), [*plain, group, f"distill={arguments.distill}"]),
         "qat-lora": change(
-            read_recipe("qat-lora"),
+            read_recipe("llama3.2-qat-lora").without_preferences(),
             [*plain, group, f"distill={arguments.distill}",
              f"1.steps={arguments.steps - arguments.lora_steps}",
              f"2.steps={arguments.lora_steps}", f"2.learning_rate={arguments.lora_rate}"],

@@ -241,6 +241,8 @@ def test_broken_adaptors_are_refused(model: Path, tmp_path: Path) -> None:
         {**tensors, "lm_head.weight": tensors[name]}
     )
     assert "layers.9" in refused({**tensors, name.replace("layers.0", "layers.9"): tensors[name]})
+    again = name.replace(".weight", ".default.weight")
+    assert "once, got it twice" in refused({**tensors, again: tensors[name]})
     nan = tensors[name].copy()
     nan[0, 0] = 0x7FC0
     assert "lora_A" in refused({**tensors, name: nan})

@@ -118,7 +118,10 @@ def test_qat_lora_makes_a_packed_model_and_adaptors(
     ("options", "told"),
     [
         (("--method", "magic"), "--method: expected one of lora, full, qat, qat-lora"),
-        (("--recipe", "nothing"), "--recipe: expected lora, qat, qat-lora, sft, or a YAML file, got nothing"),
+        (
+            ("--recipe", "nothing"),
+            "--recipe: expected llama3.2-qat-lora, lora, qat, sft, or a YAML file",
+        ),
         (("--task", "cooking"), "--task: expected one of translation"),
         (("--task", "translation"), "data.jsonl: line 1: expected the column source or sentence"),
         (("--preset", "llama3.2"), "--preset, --group-size: expected with a method that gives a 4-bit model"),

@@ -68,6 +68,10 @@ def test_json_tsv_squad_and_text_are_read(tmp_path: Path) -> None:
     squad = {"data": [{"paragraphs": [{"context": "c", "qas": [asked]}]}]}
     [question] = read_records(written(tmp_path / "q.json", json.dumps(squad)))
     assert question.values == {"context": "c", "question": "q?", "answers": ["x", "y"], "answer": "x"}
+    none = {"question": "q?", "answers": [], "is_impossible": True}
+    squad = {"data": [{"paragraphs": [{"context": "c", "qas": [none]}]}]}
+    [question] = read_records(written(tmp_path / "q2.json", json.dumps(squad)))
+    assert question.values["answer"] == "unanswerable"
     [document] = read_records(written(tmp_path / "a.txt", "one\ntwo"))
     assert document.values == {"text": "one\ntwo"}
 

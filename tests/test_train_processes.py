@@ -251,6 +251,8 @@ def third_of_three(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
          "batch: expected a row for each of 3 processes, got 2; try fewer processes"),
         (("--method", "qat", "--set", "start=gptq+tune"),
          "start: expected a single process for tune, got 3; try --set start=gptq"),
+        (("--recipe", "llama3.2-qat-lora", "--preferences", "pairs.jsonl"),
+         "--preferences: expected a single process, got 3; try without torchrun"),
     ],
 )  # fmt: skip
 def test_what_several_processes_cannot_do_is_refused(

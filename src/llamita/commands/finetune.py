@@ -21,7 +21,7 @@ from llamita.resume import has_kept_work
 from llamita.scheme import PRESETS
 from llamita.staging import check_target
 from llamita.threads import use_threads
-from llamita.train.data import Data, load_data
+from llamita.train.data import Data, load_data, with_preferences
 from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
 from llamita.train.tasks import TASKS
@@ -37,6 +37,10 @@ _Base = Annotated[
 ]
 _Data = Annotated[
     str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")
+]
+_Preferences = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for a recipe's DPO stage."),
 ]
 _Task = Annotated[
     str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")
@@ -70,6 +74,7 @@ def command(
     base: _Base,
     data: _Data,
     out: Out = None,
+    preferences: _Preferences = None,
     task: _Task = None,
     method: _Method = "lora",
     recipe: _Recipe = None,
@@ -91,6 +96,7 @@ def command(
     Example: llamita finetune meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --method qat -o tuned-4bit
     """
     chosen = _recipe(method, recipe, preset, group_size, settings or [])
+    chosen = _with_or_without(chosen, preferences)
     _check_processes(chosen, shard)
     use_threads(processes.fair_threads(threads))
     is_first = processes.rank() == 0
@@ -101,6 +107,8 @@ def command(
         _check_out(out, chosen, overwrite, source)
     with console.progress(quiet=json or not is_first) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
+        if preferences is not None:
+            found = with_preferences(found, preferences, source, chosen, seed, limit)
         if is_first:
             console.note(found.note)
         if run is None or out is None:
@@ -148,6 +156,18 @@ def _recipe(
     return changed
 
 
+def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
+    """A recipe's stages that there is data for."""
+    if preferences is not None:
+        if not recipe.prefers:
+            raise InputError("--preferences: expected a recipe with a stage that learns from them; try "
+                             "--recipe llama3.2-qat-lora")  # fmt: skip
+        return recipe
+    if all(stage.prefers for stage in recipe.stages):
+        raise InputError("--preferences: expected pairs of answers for this recipe, got none")
+    return recipe.without_preferences()
+
+
 def _check_processes(recipe: Recipe, shard: bool) -> None:
     start, least = parse_chain(recipe.start), min(stage.batch for stage in recipe.stages)
     if least < processes.world():
@@ -156,6 +176,10 @@ def _check_processes(recipe: Recipe, shard: bool) -> None:
     if start.tuning and processes.world() > 1:
         raise InputError(f"start: expected a single process for {start.tuning}, got {processes.world()}; "
                          f"try --set start={replace(start, tuning=None)}")  # fmt: skip
+    if recipe.prefers and processes.world() > 1:
+        raise InputError(
+            f"--preferences: expected a single process, got {processes.world()}; try without torchrun"
+        )
     if shard and processes.world() == 1:
         raise InputError("--shard: expected several processes, got one; try torchrun --nproc-per-node N")
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
@@ -197,7 +221,10 @@ def _print_plan(data: Data, recipe: Recipe, json: bool) -> None:
         ],
     ]
     table += [
-        [f"stage {n}: {s.train}{', rounded' if s.quantized else ''}", _schedule(s, rows)]
+        [
+            f"stage {n}: {s.train}{', rounded' if s.quantized else ''}{', preferences' if s.prefers else ''}",
+            _schedule(s, len(data.pairs) if s.prefers else rows),
+        ]
         for n, s in enumerate(recipe.stages, 1)
     ]
     console.print_table("What would be trained", ["", ""], table)

@@ -112,7 +112,10 @@ def load_adaptor(name: str, path: Path, config: ModelConfig) -> Adaptor:
             )
         values = file.read(tensor)
         check_finite(tensor, values)
-        found.setdefault((int(match[1]), match[2]), {})[match[3]] = values
+        pair = found.setdefault((int(match[1]), match[2]), {})
+        if match[3] in pair:  # with and without the adaptor's name
+            raise InputError(f"{path}: {WEIGHTS}: expected {tensor} once, got it twice")
+        pair[match[3]] = values
     if not found:
         raise InputError(f"{path}: {WEIGHTS}: expected adaptors, got none")
     for (layer, module), pair in found.items():

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,11 +13,13 @@ from llamita.errors import InputError
 from llamita.methods.setup import Calibration
 from llamita.tokenizer import Tokenizer
 from llamita.train.examples import Example, Windows, fitting, pack, tokenize
+from llamita.train.preferences import Pair, read_pairs
 from llamita.train.recipe import Recipe
 from llamita.train.records import read_data
 from llamita.train.tasks import TASKS, Conversation, conversation
 
 Progress = Callable[[str, int, int], None] | None
+T = TypeVar("T", Example, Pair)
 _LEAST_HELD_OUT = 2  # examples, where any are held out
 
 
@@ -29,7 +32,8 @@ class Data:
         learned: how many examples are learned.
         measured: the examples that are only measured, and the conversations that they are of, in one order.
         note: what was left out or divided, None where nothing was.
-        sha256: of the tokens of both, in hexadecimal.
+        sha256: of the tokens of all, in hexadecimal.
+        pairs, held_out_pairs: preferences that are learned, and that are only measured.
     """
 
     rows: Windows
@@ -38,6 +42,8 @@ class Data:
     measured: tuple[tuple[Example, Conversation], ...]
     note: str | None
     sha256: str
+    pairs: tuple[Pair, ...] = ()
+    held_out_pairs: tuple[Pair, ...] = ()
 
     @property
     def learned_tokens(self) -> int:
@@ -93,6 +99,29 @@ def load_data(
     return Data(rows, held_out, len(learned), pairs, note, digest.hexdigest())
 
 
+def with_preferences(
+    data: Data, name: str, source: Checkpoint, recipe: Recipe, seed: int, limit: int | None = None
+) -> Data:
+    """The data with pairs of answers beside it.
+
+    Args:
+        name: a file or a data set of the hub, as for `load_data`.
+
+    Raises:
+        InputError: a record is no pair, or there are too few.
+    """
+    tokenizer = Tokenizer(source.path, source.config)
+    template = _template(source, tokenizer)
+    pairs, note = read_pairs(read_data(name, limit), tokenizer, template, recipe.length)
+    learned, measured = _divide(pairs, recipe.held_out, seed)
+    digest = hashlib.sha256(bytes.fromhex(data.sha256))
+    for pair in (*learned, *measured):
+        digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
+    notes = "; ".join(part for part in (data.note, note) if part)
+    return replace(data, pairs=tuple(learned), held_out_pairs=tuple(measured), note=notes or None,
+                   sha256=digest.hexdigest())  # fmt: skip
+
+
 def _template(source: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The model's own, None for a base model, whose turns stand one below the other."""
     text = find_template(source.path)
@@ -101,7 +130,7 @@ def _template(source: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
     return ChatTemplate(text, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
-def _divide(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def _divide(examples: list[T], share: float, seed: int) -> tuple[list[T], list[T]]:
     """Those that are learned, and a share of them, drawn by the seed, that is only measured."""
     count = 0 if share == 0 else max(_LEAST_HELD_OUT, round(share * len(examples)))
     if count >= len(examples):

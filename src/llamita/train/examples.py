@@ -1,5 +1,6 @@
 """From conversations to token ids with the places that are learned, and to windows of many of them."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -152,20 +153,22 @@ def _places(examples: Sequence[Example]) -> str:
 
 
 def pack(examples: Sequence[Example], length: int, pad: int) -> Windows:
-    """First fit, longest first: each example whole, in the first row that has room for it.
+    """Best fit, longest first: each example whole, in the fullest row that has room for it.
 
     Args:
         pad: the id that fills a row's end; nothing is learned there.
     """
-    rows, room = list[list[Example]](), list[int]()
+    rows = list[list[Example]]()
+    room = list[tuple[int, int]]()  # what is free in a row, and its number, in order
     for example in sorted(examples, key=lambda e: -len(e.ids)):
-        at = next((i for i, free in enumerate(room) if free >= len(example.ids)), None)
-        if at is None:
-            at = len(rows)
+        at = bisect_left(room, (len(example.ids), 0))
+        if at == len(room):
             rows.append([])
-            room.append(length)
-        rows[at].append(example)
-        room[at] -= len(example.ids)
+            free, row = length, len(rows) - 1
+        else:
+            free, row = room.pop(at)
+        rows[row].append(example)
+        insort(room, (free - len(example.ids), row))
     ids = np.full((len(rows), length), pad, np.int64)
     labels, positions = np.full_like(ids, IGNORED), np.zeros_like(ids)
     for row, chosen in enumerate(rows):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
 from llamita import processes
@@ -25,6 +25,8 @@ from llamita.scheme import QuantScheme, make_scheme
 from llamita.train.batches import as_dataset, collate
 from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
+from llamita.train.preference_trainer import PairTrainer, as_pairs
+from llamita.train.preferences import Pair
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
@@ -37,6 +39,7 @@ from llamita.train.trainer import (
     Tell,
     check_reporter,
     config_of,
+    preference_config,
 )
 
 Progress = Callable[[str, int, int], None] | None
@@ -50,6 +53,7 @@ class Job:
     Attributes:
         source: the float model.
         rows, held_out: packed examples that are learned, and that are only measured.
+        pairs, held_out_pairs: preferences, likewise, for stages that learn from them.
         teacher: the float model whose answers a distilling stage learns; the source by default.
         calibration: what the methods measure that round the model where a quantized stage begins.
         work: a directory where checkpoints are kept.
@@ -68,6 +72,8 @@ class Job:
     calibration: Calibration | None = None
     report_to: str = "none"
     logs: Path | None = None
+    pairs: Sequence[Pair] = ()
+    held_out_pairs: Sequence[Pair] = ()
     progress: Progress = None
     shard: bool = False
 
@@ -111,7 +117,7 @@ def train(job: Job) -> Trained:
     """
     if not len(job.rows.ids):
         raise InputError("--data: expected something to learn, got nothing; see what was left out above")
-    job.recipe.check_steps(len(job.rows.ids))
+    job.recipe.check_steps(len(job.rows.ids), len(job.pairs))
     check_reporter(job.report_to)
     if job.logs is not None:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.logs))
@@ -121,7 +127,7 @@ def train(job: Job) -> Trained:
         for number, stage in enumerate(job.recipe.stages, 1):
             if stage.quantized and switch is None:
                 switch = _quantize(trained.model, job)
-            if stage.train != "weights":
+            if stage.train != "weights" and not isinstance(trained.model, PeftModel):
                 trained.model = _with_adaptors(trained.model, stage, job.seed)
             _run_stage(trained, job, number, stage, switch)
     processes.wait()  # for those that still read what the work directory keeps
@@ -178,8 +184,11 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
     model, turned = copy.deepcopy((trained.model, switch)) if job.shard else (trained.model, switch)
     trainer = _make_trainer(model, job, number, stage, turned)
     history = _measure(trainer, 0) if number == 1 else []
-    trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
-    history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
+    if stage.prefers:
+        history += _prefer(trained.model, job, number, stage)
+    else:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
+        history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
     for one in (switch, turned):
         if one is not None:
             one.on = True
@@ -191,6 +200,23 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
         write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
         keep(trained.model, done)
     trained.history += logged
+
+
+def _prefer(model: Any, job: Job, number: int, stage: Stage) -> list[dict[str, Any]]:
+    """Train adaptors on pairs; what was logged."""
+    folder = job.work / f"stage-{number}"
+    trainer = PairTrainer(
+        model, args=preference_config(job.recipe, stage, len(job.pairs), job.seed, folder, job.report_to),
+        train_dataset=as_pairs(job.pairs), eval_dataset=as_pairs(job.held_out_pairs) or None,
+        processing_class=AutoTokenizer.from_pretrained(job.source.path, local_files_only=True),
+        callbacks=[Tell(job.progress)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    if job.held_out_pairs:
+        trainer.evaluate()
+    trainer.release()
+    return trainer.state.log_history
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import yaml
 from llamita.errors import InputError, RunError
 from llamita.scheme import GROUP_SIZES, PRESETS
 
-METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "qat-lora"}  # and their recipes
+METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # and their recipes
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINS = ("weights", "adaptors")
+OBJECTIVES = ("answers", "preferences")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _RANGES = (
     ("epochs", 0.001, 1000.0), ("learning_rate", 1e-9, 1.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 1.0),
-    ("distill", 0.0, 1.0),
+    ("distill", 0.0, 1.0), ("beta", 0.001, 10.0),
 )  # fmt: skip
 _FRACTIONS = (*(name for name, _, _ in _RANGES), "held_out")
 _LARGEST = 1 << 16  # bytes of a recipe
@@ -31,17 +32,21 @@ class Stage:
     Attributes:
         train: "weights", all of the model's; "adaptors", low-rank ones beside a model that stays as it is
             (LoRA, Hu et al. 2021, arXiv 2106.09685).
+        objective: "answers", which are learned; "preferences", pairs of answers one of which is preferred,
+            for adaptors alone.
         quantized: whether the model computes, from here on, as its quantized self will.
         fake_quant_after: steps of this stage before it does.
         epochs: times that the data is seen; `steps`, where given, counts instead.
         batch: rows of a step, over all processes; `micro_batch` of them at a time.
         learning_rate: at its height: it rises over `warmup`, a share of the steps, and falls by `schedule`.
         distill: the weight of the teacher's KL in the loss, the data's cross-entropy having the rest.
+        beta: how dear it is to stray from where preferences began (DPO's β).
         rank, alpha: of adaptors: their part is multiplied by alpha / rank.
         targets: the linear layers of a block that have adaptors.
     """
 
     train: str = "weights"
+    objective: str = "answers"
     quantized: bool = False
     fake_quant_after: int = 0
     epochs: float = 1.0
@@ -53,12 +58,14 @@ class Stage:
     schedule: str = "cosine"
     weight_decay: float = 0.0
     distill: float = 0.0
+    beta: float = 0.1
     rank: int = 16
     alpha: int = 32
     targets: tuple[str, ...] = LINEARS
 
     def __post_init__(self) -> None:
         _one_of("train", self.train, TRAINS)
+        _one_of("objective", self.objective, OBJECTIVES)
         _one_of("schedule", self.schedule, SCHEDULES)
         for name in ("batch", "micro_batch", "rank", "alpha"):
             _integer(name, getattr(self, name), 1)
@@ -71,6 +78,8 @@ class Stage:
             raise InputError(
                 f"batch: expected a multiple of micro_batch, {self.micro_batch}, got {self.batch}"
             )
+        if self.prefers and (self.train != "adaptors" or self.distill):
+            raise InputError("objective: preferences: expected train: adaptors and distill: 0 beside it")
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -82,6 +91,11 @@ class Stage:
             raise InputError(f"targets: expected some of {', '.join(LINEARS)}, got {self.targets!r}")
         if type(self.quantized) is not bool:
             raise InputError(f"quantized: expected true or false, got {self.quantized!r}")
+
+    @property
+    def prefers(self) -> bool:
+        """Whether it learns from preferences."""
+        return self.objective == "preferences"
 
     def count_steps(self, rows: int) -> int:
         """Steps that `epochs` over so many rows take, the last of each with what is left, or `steps`."""
@@ -131,15 +145,25 @@ class Recipe:
     def _check_order(self) -> None:
         kinds = [stage.train for stage in self.stages]
         for before, after in zip(self.stages, self.stages[1:], strict=False):
-            if before.train != "weights":
-                raise InputError(f"stages: expected adaptors once and last, got {', '.join(kinds)}")
+            if (before.train != "weights" and not after.prefers) or before.prefers:
+                raise InputError(f"stages: expected adaptors once and, but for preferences, last, got "
+                                 f"{', '.join(kinds)}")  # fmt: skip
             if before.quantized and not after.quantized:
                 raise InputError("stages: expected quantized stages last, got a float one behind them")
 
-    def check_steps(self, rows: int) -> None:
-        """Raise InputError if a stage over so many rows would end before its rounding begins."""
+    def without_preferences(self) -> "Recipe":
+        """The stages that need none."""
+        return replace(self, stages=tuple(stage for stage in self.stages if not stage.prefers))
+
+    @property
+    def prefers(self) -> bool:
+        """Whether a stage learns from preferences."""
+        return any(stage.prefers for stage in self.stages)
+
+    def check_steps(self, rows: int, pairs: int) -> None:
+        """Raise InputError if a stage over so much data would end before its rounding begins."""
         for number, stage in enumerate(self.stages, 1):
-            steps = stage.count_steps(rows)
+            steps = stage.count_steps(pairs if stage.prefers else rows)
             if stage.quantized and stage.fake_quant_after >= steps:
                 raise InputError(
                     f"stage {number}: fake_quant_after: expected less than its {steps} steps, "

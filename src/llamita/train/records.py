@@ -20,6 +20,7 @@ _NO_DATASETS = (
 )
 _FILES = (".jsonl", ".json", ".tsv", ".txt", ".md")
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
+UNANSWERABLE = "unanswerable"
 _COLUMNS = ("source", "target")  # of a TSV without a header
 
 
@@ -43,7 +44,7 @@ def read_data(name: str, limit: int | None = None) -> Iterator[Record]:
         RunError: it cannot be read, or the package that reads it is missing.
     """
     path = Path(name)
-    if path.is_file() or path.suffix in _FILES or not _HUB_NAME.fullmatch(name):
+    if path.exists() or path.suffix in _FILES or not _HUB_NAME.fullmatch(name):
         if path.is_dir():
             raise InputError(f"{name}: expected a file, got a directory; try one of its files")
         records = read_records(path)
@@ -92,7 +93,10 @@ def _json_records(path: Path, text: str) -> Iterator[Record]:
 
 
 def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
-    """Context, question and the first answer of every question (Rajpurkar et al. 2016, arXiv 1606.05250)."""
+    """Context, question and answers (Rajpurkar et al. 2016, arXiv 1606.05250; 2.0: 2018, arXiv 1806.03822).
+
+    A question that 2.0 marks as impossible has the answer that is none.
+    """
     number = 0
     try:
         for article in articles:
@@ -100,6 +104,8 @@ def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
                 for item in paragraph["qas"]:
                     number += 1
                     answers = [str(answer["text"]) for answer in item["answers"]]
+                    if item.get("is_impossible"):
+                        answers = [UNANSWERABLE]
                     values = {
                         "context": paragraph["context"],
                         "question": item["question"],

@@ -52,7 +52,8 @@ def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) ->
     trained = train(Job(
         order.source, recipe, data.rows, data.held_out, work, seed=order.seed, teacher=order.teacher,
         calibration=data.calibration(order.data_name, _CALIBRATION_ROWS),
-        report_to=order.report_to, logs=order.out.with_name(f"{order.out.name}-logs"), progress=progress,
+        pairs=data.pairs, held_out_pairs=data.held_out_pairs, report_to=order.report_to,
+        logs=order.out.with_name(f"{order.out.name}-logs"), progress=progress,
         shard=order.shard,
     ))  # fmt: skip
     if processes.rank() > 0:

@@ -72,21 +72,30 @@ def _optional(record: Record, name: str) -> str:
     return value.strip()
 
 
-def _of_messages(record: Record) -> Conversation:
-    turns = record.values.get("messages")
-    if not isinstance(turns, list) or not all(
-        isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
-        for t in turns
+def read_turns(record: Record, name: str) -> tuple[Turn, ...]:
+    """The turns in a column. Raises InputError, by the record's place, if it has none."""
+    turns = record.values.get(name)
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
+            for t in turns
+        )
     ):
-        raise InputError(f"{record.place}: messages: expected objects with the texts role and content")
+        raise InputError(f"{record.place}: {name}: expected objects with the texts role and content")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+
+
+def _of_messages(record: Record) -> Conversation:
+    turns = read_turns(record, "messages")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise InputError(f"{record.place}: messages: expected a turn of the assistant to learn, got none")
     if turns[-1]["role"] != "assistant":
         raise InputError(
             f"{record.place}: messages: expected the assistant's turn last, got {turns[-1]['role']}"
         )
-    plain = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
-    return Conversation(record.place, plain, answers=(plain[-1]["content"],))
+    return Conversation(record.place, turns, answers=(turns[-1]["content"],))
 
 
 def _answered(record: Record, prompt: str, answer: str, answers: tuple[str, ...] = ()) -> Conversation:

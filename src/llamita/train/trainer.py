@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -232,23 +233,39 @@ def check_reporter(name: str) -> None:
 
 def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
     """A stage's settings as transformers and TRL take them."""
-    steps = stage.count_steps(rows)
-    has_gpu = torch.cuda.is_available()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return SFTConfig(
-            output_dir=str(work), max_steps=steps, seed=seed, data_seed=seed,
-            per_device_train_batch_size=stage.micro_batch, per_device_eval_batch_size=stage.micro_batch,
-            gradient_accumulation_steps=count_parts(stage.batch, stage.micro_batch),
-            learning_rate=stage.learning_rate, warmup_steps=round(stage.warmup * steps),
-            lr_scheduler_type=stage.schedule,
-            weight_decay=stage.weight_decay, adam_beta2=0.95, max_grad_norm=1.0,
-            logging_steps=1, logging_nan_inf_filter=False, save_steps=recipe.save_every, save_total_limit=2,
-            eval_strategy="steps" if recipe.evaluate_every else "no",
-            eval_steps=recipe.evaluate_every or None,
-            load_best_model_at_end=False, report_to=report_to, disable_tqdm=True,
-            bf16=has_gpu, fp16=False, use_cpu=not has_gpu, gradient_checkpointing=has_gpu,
-            dataloader_num_workers=0, remove_unused_columns=False, max_length=None, packing=False,
-            ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,  # all are used, none changes
-            dataset_kwargs={"skip_prepare_dataset": True}, include_num_input_tokens_seen="no",
+            **_settings(recipe, stage, rows, seed, work, report_to), packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip
+
+
+def preference_config(recipe: Recipe, stage: Stage, pairs: int, seed: int, work: Path, report_to: str) -> Any:
+    """Those of a stage that learns from preferences."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DPOConfig(**_settings(recipe, stage, pairs, seed, work, report_to), beta=stage.beta)
+
+
+def _settings(
+    recipe: Recipe, stage: Stage, count: int, seed: int, work: Path, report_to: str
+) -> dict[str, Any]:
+    """For `count` rows or pairs."""
+    steps = stage.count_steps(count)
+    has_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(work), "max_steps": steps, "seed": seed, "data_seed": seed,
+        "per_device_train_batch_size": stage.micro_batch, "per_device_eval_batch_size": stage.micro_batch,
+        "gradient_accumulation_steps": count_parts(stage.batch, stage.micro_batch),
+        "learning_rate": stage.learning_rate, "warmup_steps": round(stage.warmup * steps),
+        "lr_scheduler_type": stage.schedule, "weight_decay": stage.weight_decay, "adam_beta2": 0.95,
+        "max_grad_norm": 1.0, "logging_steps": 1, "logging_nan_inf_filter": False,
+        "save_steps": recipe.save_every, "save_total_limit": 2,
+        "eval_strategy": "steps" if recipe.evaluate_every and not stage.prefers else "no",
+        "eval_steps": recipe.evaluate_every or None, "load_best_model_at_end": False,
+        "report_to": report_to, "disable_tqdm": True, "bf16": has_gpu, "fp16": False,
+        "use_cpu": not has_gpu, "gradient_checkpointing": has_gpu, "dataloader_num_workers": 0,
+        "remove_unused_columns": False, "max_length": None, "include_num_input_tokens_seen": "no",
+        "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False,  # all are used, none changes
+    }  # fmt: skip

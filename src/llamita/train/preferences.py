@@ -1,0 +1,95 @@
+"""Pairs of answers of which one is preferred, as data sets for DPO have them, tokenized."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llamita.chat import ChatTemplate
+from llamita.errors import InputError
+from llamita.tokenizer import Tokenizer
+from llamita.train.examples import tokenize
+from llamita.train.records import Record
+from llamita.train.tasks import Conversation, Turn, read_turns
+
+_SHOWN = 3  # places named in a message
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of what stands before an answer, of the preferred answer, and of the other one."""
+
+    place: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two conversations."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def read_pairs(
+    records: Iterable[Record], tokenizer: Tokenizer, template: ChatTemplate | None, length: int
+) -> tuple[list[Pair], str | None]:
+    """Pairs of at most `length` tokens, and a line about those that are longer, if any.
+
+    Args:
+        records: with `chosen` and `rejected`, texts or turns, behind a `prompt`, a text or turns, or with the
+            turns before the answer in both.
+
+    Raises:
+        InputError: a record is no such pair, by its place; or none is left.
+    """
+    pairs = [_pair(record, tokenizer, template) for record in records]
+    kept = [pair for pair in pairs if pair.length <= length]
+    if not kept:
+        raise InputError(
+            f"--preferences: expected pairs of at most {length} tokens, got none of {len(pairs)}; "
+            "try --set length=N"
+        )
+    long = [pair.place for pair in pairs if pair.length > length]
+    if not long:
+        return kept, None
+    places = ", ".join(long[:_SHOWN]) + (", …" if len(long) > _SHOWN else "")
+    return kept, f"{len(long)} of {len(pairs)} pairs have more than {length} tokens: left out ({places})"
+
+
+def _pair(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> Pair:
+    before = _turns(record, "prompt", "user") if "prompt" in record.values else ()
+    answered = [
+        tokenize(Conversation(record.place, (*before, *turns)), tokenizer, template)
+        for turns in _answers(record, bool(before))
+    ]
+    starts = [_answer_start(example.is_learned) for example in answered]
+    prompts = [example.ids[:start].tolist() for example, start in zip(answered, starts, strict=True)]
+    if prompts[0] != prompts[1]:
+        raise InputError(f"{record.place}: expected the same conversation before both answers, got two")
+    chosen, rejected = (e.ids[start:].tolist() for e, start in zip(answered, starts, strict=True))
+    if chosen == rejected:
+        raise InputError(f"{record.place}: expected two answers that differ, got one twice")
+    return Pair(record.place, prompts[0], chosen, rejected)
+
+
+def _answers(record: Record, has_prompt: bool) -> Iterator[tuple[Turn, ...]]:
+    """The preferred answer, then the other; whole conversations where no prompt stands apart."""
+    for name in ("chosen", "rejected"):
+        turns = _turns(record, name, "assistant")
+        if turns[-1]["role"] != "assistant" or (not has_prompt and len(turns) == 1):
+            raise InputError(f"{record.place}: {name}: expected the assistant's answer to a prompt")
+        yield turns
+
+
+def _turns(record: Record, name: str, role: str) -> tuple[Turn, ...]:
+    """A text as one turn of `role`, or a list of turns."""
+    value: Any = record.values.get(name)
+    if isinstance(value, str) and value.strip():
+        return ({"role": role, "content": value},)
+    return read_turns(record, name)
+
+
+def _answer_start(is_learned: np.ndarray) -> int:
+    """Where the last run of learned tokens begins."""
+    return int(np.flatnonzero(is_learned & ~np.roll(is_learned, 1))[-1])
