@@ -13,7 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
-     "random_weights", "mixed", "transformed"),
+     "random_weights", "mixed", "transformed", "dequantized"),
     # 3: how codes and scales are chosen
     ("methods.settings", "methods.setup", "methods.chain", "methods.rtn", "methods.energy",
      "methods.fakequant", "methods.trained", "methods.blocks",
@@ -28,15 +28,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 5: questions about models
     ("calibration", "evaluate", "baseline", "compare_layers", "compare", "compare_report",
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
-     "plot", "own_text", "needs", "methods.auto",
+     "plot", "own_text", "needs", "merge", "methods.auto",
      "train.records", "train.tasks", "train.examples", "train.recipe", "train.preferences", "train.data",
-     "train.order", "train.fake_quant", "train.prepare", "train.objective", "train.batches",
+     "train.needs", "train.order", "train.fake_quant", "train.prepare", "train.objective", "train.batches",
      "train.sharding", "train.trainer", "train.start", "train.preference_trainer", "train.finetune",
-     "train.save", "train.measures", "train.run"),
+     "train.save", "train.measures", "train.plot", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
-     "commands.selection", "commands.finetune", "commands.options"),
+     "commands.selection", "commands.finetune", "commands.merge", "commands.options"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip
@@ -90,7 +90,10 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "mixed": ("checkpoint",),
     "commands.quantize": ("commands.options", "commands.selection"),
     "commands.finetune": ("commands.options",),
+    "commands.merge": ("commands.options",),
+    "merge": ("evaluate",),
     "transformed": ("checkpoint",),
+    "dequantized": ("checkpoint", "packed"),
     "methods.equalize": ("methods.energy", "methods.settings", "methods.setup"),
     "methods.spinquant": ("methods.settings", "methods.setup"),
     "methods.learn_rotations": ("methods.blocks", "methods.online", "methods.ranks", "methods.settings",
@@ -109,8 +112,10 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.preference_trainer": ("train.examples", "train.preferences"),
     "train.data": ("train.examples", "train.preferences", "train.recipe", "train.records", "train.tasks"),
     "train.measures": ("evaluate", "train.examples", "train.tasks"),
+    "train.needs": ("train.recipe",),
     "train.order": ("train.data", "train.recipe"),
-    "train.run": ("train.measures", "train.finetune", "train.order", "train.recipe", "train.save"),
+    "train.run": ("train.measures", "train.finetune", "train.order", "train.plot", "train.recipe",
+     "train.save"),
     "train.finetune": ("train.batches", "train.examples", "train.fake_quant", "train.preference_trainer",
      "train.preferences", "train.prepare", "train.recipe", "train.save", "train.sharding", "train.start",
      "train.trainer"),

@@ -56,6 +56,7 @@ def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_pat
     assert record["method"] == "trained"
     assert record["settings"]["recipe"]["stages"][0]["steps"] == 2
     assert record["source"]["name"] == str(model)
+    assert (out / "loss.svg").read_text("utf-8").startswith("<svg")
     assert run("verify", out) == 0
     assert run("evaluate", out, "--text", data, "--json") == 0  # beside the model it was trained from
     assert not list(tmp_path.glob(".out*"))
@@ -74,6 +75,7 @@ def test_full_makes_a_checkpoint_that_quantize_takes(
     Checkpoint(out)
     training = json.loads((out / "llamita_training.json").read_text("utf-8"))
     assert training["losses"][0] != training["losses"][1]
+    assert (out / "loss.svg").read_text("utf-8").startswith("<svg")
     assert run("quantize", out, "-o", tmp_path / "packed") == 0
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, *FAST) == 2  # is there
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, "--overwrite", *FAST) == 0
@@ -107,6 +109,8 @@ def test_qat_lora_makes_a_packed_model_and_adaptors(
     assert run("finetune", model, *options, "-o", out, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert len(values["losses"]) == 3
+    for directory in (out, tmp_path / "out-adaptor"):
+        assert "stage 2" in (directory / "loss.svg").read_text("utf-8")
     assert values["try"].endswith(f"--adaptor {tmp_path / 'out-adaptor'}")
     llm = llamita.load(out, adaptors={"a": tmp_path / "out-adaptor"})
     ids = list(range(2, 30))

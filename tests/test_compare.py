@@ -9,7 +9,7 @@ from test_rotated_models import pack
 from tiny import make_checkpoint, random_tensors, write_tensors
 
 import llamita
-from llamita import _native, compare_layers
+from llamita import _native, affine, compare_layers, dequantized
 from llamita.affine import f32_to_bf16
 from llamita.baseline import first_float, open_contenders
 from llamita.checkpoint import Checkpoint
@@ -171,7 +171,7 @@ def test_a_float_block_is_the_sum_of_what_its_layers_make_of_their_inputs(root):
 
 
 def to_f32(source, name: str) -> np.ndarray:
-    return compare_layers.to_f32(source.weight(name))
+    return affine.to_f32(source.weight(name))
 
 
 def _rmsnorm(x: np.ndarray, gamma: np.ndarray, eps: float) -> np.ndarray:
@@ -212,7 +212,7 @@ def rotated(directory: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray
     config = ModelConfig.from_hf(values)
     tied = random_tensors(ModelConfig.from_hf({**values, "tie_word_embeddings": True}))
     tensors = {**tied, "lm_head.weight": tied["model.embed_tokens.weight"].copy()}
-    stored = {n: compare_layers.to_f32(f32_to_bf16(x)).astype(np.float64) for n, x in tensors.items()}
+    stored = {n: affine.to_f32(f32_to_bf16(x)).astype(np.float64) for n, x in tensors.items()}
     turn = np.linalg.qr(rng.standard_normal((config.hidden_size, config.hidden_size)))[0]
     for name, x in stored.items():
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
@@ -352,7 +352,7 @@ def test_the_layers_are_watched_on_the_first_tokens(root, monkeypatch):
 def test_weight_errors_of_large_matrices_come_in_blocks(root, monkeypatch):
     sources = open_source(root / "g32"), open_source(root / "base")
     whole = weight_errors(*sources)
-    monkeypatch.setattr(compare_layers, "_ROWS", 7)
+    monkeypatch.setattr(dequantized, "_ROWS", 7)
     assert weight_errors(*sources) == pytest.approx(whole, rel=1e-6)
     assert set(weight_errors(sources[1], sources[1]).values()) == {0.0}
 

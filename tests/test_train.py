@@ -342,7 +342,7 @@ def test_every_epoch_ends_with_what_is_left(rows: int, expected: int) -> None:
 
 def test_adaptors_are_the_last_stage() -> None:
     for stages in (["adaptors", "weights"], ["adaptors", "adaptors"]):
-        with pytest.raises(InputError, match="expected adaptors once and last"):
+        with pytest.raises(InputError, match="expected adaptors once and, but for preferences, last"):
             parse_recipe({"stages": [{"train": train} for train in stages]})
 
 

@@ -23,6 +23,7 @@ from llamita.quantize import RoundedSource
 from llamita.resume import kept_arrays, write_whole
 from llamita.scheme import make_scheme
 from llamita.tokenizer import Tokenizer
+from llamita.transformed import TransformedSource
 
 Progress = Callable[[str, int, int], None] | None
 SELF, SELF_FAST = "self", "self-fast"
@@ -41,7 +42,7 @@ _FILE_NAMES = (".txt", ".jsonl", ".json", ".md", ".raw")
 
 def load_calibration(
     name: str,
-    source: Checkpoint,
+    source: Checkpoint | TransformedSource,
     samples: int = SAMPLES,
     length: int = LENGTH,
     seed: int = SEED,
@@ -87,8 +88,9 @@ def load_calibration(
 
 
 def _own_text(
-    name: str, source: Checkpoint, shape: tuple[int, int], seed: int, progress: Progress, work: Path | None
-) -> np.ndarray:
+    name: str, source: Checkpoint | TransformedSource, shape: tuple[int, int], seed: int,
+    progress: Progress, work: Path | None,
+) -> np.ndarray:  # fmt: skip
     """What the model writes; of several processes each writes its part, and all get the whole."""
     samples, length = shape
     mine, writer = processes.share(samples), None

@@ -14,7 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 24, 34  # margins in pixels
 _TICKS = 4  # about so many lines across a linear axis
 _LETTER = 6.2  # width of a letter of 11 pixels, roughly
 _BAR = 22  # height of a bar with its gap
-_VOID = {"meta", "line", "rect", "path"}  # elements without an end
+_VOID = {"meta", "line", "rect", "path", "circle"}  # elements without an end
 
 
 class Markup(str):
@@ -72,7 +72,7 @@ def line_chart(
         return _TOP + inner_height * (1 - at)
 
     parts = [tag("text", title, x=_LEFT, y=14, class_="title")]
-    for tick in _ticks(low, high, log):
+    for tick in ticks(low, high, log):
         y = round(y_of(tick), 1)
         parts.append(tag("line", x1=_LEFT, x2=width - _RIGHT, y1=y, y2=y, class_="grid"))
         parts.append(tag("text", f"{tick:.3g}", x=_LEFT - 6, y=y + 4, class_="left"))
@@ -130,7 +130,7 @@ def _range(values: Sequence[float], log: bool, most: float | None) -> tuple[floa
     return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.floor(math.log10(high) + 1)
 
 
-def _ticks(low: float, high: float, log: bool) -> list[float]:
+def ticks(low: float, high: float, log: bool = False) -> list[float]:
     """Round numbers from low to high."""
     if log:
         first, last = round(math.log10(low)), round(math.log10(high))
@@ -139,4 +139,4 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    return [step * i for i in range(int(high / step + 1e-9) + 1)]
+    return [step * i for i in range(math.ceil(low / step - 1e-9), int(high / step + 1e-9) + 1)]

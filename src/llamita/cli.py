@@ -16,6 +16,7 @@ from llamita.errors import InputError, LlamitaError, RunError
 COMMANDS = {
     "quantize": "llamita.commands.quantize:command",
     "finetune": "llamita.commands.finetune:command",
+    "merge": "llamita.commands.merge:command",
     "evaluate": "llamita.commands.evaluate:command",
     "compare": "llamita.commands.compare:command",
     "generate": "llamita.commands.generate:command",
@@ -28,6 +29,7 @@ COMMANDS = {
 SUMMARIES = {
     "quantize": "Turn a Llama checkpoint into a 4-bit model.",
     "finetune": "Tune a model on your data, in float or with 4-bit rounding in every step.",
+    "merge": "Write a model with an adaptor in its weights.",
     "evaluate": "Measure what quantization cost: perplexity, KL divergence, agreement, LM Eval tasks.",
     "compare": "Show models side by side: sizes, losses, and where they differ beyond noise.",
     "generate": "Continue a prompt.",

@@ -12,19 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamita.affine import dequantize, to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource, linear_names, table_names
+from llamita.checkpoint import ModelSource, linear_names, table_names
+from llamita.dequantized import row_blocks
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.engine.model import LINEAR_INPUTS, BlockView
 from llamita.evaluate import Contender, Progress
 from llamita.methods.chain import TRANSFORMS
 from llamita.packed import PackedModel
-from llamita.packing import unpack_int4
 
 STREAM = "stream"
 PLACES = (STREAM, *LINEAR_INPUTS)  # where activations are watched
 LAYER_TOKENS = 8192  # of the text; the errors are means, and stand to three figures long before
-_ROWS = 1024  # of a matrix in float at a time
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def weight_errors(source: ModelSource, baseline: ModelSource, progress: Progress
         if progress:
             progress("comparing weights", i, len(names))
         error = energy = 0.0
-        for ours_part, part in zip(_row_blocks(source, name), _row_blocks(baseline, name), strict=True):
+        for ours_part, part in zip(*(row_blocks(s.weight(name)) for s in (source, baseline)), strict=True):
             error += np.square(ours_part - part).sum(dtype=np.float64)
             energy += np.square(part).sum(dtype=np.float64)
         errors[name] = float(error / energy) if energy else 0.0
@@ -92,7 +90,7 @@ def rotation_between(baseline: ModelSource, source: ModelSource) -> np.ndarray:
     """The orthogonal R, float32 (hidden, hidden), for which the baseline's embedding · R is nearest ours."""
     size, table = baseline.config.hidden_size, "model.embed_tokens"
     product = np.zeros((size, size))
-    for part, ours in zip(_row_blocks(baseline, table), _row_blocks(source, table), strict=True):
+    for part, ours in zip(*(row_blocks(s.weight(table)) for s in (baseline, source)), strict=True):
         product += part.T @ ours
     left, _, right = np.linalg.svd(product)
     return (left @ right).astype(np.float32)
@@ -158,19 +156,3 @@ def _raise_peaks(peaks: dict[str, np.ndarray], view: BlockView, layer: int, laye
         if place not in peaks:
             peaks[place] = np.zeros((count, x.shape[1]), np.float32)
         np.maximum(peaks[place][row], np.abs(x).max(axis=0), out=peaks[place][row])
-
-
-def _row_blocks(source: ModelSource, name: str) -> Iterator[np.ndarray]:
-    """A matrix in float32, some rows at a time."""
-    weight = source.weight(name)
-    if isinstance(weight, Int4Weight):
-        for start in range(0, len(weight.packed), _ROWS):
-            rows = slice(start, start + _ROWS)
-            yield dequantize(unpack_int4(weight.packed[rows]), weight.scales[rows])
-    elif isinstance(weight, Int8Weight):
-        for start in range(0, len(weight.codes), _ROWS):
-            rows = slice(start, start + _ROWS)
-            yield dequantize(weight.codes[rows], weight.scales[rows])
-    else:
-        for start in range(0, len(weight), _ROWS):
-            yield to_f32(weight[start : start + _ROWS])

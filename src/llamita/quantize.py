@@ -6,7 +6,7 @@ directory. A chain of methods begins with the whole model and gives the rounded 
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,10 +49,10 @@ from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
 from llamita.sizes import Plan, make_plan
 from llamita.staging import check_space, check_target, staged
-from llamita.transformed import as_stored
+from llamita.transformed import FloatSource, as_stored
 
 _ROWS = 1024  # rows of a float table copied at a time
-_SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
+SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
 _WORST = 5  # layers named in summary and card
 
 
@@ -75,18 +75,10 @@ class Summary:
 
 
 def quantize(
-    source: Checkpoint,
-    source_name: str,
-    out: Path,
-    scheme: QuantScheme,
-    method: str = "rtn",
-    setup: Setup | None = None,
-    overwrite: bool = False,
-    *,
-    origin: Checkpoint | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Progress = None,
-) -> Summary:
+    source: FloatSource, source_name: str, out: Path, scheme: QuantScheme, method: str = "rtn",
+    setup: Setup | None = None, overwrite: bool = False, *, origin: FloatSource | None = None,
+    extra: Mapping[str, bytes] | None = None, shard_bytes: int = SHARD_BYTES, progress: Progress = None,
+) -> Summary:  # fmt: skip
     """Write `source`, rounded by `scheme`, to the directory `out`, which appears whole or not at all.
 
     Args:
@@ -95,6 +87,7 @@ def quantize(
         method: a chain such as "rtn" or "spinquant+gptq+tune".
         setup: what methods that look at activations need.
         overwrite: replace an `out` that llamita made.
+        extra: files to put beside the weights, by name.
 
     Raises:
         InputError: `out` exists, a layer does not fit the groups, weights are not finite, no UTF-8 path.
@@ -102,7 +95,7 @@ def quantize(
     """
     began = time.perf_counter()
     chain, setup, origin = parse_chain(method), replace(setup or Setup(), progress=progress), origin or source
-    recorded, shown = _names(origin, source_name)
+    recorded, shown = source_names(origin, source_name)
     companions = find_companions(origin.path)
     before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype)  # does it fit?
     check_target(out, overwrite, origin.path)
@@ -112,15 +105,15 @@ def quantize(
         setup = replace(setup, work=work)
         changed = chains.transform(source, chain, setup)
         plan = _plan(changed, scheme, shard_bytes, before.source_bytes)
-        check_space(out, plan.file_bytes + _SMALL_FILES)
+        check_space(out, plan.file_bytes + SMALL_FILES)
         round_module = chains.begin(changed, scheme, chain, setup)
         files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
         summary = _summarize(out, plan, time.perf_counter() - began, watch.peak, sums)
         rotations = stored_rotations(changed.rotations)
         files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
         files |= copy_companions(origin.path, directory, companions)
-        card = _card(origin, shown, scheme, chain, summary)
-        files["README.md"] = write_bytes(directory / "README.md", card)
+        texts = {"README.md": _card(origin, shown, scheme, chain, summary), **(extra or {})}
+        files |= {file: write_bytes(directory / file, data) for file, data in texts.items()}
         write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
     return summary
 
@@ -133,7 +126,7 @@ def _plan(changed: Checkpoint, scheme: QuantScheme, shard_bytes: int, source_byt
     )
 
 
-def _card(source: Checkpoint, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> bytes:
+def _card(source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> bytes:
     plan = summary.plan
     return model_card(
         CardFacts(
@@ -165,7 +158,7 @@ def _work(
                            "calibration": calibration})  # fmt: skip
 
 
-def _names(source: Checkpoint, name: str) -> tuple[str, str]:
+def source_names(source: FloatSource, name: str) -> tuple[str, str]:
     """What llamita.json calls the source, and what the card calls it.
 
     A directory's relative path, seen from elsewhere, could be the name of a stranger's model on the hub:
@@ -258,7 +251,7 @@ def _summarize(
     )
 
 
-def source_record(source: Checkpoint, name: str, progress: Progress) -> dict[str, Any]:
+def source_record(source: FloatSource, name: str, progress: Progress) -> dict[str, Any]:
     """Which model this was made from: its name, and the SHA-256 of config and weight files."""
     files = {}
     for i, file in enumerate(["config.json", *source.files]):
@@ -298,7 +291,7 @@ class RoundedSource:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, scheme: QuantScheme, method: str = "rtn", setup: Setup | None = None
+        self, checkpoint: FloatSource, scheme: QuantScheme, method: str = "rtn", setup: Setup | None = None
     ) -> None:
         chain, setup = parse_chain(method), setup or Setup()
         make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?

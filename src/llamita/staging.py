@@ -20,7 +20,8 @@ from llamita.errors import InputError, RunError
 from llamita.files import flush_path
 
 MARK = "llamita.json"  # only a directory that holds it may be overwritten, or
-TRAINED_MARK = "llamita_training.json"  # that holds this one, as what `finetune` leaves does
+TRAINED_MARK = "llamita_training.json"  # that holds one of these, as what `finetune` leaves does,
+MERGED_MARK = "llamita_merge.json"  # and a float model that `merge` leaves
 _PATIENCE = 30.0  # seconds; another run holds the lock while it renames and removes, no longer
 
 
@@ -43,7 +44,7 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
 
 
 def _is_ours(directory: Path) -> bool:
-    return (directory / MARK).is_file() or (directory / TRAINED_MARK).is_file()
+    return any((directory / mark).is_file() for mark in (MARK, TRAINED_MARK, MERGED_MARK))
 
 
 def check_space(out: Path, needed: int) -> None:

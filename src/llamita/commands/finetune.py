@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from llamita import console, processes
 from llamita.checkpoint import Checkpoint, resolve
 from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
+from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.machine import MemoryWatch
 from llamita.methods.chain import parse_chain
@@ -22,6 +23,7 @@ from llamita.scheme import PRESETS
 from llamita.staging import check_target
 from llamita.threads import use_threads
 from llamita.train.data import Data, load_data, with_preferences
+from llamita.train.needs import expected_memory
 from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
 from llamita.train.tasks import TASKS
@@ -112,7 +114,7 @@ def command(
         if is_first:
             console.note(found.note)
         if run is None or out is None:
-            return _print_plan(found, chosen, json) if is_first else None
+            return _print_plan(found, chosen, source.config, json) if is_first else None
         order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite,
                       shard)  # fmt: skip
         result = _train(run, order, progress)
@@ -204,11 +206,13 @@ def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> d
     return result | {"seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
 
 
-def _print_plan(data: Data, recipe: Recipe, json: bool) -> None:
+def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, json: bool) -> None:
     learned, measured = data.learned, len(data.measured)
     rows, length = data.rows.ids.shape
     values = {"examples": learned, "held_out_examples": measured, "rows": rows, "length": length,
               "tokens": rows * length, "learned_tokens": data.learned_tokens,
+              "memory_bytes": {"cpu": expected_memory(config, recipe, on_gpu=False),
+                               "gpu": expected_memory(config, recipe, on_gpu=True)},
               "recipe": recipe.to_dict()}  # fmt: skip
     if json:
         return console.print_json(values)
@@ -227,6 +231,10 @@ def _print_plan(data: Data, recipe: Recipe, json: bool) -> None:
         ]
         for n, s in enumerate(recipe.stages, 1)
     ]
+    memory = cast(dict[str, float], values["memory_bytes"])
+    table.append(
+        ["memory, estimated", f"{memory['cpu'] / 1e9:,.1f} GB; {memory['gpu'] / 1e9:,.1f} GB on a GPU"]
+    )
     console.print_table("What would be trained", ["", ""], table)
 
 

@@ -11,7 +11,17 @@ import typer
 from llamita import __version__, console, mixed, processes
 from llamita.calibration import SELF, SELF_FAST, load_calibration
 from llamita.checkpoint import Checkpoint, resolve
-from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
+from llamita.commands.options import (
+    CalibrationText,
+    GroupSize,
+    Json,
+    Length,
+    Out,
+    Overwrite,
+    Samples,
+    Seed,
+    Threads,
+)
 from llamita.commands.selection import (
     check_goal,
     choose,
@@ -63,15 +73,6 @@ _Method = Annotated[
     ),
 ]
 _Scales = Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")]
-_Text = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXT",
-        help="What methods calibrate on: self (the default), self-fast, a file, a hub data set.",
-    ),
-]
-_Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
-_Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
 _KeepFloat = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Layers to leave in float, such as '*.down_proj'; repeatable."),
@@ -99,9 +100,9 @@ def command(
     group_size: GroupSize = None,
     method: _Method = None,
     scales: _Scales = None,
-    calibration: _Text = None,
-    samples: _Samples = 128,
-    length: _Length = 512,
+    calibration: CalibrationText = None,
+    samples: Samples = 128,
+    length: Length = 512,
     seed: Seed = 0,
     keep_float: _KeepFloat = None,
     max_size: _MaxSize = None,

@@ -1,6 +1,6 @@
 """Low-rank adaptors beside a model's weights: y = W·x + s·B·(A·x) (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
-They are never merged, so one copy of the quantized weights serves several, and a step may mix sequences of
+Here they are not merged, so one copy of the quantized weights serves several, and a step may mix sequences of
 different ones. A and B are PEFT's own files, read as they are stored; x is the float input of a layer, not
 its int8 codes.
 """
@@ -56,6 +56,19 @@ class Adaptor:
     blocks: tuple[dict[str, ops.LowRank], ...]
 
 
+@dataclass(frozen=True)
+class StoredAdaptor:
+    """What a directory in PEFT's form holds.
+
+    Attributes:
+        pairs: A (rank, inputs) and B (outputs, rank) as they are stored, by the module's full name.
+        scaling: what B·A is multiplied by.
+    """
+
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+    scaling: float
+
+
 Span = tuple[slice, Adaptor]  # tokens of a step, and whose they are
 
 
@@ -84,10 +97,13 @@ def check_fits(source: ModelSource) -> None:
 
 
 def load_adaptor(name: str, path: Path, config: ModelConfig) -> Adaptor:
-    """Adaptors from a directory in PEFT's form.
+    """Adaptors as the engine runs them; `name` is what requests will call them, errors as `read_adaptor`."""
+    stored = read_adaptor(path, config)
+    return Adaptor(name, tuple(_block(config, layer, stored) for layer in range(config.layers)))
 
-    Args:
-        name: what requests will call it.
+
+def read_adaptor(path: Path, config: ModelConfig) -> StoredAdaptor:
+    """Adaptors from a directory in PEFT's form.
 
     Raises:
         InputError: a setting that is not known here, or a tensor that is missing, unknown or of another
@@ -97,7 +113,7 @@ def load_adaptor(name: str, path: Path, config: ModelConfig) -> Adaptor:
     settings = read_json(path, CONFIG)
     rank, scaling = _check_settings(settings, path)
     file = TensorFile(member(path, WEIGHTS))
-    found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     shapes = config.linear_shapes()
     for tensor, info in file.tensors.items():
         match = _NAME.fullmatch(tensor)
@@ -112,17 +128,16 @@ def load_adaptor(name: str, path: Path, config: ModelConfig) -> Adaptor:
             )
         values = file.read(tensor)
         check_finite(tensor, values)
-        pair = found.setdefault((int(match[1]), match[2]), {})
+        pair = found.setdefault(f"model.layers.{int(match[1])}.{match[2]}", {})
         if match[3] in pair:  # with and without the adaptor's name
             raise InputError(f"{path}: {WEIGHTS}: expected {tensor} once, got it twice")
         pair[match[3]] = values
     if not found:
         raise InputError(f"{path}: {WEIGHTS}: expected adaptors, got none")
-    for (layer, module), pair in found.items():
+    for module, pair in found.items():
         if len(pair) != 2:
-            raise InputError(f"{path}: model.layers.{layer}.{module}: expected both lora_A and lora_B")
-    blocks = tuple(_block(config, layer, found, scaling) for layer in range(config.layers))
-    return Adaptor(name, blocks)
+            raise InputError(f"{path}: {module}: expected both lora_A and lora_B")
+    return StoredAdaptor({module: (pair["A"], pair["B"]) for module, pair in found.items()}, scaling)
 
 
 def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
@@ -146,25 +161,23 @@ def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _block(
-    config: ModelConfig, layer: int, found: dict[tuple[int, str], dict[str, np.ndarray]], scaling: float
-) -> dict[str, ops.LowRank]:
+def _block(config: ModelConfig, layer: int, stored: StoredAdaptor) -> dict[str, ops.LowRank]:
     """The adaptors of one block."""
     shapes, block = config.linear_shapes(), {}
     for fused, names in FUSED.items():
         outputs = 0
         downs, ups = list[np.ndarray](), list[tuple[np.ndarray, int, int]]()
         for name in names:
-            rows = shapes[name][0]
-            pair = found.get((layer, name))
-            if pair is not None:
-                if downs and downs[0].dtype != pair["A"].dtype:
-                    raise InputError(f"model.layers.{layer}.{name}: lora_A: expected its neighbours' dtype")
-                downs.append(pair["A"])
-                ups.append((_panels(pair["B"]), outputs, rows))
+            rows, module = shapes[name][0], f"model.layers.{layer}.{name}"
+            if module in stored.pairs:
+                down, up = stored.pairs[module]
+                if downs and downs[0].dtype != down.dtype:
+                    raise InputError(f"{module}: lora_A: expected its neighbours' dtype")
+                downs.append(down)
+                ups.append((_panels(up), outputs, rows))
             outputs += rows
         if downs:
-            block[fused] = ops.LowRank(downs, ups, outputs, scaling)
+            block[fused] = ops.LowRank(downs, ups, outputs, stored.scaling)
     return block
 
 

@@ -173,12 +173,16 @@ class LLM:
             self.model.step([(cache, ids[part])], np.arange(len(ids[part])), out=logits[part])
         return logits
 
-    def iter_logits(self, token_ids: TokenIds, chunk: int = PREFILL_CHUNK) -> Iterator[np.ndarray]:
+    def iter_logits(
+        self, token_ids: TokenIds, chunk: int = PREFILL_CHUNK, adaptor: str | None = None
+    ) -> Iterator[np.ndarray]:
         """The same logits in arrays of up to `chunk` rows, for vocabularies whose whole would be too much."""
         ids = self.check_ids(token_ids)
         if chunk < 1:
             raise InputError(f"chunk: expected at least 1, got {chunk}")
-        return self._iterate_logits(ids, chunk)
+        cache = self.new_sequence(len(ids))
+        cache.adaptor = find_adaptor(adaptor, self.adaptors)
+        return self._iterate_logits(cache, ids, chunk)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """What `stream` ends with."""
@@ -238,8 +242,7 @@ class LLM:
         """Token ids as int32 (tokens,), found to be within vocabulary and context."""
         return check_ids(token_ids, self.config.vocab_size, self.context)
 
-    def _iterate_logits(self, ids: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-        cache = self.new_sequence(len(ids))
+    def _iterate_logits(self, cache: SequenceCache, ids: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
             logits = np.empty((len(part), self.config.vocab_size), dtype=np.float32)

@@ -209,7 +209,7 @@ def _prefer(model: Any, job: Job, number: int, stage: Stage) -> list[dict[str, A
         model, args=preference_config(job.recipe, stage, len(job.pairs), job.seed, folder, job.report_to),
         train_dataset=as_pairs(job.pairs), eval_dataset=as_pairs(job.held_out_pairs) or None,
         processing_class=AutoTokenizer.from_pretrained(job.source.path, local_files_only=True),
-        callbacks=[Tell(job.progress)],
+        callbacks=[_tell(job, stage)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
@@ -217,6 +217,10 @@ def _prefer(model: Any, job: Job, number: int, stage: Stage) -> list[dict[str, A
         trainer.evaluate()
     trainer.release()
     return trainer.state.log_history
+
+
+def _tell(job: Job, stage: Stage) -> Tell:
+    return Tell(job.progress, 0 if stage.prefers else stage.batch * job.recipe.length)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -236,7 +240,7 @@ def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switc
     folder = job.work / f"stage-{number}"
     folder.mkdir(exist_ok=True)
     config = config_of(job.recipe, stage, len(job.rows.ids), job.seed, folder, job.report_to)
-    callbacks: list[Any] = [Tell(job.progress)]
+    callbacks: list[Any] = [_tell(job, stage)]
     if switch is not None and stage.quantized:
         callbacks.append(Begin(switch, stage.fake_quant_after))
     if job.recipe.patience is not None:

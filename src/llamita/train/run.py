@@ -17,9 +17,11 @@ from llamita.staging import TRAINED_MARK, check_space, staged
 from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
 from llamita.train.measures import score
 from llamita.train.order import Order
+from llamita.train.plot import loss_plot
 from llamita.train.recipe import adaptor_place
 from llamita.train.save import save_adaptors, save_float, save_packed, writing
 
+PLOT = "loss.svg"
 _CALIBRATION_ROWS = 128
 _PATIENCE = 600.0  # seconds that a process waits for another, which may write a checkpoint meanwhile
 
@@ -132,8 +134,17 @@ def _save_float(trained: Trained, order: Order, record: dict[str, Any], director
 def _save_packed(model: Any, order: Order, work: Path, record: dict[str, Any]) -> None:
     settings = {key: value for key, value in record.items() if key != "history"}
     save_packed(model, order.source, order.name, order.out, scheme_of(order.recipe), work, settings,
-                order.overwrite)  # fmt: skip
+                order.overwrite, _plot(record))  # fmt: skip
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    """What was done, and a picture of it."""
     write_bytes(directory / TRAINED_MARK, json.dumps(record, indent=1).encode())
+    for name, data in _plot(record).items():
+        write_bytes(directory / name, data)
+
+
+def _plot(record: dict[str, Any]) -> dict[str, bytes]:
+    """The plot of the losses by its file's name; none where nothing was logged."""
+    drawn = loss_plot(record["history"])
+    return {PLOT: drawn.encode()} if drawn else {}

@@ -118,7 +118,7 @@ def _write_scales(path: Path, scales: dict[str, np.ndarray]) -> None:
 
 def save_packed(
     model: Any, source: Checkpoint, name: str, out: Path, scheme: QuantScheme, work: Path,
-    settings: dict[str, Any], overwrite: bool,
+    settings: dict[str, Any], overwrite: bool, extra: dict[str, bytes] | None = None,
 ) -> Summary:  # fmt: skip
     """The packed directory with the codes that the fake-quantized model computes with.
 
@@ -126,6 +126,7 @@ def save_packed(
         name: what the user called the source.
         work: where the float weights behind the codes are kept meanwhile.
         settings: of training, which the directory records.
+        extra: files to put beside the weights, by name.
     """
     folder = work / "trained"
     shutil.rmtree(folder, ignore_errors=True)  # a killed run's
@@ -133,8 +134,7 @@ def save_packed(
     save_trained(model, source, folder)
     trained = Checkpoint(folder)
     try:
-        return quantize(
-            trained, name, out, scheme, "trained", Setup(settings=settings), overwrite, origin=source
-        )
+        setup = Setup(settings=settings)
+        return quantize(trained, name, out, scheme, "trained", setup, overwrite, origin=source, extra=extra)
     finally:
         trained.close()

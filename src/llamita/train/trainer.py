@@ -1,6 +1,7 @@
 """TRL's SFTTrainer on packed rows, with our loss: its own reads the head's weights, past their rounding."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from llamita import processes
 from llamita.errors import InputError
+from llamita.machine import anonymous_bytes
 from llamita.train.batches import StepLoader, StepRows, collate, count_parts, count_rows, own_parts
 from llamita.train.examples import IGNORED
 from llamita.train.fake_quant import Switch
@@ -197,8 +199,14 @@ class Patience(TrainerCallback):
 class Tell(TrainerCallback):
     """Shows how far a run is, and ends one whose loss is no number."""
 
-    def __init__(self, progress: Callable[[str, int, int], None] | None) -> None:
-        self._progress = progress
+    def __init__(self, progress: Callable[[str, int, int], None] | None, tokens: int) -> None:
+        self._progress, self._tokens = progress, tokens  # of a step, over all processes; 0 where they differ
+        self._began, self._first = time.perf_counter(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, which follows those of an earlier run."""
+        del args, control, kwargs
+        self._began, self._first = time.perf_counter(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Figures of a step or of a measurement."""
@@ -215,10 +223,11 @@ class Tell(TrainerCallback):
         """After each step."""
         del args, control, kwargs
         if self._progress:
-            last = next(
-                (f"loss {row['loss']:.3f}" for row in reversed(state.log_history) if "loss" in row), ""
-            )
-            self._progress(f"training {last}", state.global_step, state.max_steps)
+            rate = self._tokens * (state.global_step - self._first) / (time.perf_counter() - self._began)
+            last = next((f", loss {r['loss']:.3f}" for r in reversed(state.log_history) if "loss" in r), "")
+            speed = f", {rate:,.0f} tokens/s" if rate else ""
+            told = f"training{last}{speed}, {anonymous_bytes() / 1e9:.1f} GB"
+            self._progress(told, state.global_step, state.max_steps)
 
 
 def check_reporter(name: str) -> None:

@@ -1,0 +1,80 @@
+"""Three tasks from data to a 4-bit model, as a user runs them: the table of docs/finetune.md.
+
+    python benchmarks/tasks.py --data FOLDER --work DIR
+
+For each task: `llamita finetune embedded --method full`, then `--method qat` on what it gave, in groups of
+256. `kept` is the share of what tuning gained on held-out examples, in nats a learned token, that the 4-bit
+model has.
+FOLDER holds eng_fra.tsv (Tatoeba), xquad_en.json (XQuAD) and instructions.json (records as Alpaca's).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TASKS = {  # file, tokens of a row, epochs in float
+    "translation": ("eng_fra.tsv", 256, 3),
+    "qa": ("xquad_en.json", 1024, 3),
+    "assistant": ("instructions.json", 512, 3),
+}
+BATCH = 2048  # tokens of a step
+
+
+def finetune(base: str, out: Path, task: str, data: Path, options: list[str]) -> dict[str, Any]:
+    """What `llamita finetune --json` says; kept beside OUT, so that a run goes on where one was stopped."""
+    told = out.with_suffix(".json")
+    if not told.exists():
+        command = [sys.executable, "-m", "llamita", "finetune", base, "--data", str(data), "--task", task,
+                   "-o", str(out), "--overwrite", "--json", *options]  # fmt: skip
+        told.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stdout, "utf-8")
+    return json.loads(told.read_text("utf-8"))
+
+
+def settings(**values: Any) -> list[str]:
+    """As the command takes them."""
+    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+
+
+def run_task(task: str, folder: Path, work: Path) -> list[str]:
+    """A row of the table."""
+    name, length, epochs = TASKS[task]
+    common = {"length": length, "batch": BATCH // length, "micro_batch": BATCH // length, "held_out": 0.1}
+    tuned = finetune(
+        "embedded", work / f"{task}-tuned", task, folder / name,
+        ["--method", "full", *settings(**common, epochs=epochs, learning_rate=1e-3)],
+    )  # fmt: skip
+    small = finetune(
+        str(work / f"{task}-tuned"), work / f"{task}-4bit", task, folder / name,
+        ["--method", "qat", "--group-size", "256", *settings(**common, learning_rate=3e-4)],
+    )  # fmt: skip
+    (_, before, scores), (_, after, tuned_scores) = tuned["scores"]
+    _, least, small_scores = small["scores"][-1]
+    kept = (before - least) / (before - after)
+    losses = f"{before:.3f} | {after:.3f} | {least:.3f} | {kept:.1%}"
+    measures = "; ".join(
+        f"{m}: {scores[m]:.1f}, {tuned_scores[m]:.1f}, {small_scores[m]:.1f}" for m in scores
+    )
+    return [task, losses, measures]
+
+
+def main() -> None:
+    """Run and print a Markdown table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    print("| task | before | after | after, 4-bit | kept | measures: before, after, 4-bit |")
+    print("|---|---|---|---|---|---|")
+    for task in arguments.tasks.split(","):
+        print("| " + " | ".join(run_task(task, arguments.data, arguments.work)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""`llamita merge`: a model and an adaptor in; one model out."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llamita import console, processes
+from llamita.calibration import SELF, load_calibration
+from llamita.checkpoint import Checkpoint
+from llamita.commands.options import (
+    CalibrationText,
+    Json,
+    Length,
+    Out,
+    Overwrite,
+    Samples,
+    Seed,
+    Threads,
+)
+from llamita.errors import InputError
+from llamita.evaluate import read_text
+from llamita.machine import MemoryWatch
+from llamita.merge import (
+    Loss,
+    MergedSource,
+    check_targets,
+    measure,
+    merge_float,
+    merge_packed,
+    written_text,
+)
+from llamita.methods.chain import Chain, check, parse_chain
+from llamita.methods.setup import Progress, Setup
+from llamita.packed import PackedModel, open_source
+from llamita.statistics import Interval
+from llamita.threads import use_threads
+from llamita.tokenizer import Tokenizer
+
+_Base = Annotated[
+    str,
+    typer.Argument(metavar="BASE", help="What the adaptor was trained on: float, or a quantized directory."),
+]
+_Adaptor = Annotated[Path, typer.Argument(metavar="ADAPTOR", help="A directory in PEFT's form.")]
+_Method = Annotated[
+    str, typer.Option(help="How a quantized BASE is rounded again: rtn, gptq, qronos, tune, as in quantize.")
+]
+_Text = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="What to measure the loss on; a text that the model writes by default."
+    ),
+]
+
+
+def command(
+    base: _Base,
+    adaptor: _Adaptor,
+    out: Out = None,
+    method: _Method = "rtn",
+    calibration: CalibrationText = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+    text: _Text = None,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Write a model with an adaptor in its weights, float as its base, or 4-bit by the base's scheme.
+
+    Rounding again gives up part of what the adaptor does, to nearest perhaps all of it: what is lost is
+    measured and told.
+
+    Example: llamita merge meta-llama/Llama-3.2-1B-Instruct my-adaptor -o tuned
+    """
+    if processes.world() > 1:
+        raise InputError(f"merge: expected a single process, got {processes.world()}; try without torchrun")
+    if out is None:
+        raise InputError("--out: expected the directory to make, got none; try -o NAME")
+    use_threads(threads)
+    chain = _chain(method)
+    content = read_text(text) if text else None
+    opened = open_source(base)
+    assert isinstance(opened, Checkpoint | PackedModel)
+    source = MergedSource(opened, adaptor)
+    _check(source, chain, out, overwrite, calibration)
+    began, watch = time.perf_counter(), MemoryWatch()
+    with watch, console.progress(quiet=json) as progress:
+        if source.base_scheme is not None and content is None:
+            content = written_text(source, progress)
+        if content is not None:
+            _check_text(source, content)
+        _merge(source, base, out, chain, (calibration, samples, length, seed), overwrite, progress)
+        loss = None if content is None else measure(source, out, content, progress)
+    values = {"out": str(out), "scheme": source.base_scheme and source.base_scheme.to_dict(),
+              "method": source.base_scheme and str(chain), "seconds": time.perf_counter() - began,
+              "memory_bytes": watch.peak}  # fmt: skip
+    source.close()
+    if json:
+        return console.print_json(values | {"loss": loss and asdict(loss)})
+    _print(values, loss, str(text) if text else None, base, adaptor)
+
+
+def _chain(method: str) -> Chain:
+    chain = parse_chain(method)
+    if chain.transforms or chain.rounding == "trained":
+        raise InputError(
+            f"--method: expected a method that rounds, such as rtn or qronos, got {method!r}; "
+            "what comes before rounding is the base's"
+        )
+    return chain
+
+
+def _check(source: MergedSource, chain: Chain, out: Path, overwrite: bool, calibration: str | None) -> None:
+    """Whatever can be told before any work."""
+    check_targets(source, out, overwrite)
+    measures = chain.needs_calibration({})
+    if source.base_scheme is None and measures:
+        raise InputError(
+            f"--method: expected with a quantized BASE, got a float one; try llamita quantize on {out}"
+        )
+    if calibration is not None and not measures:
+        raise InputError(f"--calibration: expected a method that looks at activations, got {chain}; try gptq")
+    check(chain, {}, source.config)
+
+
+def _check_text(source: MergedSource, text: str) -> None:
+    tokens = len(Tokenizer(source.path, source.config).encode(text))
+    if tokens < 2:
+        raise InputError(f"--text: expected at least 2 tokens to measure on, got {tokens}; try a longer text")
+
+
+def _merge(
+    source: MergedSource, base: str, out: Path, chain: Chain, text: tuple[str | None, int, int, int],
+    overwrite: bool, progress: Progress,
+) -> None:  # fmt: skip
+    """Write OUT; `text` is what a method looks at, its samples, length and seed."""
+    if source.base_scheme is None:
+        return merge_float(source, base, out, overwrite, progress)
+    name, samples, length, seed = text
+    setup = Setup(seed=seed)
+    if chain.needs_calibration({}):  # the merged model, in float, writes its own
+        setup = Setup(load_calibration(name or SELF, source, samples, length, seed, progress), seed)
+    merge_packed(source, base, out, str(chain), setup, overwrite, progress)
+    return None
+
+
+def _print(values: dict[str, Any], loss: Loss | None, text: str | None, base: str, adaptor: Path) -> None:
+    out, is_packed = values["out"], values["scheme"] is not None
+    console.print_line(f"{out}: {'a 4-bit model' if is_packed else 'a float checkpoint'}")
+    if loss is not None:
+        where = f"{loss.tokens:,} tokens of {text or 'its own text'}"
+        warning = "warning: rounded again: " if is_packed else ""
+        console.note(
+            f"{warning}KL {_interval(loss.kl)} nats a token from {base} with {adaptor} beside it; "
+            f"{base} alone has {loss.alone.value:.4f} ({where})"
+        )
+        alone, beside, after = loss.losses
+        if text is not None:
+            console.note(f"loss: {alone:.4f} {base}, {beside:.4f} with {adaptor}, {after:.4f} merged")
+    if is_packed and values["method"] == "rtn":
+        console.note("closer: --method qronos, which calibrates (needs llamita[torch]); nothing is lost by "
+                     f"llamita generate {base} --prompt TEXT --adaptor {adaptor}")  # fmt: skip
+    console.note(f"{values['seconds']:,.0f} s, {values['memory_bytes'] / 1e6:,.0f} MB")
+    command = "generate {} --prompt TEXT" if is_packed else "quantize {0} -o {0}-4bit"
+    console.note(f"try: llamita {command.format(out)}")
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})"
