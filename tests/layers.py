@@ -30,10 +30,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "harness", "plan", "verify", "work", "speed", "bench_report", "bench_worker", "bench",
      "plot", "own_text", "needs", "merge", "methods.auto",
      "train.records", "train.tasks", "train.examples", "train.recipe", "train.preferences", "train.data",
-     "train.needs", "train.order",
-     "train.fake_quant", "train.prepare", "train.objective", "train.trainer",
-     "train.preference_trainer", "train.finetune", "train.save",
-     "train.measures", "train.plot", "train.run"),
+     "train.needs", "train.order", "train.fake_quant", "train.prepare", "train.objective", "train.batches",
+     "train.sharding", "train.trainer", "train.start", "train.preference_trainer", "train.finetune",
+     "train.save", "train.measures", "train.plot", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
@@ -105,7 +104,9 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.examples": ("train.tasks",),
     "train.prepare": ("train.fake_quant",),
     "train.objective": ("train.examples",),
-    "train.trainer": ("train.examples", "train.fake_quant", "train.objective", "train.recipe"),
+    "train.batches": ("train.examples",),
+    "train.trainer": ("train.batches", "train.examples", "train.fake_quant", "train.objective",
+     "train.recipe", "train.sharding"),
     "train.save": ("train.fake_quant",),
     "train.preferences": ("train.examples", "train.records", "train.tasks"),
     "train.preference_trainer": ("train.examples", "train.preferences"),
@@ -115,8 +116,9 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.order": ("train.data", "train.recipe"),
     "train.run": ("train.measures", "train.finetune", "train.order", "train.plot", "train.recipe",
      "train.save"),
-    "train.finetune": ("train.examples", "train.fake_quant", "train.preference_trainer", "train.preferences",
-     "train.prepare", "train.recipe", "train.save", "train.trainer"),
+    "train.finetune": ("train.batches", "train.examples", "train.fake_quant", "train.preference_trainer",
+     "train.preferences", "train.prepare", "train.recipe", "train.save", "train.sharding", "train.start",
+     "train.trainer"),
 }  # fmt: skip
 
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
@@ -145,12 +147,14 @@ TORCH_SIDE = {
     "train.fake_quant": ("torch",),
     "train.prepare": ("torch",),
     "train.objective": ("torch",),
-    "train.trainer": ("torch", "datasets", "transformers", "trl"),
+    "train.batches": ("torch", "datasets"),
+    "train.sharding": ("torch", "transformers", "safetensors"),
+    "train.trainer": ("torch", "transformers", "trl"),
     "train.preference_trainer": ("torch", "datasets", "transformers", "trl"),
     "train.save": ("torch", "safetensors"),
     "train.run": (),
     "train.measures": ("sacrebleu", "rouge_score"),
-    "train.finetune": ("torch", "transformers", "peft", "safetensors"),
+    "train.finetune": ("torch", "transformers", "peft"),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (

@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from llamita import processes
 from llamita.errors import InputError, RunError
 
 _SETTINGS, _PARTIAL = "settings.json", ".partial"
@@ -52,6 +53,21 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         _remove(work)
     finally:
         os.close(lock)
+
+
+@contextmanager
+def shared_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """The same for several processes that see one file system: the first keeps it, the others come in behind.
+
+    All must be done with reading where the first leaves.
+    """
+    if processes.rank() == 0:
+        with kept_work(out, settings) as work:
+            processes.wait()
+            yield work
+    else:
+        processes.wait()
+        yield _work_of(out)
 
 
 def _remove(work: Path) -> None:

@@ -1,7 +1,9 @@
 """`llamita finetune`: a model and data in; a tuned checkpoint, adaptors or a 4-bit model out."""
 
+import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -64,6 +66,9 @@ _Set = Annotated[
 ]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Records to read at most.")]
 _ReportTo = Annotated[str, typer.Option(help="As transformers takes it: none, tensorboard, wandb, ….")]
+_Shard = Annotated[
+    bool, typer.Option("--shard", help="Under torchrun: each process holds its part of the weights (FSDP2).")
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Read the data, show the plan, and train nothing.")]
 
 
@@ -82,6 +87,7 @@ def command(
     seed: Seed = 0,
     limit: _Limit = None,
     report_to: _ReportTo = "none",
+    shard: _Shard = False,
     dry_run: _DryRun = False,
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -93,26 +99,27 @@ def command(
     """
     chosen = _recipe(method, recipe, preset, group_size, settings or [])
     chosen = _with_or_without(chosen, preferences)
-    if processes.world() > 1:
-        raise InputError(
-            f"finetune: expected a single process, got {processes.world()}; try without torchrun"
-        )
-    use_threads(threads)
+    _check_processes(chosen, shard)
+    use_threads(processes.fair_threads(threads))
+    is_first = processes.rank() == 0
     source = _open_float(base, "BASE")
     other = _teacher_path(teacher, source, chosen)
     run = None if dry_run else load_optional(RUN, _LACKING)
     if run is not None:
         _check_out(out, chosen, overwrite, source)
-    with console.progress(quiet=json) as progress:
+    with console.progress(quiet=json or not is_first) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
         if preferences is not None:
             found = with_preferences(found, preferences, source, chosen, seed, limit)
-        console.note(found.note)
+        if is_first:
+            console.note(found.note)
         if run is None or out is None:
-            return _print_plan(found, chosen, source.config, json)
-        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite)
+            return _print_plan(found, chosen, source.config, json) if is_first else None
+        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite,
+                      shard)  # fmt: skip
         result = _train(run, order, progress)
-    _print_result(out, result, json)
+    if is_first:
+        _print_result(out, result, json)
 
 
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, source: Checkpoint) -> None:
@@ -163,6 +170,25 @@ def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
     return recipe.without_preferences()
 
 
+def _check_processes(recipe: Recipe, shard: bool) -> None:
+    start, least = parse_chain(recipe.start), min(stage.batch for stage in recipe.stages)
+    if least < processes.world():
+        raise InputError(f"batch: expected a row for each of {processes.world()} processes, got {least}; "
+                         "try fewer processes")  # fmt: skip
+    if start.tuning and processes.world() > 1:
+        raise InputError(f"start: expected a single process for {start.tuning}, got {processes.world()}; "
+                         f"try --set start={replace(start, tuning=None)}")  # fmt: skip
+    if recipe.prefers and processes.world() > 1:
+        raise InputError(
+            f"--preferences: expected a single process, got {processes.world()}; try without torchrun"
+        )
+    if shard and processes.world() == 1:
+        raise InputError("--shard: expected several processes, got one; try torchrun --nproc-per-node N")
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "").lower() == "true":
+            raise InputError(f"{name}: expected accelerate to start processes and no more; try --shard")
+
+
 def _open_float(name: str, option: str) -> Checkpoint:
     path = resolve(name)
     if (path / METADATA).exists():
@@ -172,7 +198,7 @@ def _open_float(name: str, option: str) -> Checkpoint:
 
 def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> dict[str, Any]:
     """Run the order, and say how long it took."""
-    if has_kept_work(order.out):
+    if processes.rank() == 0 and has_kept_work(order.out):
         console.note(f"{order.out}: going on where an earlier run was, if its settings were these")
     began, watch = time.perf_counter(), MemoryWatch()
     with watch:

@@ -3,6 +3,8 @@
 One process needs none of it: its sums are its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from llamita.errors import RunError
 from llamita.processes import share, world
 
-_PATIENCE = timedelta(days=7)  # for each other; torchrun ends all where one fails
+_PATIENCE = 7 * 24 * 3600.0  # seconds for each other; torchrun ends all where one fails
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -45,8 +47,11 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
     return all_sum(whole)
 
 
-def join() -> None:
+def join(patience: float = _PATIENCE) -> None:
     """Find the other processes, unless that is done. What lies on GPUs is summed there.
+
+    Args:
+        patience: seconds that one waits for another, here and in every sum.
 
     Raises:
         RunError: they are not to be found.
@@ -55,7 +60,22 @@ def join() -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
     except (RuntimeError, ValueError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(f"torchrun: expected the processes to find each other, got: {line}") from None
+
+
+@contextmanager
+def told_when_lost(advice: str) -> Iterator[None]:
+    """One line for what Torch raises where another process has gone.
+
+    Raises:
+        RunError: with `advice` at its end.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RunError(f"torchrun: expected every process to go on, got one that ended; {advice}") from None

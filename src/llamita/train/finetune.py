@@ -1,8 +1,10 @@
 """Stages of training, each begun with what the one before left; what is finished is kept for a next run."""
 
+import copy
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,16 +14,15 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
+from llamita import processes
 from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
-from llamita.files import flush_path
 from llamita.methods.setup import Calibration, Setup
-from llamita.quantize import RoundedSource
-from llamita.resume import partial_of, write_whole
+from llamita.resume import write_whole
 from llamita.scheme import QuantScheme, make_scheme
+from llamita.train.batches import as_dataset, collate
 from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
 from llamita.train.preference_trainer import PairTrainer, as_pairs
@@ -29,14 +30,14 @@ from llamita.train.preferences import Pair
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
+from llamita.train.sharding import keep, restore, take_whole
+from llamita.train.start import rounded
 from llamita.train.trainer import (
     Begin,
     Patience,
     RowTrainer,
     Tell,
-    as_dataset,
     check_reporter,
-    collate,
     config_of,
     preference_config,
 )
@@ -58,6 +59,7 @@ class Job:
         work: a directory where checkpoints are kept.
         report_to: as transformers takes it: none, tensorboard, …
         logs: where TensorBoard's files go.
+        shard: whether each process holds only its part of what is trained.
     """
 
     source: Checkpoint
@@ -73,6 +75,7 @@ class Job:
     pairs: Sequence[Pair] = ()
     held_out_pairs: Sequence[Pair] = ()
     progress: Progress = None
+    shard: bool = False
 
 
 @dataclass
@@ -127,6 +130,7 @@ def train(job: Job) -> Trained:
             if stage.train != "weights" and not isinstance(trained.model, PeftModel):
                 trained.model = _with_adaptors(trained.model, stage, job.seed)
             _run_stage(trained, job, number, stage, switch)
+    processes.wait()  # for those that still read what the work directory keeps
     return trained
 
 
@@ -139,7 +143,8 @@ def _quantize(model: Any, job: Job) -> Switch:
     """Round the model as it is now, and let it compute so from here on."""
     setup = Setup(job.calibration, job.seed, progress=job.progress)
     with _as_checkpoint(model, job) as source:
-        return prepare(model, RoundedSource(source, scheme_of(job.recipe), job.recipe.start, setup))
+        scheme, place = scheme_of(job.recipe), job.work / "start"
+        return prepare(model, rounded(source, job.source, scheme, job.recipe.start, setup, place))
 
 
 @contextmanager
@@ -149,7 +154,9 @@ def _as_checkpoint(model: Any, job: Job) -> Iterator[Checkpoint]:
         yield job.source
         return
     folder = job.work / "before-rounding"
-    model.save_pretrained(folder)
+    if processes.rank() == 0:
+        model.save_pretrained(folder)
+    processes.wait()
     source = Checkpoint(folder)
     try:
         yield source
@@ -170,23 +177,28 @@ def _with_adaptors(model: Any, stage: Stage, seed: int) -> Any:
 
 def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Switch | None) -> None:
     done = job.work / _DONE.format(number)
-    if done.exists():
-        _restore(trained.model, done)
+    if processes.agreed(done.exists()):
+        restore(trained.model, done)
         trained.history += json.loads(done.with_suffix(".json").read_text("utf-8"))
         return
-    trainer = _make_trainer(trained.model, job, number, stage, switch)
+    model, turned = copy.deepcopy((trained.model, switch)) if job.shard else (trained.model, switch)
+    trainer = _make_trainer(model, job, number, stage, turned)
     history = _measure(trainer, 0) if number == 1 else []
     if stage.prefers:
         history += _prefer(trained.model, job, number, stage)
     else:
         trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
         history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
-    if switch is not None:
-        switch.on = True
+    for one in (switch, turned):
+        if one is not None:
+            one.on = True
     history += _measure(trainer, number)
     logged = [{"stage": number, **row} for row in history]
-    write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
-    _keep(trained.model, done)
+    if job.shard:
+        take_whole(trained.model, trainer.model)
+    if processes.rank() == 0:
+        write_whole(done.with_suffix(".json"), lambda file: file.write(json.dumps(logged).encode()))
+        keep(trained.model, done)
     trained.history += logged
 
 
@@ -213,13 +225,15 @@ def _tell(job: Job, stage: Stage) -> Tell:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest one that is whole; those that a kill has cut short go. Their state is written last."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / "trainer_state.json").is_file():
-            whole.append(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    newest = 0
+    if processes.rank() == 0:
+        for path in folder.glob("checkpoint-*"):
+            if (path / "trainer_state.json").is_file():
+                newest = max(newest, int(path.name.split("-")[1]))
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+    newest = processes.agreed(newest)
+    return str(folder / f"checkpoint-{newest}") if newest else None
 
 
 def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switch | None) -> RowTrainer:
@@ -236,7 +250,7 @@ def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switc
     trainer = RowTrainer(
         model=model, args=config, train_dataset=as_dataset(job.rows), eval_dataset=as_dataset(job.held_out),
         data_collator=collate, processing_class=tokenizer, callbacks=callbacks,
-        teacher=teacher, distill=stage.distill,
+        batch=stage.batch, teacher=teacher, distill=stage.distill, shards=job.shard,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -249,23 +263,6 @@ def _measure(trainer: RowTrainer, number: int) -> list[dict[str, Any]]:
     return [{"step": trainer.state.global_step, "is_end": 1, "after": number, **trainer.evaluate()}]
 
 
-def _keep(model: Any, path: Path) -> None:
-    """All that training can have changed, in a file that appears whole."""
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    partial = partial_of(path)
-    save_file(state, partial)
-    flush_path(partial)
-    partial.rename(path)
-
-
-def _restore(model: Any, path: Path) -> None:
-    state = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in state:
-                parameter.copy_(state[name])
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own bars and remarks, which would break into ours."""
@@ -273,7 +270,9 @@ def quiet() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that accelerate's options of Torch's DDP age
+            yield
     finally:
         transformers.utils.logging.set_verbosity(before)
         transformers.utils.logging.enable_progress_bar()

@@ -20,6 +20,7 @@ class Order:
         teacher: a float model whose answers distilling stages learn; the source by default.
         out: the directory to make; `.OUT.work` beside it keeps what is finished.
         report_to: as transformers takes it: none, tensorboard, …
+        shard: whether each of several processes holds only its part of what is trained.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Order:
     seed: int
     report_to: str
     overwrite: bool
+    shard: bool = False

@@ -5,12 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llamita import __version__
+from llamita import __version__, processes
 from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import load
+from llamita.methods.ranks import told_when_lost
 from llamita.packed_writer import write_bytes
 from llamita.quantize import source_record
-from llamita.resume import kept_work
+from llamita.resume import shared_work
 from llamita.scheme import QuantScheme
 from llamita.staging import TRAINED_MARK, check_space, staged
 from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
@@ -22,6 +23,7 @@ from llamita.train.save import save_adaptors, save_float, save_packed, writing
 
 PLOT = "loss.svg"
 _CALIBRATION_ROWS = 128
+_PATIENCE = 600.0  # seconds that a process waits for another, which may write a checkpoint meanwhile
 
 
 def run(order: Order, progress: Progress) -> dict[str, Any]:
@@ -30,18 +32,20 @@ def run(order: Order, progress: Progress) -> dict[str, Any]:
     Returns:
         "kind", "losses" (held out: before, and after each stage), "tokens_per_second", "try" (what next), and
         "scores": of the base, of it rounded as the result is, of the result: [name, loss, measures] each.
+        Nothing in any process but the first, which alone saves and compares.
 
     Raises:
         InputError: the data, the model or a setting is not for training.
-        RunError: the disk is full, or another run is at work there.
+        RunError: the disk is full, another run is at work there, or another process has ended.
     """
     base = source_record(order.source, order.name, progress)
     taught = source_record(Checkpoint(order.teacher), "", progress)["files"] if order.teacher else None
     kept = {"llamita": __version__, "base": base["files"], "teacher": taught, "data": order.data.sha256,
             "seed": order.seed, "recipe": order.recipe.to_dict()}  # fmt: skip
-    with kept_work(order.out, kept) as work:
+    processes.join(_PATIENCE)
+    with shared_work(order.out, kept) as work, told_when_lost("the same command goes on from what is kept"):
         made = _make(order, base, work, progress)
-    return made | {"scores": _scores(order, progress)}
+    return made | {"scores": _scores(order, progress)} if made else made
 
 
 def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
@@ -52,7 +56,10 @@ def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) ->
         calibration=data.calibration(order.data_name, _CALIBRATION_ROWS),
         pairs=data.pairs, held_out_pairs=data.held_out_pairs, report_to=order.report_to,
         logs=order.out.with_name(f"{order.out.name}-logs"), progress=progress,
+        shard=order.shard,
     ))  # fmt: skip
+    if processes.rank() > 0:
+        return {}
     losses = trained.held_out_losses
     record = {
         "llamita": __version__, "base": base, "data": {"name": order.data_name, "sha256": data.sha256},

@@ -4,15 +4,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -20,21 +22,37 @@ from trl.trainer.sft_trainer import SFTTrainer
 from llamita import processes
 from llamita.errors import InputError
 from llamita.machine import anonymous_bytes
-from llamita.train.examples import IGNORED, Windows
+from llamita.train.batches import StepLoader, StepRows, collate, count_parts, count_rows, own_parts
+from llamita.train.examples import IGNORED
 from llamita.train.fake_quant import Switch
 from llamita.train.objective import loss_sum
 from llamita.train.recipe import Recipe, Stage
+from llamita.train.sharding import keep, optimizer_state, reshard, restore, restore_optimizer, shard, whole
+
+_TRAINED = "trained.safetensors"  # in a checkpoint
 
 
 class RowTrainer(SFTTrainer):
-    """Trains on rows of packed examples; evaluates by the mean over all learned tokens, not over batches."""
+    """Trains on rows of packed examples; evaluates by the mean over all learned tokens, not over batches.
 
-    def __init__(self, *args: Any, teacher: Any = None, distill: float = 0.0, **kwargs: Any) -> None:
-        self._teacher, self._distill = teacher, distill
-        self.trained_tokens = 0  # by this process
+    Several processes share the rows of each step, of which there are `batch`; with `shards`, also the
+    weights.
+    """
+
+    def __init__(
+        self, *args: Any, batch: int, teacher: Any = None, distill: float = 0.0, shards: bool = False,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self._batch, self._teacher, self._distill, self._shards = batch, teacher, distill, shards
+        self._trained_tokens = 0  # by this process
         super().__init__(*args, **kwargs)
+        if shards:
+            self.is_distributed_loading_by_transformers = True  # accelerate is to wrap nothing
+            shard(self.model, self.args.device)
         if teacher is not None:  # on a GPU in BF16: it is read, never changed
             teacher.to(self.args.device, torch.float32 if self.args.use_cpu else torch.bfloat16)
+            if shards:
+                shard(teacher, self.args.device)
 
     def compute_loss(
         self,
@@ -48,11 +66,25 @@ class RowTrainer(SFTTrainer):
         outputs = _forward(model, inputs)
         total, _ = loss_sum(outputs.logits, labels, self._teacher_logits(inputs), self._distill)
         count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        self.trained_tokens += labels.numel() if model.training else 0
+        self._trained_tokens += labels.numel() if model.training else 0
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's part of every step."""
+        rows, micro_batch = count_rows(self.train_dataset), self.args.per_device_train_batch_size
+        steps = StepRows(rows, self._batch, micro_batch, self.args.seed)
+        dataset: Any = self.train_dataset
+        return StepLoader(dataset, batch_sampler=steps, collate_fn=collate)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """This process's part of the held-out rows, each of which one process reads."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = count_rows(dataset)
+        own = own_parts(range(rows), self.args.per_device_eval_batch_size, rows)
+        return DataLoader(dataset, batch_sampler=own, collate_fn=collate)
 
     def _teacher_logits(self, inputs: dict[str, Tensor]) -> Tensor | None:
         if self._teacher is None or self._distill == 0:
@@ -68,22 +100,61 @@ class RowTrainer(SFTTrainer):
         model: Any = self.model
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for inputs in self.get_eval_dataloader(eval_dataset):
+        for batch in self.get_eval_dataloader(eval_dataset):
+            inputs: Any = self._prepare_inputs(batch)
             labels = inputs["labels"]
             with torch.no_grad(), self.compute_loss_context_manager():
                 _, crossed = loss_sum(_forward(model, inputs).logits, labels, None, 0.0)
             sums += torch.stack([crossed.double(), (labels[:, 1:] != IGNORED).sum().double()]).to(sums)
+        reshard(model)
         sums = self.accelerator.reduce(sums, "sum")
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp(min=1))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """All that training can have changed, whole."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(exist_ok=True)
+        keep(self.model, folder / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(model or self.model, Path(resume_from_checkpoint) / _TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state, schedule = optimizer_state(self.optimizer), _schedule(self)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            restore_optimizer(self.optimizer, state)
+            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            _schedule(self).load_state_dict(schedule)
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self._shards:  # whose parts alone go there
+            super()._move_model_to_device(model, device)
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        return nullcontext()  # each micro-batch's are reduced at once, so that no process holds them whole
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm: Any = super()._clip_grad_norm(model)
+        return whole(norm)
+
     @property
     def has_held_out(self) -> bool:
         """Whether there is anything to measure."""
-        held_out: Any = self.eval_dataset
-        return len(held_out) > 0
+        return count_rows(self.eval_dataset) > 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that all processes have trained on, pads included."""
+        return int(processes.all_sum(np.array([self._trained_tokens]))[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What transformers logs, without TRL's metrics of a loss that is not used."""
@@ -92,21 +163,13 @@ class RowTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
+def _schedule(trainer: Any) -> Any:
+    return trainer.lr_scheduler
+
+
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
     """Positions alone tell the examples of a row apart."""
     return model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-
-
-def as_dataset(windows: Windows) -> Dataset:
-    """Rows as the trainer takes them."""
-    return Dataset.from_dict(
-        {"input_ids": windows.ids, "labels": windows.labels, "position_ids": windows.positions}
-    )
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of rows of one length."""
-    return {name: torch.from_numpy(np.array([row[name] for row in rows], np.int64)) for name in rows[0]}
 
 
 class Begin(TrainerCallback):
@@ -205,7 +268,7 @@ def _settings(
     return {
         "output_dir": str(work), "max_steps": steps, "seed": seed, "data_seed": seed,
         "per_device_train_batch_size": stage.micro_batch, "per_device_eval_batch_size": stage.micro_batch,
-        "gradient_accumulation_steps": max(1, stage.batch // (stage.micro_batch * processes.world())),
+        "gradient_accumulation_steps": count_parts(stage.batch, stage.micro_batch),
         "learning_rate": stage.learning_rate, "warmup_steps": round(stage.warmup * steps),
         "lr_scheduler_type": stage.schedule, "weight_decay": stage.weight_decay, "adam_beta2": 0.95,
         "max_grad_norm": 1.0, "logging_steps": 1, "logging_nan_inf_filter": False,
@@ -215,4 +278,5 @@ def _settings(
         "report_to": report_to, "disable_tqdm": True, "bf16": has_gpu, "fp16": False,
         "use_cpu": not has_gpu, "gradient_checkpointing": has_gpu, "dataloader_num_workers": 0,
         "remove_unused_columns": False, "max_length": None, "include_num_input_tokens_seen": "no",
+        "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False,  # all are used, none changes
     }  # fmt: skip

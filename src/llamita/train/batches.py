@@ -1,0 +1,89 @@
+"""Which rows a process reads in which step: together they read the same rows, however many they are."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from llamita import processes
+from llamita.train.examples import IGNORED, Windows
+
+
+def as_dataset(windows: Windows) -> Dataset:
+    """Rows as the trainer takes them; behind the last, one without targets for processes that lack a row."""
+    length = windows.ids.shape[1]
+    blank = np.zeros((1, length), np.int64)
+    return Dataset.from_dict(
+        {
+            "input_ids": np.concatenate([windows.ids, blank]),
+            "labels": np.concatenate([windows.labels, blank + IGNORED]),
+            "position_ids": np.concatenate([windows.positions, blank + np.arange(length)]),
+        }
+    )
+
+
+def count_rows(dataset: Any) -> int:
+    """The rows of such a dataset that are data."""
+    return len(dataset) - 1
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of rows of one length."""
+    return {name: torch.from_numpy(np.array([row[name] for row in rows], np.int64)) for name in rows[0]}
+
+
+def count_parts(rows: int, micro_batch: int) -> int:
+    """Micro-batches that each process makes of so many rows of all."""
+    return math.ceil(math.ceil(rows / processes.world()) / micro_batch)
+
+
+def own_parts(rows: Sequence[int], micro_batch: int, blank: int) -> list[list[int]]:
+    """This process's rows in micro-batches, as many as any process has: a blank row where its own run out."""
+    mine = processes.share(len(rows))
+    own = rows[mine.start : mine.stop]
+    starts = (i * micro_batch for i in range(count_parts(len(rows), micro_batch)))
+    return [list(own[start : start + micro_batch]) or [blank] for start in starts]
+
+
+class StepRows(Sampler[list[int]]):
+    """This process's micro-batches of an epoch: of each step its part, the last step with what is left.
+
+    The order is the seed's and the epoch's, that of accelerate's SeedableRandomSampler.
+    """
+
+    def __init__(self, rows: int, batch: int, micro_batch: int, seed: int) -> None:
+        self._rows, self._batch, self._micro_batch, self._seed, self._epoch = (
+            rows,
+            batch,
+            micro_batch,
+            seed,
+            0,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch is read next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self._rows, self._batch)
+        return whole * count_parts(self._batch, self._micro_batch) + count_parts(rest, self._micro_batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = torch.randperm(self._rows, generator=generator).tolist()
+        for start in range(0, self._rows, self._batch):
+            yield from own_parts(order[start : start + self._batch], self._micro_batch, self._rows)
+
+
+class StepLoader(DataLoader[Any]):
+    """Loads what StepRows names; tells it the epoch, as the trainer does."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch is read next."""
+        rows: Any = self.batch_sampler
+        rows.set_epoch(epoch)
