@@ -2,16 +2,18 @@
 
     python benchmarks/qat.py --data pairs.tsv --task translation --work DIR --seeds 0,1,2
 
-With every seed the embedded model is trained for the same steps on the same data: in float, with the rounding
-in every step (qat), and in two stages (qat-lora), at one learning rate. What rounding costs is the loss of
-the float result rounded to nearest less that of the float result itself; `won back` is the share of it that
-a model does not lose. All models run in the engine, on examples that none has learned. Intervals are of the
-bootstrap over examples, paired, and over seeds.
+With every seed the embedded model is trained by the same stages, steps and learning rates on the same data,
+in float and with rounding in every step: all weights (float, qat); the same, then adaptors of rank 16 beside
+them (float-lora, which are merged in the end; qat-lora). What rounding costs is the loss of the float result
+rounded to nearest less that of the float result itself; `won back` is the share of it that a model does not
+lose. All models run in the engine, on examples that none has learned. Intervals are of the bootstrap over
+examples, paired, and over seeds.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +25,19 @@ from llamita.scheme import make_scheme
 from llamita.train.data import Data, load_data
 from llamita.train.finetune import Job, quiet, train
 from llamita.train.measures import example_losses
-from llamita.train.recipe import Recipe, adaptor_place, change, read_recipe
+from llamita.train.recipe import Recipe, adaptor_place, parse_recipe
 from llamita.train.save import save_adaptors, save_float, save_packed
 
 DRAWS = 2000
 Losses = dict[str, list[np.ndarray]]  # of every example, by model
 
 
-CHAINS = {  # the best after training: the preset's, and the best of docs/quality.md
-    "preset llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
-    "spinquant+qronos+tune": ("spinquant+qronos+tune", {"tune.rate": 0}),
-}
+PAIRS = {"float": "qat", "float-lora": "qat-lora"}  # trained alike
+CHAINS: dict[str, tuple[str, dict[str, Any]]] = {  # to nearest; the best of docs/quality.md at equal size
+    "rtn": ("rtn", {}),
+    "preset llamita": (
+        "equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
+}  # fmt: skip
 
 
 def fresh(path: Path) -> Path:
@@ -48,39 +52,34 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> Losses:
     source = Checkpoint(resolve("embedded"))
     recipes = recipes_of(arguments)
     data = load_data(arguments.data, arguments.task, source, recipes["float"], 0)  # held out: the same always
-    places: dict[str, Path] = {}
-    for name in ("float", "rtn", *CHAINS, "qat", "qat-lora"):
-        places[name] = arguments.work / f"{name.replace(' ', '-')}-{seed}"
-        if places[name].exists():
-            continue
-        if name in recipes:
-            make(source, data, recipes[name], seed, places[name])
-        else:
-            method, chosen = CHAINS.get(name, (name, {}))
-            setup = Setup(data.calibration("data", 128), seed, settings=chosen) if chosen else None
-            scheme = make_scheme("llama3.2", arguments.group_size)
-            quantize(Checkpoint(places["float"]), "float", places[name], scheme, method, setup)
-    return {name: losses_of(data, place) for name, place in places.items()}
+    found: Losses = {}
+    for base, rounded in PAIRS.items():
+        places = {name: arguments.work / f"{name}-{seed}" for name in (base, rounded)}
+        for name, place in places.items():
+            if not place.exists():
+                make(source, data, recipes[name], seed, place)
+        for name, (method, chosen) in CHAINS.items():
+            places[f"{base}, {name}"] = place = arguments.work / f"{base}-{name.replace(' ', '-')}-{seed}"
+            if not place.exists():
+                setup = Setup(data.calibration("data", 128), seed, settings=chosen) if chosen else None
+                scheme = make_scheme("llama3.2", arguments.group_size)
+                quantize(Checkpoint(places[base]), base, place, scheme, method, setup)
+        found |= {name: losses_of(data, place) for name, place in places.items()}
+    return found
 
 
 def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
-    """What is trained: as many steps in all, however they are divided."""
-    plain = [f"steps={arguments.steps}", f"learning_rate={arguments.rate}", f"length={arguments.length}",
-             "batch=4", "micro_batch=4", f"held_out={arguments.held_out}"]  # fmt: skip
-    rounded = [
-        *plain,
-        f"group_size={arguments.group_size}",
-        "distill=0",
-    ]  # the base knows nothing of the task
+    """What is trained, without a teacher: the base knows nothing of the task."""
+    weights = {"steps": arguments.steps, "learning_rate": arguments.rate}
+    adaptors = {"train": "adaptors", "steps": arguments.lora_steps, "learning_rate": arguments.lora_rate}
+    stages = {"float": [weights], "float-lora": [weights, adaptors]}
+    shape = {"length": arguments.length, "held_out": arguments.held_out, "group_size": arguments.group_size}
+    batch = {"batch": 4, "micro_batch": 4}
     return {
-        "float": change(read_recipe("sft"), plain),
-        "qat": change(read_recipe("qat"), rounded),
-        "qat-lora": change(
-            read_recipe("llama3.2-qat-lora").without_preferences(),
-            [*rounded, f"1.steps={arguments.steps - arguments.lora_steps}",
-             f"2.steps={arguments.lora_steps}", f"2.learning_rate={arguments.lora_rate}"],
-        ),
-    }  # fmt: skip
+        name: parse_recipe({**shape, "stages": [{**batch, **stage, "quantized": rounded} for stage in given]})
+        for base, given in stages.items()
+        for name, rounded in ((base, False), (PAIRS[base], True))
+    }
 
 
 def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path) -> None:
@@ -90,7 +89,8 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path)
     with quiet():
         if not recipe.is_quantized:
             partial = fresh(place.with_name(f"{place.name}-partial"))
-            save_float(trained.model, source, partial)
+            model = trained.model.merge_and_unload() if recipe.has_adaptors else trained.model
+            save_float(model, source, partial)
             partial.rename(place)
             return
         model = trained.model
@@ -108,8 +108,8 @@ def losses_of(data: Data, place: Path) -> list[np.ndarray]:
     return example_losses(llm, [one for one, _ in data.measured], "a" if beside.exists() else None)
 
 
-def interval(seeds: list[Losses], name: str) -> tuple[float, float, float]:
-    """Won back, and its 95 % interval: examples and seeds are drawn again."""
+def interval(seeds: list[Losses], base: str, name: str) -> tuple[float, float, float]:
+    """What a model wins back of what rounding costs `base`, with a 95 % interval over examples and seeds."""
     random = np.random.default_rng(0)
     sums = [
         {model: np.array([one.sum() for one in losses]) for model, losses in found.items()} for found in seeds
@@ -117,7 +117,8 @@ def interval(seeds: list[Losses], name: str) -> tuple[float, float, float]:
 
     def share(drawn: list[dict[str, np.ndarray]], picked: np.ndarray) -> float:
         total = {model: sum(float(found[model][picked].sum()) for found in drawn) for model in sums[0]}
-        return (total["rtn"] - total[name]) / (total["rtn"] - total["float"])
+        rounded = total[f"{base}, rtn"]
+        return (rounded - total[name]) / (rounded - total[base])
 
     count = len(sums[0]["float"])
     draws = [
@@ -152,11 +153,12 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     seeds = [run_seed(arguments, seed) for seed in arguments.seeds]
     print("| model | loss, nats a learned token | won back |\n|---|---|---|")
-    for name in seeds[0]:
-        means = [float(np.concatenate(found[name]).mean()) for found in seeds]
-        shown = f"{np.mean(means):.4f} ({', '.join(f'{mean:.4f}' for mean in means)})"
-        won, low, high = interval(seeds, name)
-        print(f"| {name} | {shown} | {won:.0%} ({low:.0%} to {high:.0%}) |")
+    for base, rounded in PAIRS.items():
+        for name in (base, *(f"{base}, {chain}" for chain in CHAINS), rounded):
+            means = [float(np.concatenate(found[name]).mean()) for found in seeds]
+            shown = f"{np.mean(means):.4f} ({', '.join(f'{mean:.4f}' for mean in means)})"
+            won, low, high = interval(seeds, base, name)
+            print(f"| {name} | {shown} | {won:.0%} ({low:.0%} to {high:.0%}) |")
 
 
 if __name__ == "__main__":
