@@ -57,7 +57,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> Losses:
         places = {name: arguments.work / f"{name}-{seed}" for name in (base, rounded)}
         for name, place in places.items():
             if not place.exists():
-                make(source, data, recipes[name], seed, place)
+                begun = arguments.work / f"{name.removesuffix('-lora')}-{seed}"
+                make(source, data, recipes[name], seed, place, begun)
         for name, (method, chosen) in CHAINS.items():
             places[f"{base}, {name}"] = place = arguments.work / f"{base}-{name.replace(' ', '-')}-{seed}"
             if not place.exists():
@@ -82,9 +83,12 @@ def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
     }
 
 
-def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path) -> None:
-    """Train and save a model."""
+def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path, begun: Path) -> None:
+    """Train and save a model, whose first stage that of the one at `begun` may be."""
     work = fresh(place.with_name(f"{place.name}-work"))
+    if begun.exists():
+        for kept in begun.with_name(f"{begun.name}-work").glob("stage-1.*"):
+            shutil.copy(kept, work)
     trained = train(Job(source, recipe, data.rows, data.held_out, work, seed=seed))
     with quiet():
         if not recipe.is_quantized:

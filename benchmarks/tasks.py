@@ -29,7 +29,10 @@ def finetune(base: str, out: Path, task: str, data: Path, options: list[str]) ->
     if not told.exists():
         command = [sys.executable, "-m", "llamita", "finetune", base, "--data", str(data), "--task", task,
                    "-o", str(out), "--overwrite", "--json", *options]  # fmt: skip
-        told.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stdout, "utf-8")
+        partial = told.with_suffix(".partial")
+        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        partial.write_text(ran.stdout, "utf-8")
+        partial.rename(told)
     return json.loads(told.read_text("utf-8"))
 
 

@@ -116,6 +116,19 @@ def test_qat_lora_makes_a_packed_model_and_adaptors(
     ids = list(range(2, 30))
     assert np.abs(llm.logits(ids, adaptor="a") - llm.logits(ids)).max() > 1e-3
     assert run("finetune", model, *options, "-o", out, "--overwrite") == 0
+    capsys.readouterr()
+    assert run("finetune", model, "--data", data, "--method", "qat", "-o", out, "--overwrite", *FAST) == 2
+    assert "out-adaptor has the adaptors of the out that would be replaced" in one_line(capsys)
+
+
+def test_a_teacher_is_not_replaced(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    teacher = tmp_path / "teacher"
+    options = ("--data", data, *FAST)
+    assert run("finetune", model, *options, "--method", "full", "-o", teacher) == 0
+    capsys.readouterr()
+    taught = ("--method", "qat", "--teacher", teacher, "-o", teacher, "--overwrite")
+    assert run("finetune", model, *options, *taught) == 2
+    assert "holds the source" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,7 @@ def test_qat_lora_makes_a_packed_model_and_adaptors(
         (("--set", "length=100000"), "length: expected at most 512 tokens, the model's context"),
         (("--set", "length=4"), "expected examples to learn from, got none"),
         (("--teacher", "/nowhere", "--set", "distill=0.5"), "/nowhere"),
+        (("--set", "evaluate_every=2", "--set", "held_out=0"), "evaluate_every: expected held_out beside it"),
         (("--teacher", "/nowhere"), "--teacher: expected a stage that distils, got none"),
         (("--report-to", "nobody"), "--report-to: expected what transformers can report to, got nobody"),
         (("--method", "qat", "--set", "start=magic"), "--method: expected one of rtn"),

@@ -14,7 +14,7 @@ from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
 from llamita.tokenizer import Tokenizer
 from llamita.train.preferences import Pair, read_pairs
-from llamita.train.recipe import parse_recipe, read_recipe
+from llamita.train.recipe import change, parse_recipe, read_recipe
 from llamita.train.records import Record
 
 CHAT = (
@@ -68,6 +68,14 @@ def test_only_the_last_of_many_turns_is_compared(tokenizer: Tokenizer, has_promp
     assert tokenizer.decode(pair.rejected[:-1]) == "bad</assistant>"
 
 
+def test_a_prompt_that_the_conversations_begin_with_stands_there_once(tokenizer: Tokenizer) -> None:
+    said_once = [{"role": "user", "content": "Hi?"}]
+    pair = pair_of(
+        tokenizer, CHAT, prompt="Hi?", chosen=[*said_once, *said("good")], rejected=[*said_once, *said("bad")]
+    )
+    assert tokenizer.decode(pair.prompt) == "<user>Hi?</user><assistant>"
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
@@ -75,7 +83,11 @@ def test_only_the_last_of_many_turns_is_compared(tokenizer: Tokenizer, has_promp
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "here: expected two answers that differ"),
         ({"chosen": "a", "rejected": "b"}, "here: chosen: expected the assistant's answer to a prompt"),
         ({"chosen": [*BEFORE, *said("a")], "rejected": [BEFORE[0], *said("b")]}, "the same conversation"),
-        ({"prompt": "p", "chosen": "a", "rejected": BEFORE}, "here: rejected: expected the assistant's"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": BEFORE},
+            "here: rejected: expected an answer, or the turns",
+        ),
+        ({"prompt": "p", "chosen": said(" "), "rejected": "a"}, "here: chosen: expected the assistant's"),
     ],
 )
 def test_a_record_that_is_no_pair_is_named(tokenizer: Tokenizer, values: Any, told: str) -> None:
@@ -96,6 +108,9 @@ def test_stages_with_preferences_come_last_and_train_adaptors() -> None:
     recipe = read_recipe("llama3.2-qat-lora")
     assert [stage.prefers for stage in recipe.stages] == [False, False, True]
     assert [stage.train for stage in recipe.without_preferences().stages] == ["weights", "adaptors"]
+    assert change(recipe, ["distill=0.3"]).stages[2].distill == 0
+    with pytest.raises(InputError, match="no distill"):
+        change(recipe, ["3.distill=0.3"])
     with pytest.raises(InputError, match="preferences: expected train: adaptors"):
         parse_recipe({"stages": [{"objective": "preferences"}]})
     adaptors, prefers = {"train": "adaptors"}, {"train": "adaptors", "objective": "preferences"}

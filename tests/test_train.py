@@ -256,6 +256,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         finetune.train(job_of(path, tmp_path / "killed", recipe, progress=stop))
     (tmp_path / "killed" / "stage-1" / "checkpoint-6").mkdir()  # cut short, without its state
+    torn = tmp_path / "killed" / "stage-1" / "checkpoint-5"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"epoch": ')
     again = finetune.train(job_of(path, tmp_path / "killed", recipe))
     assert again.held_out_losses[-1] == whole.held_out_losses[-1]
     for name, parameter in again.model.named_parameters():

@@ -97,8 +97,7 @@ def command(
 
     Example: llamita finetune meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --method qat -o tuned-4bit
     """
-    chosen = _recipe(method, recipe, preset, group_size, settings or [])
-    chosen = _with_or_without(chosen, preferences)
+    chosen = _recipe(method, recipe, preset, group_size, settings or [], preferences)
     _check_processes(chosen, shard)
     use_threads(processes.fair_threads(threads))
     is_first = processes.rank() == 0
@@ -106,7 +105,7 @@ def command(
     other = _teacher_path(teacher, source, chosen)
     run = None if dry_run else load_optional(RUN, _LACKING)
     if run is not None:
-        _check_out(out, chosen, overwrite, source)
+        _check_out(out, chosen, overwrite, source.path, other)
     with console.progress(quiet=json or not is_first) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
         if preferences is not None:
@@ -114,7 +113,8 @@ def command(
         if is_first:
             console.note(found.note)
         if run is None or out is None:
-            return _print_plan(found, chosen, source.config, json) if is_first else None
+            shards = processes.world() if shard else 1
+            return _print_plan(found, chosen, source.config, shards, json) if is_first else None
         order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite,
                       shard)  # fmt: skip
         result = _train(run, order, progress)
@@ -122,12 +122,19 @@ def command(
         _print_result(out, result, json)
 
 
-def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, source: Checkpoint) -> None:
+def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, *read: Path | None) -> None:
+    """See that what is made replaces nothing that is read, and leaves no adaptors of an earlier OUT."""
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
-    check_target(out, overwrite, source.path)
-    if recipe.is_quantized and recipe.has_adaptors:
-        check_target(adaptor_place(out), overwrite, source.path)
+    beside = adaptor_place(out)
+    has_two = recipe.is_quantized and recipe.has_adaptors
+    for path in read:
+        check_target(out, overwrite, path)
+        if has_two:
+            check_target(beside, overwrite, path)
+    if out.exists() and beside.exists() and not has_two:
+        raise InputError(f"--out: {beside} has the adaptors of the {out.name} that would be replaced; "
+                         "try to remove it, or another name")  # fmt: skip
 
 
 def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path | None:
@@ -143,11 +150,12 @@ def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path 
 
 
 def _recipe(
-    method: str, name: str | None, preset: str | None, group_size: int | None, settings: list[str]
-) -> Recipe:
+    method: str, name: str | None, preset: str | None, group_size: int | None, settings: list[str],
+    preferences: str | None,
+) -> Recipe:  # fmt: skip
     if method not in METHODS:
         raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    recipe = read_recipe(name or METHODS[method])
+    recipe = _with_or_without(read_recipe(name or METHODS[method]), preferences)
     scheme = [f"preset={preset}"] if preset else []
     scheme += [f"group_size={group_size}"] if group_size else []
     changed = change(recipe, [*scheme, *settings])
@@ -206,13 +214,13 @@ def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> d
     return result | {"seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
 
 
-def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, json: bool) -> None:
+def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, shards: int, json: bool) -> None:
     learned, measured = data.learned, len(data.measured)
     rows, length = data.rows.ids.shape
     values = {"examples": learned, "held_out_examples": measured, "rows": rows, "length": length,
               "tokens": rows * length, "learned_tokens": data.learned_tokens,
-              "memory_bytes": {"cpu": expected_memory(config, recipe, on_gpu=False),
-                               "gpu": expected_memory(config, recipe, on_gpu=True)},
+              "memory_bytes": {"cpu": expected_memory(config, recipe, on_gpu=False, shards=shards),
+                               "gpu": expected_memory(config, recipe, on_gpu=True, shards=shards)},
               "recipe": recipe.to_dict()}  # fmt: skip
     if json:
         return console.print_json(values)

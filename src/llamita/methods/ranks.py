@@ -78,4 +78,6 @@ def told_when_lost(advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise RunError(f"torchrun: expected every process to go on, got one that ended; {advice}") from None
+        raise RunError(
+            f"torchrun: expected every process to go on, got one that ended or no longer answers; {advice}"
+        ) from None

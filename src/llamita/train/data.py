@@ -51,8 +51,9 @@ class Data:
         return int(self.rows.is_target.sum())
 
     def calibration(self, name: str, samples: int) -> Calibration:
-        """The first rows, for methods that measure what layers see."""
-        tokens = np.ascontiguousarray(self.rows.ids[:samples], np.int32)
+        """Some rows, drawn, for methods that measure what layers see: packing puts long examples first."""
+        order = np.random.default_rng(0).permutation(len(self.rows.ids))
+        tokens = np.ascontiguousarray(self.rows.ids[np.sort(order[:samples])], np.int32)
         return Calibration(name, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
 
 
@@ -113,7 +114,7 @@ def with_preferences(
     tokenizer = Tokenizer(source.path, source.config)
     template = _template(source, tokenizer)
     pairs, note = read_pairs(read_data(name, limit), tokenizer, template, recipe.length)
-    learned, measured = _divide(pairs, recipe.held_out, seed)
+    learned, measured = _divide(pairs, recipe.held_out, seed, "--preferences")
     digest = hashlib.sha256(bytes.fromhex(data.sha256))
     for pair in (*learned, *measured):
         digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
@@ -130,11 +131,11 @@ def _template(source: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
     return ChatTemplate(text, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
-def _divide(examples: list[T], share: float, seed: int) -> tuple[list[T], list[T]]:
+def _divide(examples: list[T], share: float, seed: int, option: str = "--data") -> tuple[list[T], list[T]]:
     """Those that are learned, and a share of them, drawn by the seed, that is only measured."""
     count = 0 if share == 0 else max(_LEAST_HELD_OUT, round(share * len(examples)))
     if count >= len(examples):
-        raise InputError(f"--data: expected more than {count} examples, {count} of them to be held out, "
+        raise InputError(f"{option}: expected more than {count} examples, {count} of them to be held out, "
                          f"got {len(examples)}; try more data, or --set held_out=0")  # fmt: skip
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]

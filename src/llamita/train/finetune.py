@@ -86,11 +86,14 @@ class Trained:
         model: transformers' model, fake-quantized layers in it where the last stage had them; PEFT's around
             it where it has adaptors.
         history: what was logged, in order: "stage", "step", "loss", "eval_loss", ….
+        tokens, seconds: of training on rows by this run, pads included.
     """
 
     model: Any
     recipe: Recipe
     history: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def held_out_losses(self) -> list[float]:
@@ -99,9 +102,8 @@ class Trained:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of training alone, pads included, as far as this run did it."""
-        seconds = sum(row.get("train_runtime", 0.0) for row in self.history)
-        return sum(row.get("trained_tokens", 0.0) for row in self.history) / seconds if seconds else 0.0
+        """0 where this run had nothing left to train."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def scheme_of(recipe: Recipe) -> QuantScheme:
@@ -188,7 +190,10 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
         history += _prefer(trained.model, job, number, stage)
     else:
         trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
-        history += [*trainer.state.log_history, {"trained_tokens": trainer.trained_tokens}]
+        tokens = trainer.trained_tokens
+        history += [*trainer.state.log_history, {"trained_tokens": tokens}]
+        trained.tokens += tokens
+        trained.seconds += sum(row.get("train_runtime", 0.0) for row in history)
     for one in (switch, turned):
         if one is not None:
             one.on = True
@@ -208,8 +213,7 @@ def _prefer(model: Any, job: Job, number: int, stage: Stage) -> list[dict[str, A
     trainer = PairTrainer(
         model, args=preference_config(job.recipe, stage, len(job.pairs), job.seed, folder, job.report_to),
         train_dataset=as_pairs(job.pairs), eval_dataset=as_pairs(job.held_out_pairs) or None,
-        processing_class=AutoTokenizer.from_pretrained(job.source.path, local_files_only=True),
-        callbacks=[_tell(job, stage)],
+        processing_class=_tokenizer(job), callbacks=[_tell(job, stage)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
@@ -228,12 +232,28 @@ def _last_checkpoint(folder: Path) -> str | None:
     newest = 0
     if processes.rank() == 0:
         for path in folder.glob("checkpoint-*"):
-            if (path / "trainer_state.json").is_file():
+            if _is_whole(path / "trainer_state.json"):
                 newest = max(newest, int(path.name.split("-")[1]))
             else:
                 shutil.rmtree(path, ignore_errors=True)
     newest = processes.agreed(newest)
     return str(folder / f"checkpoint-{newest}") if newest else None
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        json.loads(state.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _tokenizer(job: Job) -> Any:
+    """transformers' own, which trainers want to know what pads; where nothing does, any token can."""
+    tokenizer = AutoTokenizer.from_pretrained(job.source.path, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switch | None) -> RowTrainer:
@@ -245,11 +265,10 @@ def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switc
         callbacks.append(Begin(switch, stage.fake_quant_after))
     if job.recipe.patience is not None:
         callbacks.append(Patience(job.recipe.patience))
-    tokenizer = AutoTokenizer.from_pretrained(job.source.path, local_files_only=True)
     teacher = load_float(job.teacher or job.source.path).eval() if stage.distill else None
     trainer = RowTrainer(
         model=model, args=config, train_dataset=as_dataset(job.rows), eval_dataset=as_dataset(job.held_out),
-        data_collator=collate, processing_class=tokenizer, callbacks=callbacks,
+        data_collator=collate, processing_class=_tokenizer(job), callbacks=callbacks,
         batch=stage.batch, teacher=teacher, distill=stage.distill, shards=job.shard,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

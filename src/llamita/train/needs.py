@@ -29,13 +29,13 @@ def _stage_memory(config: ModelConfig, recipe: Recipe, stage: Stage, on_gpu: boo
         kept += _F32 * trained
     if stage.distill:
         kept += weights * (_BF16 if on_gpu else _F32)
-    tokens = stage.micro_batch * recipe.length
+    tokens = stage.micro_batch * recipe.length * (2 if stage.prefers else 1)  # both answers of a pair
     layers = 1 if on_gpu else config.layers  # whose inner values are there at a time
     used = layers * (tokens * _activation_bytes(config, stage, on_gpu) + _rounded_bytes(linear, stage))
     used += _rounded_bytes(table, stage)
     if on_gpu:
         used += tokens * config.layers * config.hidden_size * _BF16
-    models = _LOGIT_COPIES + (1 if stage.distill else 0)
+    models = _LOGIT_COPIES + (1 if stage.distill or stage.prefers else 0)
     logits = models * tokens * config.vocab_size * _F32
     return _TORCH_MEMORY * (not on_gpu) + kept / shards + used + logits
 

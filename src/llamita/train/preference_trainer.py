@@ -52,7 +52,10 @@ class Scored(dict[str, Tensor]):
     """What TRL reads of each token that a label foretells: (rows, length - 1) each, by name."""
 
     def __getattr__(self, name: str) -> Tensor:
-        return self[name]
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 def _forward(model: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:

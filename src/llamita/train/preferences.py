@@ -44,6 +44,8 @@ def read_pairs(
         InputError: a record is no such pair, by its place; or none is left.
     """
     pairs = [_pair(record, tokenizer, template) for record in records]
+    if not pairs:
+        raise InputError("--preferences: expected pairs of answers, got no records")
     kept = [pair for pair in pairs if pair.length <= length]
     if not kept:
         raise InputError(
@@ -60,8 +62,7 @@ def read_pairs(
 def _pair(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> Pair:
     before = _turns(record, "prompt", "user") if "prompt" in record.values else ()
     answered = [
-        tokenize(Conversation(record.place, (*before, *turns)), tokenizer, template)
-        for turns in _answers(record, bool(before))
+        tokenize(Conversation(record.place, turns), tokenizer, template) for turns in _answers(record, before)
     ]
     starts = [_answer_start(example.is_learned) for example in answered]
     prompts = [example.ids[:start].tolist() for example, start in zip(answered, starts, strict=True)]
@@ -73,13 +74,18 @@ def _pair(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -
     return Pair(record.place, prompts[0], chosen, rejected)
 
 
-def _answers(record: Record, has_prompt: bool) -> Iterator[tuple[Turn, ...]]:
-    """The preferred answer, then the other; whole conversations where no prompt stands apart."""
+def _answers(record: Record, before: tuple[Turn, ...]) -> Iterator[tuple[Turn, ...]]:
+    """The conversation with the preferred answer, then with the other; `before` may stand in them already."""
     for name in ("chosen", "rejected"):
         turns = _turns(record, name, "assistant")
-        if turns[-1]["role"] != "assistant" or (not has_prompt and len(turns) == 1):
+        begins = before and turns[: len(before)] == before
+        if before and not begins and len(turns) > 1:
+            raise InputError(f"{record.place}: {name}: expected an answer, or the turns of prompt before it")
+        whole = turns if begins else (*before, *turns)
+        last = whole[-1]
+        if len(whole) == 1 or last["role"] != "assistant" or not last["content"].strip():
             raise InputError(f"{record.place}: {name}: expected the assistant's answer to a prompt")
-        yield turns
+        yield whole
 
 
 def _turns(record: Record, name: str, role: str) -> tuple[Turn, ...]:

@@ -22,6 +22,7 @@ _RANGES = (
     ("distill", 0.0, 1.0), ("beta", 0.001, 10.0),
 )  # fmt: skip
 _FRACTIONS = (*(name for name, _, _ in _RANGES), "held_out")
+_ANSWERS_ALONE = ("distill", "fake_quant_after")  # settings that stages with preferences have not
 _LARGEST = 1 << 16  # bytes of a recipe
 
 
@@ -78,8 +79,9 @@ class Stage:
             raise InputError(
                 f"batch: expected a multiple of micro_batch, {self.micro_batch}, got {self.batch}"
             )
-        if self.prefers and (self.train != "adaptors" or self.distill):
-            raise InputError("objective: preferences: expected train: adaptors and distill: 0 beside it")
+        if self.prefers and (self.train != "adaptors" or self.distill or self.fake_quant_after):
+            raise InputError("objective: preferences: expected train: adaptors beside it, no distill and "
+                             "no fake_quant_after")  # fmt: skip
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -111,7 +113,8 @@ class Recipe:
         start: the chain of methods that rounds the model where such a stage begins, calibrated on the data.
         length: tokens of a row, in which examples are packed whole.
         held_out: the share of the examples that is not learned from, only measured.
-        evaluate_every: steps from one measurement to the next; 0 measures at the end alone.
+        evaluate_every: steps from one measurement to the next; 0 measures at the end alone, as stages that
+            learn from preferences do.
         save_every: steps after which a killed run can go on.
         patience: measurements without gain after which a stage ends; None never ends early.
     """
@@ -135,6 +138,8 @@ class Recipe:
         _integer("length", self.length, 2)
         _number("held_out", self.held_out, 0.0, 0.5)
         _integer("evaluate_every", self.evaluate_every, 0)
+        if self.evaluate_every and not self.held_out:
+            raise InputError("evaluate_every: expected held_out beside it, got none")
         _integer("save_every", self.save_every, 1)
         if self.patience is not None:
             _integer("patience", self.patience, 1)
@@ -259,7 +264,8 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
             whole[name] = read
         else:
             for stage in stages:
-                stage[name] = read
+                if dot or name not in _ANSWERS_ALONE or stage["objective"] == "answers":
+                    stage[name] = read
     return parse_recipe(whole, "--set")
 
 

@@ -23,7 +23,7 @@ from llamita.train.save import save_adaptors, save_float, save_packed, writing
 
 PLOT = "loss.svg"
 _CALIBRATION_ROWS = 128
-_PATIENCE = 600.0  # seconds that a process waits for another, which may write a checkpoint meanwhile
+_PATIENCE = 1800.0  # seconds that a process waits for another, which may write a checkpoint meanwhile
 
 
 def run(order: Order, progress: Progress) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _save(trained: Trained, order: Order, work: Path, record: dict[str, Any]) ->
     with staged(beside, order.overwrite, order.source.path) as directory:
         _write_record(directory, record)
         save_adaptors(trained.model, str(out), directory)
-        _save_packed(trained.model.unload(), order, work, record)  # both are there, or neither
+        _save_packed(trained.model.unload(), order, work, record)  # the other follows at once
     return (f"a 4-bit model and, in {beside}, adaptors",
             f"llamita generate {out} --prompt TEXT --adaptor {beside}")  # fmt: skip
 
