@@ -77,12 +77,12 @@ def _pair(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -
 def _answers(record: Record, before: tuple[Turn, ...]) -> Iterator[tuple[Turn, ...]]:
     """The conversation with the preferred answer, then with the other; `before` may stand in them already."""
     for name in ("chosen", "rejected"):
-        turns = _turns(record, name, "assistant")
-        begins = before and turns[: len(before)] == before
+        turns = list(_turns(record, name, "assistant"))
+        begins = bool(before) and turns[: len(before)] == list(before)
         if before and not begins and len(turns) > 1:
             raise InputError(f"{record.place}: {name}: expected an answer, or the turns of prompt before it")
-        whole = turns if begins else (*before, *turns)
-        last = whole[-1]
+        whole = tuple(turns) if begins else (*before, *turns)
+        last = turns[-1]
         if len(whole) == 1 or last["role"] != "assistant" or not last["content"].strip():
             raise InputError(f"{record.place}: {name}: expected the assistant's answer to a prompt")
         yield whole
