@@ -57,13 +57,8 @@ class StepRows(Sampler[list[int]]):
     """
 
     def __init__(self, rows: int, batch: int, micro_batch: int, seed: int) -> None:
-        self._rows, self._batch, self._micro_batch, self._seed, self._epoch = (
-            rows,
-            batch,
-            micro_batch,
-            seed,
-            0,
-        )
+        self._rows, self._batch, self._micro_batch = rows, batch, micro_batch
+        self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch is read next."""
