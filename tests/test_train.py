@@ -213,17 +213,23 @@ def test_training_in_float_lowers_the_loss_and_saves_a_checkpoint(tmp_path: Path
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("family", ["llama3", "llama32"])
+@pytest.mark.parametrize(
+    ("family", "start"),
+    [("llama3", "rtn"), ("llama32", "rtn"), ("llama3", "llamita"), ("llama32", "llamita")],
+)
 def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
-    tmp_path: Path, family: str
+    tmp_path: Path, family: str, start: str
 ) -> None:
     path = make_checkpoint(tmp_path / "model", family)
-    job = job_of(path, tmp_path / "work", recipe_of(quantized=True, distill=0.5))
+    recipe = replace(recipe_of(quantized=True, distill=0.5), start=start)
+    calibration = Calibration("rows", "0" * 64, rows_of(8, 64).ids.astype(np.int32))
+    job = job_of(path, tmp_path / "work", recipe, calibration=calibration)
     trained = finetune.train(job)
     scheme = finetune.scheme_of(job.recipe)
     out = tmp_path / "out"
     save_packed(trained.model, job.source, "tiny", out, scheme, job.work, {}, overwrite=False)
     packed = PackedModel(out)
+    assert packed.rotations.names == (("R4",) if start == "llamita" else ())
     changed = 0
     original = RoundedSource(job.source, scheme)
     names = [f"model.layers.{i}.{name}" for i in range(2) for name in LINEARS] + ["model.embed_tokens"]

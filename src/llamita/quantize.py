@@ -139,7 +139,7 @@ def _card(source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, su
     ).encode()  # fmt: skip
 
 
-def take_part(source: Checkpoint, scheme: QuantScheme, method: str, setup: Setup) -> None:
+def take_part(source: FloatSource, scheme: QuantScheme, method: str, setup: Setup) -> None:
     """What every process but the first does under torchrun: its part of a method's work, nothing written."""
     chain = parse_chain(method)
     if chain.needs_calibration(setup.settings):

@@ -15,7 +15,6 @@ from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Thre
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.machine import MemoryWatch
-from llamita.methods.chain import parse_chain
 from llamita.optional import load_optional
 from llamita.packed import METADATA
 from llamita.resume import has_kept_work
@@ -26,6 +25,7 @@ from llamita.train.data import Data, load_data, with_preferences
 from llamita.train.needs import expected_memory
 from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
+from llamita.train.start import parse_start
 from llamita.train.tasks import TASKS
 
 RUN = "llamita.train.run:run"
@@ -162,7 +162,7 @@ def _recipe(
     if scheme and not changed.is_quantized:
         raise InputError("--preset, --group-size: expected with a method that gives a 4-bit model (qat); "
                          "try quantize on what this makes")  # fmt: skip
-    parse_chain(changed.start)
+    parse_start(changed.start)
     return changed
 
 
@@ -179,7 +179,7 @@ def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
 
 
 def _check_processes(recipe: Recipe, shard: bool) -> None:
-    start, least = parse_chain(recipe.start), min(stage.batch for stage in recipe.stages)
+    (start, _), least = parse_start(recipe.start), min(stage.batch for stage in recipe.stages)
     if least < processes.world():
         raise InputError(f"batch: expected a row for each of {processes.world()} processes, got {least}; "
                          "try fewer processes")  # fmt: skip

@@ -7,6 +7,7 @@ Scales are chosen before training, by any method that quantizes.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,21 +84,24 @@ class FakeQuantLinear(nn.Linear):
     Attributes:
         bits: of its codes.
         scales: (outputs, groups) float32, a buffer.
+        online: what happens to inputs before they are rounded, as R4 does; None for most layers.
     """
 
     scales: Tensor
 
     def __init__(
-        self, linear: nn.Linear, bits: int, scales: Tensor, shared: SharedInput, switch: Switch
-    ) -> None:
+        self, linear: nn.Linear, bits: int, scales: Tensor, shared: SharedInput, switch: Switch,
+        online: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
         self.register_buffer("scales", scales, persistent=False)  # the same in every checkpoint
-        self._shared, self._switch = shared, switch
+        self._shared, self._switch, self.online = shared, switch, online
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
+        input = self.online(input.float()) if self.online else input
         if not self._switch.on:
             return functional.linear(input, self.weight, self.bias)
         weight = _Dequantized.apply(self.weight, self.scales, self.bits)

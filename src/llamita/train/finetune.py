@@ -31,7 +31,7 @@ from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
 from llamita.train.sharding import keep, restore, take_whole
-from llamita.train.start import rounded
+from llamita.train.start import start
 from llamita.train.trainer import (
     Begin,
     Patience,
@@ -146,7 +146,8 @@ def _quantize(model: Any, job: Job) -> Switch:
     setup = Setup(job.calibration, job.seed, progress=job.progress)
     with _as_checkpoint(model, job) as source:
         scheme, place = scheme_of(job.recipe), job.work / "start"
-        return prepare(model, rounded(source, job.source, scheme, job.recipe.start, setup, place))
+        begun = start(source, job.source, scheme, job.recipe.start, setup, place)
+        return prepare(model, begun.rounded, begun.floats)
 
 
 @contextmanager

@@ -10,32 +10,40 @@ from llamita.affine import CODE_RANGE, to_f32
 from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource
 from llamita.errors import InputError
 from llamita.methods.blocks import STEPS
+from llamita.methods.online import online_transform
 from llamita.packing import unpack_int4
+from llamita.rotations import Rotations
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear, SharedInput, Switch
+from llamita.transformed import FloatSource, rotations_of
 
 _TABLE, _HEAD = "model.embed_tokens", "lm_head"
 _INSIDE = 0.49  # of a step, how far beyond the last code a weight may begin
 _CROSSED = 0.25  # how far from its code a weight begins whose code is not the nearest, in steps
 
 
-def prepare(model: Any, rounded: ModelSource) -> Switch:
+def prepare(model: Any, rounded: ModelSource, floats: FloatSource | None = None) -> Switch:
     """Change linear layers and tables of a `LlamaForCausalLM` in place, so that codes are those of `rounded`.
 
-    Parameters stay as they are, but for weights whose nearest code is another: these move to their code's
-    side, not to its very edge, from where the first step would throw half of them back.
+    Parameters become those of `floats`, but for weights whose nearest code is another: these move to their
+    code's side, not to its very edge, from where the first step would throw half of them back.
 
     Args:
         rounded: the same model quantized, by whatever method.
+        floats: what was rounded, where that is not the model's own weights. It may have R4.
 
     Returns:
         what turns the rounding of all layers on and off; it is on.
 
     Raises:
-        InputError: the quantized model computes something online that training has not.
+        InputError: the model is rotated in a way that training has not.
     """
-    if rounded.rotations.to_list():
-        raise InputError("rotations: training has none; try --set start=qronos")
-    switch = Switch()
+    rotations = Rotations() if floats is None else rotations_of(floats)
+    if set(rotations.names) - {"R4"}:
+        raise InputError(f"start: expected no rotation but R4, got {', '.join(rotations.names)}; "
+                         "try --set start=llamita")  # fmt: skip
+    if floats is not None:
+        _take(model, floats)
+    switch, online = Switch(), online_transform(rotations)
     for index, layer in enumerate(model.model.layers):
         for step in STEPS:
             shared = SharedInput()
@@ -45,7 +53,8 @@ def prepare(model: Any, rounded: ModelSource) -> Switch:
                     linear = layer.get_submodule(name)
                     codes, scales, bits = _read(weight)
                     _move(linear, codes, scales, bits)
-                    _set(layer, name, FakeQuantLinear(linear, bits, scales, shared, switch))
+                    turn = online if name == "mlp.down_proj" else None
+                    _set(layer, name, FakeQuantLinear(linear, bits, scales, shared, switch, turn))
     _prepare_tables(model, rounded, switch)
     return switch
 
@@ -64,6 +73,16 @@ def _prepare_tables(model: Any, rounded: ModelSource, switch: Switch) -> None:
         if not rounded.config.tied:
             _move(model.lm_head, codes, scales, bits)
         model.lm_head = FakeQuantLinear(model.lm_head, bits, scales, SharedInput(), switch)
+
+
+def _take(model: Any, floats: FloatSource) -> None:
+    """The weights of a source of the same shape; of a tied head, those of the embedding."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = (
+                floats.vector(name) if parameter.ndim == 1 else floats.weight(name.removesuffix(".weight"))
+            )
+            parameter.copy_(torch.from_numpy(np.array(to_f32(values))))
 
 
 def _read(weight: Int4Weight | Int8Weight) -> tuple[Tensor, Tensor, int]:

@@ -17,6 +17,7 @@ from llamita.methods.setup import Setup
 from llamita.methods.trained import SCALES
 from llamita.packed_writer import copy_companions, find_companions
 from llamita.quantize import Summary, quantize
+from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
 from llamita.tensorfile import TensorWriter
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear
@@ -98,6 +99,14 @@ def flush_files(directory: Path) -> None:
         flush_path(path)
 
 
+def _rotations(model: Any) -> Rotations:
+    """What its layers do at run time."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantLinear) and module.online:
+            return Rotations(("R4",), module.in_features)
+    return Rotations()
+
+
 def _copy_companions(source: Checkpoint, directory: Path) -> None:
     """Tokenizer, licence and the like as the source has them, in place of what transformers wrote."""
     names = find_companions(source.path)
@@ -133,6 +142,7 @@ def save_packed(
     folder.mkdir()
     save_trained(model, source, folder)
     trained = Checkpoint(folder)
+    trained.rotations = _rotations(model)
     try:
         setup = Setup(settings=settings)
         return quantize(trained, name, out, scheme, "trained", setup, overwrite, origin=source, extra=extra)

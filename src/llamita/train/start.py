@@ -1,35 +1,64 @@
-"""The codes that a quantized stage begins with; where they were measured, they are kept for a next run.
+"""What a quantized stage begins with: float weights and the codes nearest to them.
 
-Measured scales depend a little on the number of processes and threads, and training goes on only from the
-scales that it began with.
+Where codes were measured, they are kept for a next run: measured scales depend a little on the number of
+processes and threads, and training goes on only from the scales that it began with.
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llamita import processes
 from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.errors import InputError
-from llamita.methods.chain import parse_chain
+from llamita.methods import chain as chains
+from llamita.methods.chain import PRESET_METHODS, Chain, parse_chain
 from llamita.methods.setup import Setup
 from llamita.packed import PackedModel
 from llamita.quantize import RoundedSource, quantize, take_part
 from llamita.scheme import QuantScheme
+from llamita.transformed import FloatSource
 
 
-def rounded(
-    source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: str, setup: Setup, place: Path
-) -> ModelSource:
-    """The source rounded by a chain of methods; several processes do it together.
+@dataclass(frozen=True)
+class Start:
+    """A model twice: rounded, and in float after the chain's transforms, which kept its function."""
+
+    rounded: ModelSource
+    floats: FloatSource
+
+
+def parse_start(text: str) -> tuple[Chain, dict[str, Any]]:
+    """The chain that a recipe's `start` names, by itself or as a preset's, and its methods' settings.
+
+    Raises:
+        InputError: no such chain, or one that learns rotations.
+    """
+    method, settings = PRESET_METHODS.get(text, (text, {}))
+    chain = parse_chain(method)
+    if chain.learns(settings):
+        raise InputError(f"start: expected no learned rotations, got {text}; try --set start=llamita")
+    return chain, settings
+
+
+def start(source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: str, setup: Setup,
+          place: Path) -> Start:  # fmt: skip
+    """The source transformed and rounded by a chain of methods; several processes do it together.
 
     Args:
         origin: the model that `source` was trained from, which has its tokenizer and licence.
+        method: as `parse_start` takes it.
         place: a directory that keeps what a calibrated chain gives; used if it is there.
 
     Raises:
         InputError: fewer rows to calibrate on than processes.
     """
-    if not parse_chain(method).needs_calibration(setup.settings):
-        return RoundedSource(source, scheme, method, setup)
+    chain, settings = parse_start(method)
+    setup = replace(setup, settings=settings)
+    floats = chains.transform(source, chain, setup)
+    rounding = str(replace(chain, transforms=()))
+    if not chain.needs_calibration(settings):
+        return Start(RoundedSource(floats, scheme, rounding, setup), floats)
     rows = 0 if setup.calibration is None else len(setup.calibration.tokens)
     if rows < processes.world():
         raise InputError(f"--data: expected a row for each of {processes.world()} processes, "
@@ -38,9 +67,9 @@ def rounded(
     if not processes.agreed(packed.exists()):
         if processes.rank() == 0:
             place.mkdir(exist_ok=True)
-            quantize(source, str(origin.path), packed, scheme, method, setup, origin=origin,
+            quantize(floats, str(origin.path), packed, scheme, rounding, setup, origin=origin,
                      progress=setup.progress)  # fmt: skip
         else:
-            take_part(source, scheme, method, setup)
+            take_part(floats, scheme, rounding, setup)
         processes.wait()
-    return PackedModel(packed)
+    return Start(PackedModel(packed), floats)

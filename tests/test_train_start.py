@@ -1,0 +1,80 @@
+"""What training with rounding begins with: chains of methods, transforms among them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import make_checkpoint
+
+from llamita.checkpoint import Checkpoint
+from llamita.errors import InputError
+from llamita.methods.setup import Calibration, Setup
+from llamita.packing import unpack_int4
+from llamita.scheme import make_scheme
+
+torch = pytest.importorskip("torch", reason="training is on the Torch side")
+pytest.importorskip("trl", reason="training is on the Torch side")
+
+from llamita.train import finetune  # noqa: E402
+from llamita.train.fake_quant import FakeQuantLinear, codes_of  # noqa: E402
+from llamita.train.prepare import prepare  # noqa: E402
+from llamita.train.start import Start, parse_start, start  # noqa: E402
+
+IDS = np.random.default_rng(0).integers(0, 256, (8, 64))
+
+
+def begun(path: Path, place: Path, method: str) -> Start:
+    """A tiny model as training finds it."""
+    source, calibration = Checkpoint(path), Calibration("rows", "0" * 64, IDS.astype(np.int32))
+    return start(source, source, make_scheme("llama3.2"), method, Setup(calibration), place)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Of two rows."""
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.from_numpy(IDS[:2])).logits
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3", "llama32"])
+@pytest.mark.parametrize("method", ["equalize", "llamita"])
+def test_transforms_keep_the_function_and_codes_are_those_of_the_start(
+    tmp_path: Path, family: str, method: str
+) -> None:
+    path = make_checkpoint(tmp_path / "model", family)
+    model = finetune.load_float(path)
+    before, weights = logits(model), model.model.layers[0].mlp.down_proj.weight.clone()
+    found = begun(path, tmp_path / "place", method)
+    switch = prepare(model, found.rounded, found.floats)
+    rounded = logits(model)
+    switch.on = False
+    assert not torch.allclose(model.model.layers[0].mlp.down_proj.weight, weights, rtol=0.1)
+    scale = before.abs().max()
+    # those beyond the last code, and those whose code is not the nearest, have moved
+    assert (logits(model) - before).abs().max() < 0.3 * scale
+    assert 0 < (rounded - before).abs().mean() < 0.2 * scale
+    layer = model.model.layers[1].mlp.down_proj
+    assert isinstance(layer, FakeQuantLinear)
+    assert bool(layer.online) == (method == "llamita")
+    packed = found.rounded.weight("model.layers.1.mlp.down_proj").packed  # type: ignore[union-attr]
+    np.testing.assert_array_equal(codes_of(layer.weight, layer.scales, 4), unpack_int4(np.asarray(packed)))
+
+
+def test_what_was_measured_is_kept(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model")
+    first = begun(path, tmp_path / "place", "llamita")
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "place").rglob("*")}
+    again = begun(path, tmp_path / "place", "llamita")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "place").rglob("*")} == files
+    name = "model.layers.0.mlp.down_proj"
+    np.testing.assert_array_equal(first.floats.weight(name), again.floats.weight(name))
+
+
+def test_a_start_is_a_chain_or_a_presets() -> None:
+    chain, settings = parse_start("llamita")
+    assert chain.transforms == ("equalize", "spinquant")
+    assert settings["spinquant.rotations"] == "R4"
+    assert parse_start("equalize+qronos")[1] == {}
+    with pytest.raises(InputError, match="start: expected no learned rotations, got spinquant"):
+        parse_start("spinquant")
+    with pytest.raises(InputError, match="--method: expected one of"):
+        parse_start("nothing")
