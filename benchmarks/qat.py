@@ -54,10 +54,11 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> Losses:
     data = load_data(arguments.data, arguments.task, source, recipes["float"], 0)  # held out: the same always
     found: Losses = {}
     for base, rounded in PAIRS.items():
-        places = {name: arguments.work / f"{name}-{seed}" for name in (base, rounded)}
+        ends = {base: f"-{seed}", rounded: f"-{arguments.start}-{seed}"}
+        places = {name: arguments.work / f"{name}{end}" for name, end in ends.items()}
         for name, place in places.items():
             if not place.exists():
-                begun = arguments.work / f"{name.removesuffix('-lora')}-{seed}"
+                begun = arguments.work / f"{name.removesuffix('-lora')}{ends[name]}"
                 make(source, data, recipes[name], seed, place, begun)
         for name, (method, chosen) in CHAINS.items():
             places[f"{base}, {name}"] = place = arguments.work / f"{base}-{name.replace(' ', '-')}-{seed}"
@@ -76,8 +77,15 @@ def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
     stages = {"float": [weights], "float-lora": [weights, adaptors]}
     shape = {"length": arguments.length, "held_out": arguments.held_out, "group_size": arguments.group_size}
     batch = {"batch": 4, "micro_batch": 4}
+    starts = {False: "rtn", True: arguments.start}
     return {
-        name: parse_recipe({**shape, "stages": [{**batch, **stage, "quantized": rounded} for stage in given]})
+        name: parse_recipe(
+            {
+                **shape,
+                "start": starts[rounded],
+                "stages": [{**batch, **stage, "quantized": rounded} for stage in given],
+            }
+        )
         for base, given in stages.items()
         for name, rounded in ((base, False), (PAIRS[base], True))
     }
@@ -89,7 +97,8 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path,
     if begun.exists():
         for kept in begun.with_name(f"{begun.name}-work").glob("stage-1.*"):
             shutil.copy(kept, work)
-    trained = train(Job(source, recipe, data.rows, data.held_out, work, seed=seed))
+    calibration = data.calibration("data", 128)
+    trained = train(Job(source, recipe, data.rows, data.held_out, work, seed=seed, calibration=calibration))
     with quiet():
         if not recipe.is_quantized:
             partial = fresh(place.with_name(f"{place.name}-partial"))
@@ -153,6 +162,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--lora-steps", type=int, default=100)
     parser.add_argument("--lora-rate", type=float, default=5e-4)
+    parser.add_argument("--start", default="rtn", help="what rounding begins with")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     seeds = [run_seed(arguments, seed) for seed in arguments.seeds]

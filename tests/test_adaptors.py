@@ -270,7 +270,10 @@ def test_commands_take_an_adaptor(model: Path, tmp_path: Path, capsys: pytest.Ca
     )
     assert texts[1] == expected.text != texts[0]
     assert run("generate", model, "--prompt", "hello", "--adaptor", tmp_path / "none") == 2
-    assert "adapter_config.json: expected a file, found none" in one_line(capsys)
+    assert (
+        "none: expected a directory with adapter_config.json, as PEFT writes adaptors, got none"
+        in one_line(capsys)
+    )
 
 
 def test_an_unknown_name_is_told(model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`llamita finetune` as its user meets it: what it makes, what it says, what it refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def test_a_dry_run_shows_data_and_steps(model: Path, data: Path, capsys: Any) ->
     assert values["recipe"]["stages"][0]["quantized"] is True
     assert "1 of 41 examples have more than 64 tokens: left out (data.jsonl: line 41)" in captured.err
     assert run("finetune", model, "--data", data, "--set", "length=64", "--dry-run") == 0
-    assert "steps of 16, learning rate 0.0002" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert re.search(r"\d steps of \d+, learning rate 0.0002", shown.out)
+    assert "few steps" in shown.err
 
 
 def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -56,6 +59,7 @@ def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_pat
     assert record["method"] == "trained"
     assert record["settings"]["recipe"]["stages"][0]["steps"] == 2
     assert record["source"]["name"] == str(model)
+    assert "Trained on `data.jsonl` in 1 stage, its rounding" in (out / "README.md").read_text("utf-8")
     assert (out / "loss.svg").read_text("utf-8").startswith("<svg")
     assert run("verify", out) == 0
     assert run("evaluate", out, "--text", data, "--json") == 0  # beside the model it was trained from
@@ -69,10 +73,19 @@ def test_full_makes_a_checkpoint_that_quantize_takes(
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, *FAST) == 0
     shown = capsys.readouterr()
     assert "a float checkpoint" in shown.out
-    assert "Held-out examples" in shown.out
+    assert "model, on 2 examples" in shown.out
     assert "tokens/s" in shown.err
     assert f"try: llamita quantize {out}" in shown.err
-    Checkpoint(out)
+    assert re.search(r"stage 1: training loss \d\.\d+ to \d\.\d+.*, held out \d", shown.err)
+    made, given = Checkpoint(out), Checkpoint(model)
+    assert made.hf_config == given.hf_config
+    kinds = [
+        {n: t.dtype for file in one.files.values() for n, t in file.tensors.items()} for one in (made, given)
+    ]
+    assert kinds[0] == kinds[1]
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {
+        (out / "loss.svg").stat().st_mode & 0o777
+    }
     training = json.loads((out / "llamita_training.json").read_text("utf-8"))
     assert training["losses"][0] != training["losses"][1]
     assert (out / "loss.svg").read_text("utf-8").startswith("<svg")
@@ -149,7 +162,12 @@ def test_a_teacher_is_not_replaced(model: Path, data: Path, tmp_path: Path, caps
         (("--set", "evaluate_every=2", "--set", "held_out=0"), "evaluate_every: expected held_out beside it"),
         (("--teacher", "/nowhere"), "--teacher: expected a stage that distils, got none"),
         (("--report-to", "nobody"), "--report-to: expected what transformers can report to, got nobody"),
-        (("--method", "qat", "--set", "start=magic"), "--method: expected one of rtn"),
+        (("--method", "qat", "--set", "start=magic"), "start: expected one of rtn"),
+        (("--preset", "magic"), "--preset: expected one of arm"),
+        (("--group-size", "100"), "--group-size: expected 32"),
+        (("--set", "stepz=1"), "--set: expected settings among preset, group_size, start, length"),
+        (("--method", "qat", "--recipe", "lora"), "--recipe: expected in place of --method"),
+        (("-o", "."), "--out: expected a directory to make, got ."),
     ],
 )
 def test_mistakes_are_told_in_a_line(
@@ -158,6 +176,50 @@ def test_mistakes_are_told_in_a_line(
     assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 2
     assert told in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_with_other_settings_has_kept_is_not_thrown_away(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    work.mkdir()
+    (work / "settings.json").write_text("{}")
+    (work / "stage-1").mkdir()
+    options = ("--data", data, "-o", out, *FAST)
+    assert run("finetune", model, *options) == 2
+    assert "expected what a run with these settings and data left" in capsys.readouterr().err
+    assert (work / "stage-1").is_dir()
+    assert run("finetune", model, *options, "--overwrite") == 0
+    assert not work.exists()
+
+
+def test_an_adaptor_of_another_model_is_told(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("finetune", model, "--data", data, "-o", tmp_path / "adaptor", *FAST) == 0
+    other = make_checkpoint(tmp_path / "other", seed=5)
+    for name, source in (("own", model), ("others", other)):
+        assert run("quantize", source, "-o", tmp_path / name) == 0
+    capsys.readouterr()
+    options = ("--prompt", "a", "--max-tokens", "1", "--adaptor", tmp_path / "adaptor")
+    assert run("generate", tmp_path / "own", *options) == 0
+    assert "another model" not in capsys.readouterr().err
+    assert run("generate", tmp_path / "others", *options) == 0
+    assert "was trained on another model" in capsys.readouterr().err
+
+
+def test_adaptors_stand_by_what_training_began_with(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Equalized channels fit the adaptors that were trained beside them, and no others."""
+    out = tmp_path / "out"
+    options = ("--data", data, "--method", "qat-lora", *FAST, "--set", "start=equalize")
+    assert run("finetune", model, *options, "-o", out) == 0
+    assert run("finetune", model, "--data", data, "-o", tmp_path / "float", *FAST) == 0
+    capsys.readouterr()
+    prompt = ("--prompt", "a", "--max-tokens", "1", "--adaptor")
+    assert run("generate", out, *prompt, tmp_path / "out-adaptor") == 0
+    capsys.readouterr()
+    assert run("generate", out, *prompt, tmp_path / "float") == 2
+    assert "expected a model whose channels are those of its source" in one_line(capsys)
 
 
 def test_a_packed_model_is_refused(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

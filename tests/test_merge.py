@@ -204,7 +204,7 @@ def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -
     out, before = tmp_path / "out", {path.name for path in tmp_path.iterdir()}
     for arguments, told in (
         ((model, adaptor), "--out: expected the directory to make, got none"),
-        ((model, tmp_path / "none", "-o", out), "adapter_config.json: expected a file, found none"),
+        ((model, tmp_path / "none", "-o", out), "expected a directory with adapter_config.json"),
         (
             (model, other, "-o", out),
             "mlp.gate_proj.lora_B.weight: expected floats (256, 4), got BF16 (512, 4)",

@@ -51,6 +51,7 @@ def test_json_lines_are_records_named_by_their_line(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}, 3]', "item 2: expected an object, got int"),
         ("a.json", '{"data": [{"paragraphs": [{"context": "c"}]}]}', "question 1: expected SQuAD's form"),
         ("a.tsv", "one\ttwo\nalone\n", "line 2: expected two columns"),
+        ("a.csv", "prompt,completion\n", "expected .jsonl, .json, .tsv, .txt, .md, got .csv"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path: Path, name: str, text: str, told: str) -> None:
@@ -74,6 +75,14 @@ def test_json_tsv_squad_and_text_are_read(tmp_path: Path) -> None:
     assert question.values["answer"] == "unanswerable"
     [document] = read_records(written(tmp_path / "a.txt", "one\ntwo"))
     assert document.values == {"text": "one\ntwo"}
+
+
+def test_a_tsv_may_name_its_columns_and_begin_with_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text("\ufeffTarget\tsource\nun\tone\n", "utf-8")
+    assert [record.values for record in read_records(path)] == [{"target": "un", "source": "one"}]
+    path.write_text("one\tun\n", "utf-8")
+    assert [record.values for record in read_records(path)] == [{"source": "one", "target": "un"}]
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +145,11 @@ def test_records_that_say_what_they_are_need_no_task() -> None:
 @pytest.mark.parametrize(
     ("values", "task", "told"),
     [
-        ({"a": 1, "b": 2}, None, "here: expected messages, prompt and completion, or text, got a, b"),
+        (
+            {"a": 1, "b": 2},
+            None,
+            "here: expected messages, prompt and completion, instruction and output, or text, got a, b",
+        ),
         ({"source": "Go."}, "translation", "here: expected the column target or translation, got source"),
         ({"source": "Go.", "target": " "}, "translation", "target: expected a text, got an empty text"),
         ({"prompt": 3, "completion": "c"}, None, "here: prompt: expected a text, got int"),

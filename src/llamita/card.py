@@ -46,6 +46,7 @@ class CardFacts:
     tensor_bytes: int
     relative_error: float
     worst: list[tuple[str, float]]
+    training: str | None = None  # what it was trained on, in a sentence
 
 
 def model_card(facts: CardFacts) -> str:
@@ -60,7 +61,7 @@ def model_card(facts: CardFacts) -> str:
 # {_display_name(facts.source_name)}, 4-bit ({scheme.name})
 
 Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita chat DIRECTORY`.
-
+{f"{chr(10)}{facts.training}{chr(10)}" if facts.training else ""}
 | what | how |
 |---|---|
 | linear layers | int4, symmetric, one {scheme.scale_dtype} scale for {scheme.group_size} inputs |

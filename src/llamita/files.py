@@ -107,7 +107,10 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
         raise InputError(f"{where}: expected JSON, got one nested too deeply") from None
-    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, " if b"\n" in data else ""
+        raise InputError(f"{where}: expected valid JSON: {error.msg} at {at}column {error.colno}") from None
+    except ValueError as error:  # also UnicodeDecodeError
         raise InputError(f"{where}: expected valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")

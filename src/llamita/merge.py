@@ -59,7 +59,7 @@ class MergedSource(TransformedSource):
     """
 
     def __init__(self, base: Checkpoint | PackedModel, adaptor: Path) -> None:
-        check_fits(base)
+        check_fits(base, [adaptor])
         is_packed = isinstance(base, PackedModel)
         super().__init__(DequantizedSource(base) if is_packed else base, {})
         self.adaptor, self.base_scheme = adaptor, base.scheme

@@ -112,7 +112,7 @@ def quantize(
         rotations = stored_rotations(changed.rotations)
         files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
         files |= copy_companions(origin.path, directory, companions)
-        texts = {"README.md": _card(origin, shown, scheme, chain, summary), **(extra or {})}
+        texts = {"README.md": _card(origin, shown, scheme, chain, setup, summary), **(extra or {})}
         files |= {file: write_bytes(directory / file, data) for file, data in texts.items()}
         write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
     return summary
@@ -126,7 +126,9 @@ def _plan(changed: Checkpoint, scheme: QuantScheme, shard_bytes: int, source_byt
     )
 
 
-def _card(source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, summary: Summary) -> bytes:
+def _card(
+    source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, setup: Setup, summary: Summary
+) -> bytes:
     plan = summary.plan
     return model_card(
         CardFacts(
@@ -134,9 +136,20 @@ def _card(source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, su
             kinds=describe_kinds(source.config, scheme), method=str(chain),
             scales=chain.scales(scheme.scale_rule), is_measured=chain.is_blockwise,
             source_bytes=plan.source_bytes, tensor_bytes=plan.tensor_bytes,
-            relative_error=summary.relative_error, worst=summary.worst(),
+            relative_error=summary.relative_error, worst=summary.worst(), training=_training(setup.settings),
         )
     ).encode()  # fmt: skip
+
+
+def _training(settings: dict[str, Any]) -> str | None:
+    """What the card says of a training, which leaves its record among the settings."""
+    if "recipe" not in settings:
+        return None
+    stages, losses = len(settings["recipe"]["stages"]), settings["losses"]
+    shown = ", ".join(f"{loss:.3f}" for loss in losses)
+    after = f"; held-out loss before, and after each: {shown} nats a token" if losses else ""
+    data = Path(settings["data"]["name"]).name
+    return f"Trained on `{data}` in {stages} stage{'s' * (stages > 1)}, its rounding in the loop{after}."
 
 
 def take_part(source: FloatSource, scheme: QuantScheme, method: str, setup: Setup) -> None:

@@ -1,7 +1,7 @@
 """Where a long run keeps what it has finished: `.NAME.work` beside the directory that it makes.
 
 A run that is killed leaves it; the next run with the same settings goes on from there, one with others
-starts anew. A lock, which ends with its process, keeps two runs apart.
+starts anew, or is refused. A lock, which ends with its process, keeps two runs apart.
 """
 
 import fcntl
@@ -23,14 +23,15 @@ T = TypeVar("T")
 
 
 @contextmanager
-def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
+def kept_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) -> Iterator[Path]:
     """The work directory of `out`; it goes when the block ends well, or if nothing was finished in it.
 
     Args:
-        settings: whatever decides the result, as JSON values; other settings discard what is there.
+        settings: whatever decides the result, as JSON values.
+        may_discard: what was finished with other settings goes.
 
     Raises:
-        InputError: something else has this name.
+        InputError: something else has this name, or something was finished with other settings.
         RunError: another run is at work there, or it cannot be made.
     """
     work = _work_of(out)
@@ -43,7 +44,11 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         _take(lock, work)
         if any(work.iterdir()) and not any(path.name.startswith(_SETTINGS) for path in work.iterdir()):
             raise InputError(f"{work}: expected what llamita left there, got other files; try another --out")
-        _prepare(work, json.dumps(settings, sort_keys=True, indent=1))
+        if not (may_discard or _is_of(work, settings)) and _finished(work):
+            raise InputError(f"{work}: expected what a run with these settings and data left, got another "
+                             "run's; try its settings again, another --out, or --overwrite, which starts anew"
+                             )  # fmt: skip
+        _prepare(work, settings)
         try:
             yield work
         except BaseException:
@@ -56,13 +61,13 @@ def kept_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
 
 
 @contextmanager
-def shared_work(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
+def shared_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) -> Iterator[Path]:
     """The same for several processes that see one file system: the first keeps it, the others come in behind.
 
     All must be done with reading where the first leaves.
     """
     if processes.rank() == 0:
-        with kept_work(out, settings) as work:
+        with kept_work(out, settings, may_discard=may_discard) as work:
             processes.wait()
             yield work
     else:
@@ -106,17 +111,27 @@ def _take(lock: int, work: Path) -> None:
         pass
 
 
-def _prepare(work: Path, settings: str) -> None:
+def _is_of(work: Path, settings: dict[str, Any]) -> bool:
+    """Whether a work directory was made with these settings."""
+    try:
+        return (work / _SETTINGS).read_text("utf-8") == _as_text(settings)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _as_text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, indent=1)
+
+
+def _prepare(work: Path, settings: dict[str, Any]) -> None:
     """Keep what is there if it was made with these settings; half-written files go in any case."""
-    known = work / _SETTINGS
-    with suppress(OSError, UnicodeDecodeError):
-        if known.read_text("utf-8") == settings:
-            for partial in work.glob(f"*{_PARTIAL}"):
-                partial.unlink()
-            return
+    if _is_of(work, settings):
+        for partial in work.glob(f"*{_PARTIAL}"):
+            partial.unlink()
+        return
     for path in work.iterdir():
         _remove_one(path)
-    write_whole(known, lambda file: file.write(settings.encode()))
+    write_whole(work / _SETTINGS, lambda file: file.write(_as_text(settings).encode()))
 
 
 def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:

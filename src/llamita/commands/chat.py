@@ -19,15 +19,13 @@ from llamita.commands.generate import (
     Speculate,
     Temperature,
     Threads,
-    adaptors_of,
     describe,
     show_stream,
     summary,
 )
-from llamita.engine.llm import LLM, load
+from llamita.engine.llm import LLM
 from llamita.engine.requests import DEFAULT_SPECULATE, Options
 from llamita.errors import InputError
-from llamita.threads import remark
 
 LEAST_ROOM = 16  # tokens of the context: with fewer there is no reply worth the name
 HELP = "/reset forgets what was said, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
@@ -76,9 +74,7 @@ def command(
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """
-    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache,
-               adaptors=adaptors_of(adaptor))  # fmt: skip
-    console.note(remark())
+    llm = load_beside(model, adaptor, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
     _ = llm.chat_template  # a base model without one is refused before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,

@@ -18,7 +18,7 @@ from llamita.machine import MemoryWatch
 from llamita.optional import load_optional
 from llamita.packed import METADATA
 from llamita.resume import has_kept_work
-from llamita.scheme import PRESETS
+from llamita.scheme import GROUP_SIZES, PRESETS
 from llamita.staging import check_target
 from llamita.threads import use_threads
 from llamita.train.data import Data, load_data, with_preferences
@@ -29,6 +29,8 @@ from llamita.train.start import parse_start
 from llamita.train.tasks import TASKS
 
 RUN = "llamita.train.run:run"
+_DEFAULT = "lora"  # of METHODS
+_FEW_STEPS = 20  # a note says when there are no more
 _LACKING = (
     "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' "
     "(in a checkout '.[torch]')"
@@ -47,7 +49,9 @@ _Preferences = Annotated[
 _Task = Annotated[
     str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")
 ]
-_Method = Annotated[str, typer.Option(help=f"What is trained: {', '.join(METHODS)}.")]
+_Method = Annotated[
+    str | None, typer.Option(help=f"What is trained: {', '.join(METHODS)}; {_DEFAULT} by default.")
+]
 _Recipe = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Every setting, in YAML, in place of --method.")
 ]
@@ -78,7 +82,7 @@ def command(
     out: Out = None,
     preferences: _Preferences = None,
     task: _Task = None,
-    method: _Method = "lora",
+    method: _Method = None,
     recipe: _Recipe = None,
     preset: _Preset = None,
     group_size: GroupSize = None,
@@ -103,8 +107,7 @@ def command(
     is_first = processes.rank() == 0
     source = _open_float(base, "BASE")
     other = _teacher_path(teacher, source, chosen)
-    run = None if dry_run else load_optional(RUN, _LACKING)
-    if run is not None:
+    if not dry_run:
         _check_out(out, chosen, overwrite, source.path, other)
     with console.progress(quiet=json or not is_first) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress)
@@ -112,20 +115,23 @@ def command(
             found = with_preferences(found, preferences, source, chosen, seed, limit)
         if is_first:
             console.note(found.note)
-        if run is None or out is None:
+        if dry_run or out is None:
             shards = processes.world() if shard else 1
             return _print_plan(found, chosen, source.config, shards, json) if is_first else None
         order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite,
                       shard)  # fmt: skip
-        result = _train(run, order, progress)
+        result = _train(load_optional(RUN, _LACKING), order, progress)
     if is_first:
         _print_result(out, result, json)
+        _note_few_steps(found, chosen)
 
 
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, *read: Path | None) -> None:
     """See that what is made replaces nothing that is read, and leaves no adaptors of an earlier OUT."""
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
+    if not out.name:
+        raise InputError(f"--out: expected a directory to make, got {out}; try -o NAME")
     beside = adaptor_place(out)
     has_two = recipe.is_quantized and recipe.has_adaptors
     for path in read:
@@ -150,12 +156,18 @@ def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path 
 
 
 def _recipe(
-    method: str, name: str | None, preset: str | None, group_size: int | None, settings: list[str],
+    method: str | None, name: str | None, preset: str | None, group_size: int | None, settings: list[str],
     preferences: str | None,
 ) -> Recipe:  # fmt: skip
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    recipe = _with_or_without(read_recipe(name or METHODS[method]), preferences)
+    if method is not None and name is not None:
+        raise InputError("--recipe: expected in place of --method, got both")
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise InputError(f"--group-size: expected {', '.join(map(str, GROUP_SIZES))}, got {group_size}")
+    recipe = _with_or_without(read_recipe(name or METHODS[method or _DEFAULT]), preferences)
     scheme = [f"preset={preset}"] if preset else []
     scheme += [f"group_size={group_size}"] if group_size else []
     changed = change(recipe, [*scheme, *settings])
@@ -207,7 +219,8 @@ def _open_float(name: str, option: str) -> Checkpoint:
 def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> dict[str, Any]:
     """Run the order, and say how long it took."""
     if processes.rank() == 0 and has_kept_work(order.out):
-        console.note(f"{order.out}: going on where an earlier run was, if its settings were these")
+        or_not = ", if its settings were these" if order.overwrite else ""
+        console.note(f"{order.out}: going on where an earlier run was{or_not}")
     began, watch = time.perf_counter(), MemoryWatch()
     with watch:
         result = run(order, progress)
@@ -244,10 +257,31 @@ def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, shards: int, js
         ["memory, estimated", f"{memory['cpu'] / 1e9:,.1f} GB; {memory['gpu'] / 1e9:,.1f} GB on a GPU"]
     )
     console.print_table("What would be trained", ["", ""], table)
+    _note_few_steps(data, recipe)
 
 
 def _schedule(stage: Any, rows: int) -> str:
-    return f"{stage.count_steps(rows):,} steps of {stage.batch}, learning rate {stage.learning_rate:g}"
+    of = min(stage.batch, rows)
+    return f"{stage.count_steps(rows):,} steps of {of}, learning rate {stage.learning_rate:g}"
+
+
+def _note_few_steps(data: Data, recipe: Recipe) -> None:
+    """Say so where training will hardly change the model."""
+    steps = [stage.count_steps(len(data.rows.ids)) for stage in recipe.stages if not stage.prefers]
+    if steps and max(steps) < _FEW_STEPS and all(stage.steps is None for stage in recipe.stages):
+        console.note(f"few steps ({max(steps)}): little may be learned; try --set batch=4, more epochs or a "
+                     "higher learning_rate")  # fmt: skip
+
+
+def _course(course: dict[str, Any]) -> str:
+    """How a stage went, in a line."""
+    rose = "; it rose: try a lower learning_rate" if course["last"] > course["first"] else ""
+    parts = [f"training loss {course['first']:.3f} to {course['last']:.3f}{rose}"]
+    if course["held_out"] is not None:
+        parts.append(f"held out {course['held_out']:.3f}")
+    if course["preferred"] is not None:
+        parts.append(f"{course['preferred']:.0%} of held-out pairs in order")
+    return f"stage {course['stage']}: {', '.join(parts)}"
 
 
 def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
@@ -258,7 +292,10 @@ def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
     rows = [[name, f"{loss:.4f}", *(f"{found[m]:.1f}" for m in measures)] for name, loss, found in scores]
     console.print_line(f"{out}: {result['kind']}")
     if rows:
-        console.print_table("Held-out examples", ["model", "loss", *measures], rows)
+        models = f"model, on {result['measured']:,} examples"
+        console.print_table("Held-out examples", [models, "loss", *measures], rows)
+    for course in result["stages"]:
+        console.note(_course(course))
     rate = (
         f"{result['tokens_per_second']:,.0f} tokens/s"
         if result["tokens_per_second"]

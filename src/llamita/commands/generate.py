@@ -5,14 +5,16 @@ from contextlib import closing
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llamita import console
+from llamita.engine.lineage import is_made_for
 from llamita.engine.llm import LLM, load
 from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prompt
 from llamita.errors import InputError
+from llamita.packed import open_source
 from llamita.threads import remark
 
 # Options that `llamita chat` has, too, each with what `--help` says of it.
@@ -59,9 +61,7 @@ def command(
     Example: llamita generate embedded --prompt "Once upon a time" --max-tokens 100
     """
     text = read_prompt(prompt)
-    llm = load(model, preset=preset, threads=threads, context=context, kv_dtype=kv_cache,
-               adaptors=adaptors_of(adaptor))  # fmt: skip
-    console.note(remark())
+    llm = load_beside(model, adaptor, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
@@ -76,9 +76,13 @@ def command(
     console.note(summary(generation))
 
 
-def adaptors_of(path: Path | None) -> dict[str, Path]:
-    """The one of --adaptor, by the name that requests give it."""
-    return {} if path is None else {ADAPTOR: path}
+def load_beside(model: str, adaptor: Path | None, **options: Any) -> LLM:
+    """`load` with the adaptor of --adaptor; says so where that was trained on another model."""
+    llm = load(model, adaptors={} if adaptor is None else {ADAPTOR: adaptor}, **options)
+    if adaptor is not None and is_made_for(open_source(llm.path), adaptor) is False:
+        console.note(f"--adaptor {adaptor}: was trained on another model; answers may be worse than without")
+    console.note(remark())
+    return llm
 
 
 def read_prompt(prompt: str) -> str:

@@ -7,7 +7,7 @@ its int8 codes.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import numpy as np
 from llamita import _native as ops
 from llamita.checkpoint import FLOAT_DTYPES, ModelSource, check_finite
 from llamita.config import ModelConfig
+from llamita.engine.lineage import changed_channels, is_trained_beside
 from llamita.errors import InputError
-from llamita.files import member, read_json
-from llamita.packed import PackedModel
+from llamita.files import has, member, read_json
 from llamita.tensorfile import TensorFile
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -80,16 +80,14 @@ def apply(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.
             ops.low_rank(adapted, x[tokens], out[tokens])
 
 
-def check_fits(source: ModelSource) -> None:
+def check_fits(source: ModelSource, adaptors: Iterable[Path]) -> None:
     """See that this model reads and gives what the model did that adaptors were trained on.
 
     Raises:
-        InputError: it was rotated, or its channels were scaled.
+        InputError: it was rotated, or its channels were scaled, and some adaptor knows nothing of that.
     """
-    rotated = [name for name in source.rotations.names if name != "R4"]  # which is undone where it acts
-    methods = source.metadata["method"].split("+") if isinstance(source, PackedModel) else []
-    changed = [*rotated, *(["equalize"] if "equalize" in methods else [])]
-    if changed:
+    changed = changed_channels(source)
+    if changed and not all(is_trained_beside(source, path) for path in adaptors):
         raise InputError(
             f"adaptors: expected a model whose channels are those of its source, got one changed by "
             f"{' and '.join(changed)}; try quantize --method qronos+tune --set tune.rate=0"
@@ -110,6 +108,9 @@ def read_adaptor(path: Path, config: ModelConfig) -> StoredAdaptor:
             shape.
         RunError: a file cannot be read.
     """
+    if not has(path, CONFIG):
+        found = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
+        raise InputError(f"{path}: expected a directory with {CONFIG}, as PEFT writes adaptors, got {found}")
     settings = read_json(path, CONFIG)
     rank, scaling = _check_settings(settings, path)
     file = TensorFile(member(path, WEIGHTS))

@@ -139,7 +139,7 @@ class LLM:
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache)
         if adaptors:
-            check_fits(source)
+            check_fits(source, [Path(path) for path in adaptors.values()])
         self.adaptors = {n: load_adaptor(n, Path(path), self.config) for n, path in (adaptors or {}).items()}
         self.model = Model(self.config, load_weights(source, gated=not self.adaptors))
         self.scheduler = Scheduler(self.model, limits)
@@ -188,11 +188,15 @@ class LLM:
         """What `stream` ends with."""
         return _last(self.stream(prompt, **options))
 
-    def generate_many(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Generation]:
+    def generate_many(
+        self, prompts: Sequence[Prompt], *, adaptors: Sequence[str | None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Generation]:  # fmt: skip
         """Generate from many prompts together, in less time than one after the other; same results.
 
         Args:
             prompts: any number, each as `stream` takes it.
+            adaptors: the adaptor of each prompt, where they differ.
             options: of all of them.
 
         Raises:
@@ -203,10 +207,14 @@ class LLM:
             raise InputError("prompts: expected several texts, got one; try [text]")
         if not isinstance(prompts, Iterable):
             raise InputError(f"prompts: expected several texts, got {repr(prompts)[:80]}; try a list")
+        if adaptors is not None and (len(adaptors) != len(prompts) or "adaptor" in options):
+            raise InputError(f"adaptors: expected one for each of {len(prompts)} prompts and no adaptor for "
+                             f"all, got {len(adaptors)}")  # fmt: skip
         requests = []
         for place, prompt in enumerate(prompts):
+            own: Options = {} if adaptors is None else {"adaptor": adaptors[place]}
             try:
-                requests.append(self._check(prompt, options))
+                requests.append(self._check(prompt, {**options, **own}))
             except InputError as error:
                 raise InputError(f"prompt {place} of {len(prompts)}, from 0: {error}") from None
         streams = [self._submit(request) for request in requests]

@@ -88,7 +88,8 @@ def load_data(
     bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
     kept, note = fitting(examples, recipe.length, bos)
     if not kept:
-        raise InputError(f"{name}: expected examples to learn from, got none{': ' + note if note else ''}")
+        raise InputError(f"{name}: expected examples to learn from, got none"
+                         f"{f': {note}; try --set length=N' if note else ''}")  # fmt: skip
     learned, measured = _divide(kept, recipe.held_out, seed)
     pad = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
     rows, held_out = pack(learned, recipe.length, pad), pack(measured, recipe.length, pad)

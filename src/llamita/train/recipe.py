@@ -260,6 +260,10 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
             read = yaml.safe_load(value)
         except yaml.YAMLError:
             read = value
+        known = [field.name for field in fields(Stage)]
+        if name not in known and (dot or name not in whole):
+            names = known if dot else [*(n for n in whole if n != "stages"), *known]
+            raise InputError(f"--set: expected settings among {', '.join(names)}, got {name!r}")
         if not dot and name in whole and name != "stages":
             whole[name] = read
         else:

@@ -21,7 +21,8 @@ _NO_DATASETS = (
 _FILES = (".jsonl", ".json", ".tsv", ".txt", ".md")
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
 UNANSWERABLE = "unanswerable"
-_COLUMNS = ("source", "target")  # of a TSV without a header
+_TABLES = (".csv", ".parquet", ".arrow", ".xlsx", ".gz", ".zip", ".zst")  # which are no plain text
+_COLUMNS = ("source", "target")  # of a TSV whose first line does not name them
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,18 @@ def read_records(path: Path) -> Iterator[Record]:
     """The records of a file.
 
     Args:
-        path: *.jsonl, an object a line; *.json, a list of objects or SQuAD's nested form; *.tsv, two
-            columns or more of source and target; any other file is one document of plain text.
+        path: *.jsonl, an object a line; *.json, a list of objects or SQuAD's nested form; *.tsv, source
+            and target, or columns that the first line names; any other is one document of plain text.
 
     Raises:
         InputError: no such file, not UTF-8, or a record that is no object, named by its line or number.
         RunError: it cannot be read.
     """
-    text = read_text(path, LARGEST_FILE)
+    if path.suffix in _TABLES:
+        raise InputError(
+            f"{path}: expected {', '.join(_FILES)}, got {path.suffix}; try saving it as JSON lines"
+        )
+    text = read_text(path, LARGEST_FILE).removeprefix("\ufeff")  # which Windows puts before UTF-8
     if path.suffix == ".jsonl":
         yield from (Record(place, values) for place, values in json_lines(text, path.name))
     elif path.suffix == ".json":
@@ -119,10 +124,14 @@ def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
 
 
 def _tsv_records(path: Path, text: str) -> Iterator[Record]:
+    columns: tuple[str, ...] = _COLUMNS
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: other separators are text
         row = line.rstrip("\r").split("\t")
         if row == [""]:
             continue
+        if number == 1 and {cell.strip().lower() for cell in row} >= set(_COLUMNS):
+            columns = tuple(cell.strip().lower() for cell in row)
+            continue
         if len(row) < len(_COLUMNS):
             raise InputError(f"{path}: line {number}: expected two columns or more, got {len(row)}")
-        yield Record(f"{path.name}: line {number}", dict(zip(_COLUMNS, row, strict=False)))
+        yield Record(f"{path.name}: line {number}", dict(zip(columns, row, strict=False)))

@@ -14,6 +14,7 @@ from llamita.quantize import source_record
 from llamita.resume import shared_work
 from llamita.scheme import QuantScheme
 from llamita.staging import TRAINED_MARK, check_space, staged
+from llamita.train.courses import courses
 from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
 from llamita.train.measures import score
 from llamita.train.order import Order
@@ -43,9 +44,14 @@ def run(order: Order, progress: Progress) -> dict[str, Any]:
     kept = {"llamita": __version__, "base": base["files"], "teacher": taught, "data": order.data.sha256,
             "seed": order.seed, "recipe": order.recipe.to_dict()}  # fmt: skip
     processes.join(_PATIENCE)
-    with shared_work(order.out, kept) as work, told_when_lost("the same command goes on from what is kept"):
+    with (
+        shared_work(order.out, kept, may_discard=order.overwrite) as work,
+        told_when_lost("the same command goes on from what is kept"),
+    ):
         made = _make(order, base, work, progress)
-    return made | {"scores": _scores(order, progress)} if made else made
+    if not made:
+        return made
+    return made | {"scores": _scores(order, progress), "measured": len(order.data.measured)}
 
 
 def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
@@ -67,7 +73,9 @@ def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) ->
     }  # fmt: skip
     with quiet(), writing(order.out):
         kind, hint = _save(trained, order, work, record)
-    return {"kind": kind, "try": hint, "losses": losses, "tokens_per_second": trained.tokens_per_second}
+    stages = [course.to_dict() for course in courses(trained.history)]
+    return {"kind": kind, "try": hint, "losses": losses, "stages": stages,
+            "tokens_per_second": trained.tokens_per_second}  # fmt: skip
 
 
 def _disk_bytes(order: Order) -> int:

@@ -1,5 +1,6 @@
 """What training leaves on disk: a checkpoint, adaptors in PEFT's form, or a packed directory."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +34,10 @@ def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
         directory: exists, empty.
     """
     dtype = _DTYPES[source.info("model.embed_tokens.weight").dtype]
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    model.config.dtype = dtype
+    shared = {f"{_TABLES[1]}.weight"} if source.config.tied else set()
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name not in shared}
     model.save_pretrained(directory, state_dict=state)
+    shutil.copyfile(source.path / "config.json", directory / "config.json")  # the architecture is the same
     _copy_companions(source, directory)
     flush_files(directory)
 
@@ -94,8 +96,10 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def flush_files(directory: Path) -> None:
-    """What other libraries wrote here reaches the disk."""
+    """What other libraries wrote here reaches the disk, with the rights that any new file has."""
+    os.umask(mask := os.umask(0))
     for path in directory.iterdir():
+        path.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
         flush_path(path)
 
 

@@ -35,7 +35,10 @@ def parse_start(text: str) -> tuple[Chain, dict[str, Any]]:
         InputError: no such chain, or one that learns rotations.
     """
     method, settings = PRESET_METHODS.get(text, (text, {}))
-    chain = parse_chain(method)
+    try:
+        chain = parse_chain(method)
+    except InputError as error:
+        raise InputError(str(error).replace("--method", "start", 1)) from None
     if chain.learns(settings):
         raise InputError(f"start: expected no learned rotations, got {text}; try --set start=llamita")
     return chain, settings

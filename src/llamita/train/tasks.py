@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llamita.errors import InputError
 from llamita.train.records import Record
 
+_ROLES = ("system", "user", "assistant", "tool", "ipython")
 Turn = dict[str, str]  # {"role": …, "content": …}
 
 
@@ -47,8 +48,8 @@ def conversation(record: Record, task: str | None) -> Conversation:
         return Conversation(record.place, text=_text(record, "text"))
     columns = ", ".join(list(record.values)[:8])
     raise InputError(
-        f"{record.place}: expected messages, prompt and completion, or text, got {columns}; "
-        f"try --task {'|'.join(TASKS)}"
+        f"{record.place}: expected messages, prompt and completion, instruction and output, or text, "
+        f"got {columns}; try --task {'|'.join(TASKS)}"
     )
 
 
@@ -58,8 +59,9 @@ def _text(record: Record, *names: str) -> str:
         value = record.values.get(name)
         if isinstance(value, str) and value.strip():
             return value
-        if value is not None:
+        if value is not None or (name in record.values and len(names) == 1):
             found = "an empty text" if isinstance(value, str) else type(value).__name__
+            found = "null" if value is None else found
             raise InputError(f"{record.place}: {name}: expected a text, got {found}")
     columns = ", ".join(list(record.values)[:8])
     raise InputError(f"{record.place}: expected the column {' or '.join(names)}, got {columns}")
@@ -84,6 +86,11 @@ def read_turns(record: Record, name: str) -> tuple[Turn, ...]:
         )
     ):
         raise InputError(f"{record.place}: {name}: expected objects with the texts role and content")
+    for turn in turns:
+        if turn["role"] not in _ROLES:
+            raise InputError(
+                f"{record.place}: {name}: role: expected {', '.join(_ROLES)}, got {turn['role'][:40]!r}"
+            )
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 

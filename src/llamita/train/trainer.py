@@ -238,8 +238,9 @@ def check_reporter(name: str) -> None:
         for callback in get_reporting_integration_callbacks(name):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
+        install = "; try pip install " + name if "install" in str(error) else ""
         raise InputError(f"--report-to: expected what transformers can report to, got {name}: "
-                         f"{' '.join(str(error).split())}") from None  # fmt: skip
+                         f"{' '.join(str(error).split())}{install}") from None  # fmt: skip
 
 
 def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
@@ -269,7 +270,7 @@ def _settings(
         "output_dir": str(work), "max_steps": steps, "seed": seed, "data_seed": seed,
         "per_device_train_batch_size": stage.micro_batch, "per_device_eval_batch_size": stage.micro_batch,
         "gradient_accumulation_steps": count_parts(stage.batch, stage.micro_batch),
-        "learning_rate": stage.learning_rate, "warmup_steps": round(stage.warmup * steps),
+        "learning_rate": stage.learning_rate, "warmup_steps": _warmup_steps(stage.warmup, steps),
         "lr_scheduler_type": stage.schedule, "weight_decay": stage.weight_decay, "adam_beta2": 0.95,
         "max_grad_norm": 1.0, "logging_steps": 1, "logging_nan_inf_filter": False,
         "save_steps": recipe.save_every, "save_total_limit": 2,
@@ -280,3 +281,9 @@ def _settings(
         "remove_unused_columns": False, "max_length": None, "include_num_input_tokens_seen": "no",
         "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False,  # all are used, none changes
     }  # fmt: skip
+
+
+def _warmup_steps(share: float, steps: int) -> int:
+    """The first of them has no learning rate at all: one alone would be a step for nothing."""
+    count = round(share * steps)
+    return count if count > 1 else 0
