@@ -21,7 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "methods.qronos", "methods.ranks", "methods.online", "methods.equalize",
      "methods.spinquant", "methods.learn_rotations", "methods.tune"),
     # 4: the pipeline; the forward pass
-    ("sizes", "quantize", "chat", "engine.lineage", "engine.adaptors", "engine.cache", "engine.sampler", "engine.stops",
+    ("sizes", "quantize", "chat", "engine.lineage", "engine.adaptors", "engine.cache", "engine.sampler",
+     "engine.stops",
      "engine.weights",
      "engine.model", "engine.prefixes", "engine.speculation", "engine.requests",
      "engine.scheduler", "engine.llm"),

@@ -20,6 +20,7 @@ from llamita.commands.generate import (
     Temperature,
     Threads,
     describe,
+    load_beside,
     show_stream,
     summary,
 )

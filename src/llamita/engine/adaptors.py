@@ -109,8 +109,8 @@ def read_adaptor(path: Path, config: ModelConfig) -> StoredAdaptor:
         RunError: a file cannot be read.
     """
     if not has(path, CONFIG):
-        found = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
-        raise InputError(f"{path}: expected a directory with {CONFIG}, as PEFT writes adaptors, got {found}")
+        there = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
+        raise InputError(f"{path}: expected a directory with {CONFIG}, as PEFT writes adaptors, got {there}")
     settings = read_json(path, CONFIG)
     rank, scaling = _check_settings(settings, path)
     file = TensorFile(member(path, WEIGHTS))
