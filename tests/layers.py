@@ -33,11 +33,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "train.records", "train.tasks", "train.examples", "train.recipe", "train.preferences", "train.data",
      "train.needs", "train.order", "train.fake_quant", "train.prepare", "train.objective", "train.batches",
      "train.sharding", "train.trainer", "train.start", "train.preference_trainer", "train.finetune",
+     "export.partitioners", "export.embedding", "export.program", "export.lowering", "export.runtime",
+     "export.proof", "export.guide", "export.targets", "export.executorch",
      "train.save", "train.measures", "train.plot", "train.courses", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
-     "commands.selection", "commands.finetune", "commands.merge", "commands.options"),
+     "commands.selection", "commands.export", "commands.finetune", "commands.merge", "commands.options"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip

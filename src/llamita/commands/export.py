@@ -1,0 +1,110 @@
+"""`llamita export`: a packed directory in; the form of another runtime out, and a proof."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llamita import __version__, console
+from llamita.commands.options import Json, Out, Overwrite, Threads
+from llamita.errors import InputError, RunError
+from llamita.export.targets import TARGETS, Order, writer_of
+from llamita.machine import MemoryWatch
+from llamita.packed import PackedModel, open_source
+from llamita.packed_writer import write_bytes
+from llamita.staging import EXPORTED_MARK, check_target, staged
+from llamita.threads import use_threads
+
+_Source = Annotated[str, typer.Argument(metavar="DIR", help="A quantized directory.")]
+_To = Annotated[str, typer.Option("--to", metavar="TARGET", help=f"One of {', '.join(TARGETS)}.")]
+_Context = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of a sequence at most; 2048 by default (executorch).")
+]
+_Backend = Annotated[
+    str | None,
+    typer.Option(help="What runs it: xnnpack (the default), vulkan, coreml, qnn, mediatek (executorch)."),
+]
+_Embedding = Annotated[
+    int | None, typer.Option(help="Bits of the embedding: 8 as it is, or 4, rounded further (executorch).")
+]
+_Adaptor = Annotated[
+    Path | None, typer.Option(metavar="ADAPTOR", help="Adaptors in PEFT's form to go with it, unmerged.")
+]
+
+
+def command(
+    source: _Source,
+    to: _To = "",
+    out: Out = None,
+    context: _Context = None,
+    backend: _Backend = None,
+    embedding: _Embedding = None,
+    adaptor: _Adaptor = None,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Write a quantized directory in the form of another runtime, and check that it computes the same.
+
+    Example: llamita export my-model --to executorch -o my-model-pte
+    """
+    write = writer_of(to)
+    options = {"context": context, "backend": backend, "embedding": embedding, "adaptor": adaptor}
+    _check_options(to, options)
+    if out is None:
+        raise InputError("--out: expected the directory to make, got none; try -o NAME")
+    use_threads(threads)
+    packed = open_source(source)
+    if not isinstance(packed, PackedModel):
+        raise InputError(f"{source}: expected a quantized directory, got a float model; try llamita quantize")
+    check_target(out, overwrite, packed.path)
+    began, watch = time.perf_counter(), MemoryWatch()
+    with watch, console.progress(quiet=json) as progress, staged(out, overwrite, packed.path) as directory:
+        record = write(Order(packed, adaptor, options), directory, progress)
+        _write_record(directory, packed, to, record)
+    record |= {"out": str(out), "total_seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
+    if json:
+        console.print_json(record)
+    else:
+        _print(out, record)
+    if record["proof"] and not record["proof"]["holds"]:
+        raise RunError(f"{out}: FAIL: it does not compute what the engine does; see {EXPORTED_MARK}")
+
+
+def _check_options(to: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None and name not in TARGETS[to].options:
+            raise InputError(f"--{name}: {to} takes none; try without")
+    if options["embedding"] not in (None, 4, 8):
+        raise InputError(f"--embedding: expected 4 or 8, got {options['embedding']}")
+
+
+def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[str, Any]) -> None:
+    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    values = {"llamita": __version__, "target": to, "source": packed.metadata["source"],
+              "packed": packed.metadata["files"], "files": files, **record}  # fmt: skip
+    write_bytes(directory / EXPORTED_MARK, json.dumps(values, indent=1).encode())
+
+
+def _print(out: Path, record: dict[str, Any]) -> None:
+    proof = record["proof"]
+    console.print_line(f"{out}: {record['bytes'] / 1e6:,.1f} MB, {record['total_seconds']:,.0f} s, "
+                       f"{record['memory_bytes'] / 1e9:,.1f} GB of memory")  # fmt: skip
+    if proof is None:
+        console.note("not run here: this backend's runtime is on the device")
+        return
+    gap = "" if proof["gap"] is None else f"; then a gap of {proof['gap']:.1f} deviations of the noise"
+    rows = [
+        ["layers with equal codes and scales", f"{proof['equal_layers']} of {proof['layers']}"],
+        [
+            "KL divergence from the engine, nats a token",
+            f"{proof['kl']:.5f}; at most {proof['largest_kl']:.5f}",
+        ],
+        ["same likeliest token", f"{proof['top_1']:.1%} of {proof['tokens']}"],
+        ["noise of logits, of their spread", f"{proof['noise']:.2%}"],
+        ["greedy text, same tokens", f"{proof['same_greedy']} of {proof['greedy']}{gap}"],
+        ["a token, in ExecuTorch's runtime", f"{proof['milliseconds']:.2f} ms"],
+    ]
+    console.print_table("PASS" if proof["holds"] else "FAIL", ["", ""], rows)

@@ -1,0 +1,1 @@
+"""A packed directory in the forms of other runtimes."""

@@ -1,0 +1,66 @@
+"""The embedding as ExecuTorch stores it: float, int8 per row, or int4 in groups."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llamita._native import round_weights
+from llamita.affine import dequantize, to_f32
+from llamita.checkpoint import Int8Weight
+from llamita.errors import InputError
+from llamita.packed import EMBEDDING, PackedModel
+
+GROUP_SIZE = 32  # of an int4 embedding, as Meta's exports have it
+_RANGES = {8: (-128, 127), 4: (-8, 7)}
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of codes on scales, looked up and multiplied out.
+
+    Args:
+        codes: int8 (rows, columns), or uint8 (rows, columns / 2) with two int4 codes + 8 in a byte, the
+            first in the high half.
+        scales: float32 (rows,) or (rows, groups).
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Tensor, scales: Tensor, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.bits = bits
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (...) to float32 (..., columns)."""
+        ops = torch.ops.quantized_decomposed
+        look_up = ops.embedding_byte.dtype if self.bits == 8 else ops.embedding_4bit.dtype
+        lowest, highest = _RANGES[self.bits]
+        return look_up(self.codes, self.scales, None, lowest, highest, ids, dtype=torch.float32)
+
+
+def embedding_of(packed: PackedModel, bits: int) -> nn.Module:
+    """The embedding of a packed model, its int8 codes as they are, or rounded to 4 bits.
+
+    Raises:
+        InputError: 4 bits of an embedding that is float.
+    """
+    weight = packed.weight(EMBEDDING)
+    if isinstance(weight, np.ndarray):
+        if bits == 4:
+            raise InputError(
+                "--embedding 4: expected an int8 embedding, got a float one; try --preset llama3.2"
+            )
+        rows = torch.from_numpy(np.array(to_f32(weight)))
+        return nn.Embedding.from_pretrained(rows)
+    assert isinstance(weight, Int8Weight)
+    if bits == 8:
+        scales = torch.from_numpy(np.array(to_f32(weight.scales)).reshape(-1))
+        return QuantizedEmbedding(torch.from_numpy(np.array(weight.codes)), scales, 8)
+    floats = dequantize(np.asarray(weight.codes), weight.scales)
+    codes, scales, _ = round_weights(floats, 4, GROUP_SIZE, "search")
+    unsigned = (codes + 8).astype(np.uint8)
+    return QuantizedEmbedding(
+        torch.from_numpy(unsigned[:, ::2] << 4 | unsigned[:, 1::2]), torch.from_numpy(scales), 4
+    )

@@ -1,0 +1,103 @@
+"""`--to executorch`: a packed directory as a `.pte` program, with what an app needs beside it, and a proof.
+
+What ExecuTorch's runner for text models asks a program for are constant methods of the file
+(extension/llm/runner/constants.h of ExecuTorch 1.4).
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
+from llamita.engine.llm import LLM
+from llamita.errors import InputError
+from llamita.export.guide import guide
+from llamita.export.lowering import lower
+from llamita.export.partitioners import partitioners_of
+from llamita.export.program import make_program
+from llamita.export.proof import Proof, compare, own_tokens, rounded_hashes
+from llamita.export.runtime import data_hashes, run
+from llamita.export.targets import Order, Progress
+from llamita.packed import PackedModel
+from llamita.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.tokenizer import Tokenizer
+
+PROGRAM = "model.pte"
+_CONTEXT = 2048
+_STEPS = ("tracing and lowering", "comparing integers", "running it in ExecuTorch", "running it here")
+
+
+def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Fill a directory; the record has the proof and what each step took in seconds.
+
+    Raises:
+        InputError: a context that the model has not, or adaptors that do not fit.
+        RunError: a backend's SDK is missing, or the program does not run.
+    """
+    packed, options = order.packed, order.options
+    context = options.get("context") or min(_CONTEXT, packed.config.context)
+    if not 2 <= context <= packed.config.context:
+        raise InputError(f"--context: expected 2 to {packed.config.context} tokens, got {context}")
+    backend = options.get("backend") or "xnnpack"
+    partitioners = partitioners_of(backend)
+    adaptor = None if order.adaptor is None else _adaptor(packed, order.adaptor)
+    timer = _Timer(progress)
+    timer.begin(_STEPS[0])
+    program = make_program(packed, context, adaptor, options.get("embedding") or 8)
+    lower(program, partitioners, metadata_of(packed, context), directory / PROGRAM)
+    del program
+    copy_companions(packed.path, directory, find_companions(packed.path))
+    write_bytes(directory / "README.md", guide(packed, context, backend).encode())
+    proof = _prove(order, directory / PROGRAM, context, timer) if backend == "xnnpack" else None
+    return {"backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
+            "seconds": timer.end(), "proof": proof and proof.to_dict()}  # fmt: skip
+
+
+def metadata_of(packed: PackedModel, context: int) -> dict[str, Any]:
+    """Constant methods by name."""
+    tokenizer = Tokenizer(packed.path, packed.config)
+    found = {
+        "get_max_seq_len": context, "get_max_context_len": context, "get_n_layers": packed.config.layers,
+        "get_vocab_size": packed.config.vocab_size, "use_kv_cache": True, "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True, "get_eos_ids": list(tokenizer.eos_token_ids),
+    }  # fmt: skip
+    return found if tokenizer.bos_token_id is None else {**found, "get_bos_id": tokenizer.bos_token_id}
+
+
+def _adaptor(packed: PackedModel, path: Path) -> StoredAdaptor:
+    check_fits(packed, [path])
+    return read_adaptor(path, packed.config)
+
+
+def _prove(order: Order, pte: Path, context: int, timer: "_Timer") -> Proof:
+    timer.begin(_STEPS[1])
+    held, hashes = data_hashes(pte), list(rounded_hashes(order.packed))
+    equal = sum(codes in held and scales in held for _, codes, scales in hashes)
+    adaptors = {} if order.adaptor is None else {"": order.adaptor}
+    llm = LLM(order.packed, adaptors=adaptors)
+    tokens, prompt, new = own_tokens(llm, context)
+    timer.begin(_STEPS[2])
+    ran = run(pte, tokens, prompt, new)
+    timer.begin(_STEPS[3])
+    return compare(llm, (len(hashes), equal), tokens, ran, adaptor="" if adaptors else None)
+
+
+class _Timer:
+    """Seconds of each step, and the progress of all."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._seconds, self._now, self._began = progress, dict[str, float](), "", 0.0
+
+    def begin(self, step: str) -> None:
+        """The last step ends here."""
+        self.end()
+        self._now, self._began = step, time.perf_counter()
+        if self._progress:
+            self._progress(step, _STEPS.index(step), len(_STEPS))
+
+    def end(self) -> dict[str, float]:
+        """All of them by name."""
+        if self._now:
+            self._seconds[self._now] = time.perf_counter() - self._began
+            self._now = ""
+        return self._seconds

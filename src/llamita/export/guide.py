@@ -1,0 +1,69 @@
+"""README.md of an exported program: what each file is for, and what to do with it on a phone."""
+
+from llamita.chat import find_template
+from llamita.packed import PackedModel
+
+VERSION = "1.4.1"  # of ExecuTorch: programs and runtimes go together
+_ANDROID = """## Android
+
+1. In `build.gradle.kts` of the app: `implementation("org.pytorch:executorch-android:{version}")`.
+2. Copy program and tokenizer to the device, for a first try with adb:
+   ```
+   adb shell mkdir -p /data/local/tmp/llama
+   adb push model.pte tokenizer.json /data/local/tmp/llama/
+   ```
+3. In the app, off the main thread:
+   ```kotlin
+   val llm = LlmModule("/data/local/tmp/llama/model.pte", "/data/local/tmp/llama/tokenizer.json", 0.8f)
+   llm.load()
+   llm.generate(prompt, {context}, callback, false)
+   ```
+   `callback` is an `LlmCallback`; an app that ships has the files among its own, not under /data/local/tmp.
+
+Without an app, with a `llama_main` that was built from ExecuTorch {version} for arm64-v8a:
+`adb shell "cd /data/local/tmp/llama && ./llama_main --model_path=model.pte --tokenizer_path=tokenizer.json --prompt='...'"`
+"""
+_IOS = """## iOS
+
+1. In Xcode, add the Swift package `https://github.com/pytorch/executorch`, branch `swiftpm-{version}`, with the products
+   `ExecuTorchLLM`, `backend_xnnpack`, `kernels_llm`, `kernels_optimized`, `kernels_quantized`, `kernels_torchao`; linker
+   flag `-all_load`.
+2. Add `model.pte` and `tokenizer.json` to the app's bundle.
+3. In the app:
+   ```swift
+   let runner = TextRunner(modelPath: modelPath, tokenizerPath: tokenizerPath)
+   try runner.load()
+   try runner.generate(prompt, Config {{ $0.sequenceLength = {context} }}) {{ token in print(token, terminator: "") }}
+   ```
+"""
+
+
+def guide(packed: PackedModel, context: int, backend: str) -> str:
+    """The text, for a program of this context and backend."""
+    has_template = find_template(packed.path) is not None
+    prompts = (
+        "Prompts have to be written as the model's chat template has them: `llamita` shows one with\n"
+        "`python -c 'import llamita; print(llamita.load(DIR).chat_template.render([...]))'`."
+        if has_template
+        else "The model has no chat template: it continues a text."
+    )
+    steps = (_ANDROID + "\n" + _IOS).format(version=VERSION, context=context)
+    source = packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    return f"""# {source} for ExecuTorch {VERSION}
+
+`model.pte` computes with the very codes and scales of the packed directory that it was made from, for sequences of up to
+{context} tokens, on the backend `{backend}`. Program and runtime have to be of the same version of ExecuTorch.
+
+| file | what |
+|---|---|
+| `model.pte` | the program |
+| `tokenizer.json` | the tokenizer, as ExecuTorch's runner reads it |
+| `llamita_export.json` | what it was made from, and how close it came to llamita's own engine |
+| others | settings, licence and use policy of the model |
+
+{prompts} Tokens that end an answer are in the program (`get_eos_ids`).
+
+{steps}
+These steps have been written from ExecuTorch's documentation; they have not been run on a phone here. The program has been
+run in ExecuTorch's runtime on the machine that made it.
+"""

@@ -1,0 +1,69 @@
+"""From our program to an ExecuTorch file: torch.export, partition, serialize."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  the operators of its LLM runtime
+from torch.export import Dim, export
+from torch.fx.traceback import NodeSource
+
+from llamita.export.program import Program
+
+_TRACED = 3  # tokens of the pass that is traced: neither one nor the cache's length
+
+
+def lower(program: Program, partitioners: list[Any], metadata: dict[str, Any], path: Path) -> None:
+    """Write a program as a `.pte` file.
+
+    Args:
+        metadata: constant methods of the file by name, as runners ask for them.
+    """
+    example = (torch.ones(1, _TRACED, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    count = Dim("count", min=1, max=program.context - 1)
+    with _quick_passes(), torch.no_grad():
+        exported = export(
+            program, example, dynamic_shapes={"tokens": {1: count}, "input_pos": {0: 1}}, strict=False
+        )
+        edge = to_edge_transform_and_lower(
+            exported, partitioner=partitioners, constant_methods=metadata,
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )  # fmt: skip
+        del exported
+        made = edge.to_executorch(ExecutorchBackendConfig(
+            extract_delegate_segments=True, do_quant_fusion_and_const_prop=True,
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        ))  # fmt: skip
+    with path.open("wb") as file:
+        made.write_to_file(file)
+
+
+@contextmanager
+def _quick_passes() -> Iterator[None]:
+    """Without what costs ExecuTorch's passes time and says nothing to a user.
+
+    Every pass copies the graph, and with each node where it came from, which is a tree of all passes before
+    (Torch 2.13): shared, as it never changes, it costs nothing.
+    """
+    known = NodeSource.__dict__.get("__deepcopy__")
+    level = logging.root.manager.disable
+    NodeSource.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        if known is None:
+            del NodeSource.__deepcopy__  # type: ignore[attr-defined]
+        else:
+            NodeSource.__deepcopy__ = known  # type: ignore[attr-defined]

@@ -1,0 +1,219 @@
+"""transformers' Llama as a program of one forward pass: static caches, and our codes where its weights were.
+
+`forward(tokens, input_pos)` takes tokens int64 (1, n), whose first stands at input_pos int64 (1,), and gives
+the logits that follow the last one, float32 (1, vocab). It is what ExecuTorch's runner for text models calls.
+Codes and scales become torchao's tensors as they are; nothing is quantized here.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from llamita.affine import to_f32
+from llamita.checkpoint import Int4Weight, Int8Weight
+from llamita.engine.adaptors import StoredAdaptor
+from llamita.export.embedding import embedding_of
+from llamita.hadamard import core_signs, factor
+from llamita.packed import EMBEDDING, HEAD, PackedModel
+from llamita.packing import unpack_int4
+
+_ATTENTION = "llamita_static_cache"  # among transformers' kinds of attention
+_VECTORS = ("input_layernorm", "post_attention_layernorm")
+
+
+class LayerCache(nn.Module):
+    """Keys and values of a layer, float32 (1, context, kv_heads, head_dim), as transformers updates a cache.
+
+    Attributes:
+        start: where the tokens of this pass begin; set before each.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, context: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, context, heads, head_dim), persistent=False)
+        self.register_buffer("values", torch.zeros(1, context, heads, head_dim), persistent=False)
+        self.start: Any = 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write what (1, kv_heads, n, head_dim) the new tokens bring; the whole caches."""
+        del layer
+        torch.ops.llama.update_cache(keys.transpose(1, 2), self.keys, self.start)
+        torch.ops.llama.update_cache(values.transpose(1, 2), self.values, self.start)
+        return self.keys, self.values
+
+
+def _attend(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
+    """Causal attention of queries (1, heads, n, head_dim) on whole caches: (1, n, heads, head_dim)."""
+    del mask
+    scale, start = options["scaling"], module.cache.start
+    out = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scale)
+    return out, None
+
+
+class LoRALinear(nn.Module):
+    """W·x + s·B·(A·x); A and B in float32."""
+
+    def __init__(self, linear: nn.Module, down: Tensor, up: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = _float_linear(down), _float_linear(up * scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return self.linear(x) + self.up(self.down(x))
+
+
+class RotatedLinear(nn.Module):
+    """A linear layer behind the online rotation R4, H·x / √n, of orders that are a power of two times K."""
+
+    signs: Tensor | None
+
+    def __init__(self, linear: nn.Module, size: int) -> None:
+        super().__init__()
+        self.linear, (self.core, power) = linear, factor(size)
+        self.length = 2**power
+        matrix = None
+        if self.core > 1:
+            matrix = torch.from_numpy(core_signs(self.core).astype(np.float32)) * self.core**-0.5
+        self.register_buffer("signs", matrix, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) to (..., outputs)."""
+        y = torch.ops.llama.fast_hadamard_transform(x.reshape(*x.shape[:-1], self.core, self.length))
+        if self.signs is not None:
+            y = torch.matmul(self.signs, y)
+        return self.linear(y.reshape(x.shape))
+
+
+class Program(nn.Module):
+    """See the head of this file.
+
+    Attributes:
+        context: tokens that the caches hold.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, llama: LlamaForCausalLM, head: nn.Module, context: int) -> None:
+        super().__init__()
+        self.model, self.head, self.context = llama.model, head, context
+        with torch.no_grad():
+            cos, sin = llama.model.rotary_emb(torch.zeros(1, 1), torch.arange(context)[None])
+        self.register_buffer("cos", cos[0].contiguous(), persistent=False)  # (context, head_dim)
+        self.register_buffer("sin", sin[0].contiguous(), persistent=False)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """Tokens (1, n) from position input_pos (1,) on to logits (1, vocab)."""
+        start, count = input_pos[0].item(), tokens.shape[1]
+        torch._check(start >= 0)
+        torch._check(start + count <= self.context)
+        turns = tuple(table.narrow(0, start, count)[None] for table in (self.cos, self.sin))
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            cache = layer.self_attn.cache
+            cache.start = start
+            x = layer(x, position_embeddings=turns, past_key_values=cache)
+        return self.head(self.model.norm(x[:, -1]))
+
+
+def make_program(
+    packed: PackedModel, context: int, adaptor: StoredAdaptor | None = None, embedding_bits: int = 8
+) -> Program:
+    """A packed model as a program.
+
+    Args:
+        context: tokens that the caches hold.
+        adaptor: low-rank adaptors beside its weights, which stay apart.
+        embedding_bits: 8, or 4 where an int8 embedding is to be rounded further.
+    """
+    AttentionInterface.register(_ATTENTION, _attend)
+    config = LlamaConfig(**_transformers_keys(packed))
+    config._attn_implementation = _ATTENTION
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(config)
+    for index, layer in enumerate(llama.model.layers):
+        layer.self_attn.cache = LayerCache(context, packed.config.kv_heads, packed.config.head_dim)
+        for name in packed.config.linear_shapes():
+            module = f"model.layers.{index}.{name}"
+            _set(layer, name, _linear_of(packed, module, adaptor))
+        for name in _VECTORS:
+            layer.get_submodule(name).weight = _parameter(
+                packed.vector(f"model.layers.{index}.{name}.weight")
+            )
+    llama.model.norm.weight = _parameter(packed.vector("model.norm.weight"))
+    llama.model.embed_tokens = embedding_of(packed, embedding_bits)
+    return Program(llama, _head_of(packed), context).eval()
+
+
+def _transformers_keys(packed: PackedModel) -> dict[str, Any]:
+    strange = ("quantization_config", "model_type", "architectures", "dtype", "torch_dtype")
+    return {key: value for key, value in packed.hf_config.items() if key not in strange}
+
+
+def _linear_of(packed: PackedModel, name: str, adaptor: StoredAdaptor | None) -> nn.Module:
+    linear: nn.Module = _linear(packed.weight(name), packed.bias(name))
+    if packed.rotations.r4_size and name.endswith(".down_proj"):
+        linear = RotatedLinear(linear, packed.rotations.r4_size)
+    if adaptor is not None and name in adaptor.pairs:
+        down, up = (torch.from_numpy(np.array(to_f32(one))) for one in adaptor.pairs[name])
+        linear = LoRALinear(linear, down, up, adaptor.scaling)
+    return linear
+
+
+def _head_of(packed: PackedModel) -> nn.Module:
+    head = _linear(packed.weight(EMBEDDING if packed.config.tied else HEAD), None)
+    transform = packed.rotations.head_transform
+    if transform is None:
+        return head
+    return nn.Sequential(_float_linear(torch.from_numpy(np.array(to_f32(transform)))), head)
+
+
+def _linear(weight: Int4Weight | Int8Weight | np.ndarray, bias: np.ndarray | None) -> nn.Linear:
+    """A linear layer with these codes for its weights, or these floats."""
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    if isinstance(weight, np.ndarray):
+        values: Tensor = torch.from_numpy(np.array(to_f32(weight)))
+    else:
+        values = codes_tensor(weight)
+    linear.out_features, linear.in_features = values.shape
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    if bias is not None:
+        linear.bias = _parameter(bias)
+    return linear
+
+
+def codes_tensor(weight: Int4Weight | Int8Weight) -> Tensor:
+    """Codes (rows, columns) on their scales, to be met by int8 activations per token, as torchao has them."""
+    if isinstance(weight, Int4Weight):
+        codes, dtype = unpack_int4(np.asarray(weight.packed)), torch.int4
+    else:
+        codes, dtype = np.array(weight.codes), torch.int8
+    scales = torch.from_numpy(np.array(to_f32(weight.scales)).reshape(len(codes), -1))
+    return IntxUnpackedToInt8Tensor(
+        torch.from_numpy(codes), scales, torch.zeros(scales.shape, dtype=torch.int8), dtype,
+        (1, codes.shape[1] // scales.shape[1]), torch.float32, "int8_asym_per_token",
+    )  # fmt: skip
+
+
+def _float_linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _parameter(vector: np.ndarray) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(np.array(vector)), requires_grad=False)
+
+
+def _set(layer: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(layer.get_submodule(parent), own, module)

@@ -1,0 +1,111 @@
+"""A `.pte` file in ExecuTorch's own runtime: its logits, its greedy continuation, the data that it holds.
+
+Run as a program, `python -m llamita.export.runtime PTE ASKED GIVEN`, because the runtime writes to stderr as
+it likes and ends its process where a program is damaged.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.errors import RunError
+
+_LINES = 3  # of what the runtime said that an error shows
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a program computed.
+
+    Attributes:
+        logits: float32 (tokens, vocab), each token given by itself.
+        prefill: float32 (vocab,): the last of these from one pass over all tokens.
+        greedy: int64 (n,): what follows the prompt, the likeliest token each time.
+        seconds: of a pass of one token, the median.
+    """
+
+    logits: np.ndarray
+    prefill: np.ndarray
+    greedy: np.ndarray
+    seconds: float
+
+
+def run(pte: Path, tokens: Sequence[int], prompt: int, new: int) -> Ran:
+    """Run a program in a process of its own.
+
+    Args:
+        tokens: to give logits for.
+        prompt: how many of them are the prompt of the greedy continuation.
+        new: tokens of that.
+
+    Raises:
+        RunError: the runtime refused the program, with the last that it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, given = Path(folder) / "asked.npz", Path(folder) / "given.npz"
+        np.savez(asked, tokens=np.array(tokens, np.int64), prompt=prompt, new=new)
+        command = [sys.executable, "-m", "llamita.export.runtime", str(pte), str(asked), str(given)]
+        ran = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+        )
+        if ran.returncode or not given.exists():
+            said = " ".join(" ".join(ran.stderr.strip().splitlines()[-_LINES:]).split())
+            raise RunError(f"{pte.name}: expected ExecuTorch's runtime to run it, got exit code "
+                           f"{ran.returncode}: {said[-400:]}")  # fmt: skip
+        with np.load(given) as found:
+            return Ran(found["logits"], found["prefill"], found["greedy"], float(found["seconds"]))
+
+
+def data_hashes(pte: Path) -> set[str]:
+    """SHA-256 of every piece of data that a program's delegates read, computed from the file's bytes."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    named = deserialize_pte_binary(pte.read_bytes()).named_data
+    return set() if named is None else {hashlib.sha256(bytes(data)).hexdigest() for data in named.buffers}
+
+
+def _main(pte: str, asked: str, given: str) -> None:
+    forward = _load(Path(pte))
+    with np.load(asked) as values:
+        tokens, prompt, new = values["tokens"], int(values["prompt"]), int(values["new"])
+    rows, times = [], []
+    for place, token in enumerate(tokens):
+        began = time.perf_counter()
+        rows.append(forward([token], place))
+        times.append(time.perf_counter() - began)
+    prefill = forward(tokens, 0)
+    row, greedy = forward(tokens[:prompt], 0), list[int]()
+    for place in range(prompt, prompt + new):
+        greedy.append(int(row.argmax()))
+        row = forward(greedy[-1:], place)
+    np.savez(given, logits=np.stack(rows), prefill=prefill, greedy=np.array(greedy, np.int64),
+             seconds=float(np.median(times)))  # fmt: skip
+
+
+def _load(pte: Path) -> Any:
+    """forward(tokens, position) of a program: float32 (vocab,)."""
+    import executorch.kernels.quantized  # noqa: F401  registers operators
+    import torch
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  these, too
+    from executorch.runtime import Runtime, Verification
+
+    method = Runtime.get().load_program(pte, verification=Verification.Minimal).load_method("forward")
+
+    def forward(tokens: Any, position: int) -> np.ndarray:
+        inputs = [torch.tensor([[int(token) for token in tokens]]), torch.tensor([position])]
+        return method.execute(inputs)[0][0].numpy().copy()
+
+    return forward
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

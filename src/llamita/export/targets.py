@@ -1,0 +1,68 @@
+"""What `llamita export --to` knows: each form, and where the function is that writes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamita.errors import InputError
+from llamita.optional import load_optional
+from llamita.packed import PackedModel
+
+Progress = Callable[[str, int, int], None] | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be written.
+
+    Attributes:
+        packed: the model.
+        adaptor: a directory of adaptors to go with it.
+        options: the target's own, by name; see its module.
+    """
+
+    packed: PackedModel
+    adaptor: Path | None
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form of other runtimes.
+
+    Attributes:
+        entry: "module:function", called as write(order, directory, progress), which fills the directory and
+            gives what to record; it raises InputError for what the form cannot hold.
+        form: what comes out, for people.
+        options: names of the options that it takes.
+    """
+
+    entry: str
+    form: str
+    options: tuple[str, ...] = ()
+
+
+TARGETS = {
+    "executorch": Target(
+        "llamita.export.executorch:write",
+        "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
+        ("context", "backend", "embedding", "adaptor"),
+    ),
+}
+_LACKING = (
+    "--to {target}: expected the package {{package}}, found none; try pip install 'llamita[export]' "
+    "(in a checkout '.[export]')"
+)
+
+
+def writer_of(target: str) -> Callable[[Order, Path, Progress], dict[str, Any]]:
+    """The function that writes a target.
+
+    Raises:
+        InputError: no such target.
+        RunError: its package is missing.
+    """
+    if target not in TARGETS:
+        raise InputError(f"--to: expected one of {', '.join(TARGETS)}, got {target!r}")
+    return load_optional(TARGETS[target].entry, _LACKING.format(target=target))
