@@ -77,5 +77,5 @@ def test_a_start_is_a_chain_or_a_presets() -> None:
     assert parse_start("equalize+qronos")[1] == {}
     with pytest.raises(InputError, match="start: expected no learned rotations, got spinquant"):
         parse_start("spinquant")
-    with pytest.raises(InputError, match="--method: expected one of"):
+    with pytest.raises(InputError, match="start: expected one of"):
         parse_start("nothing")
