@@ -21,19 +21,24 @@ _ANDROID = """## Android
    `callback` is an `LlmCallback`; an app that ships has the files among its own, not under /data/local/tmp.
 
 Without an app, with a `llama_main` that was built from ExecuTorch {version} for arm64-v8a:
-`adb shell "cd /data/local/tmp/llama && ./llama_main --model_path=model.pte --tokenizer_path=tokenizer.json --prompt='...'"`
+```
+adb shell
+cd /data/local/tmp/llama && ./llama_main --model_path=model.pte --tokenizer_path=tokenizer.json --prompt="..."
+```
 """
 _IOS = """## iOS
 
-1. In Xcode, add the Swift package `https://github.com/pytorch/executorch`, branch `swiftpm-{version}`, with the products
-   `ExecuTorchLLM`, `backend_xnnpack`, `kernels_llm`, `kernels_optimized`, `kernels_quantized`, `kernels_torchao`; linker
-   flag `-all_load`.
+1. In Xcode, add the Swift package `https://github.com/pytorch/executorch`, branch `swiftpm-{version}`, with the
+   products `executorch_llm`, `backend_xnnpack`, `kernels_llm`, `kernels_optimized`, `kernels_quantized` and
+   `kernels_torchao`, and the linker flag `-all_load`.
 2. Add `model.pte` and `tokenizer.json` to the app's bundle.
 3. In the app:
    ```swift
    let runner = TextRunner(modelPath: modelPath, tokenizerPath: tokenizerPath)
    try runner.load()
-   try runner.generate(prompt, Config {{ $0.sequenceLength = {context} }}) {{ token in print(token, terminator: "") }}
+   try runner.generate(prompt, Config {{ $0.sequenceLength = {context} }}) {{ token in
+     print(token, terminator: "")
+   }}
    ```
 """
 
@@ -51,8 +56,9 @@ def guide(packed: PackedModel, context: int, backend: str) -> str:
     source = packed.metadata["source"]["name"].rsplit("/", 1)[-1]
     return f"""# {source} for ExecuTorch {VERSION}
 
-`model.pte` computes with the very codes and scales of the packed directory that it was made from, for sequences of up to
-{context} tokens, on the backend `{backend}`. Program and runtime have to be of the same version of ExecuTorch.
+`model.pte` computes with the very codes and scales of the packed directory that it was made from, for
+sequences of up to {context} tokens, on the backend `{backend}`. Program and runtime have to be of the same
+version of ExecuTorch.
 
 | file | what |
 |---|---|
@@ -64,6 +70,6 @@ def guide(packed: PackedModel, context: int, backend: str) -> str:
 {prompts} Tokens that end an answer are in the program (`get_eos_ids`).
 
 {steps}
-These steps have been written from ExecuTorch's documentation; they have not been run on a phone here. The program has been
-run in ExecuTorch's runtime on the machine that made it.
+These steps were written from ExecuTorch's documentation and have not been run on a phone. The program was run
+in ExecuTorch's runtime on the machine that made it, where `llamita_export.json` has a proof.
 """

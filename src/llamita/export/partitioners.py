@@ -64,8 +64,8 @@ def _qnn() -> list[Any]:
 
 def _mediatek() -> list[Any]:
     if find_spec("mtk_converter") is None:
-        raise RunError("--backend mediatek: expected MediaTek's NeuroPilot Express SDK (mtk_converter), found "
-                       "none; try installing it from neuropilot.mediatek.com")  # fmt: skip
+        raise RunError("--backend mediatek: expected MediaTek's NeuroPilot Express SDK (mtk_converter), "
+                       "found none; try installing it from neuropilot.mediatek.com")  # fmt: skip
     from executorch.backends.mediatek.partitioner import NeuropilotPartitioner
     from executorch.exir.backend.compile_spec_schema import CompileSpec
 

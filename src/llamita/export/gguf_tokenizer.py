@@ -1,0 +1,94 @@
+"""A tokenizer.json as GGUF's metadata has tokenizers: tokens, their kinds, merges or scores."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from llamita.errors import InputError
+from llamita.files import read_bytes
+from llamita.packed import PackedModel
+from llamita.tokenizer import Tokenizer
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # llama.cpp's kinds of tokens
+_LARGEST = 64 << 20  # bytes of a tokenizer.json
+_GPT2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+_LLAMA3 = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+_SPLITS = {_GPT2: "gpt-2", _LLAMA3: "llama-bpe"}  # regular expressions that llama.cpp has by name
+
+
+def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
+    """Metadata of the tokenizer.
+
+    Raises:
+        InputError: it splits texts in a way that llama.cpp has no name for, or is none of BPE.
+    """
+    whole = json.loads(read_bytes(packed.path, "tokenizer.json", _LARGEST))
+    model = whole["model"]
+    if model.get("type") != "BPE":
+        raise InputError(f"tokenizer.json: model: expected BPE, got {model.get('type')!r}; llama.cpp's form "
+                         "of others is not written here")  # fmt: skip
+    added = {int(token["id"]): token for token in whole.get("added_tokens", [])}
+    words = {int(number): word for word, number in model["vocab"].items()}
+    words |= {number: token["content"] for number, token in added.items()}
+    count = packed.config.vocab_size
+    tokens = [words.get(number, f"[PAD{number}]") for number in range(count)]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    found: dict[str, Any] = {"tokenizer.ggml.tokens": tokens}
+    if model.get("byte_fallback"):
+        found |= _sentencepiece(tokens, merges, added)
+    else:
+        found |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(whole),
+                  "tokenizer.ggml.merges": merges}  # fmt: skip
+    kinds = [_kind(number, word, words, added, bool(model.get("byte_fallback"))) for number, word in enumerate(tokens)]
+    found["tokenizer.ggml.token_type"] = np.array(kinds, np.int32)
+    return found | _special(Tokenizer(packed.path, packed.config))
+
+
+def _kind(number: int, word: str, words: dict[int, str], added: dict[int, Any], has_bytes: bool) -> int:
+    if number not in words:
+        return _CONTROL  # rows of the table that no text leads to
+    if number in added:
+        if word == "<unk>":
+            return _UNKNOWN
+        return _CONTROL if added[number].get("special") else _USER
+    is_byte = has_bytes and len(word) == 6 and word.startswith("<0x") and word.endswith(">")
+    return _BYTE if is_byte else _NORMAL
+
+
+def _sentencepiece(tokens: list[str], merges: list[str], added: dict[int, Any]) -> dict[str, Any]:
+    """Scores in the order of merges, which is all that SentencePiece's BPE looks at."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault(pair.replace(" ", "", 1), rank)
+    last = len(merges)
+    scores = [0.0 if i in added else -float(ranks.get(word, last)) for i, word in enumerate(tokens)]
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.scores": np.array(scores, np.float32)}  # fmt: skip
+
+
+def _split_name(whole: dict[str, Any]) -> str:
+    """llama.cpp's name for how this tokenizer splits a text into words."""
+    before = whole.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    uses_own = any(step.get("type") == "ByteLevel" and step.get("use_regex", True) for step in steps)
+    expression = _GPT2 if uses_own and not patterns else patterns[0] if len(patterns) == 1 else None
+    if expression not in _SPLITS:
+        raise InputError("tokenizer.json: pre_tokenizer: expected GPT-2's or Llama 3's way to split a text, got "
+                         "another, which llama.cpp has no name for here")  # fmt: skip
+    return _SPLITS[expression]
+
+
+def _special(tokenizer: Tokenizer) -> dict[str, Any]:
+    found: dict[str, Any] = {"tokenizer.ggml.add_bos_token": tokenizer.adds_bos}
+    if tokenizer.bos_token_id is not None:
+        found["tokenizer.ggml.bos_token_id"] = tokenizer.bos_token_id
+    if tokenizer.eos_token_ids:
+        found["tokenizer.ggml.eos_token_id"] = tokenizer.eos_token_ids[0]
+    if len(tokenizer.eos_token_ids) > 1:  # the one that ends a turn
+        found["tokenizer.ggml.eot_token_id"] = tokenizer.eos_token_ids[-1]
+    return found

@@ -1,0 +1,241 @@
+"""GGUF files, read and written: llama.cpp's container of metadata and tensors (ggml/docs/gguf.md, version 3).
+
+Reading checks every count, length and offset against the file before anything is taken from it, and maps
+the data. Integers and floats are little-endian.
+"""
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from llamita.errors import InputError, RunError
+
+MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+BLOCK = 32  # weights that share a scale in Q4_0 and Q8_0
+# Types of values, in the format's order; 8 is a string, 9 an array.
+_SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")
+_STRING, _ARRAY = 8, 9
+_INT32, _UINT32, _FLOAT32, _BOOL = 5, 4, 6, 7
+_DTYPES = ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1", "", "", "<u8", "<i8", "<f8")
+# Types of tensors: number, weights of a block, bytes of a block.
+KINDS = {"F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, BLOCK, 18), "Q8_0": (8, BLOCK, 34), "BF16": (30, 1, 2)}
+_NAMES = {number: name for name, (number, _, _) in KINDS.items()}
+_MOST_DIMENSIONS = 4
+_MOST_STRINGS = 1 << 20  # in an array: a Python string takes some 60 bytes, whatever the file has for it
+_LARGEST_NAME = 4096
+_LARGEST_ALIGNMENT = 1 << 16
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor as the file declares it: rows of `columns`; `start` and `stop` are byte offsets in the file."""
+
+    kind: str
+    shape: tuple[int, ...]  # outermost first, as NumPy has it; the file has it the other way round
+    start: int
+    stop: int
+
+
+class GgufFile:
+    """A GGUF file, checked and mapped when made.
+
+    Attributes:
+        values: metadata by key: numbers, texts, NumPy arrays of numbers, lists of texts.
+        tensors: by name.
+
+    Raises:
+        InputError: the file breaks a rule of the format, or has a kind of tensor that is not known here.
+        RunError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < len(MAGIC):
+                    raise InputError(f"{path.name}: expected a GGUF file, got {size} bytes")
+                self._data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+        self._at = 0
+        try:
+            self._read_header()
+        except InputError as error:
+            self._data.close()
+            raise InputError(f"{path.name}: {error}") from None
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's bytes: uint8 (rows, bytes of a row), or (bytes,) of a vector."""
+        tensor = self.tensors[name]
+        flat = np.frombuffer(self._data, np.uint8, tensor.stop - tensor.start, tensor.start)
+        return flat.reshape(tensor.shape[0], -1) if len(tensor.shape) > 1 else flat
+
+    def close(self) -> None:
+        """Unmap the file; what `read` gave keeps it until it is gone."""
+        del self._data
+
+    def _read_header(self) -> None:
+        if self._take(len(MAGIC)) != MAGIC:
+            raise InputError("expected a GGUF file, got another beginning")
+        version = self._number("<I")
+        if version not in (2, VERSION):
+            raise InputError(f"version: expected 2 or {VERSION}, got {version}")
+        tensors, values = self._number("<Q"), self._number("<Q")
+        self._check_count("tensors", tensors, 8 + 4 + 8 + 4 + 8)
+        self._check_count("metadata", values, 8 + 4 + 1)
+        self.values: dict[str, Any] = {}
+        for _ in range(values):
+            key = self._text(_LARGEST_NAME)
+            if key in self.values:
+                raise InputError(f"{key[:100]!r}: expected once, got twice")
+            self.values[key] = self._value(key)
+        declared = [self._declared() for _ in range(tensors)]
+        self.tensors = self._placed(declared)
+
+    def _declared(self) -> tuple[str, str, tuple[int, ...], int]:
+        name = self._text(_LARGEST_NAME)
+        count = self._number("<I")
+        if not 1 <= count <= _MOST_DIMENSIONS:
+            raise InputError(f"{name[:100]!r}: expected 1 to {_MOST_DIMENSIONS} dimensions, got {count}")
+        shape = tuple(self._number("<Q") for _ in range(count))[::-1]
+        number, offset = self._number("<I"), self._number("<Q")
+        if number not in _NAMES:
+            raise InputError(f"{name[:100]!r}: expected one of {', '.join(KINDS)}, got ggml's type {number}")
+        return name, _NAMES[number], shape, offset
+
+    def _placed(self, declared: Iterable[tuple[str, str, tuple[int, ...], int]]) -> dict[str, GgufTensor]:
+        alignment = self.values.get("general.alignment", ALIGNMENT)
+        if type(alignment) is not int or not 8 <= alignment <= _LARGEST_ALIGNMENT or alignment % 8:
+            raise InputError(f"general.alignment: expected a multiple of 8, got {alignment!r}")
+        begin = -(-self._at // alignment) * alignment
+        found: dict[str, GgufTensor] = {}
+        for name, kind, shape, offset in declared:
+            _, block, width = KINDS[kind]
+            count = math.prod(shape)
+            if name in found or count <= 0 or shape[-1] % block or offset % alignment:
+                raise InputError(f"{name[:100]!r}: expected once, in whole blocks of {block}, at a multiple of "
+                                 f"{alignment}, got {shape} at {offset}")  # fmt: skip
+            start = begin + offset
+            stop = start + count // block * width
+            if stop > len(self._data):
+                raise InputError(f"{name[:100]!r}: expected within {len(self._data)} bytes, got an end at {stop}")
+            found[name] = GgufTensor(kind, shape, start, stop)
+        ends = 0
+        for name, tensor in sorted(found.items(), key=lambda item: item[1].start):
+            if tensor.start < ends:
+                raise InputError(f"{name[:100]!r}: expected data of its own, got another tensor's")
+            ends = tensor.stop
+        return found
+
+    def _value(self, key: str) -> Any:
+        kind = self._number("<I")
+        if kind == _STRING:
+            return self._text(len(self._data))
+        if kind != _ARRAY:
+            return self._number(self._format(key, kind))
+        kind, count = self._number("<I"), self._number("<Q")
+        if kind == _STRING:
+            self._check_count(key, count, 8)
+            if count > _MOST_STRINGS:
+                raise InputError(f"{key[:100]}: expected at most {_MOST_STRINGS} texts, got {count}")
+            return [self._text(len(self._data)) for _ in range(count)]
+        width = struct.calcsize(self._format(key, kind))
+        self._check_count(key, count, width)
+        return np.frombuffer(self._take(count * width), _DTYPES[kind])
+
+    def _format(self, key: str, kind: int) -> str:
+        if kind >= len(_SCALARS) or not _SCALARS[kind]:
+            raise InputError(f"{key[:100]}: expected a value, a text or an array of these, got type {kind}")
+        return _SCALARS[kind]
+
+    def _check_count(self, what: str, count: int, width: int) -> None:
+        left = len(self._data) - self._at
+        if count * width > left:
+            raise InputError(f"{what[:100]}: expected at most {left // width}, which the file has room for, "
+                             f"got {count}")  # fmt: skip
+
+    def _number(self, form: str) -> Any:
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+
+    def _text(self, limit: int) -> str:
+        length = self._number("<Q")
+        if length > limit:
+            raise InputError(f"expected a text of at most {limit} bytes, got {length}")
+        try:
+            return self._take(length).decode()
+        except UnicodeDecodeError:
+            raise InputError("expected texts in UTF-8, got other bytes") from None
+
+    def _take(self, count: int) -> bytes:
+        if count > len(self._data) - self._at:
+            raise InputError(f"expected {count} bytes more at {self._at}, got the end of the file")
+        data = self._data[self._at : self._at + count]
+        self._at += count
+        return data
+
+
+def write_gguf(
+    path: Path, values: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    data: Iterator[tuple[str, np.ndarray]],
+) -> None:  # fmt: skip
+    """Write a file, one tensor in memory at a time.
+
+    Args:
+        values: metadata: numbers (NumPy's say their type; Python's are uint32, float32, bool), texts, lists
+            of texts, NumPy arrays.
+        tensors: kind and shape by name, in the order of `data`.
+        data: each tensor's name and its bytes, as an array of any type.
+    """
+    with path.open("wb") as file:
+        file.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(values)))
+        for key, value in values.items():
+            _write_text(file, key)
+            _write_value(file, value)
+        offset = 0
+        for name, (kind, shape) in tensors.items():
+            number, block, width = KINDS[kind]
+            _write_text(file, name)
+            file.write(struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), number, offset))
+            offset += -(-math.prod(shape) // block * width // ALIGNMENT) * ALIGNMENT
+        _pad(file)
+        for (name, (kind, shape)), (given, array) in zip(tensors.items(), data, strict=True):
+            _, block, width = KINDS[kind]
+            assert name == given, f"{given} where {name} was declared"
+            assert array.nbytes == math.prod(shape) // block * width, f"{name}: {array.nbytes} bytes"
+            file.write(np.ascontiguousarray(array).data)
+            _pad(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _pad(file: IO[bytes]) -> None:
+    file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _write_text(file: IO[bytes], text: str) -> None:
+    data = text.encode()
+    file.write(struct.pack("<Q", len(data)) + data)
+
+
+def _write_value(file: IO[bytes], value: Any) -> None:
+    if isinstance(value, str):
+        file.write(struct.pack("<I", _STRING))
+        _write_text(file, value)
+    elif isinstance(value, list):
+        file.write(struct.pack("<IIQ", _ARRAY, _STRING, len(value)))
+        for text in value:
+            _write_text(file, text)
+    elif isinstance(value, np.ndarray):
+        number = {"i": _INT32, "f": _FLOAT32}[value.dtype.kind]
+        file.write(struct.pack("<IIQ", _ARRAY, number, len(value)) + value.astype(_DTYPES[number]).tobytes())
+    else:
+        number = _BOOL if isinstance(value, bool) else _FLOAT32 if isinstance(value, float) else _UINT32
+        file.write(struct.pack("<I", number) + struct.pack(_SCALARS[number], value))
