@@ -8,7 +8,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
     ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
-    ("_native", "threads", "tensorfile", "packing", "affine", "console", "files", "hub",
+    ("_native", "threads", "tensorfile", "packing", "gguf_file", "affine", "console", "files", "hub",
      "statistics", "wikitext", "shapes", "machine", "charts", "hub_texts", "processes", "optional",
      "hadamard"),
     # 2: models on disk
@@ -34,7 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "train.needs", "train.order", "train.fake_quant", "train.prepare", "train.objective", "train.batches",
      "train.sharding", "train.trainer", "train.start", "train.preference_trainer", "train.finetune",
      "export.partitioners", "export.embedding", "export.program", "export.lowering", "export.runtime",
-     "export.proof", "export.guide", "export.targets", "export.executorch",
+     "export.proof", "export.guide", "export.targets", "export.source", "export.executorch",
+     "export.gguf_tokenizer", "export.gguf",
      "train.save", "train.measures", "train.plot", "train.courses", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",

@@ -25,7 +25,13 @@ _STRING, _ARRAY = 8, 9
 _INT32, _UINT32, _FLOAT32, _BOOL = 5, 4, 6, 7
 _DTYPES = ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1", "", "", "<u8", "<i8", "<f8")
 # Types of tensors: number, weights of a block, bytes of a block.
-KINDS = {"F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, BLOCK, 18), "Q8_0": (8, BLOCK, 34), "BF16": (30, 1, 2)}
+KINDS = {
+    "F32": (0, 1, 4),
+    "F16": (1, 1, 2),
+    "Q4_0": (2, BLOCK, 18),
+    "Q8_0": (8, BLOCK, 34),
+    "BF16": (30, 1, 2),
+}
 _NAMES = {number: name for name, (number, _, _) in KINDS.items()}
 _MOST_DIMENSIONS = 4
 _MOST_STRINGS = 1 << 20  # in an array: a Python string takes some 60 bytes, whatever the file has for it
@@ -35,7 +41,7 @@ _LARGEST_ALIGNMENT = 1 << 16
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as the file declares it: rows of `columns`; `start` and `stop` are byte offsets in the file."""
+    """A tensor as the file declares it; `start` and `stop` are byte offsets in the file."""
 
     kind: str
     shape: tuple[int, ...]  # outermost first, as NumPy has it; the file has it the other way round
@@ -121,12 +127,14 @@ class GgufFile:
             _, block, width = KINDS[kind]
             count = math.prod(shape)
             if name in found or count <= 0 or shape[-1] % block or offset % alignment:
-                raise InputError(f"{name[:100]!r}: expected once, in whole blocks of {block}, at a multiple of "
-                                 f"{alignment}, got {shape} at {offset}")  # fmt: skip
+                raise InputError(f"{name[:100]!r}: expected once, in whole blocks of {block}, at a multiple "
+                                 f"of {alignment}, got {shape} at {offset}")  # fmt: skip
             start = begin + offset
             stop = start + count // block * width
             if stop > len(self._data):
-                raise InputError(f"{name[:100]!r}: expected within {len(self._data)} bytes, got an end at {stop}")
+                raise InputError(
+                    f"{name[:100]!r}: expected within {len(self._data)} bytes, got an end at {stop}"
+                )
             found[name] = GgufTensor(kind, shape, start, stop)
         ends = 0
         for name, tensor in sorted(found.items(), key=lambda item: item[1].start):

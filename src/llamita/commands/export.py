@@ -29,6 +29,9 @@ _Backend = Annotated[
 _Embedding = Annotated[
     int | None, typer.Option(help="Bits of the embedding: 8 as it is, or 4, rounded further (executorch).")
 ]
+_RoundScales = Annotated[
+    bool, typer.Option("--round-scales", help="Round scales to the grid of the form, and say by how much.")
+]
 _Adaptor = Annotated[
     Path | None, typer.Option(metavar="ADAPTOR", help="Adaptors in PEFT's form to go with it, unmerged.")
 ]
@@ -42,6 +45,7 @@ def command(
     backend: _Backend = None,
     embedding: _Embedding = None,
     adaptor: _Adaptor = None,
+    round_scales: _RoundScales = False,
     overwrite: Overwrite = False,
     threads: Threads = None,
     json: Json = False,
@@ -51,7 +55,8 @@ def command(
     Example: llamita export my-model --to executorch -o my-model-pte
     """
     write = writer_of(to)
-    options = {"context": context, "backend": backend, "embedding": embedding, "adaptor": adaptor}
+    options = {"context": context, "backend": backend, "embedding": embedding, "adaptor": adaptor,
+               "round_scales": round_scales or None}  # fmt: skip
     _check_options(to, options)
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME")
@@ -69,14 +74,15 @@ def command(
         console.print_json(record)
     else:
         _print(out, record)
-    if record["proof"] and not record["proof"]["holds"]:
+    is_equal = record.get("equal_layers", 0) == record.get("layers", 0)
+    if not is_equal or (record["proof"] and not record["proof"]["holds"]):
         raise RunError(f"{out}: FAIL: it does not compute what the engine does; see {EXPORTED_MARK}")
 
 
 def _check_options(to: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value is not None and name not in TARGETS[to].options:
-            raise InputError(f"--{name}: {to} takes none; try without")
+            raise InputError(f"--{name.replace('_', '-')}: {to} takes none; try without")
     if options["embedding"] not in (None, 4, 8):
         raise InputError(f"--embedding: expected 4 or 8, got {options['embedding']}")
 
@@ -89,11 +95,20 @@ def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[st
 
 
 def _print(out: Path, record: dict[str, Any]) -> None:
-    proof = record["proof"]
+    proof, scales = record["proof"], record.get("scales")
     console.print_line(f"{out}: {record['bytes'] / 1e6:,.1f} MB, {record['total_seconds']:,.0f} s, "
                        f"{record['memory_bytes'] / 1e9:,.1f} GB of memory")  # fmt: skip
+    if scales and scales["off"]:
+        console.note(
+            f"{scales['off']:,} of {scales['total']:,} scales rounded, by {scales['largest']:.2%} at most"
+        )
+    if scales and scales["subnormal"]:
+        console.note(f"{scales['subnormal']:,} scales are subnormal in f16, and exact")
+    if "equal_layers" in record:
+        console.note(
+            f"read back: {record['equal_layers']} of {record['layers']} matrices have the same values"
+        )
     if proof is None:
-        console.note("not run here: this backend's runtime is on the device")
         return
     gap = "" if proof["gap"] is None else f"; then a gap of {proof['gap']:.1f} deviations of the noise"
     rows = [

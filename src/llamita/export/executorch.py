@@ -17,6 +17,7 @@ from llamita.export.partitioners import partitioners_of
 from llamita.export.program import make_program
 from llamita.export.proof import Proof, compare, own_tokens, rounded_hashes
 from llamita.export.runtime import data_hashes, run
+from llamita.export.source import check_grid
 from llamita.export.targets import Order, Progress
 from llamita.packed import PackedModel
 from llamita.packed_writer import copy_companions, find_companions, write_bytes
@@ -41,6 +42,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
     adaptor = None if order.adaptor is None else _adaptor(packed, order.adaptor)
+    grid = check_grid(packed, "bf16", bool(options.get("round_scales")), "executorch")
     timer = _Timer(progress)
     timer.begin(_STEPS[0])
     program = make_program(packed, context, adaptor, options.get("embedding") or 8)
@@ -50,7 +52,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     write_bytes(directory / "README.md", guide(packed, context, backend).encode())
     proof = _prove(order, directory / PROGRAM, context, timer) if backend == "xnnpack" else None
     return {"backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
-            "seconds": timer.end(), "proof": proof and proof.to_dict()}  # fmt: skip
+            "scales": vars(grid), "seconds": timer.end(), "proof": proof and proof.to_dict()}  # fmt: skip
 
 
 def metadata_of(packed: PackedModel, context: int) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
     else:
         found |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(whole),
                   "tokenizer.ggml.merges": merges}  # fmt: skip
-    kinds = [_kind(number, word, words, added, bool(model.get("byte_fallback"))) for number, word in enumerate(tokens)]
+    kinds = [
+        _kind(number, word, words, added, bool(model.get("byte_fallback")))
+        for number, word in enumerate(tokens)
+    ]
     found["tokenizer.ggml.token_type"] = np.array(kinds, np.int32)
     return found | _special(Tokenizer(packed.path, packed.config))
 
@@ -78,8 +81,8 @@ def _split_name(whole: dict[str, Any]) -> str:
     uses_own = any(step.get("type") == "ByteLevel" and step.get("use_regex", True) for step in steps)
     expression = _GPT2 if uses_own and not patterns else patterns[0] if len(patterns) == 1 else None
     if expression not in _SPLITS:
-        raise InputError("tokenizer.json: pre_tokenizer: expected GPT-2's or Llama 3's way to split a text, got "
-                         "another, which llama.cpp has no name for here")  # fmt: skip
+        raise InputError("tokenizer.json: pre_tokenizer: expected GPT-2's or Llama 3's way to split a text, "
+                         "got another, which has no name here")  # fmt: skip
     return _SPLITS[expression]
 
 

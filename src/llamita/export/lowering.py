@@ -27,7 +27,7 @@ def lower(program: Program, partitioners: list[Any], metadata: dict[str, Any], p
         metadata: constant methods of the file by name, as runners ask for them.
     """
     example = (torch.ones(1, _TRACED, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    count = Dim("count", min=1, max=program.context - 1)
+    count = Dim("count", min=1, max=program.context)
     with _quick_passes(), torch.no_grad():
         exported = export(
             program, example, dynamic_shapes={"tokens": {1: count}, "input_pos": {0: 1}}, strict=False

@@ -47,7 +47,10 @@ TARGETS = {
     "executorch": Target(
         "llamita.export.executorch:write",
         "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
-        ("context", "backend", "embedding", "adaptor"),
+        ("context", "backend", "embedding", "adaptor", "round_scales"),
+    ),
+    "gguf": Target(
+        "llamita.export.gguf:write", "one .gguf file for llama.cpp, Q4_0 and Q8_0", ("round_scales",)
     ),
 }
 _LACKING = (

@@ -1,0 +1,204 @@
+"""`--to gguf`: Q4_0 and Q8_0 with the codes and scales as they are, for llama.cpp and what is built on it.
+
+A block of Q4_0 is a scale in f16 and 32 codes + 8, the first 16 of them in the low halves of its bytes; of
+Q8_0 a scale and 32 codes. A larger group's scale, or a channel's, is repeated. Weights are the same, to the
+bit; activations are not: llama.cpp rounds them to int8 in blocks of 32, without a zero point.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.affine import dequantize, to_f32
+from llamita.chat import find_template
+from llamita.checkpoint import Int4Weight, Int8Weight, stored_dtype, vector_names
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.export.gguf_tokenizer import tokenizer_values
+from llamita.export.source import RoundedScales, check_grid, module_names, refuse_online
+from llamita.export.targets import Order, Progress
+from llamita.gguf_file import BLOCK, GgufFile, write_gguf
+from llamita.packed import PackedModel
+from llamita.packing import unpack_int4
+
+FILE = "model.gguf"
+_MOSTLY_Q4_0 = 2  # general.file_type
+NAMES = {
+    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Fill a directory; every weight is read back and compared.
+
+    Raises:
+        InputError: the form cannot hold the model.
+    """
+    packed: Any = order.packed
+    refuse_online(packed, "gguf")
+    if packed.config.rope.kind == "dynamic":
+        raise InputError("--to gguf: expected rotary embeddings that do not depend on the length of a text, "
+                         "got dynamic ones, which llama.cpp has not")  # fmt: skip
+    may_round = bool(order.options.get("round_scales"))
+    grid = check_grid(packed, "f16", may_round, "gguf")
+    if grid.off:
+        packed = RoundedScales(packed, "f16")
+    modules = module_names(packed)
+    path = directory / FILE
+    vectors = {gguf_name(n): np.asarray(v) for n, v in _vectors(packed)}
+    tensors = {gguf_name(f"{n}.weight"): _kind(packed, n) for n in modules}
+    tensors |= {name: ("F32", vector.shape) for name, vector in vectors.items()}
+
+    def data() -> Iterator[tuple[str, np.ndarray]]:
+        for done, name in enumerate(modules):
+            if progress:
+                progress(name, done, len(modules))
+            yield gguf_name(f"{name}.weight"), blocks_of(_ordered(packed, name))
+        yield from vectors.items()
+
+    write_gguf(path, _values(packed), tensors, data())
+    equal = sum(_is_equal(packed, name, GgufFile(path)) for name in modules)
+    return {"bytes": path.stat().st_size, "scales": vars(grid), "proof": None,
+            "equal_layers": equal, "layers": len(modules)}  # fmt: skip
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return "rope_freqs.weight" if name == "rope_freqs.weight" else f"{NAMES[module]}.{kind}"
+    _, _, block, own = module.split(".", 3)
+    return f"blk.{block}.{NAMES[own]}.{kind}"
+
+
+def blocks_of(weight: Int4Weight | Int8Weight | np.ndarray) -> np.ndarray:
+    """A matrix as the file has it: uint8 (rows, bytes of a row), or floats as they are stored."""
+    if isinstance(weight, np.ndarray):
+        return weight
+    if isinstance(weight, Int4Weight):
+        codes = (unpack_int4(np.asarray(weight.packed)) + 8).astype(np.uint8)
+    else:
+        codes = np.asarray(weight.codes).view(np.uint8)
+    rows, columns = codes.shape
+    scales = to_f32(np.asarray(weight.scales)).reshape(rows, -1)
+    scales = np.repeat(scales, columns // BLOCK // scales.shape[1], axis=1).astype("<f2")  # (rows, blocks)
+    blocks = codes.reshape(rows, -1, BLOCK)
+    if isinstance(weight, Int4Weight):
+        half = BLOCK // 2
+        blocks = blocks[..., :half] | blocks[..., half:] << 4
+    return np.concatenate([scales[..., None].view(np.uint8), blocks], axis=-1).reshape(rows, -1)
+
+
+def floats_of(kind: str, data: np.ndarray) -> np.ndarray:
+    """A matrix of the file in float32 (rows, columns)."""
+    if kind in ("F32", "F16"):
+        return data.view({"F32": "<f4", "F16": "<f2"}[kind]).astype(np.float32)
+    if kind == "BF16":
+        return to_f32(data.view("<u2"))
+    codes, scales = codes_of(kind, data)
+    return (codes.reshape(*scales.shape, BLOCK).astype(np.float32) * scales[..., None]).reshape(codes.shape)
+
+
+def codes_of(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes int8 (rows, columns) and scales float32 (rows, blocks) of a matrix in Q4_0 or Q8_0."""
+    blocks = data.reshape(len(data), -1, 2 + (BLOCK // 2 if kind == "Q4_0" else BLOCK))
+    scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float32)
+    codes = blocks[..., 2:]
+    if kind == "Q4_0":
+        codes = np.concatenate([codes & 15, codes >> 4], axis=-1).view(np.int8) - np.int8(8)
+    return np.ascontiguousarray(codes).view(np.int8).reshape(len(data), -1), scales
+
+
+def pair_order(rows: int, heads: int) -> np.ndarray:
+    """Which row of q or k goes where: llama.cpp rotates neighbours, transformers halves of a head."""
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
+
+
+def _ordered(packed: Any, name: str) -> Int4Weight | Int8Weight | np.ndarray:
+    """A matrix with its rows as llama.cpp has them."""
+    weight, heads = packed.weight(name), _heads(packed.config, name)
+    if heads is None:
+        return weight
+    if isinstance(weight, np.ndarray):
+        return weight[pair_order(len(weight), heads)]
+    if isinstance(weight, Int4Weight):
+        order = pair_order(len(weight.packed), heads)
+        return Int4Weight(weight.packed[order], weight.scales[order], weight.group_size)
+    order = pair_order(len(weight.codes), heads)
+    return Int8Weight(weight.codes[order], weight.scales[order])
+
+
+def _heads(config: ModelConfig, name: str) -> int | None:
+    own = name.rpartition(".")[2]
+    return config.heads if own == "q_proj" else config.kv_heads if own == "k_proj" else None
+
+
+def _kind(packed: Any, name: str) -> tuple[str, tuple[int, ...]]:
+    weight = packed.weight(name)
+    if isinstance(weight, np.ndarray):
+        return stored_dtype(weight), weight.shape
+    if isinstance(weight, Int4Weight):
+        return "Q4_0", (len(weight.packed), weight.packed.shape[1] * 8)
+    return "Q8_0", weight.codes.shape
+
+
+def _vectors(packed: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for name in vector_names(packed.config):
+        heads = _heads(packed.config, name.rpartition(".")[0])
+        values = packed.vector(name)
+        yield name, values if heads is None else values[pair_order(len(values), heads)]
+    if packed.config.rope.kind == "llama3":
+        yield "rope_freqs.weight", rope_factors(packed.config)
+
+
+def rope_factors(config: ModelConfig) -> np.ndarray:
+    """By what Llama 3.1 divides each frequency, float32 (head_dim / 2,).
+
+    As `apply_scaling` of Meta's reference code.
+    """
+    rope = config.rope
+    frequencies = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    turns = rope.original_context * frequencies / (2 * np.pi)  # over the trained context
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = smooth.clip(0, 1)  # 1: left alone; 0: stretched by the whole factor
+    return (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)
+
+
+def _values(packed: PackedModel) -> dict[str, Any]:
+    config = packed.config
+    name = packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    values: dict[str, Any] = {
+        "general.architecture": "llama", "general.name": name, "general.file_type": _MOSTLY_Q4_0,
+        "general.quantization_version": 2, "llama.block_count": config.layers,
+        "llama.context_length": config.context, "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size, "llama.attention.head_count": config.heads,
+        "llama.attention.head_count_kv": config.kv_heads, "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim, "llama.vocab_size": config.vocab_size,
+        "llama.attention.layer_norm_rms_epsilon": config.norm_eps, "llama.rope.freq_base": config.rope.theta,
+        "llama.rope.dimension_count": config.head_dim,
+    }  # fmt: skip
+    if config.rope.kind == "linear":
+        values |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": config.rope.factor}
+    values |= tokenizer_values(packed)
+    template = find_template(packed.path)
+    return values if template is None else values | {"tokenizer.chat_template": template}
+
+
+def _is_equal(packed: Any, name: str, file: GgufFile) -> bool:
+    """Whether the file's matrix, read back, has the very values of the packed one."""
+    found = gguf_name(f"{name}.weight")
+    read = floats_of(file.tensors[found].kind, file.read(found))
+    heads, weight = _heads(packed.config, name), packed.weight(name)
+    if heads is not None:
+        read = read[np.argsort(pair_order(len(read), heads))]
+    if isinstance(weight, np.ndarray):
+        return np.array_equal(read, to_f32(weight))
+    codes = (
+        unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.asarray(weight.codes)
+    )
+    return np.array_equal(read, dequantize(codes, np.asarray(weight.scales)))

@@ -1,0 +1,154 @@
+"""Programs for ExecuTorch, run in its own runtime: integers, logits, and what an app needs beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import one_line, run
+from tiny import make_checkpoint
+
+import llamita
+from llamita.packed import PackedModel
+
+pytest.importorskip("executorch", reason="the runtime of programs")
+torch = pytest.importorskip("torch", reason="export is on the Torch side")
+
+from llamita.export.partitioners import partitioners_of  # noqa: E402
+from llamita.export.program import make_program  # noqa: E402
+from llamita.export.proof import rounded_hashes  # noqa: E402
+from llamita.export.runtime import data_hashes  # noqa: E402
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+
+
+def packed_model(directory: Path, family: str = "llama32", *options: object, **overrides: Any) -> Path:
+    """A tiny model, quantized."""
+    model = make_checkpoint(directory / "model", family, **overrides)
+    assert run("quantize", model, "-o", directory / "packed", *options) == 0
+    return directory / "packed"
+
+
+@pytest.fixture
+def exported(tmp_path: Path, capsys: Any) -> tuple[Path, Path, dict[str, Any]]:
+    """A packed model, its program, and what the command said."""
+    packed = packed_model(tmp_path)
+    capsys.readouterr()
+    options = ("--to", "executorch", "-o", tmp_path / "out", "--context", "64", "--json")
+    assert run("export", packed, *options) == 0
+    return packed, tmp_path / "out", json.loads(capsys.readouterr().out)
+
+
+def test_a_program_holds_the_integers_and_computes_as_the_engine(
+    exported: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: Any
+) -> None:
+    packed, out, told = exported
+    proof = told["proof"]
+    assert proof["holds"] is True
+    assert proof["equal_layers"] == proof["layers"] == 2 * 7 + 1
+    assert proof["kl"] < 1e-3
+    assert proof["tokens"] == 64
+    assert {path.name for path in out.iterdir()} >= {
+        "model.pte", "tokenizer.json", "README.md", "llamita_export.json"
+    }  # fmt: skip
+    assert json.loads((out / "llamita_export.json").read_text("utf-8"))["target"] == "executorch"
+    assert "64 tokens" in (out / "README.md").read_text("utf-8")
+    held = data_hashes(out / "model.pte")
+    other = packed_model(tmp_path / "other", seed=1)  # other weights: the comparison can fail
+    assert not any(codes in held for _, codes, _ in rounded_hashes(PackedModel(other)))
+    damaged = bytearray((out / "model.pte").read_bytes())
+    damaged[-100] ^= 1  # in the data of the last layer
+    (tmp_path / "damaged.pte").write_bytes(damaged)
+    still = data_hashes(tmp_path / "damaged.pte")
+    assert sum(c in still and s in still for _, c, s in rounded_hashes(PackedModel(packed))) < proof["layers"]
+    capsys.readouterr()
+    assert run("export", packed, "--to", "executorch", "-o", out) == 2
+    assert "exists; try --overwrite" in one_line(capsys)
+
+
+def test_runners_find_what_they_ask_for(exported: tuple[Path, Path, dict[str, Any]]) -> None:
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(exported[1] / "model.pte")
+    found = {name: program.load_method(name).execute([]) for name in program.method_names - {"forward"}}
+    config = PackedModel(exported[0]).config
+    assert found["get_max_seq_len"] == [64]
+    assert found["get_vocab_size"] == [config.vocab_size]
+    assert found["get_n_layers"] == [config.layers]
+    assert found["use_kv_cache"] == found["use_sdpa_with_kv_cache"] == found["enable_dynamic_shape"] == [True]
+    assert set(found["get_eos_ids"]) == set(llamita.load(exported[0]).tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama2", ("--group-size", "64")),
+        ("llama31", ()),
+        ("llama32", ("--method", "spinquant", "--set", "spinquant.steps=0")),
+        ("llama3", ("--preset", "arm", "--group-size", "32")),
+    ],
+)
+def test_the_program_computes_what_the_engine_does(tmp_path: Path, family: str, options: Any) -> None:
+    """In eager Torch, for what the runtime need not be asked again: architectures, rotations, float tables."""
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
+    packed = packed_model(tmp_path, family, *options)
+    program = make_program(PackedModel(packed), 64)
+    with torch.no_grad():
+        found = [program(torch.tensor([IDS[:5]]), torch.tensor([0]))]
+        found += [program(torch.tensor([[token]]), torch.tensor([5 + i])) for i, token in enumerate(IDS[5:])]
+    expected = llamita.load(packed).logits(IDS)[4:]
+    difference = torch.cat(found).numpy() - expected
+    assert difference.std() < 0.05 * expected.std()  # activations that round the other way
+
+
+def test_adaptors_go_along_unmerged(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+    from test_adaptors import make_adaptor
+
+    from llamita.engine.adaptors import read_adaptor
+
+    packed = PackedModel(packed_model(tmp_path))
+    adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model")
+    with torch.no_grad():
+        plain, beside = (
+            make_program(packed, 64, one)(torch.tensor([IDS]), torch.tensor([0])).numpy()[0]
+            for one in (None, read_adaptor(adaptor, packed.config))
+        )
+    expected = llamita.load(packed.path, adaptors={"a": adaptor}).logits(IDS, "a")[-1]
+    assert np.abs(beside - plain).max() > 0.1
+    assert np.std(beside - expected) < 0.05 * np.std(expected)
+
+
+def test_an_int4_embedding_is_near_the_int8_one(tmp_path: Path) -> None:
+    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
+
+    packed = PackedModel(packed_model(tmp_path))
+    ids = torch.tensor([IDS])
+    wide, narrow = (make_program(packed, 64, None, bits).model.embed_tokens(ids) for bits in (8, 4))
+    error = ((wide - narrow) ** 2).sum() / (wide**2).sum()
+    assert 0 < error < 0.02
+
+
+def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_model(tmp_path)
+    monkeypatch.delenv("QNN_SDK_ROOT", raising=False)
+    capsys.readouterr()
+    for options, code, told in (
+        (("--context", "100000"), 2, "--context: expected 2 to"),
+        (("--backend", "magic"), 2, "--backend: expected one of xnnpack"),
+        (("--backend", "qnn"), 1, "expected Qualcomm's AI Engine Direct SDK in QNN_SDK_ROOT"),
+        (("--backend", "mediatek"), 1, "expected MediaTek's NeuroPilot Express SDK"),
+        (("--embedding", "5"), 2, "--embedding: expected 4 or 8, got 5"),
+    ):
+        assert run("export", packed, "--to", "executorch", "-o", tmp_path / "out", *options) == code
+        assert told in one_line(capsys)
+        assert not (tmp_path / "out").exists()
+
+
+def test_other_backends_have_partitioners() -> None:
+    assert type(partitioners_of("vulkan")[0]).__name__ == "VulkanPartitioner"

@@ -1,0 +1,175 @@
+"""GGUF: the container, and packed models in it, weight by weight."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import one_line, run
+from tiny import make_checkpoint
+
+from llamita.affine import dequantize, to_f32
+from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight
+from llamita.errors import InputError
+from llamita.export.gguf import floats_of, gguf_name, pair_order, rope_factors
+from llamita.export.source import module_names
+from llamita.gguf_file import GgufFile, write_gguf
+from llamita.packed import PackedModel
+from llamita.packing import unpack_int4
+
+
+def model_of(directory: Path, family: str = "llama32", **overrides: Any) -> Path:
+    """A tiny checkpoint whose tokenizer splits texts as GPT-2's does."""
+    path = make_checkpoint(directory / "model", family, **overrides)
+    tokenizer = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                  "use_regex": True}  # fmt: skip
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    return path
+
+
+def small(path: Path) -> Path:
+    """A file with a value of each kind and two tensors."""
+    values = {"a": 3, "b": 1.5, "c": True, "d": "text", "e": ["x", "yy"], "f": np.arange(3, dtype=np.int32)}
+    tensors = {"one": ("F32", (3,)), "two": ("Q8_0", (2, 64))}
+    blocks = np.arange(2 * 68, dtype=np.uint8).reshape(2, 68)
+    write_gguf(path, values, tensors, iter([("one", np.ones(3, np.float32)), ("two", blocks)]))
+    return path
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    file = GgufFile(small(tmp_path / "a.gguf"))
+    assert {key: file.values[key] for key in "abcde"} == {
+        "a": 3, "b": 1.5, "c": True, "d": "text", "e": ["x", "yy"]
+    }  # fmt: skip
+    np.testing.assert_array_equal(file.values["f"], [0, 1, 2])
+    assert file.tensors["two"].shape == (2, 64)
+    np.testing.assert_array_equal(file.read("two").ravel(), np.arange(136))
+    assert file.tensors["two"].start % 32 == 0
+
+
+def test_a_damaged_file_is_one_typed_error(tmp_path: Path) -> None:
+    """Mutated and cut anywhere; what is read then lies within the file."""
+    good, path = small(tmp_path / "a.gguf").read_bytes(), tmp_path / "b.gguf"
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(2000):
+        data = bytearray(good)
+        for _ in range(random.integers(1, 4)):
+            data[random.integers(len(data))] = random.choice([0, 1, 127, 255, random.integers(256)])
+        path.write_bytes(data[: random.integers(len(data))] if random.random() < 0.3 else data)
+        try:
+            file = GgufFile(path)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        for name in file.tensors:
+            file.read(name)
+    assert refused > 500
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "value", "told"),
+    [
+        (0, "4s", b"GGML", "another beginning"),
+        (4, "<I", 9, "version: expected 2 or 3, got 9"),
+        (8, "<Q", 1 << 60, "tensors: expected at most"),
+        (16, "<Q", 1 << 60, "metadata: expected at most"),
+        (24, "<Q", 1 << 60, "expected a text of at most"),
+    ],
+)
+def test_sizes_are_checked_before_memory_is_taken(
+    tmp_path: Path, at: int, form: str, value: Any, told: str
+) -> None:
+    path = small(tmp_path / "a.gguf")
+    data = bytearray(path.read_bytes())
+    struct.pack_into(form, data, at, value)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=told):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3", "llama31", "llama32"])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_every_weight_is_carried_exactly(tmp_path: Path, family: str, group_size: int) -> None:
+    model = model_of(tmp_path, family)
+    options = ("--preset", "llama3.2", "--group-size", group_size)
+    assert run("quantize", model, "-o", tmp_path / "packed", *options) == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    packed, file = PackedModel(tmp_path / "packed"), GgufFile(tmp_path / "out" / "model.gguf")
+    for name in module_names(packed):
+        weight, found = packed.weight(name), gguf_name(f"{name}.weight")
+        read = floats_of(file.tensors[found].kind, file.read(found))
+        assert isinstance(weight, Int4Weight | Int8Weight)
+        assert file.tensors[found].kind == ("Q4_0" if isinstance(weight, Int4Weight) else "Q8_0")
+        codes = unpack_int4(weight.packed) if isinstance(weight, Int4Weight) else np.asarray(weight.codes)
+        expected = dequantize(codes, weight.scales)
+        if name.endswith(("q_proj", "k_proj")):
+            heads = packed.config.heads if name.endswith("q_proj") else packed.config.kv_heads
+            half = len(expected) // heads // 2
+            # rows 0, half, 1, half + 1, … of each head, one head after the other
+            ordered = [h * 2 * half + i + j * half for h in range(heads) for i in range(half) for j in (0, 1)]
+            expected = expected[ordered]
+        np.testing.assert_array_equal(read, expected, err_msg=name)
+    assert ("output.weight" in file.tensors) == (not packed.config.tied)
+    assert ("rope_freqs.weight" in file.tensors) == (packed.config.rope.kind == "llama3")
+    assert file.values["llama.block_count"] == packed.config.layers
+    assert len(file.values["tokenizer.ggml.tokens"]) == packed.config.vocab_size
+
+
+def test_rows_go_where_neighbours_are_rotated() -> None:
+    np.testing.assert_array_equal(pair_order(8, 2), [0, 2, 1, 3, 4, 6, 5, 7])
+
+
+def test_frequencies_are_divided_as_llama_31_does(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    values = {"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": scaling}
+    config = Checkpoint(model_of(tmp_path, "llama31", **values)).config
+    factors = rope_factors(config)
+    assert factors[0] == 1.0  # turns often: left alone
+    assert factors[-1] == pytest.approx(config.rope.factor)  # turns seldom: stretched
+    assert (np.diff(factors) >= 0).all()
+
+
+def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None:
+    model = model_of(tmp_path)
+    rotated = ("--method", "spinquant", "--set", "spinquant.rotations=R4")
+    assert run("quantize", model, "-o", tmp_path / "r4", *rotated) == 0
+    assert run("quantize", model, "-o", tmp_path / "arm", "--preset", "arm", "--group-size", "32") == 0
+    capsys.readouterr()
+    out = ("-o", tmp_path / "out")
+    assert run("export", tmp_path / "r4", "--to", "gguf", *out) == 2
+    assert "needs no rotation at run time, got R4" in one_line(capsys)
+    assert run("export", tmp_path / "arm", "--to", "gguf", *out) == 2
+    assert "expected scales on the grid of f16, got others; try --round-scales" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+    assert run("export", tmp_path / "arm", "--to", "gguf", *out, "--round-scales") == 0
+    shown = capsys.readouterr()
+    assert "scales rounded, by 0.0" in shown.err
+    for wrong, told in (
+        ((model, "--to", "gguf", *out), "expected a quantized directory, got a float model"),
+        ((tmp_path / "arm", "--to", "nothing", *out), "--to: expected one of executorch, gguf"),
+        ((tmp_path / "arm", "--to", "gguf"), "--out: expected the directory to make"),
+        ((tmp_path / "arm", "--to", "gguf", *out), "exists; try --overwrite"),
+        (
+            (tmp_path / "arm", "--to", "gguf", "-o", tmp_path / "b", "--context", "64"),
+            "--context: gguf takes none",
+        ),
+    ):
+        assert run("export", *wrong) == 2
+        assert told in one_line(capsys)
+    assert run("export", tmp_path / "arm", "--to", "gguf", *out, "--round-scales", "--overwrite") == 0
+
+
+def test_float_tables_stay_as_they_are(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "llama3")
+    keep = ("--keep-float", "lm_head", "--keep-float", "model.embed_tokens")
+    assert run("quantize", model, "-o", tmp_path / "packed", *keep) == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    packed, file = PackedModel(tmp_path / "packed"), GgufFile(tmp_path / "out" / "model.gguf")
+    assert file.tensors["output.weight"].kind == "BF16"
+    expected = to_f32(np.asarray(packed.weight("lm_head")))
+    np.testing.assert_array_equal(floats_of("BF16", file.read("output.weight")), expected)
