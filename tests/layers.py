@@ -35,7 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "train.sharding", "train.trainer", "train.start", "train.preference_trainer", "train.finetune",
      "export.partitioners", "export.embedding", "export.program", "export.lowering", "export.runtime",
      "export.proof", "export.guide", "export.targets", "export.source", "export.executorch",
-     "export.gguf_tokenizer", "export.gguf",
+     "export.gguf_tokenizer", "export.gguf", "export.checkpoints", "export.hf",
+     "export.compressed_tensors", "export.meta", "export.in_transformers", "export.torchao",
      "train.save", "train.measures", "train.plot", "train.courses", "train.run"),
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",

@@ -99,7 +99,8 @@ def test_the_program_computes_what_the_engine_does(tmp_path: Path, family: str, 
     program = make_program(PackedModel(packed), 64)
     with torch.no_grad():
         found = [program(torch.tensor([IDS[:5]]), torch.tensor([0]))]
-        found += [program(torch.tensor([[token]]), torch.tensor([5 + i])) for i, token in enumerate(IDS[5:])]
+        for place, token in enumerate(IDS[5:], 5):
+            found.append(program(torch.tensor([[token]]), torch.tensor([place])))
     expected = llamita.load(packed).logits(IDS)[4:]
     difference = torch.cat(found).numpy() - expected
     assert difference.std() < 0.05 * expected.std()  # activations that round the other way

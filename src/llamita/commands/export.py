@@ -29,6 +29,9 @@ _Backend = Annotated[
 _Embedding = Annotated[
     int | None, typer.Option(help="Bits of the embedding: 8 as it is, or 4, rounded further (executorch).")
 ]
+_Flavor = Annotated[
+    str | None, typer.Option(help="transformers (the default), vllm-cpu or vllm-gpu (compressed-tensors).")
+]
 _RoundScales = Annotated[
     bool, typer.Option("--round-scales", help="Round scales to the grid of the form, and say by how much.")
 ]
@@ -46,6 +49,7 @@ def command(
     embedding: _Embedding = None,
     adaptor: _Adaptor = None,
     round_scales: _RoundScales = False,
+    flavor: _Flavor = None,
     overwrite: Overwrite = False,
     threads: Threads = None,
     json: Json = False,
@@ -56,7 +60,7 @@ def command(
     """
     write = writer_of(to)
     options = {"context": context, "backend": backend, "embedding": embedding, "adaptor": adaptor,
-               "round_scales": round_scales or None}  # fmt: skip
+               "round_scales": round_scales or None, "flavor": flavor}  # fmt: skip
     _check_options(to, options)
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME")
@@ -104,6 +108,12 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         )
     if scales and scales["subnormal"]:
         console.note(f"{scales['subnormal']:,} scales are subnormal in f16, and exact")
+    if record.get("untied_bytes"):
+        console.note(f"the head has a table of its own: {record['untied_bytes'] / 1e6:,.1f} MB more")
+    if record.get("rounded_to_bf16"):
+        console.note(
+            f"weights rounded to bf16 where they are floats, by {record['rounded_to_bf16']:.2%} at most"
+        )
     if "equal_layers" in record:
         console.note(
             f"read back: {record['equal_layers']} of {record['layers']} matrices have the same values"
@@ -112,7 +122,7 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         return
     gap = "" if proof["gap"] is None else f"; then a gap of {proof['gap']:.1f} deviations of the noise"
     rows = [
-        ["layers with equal codes and scales", f"{proof['equal_layers']} of {proof['layers']}"],
+        ["matrices that it has to the bit", f"{proof['equal_layers']} of {proof['layers']}"],
         [
             "KL divergence from the engine, nats a token",
             f"{proof['kl']:.5f}; at most {proof['largest_kl']:.5f}",
@@ -120,7 +130,7 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         ["same likeliest token", f"{proof['top_1']:.1%} of {proof['tokens']}"],
         ["noise of logits, of their spread", f"{proof['noise']:.2%}"],
         ["greedy text, same tokens", f"{proof['same_greedy']} of {proof['greedy']}{gap}"],
-        ["a token, in ExecuTorch's runtime", f"{proof['milliseconds']:.2f} ms"],
+        ["a token, in that runtime", f"{proof['milliseconds']:.2f} ms"],
     ]
     console.print_table("Against llamita's engine", ["", ""], rows)
     console.print_line("PASS" if proof["holds"] else "FAIL")

@@ -28,8 +28,8 @@ cd /data/local/tmp/llama && ./llama_main --model_path=model.pte --tokenizer_path
 """
 _IOS = """## iOS
 
-1. In Xcode, add the Swift package `https://github.com/pytorch/executorch`, branch `swiftpm-{version}`,
-   with the products `executorch_llm`, `backend_xnnpack`, `kernels_llm`, `kernels_optimized`, `kernels_quantized` and
+1. In Xcode, add the Swift package `https://github.com/pytorch/executorch`, branch `swiftpm-{version}`, with
+   `executorch_llm`, `backend_xnnpack`, `kernels_llm`, `kernels_optimized`, `kernels_quantized` and
    `kernels_torchao`, and the linker flag `-all_load`.
 2. Add `model.pte` and `tokenizer.json` to the app's bundle.
 3. In the app:

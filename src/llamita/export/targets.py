@@ -49,9 +49,17 @@ TARGETS = {
         "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
         ("context", "backend", "embedding", "adaptor", "round_scales"),
     ),
+    "compressed-tensors": Target(
+        "llamita.export.compressed_tensors:write", "safetensors for transformers and vLLM", ("flavor",)
+    ),
     "gguf": Target(
         "llamita.export.gguf:write", "one .gguf file for llama.cpp, Q4_0 and Q8_0", ("round_scales",)
     ),
+    "hf": Target("llamita.export.hf:write", "an ordinary checkpoint in BF16, multiplied out"),
+    "meta": Target(
+        "llamita.export.meta:write", "consolidated.00.pth, as Meta's quantized releases", ("adaptor",)
+    ),
+    "torchao": Target("llamita.export.torchao:write", "safetensors with torchao's tensors, for transformers"),
 }
 _LACKING = (
     "--to {target}: expected the package {{package}}, found none; try pip install 'llamita[export]' "

@@ -1,0 +1,99 @@
+"""What all exported checkpoints in safetensors have: config.json of a Llama, tensors, companions."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.affine import f32_to_bf16, to_f32
+from llamita.checkpoint import Int4Weight, Int8Weight, vector_names
+from llamita.dequantized import row_blocks
+from llamita.errors import RunError
+from llamita.export.source import Weight
+from llamita.export.targets import Progress
+from llamita.optional import load_optional
+from llamita.packed import PackedModel
+from llamita.packed_writer import PackedWriter, copy_companions, find_companions, plan_shards, write_json
+
+Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, and what gives its values
+
+
+def write_checkpoint(
+    packed: PackedModel, directory: Path, tensors: Mapping[str, Tensor], changes: dict[str, Any],
+    progress: Progress,
+) -> int:  # fmt: skip
+    """Write config.json, weights and companions; bytes of the weights.
+
+    Args:
+        tensors: by name.
+        changes: keys of config.json that are not the model's own; None leaves one out.
+    """
+    shards = plan_shards({name: {name: (dtype, shape)} for name, (dtype, shape, _) in tensors.items()})
+    writer = PackedWriter(directory, shards)
+    names = [name for shard in shards.values() for name in shard]
+    try:
+        for done, name in enumerate(names):
+            if progress:
+                progress(name, done, len(names))
+            if not name.endswith(".weight_shape"):  # which the writer knows
+                writer.put(name, tensors[name][2]())
+        writer.finish()
+    finally:
+        writer.abandon()
+    values = {**packed.hf_config, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **changes}
+    write_json(directory / "config.json", {key: value for key, value in values.items() if value is not None})
+    copy_companions(packed.path, directory, find_companions(packed.path))
+    return sum(record["size"] for record in writer.files.values())
+
+
+def float_tensor(weight: Weight, shape: tuple[int, ...], changes: list[float]) -> Tensor:
+    """A matrix in bf16, multiplied out.
+
+    Args:
+        changes: where the largest relative change by rounding to bf16 is noted.
+    """
+
+    def values() -> np.ndarray:
+        out, done = np.empty(shape, np.uint16), 0
+        for part in row_blocks(weight):
+            bits = f32_to_bf16(part)
+            out[done : done + len(part)] = bits
+            change = np.abs(to_f32(bits) - part)
+            changes.append(float((change[part != 0] / np.abs(part[part != 0])).max(initial=0.0)))
+            done += len(part)
+        return out
+
+    return "BF16", shape, values
+
+
+def vector_tensors(packed: PackedModel, dtype: str) -> dict[str, Tensor]:
+    """Norms and biases, "BF16" or "F32"."""
+
+    def values(name: str) -> Callable[[], np.ndarray]:
+        return lambda: f32_to_bf16(packed.vector(name)) if dtype == "BF16" else packed.vector(name)
+
+    return {name: (dtype, shape, values(name)) for name, shape in vector_names(packed.config).items()}
+
+
+def shape_of(weight: Weight) -> tuple[int, int]:
+    """Rows and columns of a matrix."""
+    if isinstance(weight, Int4Weight):
+        return len(weight.packed), weight.packed.shape[1] * 8
+    rows, columns = (weight.codes if isinstance(weight, Int8Weight) else weight).shape
+    return rows, columns
+
+
+def prove_in_transformers(
+    packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
+    """The proof, as JSON has it, of a checkpoint that transformers opens; None where it is not installed.
+
+    Args:
+        in_bf16: modules whose weights are rounded to BF16 there.
+    """
+    try:
+        prove = load_optional("llamita.export.in_transformers:prove", "{package}")
+    except RunError:
+        return None
+    return prove(packed, directory, in_bf16).to_dict()

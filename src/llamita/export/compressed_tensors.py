@@ -1,0 +1,108 @@
+"""`--to compressed-tensors`: safetensors for transformers and vLLM, int4 codes and scales as they are.
+
+Flavours: "transformers", pack-quantized; tied int8 tables come apart, as transformers has no form for one
+table that is both. "vllm-cpu", int-quantized with asymmetric activations, which vLLM runs on Arm CPUs.
+"vllm-gpu", pack-quantized with symmetric activations: another arithmetic, to be measured again. For vLLM
+tables are float.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.checkpoint import Int4Weight, Int8Weight, stored_dtype
+from llamita.errors import InputError
+from llamita.export.checkpoints import (
+    Tensor,
+    float_tensor,
+    prove_in_transformers,
+    shape_of,
+    vector_tensors,
+    write_checkpoint,
+)
+from llamita.export.source import module_names, refuse_online
+from llamita.export.targets import Order, Progress
+from llamita.packed import EMBEDDING, HEAD, PackedModel
+from llamita.packing import unpack_int4
+
+FLAVORS = ("transformers", "vllm-cpu", "vllm-gpu")
+_TABLES = (EMBEDDING, HEAD)
+
+
+def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Fill a directory.
+
+    Raises:
+        InputError: the model needs a rotation at run time, or no such flavour.
+    """
+    packed, flavor = order.packed, order.options.get("flavor") or FLAVORS[0]
+    refuse_online(packed, "compressed-tensors")
+    if flavor not in FLAVORS:
+        raise InputError(f"--flavor: expected one of {', '.join(FLAVORS)}, got {flavor!r}")
+    changes: list[float] = [0.0]
+    tensors: dict[str, Tensor] = {}
+    for name in module_names(packed):
+        tensors |= _tensors(packed, name, flavor, changes)
+    unties = flavor == FLAVORS[0] and packed.config.tied and isinstance(packed.weight(EMBEDDING), Int8Weight)
+    if unties:
+        tensors |= {
+            key.replace(EMBEDDING, HEAD): value for key, value in tensors.items() if key.startswith(EMBEDDING)
+        }
+    tensors |= vector_tensors(packed, "F32")
+    settings = {"quantization_config": _config(packed, flavor), "dtype": "float32"}
+    if unties:
+        settings["tie_word_embeddings"] = False
+    size = write_checkpoint(packed, directory, tensors, settings, progress)
+    in_bf16 = _TABLES if flavor != FLAVORS[0] else ()
+    grown = sum(
+        np.prod(tensors[k][1]) for k in tensors if unties and k.startswith(HEAD) and k.endswith("weight")
+    )
+    return {"bytes": size, "flavor": flavor, "untied_bytes": int(grown), "rounded_to_bf16": max(changes),
+            "proof": prove_in_transformers(packed, directory, in_bf16)}  # fmt: skip
+
+
+def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) -> dict[str, Tensor]:
+    """A module's tensors by name."""
+    weight = packed.weight(name)
+    shape = shape_of(weight)
+    if isinstance(weight, np.ndarray):
+        return {f"{name}.weight": (stored_dtype(weight), shape, lambda: weight)}
+    if name in _TABLES and flavor != FLAVORS[0]:
+        return {f"{name}.weight": float_tensor(weight, shape, changes)}
+    scales = np.asarray(weight.scales).reshape(shape[0], -1)
+    found: dict[str, Tensor] = {f"{name}.weight_scale": (stored_dtype(scales), scales.shape, lambda: scales)}
+    if isinstance(weight, Int8Weight):
+        return found | {f"{name}.weight": ("I8", shape, lambda: np.asarray(weight.codes))}
+    assert isinstance(weight, Int4Weight)
+    if flavor == "vllm-cpu":
+        return found | {f"{name}.weight": ("I8", shape, lambda: unpack_int4(np.asarray(weight.packed)))}
+    packed_shape = (shape[0], shape[1] // 8)
+    return found | {
+        f"{name}.weight_packed": ("I32", packed_shape, lambda: np.asarray(weight.packed)),
+        f"{name}.weight_shape": ("I64", (2,), lambda: np.array(shape, np.int64)),
+    }
+
+
+def _config(packed: PackedModel, flavor: str) -> dict[str, Any]:
+    """How compressed-tensors is told."""
+    config = copy.deepcopy(packed.hf_config["quantization_config"])
+    groups = config["config_groups"]
+    tables = groups.pop("group_tables", None)
+    if flavor == "vllm-cpu":
+        config["format"] = "int-quantized"
+        for group in groups.values():
+            group["format"] = "int-quantized"
+    if flavor == "vllm-gpu":
+        for group in groups.values():
+            group["input_activations"]["symmetric"] = True
+    if tables and flavor == FLAVORS[0]:
+        config["format"] = "mixed-precision"
+        plain = {**tables, "format": "int-quantized", "input_activations": None}
+        activations = next(iter(groups.values()))["input_activations"]
+        groups["group_embedding"] = {**plain, "targets": ["re:.*embed_tokens"]}
+        groups["group_head"] = {**plain, "targets": ["re:.*lm_head"], "input_activations": activations}
+    elif HEAD not in config["ignore"]:
+        config["ignore"] = [HEAD, *config["ignore"]]
+    return config

@@ -1,0 +1,38 @@
+"""`--to hf`: an ordinary checkpoint in BF16, weights multiplied out, for what reads nothing else.
+
+A code times its scale has more bits than BF16: weights change a little, and activations are not rounded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from llamita.export.checkpoints import (
+    float_tensor,
+    prove_in_transformers,
+    shape_of,
+    vector_tensors,
+    write_checkpoint,
+)
+from llamita.export.source import module_names, refuse_online
+from llamita.export.targets import Order, Progress
+
+
+def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Fill a directory.
+
+    Raises:
+        InputError: the model needs a rotation at run time.
+    """
+    packed = order.packed
+    refuse_online(packed, "hf")
+    changes: list[float] = []
+    tensors = {}
+    for name in module_names(packed):
+        weight = packed.weight(name)
+        tensors[f"{name}.weight"] = float_tensor(weight, shape_of(weight), changes)
+    tensors |= vector_tensors(packed, "BF16")
+    size = write_checkpoint(
+        packed, directory, tensors, {"dtype": "bfloat16", "quantization_config": None}, progress
+    )
+    return {"bytes": size, "rounded_to_bf16": max(changes),
+            "proof": prove_in_transformers(packed, directory, tuple(module_names(packed)))}  # fmt: skip

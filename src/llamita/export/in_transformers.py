@@ -1,0 +1,81 @@
+"""An exported checkpoint in transformers: the weights that it reads, and what it computes with them."""
+
+import io
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from llamita.affine import bf16_to_f32, f32_to_bf16
+from llamita.dequantized import row_blocks
+from llamita.engine.llm import LLM
+from llamita.export.proof import Proof, compare, own_tokens
+from llamita.export.runtime import Ran
+from llamita.export.source import module_names
+from llamita.packed import EMBEDDING, HEAD, PackedModel
+
+
+def prove(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -> Proof:
+    """Load a checkpoint as a user would, and compare it with the engine.
+
+    Args:
+        in_bf16: modules whose weights it has in BF16; all others have to be the same to the bit.
+    """
+    llm = LLM(packed)
+    tokens, prompt, new = own_tokens(llm, packed.config.context)
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        ran = _run(model.eval(), tokens, prompt, new)  # compressed weights are multiplied out on first use
+    names = module_names(packed)
+    equal = sum(_is_equal(model, packed, name, name in in_bf16) for name in names)
+    return compare(llm, (len(names), equal), tokens, ran)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and remarks of what is loaded with."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        transformers.utils.logging.set_verbosity(before)
+
+
+def _is_equal(model: Any, packed: PackedModel, name: str, in_bf16: bool) -> bool:
+    """Whether a module's weights are those of the packed model; a tied head's, too."""
+    modules = [name, HEAD] if name == EMBEDDING and packed.config.tied else [name]
+    for module in modules:
+        weight, done = model.get_submodule(module).weight.detach(), 0
+        weight = weight.dequantize() if hasattr(weight, "dequantize") else weight
+        for part in row_blocks(packed.weight(name)):
+            expected = bf16_to_f32(f32_to_bf16(part)) if in_bf16 else part
+            found = weight[done : done + len(part)].float().numpy()
+            if not np.array_equal(found, expected):
+                return False
+            done += len(part)
+    return True
+
+
+def _run(model: Any, tokens: list[int], prompt: int, new: int) -> Ran:
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].float().numpy()
+        state = model(torch.tensor([tokens[:prompt]]), use_cache=True)
+        greedy, times = list[int](), list[float]()
+        for _ in range(new):
+            greedy.append(int(state.logits[0, -1].argmax()))
+            began = time.perf_counter()
+            state = model(torch.tensor([greedy[-1:]]), past_key_values=state.past_key_values, use_cache=True)
+            times.append(time.perf_counter() - began)
+    return Ran(logits, logits[-1], np.array(greedy, np.int64), float(np.median(times)))

@@ -1,0 +1,146 @@
+"""`--to meta`: consolidated.00.pth and params.json, as Meta's own quantized Llama 3.2 is released.
+
+Codes are int8, scales float32; rows of q and k are in the order of Meta's rotary embedding, which turns
+neighbours (`gguf.pair_order`). ExecuTorch's loader of these takes int8 tables and groups of 32 to 256.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita.affine import to_f32
+from llamita.checkpoint import Int4Weight, Int8Weight, vector_names
+from llamita.config import ModelConfig
+from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
+from llamita.errors import InputError
+from llamita.export.gguf import pair_order
+from llamita.export.source import Weight, module_names
+from llamita.export.targets import Order, Progress
+from llamita.hadamard import factor
+from llamita.packed import PackedModel
+from llamita.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.packing import unpack_int4
+
+FILE, PARAMS = "consolidated.00.pth", "params.json"
+NAMES = {
+    "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm",
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+_SCHEME = "int4_weight_int8_dynamic_activation"
+
+
+def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Fill a directory.
+
+    Raises:
+        InputError: biases, heads of another width, mixed groups, or a rotation that Meta's models have not.
+    """
+    packed = order.packed
+    _check(packed)
+    adaptor = None
+    if order.adaptor is not None:
+        check_fits(packed, [order.adaptor])
+        adaptor = read_adaptor(order.adaptor, packed.config)
+    state: dict[str, Tensor] = {}
+    names = module_names(packed)
+    for done, name in enumerate(names):
+        if progress:
+            progress(name, done, len(names))
+        state |= _tensors(packed, name, packed.weight(name), adaptor)
+    if packed.config.tied:
+        state |= {key.replace("tok_embeddings", "output"): value for key, value in state.items()
+                  if key.startswith("tok_embeddings")}  # fmt: skip
+    for name in vector_names(packed.config):
+        state[meta_name(name)] = torch.from_numpy(np.array(packed.vector(name)))
+    torch.save(state, directory / FILE)
+    write_bytes(directory / PARAMS, json.dumps(params_of(packed, adaptor), indent=1).encode())
+    copy_companions(packed.path, directory, find_companions(packed.path))
+    return {"bytes": (directory / FILE).stat().st_size, "proof": None}
+
+
+def meta_name(name: str) -> str:
+    """Meta's name of a tensor."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return f"{NAMES[module]}.{kind}"
+    _, _, block, own = module.split(".", 3)
+    return f"layers.{block}.{NAMES[own]}.{kind}"
+
+
+def params_of(packed: PackedModel, adaptor: StoredAdaptor | None) -> dict[str, Any]:
+    """params.json: the shape as Meta's reference code computes it, and how weights are quantized."""
+    config, scheme = packed.config, packed.scheme
+    assert scheme is not None
+    multiple = math.gcd(config.intermediate_size, 256)
+    # what is rounded up to a multiple has to come out: the middle of the last one
+    times = (config.intermediate_size - multiple / 2) / int(8 * config.hidden_size / 3)
+    quantization = {"scheme": _SCHEME, "group_size": scheme.group_size}
+    if packed.rotations.r4_size:
+        quantization["spinquant"] = True
+    found = {
+        "dim": config.hidden_size, "n_layers": config.layers, "n_heads": config.heads,
+        "n_kv_heads": config.kv_heads, "vocab_size": config.vocab_size, "ffn_dim_multiplier": times,
+        "multiple_of": multiple, "norm_eps": config.norm_eps, "rope_theta": config.rope.theta,
+        "use_scaled_rope": config.rope.kind == "llama3", "quantization_args": quantization,
+    }  # fmt: skip
+    if adaptor is not None:
+        rank = len(next(iter(adaptor.pairs.values()))[0])
+        found["lora_args"] = {"rank": rank, "scale": adaptor.scaling}
+    return found
+
+
+def _check(packed: PackedModel) -> None:
+    config, scheme = packed.config, packed.scheme
+    assert scheme is not None
+    if config.attention_bias or config.mlp_bias or config.head_dim * config.heads != config.hidden_size:
+        raise InputError("--to meta: expected no biases and heads as wide as the model, got others, which "
+                         "Meta's form has not")  # fmt: skip
+    if config.rope.kind not in ("default", "llama3"):
+        raise InputError(f"--to meta: expected Llama's rotary embedding, got {config.rope.kind}")
+    if scheme.layers:
+        raise InputError("--to meta: expected one group size for all layers, got exceptions; try --to gguf")
+    if packed.rotations.r4_size and factor(packed.rotations.r4_size)[0] > 1:
+        raise InputError(f"--to meta: expected R4 of a power of two, got {packed.rotations.r4_size}, for "
+                         "which ExecuTorch has another matrix; try quantize --no-online")  # fmt: skip
+    if packed.rotations.head_transform is not None:
+        raise InputError("--to meta: expected a head that reads the norm's output, got a matrix between; try "
+                         "quantize --no-online")  # fmt: skip
+
+
+def _tensors(
+    packed: PackedModel, name: str, weight: Weight, adaptor: StoredAdaptor | None
+) -> dict[str, Tensor]:
+    """A module's tensors by Meta's names."""
+    order = _order(packed.config, name)
+    base = meta_name(f"{name}.weight").removesuffix("weight")
+    if isinstance(weight, np.ndarray):
+        return {f"{base}weight": torch.from_numpy(np.array(to_f32(weight)))[order]}
+    codes = (
+        unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.array(weight.codes)
+    )
+    scales = np.array(to_f32(np.asarray(weight.scales)))
+    scales = scales.reshape(-1) if isinstance(weight, Int8Weight) else scales
+    found = {
+        f"{base}weight": torch.from_numpy(codes)[order],
+        f"{base}scales": torch.from_numpy(scales)[order],
+    }
+    if adaptor is not None and name in adaptor.pairs:
+        down, up = (torch.from_numpy(np.array(to_f32(one))).bfloat16() for one in adaptor.pairs[name])
+        found |= {f"{base}adaptor.A.weight": down, f"{base}adaptor.B.weight": up[order]}
+    return found
+
+
+def _order(config: ModelConfig, name: str) -> Any:
+    own = name.rpartition(".")[2]
+    if own not in ("q_proj", "k_proj"):
+        return slice(None)
+    heads = config.heads if own == "q_proj" else config.kv_heads
+    return torch.from_numpy(pair_order(heads * config.head_dim, heads))

@@ -1,0 +1,108 @@
+"""`--to torchao`: safetensors with torchao's own tensors, for transformers with torchao.
+
+Codes are int8 on float32 scales, a byte for each, in the tensors that torchao calls
+IntxUnpackedToInt8Tensor; activations are int8 per token. A tied int8 table comes apart.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxUnpackedToInt8Tensor,
+    MappingType,
+    PerGroup,
+)
+from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from llamita.affine import to_f32
+from llamita.checkpoint import Int8Weight, vector_names
+from llamita.export.in_transformers import prove
+from llamita.export.program import codes_tensor
+from llamita.export.source import Weight, module_names, refuse_online
+from llamita.export.targets import Order, Progress
+from llamita.packed import EMBEDDING, HEAD, PackedModel
+from llamita.packed_writer import copy_companions, find_companions
+from llamita.train.save import flush_files
+
+
+def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Fill a directory.
+
+    Raises:
+        InputError: the model needs a rotation at run time.
+    """
+    packed = order.packed
+    refuse_online(packed, "torchao")
+    unties = packed.config.tied and isinstance(packed.weight(EMBEDDING), Int8Weight)
+    config = _config(packed, unties)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    names = module_names(packed)
+    for done, name in enumerate(names):
+        if progress:
+            progress(name, done, len(names))
+        _set(llama, f"{name}.weight", _tensor(name, packed.weight(name)))
+    if unties:
+        _set(llama, f"{HEAD}.weight", codes_tensor(packed.weight(EMBEDDING)))
+    for name in vector_names(packed.config):
+        _set(llama, name, torch.from_numpy(np.array(packed.vector(name))))
+    if config.tie_word_embeddings:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    _mark(llama, packed)
+    transformers.utils.logging.disable_progress_bar()
+    llama.save_pretrained(directory)
+    companions = find_companions(packed.path)
+    for name in companions.values():
+        (directory / name).unlink(missing_ok=True)  # transformers writes some of its own
+    copy_companions(packed.path, directory, companions)
+    flush_files(directory)
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    grown = packed.config.vocab_size * packed.config.hidden_size if unties else 0
+    return {"bytes": size, "untied_bytes": grown,
+            "proof": prove(packed, directory).to_dict()}  # fmt: skip
+
+
+def _config(packed: PackedModel, unties: bool) -> LlamaConfig:
+    strange = ("quantization_config", "model_type", "architectures", "dtype")
+    values = {key: value for key, value in packed.hf_config.items() if key not in strange}
+    tied = packed.config.tied and not unties
+    return LlamaConfig(**{**values, "tie_word_embeddings": tied, "dtype": torch.float32})
+
+
+def _tensor(name: str, weight: Weight) -> Tensor:
+    if isinstance(weight, np.ndarray):
+        return torch.from_numpy(np.array(to_f32(weight)))
+    tensor = codes_tensor(weight)
+    if name != EMBEDDING:
+        return tensor
+    return IntxUnpackedToInt8Tensor(  # rows are looked up, no activation meets them
+        tensor.qdata,
+        tensor.scale,
+        tensor.zero_point,
+        tensor.target_dtype,
+        tensor.block_size,
+        tensor.dtype,
+        None,
+    )
+
+
+def _set(llama: nn.Module, name: str, values: Tensor) -> None:
+    module, _, own = name.rpartition(".")
+    setattr(llama.get_submodule(module), own, nn.Parameter(values, requires_grad=False))
+
+
+def _mark(llama: LlamaForCausalLM, packed: PackedModel) -> None:
+    """What transformers has to know to read the tensors back."""
+    assert packed.scheme is not None
+    how = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=PerGroup(packed.scheme.group_size),
+        weight_mapping_type=MappingType.SYMMETRIC,
+    )  # fmt: skip
+    llama.config.quantization_config = TorchAoConfig(how, include_input_output_embeddings=True)
+    llama.hf_quantizer = AutoHfQuantizer.from_config(llama.config.quantization_config, pre_quantized=False)
