@@ -97,6 +97,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "commands.quantize": ("commands.options", "commands.selection"),
     "commands.finetune": ("commands.options",),
     "commands.merge": ("commands.options",),
+    "commands.export": ("commands.options",),
     "merge": ("evaluate",),
     "transformed": ("checkpoint",),
     "dequantized": ("checkpoint", "packed"),
@@ -120,6 +121,18 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "train.measures": ("evaluate", "train.examples", "train.tasks"),
     "train.needs": ("train.recipe",),
     "train.order": ("train.data", "train.recipe"),
+    "export.checkpoints": ("export.source", "export.targets"),
+    "export.compressed_tensors": ("export.checkpoints", "export.source", "export.targets"),
+    "export.executorch": ("export.guide", "export.lowering", "export.partitioners", "export.program",
+     "export.proof", "export.runtime", "export.source", "export.targets"),
+    "export.gguf": ("export.gguf_tokenizer", "export.source", "export.targets"),
+    "export.hf": ("export.checkpoints", "export.source", "export.targets"),
+    "export.in_transformers": ("export.proof", "export.runtime", "export.source"),
+    "export.lowering": ("export.program",),
+    "export.meta": ("export.gguf", "export.source", "export.targets"),
+    "export.program": ("export.embedding",),
+    "export.torchao": ("export.in_transformers", "export.program", "export.source", "export.targets",
+     "train.save"),
     "train.run": ("train.courses", "train.measures", "train.finetune", "train.order", "train.plot",
      "train.recipe",
      "train.save"),
@@ -162,6 +175,15 @@ TORCH_SIDE = {
     "train.run": (),
     "train.measures": ("sacrebleu", "rouge_score"),
     "train.finetune": ("torch", "transformers", "peft"),
+    "export.embedding": ("torch",),
+    "export.program": ("torch", "torchao", "transformers"),
+    "export.lowering": ("torch", "executorch"),
+    "export.partitioners": ("executorch",),
+    "export.runtime": ("torch", "executorch"),
+    "export.executorch": (),
+    "export.in_transformers": ("torch", "transformers"),
+    "export.torchao": ("torch", "torchao", "transformers"),
+    "export.meta": ("torch",),
 }  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
@@ -170,4 +192,13 @@ TORCH_PACKAGES = (
 )  # fmt: skip
 
 # Imports inside functions, each with its reason.
-NESTED: dict[str, str] = {}
+_BACKEND = "a backend's packages and SDK are there or not, whatever the others are"
+_RUNTIME = "the process that runs a program has the runtime, not the one that asks for it"
+NESTED: dict[str, str] = {
+    "export.partitioners._xnnpack": _BACKEND,
+    "export.partitioners._vulkan": _BACKEND,
+    "export.partitioners._coreml": _BACKEND,
+    "export.partitioners._qnn": _BACKEND,
+    "export.partitioners._mediatek": _BACKEND,
+    "export.runtime._load": _RUNTIME,
+}

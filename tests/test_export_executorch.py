@@ -15,10 +15,10 @@ from llamita.packed import PackedModel
 pytest.importorskip("executorch", reason="the runtime of programs")
 torch = pytest.importorskip("torch", reason="export is on the Torch side")
 
+from llamita.export.lowering import data_hashes  # noqa: E402
 from llamita.export.partitioners import partitioners_of  # noqa: E402
 from llamita.export.program import make_program  # noqa: E402
 from llamita.export.proof import rounded_hashes  # noqa: E402
-from llamita.export.runtime import data_hashes  # noqa: E402
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
@@ -30,14 +30,17 @@ def packed_model(directory: Path, family: str = "llama32", *options: object, **o
     return directory / "packed"
 
 
-@pytest.fixture
-def exported(tmp_path: Path, capsys: Any) -> tuple[Path, Path, dict[str, Any]]:
-    """A packed model, its program, and what the command said."""
-    packed = packed_model(tmp_path)
-    capsys.readouterr()
-    options = ("--to", "executorch", "-o", tmp_path / "out", "--context", "64", "--json")
-    assert run("export", packed, *options) == 0
-    return packed, tmp_path / "out", json.loads(capsys.readouterr().out)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """A packed model, its program, and what was recorded of it; made once, as it takes seconds."""
+    directory = tmp_path_factory.mktemp("exported")
+    packed = packed_model(directory)
+    assert run("export", packed, "--to", "executorch", "-o", directory / "out", "--context", "64") == 0
+    return (
+        packed,
+        directory / "out",
+        json.loads((directory / "out" / "llamita_export.json").read_text("utf-8")),
+    )
 
 
 def test_a_program_holds_the_integers_and_computes_as_the_engine(
@@ -48,6 +51,7 @@ def test_a_program_holds_the_integers_and_computes_as_the_engine(
     assert proof["holds"] is True
     assert proof["equal_layers"] == proof["layers"] == 2 * 7 + 1
     assert proof["kl"] < 1e-3
+    assert proof["noise"] < 2 * proof["own_noise"]
     assert proof["tokens"] == 64
     assert {path.name for path in out.iterdir()} >= {
         "model.pte", "tokenizer.json", "README.md", "llamita_export.json"
@@ -82,6 +86,16 @@ def test_runners_find_what_they_ask_for(exported: tuple[Path, Path, dict[str, An
     assert set(found["get_eos_ids"]) == set(llamita.load(exported[0]).tokenizer.eos_token_ids)
 
 
+def test_executorchs_runner_for_text_models_takes_it(exported: tuple[Path, Path, dict[str, Any]]) -> None:
+    """What its apps call, with the tokenizer that lies beside the program."""
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    _, out, _ = exported
+    runner, said = TextLLMRunner(str(out / "model.pte"), str(out / "tokenizer.json")), list[str]()
+    runner.generate("abc", GenerationConfig(max_new_tokens=8, temperature=0.0, echo=False), said.append)
+    assert said
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -92,7 +106,7 @@ def test_runners_find_what_they_ask_for(exported: tuple[Path, Path, dict[str, An
     ],
 )
 def test_the_program_computes_what_the_engine_does(tmp_path: Path, family: str, options: Any) -> None:
-    """In eager Torch, for what the runtime need not be asked again: architectures, rotations, float tables."""
+    """In eager Torch: architectures, rotations, float tables."""
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 
     packed = packed_model(tmp_path, family, *options)

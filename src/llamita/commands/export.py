@@ -128,7 +128,10 @@ def _print(out: Path, record: dict[str, Any]) -> None:
             f"{proof['kl']:.5f}; at most {proof['largest_kl']:.5f}",
         ],
         ["same likeliest token", f"{proof['top_1']:.1%} of {proof['tokens']}"],
-        ["noise of logits, of their spread", f"{proof['noise']:.2%}"],
+        [
+            "noise of logits, of their spread",
+            f"{proof['noise']:.2%}; the engine's own: {proof['own_noise']:.2%}",
+        ],
         ["greedy text, same tokens", f"{proof['same_greedy']} of {proof['greedy']}{gap}"],
         ["a token, in that runtime", f"{proof['milliseconds']:.2f} ms"],
     ]

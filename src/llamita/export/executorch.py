@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
-from llamita.engine.llm import LLM
 from llamita.errors import InputError
 from llamita.export.guide import guide
-from llamita.export.lowering import lower
+from llamita.export.lowering import data_hashes, lower
 from llamita.export.partitioners import partitioners_of
 from llamita.export.program import make_program
-from llamita.export.proof import Proof, compare, own_tokens, rounded_hashes
-from llamita.export.runtime import data_hashes, run
+from llamita.export.proof import Proof, compare, engine_of, own_tokens, rounded_hashes
+from llamita.export.runtime import run
 from llamita.export.source import check_grid
 from llamita.export.targets import Order, Progress
 from llamita.packed import PackedModel
@@ -75,13 +74,12 @@ def _prove(order: Order, pte: Path, context: int, timer: "_Timer") -> Proof:
     timer.begin(_STEPS[1])
     held, hashes = data_hashes(pte), list(rounded_hashes(order.packed))
     equal = sum(codes in held and scales in held for _, codes, scales in hashes)
-    adaptors = {} if order.adaptor is None else {"": order.adaptor}
-    llm = LLM(order.packed, adaptors=adaptors)
-    tokens, prompt, new = own_tokens(llm, context)
+    engines = engine_of(order.packed, order.adaptor)
+    tokens, prompt, new = own_tokens(engines[0], context)
     timer.begin(_STEPS[2])
     ran = run(pte, tokens, prompt, new)
     timer.begin(_STEPS[3])
-    return compare(llm, (len(hashes), equal), tokens, ran, adaptor="" if adaptors else None)
+    return compare(engines, (len(hashes), equal), tokens, ran)
 
 
 class _Timer:

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llamita.affine import bf16_to_f32, f32_to_bf16
 from llamita.dequantized import row_blocks
-from llamita.engine.llm import LLM
-from llamita.export.proof import Proof, compare, own_tokens
+from llamita.export.proof import Proof, compare, engine_of, own_tokens
 from llamita.export.runtime import Ran
 from llamita.export.source import module_names
 from llamita.packed import EMBEDDING, HEAD, PackedModel
@@ -28,14 +27,14 @@ def prove(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -
     Args:
         in_bf16: modules whose weights it has in BF16; all others have to be the same to the bit.
     """
-    llm = LLM(packed)
-    tokens, prompt, new = own_tokens(llm, packed.config.context)
+    engines = engine_of(packed)
+    tokens, prompt, new = own_tokens(engines[0], packed.config.context)
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         ran = _run(model.eval(), tokens, prompt, new)  # compressed weights are multiplied out on first use
     names = module_names(packed)
     equal = sum(_is_equal(model, packed, name, name in in_bf16) for name in names)
-    return compare(llm, (len(names), equal), tokens, ran)
+    return compare(engines, (len(names), equal), tokens, ran)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""From our program to an ExecuTorch file: torch.export, partition, serialize."""
+"""From our program to an ExecuTorch file: torch.export, partition, serialize; and the data of such a file."""
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  the operators of its LLM runtime
@@ -44,6 +46,12 @@ def lower(program: Program, partitioners: list[Any], metadata: dict[str, Any], p
         ))  # fmt: skip
     with path.open("wb") as file:
         made.write_to_file(file)
+
+
+def data_hashes(pte: Path) -> set[str]:
+    """SHA-256 of every piece of data that a program's delegates read, computed from the file's bytes."""
+    named = deserialize_pte_binary(pte.read_bytes()).named_data
+    return set() if named is None else {hashlib.sha256(bytes(data)).hexdigest() for data in named.buffers}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from llamita.engine.llm import LLM
 from llamita.packed import EMBEDDING, HEAD, PackedModel
 
 _TOKENS = 256
+_ADAPTOR = "beside"  # what the engines call the adaptor
 _PROMPT, _NEW = 16, 64
-_LARGEST_KL = 0.01  # nats; activations that round the other way cost the embedded model 0.0004
-_LARGEST_NOISE = 0.1  # of the logits' own spread
+_TIMES = 2.0  # the engine's own noise, beyond which something else is wrong; 1.1 on what was measured
+_LEAST_NOISE = 1e-4  # of the logits' spread: less is the order of sums
 _DEVIATIONS = 6.0  # of the noise, between two tokens of which either may be the likelier
 
 
@@ -29,6 +31,8 @@ class Proof:
         kl, largest_kl: nats a token, of its distribution from ours; mean and largest.
         top_1: share of tokens where both find the same one likeliest.
         noise: standard deviation of its logits' difference from ours, as a share of our logits' own.
+        own_noise: the same of our engine with keys and values in float16 from itself with them in float32:
+            what activations make of a difference at the limit of float16, when they round the other way.
         greedy, same_greedy: tokens continued greedily, and how many are the same before the first other.
         gap: between our logits of the two tokens at the first other, in standard deviations of the
             difference; None without one.
@@ -43,6 +47,7 @@ class Proof:
     largest_kl: float
     top_1: float
     noise: float
+    own_noise: float
     greedy: int
     same_greedy: int
     gap: float | None
@@ -54,8 +59,7 @@ class Proof:
         """Whether all integers are equal, and what differs is no more than rounded activations explain."""
         return (
             self.equal_layers == self.layers
-            and self.kl <= _LARGEST_KL
-            and self.noise <= _LARGEST_NOISE
+            and self.noise <= max(_TIMES * self.own_noise, _LEAST_NOISE)
             and (self.gap is None or self.gap <= _DEVIATIONS)
         )
 
@@ -64,27 +68,35 @@ class Proof:
         return {"holds": self.holds, **asdict(self)}
 
 
-def compare(
-    llm: LLM, layers: tuple[int, int], tokens: list[int], ran: Any, adaptor: str | None = None
-) -> Proof:
+def engine_of(packed: PackedModel, adaptor: Path | None = None) -> tuple[LLM, LLM]:
+    """The engine with keys and values in float32, as other runtimes keep them, and in float16."""
+    adaptors = {} if adaptor is None else {_ADAPTOR: adaptor}
+    exact, usual = (LLM(packed, kv_dtype=dtype, adaptors=adaptors) for dtype in ("f32", "f16"))
+    return exact, usual
+
+
+def compare(engines: tuple[LLM, LLM], layers: tuple[int, int], tokens: list[int], ran: Any) -> Proof:
     """A proof from what another runtime has computed.
 
     Args:
+        engines: as `engine_of` gives them.
         layers: rounded layers, and those found equal.
         tokens: that it was given.
         ran: see `runtime.Ran`.
-        adaptor: of `llm`, by its name.
     """
+    llm, usual = engines
+    adaptor = _ADAPTOR if llm.adaptors else None
     ours = llm.logits(tokens, adaptor).astype(np.float64)
     theirs = ran.logits.astype(np.float64)
     ours_log, theirs_log = _log_softmax(ours), _log_softmax(theirs)
     kl = (np.exp(ours_log) * (ours_log - theirs_log)).sum(-1)
     spread, difference = float(ours.std()), float((theirs - ours).std())
+    own = float((usual.logits(tokens, adaptor) - ours).std())
     same, gap = _greedy(llm, adaptor, tokens[:_PROMPT], [int(token) for token in ran.greedy])
     return Proof(
         layers=layers[0], equal_layers=layers[1], tokens=len(tokens), kl=float(kl.mean()),
         largest_kl=float(kl.max()), top_1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-        noise=difference / spread, greedy=len(ran.greedy), same_greedy=same,
+        noise=difference / spread, own_noise=own / spread, greedy=len(ran.greedy), same_greedy=same,
         gap=None if gap is None else gap / difference if difference else np.inf,
         prefill=float(np.abs(ran.prefill - theirs[-1]).max()) / spread, milliseconds=1e3 * ran.seconds,
     )  # fmt: skip

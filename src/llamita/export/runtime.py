@@ -4,7 +4,6 @@ Run as a program, `python -m llamita.export.runtime PTE ASKED GIVEN`, because th
 it likes and ends its process where a program is damaged.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -63,14 +62,6 @@ def run(pte: Path, tokens: Sequence[int], prompt: int, new: int) -> Ran:
                            f"{ran.returncode}: {said[-400:]}")  # fmt: skip
         with np.load(given) as found:
             return Ran(found["logits"], found["prefill"], found["greedy"], float(found["seconds"]))
-
-
-def data_hashes(pte: Path) -> set[str]:
-    """SHA-256 of every piece of data that a program's delegates read, computed from the file's bytes."""
-    from executorch.exir._serialize._program import deserialize_pte_binary
-
-    named = deserialize_pte_binary(pte.read_bytes()).named_data
-    return set() if named is None else {hashlib.sha256(bytes(data)).hexdigest() for data in named.buffers}
 
 
 def _main(pte: str, asked: str, given: str) -> None:

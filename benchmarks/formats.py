@@ -1,0 +1,92 @@
+"""A packed model through every form that `llamita export` writes: the parity table of docs/formats.md.
+
+    python benchmarks/formats.py embedded-4bit --work DIR
+
+Each row is made by `llamita export --json`, whose proof runs the form in its own runtime or reader:
+ExecuTorch's, transformers', our own reader of GGUF. `--llamacpp PYTHON` names a Python that has
+llama-cpp-python, which then computes the row of GGUF.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import llamita
+from llamita.export.proof import own_tokens
+
+ROWS = {  # form: options, and what computes the proof
+    "executorch": ((), "ExecuTorch"),
+    "compressed-tensors": ((), "transformers"),
+    "compressed-tensors, vLLM on Arm": (("--flavor", "vllm-cpu"), "transformers"),
+    "compressed-tensors, vLLM on GPUs": (("--flavor", "vllm-gpu"), "transformers"),
+    "torchao": ((), "transformers, torchao"),
+    "hf": ((), "transformers"),
+    "gguf": ((), "llama.cpp"),
+    "meta": ((), ""),
+}
+_LLAMACPP = """
+import sys, numpy as np
+from llama_cpp import Llama
+ids = np.load(sys.argv[2]).tolist()
+model = Llama(model_path=sys.argv[1], logits_all=True, n_ctx=len(ids) + 8, verbose=False)
+model.eval(ids)
+np.save(sys.argv[3], np.array(model.scores[: len(ids)]))
+"""
+
+
+def export(source: str, form: str, options: tuple[str, ...], out: Path) -> dict[str, Any]:
+    """What the command says of a form."""
+    command = [sys.executable, "-m", "llamita", "export", source, "--to", form.split(",")[0], "-o", str(out),
+               "--overwrite", "--json", *options]  # fmt: skip
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def in_llamacpp(python: str, source: str, out: Path) -> dict[str, float]:
+    """KL and agreement of llama.cpp on the proof's own tokens."""
+    llm = llamita.load(source, kv_dtype="f32")
+    tokens, _, _ = own_tokens(llm, llm.config.context)
+    np.save(out / "ids.npy", tokens)
+    paths = [str(out / name) for name in ("model.gguf", "ids.npy", "logits.npy")]
+    subprocess.run([python, "-c", _LLAMACPP, *paths], check=True, stderr=subprocess.DEVNULL)
+    ours, theirs = (log_softmax(x) for x in (llm.logits(tokens), np.load(out / "logits.npy")))
+    agrees = (ours.argmax(-1) == theirs.argmax(-1)).mean()
+    return {"kl": float((np.exp(ours) * (ours - theirs)).sum(-1).mean()), "top_1": float(agrees)}
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities, float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def main() -> None:
+    """Run and print a Markdown table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--llamacpp", metavar="PYTHON")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    print("| form | computed by | matrices equal to the bit | KL, nats a token | same top token | MB |")
+    print("|---|---|---|---|---|---|")
+    for name, (options, by) in ROWS.items():
+        out = arguments.work / name.replace(", ", "-").replace(" ", "-")
+        told = export(arguments.source, name, options, out)
+        proof = told["proof"] or {key: told[key] for key in ("equal_layers", "layers") if key in told}
+        if name == "gguf" and arguments.llamacpp:
+            proof |= in_llamacpp(arguments.llamacpp, arguments.source, out)
+        equal = f"{proof['equal_layers']} of {proof['layers']}" if "layers" in proof else "tested"
+        kl = f"{proof['kl']:.5f} | {proof['top_1']:.1%}" if "kl" in proof else "| "
+        shown_by = by if "kl" in proof else "not run"
+        print(f"| `{name}` | {shown_by} | {equal} | {kl} | {told['bytes'] / 1e6:,.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
