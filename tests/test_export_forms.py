@@ -23,6 +23,8 @@ pytest.importorskip("compressed_tensors", reason="these forms are read by compre
 from llamita.train import finetune  # noqa: E402
 from llamita.train.prepare import prepare  # noqa: E402
 
+SCALED = {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}  # fmt: skip
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 FORMS = [("hf",), ("torchao",), ("compressed-tensors",), ("compressed-tensors", "--flavor", "vllm-cpu"),
          ("compressed-tensors", "--flavor", "vllm-gpu")]  # fmt: skip
@@ -71,9 +73,8 @@ def test_logits_are_those_of_our_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama2", "llama31", "llama32"])
 def test_metas_form_has_the_codes_in_its_order(tmp_path: Path, family: str) -> None:
-    packed = PackedModel(packed_model(tmp_path, family))
-    if packed.config.attention_bias:
-        pytest.skip("Meta's form has no biases")
+    scaled: dict[str, Any] = {} if family == "llama2" else SCALED
+    packed = PackedModel(packed_model(tmp_path, family, **scaled))
     assert run("export", packed.path, "--to", "meta", "-o", tmp_path / "out") == 0
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
     params = json.loads((tmp_path / "out" / "params.json").read_text("utf-8"))
@@ -98,7 +99,9 @@ def test_metas_form_has_the_codes_in_its_order(tmp_path: Path, family: str) -> N
     hidden = int(params["ffn_dim_multiplier"] * int(2 * 4 * params["dim"] / 3))  # as Meta's code has it
     multiple = params["multiple_of"]
     assert multiple * -(-hidden // multiple) == packed.config.intermediate_size
-    assert params["use_scaled_rope"] == (family == "llama31")
+    assert params["use_scaled_rope"] == (packed.config.rope.kind == "llama3")
+    if packed.config.rope.kind == "llama3":
+        assert params["rope_scale_factor"] == packed.config.rope.factor
     assert params["quantization_args"] == {"scheme": "int4_weight_int8_dynamic_activation", "group_size": 32}
 
 
@@ -110,7 +113,7 @@ def test_executorchs_own_model_computes_with_metas_form(tmp_path: Path) -> None:
     from executorch.examples.models.llama.model_args import ModelArgs
     from executorch.examples.models.llama.source_transformation import pre_quantization as transforms
 
-    packed = packed_model(tmp_path, "llama31")
+    packed = packed_model(tmp_path, "llama31", **SCALED)
     assert run("export", packed, "--to", "meta", "-o", tmp_path / "out") == 0
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
     params = json.loads((tmp_path / "out" / "params.json").read_text("utf-8"))
@@ -152,7 +155,7 @@ def test_what_a_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None
 def test_adaptors_go_along_in_metas_form(tmp_path: Path) -> None:
     from test_adaptors import make_adaptor
 
-    packed = packed_model(tmp_path)
+    packed = packed_model(tmp_path, "llama3")
     adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model", rank=4)
     assert run("export", packed, "--to", "meta", "-o", tmp_path / "out", "--adaptor", adaptor) == 0
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)

@@ -151,7 +151,10 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> No
     assert "scales rounded, by 0.0" in shown.err
     for wrong, told in (
         ((model, "--to", "gguf", *out), "expected a quantized directory, got a float model"),
-        ((tmp_path / "arm", "--to", "nothing", *out), "--to: expected one of executorch, gguf"),
+        (
+            (tmp_path / "arm", "--to", "nothing", *out),
+            "--to: expected one of executorch, compressed-tensors, gguf",
+        ),
         ((tmp_path / "arm", "--to", "gguf"), "--out: expected the directory to make"),
         ((tmp_path / "arm", "--to", "gguf", *out), "exists; try --overwrite"),
         (

@@ -34,6 +34,7 @@ NAMES = {
     "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
     "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
+_SCALED_ROPE = (1.0, 4.0, 8192)  # constants of Meta's code: low and high frequency factor, trained context
 _SCHEME = "int4_weight_int8_dynamic_activation"
 
 
@@ -91,6 +92,8 @@ def params_of(packed: PackedModel, adaptor: StoredAdaptor | None) -> dict[str, A
         "multiple_of": multiple, "norm_eps": config.norm_eps, "rope_theta": config.rope.theta,
         "use_scaled_rope": config.rope.kind == "llama3", "quantization_args": quantization,
     }  # fmt: skip
+    if config.rope.kind == "llama3":
+        found["rope_scale_factor"] = int(config.rope.factor)
     if adaptor is not None:
         rank = len(next(iter(adaptor.pairs.values()))[0])
         found["lora_args"] = {"rank": rank, "scale": adaptor.scaling}
@@ -105,6 +108,9 @@ def _check(packed: PackedModel) -> None:
                          "Meta's form has not")  # fmt: skip
     if config.rope.kind not in ("default", "llama3"):
         raise InputError(f"--to meta: expected Llama's rotary embedding, got {config.rope.kind}")
+    rope = (config.rope.low_freq_factor, config.rope.high_freq_factor, config.rope.original_context)
+    if config.rope.kind == "llama3" and (rope != _SCALED_ROPE or config.rope.factor % 1):
+        raise InputError(f"--to meta: expected the scaled rotary embedding of Llama 3.1 and 3.2, got {rope}")
     if scheme.layers:
         raise InputError("--to meta: expected one group size for all layers, got exceptions; try --to gguf")
     if packed.rotations.r4_size and factor(packed.rotations.r4_size)[0] > 1:
