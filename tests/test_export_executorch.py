@@ -76,7 +76,7 @@ def test_runners_find_what_they_ask_for(exported: tuple[Path, Path, dict[str, An
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
     from executorch.runtime import Runtime
 
-    program = Runtime.get().load_program(exported[1] / "model.pte")
+    program: Any = Runtime.get().load_program(exported[1] / "model.pte")
     found = {name: program.load_method(name).execute([]) for name in program.method_names - {"forward"}}
     config = PackedModel(exported[0]).config
     assert found["get_max_seq_len"] == [64]

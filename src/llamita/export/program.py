@@ -22,6 +22,7 @@ from llamita.packed import EMBEDDING, HEAD, PackedModel
 from llamita.packing import unpack_int4
 
 _ATTENTION = "llamita_static_cache"  # among transformers' kinds of attention
+INT4: Any = vars(torch)["int4"]  # which Torch's stubs lack
 _VECTORS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -102,7 +103,7 @@ class Program(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, llama: LlamaForCausalLM, head: nn.Module, context: int) -> None:
+    def __init__(self, llama: Any, head: nn.Module, context: int) -> None:
         super().__init__()
         self.model, self.head, self.context = llama.model, head, context
         with torch.no_grad():
@@ -112,7 +113,8 @@ class Program(nn.Module):
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Tokens (1, n) from position input_pos (1,) on to logits (1, vocab)."""
-        start, count = input_pos[0].item(), tokens.shape[1]
+        start: Any = input_pos[0].item()
+        count = tokens.shape[1]
         torch._check(start >= 0)
         torch._check(start + count <= self.context)
         turns = tuple(table.narrow(0, start, count)[None] for table in (self.cos, self.sin))
@@ -138,7 +140,7 @@ def make_program(
     config = LlamaConfig(**_transformers_keys(packed))
     config._attn_implementation = _ATTENTION
     with torch.device("meta"):
-        llama = LlamaForCausalLM(config)
+        llama: Any = LlamaForCausalLM(config)
     llama.model.rotary_emb = type(llama.model.rotary_emb)(config)
     for index, layer in enumerate(llama.model.layers):
         layer.self_attn.cache = LayerCache(context, packed.config.kv_heads, packed.config.head_dim)
@@ -191,16 +193,18 @@ def _linear(weight: Int4Weight | Int8Weight | np.ndarray, bias: np.ndarray | Non
     return linear
 
 
-def codes_tensor(weight: Int4Weight | Int8Weight) -> Tensor:
-    """Codes (rows, columns) on their scales, to be met by int8 activations per token, as torchao has them."""
+def codes_tensor(
+    weight: Int4Weight | Int8Weight, activations: str | None = "int8_asym_per_token"
+) -> IntxUnpackedToInt8Tensor:
+    """Codes (rows, columns) on their scales as torchao has them, and how activations are rounded."""
     if isinstance(weight, Int4Weight):
-        codes, dtype = unpack_int4(np.asarray(weight.packed)), torch.int4
+        codes, dtype = unpack_int4(np.asarray(weight.packed)), INT4
     else:
         codes, dtype = np.array(weight.codes), torch.int8
     scales = torch.from_numpy(np.array(to_f32(weight.scales)).reshape(len(codes), -1))
     return IntxUnpackedToInt8Tensor(
         torch.from_numpy(codes), scales, torch.zeros(scales.shape, dtype=torch.int8), dtype,
-        (1, codes.shape[1] // scales.shape[1]), torch.float32, "int8_asym_per_token",
+        (1, codes.shape[1] // scales.shape[1]), torch.float32, activations,
     )  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def _load(pte: Path) -> Any:
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  these, too
     from executorch.runtime import Runtime, Verification
 
-    method = Runtime.get().load_program(pte, verification=Verification.Minimal).load_method("forward")
+    method: Any = Runtime.get().load_program(pte, verification=Verification.Minimal).load_method("forward")
 
     def forward(tokens: Any, position: int) -> np.ndarray:
         inputs = [torch.tensor([[int(token) for token in tokens]]), torch.tensor([position])]

@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor, nn
 from torchao.quantization import (
     Int8DynamicActivationIntxWeightConfig,
-    IntxUnpackedToInt8Tensor,
     MappingType,
     PerGroup,
 )
@@ -23,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from llamita.affine import to_f32
 from llamita.checkpoint import Int8Weight, vector_names
 from llamita.export.in_transformers import prove
-from llamita.export.program import codes_tensor
+from llamita.export.program import INT4, codes_tensor
 from llamita.export.source import Weight, module_names, refuse_online
 from llamita.export.targets import Order, Progress
 from llamita.packed import EMBEDDING, HEAD, PackedModel
@@ -39,17 +38,18 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     """
     packed = order.packed
     refuse_online(packed, "torchao")
-    unties = packed.config.tied and isinstance(packed.weight(EMBEDDING), Int8Weight)
+    table = packed.weight(EMBEDDING)
+    unties = packed.config.tied and isinstance(table, Int8Weight)
     config = _config(packed, unties)
     with torch.device("meta"):
-        llama = LlamaForCausalLM(config)
+        llama: Any = LlamaForCausalLM(config)
     names = module_names(packed)
     for done, name in enumerate(names):
         if progress:
             progress(name, done, len(names))
         _set(llama, f"{name}.weight", _tensor(name, packed.weight(name)))
     if unties:
-        _set(llama, f"{HEAD}.weight", codes_tensor(packed.weight(EMBEDDING)))
+        _set(llama, f"{HEAD}.weight", _tensor(HEAD, table))
     for name in vector_names(packed.config):
         _set(llama, name, torch.from_numpy(np.array(packed.vector(name))))
     if config.tie_word_embeddings:
@@ -78,18 +78,7 @@ def _config(packed: PackedModel, unties: bool) -> LlamaConfig:
 def _tensor(name: str, weight: Weight) -> Tensor:
     if isinstance(weight, np.ndarray):
         return torch.from_numpy(np.array(to_f32(weight)))
-    tensor = codes_tensor(weight)
-    if name != EMBEDDING:
-        return tensor
-    return IntxUnpackedToInt8Tensor(  # rows are looked up, no activation meets them
-        tensor.qdata,
-        tensor.scale,
-        tensor.zero_point,
-        tensor.target_dtype,
-        tensor.block_size,
-        tensor.dtype,
-        None,
-    )
+    return codes_tensor(weight) if name != EMBEDDING else codes_tensor(weight, None)  # no activation meets it
 
 
 def _set(llama: nn.Module, name: str, values: Tensor) -> None:
@@ -97,11 +86,11 @@ def _set(llama: nn.Module, name: str, values: Tensor) -> None:
     setattr(llama.get_submodule(module), own, nn.Parameter(values, requires_grad=False))
 
 
-def _mark(llama: LlamaForCausalLM, packed: PackedModel) -> None:
+def _mark(llama: Any, packed: PackedModel) -> None:
     """What transformers has to know to read the tensors back."""
     assert packed.scheme is not None
     how = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4, weight_granularity=PerGroup(packed.scheme.group_size),
+        weight_dtype=INT4, weight_granularity=PerGroup(packed.scheme.group_size),
         weight_mapping_type=MappingType.SYMMETRIC,
     )  # fmt: skip
     llama.config.quantization_config = TorchAoConfig(how, include_input_output_embeddings=True)
