@@ -8,12 +8,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
     ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
-    ("_native", "threads", "tensorfile", "packing", "gguf_file", "affine", "console", "files", "hub",
+    ("_native", "threads", "tensorfile", "packing", "gguf_file", "meta_form",
+     "affine", "console", "files", "hub",
      "statistics", "wikitext", "shapes", "machine", "charts", "hub_texts", "processes", "optional",
      "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
-     "random_weights", "mixed", "transformed", "dequantized"),
+     "random_weights", "mixed", "transformed", "dequantized",
+     "imports.tokenizers", "imports.meta", "imports.forms", "imports.cache"),
     # 3: how codes and scales are chosen
     ("methods.settings", "methods.setup", "methods.chain", "methods.rtn", "methods.energy",
      "methods.fakequant", "methods.trained", "methods.blocks",
@@ -41,7 +43,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 6: one file a command
     ("commands.quantize", "commands.evaluate", "commands.compare", "commands.generate",
      "commands.chat", "commands.inspect", "commands.verify", "commands.plan", "commands.bench",
-     "commands.selection", "commands.export", "commands.finetune", "commands.merge", "commands.options"),
+     "commands.selection", "commands.export", "commands.import_model", "commands.finetune",
+     "commands.merge", "commands.options"),
     # 7: names of commands
     ("cli", "__main__"),
 )  # fmt: skip
@@ -53,6 +56,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "tensorfile": ("files",),
     "hub": ("files",),
     "packed": ("checkpoint",),
+    "imports.meta": ("checkpoint", "imports.tokenizers", "packed_writer"),
+    "imports.cache": ("imports.forms", "staging"),
     "packed_writer": ("checkpoint", "packed"),
     "methods.chain": ("methods.settings", "methods.setup"),
     "methods.rtn": ("methods.energy",),
@@ -98,6 +103,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "commands.finetune": ("commands.options",),
     "commands.merge": ("commands.options",),
     "commands.export": ("commands.options",),
+    "commands.import_model": ("commands.options",),
     "merge": ("evaluate",),
     "transformed": ("checkpoint",),
     "dequantized": ("checkpoint", "packed"),
@@ -129,7 +135,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "export.hf": ("export.checkpoints", "export.source", "export.targets"),
     "export.in_transformers": ("export.proof", "export.runtime", "export.source"),
     "export.lowering": ("export.program",),
-    "export.meta": ("export.gguf", "export.source", "export.targets"),
+    "export.meta": ("export.source", "export.targets"),
     "export.program": ("export.embedding",),
     "export.torchao": ("export.in_transformers", "export.program", "export.source", "export.targets",
      "train.save"),
@@ -144,7 +150,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
 # The one file each may be imported in; everything else on the lean side makes do with LEAN.
 LEAN = ("numpy", "tokenizers", "jinja2", "typer", "rich", "huggingface_hub", "yaml")
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "tokenizers": ("tokenizer",),
+    "tokenizers": ("tokenizer", "imports.tokenizers"),
     "jinja2": ("chat",),
     "huggingface_hub": ("hub",),
     "rich": ("console",),
@@ -175,6 +181,7 @@ TORCH_SIDE = {
     "train.run": (),
     "train.measures": ("sacrebleu", "rouge_score"),
     "train.finetune": ("torch", "transformers", "peft"),
+    "imports.meta": ("torch",),
     "export.embedding": ("torch",),
     "export.program": ("torch", "torchao", "transformers"),
     "export.lowering": ("torch", "executorch"),

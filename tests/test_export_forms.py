@@ -12,7 +12,7 @@ from tiny import make_checkpoint
 import llamita
 from llamita.affine import dequantize, to_f32
 from llamita.checkpoint import Int4Weight
-from llamita.export.gguf import pair_order
+from llamita.meta_form import pair_order
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
 

@@ -13,9 +13,10 @@ from tiny import make_checkpoint
 from llamita.affine import dequantize, to_f32
 from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.errors import InputError
-from llamita.export.gguf import floats_of, gguf_name, pair_order, rope_factors
+from llamita.export.gguf import floats_of, gguf_name, rope_factors
 from llamita.export.source import module_names
 from llamita.gguf_file import GgufFile, write_gguf
+from llamita.meta_form import pair_order
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
 

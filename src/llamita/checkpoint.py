@@ -94,6 +94,8 @@ def resolve(name: str | Path) -> Path:
             raise RunError("embedded: this installation has no embedded model; try installing llamita again")
         return directory
     if os.path.isdir(name):  # not Path.is_dir, which raises for a name that is too long
+        if has(Path(name), "params.json") and not has(Path(name), "config.json"):  # Meta's own form
+            return import_module("llamita.imports.cache").converted(Path(name))
         return Path(name)
     if os.path.exists(name):
         raise InputError(f"{name}: expected a model directory, got a file")

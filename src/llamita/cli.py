@@ -15,6 +15,7 @@ from llamita.errors import InputError, LlamitaError, RunError
 
 COMMANDS = {
     "quantize": "llamita.commands.quantize:command",
+    "import": "llamita.commands.import_model:command",
     "finetune": "llamita.commands.finetune:command",
     "merge": "llamita.commands.merge:command",
     "export": "llamita.commands.export:command",
@@ -29,6 +30,7 @@ COMMANDS = {
 }
 SUMMARIES = {
     "quantize": "Turn a Llama checkpoint into a 4-bit model.",
+    "import": "Convert Meta's own checkpoint (consolidated.*.pth) once.",
     "finetune": "Tune a model on your data, in float or with 4-bit rounding in every step.",
     "merge": "Write a model with an adaptor in its weights.",
     "export": "Write a 4-bit model in the form of another runtime, ExecuTorch's for phones first.",

@@ -20,6 +20,7 @@ from llamita.export.gguf_tokenizer import tokenizer_values
 from llamita.export.source import RoundedScales, check_grid, module_names, refuse_online
 from llamita.export.targets import Order, Progress
 from llamita.gguf_file import BLOCK, GgufFile, write_gguf
+from llamita.meta_form import heads_of, pair_order
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
 
@@ -114,14 +115,9 @@ def codes_of(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(codes).view(np.int8).reshape(len(data), -1), scales
 
 
-def pair_order(rows: int, heads: int) -> np.ndarray:
-    """Which row of q or k goes where: llama.cpp rotates neighbours, transformers halves of a head."""
-    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
-
-
 def _ordered(packed: Any, name: str) -> Int4Weight | Int8Weight | np.ndarray:
     """A matrix with its rows as llama.cpp has them."""
-    weight, heads = packed.weight(name), _heads(packed.config, name)
+    weight, heads = packed.weight(name), heads_of(name, packed.config)
     if heads is None:
         return weight
     if isinstance(weight, np.ndarray):
@@ -131,11 +127,6 @@ def _ordered(packed: Any, name: str) -> Int4Weight | Int8Weight | np.ndarray:
         return Int4Weight(weight.packed[order], weight.scales[order], weight.group_size)
     order = pair_order(len(weight.codes), heads)
     return Int8Weight(weight.codes[order], weight.scales[order])
-
-
-def _heads(config: ModelConfig, name: str) -> int | None:
-    own = name.rpartition(".")[2]
-    return config.heads if own == "q_proj" else config.kv_heads if own == "k_proj" else None
 
 
 def _kind(packed: Any, name: str) -> tuple[str, tuple[int, ...]]:
@@ -149,7 +140,7 @@ def _kind(packed: Any, name: str) -> tuple[str, tuple[int, ...]]:
 
 def _vectors(packed: Any) -> Iterator[tuple[str, np.ndarray]]:
     for name in vector_names(packed.config):
-        heads = _heads(packed.config, name.rpartition(".")[0])
+        heads = heads_of(name.rpartition(".")[0], packed.config)
         values = packed.vector(name)
         yield name, values if heads is None else values[pair_order(len(values), heads)]
     if packed.config.rope.kind == "llama3":
@@ -193,7 +184,7 @@ def _is_equal(packed: Any, name: str, file: GgufFile) -> bool:
     """Whether the file's matrix, read back, has the very values of the packed one."""
     found = gguf_name(f"{name}.weight")
     read = floats_of(file.tensors[found].kind, file.read(found))
-    heads, weight = _heads(packed.config, name), packed.weight(name)
+    heads, weight = heads_of(name, packed.config), packed.weight(name)
     if heads is not None:
         read = read[np.argsort(pair_order(len(read), heads))]
     if isinstance(weight, np.ndarray):

@@ -1,7 +1,7 @@
 """`--to meta`: consolidated.00.pth and params.json, as Meta's own quantized Llama 3.2 is released.
 
 Codes are int8, scales float32; rows of q and k are in the order of Meta's rotary embedding, which turns
-neighbours (`gguf.pair_order`). ExecuTorch's loader of these takes int8 tables and groups of 32 to 256.
+neighbours (`meta_form.pair_order`). ExecuTorch's loader of these takes int8 tables and groups of 32 to 256.
 """
 
 import json
@@ -18,22 +18,15 @@ from llamita.checkpoint import Int4Weight, Int8Weight, vector_names
 from llamita.config import ModelConfig
 from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
 from llamita.errors import InputError
-from llamita.export.gguf import pair_order
 from llamita.export.source import Weight, module_names
 from llamita.export.targets import Order, Progress
 from llamita.hadamard import factor
+from llamita.meta_form import heads_of, meta_name, pair_order
 from llamita.packed import PackedModel
 from llamita.packed_writer import copy_companions, find_companions, write_bytes
 from llamita.packing import unpack_int4
 
 FILE, PARAMS = "consolidated.00.pth", "params.json"
-NAMES = {
-    "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm",
-    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
 _SCALED_ROPE = (1.0, 4.0, 8192)  # constants of Meta's code: low and high frequency factor, trained context
 _SCHEME = "int4_weight_int8_dynamic_activation"
 
@@ -65,15 +58,6 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     write_bytes(directory / PARAMS, json.dumps(params_of(packed, adaptor), indent=1).encode())
     copy_companions(packed.path, directory, find_companions(packed.path))
     return {"bytes": (directory / FILE).stat().st_size, "proof": None}
-
-
-def meta_name(name: str) -> str:
-    """Meta's name of a tensor."""
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("model.layers."):
-        return f"{NAMES[module]}.{kind}"
-    _, _, block, own = module.split(".", 3)
-    return f"layers.{block}.{NAMES[own]}.{kind}"
 
 
 def params_of(packed: PackedModel, adaptor: StoredAdaptor | None) -> dict[str, Any]:
@@ -145,8 +129,5 @@ def _tensors(
 
 
 def _order(config: ModelConfig, name: str) -> Any:
-    own = name.rpartition(".")[2]
-    if own not in ("q_proj", "k_proj"):
-        return slice(None)
-    heads = config.heads if own == "q_proj" else config.kv_heads
-    return torch.from_numpy(pair_order(heads * config.head_dim, heads))
+    heads = heads_of(name, config)
+    return slice(None) if heads is None else torch.from_numpy(pair_order(heads * config.head_dim, heads))

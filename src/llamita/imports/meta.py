@@ -1,0 +1,174 @@
+"""Meta's own checkpoints, consolidated.*.pth with params.json and tokenizer.model, as Hugging Face has them.
+
+Large models are cut for tensor parallelism, a file a part: layers that write to many heads by rows, those
+that read them by columns. Rows of q and k are in the order of Meta's rotary embedding, which turns pairs of
+neighbours. Nothing in a .pth is run: torch.load takes tensors alone.
+"""
+
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita.checkpoint import expected_tensors
+from llamita.config import ModelConfig
+from llamita.errors import InputError, RunError
+from llamita.files import has, read_json
+from llamita.imports.tokenizers import convert_tokenizer
+from llamita.meta_form import hf_order, meta_name
+from llamita.packed_writer import PackedWriter, copy_companions, find_companions, plan_shards, write_json
+
+PARAMS = "params.json"
+_BY_COLUMNS = ("attention.wo", "feed_forward.w2")
+_DTYPES = {torch.bfloat16: ("BF16", torch.int16, "<u2"), torch.float16: ("F16", torch.int16, "<f2"),
+           torch.float32: ("F32", torch.int32, "<f4")}  # fmt: skip
+_SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}  # fmt: skip
+_SMALL_WIDTHS = (2048, 3072)  # of Llama 3.2 1B and 3B, which stretch by 32; Llama 3.1 stretches by 8
+_LLAMA2_TOKENS = 32000
+Progress = Callable[[str, int, int], None] | None
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The parts of a checkpoint, in order; none where it is not Meta's."""
+    return sorted(directory.glob("consolidated.*.pth")) if has(directory, PARAMS) else []
+
+
+def convert(source: Path, directory: Path, progress: Progress = None) -> None:
+    """Write a float checkpoint in Hugging Face's form.
+
+    Args:
+        directory: exists, empty.
+
+    Raises:
+        InputError: a file is damaged, a tensor is missing or of another shape, or weights are quantized.
+        RunError: a file cannot be read.
+    """
+    params, parts = read_json(source, PARAMS), [_load(path) for path in files_of(source)]
+    if any(name.endswith(".scales") for name in parts[0]):
+        raise InputError(f"{source}: expected float weights, got quantized ones, which are not read yet; try "
+                         "the release in BF16")  # fmt: skip
+    tokens = convert_tokenizer(source, directory)
+    values = hf_config(params, parts, tokens)
+    config = ModelConfig.from_hf(values)
+    tensors = expected_tensors(config)
+    names = {tensor: meta_name(tensor) for tensor in tensors}
+    kind = _DTYPES[parts[0][names["model.norm.weight"]].dtype]
+    shards = plan_shards({tensor: {tensor: (kind[0], shape)} for tensor, shape in tensors.items()})
+    writer, done = PackedWriter(directory, shards), 0
+    try:
+        for shard in shards.values():
+            for tensor in shard:
+                if progress:
+                    progress(tensor, done, len(tensors))
+                writer.put(tensor, _joined(parts, names[tensor], tensor, tensors[tensor], config, kind))
+                done += 1
+        writer.finish()
+    finally:
+        writer.abandon()
+    write_json(directory / "config.json", values)
+    companions = {old: new for old, new in find_companions(source).items() if old != "tokenizer.model"}
+    copy_companions(source, directory, companions)
+
+
+def hf_config(params: dict[str, Any], parts: list[dict[str, Tensor]], tokens: int) -> dict[str, Any]:
+    """config.json from params.json and what weights say.
+
+    Args:
+        tokens: of the tokenizer.
+    """
+    first = parts[0]
+    for name in ("dim", "n_layers", "n_heads"):
+        if type(params.get(name)) is not int or params[name] < 1:
+            raise InputError(f"{PARAMS}: {name}: expected a whole number, got {params.get(name)!r}")
+    if not {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "norm.weight"} <= first.keys():
+        raise InputError("consolidated.00.pth: expected Meta's names of a Llama's weights, got others")
+    inner = len(first["layers.0.feed_forward.w1.weight"]) * len(parts)
+    tied = "output.weight" not in first or all(
+        part["output.weight"].shape == part["tok_embeddings.weight"].shape
+        and torch.equal(part["output.weight"], part["tok_embeddings.weight"]) for part in parts
+    )  # fmt: skip
+    scaled = bool(params.get("use_scaled_rope"))
+    is_old = tokens == _LLAMA2_TOKENS
+    theta = params.get("rope_theta", 10000.0)
+    context = params.get("max_seq_len") or (131072 if scaled else 4096 if is_old else 8192)
+    dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[_DTYPES[first["norm.weight"].dtype][0]]
+    values: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": params["dim"], "intermediate_size": inner, "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
+        "rms_norm_eps": params.get("norm_eps", 1e-5), "vocab_size": tokens, "tie_word_embeddings": tied,
+        "max_position_embeddings": context,
+        "rope_theta": theta, "bos_token_id": 1 if is_old else tokens - 256,
+        "eos_token_id": 2 if is_old else [tokens - 255, tokens - 248, tokens - 247],
+        "dtype": dtype,
+        "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    if scaled:
+        known = params.get("rope_scale_factor") or params.get("rope_scaling_factor")
+        factor = known or (32 if params["dim"] in _SMALL_WIDTHS else 8)
+        values["rope_scaling"] = {**_SCALED_ROPE, "factor": float(factor)}
+    return values
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped."""
+    try:
+        if not zipfile.is_zipfile(path):  # of Torch before 1.6, whose tensors cannot be mapped
+            raise InputError(f"{path.name}: expected a file of torch.save, got another or a damaged one")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except InputError:
+        raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # Torch's loader fails in a dozen ways
+        why = " ".join(str(error).split())[:120]
+        raise InputError(f"{path.name}: expected a file of torch.save with tensors alone: {why}") from None
+    if not isinstance(state, dict) or not state:
+        raise InputError(f"{path.name}: expected tensors by name, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{path.name}: {str(name)[:60]!r}: expected a tensor, got {type(tensor).__name__}"
+            )
+    return state
+
+
+def _joined(
+    parts: list[dict[str, Tensor]], name: str, tensor: str, shape: tuple[int, ...], config: ModelConfig,
+    kind: tuple[str, Any, str],
+) -> np.ndarray:  # fmt: skip
+    """A tensor of all parts, with its rows in Hugging Face's order, as bits of its type."""
+    lacking = [f"consolidated.{i:02}.pth" for i, part in enumerate(parts) if name not in part]
+    if lacking:
+        raise InputError(f"{lacking[0]}: expected {name}, found none")
+    pieces = [part[name] for part in parts]
+    if any(piece.dtype not in _DTYPES or _DTYPES[piece.dtype] != kind for piece in pieces):
+        raise InputError(f"{name}: expected {kind[0]} as the others, got {pieces[0].dtype}")
+    whole = _whole(pieces, name, shape)
+    if tuple(whole.shape) != shape:
+        raise InputError(f"{name}: expected {shape} of {len(parts)} parts, got {tuple(whole.shape)}")
+    order = hf_order(tensor, config)
+    whole = whole if order is None else whole[torch.from_numpy(order)]
+    return whole.contiguous().view(kind[1]).numpy().view(kind[2])
+
+
+def _whole(pieces: list[Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    if len(pieces) == 1 or len(shape) == 1:  # vectors are in every part
+        return pieces[0]
+    if any(piece.ndim != 2 for piece in pieces):
+        raise InputError(f"{name}: expected a matrix, got {tuple(pieces[0].shape)}")
+    by_columns = any(part in name for part in _BY_COLUMNS)
+    if name.startswith("tok_embeddings"):  # Llama 2 cuts it by columns, Llama 3 by rows
+        by_columns = len(pieces[0]) == shape[0]
+    if math.prod(pieces[0].shape) * len(pieces) != math.prod(shape):
+        raise InputError(
+            f"{name}: expected {shape} in {len(pieces)} parts, got {tuple(pieces[0].shape)} in each"
+        )
+    return torch.cat(pieces, dim=int(by_columns))

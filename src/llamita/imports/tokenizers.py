@@ -1,0 +1,200 @@
+"""Meta's tokenizer.model as tokenizer.json: tiktoken's ranks (Llama 3) and SentencePiece's model (Llama 2).
+
+Both are BPE; what differs is how merges are told. tiktoken gives a rank to every piece: a merge is a piece
+cut in two known ones, and comes by the rank of the whole. SentencePiece gives scores: a merge comes by the
+score of the whole.
+"""
+
+import base64
+import binascii
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from llamita.errors import InputError
+from llamita.files import member, read_bytes
+
+FILE = "tokenizer.model"
+_LARGEST = 32 << 20  # bytes of a tokenizer.model; Llama 3's has 2.2 MB
+_MOST_PIECES = 1 << 20
+_LONGEST_PIECE = 1024  # bytes
+# Llama 3's split into words, from Meta's tokenizer.py
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BOS, _END, _TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+_SPECIAL = {  # by their place behind the ranks; the others are reserved
+    0: _BOS, 1: _END, 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
+    8: "<|eom_id|>", 9: _TURN, 10: "<|python_tag|>",
+}  # fmt: skip
+_SPECIALS = 256
+_SPACE = "\u2581"  # how SentencePiece writes one
+
+
+def convert_tokenizer(source: Path, directory: Path) -> int:
+    """Write tokenizer.json and its settings from the tokenizer.model of a directory; its number of tokens.
+
+    Raises:
+        InputError: the file is missing, too large, or of neither kind.
+    """
+    data = read_bytes(source, FILE, _LARGEST)
+    if data[:1] == b"\n":  # the first field of SentencePiece's message
+        tokenizer, settings = _from_sentencepiece(data)
+    else:
+        tokenizer, settings = _from_ranks(data)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    common = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(common | settings, indent=1), "utf-8")
+    return tokenizer.get_vocab_size()
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is a tokenizer.model."""
+    return member(directory, FILE).is_file()
+
+
+def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
+    """Llama 3's: a line for each piece, base64 of its bytes and its rank."""
+    ranks = dict(_ranks(data))
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise InputError(f"{FILE}: expected ranks from 0 on and a piece for every byte, got others")
+    merges = []
+    for token, rank in ranks.items():
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(a, b) for a, b in splits if a in ranks and b in ranks]
+        merges += [(rank, a, b) for a, b in sorted(pairs, key=lambda p: (ranks[p[0]], ranks[p[1]]))]
+    merges.sort(key=lambda merge: merge[0])
+    letters = _byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [(spell(a), spell(b)) for _, a, b in merges], ignore_merges=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    names = [_SPECIAL.get(i, f"<|reserved_special_token_{i}|>") for i in range(_SPECIALS)]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_BOS} $A", special_tokens=[(_BOS, len(ranks))]
+    )
+    return tokenizer, {"bos_token": _BOS, "eos_token": _TURN}
+
+
+def _ranks(data: bytes) -> Iterator[tuple[bytes, int]]:
+    lines = data.splitlines()
+    if len(lines) > _MOST_PIECES:
+        raise InputError(f"{FILE}: expected at most {_MOST_PIECES} pieces, got {len(lines)}")
+    for number, line in enumerate(lines, 1):
+        try:
+            piece, rank = line.split()
+            found = base64.b64decode(piece, validate=True), int(rank)
+        except (ValueError, binascii.Error):
+            raise InputError(f"{FILE}: line {number}: expected base64 and a rank, as Llama 3's has them, or "
+                             "SentencePiece's model") from None  # fmt: skip
+        if not 0 < len(found[0]) <= _LONGEST_PIECE:
+            raise InputError(f"{FILE}: line {number}: expected a piece of 1 to {_LONGEST_PIECE} bytes")
+        yield found
+
+
+def _from_sentencepiece(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
+    """Llama 2's: pieces with scores."""
+    pieces = list(_pieces(data))
+    if len(pieces) < 259 or [piece for piece, _ in pieces[:3]] != ["<unk>", "<s>", "</s>"]:
+        raise InputError(
+            f"{FILE}: expected the pieces <unk>, <s>, </s> and 256 bytes first, as Llama 2's has them"
+        )
+    vocabulary = {piece: i for i, (piece, _) in enumerate(pieces)}
+    score = dict(pieces)
+    merges = []
+    for piece in vocabulary:
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        merges += [
+            (-score[piece], vocabulary[a], vocabulary[b], a, b) for a, b in pairs if a in score and b in score
+        ]
+    merges.sort(key=lambda merge: merge[:3])
+    tokenizer = Tokenizer(models.BPE(
+        vocabulary, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    ))  # fmt: skip
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = ("<unk>", "<s>", "</s>")
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+
+
+def _pieces(data: bytes) -> Iterator[tuple[str, float]]:
+    """(piece, score) of a ModelProto: field 1, repeated; in it 1 is the text, 2 the score."""
+    count = 0
+    try:
+        for field, value in _fields(data):
+            if field != 1 or not isinstance(value, bytes):
+                continue
+            count += 1
+            parts = dict(_fields(value))
+            text, score = parts.get(1), parts.get(2, bytes(4))
+            if (
+                not isinstance(text, bytes)
+                or not isinstance(score, bytes)
+                or not 0 < len(text) <= _LONGEST_PIECE
+            ):
+                raise InputError(f"{FILE}: piece {count}: expected a text of at most {_LONGEST_PIECE} bytes")
+            yield text.decode(), struct.unpack("<f", score)[0]
+            if count > _MOST_PIECES:
+                raise InputError(f"{FILE}: expected at most {_MOST_PIECES} pieces")
+    except (IndexError, KeyError, ValueError, struct.error):
+        raise InputError(
+            f"{FILE}: piece {count + 1}: expected SentencePiece's model, got a damaged one"
+        ) from None
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """(number, value) of the fields of a protocol buffer message; IndexError or KeyError where it is none."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
+
+    while at < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        if size > len(data) - at:
+            raise ValueError("beyond the end")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's letter for each byte: printable ones stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

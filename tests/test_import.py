@@ -1,0 +1,173 @@
+"""Meta's own checkpoints: the same model as its Hugging Face form, one file or several, and nothing run."""
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import one_line, run
+from tiny import make_checkpoint
+
+import llamita
+from llamita.checkpoint import Checkpoint, expected_tensors, resolve
+from llamita.errors import InputError
+from llamita.imports.forms import convert
+from llamita.imports.tokenizers import convert_tokenizer
+from llamita.meta_form import heads_of, meta_name, pair_order
+from llamita.tokenizer import Tokenizer
+
+torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+BY_COLUMNS = ("o_proj", "down_proj")
+
+
+def write_ranks(directory: Path) -> None:
+    """A tokenizer.model of Llama 3's kind: bytes alone, and a merge."""
+    pieces = [*(bytes([byte]) for byte in range(256)), b"ab", b"cd"]
+    lines = [base64.b64encode(piece).decode() + f" {rank}" for rank, piece in enumerate(pieces)]
+    (directory / "tokenizer.model").write_text("\n".join(lines) + "\n")
+
+
+def as_meta(source: Path, directory: Path, parts: int = 1, cuts_columns: bool = False, **params: Any) -> Path:
+    """A checkpoint as Meta releases it, cut in parts."""
+    checkpoint, config = Checkpoint(source), Checkpoint(source).config
+    directory.mkdir(parents=True)
+    states: list[dict[str, Any]] = [{} for _ in range(parts)]
+    for tensor in expected_tensors(config):
+        module = tensor.removesuffix(".weight")
+        is_vector = len(expected_tensors(config)[tensor]) == 1
+        bits = checkpoint.stored_vector(tensor) if is_vector else checkpoint.weight(module)
+        values = torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
+        heads = heads_of(module, config)
+        values = values if heads is None else values[torch.from_numpy(pair_order(len(values), heads))]
+        by_columns = module.endswith(BY_COLUMNS) or (module == "model.embed_tokens" and cuts_columns)
+        pieces = [values] * parts if is_vector else values.chunk(parts, dim=int(by_columns))
+        for state, piece in zip(states, pieces, strict=True):
+            state[meta_name(tensor)] = piece.clone()
+    for i, state in enumerate(states):
+        torch.save(state, directory / f"consolidated.{i:02}.pth")
+    known = {"dim": config.hidden_size, "n_layers": config.layers, "n_heads": config.heads,
+             "n_kv_heads": config.kv_heads, "norm_eps": config.norm_eps, "rope_theta": config.rope.theta,
+             "vocab_size": config.vocab_size, "use_scaled_rope": config.rope.kind == "llama3"}  # fmt: skip
+    (directory / "params.json").write_text(json.dumps(known | params))
+    write_ranks(directory)
+    return directory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", "llama31", vocab_size=514, rope_scaling=SCALED)
+
+
+@pytest.mark.parametrize(("parts", "cuts_columns"), [(1, False), (2, False), (2, True)])
+def test_it_is_the_same_model(model: Path, tmp_path: Path, parts: int, cuts_columns: bool) -> None:
+    source = as_meta(model, tmp_path / "meta", parts, cuts_columns)
+    assert run("import", source, "-o", tmp_path / "out") == 0
+    made, given = Checkpoint(tmp_path / "out"), Checkpoint(model)
+    assert made.config.rope == given.config.rope
+    assert made.config.tied == given.config.tied is False
+    for tensor, shape in expected_tensors(given.config).items():
+        module = tensor.removesuffix(".weight")
+        read = [one.stored_vector(tensor) if len(shape) == 1 else one.weight(module) for one in (made, given)]
+        np.testing.assert_array_equal(read[0], read[1], err_msg=tensor)
+    ids = [3, 1, 4, 1, 5]
+    np.testing.assert_array_equal(llamita.load(tmp_path / "out").logits(ids), llamita.load(model).logits(ids))
+
+
+def test_every_command_takes_it_and_converts_it_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    source = as_meta(model, tmp_path / "meta")
+    found = resolve(source)
+    files = {path: path.stat().st_mtime_ns for path in found.iterdir()}
+    assert resolve(source) == found
+    assert {path: path.stat().st_mtime_ns for path in found.iterdir()} == files
+    assert run("quantize", source, "-o", tmp_path / "packed") == 0
+    assert run("generate", tmp_path / "packed", "--prompt", "ab", "--max-tokens", "2") == 0
+    os.utime(source / "params.json", ns=(1, 1))
+    assert resolve(source) != found  # changed: converted anew
+
+
+def test_its_tokenizer_is_that_of_its_ranks(tmp_path: Path) -> None:
+    write_ranks(tmp_path)
+    assert convert_tokenizer(tmp_path, tmp_path) == 258 + 256
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("abé") == [258, 256, *"é".encode()]
+    assert tokenizer.decode(tokenizer.encode("abé", add_bos=False)) == "abé"
+    assert tokenizer.eos_token == "<|eot_id|>"
+
+
+class Evil:
+    """What runs a command where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch evil-was-here",)
+
+
+def test_nothing_in_a_file_is_run(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = as_meta(model, tmp_path / "meta")
+    torch.save({"norm.weight": Evil()}, source / "consolidated.00.pth")
+    assert run("import", source, "-o", tmp_path / "out") == 2
+    assert "expected a file of torch.save with tensors alone" in one_line(capsys)
+    (source / "consolidated.00.pth").write_bytes(b"cposix\nsystem\n(S'touch evil-was-here'\ntR.")
+    assert run("import", source, "-o", tmp_path / "out") == 2
+    assert "consolidated.00.pth: expected a file of torch.save" in one_line(capsys)
+    assert not (tmp_path / "evil-was-here").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_damaged_is_one_typed_error(model: Path, tmp_path: Path) -> None:
+    """Bytes changed and cut in every file; what is read nevertheless is a whole checkpoint."""
+    source, random = as_meta(model, tmp_path / "meta"), np.random.default_rng(0)
+    refused = 0
+    for number in range(120):
+        name = ("consolidated.00.pth", "params.json", "tokenizer.model")[number % 3]
+        good = (source / name).read_bytes()
+        data = bytearray(good)
+        for _ in range(4):
+            data[int(random.integers(len(data)))] = int(random.integers(256))
+        (source / name).write_bytes(data[: int(random.integers(len(data)))] if number % 2 else data)
+        out = tmp_path / f"out{number}"
+        try:
+            code = run("import", source, "-o", out)
+        finally:
+            (source / name).write_bytes(good)
+        refused += code == 2
+        assert code in (0, 2)
+        assert out.exists() == (code == 0)
+    assert refused > 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dim": "wide"}, "params.json: dim: expected a whole number"),
+        ({"dim": 32}, "of 1 parts, got"),
+        ({"n_layers": 3}, "expected layers.2."),
+        ({"norm_eps": "small"}, "rms_norm_eps"),
+    ],
+)
+def test_what_does_not_fit_is_told(model: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    source = as_meta(model, tmp_path / "meta", **changes)
+    with pytest.raises(InputError, match=told):
+        (tmp_path / "out").mkdir()
+        convert(source, tmp_path / "out")
+
+
+def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -> None:
+    for arguments, told in (
+        ((model, "-o", tmp_path / "out"), "expected a directory with params.json"),
+        ((tmp_path / "none", "-o", tmp_path / "out"), "expected a directory with params.json"),
+        ((model,), "--out: expected the directory to make"),
+    ):
+        assert run("import", *arguments) == 2
+        assert told in one_line(capsys)
