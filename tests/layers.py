@@ -8,14 +8,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: plain values
     ("errors", "scheme", "config", "rotations"),
     # 1: arithmetic and bytes
-    ("_native", "threads", "tensorfile", "packing", "gguf_file", "meta_form",
+    ("_native", "threads", "tensorfile", "packing", "gguf_file", "gguf_blocks", "meta_form",
      "affine", "console", "files", "hub",
      "statistics", "wikitext", "shapes", "machine", "charts", "hub_texts", "processes", "optional",
      "hadamard"),
     # 2: models on disk
     ("checkpoint", "packed", "packed_writer", "staging", "resume", "card", "tokenizer",
      "random_weights", "mixed", "transformed", "dequantized",
-     "imports.tokenizers", "imports.meta", "imports.forms", "imports.cache"),
+     "imports.tokenizers", "imports.meta", "imports.gguf", "imports.forms", "imports.cache"),
     # 3: how codes and scales are chosen
     ("methods.settings", "methods.setup", "methods.chain", "methods.rtn", "methods.energy",
      "methods.fakequant", "methods.trained", "methods.blocks",
@@ -54,9 +54,11 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "config": ("errors",),
     "threads": ("_native",),
     "tensorfile": ("files",),
+    "gguf_blocks": ("affine", "gguf_file"),
     "hub": ("files",),
     "packed": ("checkpoint",),
     "imports.meta": ("checkpoint", "imports.tokenizers", "packed_writer"),
+    "imports.gguf": ("checkpoint", "imports.tokenizers", "packed_writer"),
     "imports.cache": ("imports.forms", "staging"),
     "packed_writer": ("checkpoint", "packed"),
     "methods.chain": ("methods.settings", "methods.setup"),

@@ -13,12 +13,17 @@ from tiny import make_checkpoint
 from llamita.affine import dequantize, to_f32
 from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.errors import InputError
-from llamita.export.gguf import floats_of, gguf_name, rope_factors
 from llamita.export.source import module_names
+from llamita.gguf_blocks import floats_of
 from llamita.gguf_file import GgufFile, write_gguf
-from llamita.meta_form import pair_order
+from llamita.imports.forms import convert
+from llamita.meta_form import gguf_name, pair_order, rope_factors
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
+from llamita.tokenizer import Tokenizer
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
 
 
 def model_of(directory: Path, family: str = "llama32", **overrides: Any) -> Path:
@@ -62,9 +67,8 @@ def test_a_damaged_file_is_one_typed_error(tmp_path: Path) -> None:
         path.write_bytes(data[: random.integers(len(data))] if random.random() < 0.3 else data)
         try:
             file = GgufFile(path)
-        except InputError as error:
+        except InputError:
             refused += 1
-            assert "\n" not in str(error)
             continue
         for name in file.tensors:
             file.read(name)
@@ -125,9 +129,7 @@ def test_rows_go_where_neighbours_are_rotated() -> None:
 
 
 def test_frequencies_are_divided_as_llama_31_does(tmp_path: Path) -> None:
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}  # fmt: skip
-    values = {"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": scaling}
+    values = {"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": SCALED}
     config = Checkpoint(model_of(tmp_path, "llama31", **values)).config
     factors = rope_factors(config)
     assert factors[0] == 1.0  # turns often: left alone
@@ -177,3 +179,59 @@ def test_float_tables_stay_as_they_are(tmp_path: Path) -> None:
     assert file.tensors["output.weight"].kind == "BF16"
     expected = to_f32(np.asarray(packed.weight("lm_head")))
     np.testing.assert_array_equal(floats_of("BF16", file.read("output.weight")), expected)
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama31", "llama32"])
+def test_a_file_is_read_back_as_a_float_checkpoint(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the very values of the packed model, its tokens, and its configuration."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    scaled = {"rope_scaling": SCALED} if family != "llama2" else {}
+    model = model_of(tmp_path, family, **scaled)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    file = tmp_path / "out" / "model.gguf"
+    assert run("import", file, "-o", tmp_path / "again") == 0
+    packed, again = PackedModel(tmp_path / "packed"), Checkpoint(tmp_path / "again")
+    assert again.config.rope == packed.config.rope
+    assert again.config.tied == packed.config.tied
+    for name in module_names(packed):
+        weight = packed.weight(name)
+        assert isinstance(weight, Int4Weight | Int8Weight)
+        codes = unpack_int4(weight.packed) if isinstance(weight, Int4Weight) else np.asarray(weight.codes)
+        np.testing.assert_array_equal(again.weight(name), dequantize(codes, weight.scales), err_msg=name)
+    texts = ["Once upon a time", "naïve — 1234567", "a  b\n\nc", "it's <|eot_id|> x"]
+    for text in texts:
+        assert Tokenizer(again.path).encode(text) == Tokenizer(model).encode(text)
+    assert run("quantize", file, "-o", tmp_path / "third") == 0  # every command takes the file itself
+    for name in module_names(packed):  # rounding what is on the grid already gives the same codes
+        first, third = packed.weight(name), PackedModel(tmp_path / "third").weight(name)
+        if isinstance(first, Int4Weight) and isinstance(third, Int4Weight):
+            alike = unpack_int4(first.packed) == unpack_int4(third.packed)
+            assert alike.mean() > 0.99, name
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("general.architecture", "bert", "general.architecture: expected llama, got 'bert'"),
+        ("llama.block_count", 3, "blk.2.attn_q.weight: expected"),
+        ("llama.rope.scaling.type", "yarn", "rope.scaling.type: expected linear or none, got 'yarn'"),
+        ("tokenizer.ggml.pre", "odd", "tokenizer.ggml.pre: expected one of gpt-2"),
+        ("tokenizer.ggml.tokens", ["a"], "vocab_size|token_type"),
+        ("llama.embedding_length", 1.5, "llama.embedding_length: expected a whole number"),
+    ],
+)
+def test_a_file_that_is_no_llama_is_told(tmp_path: Path, key: str, value: Any, told: str) -> None:
+    model = model_of(tmp_path, rope_scaling=SCALED)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    file = GgufFile(tmp_path / "out" / "model.gguf")
+    tensors = {name: (tensor.kind, tensor.shape) for name, tensor in file.tensors.items()}
+    write_gguf(
+        tmp_path / "b.gguf", {**file.values, key: value}, tensors, ((n, file.read(n)) for n in tensors)
+    )
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match=told):
+        convert(tmp_path / "b.gguf", tmp_path / "b")

@@ -158,8 +158,8 @@ def test_what_is_damaged_is_one_typed_error(model: Path, tmp_path: Path) -> None
 )
 def test_what_does_not_fit_is_told(model: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     source = as_meta(model, tmp_path / "meta", **changes)
+    (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=told):
-        (tmp_path / "out").mkdir()
         convert(source, tmp_path / "out")
 
 

@@ -98,6 +98,8 @@ def resolve(name: str | Path) -> Path:
             return import_module("llamita.imports.cache").converted(Path(name))
         return Path(name)
     if os.path.exists(name):
+        if str(name).endswith(".gguf"):
+            return import_module("llamita.imports.cache").converted(Path(name))
         raise InputError(f"{name}: expected a model directory, got a file")
     if not str(name):
         raise InputError(

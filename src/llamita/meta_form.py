@@ -1,4 +1,4 @@
-"""Meta's names of tensors, and its and llama.cpp's order of rows: in what its checkpoints and ours differ."""
+"""Meta's and llama.cpp's names of tensors and order of rows: in what their files and ours differ."""
 
 import numpy as np
 
@@ -13,6 +13,14 @@ META = {
 }  # fmt: skip
 
 
+GGUF = {
+    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
 def meta_name(name: str) -> str:
     """Meta's name of a tensor."""
     module, _, kind = name.rpartition(".")
@@ -20,6 +28,15 @@ def meta_name(name: str) -> str:
         return f"{META[module]}.{kind}"
     _, _, block, own = module.split(".", 3)
     return f"layers.{block}.{META[own]}.{kind}"
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return "rope_freqs.weight" if name == "rope_freqs.weight" else f"{GGUF[module]}.{kind}"
+    _, _, block, own = module.split(".", 3)
+    return f"blk.{block}.{GGUF[own]}.{kind}"
 
 
 def pair_order(rows: int, heads: int) -> np.ndarray:
@@ -37,3 +54,16 @@ def hf_order(tensor: str, config: ModelConfig) -> np.ndarray | None:
     """Where rows of Meta's tensor are taken from for transformers' order; None where they stay."""
     heads = heads_of(tensor.rpartition(".")[0], config)
     return None if heads is None else np.argsort(pair_order(heads * config.head_dim, heads))
+
+
+def rope_factors(config: ModelConfig) -> np.ndarray:
+    """By what Llama 3.1 divides each frequency, float32 (head_dim / 2,).
+
+    As `apply_scaling` of Meta's reference code.
+    """
+    rope = config.rope
+    frequencies = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    turns = rope.original_context * frequencies / (2 * np.pi)  # over the trained context
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = smooth.clip(0, 1)  # 1: left alone; 0: stretched by the whole factor
+    return (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)

@@ -15,20 +15,24 @@ from llamita.staging import check_target, staged
 
 _Source = Annotated[
     Path,
-    typer.Argument(metavar="SRC", help="A directory with consolidated.*.pth, params.json, tokenizer.model."),
+    typer.Argument(
+        metavar="SRC", help="A directory with consolidated.*.pth and params.json, or a .gguf file."
+    ),
 ]
 
 
 def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json: Json = False) -> None:
-    """Convert Meta's own checkpoint. Every command that takes SRC reads it, too, and converts it once.
+    """Convert Meta's own checkpoint, or a GGUF file.
+
+    Every command that takes SRC reads these, too, and keeps what it has converted.
 
     Example: llamita import Llama3.2-1B-Instruct -o llama-1b
     """
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME")
-    if not source.is_dir() or not is_foreign(source):
+    if not is_foreign(source):
         raise InputError(f"{source}: expected a directory with params.json and consolidated.*.pth, as Meta "
-                         "has them, and no config.json")  # fmt: skip
+                         "has them, and no config.json; or a .gguf")  # fmt: skip
     check_target(out, overwrite, source)
     began = time.perf_counter()
     with console.progress(quiet=json) as progress, staged(out, overwrite, source) as directory:

@@ -14,24 +14,18 @@ import numpy as np
 from llamita.affine import dequantize, to_f32
 from llamita.chat import find_template
 from llamita.checkpoint import Int4Weight, Int8Weight, stored_dtype, vector_names
-from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.export.gguf_tokenizer import tokenizer_values
 from llamita.export.source import RoundedScales, check_grid, module_names, refuse_online
 from llamita.export.targets import Order, Progress
+from llamita.gguf_blocks import floats_of
 from llamita.gguf_file import BLOCK, GgufFile, write_gguf
-from llamita.meta_form import heads_of, pair_order
+from llamita.meta_form import gguf_name, heads_of, pair_order, rope_factors
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
 
 FILE = "model.gguf"
 _MOSTLY_Q4_0 = 2  # general.file_type
-NAMES = {
-    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
 
 
 def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -68,15 +62,6 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
             "equal_layers": equal, "layers": len(modules)}  # fmt: skip
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor."""
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("model.layers."):
-        return "rope_freqs.weight" if name == "rope_freqs.weight" else f"{NAMES[module]}.{kind}"
-    _, _, block, own = module.split(".", 3)
-    return f"blk.{block}.{NAMES[own]}.{kind}"
-
-
 def blocks_of(weight: Int4Weight | Int8Weight | np.ndarray) -> np.ndarray:
     """A matrix as the file has it: uint8 (rows, bytes of a row), or floats as they are stored."""
     if isinstance(weight, np.ndarray):
@@ -93,26 +78,6 @@ def blocks_of(weight: Int4Weight | Int8Weight | np.ndarray) -> np.ndarray:
         half = BLOCK // 2
         blocks = blocks[..., :half] | blocks[..., half:] << 4
     return np.concatenate([scales[..., None].view(np.uint8), blocks], axis=-1).reshape(rows, -1)
-
-
-def floats_of(kind: str, data: np.ndarray) -> np.ndarray:
-    """A matrix of the file in float32 (rows, columns)."""
-    if kind in ("F32", "F16"):
-        return data.view({"F32": "<f4", "F16": "<f2"}[kind]).astype(np.float32)
-    if kind == "BF16":
-        return to_f32(data.view("<u2"))
-    codes, scales = codes_of(kind, data)
-    return (codes.reshape(*scales.shape, BLOCK).astype(np.float32) * scales[..., None]).reshape(codes.shape)
-
-
-def codes_of(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes int8 (rows, columns) and scales float32 (rows, blocks) of a matrix in Q4_0 or Q8_0."""
-    blocks = data.reshape(len(data), -1, 2 + (BLOCK // 2 if kind == "Q4_0" else BLOCK))
-    scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float32)
-    codes = blocks[..., 2:]
-    if kind == "Q4_0":
-        codes = np.concatenate([codes & 15, codes >> 4], axis=-1).view(np.int8) - np.int8(8)
-    return np.ascontiguousarray(codes).view(np.int8).reshape(len(data), -1), scales
 
 
 def _ordered(packed: Any, name: str) -> Int4Weight | Int8Weight | np.ndarray:
@@ -145,19 +110,6 @@ def _vectors(packed: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield name, values if heads is None else values[pair_order(len(values), heads)]
     if packed.config.rope.kind == "llama3":
         yield "rope_freqs.weight", rope_factors(packed.config)
-
-
-def rope_factors(config: ModelConfig) -> np.ndarray:
-    """By what Llama 3.1 divides each frequency, float32 (head_dim / 2,).
-
-    As `apply_scaling` of Meta's reference code.
-    """
-    rope = config.rope
-    frequencies = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    turns = rope.original_context * frequencies / (2 * np.pi)  # over the trained context
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = smooth.clip(0, 1)  # 1: left alone; 0: stretched by the whole factor
-    return (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)
 
 
 def _values(packed: PackedModel) -> dict[str, Any]:

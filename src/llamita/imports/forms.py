@@ -8,7 +8,7 @@ from llamita.files import has
 from llamita.optional import load_optional
 
 Progress = Callable[[str, int, int], None] | None
-META = "llamita.imports.meta:convert"
+META, GGUF = "llamita.imports.meta:convert", "llamita.imports.gguf:convert"
 _LACKING = (
     "{source}: Meta's checkpoints need the package {{package}} to be read, which is missing; try pip install "
     "'llamita[torch]' (in a checkout '.[torch]')"
@@ -16,12 +16,16 @@ _LACKING = (
 
 
 def is_foreign(source: Path) -> bool:
-    """Whether a directory has a model in another form and none in Hugging Face's."""
-    return has(source, "params.json") and not has(source, "config.json")
+    """Whether this is a GGUF file, or a directory with a model as Meta has them, and none of ours."""
+    if source.suffix == ".gguf":
+        return source.is_file()
+    return source.is_dir() and has(source, "params.json") and not has(source, "config.json")
 
 
 def files_of(source: Path) -> list[Path]:
     """The files that decide what a model of another form is."""
+    if source.is_file():
+        return [source]
     return [path for path in sorted(source.iterdir()) if path.suffix in (".pth", ".json", ".model")]
 
 
@@ -35,6 +39,9 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> None:
         InputError: no such form, or it is damaged.
         RunError: what reads it is not installed, or a file cannot be read.
     """
+    if source.suffix == ".gguf" and source.is_file():
+        load_optional(GGUF, "{package}")(source, directory, progress)
+        return
     if not is_foreign(source) or not list(source.glob("consolidated.*.pth")):
         raise InputError(
             f"{source}: expected consolidated.*.pth beside params.json, as Meta has them, found none"

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llamita.errors import InputError
-from llamita.files import member, read_bytes
+from llamita.files import read_bytes
 
 FILE = "tokenizer.model"
 _LARGEST = 32 << 20  # bytes of a tokenizer.model; Llama 3's has 2.2 MB
@@ -47,15 +47,15 @@ def convert_tokenizer(source: Path, directory: Path) -> int:
         tokenizer, settings = _from_sentencepiece(data)
     else:
         tokenizer, settings = _from_ranks(data)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    common = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (directory / "tokenizer_config.json").write_text(json.dumps(common | settings, indent=1), "utf-8")
+    write_tokenizer(tokenizer, settings, directory)
     return tokenizer.get_vocab_size()
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Whether there is a tokenizer.model."""
-    return member(directory, FILE).is_file()
+def write_tokenizer(tokenizer: Tokenizer, settings: dict[str, Any], directory: Path) -> None:
+    """tokenizer.json, and its settings."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    common = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(common | settings, indent=1), "utf-8")
 
 
 def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
@@ -75,20 +75,36 @@ def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
         return "".join(letters[byte] for byte in token)
 
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, [(spell(a), spell(b)) for _, a, b in merges], ignore_merges=True)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.ByteLevel()
     names = [_SPECIAL.get(i, f"<|reserved_special_token_{i}|>") for i in range(_SPECIALS)]
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{_BOS} $A", special_tokens=[(_BOS, len(ranks))]
-    )
+    tokenizer = byte_level(vocabulary, [(spell(a), spell(b)) for _, a, b in merges], WORDS, names, _BOS)
     return tokenizer, {"bos_token": _BOS, "eos_token": _TURN}
+
+
+def byte_level(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], words: str | None, special: list[str],
+    bos: str | None,
+) -> Tokenizer:  # fmt: skip
+    """A BPE of bytes, as Llama 3 and GPT-2 have it.
+
+    Args:
+        vocabulary: pieces in GPT-2's letters for bytes.
+        words: how a text is split first, where it is not as GPT-2 does; whole words are then looked up before
+            any merge.
+        special: tokens that are added behind, or are in the vocabulary already.
+        bos: what is put in front of a text.
+    """
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=words is not None))
+    split = [pre_tokenizers.Split(Regex(words), behavior="isolated")] if words else []
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    if bos is not None:
+        number = tokenizer.token_to_id(bos)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, number)]
+        )
+    return tokenizer
 
 
 def _ranks(data: bytes) -> Iterator[tuple[bytes, int]]:
@@ -114,6 +130,12 @@ def _from_sentencepiece(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
         raise InputError(
             f"{FILE}: expected the pieces <unk>, <s>, </s> and 256 bytes first, as Llama 2's has them"
         )
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    return with_scores(pieces), settings
+
+
+def with_scores(pieces: list[tuple[str, float]]) -> Tokenizer:
+    """A BPE whose merges come by the score of the whole, as SentencePiece has it, in the order of ids."""
     vocabulary = {piece: i for i, (piece, _) in enumerate(pieces)}
     score = dict(pieces)
     merges = []
@@ -135,7 +157,7 @@ def _from_sentencepiece(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
     names = ("<unk>", "<s>", "</s>")
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    return tokenizer
 
 
 def _pieces(data: bytes) -> Iterator[tuple[str, float]]:

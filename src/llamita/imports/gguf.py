@@ -1,0 +1,200 @@
+"""A GGUF file of a Llama as a float checkpoint: F32, F16 and BF16 as they are, Q4_0 and Q8_0 multiplied out.
+
+llama.cpp's own Q4_0 has scales of either sign, which no other runtime here takes; float32 has every product
+of a code and a scale exactly.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.checkpoint import expected_tensors
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.gguf_blocks import floats_of
+from llamita.gguf_file import GgufFile
+from llamita.imports.tokenizers import WORDS, byte_level, with_scores, write_tokenizer
+from llamita.meta_form import gguf_name, hf_order, rope_factors
+from llamita.packed_writer import PackedWriter, plan_shards, write_bytes, write_json
+
+_FLOATS = ("F32", "F16", "BF16")
+_CONTROL = (3, 4)  # kinds of tokens: control, and the user's own
+_SPLITS = {"gpt-2": None, "llama-bpe": WORDS, "llama3": WORDS, "llama-v3": WORDS}
+Progress = Callable[[str, int, int], None] | None
+
+
+def convert(source: Path, directory: Path, progress: Progress = None) -> None:
+    """Write a float checkpoint in Hugging Face's form.
+
+    Args:
+        directory: exists, empty.
+
+    Raises:
+        InputError: the file is damaged, or is no Llama that the engine knows.
+        RunError: it cannot be read.
+    """
+    file = GgufFile(source)
+    try:
+        values = hf_config(file)
+        config = ModelConfig.from_hf(values)
+        _check_rope(file, config)
+        _write_tokenizer(file, directory)
+        _write_weights(file, config, directory, progress)
+        write_json(directory / "config.json", values)
+        template = file.values.get("tokenizer.chat_template")
+        if isinstance(template, str):
+            write_bytes(directory / "chat_template.jinja", template.encode())
+    finally:
+        file.close()
+
+
+def hf_config(file: GgufFile) -> dict[str, Any]:
+    """config.json from the metadata.
+
+    Raises:
+        InputError: another architecture, or a value that is missing or of another type.
+    """
+    if file.values.get("general.architecture") != "llama":
+        raise InputError(f"{file.path.name}: general.architecture: expected llama, got "
+                         f"{str(file.values.get('general.architecture'))[:40]!r}")  # fmt: skip
+    heads, hidden = _integer(file, "attention.head_count"), _integer(file, "embedding_length")
+    tokens = file.values.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise InputError(f"{file.path.name}: tokenizer.ggml.tokens: expected texts, got none")
+    values: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": hidden, "intermediate_size": _integer(file, "feed_forward_length"),
+        "num_hidden_layers": _integer(file, "block_count"), "num_attention_heads": heads,
+        "num_key_value_heads": _integer(file, "attention.head_count_kv", heads),
+        "head_dim": _integer(file, "attention.key_length", hidden // heads if heads else 0),
+        "max_position_embeddings": _integer(file, "context_length"), "vocab_size": len(tokens),
+        "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": _number(file, "rope.freq_base", 10000.0), "dtype": "float32",
+        "tie_word_embeddings": "output.weight" not in file.tensors, "mlp_bias": False,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "bos_token_id": file.values.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": [file.values[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot")
+                         if f"tokenizer.ggml.{name}_token_id" in file.values],
+    }  # fmt: skip
+    return values | _scaling(file)
+
+
+def _scaling(file: GgufFile) -> dict[str, Any]:
+    """How rotary embeddings are stretched."""
+    kind = file.values.get("llama.rope.scaling.type")
+    if kind == "linear":
+        factor = _number(file, "rope.scaling.factor", 1.0)
+        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    if kind not in (None, "none"):
+        raise InputError(
+            f"{file.path.name}: rope.scaling.type: expected linear or none, got {str(kind)[:40]!r}"
+        )
+    if "rope_freqs.weight" not in file.tensors:
+        return {}
+    factors = floats_of("F32", file.read("rope_freqs.weight"))
+    return {"rope_scaling": {"rope_type": "llama3", "factor": float(np.round(factors.max(), 3)),
+                             "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                             "original_max_position_embeddings": 8192}}  # fmt: skip
+
+
+def _check_rope(file: GgufFile, config: ModelConfig) -> None:
+    """See that frequencies are divided as in Llama 3.1: nothing in the file says how that came about."""
+    if config.rope.kind == "llama3":
+        found = floats_of("F32", file.read("rope_freqs.weight"))
+        expected = rope_factors(config)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
+            raise InputError(
+                f"{file.path.name}: rope_freqs.weight: expected the factors of Llama 3.1 and 3.2"
+            )
+
+
+def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progress: Progress) -> None:
+    tensors = expected_tensors(config)
+    for tensor, shape in tensors.items():
+        found = file.tensors.get(gguf_name(tensor))
+        if found is None or found.shape != shape:
+            had = "none" if found is None else f"{found.shape}"
+            raise InputError(f"{file.path.name}: {gguf_name(tensor)}: expected {shape}, got {had}")
+    known = {gguf_name(tensor) for tensor in tensors} | {"rope_freqs.weight"}
+    for name in file.tensors:
+        if name not in known:
+            raise InputError(f"{file.path.name}: {name[:80]!r}: expected a Llama's tensors alone")
+    kinds = {t: kind if (kind := file.tensors[gguf_name(t)].kind) in _FLOATS else "F32" for t in tensors}
+    order = sorted(tensors, key=lambda t: kinds[t] != "F32")  # each at a multiple of its size
+    shards = plan_shards({t: {t: (kinds[t], tensors[t])} for t in order})
+    writer, done = PackedWriter(directory, shards), 0
+    try:
+        for shard in shards.values():
+            for tensor in shard:
+                if progress:
+                    progress(tensor, done, len(tensors))
+                writer.put(tensor, _read(file, tensor, tensors[tensor], kinds[tensor], config))
+                done += 1
+        writer.finish()
+    finally:
+        writer.abandon()
+
+
+def _read(file: GgufFile, tensor: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> np.ndarray:
+    """A tensor as it is stored, with its rows in transformers' order."""
+    stored, data = file.tensors[gguf_name(tensor)].kind, file.read(gguf_name(tensor))
+    if stored == kind:
+        values = data.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[kind]).reshape(shape)
+    else:
+        values = floats_of(stored, data)
+    order = hf_order(tensor, config)
+    return values if order is None else values[order]
+
+
+def _write_tokenizer(file: GgufFile, directory: Path) -> None:
+    values, name = file.values, file.path.name
+    tokens, kinds = values["tokenizer.ggml.tokens"], values.get("tokenizer.ggml.token_type")
+    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
+        raise InputError(f"{name}: tokenizer.ggml.token_type: expected a number for each token")
+    bos, eos = (_token(values.get(f"tokenizer.ggml.{one}_token_id"), tokens) for one in ("bos", "eos"))
+    settings = {"bos_token": bos, "eos_token": eos}
+    if values.get("tokenizer.ggml.model") == "llama":
+        scores = values.get("tokenizer.ggml.scores")
+        if (
+            not isinstance(scores, np.ndarray)
+            or len(scores) != len(tokens)
+            or tokens[:3] != ["<unk>", "<s>", "</s>"]
+        ):
+            raise InputError(
+                f"{name}: tokenizer.ggml.scores: expected one for each token, and Llama 2's first three"
+            )
+        pieces = list(zip(tokens, (float(score) for score in scores), strict=True))
+        return write_tokenizer(with_scores(pieces), {**settings, "add_bos_token": True}, directory)
+    merges, split = values.get("tokenizer.ggml.merges"), values.get("tokenizer.ggml.pre")
+    if values.get("tokenizer.ggml.model") != "gpt2" or split not in _SPLITS or not isinstance(merges, list):
+        raise InputError(f"{name}: tokenizer.ggml.pre: expected one of {', '.join(_SPLITS)} with merges, got "
+                         f"{str(split)[:40]!r}")  # fmt: skip
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if any(len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys() for pair in pairs):
+        raise InputError(f"{name}: tokenizer.ggml.merges: expected pairs of tokens that make a token")
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
+    adds = bos if values.get("tokenizer.ggml.add_bos_token", True) else None
+    made = byte_level(vocabulary, [(a, b) for a, b in pairs], _SPLITS[split], special, adds)  # type: ignore[misc]
+    return write_tokenizer(made, settings, directory)
+
+
+def _token(number: Any, tokens: list[str]) -> str | None:
+    return tokens[number] if type(number) is int and 0 <= number < len(tokens) else None
+
+
+def _integer(file: GgufFile, key: str, default: int | None = None) -> int:
+    value = file.values.get(f"llama.{key}", default)
+    if type(value) is not int or value < 1:
+        raise InputError(f"{file.path.name}: llama.{key}: expected a whole number, got {str(value)[:40]!r}")
+    return value
+
+
+def _number(file: GgufFile, key: str, default: float) -> float:
+    value = file.values.get(f"llama.{key}", default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{file.path.name}: llama.{key}: expected a number, got {str(value)[:40]!r}")
+    # what was written as float32 gets its shortest decimal back, as config.json has it
+    return float(str(np.float32(value)))
