@@ -114,7 +114,8 @@ class GgufFile:
         shape = tuple(self._number("<Q") for _ in range(count))[::-1]
         number, offset = self._number("<I"), self._number("<Q")
         if number not in _NAMES:
-            raise InputError(f"{name[:100]!r}: expected one of {', '.join(KINDS)}, got ggml's type {number}")
+            raise InputError(f"{name[:100]!r}: expected one of {', '.join(KINDS)}, got ggml's type {number}; "
+                             "try the model in F16, BF16 or Q8_0")  # fmt: skip
         return name, _NAMES[number], shape, offset
 
     def _placed(self, declared: Iterable[tuple[str, str, tuple[int, ...], int]]) -> dict[str, GgufTensor]:
