@@ -1,6 +1,7 @@
 """Programs for ExecuTorch, run in its own runtime: integers, logits, and what an app needs beside them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ torch = pytest.importorskip("torch", reason="export is on the Torch side")
 from llamita.export.lowering import data_hashes  # noqa: E402
 from llamita.export.partitioners import partitioners_of  # noqa: E402
 from llamita.export.program import make_program  # noqa: E402
-from llamita.export.proof import rounded_hashes  # noqa: E402
+from llamita.export.proof import compare, engine_of, own_tokens, rounded_hashes  # noqa: E402
+from llamita.export.runtime import run as run_program  # noqa: E402
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
@@ -98,6 +100,29 @@ def test_executorchs_runner_for_text_models_takes_it(exported: tuple[Path, Path,
     assert 1 <= told[0].num_generated_tokens <= 8
 
 
+def test_a_pass_of_many_tokens_that_forgets_is_found(
+    exported: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The proof's prefill begins with empty caches, so what it does not write is missed."""
+    packed, out, told = exported
+    assert told["proof"]["prefill"] < 2 * told["proof"]["own_noise"]
+    engines = engine_of(PackedModel(packed))
+    tokens, prompt, new = own_tokens(engines[0], 64)
+    ran = run_program(out / "model.pte", tokens, prompt, new)
+    assert compare(engines, (1, 1), tokens, ran).holds
+    assert ran.prefill is not None
+    forgets = replace(ran, prefill=np.roll(ran.prefill, 1, axis=-1))
+    assert not compare(engines, (1, 1), tokens, forgets).holds
+
+
+def test_nothing_in_the_users_directory_is_run(
+    exported: tuple[Path, Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(tmp_path)
+    assert len(run_program(exported[1] / "model.pte", [1, 2, 3], 2, 1).greedy) == 1
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -156,7 +181,7 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: p
     monkeypatch.delenv("QNN_SDK_ROOT", raising=False)
     capsys.readouterr()
     for options, code, told in (
-        (("--context", "100000"), 2, "--context: expected 2 to"),
+        (("--context", "100000"), 2, "--context: expected 8 to"),
         (("--backend", "magic"), 2, "--backend: expected one of xnnpack"),
         (("--backend", "qnn"), 1, "expected Qualcomm's AI Engine Direct SDK in QNN_SDK_ROOT"),
         (("--backend", "mediatek"), 1, "expected MediaTek's NeuroPilot Express SDK"),

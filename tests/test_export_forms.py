@@ -57,6 +57,14 @@ def test_transformers_opens_it_with_the_same_weights(
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_a_float_embedding_beside_an_int8_head(tmp_path: Path, capsys: Any) -> None:
+    packed = packed_model(tmp_path, "llama3", "--keep-float", "model.embed_tokens")
+    capsys.readouterr()
+    assert run("export", packed, "--to", "compressed-tensors", "-o", tmp_path / "out", "--json") == 0
+    proof = json.loads(capsys.readouterr().out)["proof"]
+    assert proof["equal_layers"] == proof["layers"] == 16
+
+
 def test_logits_are_those_of_our_layers(tmp_path: Path) -> None:
     """compressed-tensors in transformers, against the fake-quantized layers that training has."""
     transformers = pytest.importorskip("transformers")

@@ -170,6 +170,38 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> No
     assert run("export", tmp_path / "arm", "--to", "gguf", *out, "--round-scales", "--overwrite") == 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}},
+    ],
+)  # fmt: skip
+def test_tokenizers_that_split_otherwise_are_refused(
+    tmp_path: Path, capsys: Any, change: dict[str, Any]
+) -> None:
+    model = model_of(tmp_path)
+    tokenizer = json.loads((model / "tokenizer.json").read_text("utf-8"))
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | change), "utf-8")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    capsys.readouterr()
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 2
+    assert "tokenizer.json: pre_tokenizer: expected GPT-2's" in one_line(capsys)
+
+
+def test_biases_go_with_their_rows(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "llama3", attention_bias=True)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    packed, file = PackedModel(tmp_path / "packed"), GgufFile(tmp_path / "out" / "model.gguf")
+    bias = packed.bias("model.layers.1.self_attn.q_proj")
+    assert bias is not None
+    ordered = bias[pair_order(len(bias), packed.config.heads)]
+    np.testing.assert_array_equal(file.read("blk.1.attn_q.bias").view("<f4"), ordered)
+
+
 def test_float_tables_stay_as_they_are(tmp_path: Path) -> None:
     model = model_of(tmp_path, "llama3")
     keep = ("--keep-float", "lm_head", "--keep-float", "model.embed_tokens")

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import llamita
 from llamita.checkpoint import Checkpoint, expected_tensors, resolve
 from llamita.errors import InputError
 from llamita.imports.forms import convert
-from llamita.imports.tokenizers import convert_tokenizer
+from llamita.imports.tokenizers import Converted, convert_tokenizer
 from llamita.meta_form import heads_of, meta_name, pair_order
 from llamita.tokenizer import Tokenizer
 
@@ -96,7 +97,7 @@ def test_every_command_takes_it_and_converts_it_once(
 
 def test_its_tokenizer_is_that_of_its_ranks(tmp_path: Path) -> None:
     write_ranks(tmp_path)
-    assert convert_tokenizer(tmp_path, tmp_path) == 258 + 256
+    assert convert_tokenizer(tmp_path, tmp_path) == Converted(258 + 256, 258, (259, 266, 267), True)
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.encode("abé") == [258, 256, *"é".encode()]
     assert tokenizer.decode(tokenizer.encode("abé", add_bos=False)) == "abé"
@@ -154,6 +155,8 @@ def test_what_is_damaged_is_one_typed_error(model: Path, tmp_path: Path) -> None
         ({"dim": 32}, "of 1 parts, got"),
         ({"n_layers": 3}, "expected layers.2."),
         ({"norm_eps": "small"}, "rms_norm_eps"),
+        ({"rope_scale_factor": "x"}, "factor"),
+        ({"sliding_window": 4096}, "params.json: sliding_window: expected Llama's keys"),
     ],
 )
 def test_what_does_not_fit_is_told(model: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -161,6 +164,48 @@ def test_what_does_not_fit_is_told(model: Path, tmp_path: Path, changes: dict[st
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=told):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "told"),
+    [
+        ("layers.0.attention.wq.bias", "ones", "expected a Llama's tensors alone"),
+        ("norm.weight", "double", "expected a plain tensor of floats"),
+        ("norm.weight", "wide", "expected a plain tensor of floats"),
+        ("norm.weight", "sparse", "expected a plain tensor of floats"),
+    ],
+)
+def test_tensors_that_would_be_lost_or_grow_are_refused(
+    model: Path, tmp_path: Path, name: str, tensor: str, told: str
+) -> None:
+    source = as_meta(model, tmp_path / "meta")
+    state = torch.load(source / "consolidated.00.pth", weights_only=True)
+    made = {"ones": torch.ones(64).bfloat16(), "double": torch.ones(64).double(),
+            "wide": torch.ones(1).bfloat16().expand(64), "sparse": torch.ones(64).to_sparse()}  # fmt: skip
+    torch.save(state | {name: made[tensor]}, source / "consolidated.00.pth")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=told):
+        convert(source, tmp_path / "out")
+
+
+def test_an_archive_that_grows_is_refused(model: Path, tmp_path: Path) -> None:
+    source = as_meta(model, tmp_path / "meta")
+    path = source / "consolidated.00.pth"
+    with zipfile.ZipFile(path) as given:
+        members = {one.filename: given.read(one) for one in given.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as grown:
+        for name, data in members.items():
+            grown.writestr(name, data)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="got something that was compressed"):
+        convert(source, tmp_path / "out")
+
+
+def test_what_import_made_it_replaces(model: Path, tmp_path: Path) -> None:
+    source = as_meta(model, tmp_path / "meta")
+    (source / "tokenizer_config.json").write_text("{}")  # Meta's releases on the hub have one, too
+    assert run("import", source, "-o", tmp_path / "out") == 0
+    assert run("import", source, "-o", tmp_path / "out", "--overwrite") == 0
 
 
 def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -> None:

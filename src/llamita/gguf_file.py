@@ -86,7 +86,7 @@ class GgufFile:
 
     def close(self) -> None:
         """Unmap the file; what `read` gave keeps it until it is gone."""
-        del self._data
+        self._data = None  # type: ignore[assignment]
 
     def _read_header(self) -> None:
         if self._take(len(MAGIC)) != MAGIC:
@@ -198,8 +198,8 @@ def write_gguf(
     """Write a file, one tensor in memory at a time.
 
     Args:
-        values: metadata: numbers (NumPy's say their type; Python's are uint32, float32, bool), texts, lists
-            of texts, NumPy arrays.
+        values: metadata: numbers (uint32, float32 or bool in the file), texts, lists of texts, arrays of
+            int32 or float32.
         tensors: kind and shape by name, in the order of `data`.
         data: each tensor's name and its bytes, as an array of any type.
     """

@@ -22,6 +22,7 @@ from llamita.files import flush_path
 MARK = "llamita.json"  # only a directory that holds it may be overwritten, or
 TRAINED_MARK = "llamita_training.json"  # that holds one of these, as what `finetune` leaves does,
 MERGED_MARK = "llamita_merge.json"  # a float model that `merge` leaves,
+IMPORTED_MARK = "llamita_import.json"  # and `import`,
 EXPORTED_MARK = "llamita_export.json"  # and what `export` does
 _PATIENCE = 30.0  # seconds; another run holds the lock while it renames and removes, no longer
 
@@ -45,7 +46,10 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
 
 
 def _is_ours(directory: Path) -> bool:
-    return any((directory / mark).is_file() for mark in (MARK, TRAINED_MARK, MERGED_MARK, EXPORTED_MARK))
+    return any(
+        (directory / mark).is_file()
+        for mark in (MARK, TRAINED_MARK, MERGED_MARK, IMPORTED_MARK, EXPORTED_MARK)
+    )
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from llamita import console
+from llamita import __version__, console
 from llamita.checkpoint import Checkpoint
 from llamita.commands.options import Json, Out, Overwrite
 from llamita.errors import InputError
-from llamita.imports.forms import convert, is_foreign
-from llamita.staging import check_target, staged
+from llamita.imports.forms import convert, files_of, is_foreign
+from llamita.packed_writer import write_json
+from llamita.staging import IMPORTED_MARK, check_target, staged
 
 _Source = Annotated[
     Path,
@@ -37,6 +38,8 @@ def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json
     began = time.perf_counter()
     with console.progress(quiet=json) as progress, staged(out, overwrite, source) as directory:
         convert(source, directory, progress)
+        files = {path.name: path.stat().st_size for path in files_of(source)}
+        write_json(directory / IMPORTED_MARK, {"llamita": __version__, "source": str(source), "files": files})
         Checkpoint(directory).close()  # found to be whole
     seconds = time.perf_counter() - began
     if json:

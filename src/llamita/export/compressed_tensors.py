@@ -55,12 +55,16 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     if unties:
         settings["tie_word_embeddings"] = False
     size = write_checkpoint(packed, directory, tensors, settings, progress)
-    in_bf16 = _TABLES if flavor != FLAVORS[0] else ()
+    rounded = [name for name in _TABLES if name in module_names(packed) and flavor != FLAVORS[0]]
+    in_bf16 = tuple(name for name in rounded if isinstance(packed.weight(name), Int8Weight))
     grown = sum(
         np.prod(tensors[k][1]) for k in tensors if unties and k.startswith(HEAD) and k.endswith("weight")
     )
-    return {"bytes": size, "flavor": flavor, "untied_bytes": int(grown), "rounded_to_bf16": max(changes),
-            "proof": prove_in_transformers(packed, directory, in_bf16)}  # fmt: skip
+    return {
+        "bytes": size, "flavor": flavor, "untied_bytes": int(grown), "rounded_to_bf16": max(changes),
+        "other_arithmetic": flavor == "vllm-gpu", "unchecked": "transformers is not installed",
+        "proof": prove_in_transformers(packed, directory, in_bf16),
+    }  # fmt: skip
 
 
 def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) -> dict[str, Tensor]:
@@ -69,7 +73,7 @@ def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) 
     shape = shape_of(weight)
     if isinstance(weight, np.ndarray):
         return {f"{name}.weight": (stored_dtype(weight), shape, lambda: weight)}
-    if name in _TABLES and flavor != FLAVORS[0]:
+    if name in _TABLES and flavor != FLAVORS[0] and isinstance(weight, Int8Weight):
         return {f"{name}.weight": float_tensor(weight, shape, changes)}
     scales = np.asarray(weight.scales).reshape(shape[0], -1)
     found: dict[str, Tensor] = {f"{name}.weight_scale": (stored_dtype(scales), scales.shape, lambda: scales)}
@@ -97,12 +101,16 @@ def _config(packed: PackedModel, flavor: str) -> dict[str, Any]:
     if flavor == "vllm-gpu":
         for group in groups.values():
             group["input_activations"]["symmetric"] = True
-    if tables and flavor == FLAVORS[0]:
+    head = packed.weight(EMBEDDING if packed.config.tied else HEAD)
+    if flavor == FLAVORS[0] and tables:
         config["format"] = "mixed-precision"
         plain = {**tables, "format": "int-quantized", "input_activations": None}
         activations = next(iter(groups.values()))["input_activations"]
-        groups["group_embedding"] = {**plain, "targets": ["re:.*embed_tokens"]}
-        groups["group_head"] = {**plain, "targets": ["re:.*lm_head"], "input_activations": activations}
-    elif HEAD not in config["ignore"]:
+        if isinstance(packed.weight(EMBEDDING), Int8Weight):
+            groups["group_embedding"] = {**plain, "targets": ["re:.*embed_tokens"]}
+        if isinstance(head, Int8Weight):
+            groups["group_head"] = {**plain, "targets": ["re:.*lm_head"], "input_activations": activations}
+    is_float = isinstance(head, np.ndarray) or (flavor != FLAVORS[0] and isinstance(head, Int8Weight))
+    if is_float and HEAD not in config["ignore"]:
         config["ignore"] = [HEAD, *config["ignore"]]
     return config

@@ -20,7 +20,7 @@ class QuantizedEmbedding(nn.Module):
     Args:
         codes: int8 (rows, columns), or uint8 (rows, columns / 2) with two int4 codes + 8 in a byte, the
             first in the high half.
-        scales: float32 (rows,) or (rows, groups).
+        scales: (rows,) or (rows, groups), float32, or float16 with 4 bits.
     """
 
     codes: Tensor
@@ -61,6 +61,6 @@ def embedding_of(packed: PackedModel, bits: int) -> nn.Module:
     floats = dequantize(np.asarray(weight.codes), weight.scales)
     codes, scales, _ = round_weights(floats, 4, GROUP_SIZE, "search")
     unsigned = (codes + 8).astype(np.uint8)
-    return QuantizedEmbedding(
-        torch.from_numpy(unsigned[:, ::2] << 4 | unsigned[:, 1::2]), torch.from_numpy(scales), 4
-    )
+    pairs, floats32 = torch.from_numpy(unsigned[:, ::2] << 4 | unsigned[:, 1::2]), torch.from_numpy(scales)
+    is_exact = bool((floats32.half().float() == floats32).all())  # then float16 takes half the bytes
+    return QuantizedEmbedding(pairs, floats32.half() if is_exact else floats32, 4)

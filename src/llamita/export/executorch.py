@@ -24,6 +24,7 @@ from llamita.tokenizer import Tokenizer
 
 PROGRAM = "model.pte"
 _CONTEXT = 2048
+_LEAST_CONTEXT = 8  # more than the tokens of the pass that is traced
 _STEPS = ("tracing and lowering", "comparing integers", "running it in ExecuTorch", "running it here")
 
 
@@ -36,8 +37,14 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     """
     packed, options = order.packed, order.options
     context = options.get("context") or min(_CONTEXT, packed.config.context)
-    if not 2 <= context <= packed.config.context:
-        raise InputError(f"--context: expected 2 to {packed.config.context} tokens, got {context}")
+    if not _LEAST_CONTEXT <= context <= packed.config.context:
+        raise InputError(
+            f"--context: expected {_LEAST_CONTEXT} to {packed.config.context} tokens, got {context}"
+        )
+    rope = packed.config.rope
+    if rope.kind == "dynamic" and context > rope.original_context:
+        raise InputError(f"--context: expected at most {rope.original_context} tokens with dynamic rotary "
+                         f"embeddings, whose base a program has to fix, got {context}")  # fmt: skip
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
     adaptor = None if order.adaptor is None else _adaptor(packed, order.adaptor)
@@ -50,8 +57,12 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     copy_companions(packed.path, directory, find_companions(packed.path))
     write_bytes(directory / "README.md", guide(packed, context, backend).encode())
     proof = _prove(order, directory / PROGRAM, context, timer) if backend == "xnnpack" else None
-    return {"backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
-            "scales": vars(grid), "seconds": timer.end(), "proof": proof and proof.to_dict()}  # fmt: skip
+    return {
+        "backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
+        "scales": vars(grid), "other_arithmetic": options.get("embedding") == 4,
+        "unchecked": f"the runtime of {backend} is on the device", "seconds": timer.end(),
+        "proof": proof and proof.to_dict(),
+    }  # fmt: skip
 
 
 def metadata_of(packed: PackedModel, context: int) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import dequantize, to_f32
+from llamita.affine import to_f32
 from llamita.chat import find_template
 from llamita.checkpoint import Int4Weight, Int8Weight, stored_dtype, vector_names
+from llamita.dequantized import row_blocks
 from llamita.errors import InputError
 from llamita.export.gguf_tokenizer import tokenizer_values
 from llamita.export.source import RoundedScales, check_grid, module_names, refuse_online
@@ -22,6 +23,7 @@ from llamita.gguf_blocks import floats_of
 from llamita.gguf_file import BLOCK, GgufFile, write_gguf
 from llamita.meta_form import gguf_name, heads_of, pair_order, rope_factors
 from llamita.packed import PackedModel
+from llamita.packed_writer import copy_companions, find_companions
 from llamita.packing import unpack_int4
 
 FILE = "model.gguf"
@@ -57,9 +59,23 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
         yield from vectors.items()
 
     write_gguf(path, _values(packed), tensors, data())
-    equal = sum(_is_equal(packed, name, GgufFile(path)) for name in modules)
-    return {"bytes": path.stat().st_size, "scales": vars(grid), "proof": None,
-            "equal_layers": equal, "layers": len(modules)}  # fmt: skip
+    copy_companions(order.packed.path, directory, find_companions(order.packed.path))
+    equal = _equal(packed, path, modules, vectors)
+    return {"bytes": path.stat().st_size, "scales": vars(grid), "proof": None, "equal_layers": equal,
+            "layers": len(modules) + len(vectors),
+            "unchecked": "llama.cpp is no part of llamita"}  # fmt: skip
+
+
+def _equal(packed: Any, path: Path, modules: list[str], vectors: dict[str, np.ndarray]) -> int:
+    """How many tensors of the file, read back, have the very values of the packed model."""
+    file = GgufFile(path)
+    try:
+        equal = sum(
+            np.array_equal(floats_of("F32", file.read(name)), value) for name, value in vectors.items()
+        )
+        return equal + sum(_is_equal(packed, name, file) for name in modules)
+    finally:
+        file.close()
 
 
 def blocks_of(weight: Int4Weight | Int8Weight | np.ndarray) -> np.ndarray:
@@ -133,15 +149,14 @@ def _values(packed: PackedModel) -> dict[str, Any]:
 
 
 def _is_equal(packed: Any, name: str, file: GgufFile) -> bool:
-    """Whether the file's matrix, read back, has the very values of the packed one."""
+    """Whether the file's matrix has the very values of the packed one, some rows at a time."""
     found = gguf_name(f"{name}.weight")
-    read = floats_of(file.tensors[found].kind, file.read(found))
-    heads, weight = heads_of(name, packed.config), packed.weight(name)
-    if heads is not None:
-        read = read[np.argsort(pair_order(len(read), heads))]
-    if isinstance(weight, np.ndarray):
-        return np.array_equal(read, to_f32(weight))
-    codes = (
-        unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.asarray(weight.codes)
-    )
-    return np.array_equal(read, dequantize(codes, np.asarray(weight.scales)))
+    data, kind, heads = file.read(found), file.tensors[found].kind, heads_of(name, packed.config)
+    back = np.argsort(pair_order(len(data), heads)) if heads is not None else None
+    done = 0
+    for part in row_blocks(packed.weight(name)):
+        rows = np.arange(done, done + len(part))
+        if not np.array_equal(floats_of(kind, data[rows if back is None else back[rows]]), part):
+            return False
+        done += len(part)
+    return True

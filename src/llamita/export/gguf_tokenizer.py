@@ -1,12 +1,11 @@
 """A tokenizer.json as GGUF's metadata has tokenizers: tokens, their kinds, merges or scores."""
 
-import json
 from typing import Any
 
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.files import read_bytes
+from llamita.files import parse_json, read_bytes
 from llamita.packed import PackedModel
 from llamita.tokenizer import Tokenizer
 
@@ -26,7 +25,8 @@ def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
     Raises:
         InputError: it splits texts in a way that llama.cpp has no name for, or is none of BPE.
     """
-    whole = json.loads(read_bytes(packed.path, "tokenizer.json", _LARGEST))
+    tokenizer = Tokenizer(packed.path, packed.config)  # which finds the file to be whole
+    whole = parse_json(read_bytes(packed.path, "tokenizer.json", _LARGEST), "tokenizer.json")
     model = whole["model"]
     if model.get("type") != "BPE":
         raise InputError(f"tokenizer.json: model: expected BPE, got {model.get('type')!r}; llama.cpp's form "
@@ -40,6 +40,7 @@ def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
     found: dict[str, Any] = {"tokenizer.ggml.tokens": tokens}
     if model.get("byte_fallback"):
         found |= _sentencepiece(tokens, merges, added)
+        found["tokenizer.ggml.add_space_prefix"] = _adds_space(whole)
     else:
         found |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(whole),
                   "tokenizer.ggml.merges": merges}  # fmt: skip
@@ -48,7 +49,7 @@ def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
         for number, word in enumerate(tokens)
     ]
     found["tokenizer.ggml.token_type"] = np.array(kinds, np.int32)
-    return found | _special(Tokenizer(packed.path, packed.config))
+    return found | _special(tokenizer)
 
 
 def _kind(number: int, word: str, words: dict[int, str], added: dict[int, Any], has_bytes: bool) -> int:
@@ -74,16 +75,38 @@ def _sentencepiece(tokens: list[str], merges: list[str], added: dict[int, Any]) 
 
 
 def _split_name(whole: dict[str, Any]) -> str:
-    """llama.cpp's name for how this tokenizer splits a text into words."""
+    """llama.cpp's name for how this tokenizer splits a text into words: that, and nothing more."""
     before = whole.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before])
-    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-    uses_own = any(step.get("type") == "ByteLevel" and step.get("use_regex", True) for step in steps)
-    expression = _GPT2 if uses_own and not patterns else patterns[0] if len(patterns) == 1 else None
-    if expression not in _SPLITS:
+    kinds = [step.get("type") for step in steps]
+    expression = None
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+        expression = _GPT2
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and _is_isolated(steps[0]):
+        expression = steps[0]["pattern"].get("Regex")
+    if whole.get("normalizer") or expression not in _SPLITS:
         raise InputError("tokenizer.json: pre_tokenizer: expected GPT-2's or Llama 3's way to split a text, "
                          "got another, which has no name here")  # fmt: skip
     return _SPLITS[expression]
+
+
+def _is_isolated(step: dict[str, Any]) -> bool:
+    return (
+        step.get("behavior") == "Isolated"
+        and not step.get("invert")
+        and isinstance(step.get("pattern"), dict)
+    )
+
+
+def _adds_space(whole: dict[str, Any]) -> bool:
+    """Whether a SentencePiece model puts a space in front of a text; its other steps have to be Llama 2's."""
+    steps = (whole.get("normalizer") or {}).get("normalizers", [whole.get("normalizer") or {}])
+    kinds = [step.get("type") for step in steps]
+    if kinds not in (["Prepend", "Replace"], ["Replace"]) or steps[-1].get("content") != "\u2581":
+        raise InputError(
+            "tokenizer.json: normalizer: expected Llama 2's, which writes spaces as \u2581, got another"
+        )
+    return kinds[0] == "Prepend"
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -34,5 +34,8 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     size = write_checkpoint(
         packed, directory, tensors, {"dtype": "bfloat16", "quantization_config": None}, progress
     )
-    return {"bytes": size, "rounded_to_bf16": max(changes),
-            "proof": prove_in_transformers(packed, directory, tuple(module_names(packed)))}  # fmt: skip
+    return {
+        "bytes": size, "rounded_to_bf16": max(changes), "other_arithmetic": True,
+        "unchecked": "transformers is not installed",
+        "proof": prove_in_transformers(packed, directory, tuple(module_names(packed))),
+    }  # fmt: skip

@@ -77,4 +77,4 @@ def _run(model: Any, tokens: list[int], prompt: int, new: int) -> Ran:
             began = time.perf_counter()
             state = model(torch.tensor([greedy[-1:]]), past_key_values=state.past_key_values, use_cache=True)
             times.append(time.perf_counter() - began)
-    return Ran(logits, logits[-1], np.array(greedy, np.int64), float(np.median(times)))
+    return Ran(logits, None, np.array(greedy, np.int64), float(np.median(times)))

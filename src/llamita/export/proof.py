@@ -36,7 +36,8 @@ class Proof:
         greedy, same_greedy: tokens continued greedily, and how many are the same before the first other.
         gap: between our logits of the two tokens at the first other, in standard deviations of the
             difference; None without one.
-        prefill: largest difference of logits from one pass and token by token, as a share of the spread.
+        prefill: the noise of its last two logits where all tokens but one came in one pass; None where it was
+            not asked apart.
         milliseconds: of a pass of one token.
     """
 
@@ -51,7 +52,7 @@ class Proof:
     greedy: int
     same_greedy: int
     gap: float | None
-    prefill: float
+    prefill: float | None
     milliseconds: float
 
     @property
@@ -59,7 +60,7 @@ class Proof:
         """Whether all integers are equal, and what differs is no more than rounded activations explain."""
         return (
             self.equal_layers == self.layers
-            and self.noise <= max(_TIMES * self.own_noise, _LEAST_NOISE)
+            and max(self.noise, self.prefill or 0.0) <= max(_TIMES * self.own_noise, _LEAST_NOISE)
             and (self.gap is None or self.gap <= _DEVIATIONS)
         )
 
@@ -97,8 +98,9 @@ def compare(engines: tuple[LLM, LLM], layers: tuple[int, int], tokens: list[int]
         layers=layers[0], equal_layers=layers[1], tokens=len(tokens), kl=float(kl.mean()),
         largest_kl=float(kl.max()), top_1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
         noise=difference / spread, own_noise=own / spread, greedy=len(ran.greedy), same_greedy=same,
-        gap=None if gap is None else gap / difference if difference else np.inf,
-        prefill=float(np.abs(ran.prefill - theirs[-1]).max()) / spread, milliseconds=1e3 * ran.seconds,
+        gap=None if gap is None else gap / max(difference, _LEAST_NOISE * spread),
+        prefill=None if ran.prefill is None else float((ran.prefill - ours[-2:]).std()) / spread,
+        milliseconds=1e3 * ran.seconds,
     )  # fmt: skip
 
 

@@ -27,13 +27,14 @@ class Ran:
 
     Attributes:
         logits: float32 (tokens, vocab), each token given by itself.
-        prefill: float32 (vocab,): the last of these from one pass over all tokens.
+        prefill: float32 (2, vocab): the last two of these, from one pass over all tokens but one on empty
+            caches, and from the last token behind it; None where that was not asked apart.
         greedy: int64 (n,): what follows the prompt, the likeliest token each time.
         seconds: of a pass of one token, the median.
     """
 
     logits: np.ndarray
-    prefill: np.ndarray
+    prefill: np.ndarray | None
     greedy: np.ndarray
     seconds: float
 
@@ -52,7 +53,8 @@ def run(pte: Path, tokens: Sequence[int], prompt: int, new: int) -> Ran:
     with tempfile.TemporaryDirectory() as folder:
         asked, given = Path(folder) / "asked.npz", Path(folder) / "given.npz"
         np.savez(asked, tokens=np.array(tokens, np.int64), prompt=prompt, new=new)
-        command = [sys.executable, "-m", "llamita.export.runtime", str(pte), str(asked), str(given)]
+        # -P: else a numpy.py in the user's directory, which may have come with a model, would be run
+        command = [sys.executable, "-P", "-m", "llamita.export.runtime", str(pte), str(asked), str(given)]
         ran = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
         )
@@ -65,31 +67,33 @@ def run(pte: Path, tokens: Sequence[int], prompt: int, new: int) -> Ran:
 
 
 def _main(pte: str, asked: str, given: str) -> None:
-    forward = _load(Path(pte))
     with np.load(asked) as values:
         tokens, prompt, new = values["tokens"], int(values["prompt"]), int(values["new"])
-    rows, times = [], []
+    forward, rows, times = _load(Path(pte)), [], []
     for place, token in enumerate(tokens):
         began = time.perf_counter()
         rows.append(forward([token], place))
         times.append(time.perf_counter() - began)
-    prefill = forward(tokens, 0)
+    forward = _load(Path(pte))  # empty caches: what a pass of many tokens does not write would show
+    prefill = [forward(tokens[:-1], 0), forward(tokens[-1:], len(tokens) - 1)]
+    forward = _load(Path(pte))
     row, greedy = forward(tokens[:prompt], 0), list[int]()
     for place in range(prompt, prompt + new):
         greedy.append(int(row.argmax()))
         row = forward(greedy[-1:], place)
-    np.savez(given, logits=np.stack(rows), prefill=prefill, greedy=np.array(greedy, np.int64),
+    np.savez(given, logits=np.stack(rows), prefill=np.stack(prefill), greedy=np.array(greedy, np.int64),
              seconds=float(np.median(times)))  # fmt: skip
 
 
 def _load(pte: Path) -> Any:
-    """forward(tokens, position) of a program: float32 (vocab,)."""
+    """forward(tokens, position) of a program with empty caches: float32 (vocab,)."""
     import executorch.kernels.quantized  # noqa: F401  registers operators
     import torch
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  these, too
     from executorch.runtime import Runtime, Verification
 
-    method: Any = Runtime.get().load_program(pte, verification=Verification.Minimal).load_method("forward")
+    program: Any = Runtime.get().load_program(pte, verification=Verification.Minimal)
+    method = program.load_method("forward")
 
     def forward(tokens: Any, position: int) -> np.ndarray:
         inputs = [torch.tensor([[int(token) for token in tokens]]), torch.tensor([position])]

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from llamita.errors import InputError
 from llamita.imports.forms import convert, files_of
 from llamita.staging import staged
 
@@ -24,8 +25,12 @@ def converted(source: Path) -> Path:
     place = _cache() / "imports" / f"{source.resolve().name}-{key}"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        with staged(place) as directory:
-            convert(source, directory)
+        try:
+            with staged(place) as directory:
+                convert(source, directory)
+        except InputError:
+            if not place.exists():  # else another process was faster
+                raise
     return place
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamita.errors import InputError
-from llamita.files import has
+from llamita.files import has, member
 from llamita.optional import load_optional
 
 Progress = Callable[[str, int, int], None] | None
@@ -26,7 +26,12 @@ def files_of(source: Path) -> list[Path]:
     """The files that decide what a model of another form is."""
     if source.is_file():
         return [source]
-    return [path for path in sorted(source.iterdir()) if path.suffix in (".pth", ".json", ".model")]
+    names = [
+        *sorted(path.name for path in source.glob("consolidated.*.pth")),
+        "params.json",
+        "tokenizer.model",
+    ]
+    return [member(source, name) for name in names]
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from llamita.checkpoint import expected_tensors
 from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
-from llamita.files import has, read_json
-from llamita.imports.tokenizers import convert_tokenizer
+from llamita.files import has, member, read_json
+from llamita.imports.tokenizers import Converted, convert_tokenizer
 from llamita.meta_form import hf_order, meta_name
 from llamita.packed_writer import PackedWriter, copy_companions, find_companions, plan_shards, write_json
 
@@ -30,13 +30,18 @@ _DTYPES = {torch.bfloat16: ("BF16", torch.int16, "<u2"), torch.float16: ("F16", 
 _SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192}  # fmt: skip
 _SMALL_WIDTHS = (2048, 3072)  # of Llama 3.2 1B and 3B, which stretch by 32; Llama 3.1 stretches by 8
-_LLAMA2_TOKENS = 32000
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+           "norm_eps",
+           "rope_theta", "use_scaled_rope", "rope_scale_factor", "rope_scaling_factor", "max_seq_len",
+           "max_batch_size", "model_parallel_size")  # fmt: skip
 Progress = Callable[[str, int, int], None] | None
 
 
 def files_of(directory: Path) -> list[Path]:
     """The parts of a checkpoint, in order; none where it is not Meta's."""
-    return sorted(directory.glob("consolidated.*.pth")) if has(directory, PARAMS) else []
+    names = sorted(path.name for path in directory.glob("consolidated.*.pth"))
+    return [member(directory, name) for name in names] if has(directory, PARAMS) else []
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> None:
@@ -53,11 +58,16 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> None:
     if any(name.endswith(".scales") for name in parts[0]):
         raise InputError(f"{source}: expected float weights, got quantized ones, which are not read yet; try "
                          "the release in BF16")  # fmt: skip
-    tokens = convert_tokenizer(source, directory)
-    values = hf_config(params, parts, tokens)
+    _check_names(params, parts)
+    tokenizer = convert_tokenizer(source, directory)
+    values = hf_config(params, parts, tokenizer)
     config = ModelConfig.from_hf(values)
     tensors = expected_tensors(config)
     names = {tensor: meta_name(tensor) for tensor in tensors}
+    known = {*names.values(), "rope.freqs", *(["output.weight"] if config.tied else [])}
+    for name in parts[0]:
+        if name not in known:
+            raise InputError(f"consolidated.00.pth: {name[:80]!r}: expected a Llama's tensors alone")
     kind = _DTYPES[parts[0][names["model.norm.weight"]].dtype]
     shards = plan_shards({tensor: {tensor: (kind[0], shape)} for tensor, shape in tensors.items()})
     writer, done = PackedWriter(directory, shards), 0
@@ -72,56 +82,66 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> None:
     finally:
         writer.abandon()
     write_json(directory / "config.json", values)
-    companions = {old: new for old, new in find_companions(source).items() if old != "tokenizer.model"}
+    made = {path.name for path in directory.iterdir()}
+    companions = {old: new for old, new in find_companions(source).items() if new not in made}
+    companions.pop("tokenizer.model", None)
     copy_companions(source, directory, companions)
 
 
-def hf_config(params: dict[str, Any], parts: list[dict[str, Tensor]], tokens: int) -> dict[str, Any]:
+def hf_config(params: dict[str, Any], parts: list[dict[str, Tensor]], tokenizer: Converted) -> dict[str, Any]:
     """config.json from params.json and what weights say.
 
-    Args:
-        tokens: of the tokenizer.
+    Raises:
+        InputError: a key that changes the model and is not known here, or a value of another type.
     """
     first = parts[0]
-    for name in ("dim", "n_layers", "n_heads"):
-        if type(params.get(name)) is not int or params[name] < 1:
-            raise InputError(f"{PARAMS}: {name}: expected a whole number, got {params.get(name)!r}")
-    if not {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "norm.weight"} <= first.keys():
-        raise InputError("consolidated.00.pth: expected Meta's names of a Llama's weights, got others")
     inner = len(first["layers.0.feed_forward.w1.weight"]) * len(parts)
     tied = "output.weight" not in first or all(
         part["output.weight"].shape == part["tok_embeddings.weight"].shape
         and torch.equal(part["output.weight"], part["tok_embeddings.weight"]) for part in parts
     )  # fmt: skip
     scaled = bool(params.get("use_scaled_rope"))
-    is_old = tokens == _LLAMA2_TOKENS
-    theta = params.get("rope_theta", 10000.0)
-    context = params.get("max_seq_len") or (131072 if scaled else 4096 if is_old else 8192)
-    dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[_DTYPES[first["norm.weight"].dtype][0]]
+    context = params.get("max_seq_len") or (131072 if scaled else 8192 if tokenizer.is_llama3 else 4096)
     values: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": params["dim"], "intermediate_size": inner, "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
-        "rms_norm_eps": params.get("norm_eps", 1e-5), "vocab_size": tokens, "tie_word_embeddings": tied,
-        "max_position_embeddings": context,
-        "rope_theta": theta, "bos_token_id": 1 if is_old else tokens - 256,
-        "eos_token_id": 2 if is_old else [tokens - 255, tokens - 248, tokens - 247],
-        "dtype": dtype,
+        "rms_norm_eps": params.get("norm_eps", 1e-5), "vocab_size": tokenizer.tokens,
+        "tie_word_embeddings": tied, "max_position_embeddings": context,
+        "rope_theta": params.get("rope_theta", 10000.0), "bos_token_id": tokenizer.bos,
+        "eos_token_id": list(tokenizer.ends), "dtype": _NAMES[first["norm.weight"].dtype],
         "attention_bias": False, "mlp_bias": False,
     }  # fmt: skip
     if scaled:
         known = params.get("rope_scale_factor") or params.get("rope_scaling_factor")
-        factor = known or (32 if params["dim"] in _SMALL_WIDTHS else 8)
-        values["rope_scaling"] = {**_SCALED_ROPE, "factor": float(factor)}
+        factor = known or (32.0 if params["dim"] in _SMALL_WIDTHS else 8.0)
+        values["rope_scaling"] = {**_SCALED_ROPE, "factor": factor}
     return values
+
+
+def _check_names(params: dict[str, Any], parts: list[dict[str, Tensor]]) -> None:
+    """See that nothing is there that would change the model and is not known here."""
+    for name in params:
+        if name not in _PARAMS:
+            raise InputError(f"{PARAMS}: {name[:40]}: expected Llama's keys ({', '.join(_PARAMS)})")
+    for name in ("dim", "n_layers", "n_heads"):
+        if type(params.get(name)) is not int or params[name] < 1:
+            raise InputError(f"{PARAMS}: {name}: expected a whole number, got {params.get(name)!r}")
+    if not {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "norm.weight"} <= parts[0].keys():
+        raise InputError("consolidated.00.pth: expected Meta's names of a Llama's weights, got others")
+    for number, part in enumerate(parts):
+        if part.keys() != parts[0].keys():
+            other = sorted(part.keys() ^ parts[0].keys())[0]
+            raise InputError(
+                f"consolidated.{number:02}.pth: expected the names of the first part, got {other[:80]}"
+            )
 
 
 def _load(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped."""
     try:
-        if not zipfile.is_zipfile(path):  # of Torch before 1.6, whose tensors cannot be mapped
-            raise InputError(f"{path.name}: expected a file of torch.save, got another or a damaged one")
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except InputError:
         raise
@@ -133,11 +153,29 @@ def _load(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path.name}: expected tensors by name, got {type(state).__name__}")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(
-                f"{path.name}: {str(name)[:60]!r}: expected a tensor, got {type(tensor).__name__}"
-            )
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor, path):
+            raise InputError(f"{path.name}: {str(name)[:60]!r}: expected a plain tensor of floats, as it lies "
+                             "in the file")  # fmt: skip
     return state
+
+
+def _is_plain(tensor: Tensor, path: Path) -> bool:
+    """Whether a tensor takes what it has in the file, and is of a type that is known."""
+    if tensor.layout != torch.strided or tensor.dtype not in (*_DTYPES, torch.int8) or not tensor.ndim:
+        return False
+    return tensor.is_contiguous() and tensor.nbytes <= path.stat().st_size
+
+
+def _check_archive(path: Path) -> None:
+    """See that what lies in a file takes no more memory than the file."""
+    if not zipfile.is_zipfile(path):  # of Torch before 1.6, whose tensors cannot be mapped
+        raise InputError(f"{path.name}: expected a file of torch.save, got another or a damaged one")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(one.compress_type != zipfile.ZIP_STORED for one in members) or (
+        sum(one.file_size for one in members) > path.stat().st_size
+    ):
+        raise InputError(f"{path.name}: expected what torch.save stores, got something that was compressed")
 
 
 def _joined(

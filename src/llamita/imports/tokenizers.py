@@ -10,6 +10,8 @@ import binascii
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ from llamita.files import read_bytes
 FILE = "tokenizer.model"
 _LARGEST = 32 << 20  # bytes of a tokenizer.model; Llama 3's has 2.2 MB
 _MOST_PIECES = 1 << 20
-_LONGEST_PIECE = 1024  # bytes
+_LONGEST_PIECE = 256  # bytes; Llama 3's longest has 128
+_MOST_MERGES = 1 << 22
 # Llama 3's split into words, from Meta's tokenizer.py
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BOS, _END, _TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-_SPECIAL = {  # by their place behind the ranks; the others are reserved
+_SPECIAL = {  # by their place behind the ranks; the others are reserved, and count by themselves
     0: _BOS, 1: _END, 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
     8: "<|eom_id|>", 9: _TURN, 10: "<|python_tag|>",
 }  # fmt: skip
@@ -36,19 +39,34 @@ _SPECIALS = 256
 _SPACE = "\u2581"  # how SentencePiece writes one
 
 
-def convert_tokenizer(source: Path, directory: Path) -> int:
-    """Write tokenizer.json and its settings from the tokenizer.model of a directory; its number of tokens.
+@dataclass(frozen=True)
+class Converted:
+    """A tokenizer's number of tokens, and of those that begin a text and end one."""
+
+    tokens: int
+    bos: int
+    ends: tuple[int, ...]
+    is_llama3: bool
+
+
+def convert_tokenizer(source: Path, directory: Path) -> Converted:
+    """Write tokenizer.json and its settings from the tokenizer.model of a directory.
 
     Raises:
         InputError: the file is missing, too large, or of neither kind.
     """
     data = read_bytes(source, FILE, _LARGEST)
-    if data[:1] == b"\n":  # the first field of SentencePiece's message
+    is_llama3 = data[:1] != b"\n"  # the first field of SentencePiece's message
+    if not is_llama3:
         tokenizer, settings = _from_sentencepiece(data)
     else:
         tokenizer, settings = _from_ranks(data)
     write_tokenizer(tokenizer, settings, directory)
-    return tokenizer.get_vocab_size()
+    ends = (_END, "<|eom_id|>", _TURN) if is_llama3 else ("</s>",)
+    return Converted(
+        tokenizer.get_vocab_size(), tokenizer.token_to_id(settings["bos_token"]),
+        tuple(tokenizer.token_to_id(end) for end in ends), is_llama3,
+    )  # fmt: skip
 
 
 def write_tokenizer(tokenizer: Tokenizer, settings: dict[str, Any], directory: Path) -> None:
@@ -68,6 +86,7 @@ def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         pairs = [(a, b) for a, b in splits if a in ranks and b in ranks]
         merges += [(rank, a, b) for a, b in sorted(pairs, key=lambda p: (ranks[p[0]], ranks[p[1]]))]
+        _check_merges(len(merges))
     merges.sort(key=lambda merge: merge[0])
     letters = _byte_letters()
 
@@ -75,7 +94,8 @@ def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
         return "".join(letters[byte] for byte in token)
 
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    names = [_SPECIAL.get(i, f"<|reserved_special_token_{i}|>") for i in range(_SPECIALS)]
+    reserved = count()
+    names = [_SPECIAL.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(_SPECIALS)]
     tokenizer = byte_level(vocabulary, [(spell(a), spell(b)) for _, a, b in merges], WORDS, names, _BOS)
     return tokenizer, {"bos_token": _BOS, "eos_token": _TURN}
 
@@ -105,6 +125,11 @@ def byte_level(
             single=f"{bos} $A", special_tokens=[(bos, number)]
         )
     return tokenizer
+
+
+def _check_merges(merges: int) -> None:
+    if merges > _MOST_MERGES:
+        raise InputError(f"{FILE}: expected at most {_MOST_MERGES:,} ways to make a piece of two, got more")
 
 
 def _ranks(data: bytes) -> Iterator[tuple[bytes, int]]:
@@ -144,6 +169,7 @@ def with_scores(pieces: list[tuple[str, float]]) -> Tokenizer:
         merges += [
             (-score[piece], vocabulary[a], vocabulary[b], a, b) for a, b in pairs if a in score and b in score
         ]
+        _check_merges(len(merges))
     merges.sort(key=lambda merge: merge[:3])
     tokenizer = Tokenizer(models.BPE(
         vocabulary, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
