@@ -85,8 +85,8 @@ class GgufFile:
         return flat.reshape(tensor.shape[0], -1) if len(tensor.shape) > 1 else flat
 
     def close(self) -> None:
-        """Unmap the file; what `read` gave keeps it until it is gone."""
-        self._data = None  # type: ignore[assignment]
+        """Let go of the file; what `read` gave keeps it until it is gone."""
+        self.tensors = {}
 
     def _read_header(self) -> None:
         if self._take(len(MAGIC)) != MAGIC:

@@ -154,8 +154,8 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path.name}: expected tensors by name, got {type(state).__name__}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor, path):
-            raise InputError(f"{path.name}: {str(name)[:60]!r}: expected a plain tensor of floats, as it lies "
-                             "in the file")  # fmt: skip
+            raise InputError(f"{path.name}: {str(name)[:60]!r}: expected a plain tensor of floats, as it "
+                             "lies in the file")  # fmt: skip
     return state
 
 

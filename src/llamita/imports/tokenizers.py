@@ -63,10 +63,8 @@ def convert_tokenizer(source: Path, directory: Path) -> Converted:
         tokenizer, settings = _from_ranks(data)
     write_tokenizer(tokenizer, settings, directory)
     ends = (_END, "<|eom_id|>", _TURN) if is_llama3 else ("</s>",)
-    return Converted(
-        tokenizer.get_vocab_size(), tokenizer.token_to_id(settings["bos_token"]),
-        tuple(tokenizer.token_to_id(end) for end in ends), is_llama3,
-    )  # fmt: skip
+    first, *last = (tokenizer.token_to_id(name) or 0 for name in (settings["bos_token"], *ends))
+    return Converted(tokenizer.get_vocab_size(), first, tuple(last), is_llama3)
 
 
 def write_tokenizer(tokenizer: Tokenizer, settings: dict[str, Any], directory: Path) -> None:
