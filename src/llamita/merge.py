@@ -26,13 +26,13 @@ from llamita.methods.energy import pieces_of
 from llamita.methods.setup import Setup
 from llamita.packed import PackedModel, Tensors
 from llamita.packed_writer import (
-    PackedWriter,
     copy_companions,
     find_companions,
     plan_shards,
     total_bytes,
     write_bytes,
     write_json,
+    write_shards,
 )
 from llamita.quantize import SMALL_FILES, Summary, quantize, source_names, source_record
 from llamita.staging import MERGED_MARK, check_space, check_target, staged
@@ -131,7 +131,7 @@ def merge_float(
               "source": source_record(source, source_names(source, name)[0], progress)}  # fmt: skip
     with staged(out, overwrite, source.path) as directory:
         check_space(out, total_bytes(shards) + SMALL_FILES)
-        _write_weights(PackedWriter(directory, shards), source, list(layout), progress)
+        write_shards(directory, shards, lambda tensor: _pieces(source, tensor), progress)
         write_bytes(directory / "config.json", read_bytes(source.path, "config.json"))
         copy_companions(source.path, directory, companions)
         write_json(directory / MERGED_MARK, record)
@@ -142,20 +142,6 @@ def _layout(source: MergedSource) -> dict[str, Tensors]:
     infos = {tensor: source.info(tensor) for tensor in expected_tensors(source.config)}
     order = sorted(infos, key=lambda tensor: -np.dtype(DTYPES[infos[tensor].dtype]).itemsize)
     return {tensor: {tensor: (infos[tensor].dtype, infos[tensor].shape)} for tensor in order}
-
-
-def _write_weights(
-    writer: PackedWriter, source: MergedSource, tensors: list[str], progress: Progress
-) -> None:
-    try:
-        for done, tensor in enumerate(tensors):
-            if progress:
-                progress(tensor, done, len(tensors))
-            for piece in _pieces(source, tensor):
-                writer.put(tensor, piece)
-        writer.finish()
-    finally:
-        writer.abandon()
 
 
 def _pieces(source: MergedSource, tensor: str) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,30 @@ class PackedWriter:
         digest = self._writer.finish()
         self.files[self._todo.pop(0)] = {"size": self._writer.size, "sha256": digest}
         self._writer = None
+
+
+def write_shards(
+    directory: Path, shards: dict[str, Tensors], pieces: Callable[[str], Iterable[np.ndarray]],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> FileTable:  # fmt: skip
+    """Write every tensor of these files in their order; their table.
+
+    Args:
+        pieces: a tensor's rows, some at a time; `weight_shape` tensors are not asked for.
+    """
+    writer = PackedWriter(directory, shards)
+    names = [name for shard in shards.values() for name in shard]
+    try:
+        for done, name in enumerate(names):
+            if progress:
+                progress(name, done, len(names))
+            if not name.endswith(".weight_shape"):  # which the writer knows
+                for piece in pieces(name):
+                    writer.put(name, piece)
+        writer.finish()
+    finally:
+        writer.abandon()
+    return writer.files
 
 
 def write_bytes(path: Path, data: bytes) -> dict[str, Any]:

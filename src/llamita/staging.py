@@ -127,12 +127,13 @@ def _make_partial(out: Path) -> tuple[int, Path]:
             with suppress(OSError):  # a file system without locks: leftovers are not removed there
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if partial.is_dir():
-                partial.chmod(0o777 & ~_umask())  # mkdtemp's is private; a model is as readable as any file
+                partial.chmod(0o777 & ~umask())  # mkdtemp's is private; a model is as readable as any file
                 return lock, partial
             os.close(lock)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """What new files' rights lack."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -14,7 +14,7 @@ from llamita.export.source import Weight
 from llamita.export.targets import Progress
 from llamita.optional import load_optional
 from llamita.packed import PackedModel
-from llamita.packed_writer import PackedWriter, copy_companions, find_companions, plan_shards, write_json
+from llamita.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
 
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, and what gives its values
 
@@ -30,21 +30,11 @@ def write_checkpoint(
         changes: keys of config.json that are not the model's own; None leaves one out.
     """
     shards = plan_shards({name: {name: (dtype, shape)} for name, (dtype, shape, _) in tensors.items()})
-    writer = PackedWriter(directory, shards)
-    names = [name for shard in shards.values() for name in shard]
-    try:
-        for done, name in enumerate(names):
-            if progress:
-                progress(name, done, len(names))
-            if not name.endswith(".weight_shape"):  # which the writer knows
-                writer.put(name, tensors[name][2]())
-        writer.finish()
-    finally:
-        writer.abandon()
+    files = write_shards(directory, shards, lambda name: [tensors[name][2]()], progress)
     values = {**packed.hf_config, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **changes}
     write_json(directory / "config.json", {key: value for key, value in values.items() if value is not None})
     copy_companions(packed.path, directory, find_companions(packed.path))
-    return sum(record["size"] for record in writer.files.values())
+    return sum(record["size"] for record in files.values())
 
 
 def float_tensor(weight: Weight, shape: tuple[int, ...], changes: list[float]) -> Tensor:

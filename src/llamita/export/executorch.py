@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
 from llamita.errors import InputError
 from llamita.export.guide import guide
 from llamita.export.lowering import data_hashes, lower
@@ -16,7 +15,7 @@ from llamita.export.partitioners import partitioners_of
 from llamita.export.program import make_program
 from llamita.export.proof import Proof, compare, engine_of, own_tokens, rounded_hashes
 from llamita.export.runtime import run
-from llamita.export.source import check_grid
+from llamita.export.source import adaptor_of, check_grid
 from llamita.export.targets import Order, Progress
 from llamita.packed import PackedModel
 from llamita.packed_writer import copy_companions, find_companions, write_bytes
@@ -47,7 +46,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
                          f"embeddings, whose base a program has to fix, got {context}")  # fmt: skip
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
-    adaptor = None if order.adaptor is None else _adaptor(packed, order.adaptor)
+    adaptor = adaptor_of(packed, order.adaptor)
     grid = check_grid(packed, "bf16", bool(options.get("round_scales")), "executorch")
     timer = _Timer(progress)
     timer.begin(_STEPS[0])
@@ -74,11 +73,6 @@ def metadata_of(packed: PackedModel, context: int) -> dict[str, Any]:
         "enable_dynamic_shape": True, "get_eos_ids": list(tokenizer.eos_token_ids),
     }  # fmt: skip
     return found if tokenizer.bos_token_id is None else {**found, "get_bos_id": tokenizer.bos_token_id}
-
-
-def _adaptor(packed: PackedModel, path: Path) -> StoredAdaptor:
-    check_fits(packed, [path])
-    return read_adaptor(path, packed.config)
 
 
 def _prove(order: Order, pte: Path, context: int, timer: "_Timer") -> Proof:

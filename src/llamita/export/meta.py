@@ -16,9 +16,9 @@ from torch import Tensor
 from llamita.affine import to_f32
 from llamita.checkpoint import Int4Weight, Int8Weight, vector_names
 from llamita.config import ModelConfig
-from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
+from llamita.engine.adaptors import StoredAdaptor
 from llamita.errors import InputError
-from llamita.export.source import Weight, module_names
+from llamita.export.source import Weight, adaptor_of, module_names
 from llamita.export.targets import Order, Progress
 from llamita.hadamard import factor
 from llamita.meta_form import heads_of, meta_name, pair_order
@@ -39,10 +39,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     """
     packed = order.packed
     _check(packed)
-    adaptor = None
-    if order.adaptor is not None:
-        check_fits(packed, [order.adaptor])
-        adaptor = read_adaptor(order.adaptor, packed.config)
+    adaptor = adaptor_of(packed, order.adaptor)
     state: dict[str, Tensor] = {}
     names = module_names(packed)
     for done, name in enumerate(names):

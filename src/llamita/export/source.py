@@ -1,12 +1,14 @@
 """What exporters ask of a packed model: that nothing runs online, scales on a coarser grid, plain numbers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llamita.affine import bf16_to_f32, f32_to_bf16, to_f32
 from llamita.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
+from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
 from llamita.errors import InputError
 from llamita.packed import PackedModel
 
@@ -20,6 +22,14 @@ def refuse_online(packed: PackedModel, target: str) -> None:
         what = "R4" if packed.rotations.r4_size else "the matrix before a tied head"
         raise InputError(f"--to {target}: expected a model that needs no rotation at run time, got {what}, "
                          "which this form cannot hold; try quantize --no-online")  # fmt: skip
+
+
+def adaptor_of(packed: PackedModel, path: Path | None) -> StoredAdaptor | None:
+    """The adaptors that are to go with a model, found to fit it."""
+    if path is None:
+        return None
+    check_fits(packed, [path])
+    return read_adaptor(path, packed.config)
 
 
 def module_names(packed: PackedModel) -> list[str]:

@@ -17,7 +17,7 @@ from llamita.gguf_blocks import floats_of
 from llamita.gguf_file import GgufFile
 from llamita.imports.tokenizers import WORDS, byte_level, with_scores, write_tokenizer
 from llamita.meta_form import gguf_name, hf_order, rope_factors
-from llamita.packed_writer import PackedWriter, plan_shards, write_bytes, write_json
+from llamita.packed_writer import plan_shards, write_bytes, write_json, write_shards
 
 _FLOATS = ("F32", "F16", "BF16")
 _CONTROL = (3, 4)  # kinds of tokens: control, and the user's own
@@ -124,17 +124,7 @@ def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progres
     kinds = {t: kind if (kind := file.tensors[gguf_name(t)].kind) in _FLOATS else "F32" for t in tensors}
     order = sorted(tensors, key=lambda t: kinds[t] != "F32")  # each at a multiple of its size
     shards = plan_shards({t: {t: (kinds[t], tensors[t])} for t in order})
-    writer, done = PackedWriter(directory, shards), 0
-    try:
-        for shard in shards.values():
-            for tensor in shard:
-                if progress:
-                    progress(tensor, done, len(tensors))
-                writer.put(tensor, _read(file, tensor, tensors[tensor], kinds[tensor], config))
-                done += 1
-        writer.finish()
-    finally:
-        writer.abandon()
+    write_shards(directory, shards, lambda t: [_read(file, t, tensors[t], kinds[t], config)], progress)
 
 
 def _read(file: GgufFile, tensor: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> np.ndarray:

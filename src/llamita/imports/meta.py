@@ -21,7 +21,7 @@ from llamita.errors import InputError, RunError
 from llamita.files import has, member, read_json
 from llamita.imports.tokenizers import Converted, convert_tokenizer
 from llamita.meta_form import hf_order, meta_name
-from llamita.packed_writer import PackedWriter, copy_companions, find_companions, plan_shards, write_json
+from llamita.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
 
 PARAMS = "params.json"
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
@@ -70,17 +70,11 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> None:
             raise InputError(f"consolidated.00.pth: {name[:80]!r}: expected a Llama's tensors alone")
     kind = _DTYPES[parts[0][names["model.norm.weight"]].dtype]
     shards = plan_shards({tensor: {tensor: (kind[0], shape)} for tensor, shape in tensors.items()})
-    writer, done = PackedWriter(directory, shards), 0
-    try:
-        for shard in shards.values():
-            for tensor in shard:
-                if progress:
-                    progress(tensor, done, len(tensors))
-                writer.put(tensor, _joined(parts, names[tensor], tensor, tensors[tensor], config, kind))
-                done += 1
-        writer.finish()
-    finally:
-        writer.abandon()
+
+    def pieces(tensor: str) -> list[np.ndarray]:
+        return [_joined(parts, names[tensor], tensor, tensors[tensor], config, kind)]
+
+    write_shards(directory, shards, pieces, progress)
     write_json(directory / "config.json", values)
     made = {path.name for path in directory.iterdir()}
     companions = {old: new for old, new in find_companions(source).items() if new not in made}

@@ -1,6 +1,5 @@
 """What training leaves on disk: a checkpoint, adaptors in PEFT's form, or a packed directory."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from llamita.packed_writer import copy_companions, find_companions
 from llamita.quantize import Summary, quantize
 from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
+from llamita.staging import umask
 from llamita.tensorfile import TensorWriter
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear
 
@@ -97,7 +97,7 @@ def writing(place: Path) -> Iterator[None]:
 
 def flush_files(directory: Path) -> None:
     """What other libraries wrote here reaches the disk, with the rights that any new file has."""
-    os.umask(mask := os.umask(0))
+    mask = umask()
     for path in directory.iterdir():
         path.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
         flush_path(path)
