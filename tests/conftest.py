@@ -17,6 +17,12 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is converted on the way stays out of the user's cache."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path_factory.getbasetemp() / "llamita-cache"))
+
+
 @pytest.fixture(params=_native.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every instruction set of this machine."""

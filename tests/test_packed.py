@@ -239,12 +239,23 @@ def test_weights_that_llamita_json_does_not_list_are_refused(tmp_path: Path) -> 
         open_source(out)
 
 
-@pytest.mark.parametrize("preset", ["arm", "llama3.2"])
-def test_packed_weights_without_llamita_json_say_what_is_missing(tmp_path: Path, preset: str) -> None:
-    quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "src", tmp_path / "out", make_scheme(preset))
-    (tmp_path / "out" / "llamita.json").unlink()
+def test_packed_weights_without_llamita_json_say_what_is_missing(tmp_path: Path) -> None:
+    out = pack(tmp_path)
+    (out / "llamita.json").unlink()
     with pytest.raises(InputError, match=r"llamita\.json: expected beside packed weights, found none; try"):
-        open_source(tmp_path / "out")
+        open_source(out)
+
+
+def test_packed_weights_that_are_plain_compressed_tensors_are_read_as_that(tmp_path: Path) -> None:
+    """With float tables and nothing to do at run time, config.json alone says what they are."""
+    quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "src", tmp_path / "out", make_scheme("arm"))
+    written = open_source(tmp_path / "out").weight("model.layers.0.mlp.up_proj")
+    (tmp_path / "out" / "llamita.json").unlink()
+    again = open_source(tmp_path / "out").weight("model.layers.0.mlp.up_proj")
+    assert isinstance(written, Int4Weight)
+    assert isinstance(again, Int4Weight)
+    np.testing.assert_array_equal(again.packed, written.packed)
+    np.testing.assert_array_equal(again.scales, written.scales)
 
 
 def test_edited_files_are_refused(tmp_path: Path) -> None:

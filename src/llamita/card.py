@@ -44,7 +44,7 @@ class CardFacts:
     version: str
     source_bytes: int
     tensor_bytes: int
-    relative_error: float
+    relative_error: float | None  # None where the float model is not at hand
     worst: list[tuple[str, float]]
     training: str | None = None  # what it was trained on, in a sentence
 
@@ -56,7 +56,9 @@ def model_card(facts: CardFacts) -> str:
     embedding = tables[scheme.kind("model.embed_tokens").bits]
     others = f"| linear layers by kind | {facts.kinds} |\n" if scheme.layers else ""
     before, after = facts.source_bytes / 1e6, facts.tensor_bytes / 1e6
-    worst = "\n".join(f"| {name} | {error:.2e} |" for name, error in facts.worst)
+    error = "not known: the float model was not at hand"
+    if facts.relative_error is not None:
+        error = f"{facts.relative_error:.3e}"
     return f"""{_front_matter(facts)}
 # {_display_name(facts.source_name)}, 4-bit ({scheme.name})
 
@@ -70,17 +72,25 @@ Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita
 | method | {facts.method} |
 | scales | {facts.scales} |
 | size of the tensors | {after:,.1f} MB; {before:,.1f} MB before (-{1 - after / before:.0%}) |
-| relative squared error of the weights | {facts.relative_error:.3e} |
+| relative squared error of the weights | {error} |
+{_worst(facts)}
+`llamita verify DIRECTORY` checks every file against `llamita.json`; `llamita evaluate DIRECTORY` measures
+what the rounding cost. Rounding changes a model's answers: evaluate it for your use before you rely on it.
+{_licence_notes(facts)}"""
 
+
+def _worst(facts: CardFacts) -> str:
+    """The layers whose weights moved most, where that is known."""
+    if not facts.worst:
+        return ""
+    rows = "\n".join(f"| {name} | {error:.2e} |" for name, error in facts.worst)
+    return f"""
 The layers whose weights moved most:
 
 | layer | relative squared error |
 |---|---|
-{worst}
-{_FARTHER if facts.is_measured else ""}
-`llamita verify DIRECTORY` checks every file against `llamita.json`; `llamita evaluate DIRECTORY` measures
-what the rounding cost. Rounding changes a model's answers: evaluate it for your use before you rely on it.
-{_licence_notes(facts)}"""
+{rows}
+{_FARTHER if facts.is_measured else ""}"""
 
 
 def _front_matter(facts: CardFacts) -> str:

@@ -17,6 +17,7 @@ from llamita.affine import to_f32
 from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
 from llamita.files import has, member, read_json
+from llamita.foreign import form_of
 from llamita.rotations import Rotations
 from llamita.scheme import QuantScheme
 from llamita.tensorfile import DTYPES, TensorFile, TensorInfo
@@ -93,21 +94,19 @@ def resolve(name: str | Path) -> Path:
         if not has(directory, "config.json"):
             raise RunError("embedded: this installation has no embedded model; try installing llamita again")
         return directory
-    if os.path.isdir(name):  # not Path.is_dir, which raises for a name that is too long
-        if has(Path(name), "params.json") and not has(Path(name), "config.json"):  # Meta's own form
-            return import_module("llamita.imports.cache").converted(Path(name))
-        return Path(name)
-    if os.path.exists(name):
-        if str(name).endswith(".gguf"):
-            return import_module("llamita.imports.cache").converted(Path(name))
-        raise InputError(f"{name}: expected a model directory, got a file")
-    if not str(name):
+    path = Path(name)
+    if os.path.exists(name):  # not Path.exists, which raises for a name that is too long
+        if not os.path.isdir(name) and form_of(path) is None:
+            raise InputError(f"{name}: expected a model directory, got a file")
+    elif not str(name):
         raise InputError(
             "model: expected a model directory, 'embedded' or a hub name like owner/model, got ''"
         )
-    if not is_hub_name(name):
+    elif not is_hub_name(name):
         raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
-    return import_module("llamita.hub").download(name)
+    else:
+        path = import_module("llamita.hub").download(name)
+    return path if form_of(path) is None else import_module("llamita.imports.cache").converted(path)
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -202,13 +201,12 @@ class Checkpoint:
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()
-        quantization = self.hf_config.get("quantization_config")
-        if self.hf_config["model_type"] == "llamita" or _is_packed_like_ours(quantization):
+        if self.hf_config["model_type"] == "llamita":
             raise InputError(
                 f"{path}: llamita.json: expected beside packed weights, found none; "
                 "try copying the directory again, whole, or its float source"
             )
-        if quantization is not None:
+        if self.hf_config.get("quantization_config") is not None:
             raise InputError(
                 f"{path}: config.json: quantization_config: expected a float model; try its source"
             )
@@ -276,17 +274,6 @@ class Checkpoint:
         """Unmap the files."""
         for file in self.files.values():
             file.close()
-
-
-def _is_packed_like_ours(quantization: object) -> bool:
-    """Whether it is compressed-tensors' layout of packed weights with rounded activations, as here."""
-    if not isinstance(quantization, dict) or quantization.get("format") != "pack-quantized":
-        return False
-    groups = quantization.get("config_groups")
-    return isinstance(groups, dict) and any(
-        isinstance(group, dict) and isinstance(group.get("input_activations"), dict)
-        for group in groups.values()
-    )
 
 
 def check_names(expected: set[str], found: set[str], hint: str) -> None:

@@ -35,6 +35,7 @@ from llamita.packed_writer import (
     write_shards,
 )
 from llamita.quantize import SMALL_FILES, Summary, quantize, source_names, source_record
+from llamita.scheme import GIVEN
 from llamita.staging import MERGED_MARK, check_space, check_target, staged
 from llamita.statistics import Interval, mean_interval
 from llamita.tensorfile import DTYPES
@@ -171,8 +172,10 @@ def merge_packed(
     check_targets(source, out, overwrite)
     setup = setup or Setup()
     merged = {"adaptor": source.record(), "base_method": source.base_method}
-    setup = replace(setup, settings=setup.settings | {"merged": merged})
-    return quantize(source, name, out, source.base_scheme, method, setup, overwrite, progress=progress)
+    setup, scheme = replace(setup, settings=setup.settings | {"merged": merged}), source.base_scheme
+    if scheme.scale_rule == GIVEN:  # by another tool; here scales are chosen anew
+        scheme = replace(scheme, scale_rule="search", scale_dtype="bfloat16")
+    return quantize(source, name, out, scheme, method, setup, overwrite, progress=progress)
 
 
 def written_text(source: MergedSource, progress: Progress = None) -> str:

@@ -13,6 +13,7 @@ from llamita.errors import InputError
 GROUP_SIZES = (32, 64, 128, 256)  # what XNNPACK, KleidiAI and torchao all take
 _LONGEST_NAME = 80  # characters of a module's name that a message shows
 SCALE_RULES = ("torchao", "search", "weighted")
+GIVEN = "given"  # in place of a rule: codes and scales are those of the tool that made them
 SCALE_DTYPES = ("float32", "bfloat16")
 FLOAT = "none"  # in place of a preset: the weights as they are
 
@@ -48,7 +49,8 @@ class QuantScheme:
         name: the preset, or "custom".
         group_size: consecutive inputs of one output channel that share a scale.
         scale_rule: how scales are chosen: "torchao" (largest weight / 7.5), "search" (least squared
-            error on the bf16 grid) or "weighted" (likewise, inputs weighted by their expected energy).
+            error on the bf16 grid), "weighted" (likewise, inputs weighted by their expected energy) or
+            "given" (taken over from another tool, with its codes).
         scale_dtype: "float32" or "bfloat16", the grid on which the scales lie and are stored.
         table_bits: 8 for embedding and head in int8 per channel, None to keep them in float.
         layers: what is stored in another way than this: full module name to a key of `KINDS`. Not to be
@@ -66,10 +68,10 @@ class QuantScheme:
         if not isinstance(self.name, str) or not self.name.isprintable():
             raise InputError(f"scheme: name: expected text, got {self.name!r}")
         _expect("group_size", self.group_size, GROUP_SIZES)
-        _expect("scale_rule", self.scale_rule, SCALE_RULES)
+        _expect("scale_rule", self.scale_rule, (*SCALE_RULES, GIVEN))
         _expect("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _expect("table_bits", self.table_bits, (8, None))
-        if self.scale_rule != "torchao" and self.scale_dtype != "bfloat16":
+        if self.scale_rule not in ("torchao", GIVEN) and self.scale_dtype != "bfloat16":
             raise InputError(
                 f"scale_dtype: expected bfloat16 with scales '{self.scale_rule}', got {self.scale_dtype}"
             )

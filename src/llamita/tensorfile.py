@@ -60,7 +60,7 @@ class TensorFile:
                 data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-        self.tensors = _read_header(data, size, path.name)
+        self.tensors, self.metadata = _read_header(data, size, path.name)
         self._map: mmap.mmap | None = data
 
     def read(self, name: str) -> np.ndarray:
@@ -84,7 +84,8 @@ class TensorFile:
         self._map = None
 
 
-def _read_header(data: mmap.mmap, size: int, where: str) -> dict[str, TensorInfo]:
+def _read_header(data: mmap.mmap, size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """The tensors by name, and what the file says of itself."""
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if length > LARGEST_JSON:
         raise InputError(f"{where}: header: expected at most {LARGEST_JSON} bytes, got {length}")
@@ -92,7 +93,7 @@ def _read_header(data: mmap.mmap, size: int, where: str) -> dict[str, TensorInfo
         raise InputError(f"{where}: header: expected {length} bytes, got a file of {size}; is it truncated?")
     begin = _LENGTH_BYTES + length
     header = parse_json(data[_LENGTH_BYTES:begin], f"{where}: header")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors = {name: _tensor_info(values, begin, f"{where}: {name!r}") for name, values in header.items()}
     position = begin
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -102,7 +103,7 @@ def _read_header(data: mmap.mmap, size: int, where: str) -> dict[str, TensorInfo
         position = info.stop
     if position != size:
         raise InputError(f"{where}: expected {position} bytes from its header, got {size}; is it truncated?")
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _tensor_info(values: Any, begin: int, where: str) -> TensorInfo:

@@ -1,6 +1,7 @@
-"""`llamita import`: a model in another tool's form in; a directory as Hugging Face has it out."""
+"""`llamita import`: a model in another tool's form in; a packed directory or a float checkpoint out."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,39 +11,67 @@ from llamita import __version__, console
 from llamita.checkpoint import Checkpoint
 from llamita.commands.options import Json, Out, Overwrite
 from llamita.errors import InputError
-from llamita.imports.forms import convert, files_of, is_foreign
+from llamita.imports.forms import convert, files_of
+from llamita.imports.takeover import Imported
 from llamita.packed_writer import write_json
+from llamita.peft_form import write_adaptor
 from llamita.staging import IMPORTED_MARK, check_target, staged
 
 _Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SRC", help="A directory with consolidated.*.pth and params.json, or a .gguf file."
+        metavar="SRC", help="A directory as Meta has it, or of compressed-tensors, GPTQ or torchao; a .gguf."
     ),
 ]
 
 
 def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json: Json = False) -> None:
-    """Convert Meta's own checkpoint, or a GGUF file.
+    """Convert another tool's model: Meta's own, GGUF, compressed-tensors, GPTQ, torchao.
 
-    Every command that takes SRC reads these, too, and keeps what it has converted.
+    Symmetric int4 weights are taken over as they are; all else becomes a float checkpoint. Every command
+    that takes a model reads these, too, and keeps what it has converted.
 
     Example: llamita import Llama3.2-1B-Instruct -o llama-1b
     """
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME")
-    if not is_foreign(source):
-        raise InputError(f"{source}: expected a directory with params.json and consolidated.*.pth, as Meta "
-                         "has them, and no config.json; or a .gguf")  # fmt: skip
     check_target(out, overwrite, source)
+    beside = out.with_name(f"{out.name}-adaptor")
     began = time.perf_counter()
     with console.progress(quiet=json) as progress, staged(out, overwrite, source) as directory:
-        convert(source, directory, progress)
-        files = {path.name: path.stat().st_size for path in files_of(source)}
-        write_json(directory / IMPORTED_MARK, {"llamita": __version__, "source": str(source), "files": files})
-        Checkpoint(directory).close()  # found to be whole
-    seconds = time.perf_counter() - began
+        imported = convert(source, directory, progress)
+        if imported.taken is None:
+            files = {path.name: path.stat().st_size for path in files_of(source)}
+            mark = {"llamita": __version__, "source": str(source), "files": files}
+            write_json(directory / IMPORTED_MARK, mark)
+            Checkpoint(directory).close()  # found to be whole
+        if imported.adaptor is not None:
+            with staged(beside, overwrite, source) as other:
+                write_adaptor(imported.adaptor, str(out), other)
+                write_json(other / IMPORTED_MARK, {"llamita": __version__, "source": str(source)})
+    seconds, taken = time.perf_counter() - began, imported.taken
     if json:
-        return console.print_json({"out": str(out), "seconds": seconds})
-    console.print_line(f"{out}: a float checkpoint, {seconds:,.0f} s")
-    console.note(f"try: llamita quantize {out} -o {out}-4bit")
+        told = None if taken is None else {**asdict(taken), "scheme": taken.scheme.to_dict()}
+        adaptor = None if imported.adaptor is None else str(beside)
+        return console.print_json({"out": str(out), "seconds": seconds, "taken": told, "adaptor": adaptor})
+    _print(out, beside, imported, seconds)
+
+
+def _print(out: Path, beside: Path, imported: Imported, seconds: float) -> None:
+    taken = imported.taken
+    what = "a float checkpoint" if taken is None else "packed, codes and scales as they are"
+    console.print_line(f"{out}: {what}, {seconds:,.0f} s")
+    console.note(imported.note)
+    if taken is None:
+        return console.note(f"try: llamita quantize {out} -o {out}-4bit")
+    if taken.changed:
+        console.note(f"{taken.changed:,} groups of zeros, or turned for a positive scale: the same weights")
+    if taken.float_layers:
+        name, why = next(iter(taken.float_layers.items()))
+        console.note(f"in float: {len(taken.float_layers)} matrices, such as {name}: {why}")
+    if taken.activations:
+        console.note(f"made for {taken.activations}; here int8 per token: measure it (llamita evaluate)")
+    if imported.adaptor is not None:
+        console.print_line(f"{beside}: its adaptors, without which it is not the model that was trained")
+    adaptor = f" --adaptor {beside}" if imported.adaptor is not None else ""
+    return console.note(f"try: llamita generate {out}{adaptor} --prompt TEXT")

@@ -20,9 +20,9 @@ from llamita.config import ModelConfig
 from llamita.engine.lineage import changed_channels, is_trained_beside
 from llamita.errors import InputError
 from llamita.files import has, member, read_json
+from llamita.peft_form import CONFIG, WEIGHTS
 from llamita.tensorfile import TensorFile
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The engine's linear layers, and those of a checkpoint that each is made of, in the order of its outputs.
 FUSED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -3,39 +3,42 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from llamita import foreign
 from llamita.errors import InputError
 from llamita.files import has, member
+from llamita.imports.takeover import Imported
 from llamita.optional import load_optional
 
 Progress = Callable[[str, int, int], None] | None
-META, GGUF = "llamita.imports.meta:convert", "llamita.imports.gguf:convert"
+# convert(source, directory, progress) -> Imported
+_CONVERTERS = {
+    foreign.META: "llamita.imports.meta:convert",
+    foreign.GGUF: "llamita.imports.gguf:convert",
+    foreign.COMPRESSED_TENSORS: "llamita.imports.compressed_tensors:convert",
+    foreign.GPTQ: "llamita.imports.gptq:convert",
+    foreign.TORCHAO: "llamita.imports.torchao:convert",
+}
 _LACKING = (
     "{source}: Meta's checkpoints need the package {{package}} to be read, which is missing; try pip install "
     "'llamita[torch]' (in a checkout '.[torch]')"
 )
 
 
-def is_foreign(source: Path) -> bool:
-    """Whether this is a GGUF file, or a directory with a model as Meta has them, and none of ours."""
-    if source.suffix == ".gguf":
-        return source.is_file()
-    return source.is_dir() and has(source, "params.json") and not has(source, "config.json")
-
-
 def files_of(source: Path) -> list[Path]:
-    """The files that decide what a model of another form is."""
+    """The files that decide what a model of another form is; Meta's parts come first, in order."""
     if source.is_file():
         return [source]
-    names = [
-        *sorted(path.name for path in source.glob("consolidated.*.pth")),
-        "params.json",
-        "tokenizer.model",
-    ]
+    if has(source, "params.json") and not has(source, "config.json"):
+        tokenizer = "tokenizer.model" if has(source, "tokenizer.model") else "tokenizer.json"
+        weights = sorted(path.name for path in source.glob("consolidated.*.pth"))
+        names = [*weights, "params.json", tokenizer]
+    else:
+        names = ["config.json", *sorted(path.name for path in source.glob("*.safetensors"))]
     return [member(source, name) for name in names]
 
 
-def convert(source: Path, directory: Path, progress: Progress = None) -> None:
-    """Write a model of another form in Hugging Face's.
+def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
+    """Write a model of another form in ours: packed where its codes can be kept, else as Hugging Face has it.
 
     Args:
         directory: exists, empty.
@@ -44,11 +47,27 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> None:
         InputError: no such form, or it is damaged.
         RunError: what reads it is not installed, or a file cannot be read.
     """
-    if source.suffix == ".gguf" and source.is_file():
-        load_optional(GGUF, "{package}")(source, directory, progress)
-        return
-    if not is_foreign(source) or not list(source.glob("consolidated.*.pth")):
+    form = foreign.form_of(source)
+    if form is None:
+        raise InputError(f"{source}: {_expected(source)}")
+    if form == foreign.META and not list(source.glob("consolidated.*.pth")):
         raise InputError(
             f"{source}: expected consolidated.*.pth beside params.json, as Meta has them, found none"
         )
-    load_optional(META, _LACKING.format(source=source))(source, directory, progress)
+    return load_optional(_CONVERTERS[form], _LACKING.format(source=source))(source, directory, progress)
+
+
+def _expected(source: Path) -> str:
+    """What can be imported, and what is there instead."""
+    if has(source, "llamita.json"):
+        return "expected another tool's model, got a packed directory, which every command takes as it is"
+    method = foreign.quantization_of(source).get("quant_method") if source.is_dir() else None
+    if method is not None:
+        known = ", ".join((foreign.COMPRESSED_TENSORS, foreign.GPTQ, foreign.TORCHAO))
+        return f"config.json: quant_method: expected {known}, got {str(method)[:40]!r}; try its float source"
+    if has(source, "config.json"):
+        return "expected another tool's model, got a float checkpoint; try llamita quantize"
+    return (
+        "expected Meta's consolidated.*.pth with params.json, a .gguf, or a checkpoint of "
+        "compressed-tensors, GPTQ or torchao"
+    )

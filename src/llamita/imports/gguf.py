@@ -1,7 +1,7 @@
-"""A GGUF file of a Llama as a float checkpoint: F32, F16 and BF16 as they are, Q4_0 and Q8_0 multiplied out.
+"""A GGUF file of a Llama: its codes taken over, or a float checkpoint, Q4_0 and Q8_0 multiplied out.
 
 llama.cpp's own Q4_0 has scales of either sign, which no other runtime here takes; float32 has every product
-of a code and a scale exactly.
+of a code and a scale exactly. F32, F16 and BF16 stay as they are.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,22 @@ from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.gguf_blocks import floats_of
 from llamita.gguf_file import GgufFile
+from llamita.imports.gguf_codes import STORED, GgufCodes
+from llamita.imports.takeover import Imported, take_over
 from llamita.imports.tokenizers import WORDS, byte_level, with_scores, write_tokenizer
 from llamita.meta_form import gguf_name, hf_order, rope_factors
 from llamita.packed_writer import plan_shards, write_bytes, write_json, write_shards
 
-_FLOATS = ("F32", "F16", "BF16")
+_SIGNED = (
+    "its int4 scales have either sign, as llama.cpp makes them, which no other runtime takes: multiplied out"
+)
 _CONTROL = (3, 4)  # kinds of tokens: control, and the user's own
 _SPLITS = {"gpt-2": None, "llama-bpe": WORDS, "llama3": WORDS, "llama-v3": WORDS}
 Progress = Callable[[str, int, int], None] | None
 
 
-def convert(source: Path, directory: Path, progress: Progress = None) -> None:
-    """Write a float checkpoint in Hugging Face's form.
+def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
+    """Write a packed directory where the file's int4 codes can be kept, else a float checkpoint.
 
     Args:
         directory: exists, empty.
@@ -40,12 +44,17 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> None:
         values = hf_config(file)
         config = ModelConfig.from_hf(values)
         _check_rope(file, config)
+        _check_tensors(file, config)
         _write_tokenizer(file, directory)
-        _write_weights(file, config, directory, progress)
-        write_json(directory / "config.json", values)
         template = file.values.get("tokenizer.chat_template")
         if isinstance(template, str):
             write_bytes(directory / "chat_template.jinja", template.encode())
+        coded = GgufCodes(file, values)
+        if coded.can_be_kept():
+            return Imported(take_over(coded, directory, progress))
+        _write_weights(file, config, directory, progress)
+        write_json(directory / "config.json", values)
+        return Imported(note=_SIGNED if coded.is_int4() else None)
     finally:
         file.close()
 
@@ -110,7 +119,8 @@ def _check_rope(file: GgufFile, config: ModelConfig) -> None:
             )
 
 
-def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progress: Progress) -> None:
+def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
+    """See that the file has a Llama's tensors, and nothing else."""
     tensors = expected_tensors(config)
     for tensor, shape in tensors.items():
         found = file.tensors.get(gguf_name(tensor))
@@ -121,7 +131,11 @@ def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progres
     for name in file.tensors:
         if name not in known:
             raise InputError(f"{file.path.name}: {name[:80]!r}: expected a Llama's tensors alone")
-    kinds = {t: kind if (kind := file.tensors[gguf_name(t)].kind) in _FLOATS else "F32" for t in tensors}
+
+
+def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progress: Progress) -> None:
+    tensors = expected_tensors(config)
+    kinds = {t: kind if (kind := file.tensors[gguf_name(t)].kind) in STORED else "F32" for t in tensors}
     order = sorted(tensors, key=lambda t: kinds[t] != "F32")  # each at a multiple of its size
     shards = plan_shards({t: {t: (kinds[t], tensors[t])} for t in order})
     write_shards(directory, shards, lambda t: [_read(file, t, tensors[t], kinds[t], config)], progress)
@@ -130,10 +144,8 @@ def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progres
 def _read(file: GgufFile, tensor: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> np.ndarray:
     """A tensor as it is stored, with its rows in transformers' order."""
     stored, data = file.tensors[gguf_name(tensor)].kind, file.read(gguf_name(tensor))
-    if stored == kind:
-        values = data.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[kind]).reshape(shape)
-    else:
-        values = floats_of(stored, data)
+    is_same = stored == kind
+    values = data.view(STORED[kind]).reshape(shape) if is_same else floats_of(stored, data)
     order = hf_order(tensor, config)
     return values if order is None else values[order]
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from llamita.checkpoint import expected_tensors
 from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
-from llamita.files import has, member, read_json
+from llamita.files import read_json
+from llamita.imports import meta_quantized
+from llamita.imports.forms import files_of
+from llamita.imports.takeover import Imported, take_over
 from llamita.imports.tokenizers import Converted, convert_tokenizer
 from llamita.meta_form import hf_order, meta_name
 from llamita.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
@@ -38,29 +41,37 @@ _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_o
 Progress = Callable[[str, int, int], None] | None
 
 
-def files_of(directory: Path) -> list[Path]:
-    """The parts of a checkpoint, in order; none where it is not Meta's."""
-    names = sorted(path.name for path in directory.glob("consolidated.*.pth"))
-    return [member(directory, name) for name in names] if has(directory, PARAMS) else []
-
-
-def convert(source: Path, directory: Path, progress: Progress = None) -> None:
-    """Write a float checkpoint in Hugging Face's form.
+def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
+    """Write a float checkpoint in Hugging Face's form, or a packed directory of a quantized release.
 
     Args:
         directory: exists, empty.
 
     Raises:
-        InputError: a file is damaged, a tensor is missing or of another shape, or weights are quantized.
+        InputError: a file is damaged, a tensor is missing or of another shape.
         RunError: a file cannot be read.
     """
-    params, parts = read_json(source, PARAMS), [_load(path) for path in files_of(source)]
-    if any(name.endswith(".scales") for name in parts[0]):
-        raise InputError(f"{source}: expected float weights, got quantized ones, which are not read yet; try "
-                         "the release in BF16")  # fmt: skip
-    _check_names(params, parts)
+    files = files_of(source)
+    parts = [_load(path) for path in files if path.suffix == ".pth"]
+    params, is_quantized = read_json(source, PARAMS), any(n.endswith(".scales") for n in parts[0])
+    _check_names(params, parts, (*_PARAMS, *(meta_quantized.KEYS if is_quantized else ())))
     tokenizer = convert_tokenizer(source, directory)
     values = hf_config(params, parts, tokenizer)
+    _copy_companions(source, directory)
+    if not is_quantized:
+        _write_floats(parts, values, directory, progress)
+        return Imported()
+    if len(parts) > 1:
+        raise InputError(f"{source}: expected a quantized release in one file, got {len(parts)}")
+    model = meta_quantized.MetaQuantized(source, files, params, values, parts[0])
+    adaptor = model.adaptor()
+    return Imported(take_over(model, directory, progress), adaptor)
+
+
+def _write_floats(
+    parts: list[dict[str, Tensor]], values: dict[str, Any], directory: Path, progress: Progress
+) -> None:
+    """Weights and config.json of a float checkpoint."""
     config = ModelConfig.from_hf(values)
     tensors = expected_tensors(config)
     names = {tensor: meta_name(tensor) for tensor in tensors}
@@ -76,6 +87,10 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> None:
 
     write_shards(directory, shards, pieces, progress)
     write_json(directory / "config.json", values)
+
+
+def _copy_companions(source: Path, directory: Path) -> None:
+    """Licence and the like; the tokenizer was converted."""
     made = {path.name for path in directory.iterdir()}
     companions = {old: new for old, new in find_companions(source).items() if new not in made}
     companions.pop("tokenizer.model", None)
@@ -95,13 +110,15 @@ def hf_config(params: dict[str, Any], parts: list[dict[str, Tensor]], tokenizer:
         and torch.equal(part["output.weight"], part["tok_embeddings.weight"]) for part in parts
     )  # fmt: skip
     scaled = bool(params.get("use_scaled_rope"))
+    told = params.get("vocab_size")  # -1 in Llama 2's: as many as the tokenizer has
+    vocabulary = told if type(told) is int and told > 0 else tokenizer.tokens
     context = params.get("max_seq_len") or (131072 if scaled else 8192 if tokenizer.is_llama3 else 4096)
     values: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": params["dim"], "intermediate_size": inner, "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
-        "rms_norm_eps": params.get("norm_eps", 1e-5), "vocab_size": tokenizer.tokens,
+        "rms_norm_eps": params.get("norm_eps", 1e-5), "vocab_size": vocabulary,
         "tie_word_embeddings": tied, "max_position_embeddings": context,
         "rope_theta": params.get("rope_theta", 10000.0), "bos_token_id": tokenizer.bos,
         "eos_token_id": list(tokenizer.ends), "dtype": _NAMES[first["norm.weight"].dtype],
@@ -114,11 +131,11 @@ def hf_config(params: dict[str, Any], parts: list[dict[str, Tensor]], tokenizer:
     return values
 
 
-def _check_names(params: dict[str, Any], parts: list[dict[str, Tensor]]) -> None:
+def _check_names(params: dict[str, Any], parts: list[dict[str, Tensor]], known: tuple[str, ...]) -> None:
     """See that nothing is there that would change the model and is not known here."""
     for name in params:
-        if name not in _PARAMS:
-            raise InputError(f"{PARAMS}: {name[:40]}: expected Llama's keys ({', '.join(_PARAMS)})")
+        if name not in known:
+            raise InputError(f"{PARAMS}: {name[:40]}: expected Llama's keys ({', '.join(known)})")
     for name in ("dim", "n_layers", "n_heads"):
         if type(params.get(name)) is not int or params[name] < 1:
             raise InputError(f"{PARAMS}: {name}: expected a whole number, got {params.get(name)!r}")

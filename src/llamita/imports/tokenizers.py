@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llamita.errors import InputError
-from llamita.files import read_bytes
+from llamita.files import has, read_bytes, read_json
 
 FILE = "tokenizer.model"
 _LARGEST = 32 << 20  # bytes of a tokenizer.model; Llama 3's has 2.2 MB
@@ -52,9 +52,13 @@ class Converted:
 def convert_tokenizer(source: Path, directory: Path) -> Converted:
     """Write tokenizer.json and its settings from the tokenizer.model of a directory.
 
+    Where there is none but a tokenizer.json, as in what `export --to meta` writes, that travels as it is.
+
     Raises:
         InputError: the file is missing, too large, or of neither kind.
     """
+    if not has(source, FILE) and has(source, "tokenizer.json"):
+        return _from_json(source)
     data = read_bytes(source, FILE, _LARGEST)
     is_llama3 = data[:1] != b"\n"  # the first field of SentencePiece's message
     if not is_llama3:
@@ -65,6 +69,21 @@ def convert_tokenizer(source: Path, directory: Path) -> Converted:
     ends = (_END, "<|eom_id|>", _TURN) if is_llama3 else ("</s>",)
     first, *last = (tokenizer.token_to_id(name) or 0 for name in (settings["bos_token"], *ends))
     return Converted(tokenizer.get_vocab_size(), first, tuple(last), is_llama3)
+
+
+def _from_json(source: Path) -> Converted:
+    """What tokenizer.json and its settings say."""
+    settings = read_json(source, "tokenizer_config.json")
+    try:
+        tokenizer = Tokenizer.from_buffer(read_bytes(source, "tokenizer.json"))
+    except Exception as error:  # the library has no class of its own for it
+        raise InputError(f"tokenizer.json: expected a tokenizer, got {str(error)[:80]}") from None
+    tokens = [settings.get("bos_token"), settings.get("eos_token")]
+    names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    bos, eos = (tokenizer.token_to_id(name) if isinstance(name, str) else None for name in names)
+    if bos is None or eos is None:
+        raise InputError(f"tokenizer_config.json: expected two tokens, bos and eos, got {names}")
+    return Converted(tokenizer.get_vocab_size(), bos, (eos,), tokenizer.token_to_id(_BOS) is not None)
 
 
 def write_tokenizer(tokenizer: Tokenizer, settings: dict[str, Any], directory: Path) -> None:

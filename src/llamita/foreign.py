@@ -1,0 +1,37 @@
+"""Which form of another tool a model on disk has, by the names of its files and what config.json says."""
+
+from pathlib import Path
+from typing import Any
+
+from llamita.errors import LlamitaError
+from llamita.files import has, read_json
+
+META, GGUF = "meta", "gguf"
+COMPRESSED_TENSORS, GPTQ, TORCHAO = "compressed-tensors", "gptq", "torchao"
+_METHODS = (COMPRESSED_TENSORS, GPTQ, TORCHAO)  # of quantization_config in config.json
+_OURS = ("llamita.json", "llamita_training.json")
+
+
+def form_of(source: Path) -> str | None:
+    """The form of a model that is converted before use; None for ours, float checkpoints, anything else."""
+    if source.suffix == ".gguf" and source.is_file():
+        return GGUF
+    if not source.is_dir() or any(has(source, name) for name in _OURS):
+        return None
+    if not has(source, "config.json"):
+        return META if has(source, "params.json") else None
+    method = quantization_of(source).get("quant_method")
+    return method if isinstance(method, str) and method in _METHODS else None
+
+
+def quantization_of(source: Path) -> dict[str, Any]:
+    """How config.json says that weights are quantized; empty where it says nothing, or cannot be read.
+
+    What another program writes in the model's own type is left to the reader of packed directories.
+    """
+    try:
+        values = read_json(source, "config.json")
+    except LlamitaError:  # told by what opens it next
+        return {}
+    found = values.get("quantization_config")
+    return found if isinstance(found, dict) and values.get("model_type") != "llamita" else {}

@@ -1,0 +1,118 @@
+"""compressed-tensors with symmetric int4 weights, W4A16 and W4A8, as llm-compressor and others write them.
+
+Layouts: `pack-quantized`, words as in our own packed directory; `int-quantized`, a byte a code. A channel has
+one scale, or each of its groups has.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.affine import to_f32
+from llamita.errors import InputError
+from llamita.imports.codes import Coded
+from llamita.imports.modules import ModuleFiles, Progress, take_over_modules
+from llamita.imports.takeover import Imported
+from llamita.packed import EMBEDDING
+from llamita.packing import CODES_PER_WORD, unpack_int4
+
+_WHERE = "config.json: quantization_config"
+_FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
+_FLOATS = ("BF16", "F16", "F32")
+_KNOWN = {"weight", "weight_packed", "weight_scale", "weight_shape", "bias"}
+_WEIGHTS: dict[str, tuple[Any, ...]] = {"type": ("int",), "symmetric": (True,), "dynamic": (False, None),
+                                        "num_bits": (4, 8), "strategy": ("group", "channel")}  # fmt: skip
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {"type": ("int",), "num_bits": (8,), "dynamic": (True,),
+                                            "strategy": ("token",)}  # fmt: skip
+
+
+def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
+    """Write a packed directory; see `forms.convert`."""
+    return take_over_modules(CompressedTensors(source), directory, progress)
+
+
+class CompressedTensors(ModuleFiles):
+    """Such a checkpoint; satisfies `takeover.CodedModel`.
+
+    Raises:
+        InputError: asymmetric weights, another order of inputs, activations that are rounded otherwise, or
+            see `ModuleFiles`.
+    """
+
+    form = "compressed-tensors"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        settings = self.quantization
+        if settings.get("format") not in _FORMATS:
+            raise _unknown("format", settings.get("format"), _FORMATS)
+        if (
+            settings.get("sparsity_config")
+            or settings.get("kv_cache_scheme")
+            or settings.get("transform_config")
+        ):
+            raise InputError(f"{_WHERE}: expected weights alone, got sparsity, cache or transforms")
+        groups = settings.get("config_groups")
+        if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+            raise InputError(f"{_WHERE}: config_groups: expected groups by name")
+        self._rounding = [_check(group) for group in groups.values()]
+
+    def activations(self) -> str | None:
+        """See `takeover.CodedModel`."""
+        if not any(self._rounding):
+            return "float activations"
+        return "symmetric int8 activations" if "symmetric" in self._rounding else None
+
+    def coded(self, name: str) -> Coded:
+        """See `takeover.CodedModel`."""
+        parts = self.parts(name, _KNOWN)
+        if "bias" in parts:
+            raise InputError(f"{name}.bias: unexpected for the architecture in config.json")
+        scales = to_f32(self.part(name, "weight_scale", _FLOATS))
+        scales = scales.reshape(len(scales), -1) if scales.ndim else scales.reshape(1, 1)
+        if "weight_packed" not in parts:
+            codes = self.part(name, "weight", ("I8",))
+            return Coded(codes, scales, _bits(name, codes))
+        words, shape = (
+            self.part(name, "weight_packed", ("I32",)),
+            self.part(name, "weight_shape", ("I64", "I32")),
+        )
+        held = (words.shape[0], words.shape[1] * CODES_PER_WORD) if words.ndim == 2 else None
+        if shape.shape != (2,) or held != (int(shape[0]), int(shape[1])):
+            raise InputError(
+                f"{name}.weight_packed: expected int4 words of {list(shape.ravel())}, got {words.shape}"
+            )
+        return Coded(unpack_int4(words), scales, 4)
+
+
+def _bits(name: str, codes: np.ndarray) -> int:
+    """How many bits a byte's codes need; tables stay what they are."""
+    is_small = name != EMBEDDING and codes.size and codes.min() >= -8 and codes.max() <= 7
+    return 4 if is_small else 8
+
+
+def _check(group: dict[str, Any]) -> str | None:
+    """How a group of layers has its activations rounded: "asymmetric", "symmetric" or not at all."""
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if group.get("output_activations") or not isinstance(weights, dict):
+        raise InputError(f"{_WHERE}: expected weights and their inputs quantized, got others")
+    for key, known in _WEIGHTS.items():
+        if weights.get(key) not in known:
+            raise _unknown(f"weights: {key}", weights.get(key), known)
+    if weights.get("actorder") not in (None, False, "static", "weight"):
+        raise InputError(f"{_WHERE}: actorder: expected inputs in their own order, got "
+                         f"{str(weights['actorder'])[:40]!r}; try a checkpoint without")  # fmt: skip
+    if activations is None:
+        return None
+    if not isinstance(activations, dict):
+        raise InputError(f"{_WHERE}: input_activations: expected settings")
+    for key, known in _ACTIVATIONS.items():
+        if activations.get(key) not in known:
+            raise _unknown(f"input_activations: {key}", activations.get(key), known)
+    return "symmetric" if activations.get("symmetric", True) else "asymmetric"
+
+
+def _unknown(key: str, value: object, known: tuple[Any, ...]) -> InputError:
+    return InputError(f"{_WHERE}: {key}: expected {' or '.join(map(str, known))}, got "
+                      f"{str(value)[:40]!r}")  # fmt: skip

@@ -1,0 +1,79 @@
+"""GPTQ's checkpoints (AutoGPTQ, GPTQModel) with symmetric int4 weights and inputs in their own order.
+
+`qweight` int32 (inputs / 8, outputs) has eight inputs to a word, lowest bits first, as code + 8; `scales`
+(groups, outputs); `qzeros` (groups, outputs / 8) the zero point, 8, which format 1 stores less one; `g_idx`
+(inputs,) the group of each input.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from llamita.affine import to_f32
+from llamita.errors import InputError
+from llamita.imports.codes import Coded
+from llamita.imports.modules import ModuleFiles, Progress, take_over_modules
+from llamita.imports.takeover import Imported
+from llamita.packing import CODES_PER_WORD, unpack_int4
+
+_FLOATS = ("F16", "BF16", "F32")
+_KNOWN = {"qweight", "qzeros", "scales", "g_idx", "bias"}
+_STORED_ZERO = {"gptq": 7, "gptq_v2": 8}  # by checkpoint_format
+_ACT_ORDER = "without desc_act (--no-act-order), or the float model"
+
+
+def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
+    """Write a packed directory; see `forms.convert`."""
+    return take_over_modules(Gptq(source), directory, progress)
+
+
+class Gptq(ModuleFiles):
+    """Such a checkpoint; satisfies `takeover.CodedModel`.
+
+    Raises:
+        InputError: other bits, asymmetric weights, another order of inputs, or see `ModuleFiles`.
+    """
+
+    form = "GPTQ"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        settings = self.quantization
+        for key, expected in (("bits", 4), ("sym", True)):
+            if settings.get(key) != expected:
+                raise InputError(f"config.json: quantization_config: {key}: expected {expected}, got "
+                                 f"{str(settings.get(key))[:40]!r}; try the float model")  # fmt: skip
+        found = settings.get("checkpoint_format", "gptq")
+        if not isinstance(found, str) or found not in _STORED_ZERO:
+            raise InputError("config.json: quantization_config: checkpoint_format: expected "
+                             f"{' or '.join(_STORED_ZERO)}, got {str(found)[:40]!r}")  # fmt: skip
+        self._zero = _STORED_ZERO[found]
+
+    def activations(self) -> str | None:
+        """See `takeover.CodedModel`."""
+        return "float activations"
+
+    def coded(self, name: str) -> Coded:
+        """See `takeover.CodedModel`."""
+        parts = self.parts(name, _KNOWN)
+        if "bias" in parts and np.any(self.part(name, "bias", _FLOATS)):  # some tools write zeros
+            raise InputError(f"{name}.bias: expected none by config.json, got one that is not zero")
+        words, scales = self.part(name, "qweight", ("I32",)), to_f32(self.part(name, "scales", _FLOATS))
+        if words.ndim != 2 or scales.ndim != 2 or not len(scales):
+            raise InputError(
+                f"{name}: expected matrices, got qweight {words.shape} and scales {scales.shape}"
+            )
+        columns, groups = len(words) * CODES_PER_WORD, len(scales)
+        if columns % groups:
+            raise InputError(f"{name}: expected groups of one size among {columns} inputs, got {groups}")
+        if "g_idx" in parts:
+            order = self.part(name, "g_idx", ("I32", "I64"))
+            if not np.array_equal(order, np.arange(columns) // (columns // groups)):
+                raise InputError(f"{name}.g_idx: expected inputs in their own order, got them by activation; "
+                                 f"try a checkpoint {_ACT_ORDER}")  # fmt: skip
+        zeros = self.part(name, "qzeros", ("I32",))
+        if zeros.ndim != 2 or np.any(unpack_int4(zeros) + 8 != self._zero):
+            raise InputError(
+                f"{name}.qzeros: expected the zero point of symmetric weights throughout, got others"
+            )
+        return Coded(unpack_int4(np.ascontiguousarray(words.T)), np.ascontiguousarray(scales.T), 4)

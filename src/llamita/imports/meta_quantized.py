@@ -1,0 +1,141 @@
+"""Meta's quantized releases of Llama 3.2, SpinQuant and QLoRA: codes, scales and adaptors by our names.
+
+Codes are int8 with `scales` beside them: (outputs, groups) of linear layers, a number a row of embedding and
+head. SpinQuant's have R1 and R2 in the weights and want R4, a Hadamard transform of `w2`'s input.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita.affine import to_f32
+from llamita.checkpoint import linear_names, table_names
+from llamita.config import ModelConfig
+from llamita.errors import InputError
+from llamita.hadamard import factor
+from llamita.imports.codes import Coded
+from llamita.meta_form import hf_order, meta_name
+from llamita.packed import EMBEDDING, HEAD
+from llamita.peft_form import LowRankPairs
+from llamita.rotations import Rotations
+
+SCHEME = "int4_weight_int8_dynamic_activation"
+KEYS = ("quantization_args", "lora_args")  # of params.json, beside those of every release
+_BITS = {torch.bfloat16: (torch.int16, np.uint16), torch.float16: (torch.int16, np.float16),
+         torch.float32: (torch.int32, np.float32)}  # fmt: skip
+
+
+class MetaQuantized:
+    """Such a release; satisfies `takeover.CodedModel`.
+
+    Args:
+        files: that decide what it is.
+        hf_config: as `meta.hf_config` makes it.
+        state: tensors by Meta's names.
+
+    Raises:
+        InputError: another scheme, a tensor that is not known, or a rotation of another size.
+    """
+
+    form = "Meta's quantized release"
+
+    def __init__(
+        self, path: Path, files: list[Path], params: dict[str, Any], hf_config: dict[str, Any],
+        state: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.path, self.files, self._state, self._params = path, files, state, params
+        self.hf_config = {**hf_config, "tie_word_embeddings": "output.weight" not in state}
+        self.config = ModelConfig.from_hf(self.hf_config)
+        arguments = params.get("quantization_args")
+        if not isinstance(arguments, dict) or arguments.get("scheme") != SCHEME:
+            raise InputError(f"params.json: quantization_args: expected the scheme {SCHEME}, got "
+                             f"{str(arguments)[:80]}")  # fmt: skip
+        self.rotations = Rotations()
+        if arguments.get("spinquant"):
+            size = self.config.intermediate_size
+            if factor(size)[0] > 1:
+                raise InputError(f"params.json: spinquant: expected w2's inputs a power of two, got {size}")
+            self.rotations = Rotations(("R4",), size)
+        known = {"weight", "scales", "zeros", "adaptor.A.weight", "adaptor.B.weight"}
+        matrices = {*table_names(self.config), *linear_names(self.config)}
+        expected = {
+            f"{meta_name(f'{name}.weight').removesuffix('weight')}{part}"
+            for name in matrices
+            for part in known
+        }
+        strange = sorted(
+            n for n in state if n not in expected and not n.endswith("norm.weight") and n != "rope.freqs"
+        )
+        if strange:
+            raise InputError(f"consolidated.00.pth: {strange[0][:80]!r}: expected a Llama's tensors alone")
+
+    def activations(self) -> str | None:
+        """See `takeover.CodedModel`."""
+        return None
+
+    def matrix(self, name: str) -> Coded | np.ndarray:
+        """See `takeover.CodedModel`."""
+        base = meta_name(f"{name}.weight").removesuffix("weight")
+        codes, order = self._tensor(f"{base}weight"), hf_order(f"{name}.weight", self.config)
+        if codes.dtype != torch.int8:
+            values = _bits(codes, f"{base}weight")
+            return values if order is None else values[order]
+        scales = to_f32(_bits(self._tensor(f"{base}scales"), f"{base}scales"))
+        if f"{base}zeros" in self._state and bool(self._state[f"{base}zeros"].any()):
+            raise InputError(f"{base}zeros: expected symmetric weights, got zero points")
+        if codes.ndim != 2 or len(scales) != len(codes):
+            raise InputError(
+                f"{base}weight: expected a matrix with scales for its rows, got {tuple(codes.shape)}"
+            )
+        values, scales = codes.numpy(), scales.reshape(len(scales), -1)
+        if order is not None and len(order) == len(values):
+            values, scales = values[order], scales[order]
+        return Coded(values, scales, 8 if name in (EMBEDDING, HEAD) else 4)
+
+    def vector(self, name: str) -> np.ndarray:
+        """See `takeover.CodedModel`."""
+        return _bits(self._tensor(meta_name(name)), name)
+
+    def adaptor(self) -> LowRankPairs | None:
+        """Its adaptors, with rows in our order; None where it has none.
+
+        Raises:
+            InputError: a rank or shape that does not fit, or no scale.
+        """
+        names = [n for n in linear_names(self.config) if f"{self._adaptor(n)}A.weight" in self._state]
+        if not names:
+            return None
+        arguments = self._params.get("lora_args")
+        scale = arguments.get("scale") if isinstance(arguments, dict) else None
+        rank = arguments.get("rank") if isinstance(arguments, dict) else None
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or type(rank) is not int:
+            raise InputError(f"params.json: lora_args: expected rank and scale, got {str(arguments)[:80]}")
+        return LowRankPairs({name: self._pair(name, rank) for name in names}, rank, float(scale))
+
+    def _adaptor(self, name: str) -> str:
+        return meta_name(f"{name}.weight").removesuffix("weight") + "adaptor."
+
+    def _pair(self, name: str, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        down, up = (_bits(self._tensor(f"{self._adaptor(name)}{part}.weight"), name) for part in "AB")
+        rows, columns = linear_names(self.config)[name]
+        if down.shape != (rank, columns) or up.shape != (rows, rank):
+            raise InputError(f"{self._adaptor(name)}A: expected {(rank, columns)} and {(rows, rank)}, got "
+                             f"{down.shape} and {up.shape}")  # fmt: skip
+        order = hf_order(f"{name}.weight", self.config)
+        return down, up if order is None else up[order]
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._state:
+            raise InputError(f"consolidated.00.pth: expected {name}, found none")
+        return self._state[name]
+
+
+def _bits(tensor: Tensor, name: str) -> np.ndarray:
+    """A tensor of floats as NumPy has them; bf16 as its bits."""
+    if tensor.dtype not in _BITS:
+        raise InputError(f"{name}: expected floats, got {tensor.dtype}")
+    view, dtype = _BITS[tensor.dtype]
+    return tensor.contiguous().view(view).numpy().view(dtype)

@@ -1,0 +1,84 @@
+"""torchao's `IntxUnpackedToInt8Tensor` in safetensors, as transformers saves 8da4w models.
+
+`weight` becomes three tensors: `_weight_qdata` int8, a byte for each code; `_weight_scale` and
+`_weight_zero_point` (rows, groups), zeros; what they mean stands in the file's own notes under the weight's
+name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.affine import to_f32
+from llamita.errors import InputError
+from llamita.files import parse_json
+from llamita.imports.codes import Coded
+from llamita.imports.modules import ModuleFiles, Progress, take_over_modules
+from llamita.imports.takeover import Imported
+from llamita.packed import EMBEDDING
+
+_TYPE = "IntxUnpackedToInt8Tensor"
+_KNOWN = {"_weight_qdata", "_weight_scale", "_weight_zero_point"}
+_BITS = {"int4": 4, "int8": 8}
+_PER_TOKEN = "int8_asym_per_token"
+
+
+def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
+    """Write a packed directory; see `forms.convert`."""
+    return take_over_modules(Torchao(source), directory, progress)
+
+
+class Torchao(ModuleFiles):
+    """Such a checkpoint; satisfies `takeover.CodedModel`.
+
+    Raises:
+        InputError: another tensor of torchao's, zero points, or see `ModuleFiles`.
+    """
+
+    form = "torchao"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._dynamic: dict[str, bool] = {}
+
+    def activations(self) -> str | None:
+        """See `takeover.CodedModel`; known once matrices were looked at."""
+        return None if all(self._dynamic.values()) else "float activations"
+
+    def coded(self, name: str) -> Coded:
+        """See `takeover.CodedModel`."""
+        self.parts(name, _KNOWN)
+        notes = self._notes(name)
+        bits = _BITS.get(str(notes.get("target_dtype", {}).get("_data")))
+        how = notes.get("activation_quantization")
+        if bits is None or how not in (None, _PER_TOKEN):
+            raise InputError(f"{name}: expected int4 or int8 codes, activations {_PER_TOKEN}, got "
+                             f"{str(notes)[:120]}")  # fmt: skip
+        if name != EMBEDDING:  # no activation meets it
+            self._dynamic[name] = how is not None
+        codes = self.part(name, "_weight_qdata", ("I8",))
+        scales = to_f32(self.part(name, "_weight_scale", ("F32", "BF16", "F16")))
+        if np.any(self.part(name, "_weight_zero_point", ("I8", "I32", "F32"))):
+            raise InputError(f"{name}: expected symmetric weights, got zero points")
+        scales = scales.reshape(len(scales), -1) if scales.ndim else scales.reshape(1, 1)
+        if notes.get("block_size") != [1, codes.shape[-1] // max(1, scales.shape[1])]:
+            raise InputError(
+                f"{name}: block_size: expected [1, inputs of a scale], got {notes.get('block_size')}"
+            )
+        return Coded(codes, scales, bits)
+
+    def _notes(self, name: str) -> dict[str, Any]:
+        """What the file says of a weight."""
+        text = self.metadata(f"{name}.weight")
+        found = (
+            parse_json(text.encode(errors="replace"), f"{name}: torchao's notes")
+            if isinstance(text, str)
+            else {}
+        )
+        notes = found.get("_data")
+        if found.get("_type") != _TYPE or not isinstance(notes, dict):
+            raise InputError(f"{name}: expected torchao's {_TYPE}, got {str(found.get('_type'))[:60]!r}")
+        if not isinstance(notes.get("target_dtype"), dict):
+            raise InputError(f"{name}: target_dtype: expected a type's name")
+        return notes

@@ -1,0 +1,243 @@
+"""Quantized models of other tools taken over: the very codes and scales, or a refusal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import one_line, run
+from test_gguf import model_of
+from test_import import write_ranks
+from tiny import make_checkpoint
+
+import llamita
+from llamita.affine import bf16_to_f32, f32_to_bf16
+from llamita.checkpoint import Checkpoint, open_tensor_files, resolve
+from llamita.errors import InputError
+from llamita.imports.codes import Coded, find_kinds, with_positive_scales
+from llamita.packed import PackedModel
+from llamita.tensorfile import TensorFile, TensorWriter
+from llamita.verify import verify
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+FORMS = ["compressed-tensors", "torchao", "meta", "gguf"]
+SCALED = {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}  # fmt: skip
+
+
+def tensors_of(directory: Path) -> dict[str, tuple[Any, ...]]:
+    """Type, shape and bytes of every tensor."""
+    files, where = open_tensor_files(directory)
+    found = {name: files[file].tensors[name] for name, file in where.items()}
+    return {n: (i.dtype, i.shape, files[where[n]].read(n).tobytes()) for n, i in found.items()}
+
+
+def export(packed: Path, form: str, out: Path, *options: object) -> Path:
+    """What `import` takes of a packed directory in another form."""
+    pytest.importorskip("torch", reason="most forms are written by Torch")
+    assert run("export", packed, "--to", form, "-o", out, *options) == 0
+    return out / "model.gguf" if form == "gguf" else out
+
+
+def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file of these arrays; uint16 is bf16."""
+    names = {"<i4": "I32", "<i8": "I64", "|i1": "I8", "<f2": "F16", "<f4": "F32", "<u2": "BF16"}
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    writer = TensorWriter(path, {n: (names[tensors[n].dtype.str], tensors[n].shape) for n in order})
+    for name in order:
+        writer.write(name, tensors[name])
+    writer.finish()
+
+
+# ---- round trips ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama32", ()),
+        ("llama2", ("--group-size", "64")),
+        ("llama31", ("--preset", "arm", "--scales", "search")),
+        ("llama3", ("--preset", "arm")),
+    ],
+    ids=["tied", "group-64", "float-tables", "float32-scales"],
+)
+def test_a_packed_model_comes_back_with_identical_tensors(
+    tmp_path: Path, form: str, family: str, options: tuple[str, ...]
+) -> None:
+    scaled: dict[str, Any] = SCALED if family in ("llama31", "llama32") else {}
+    model = model_of(tmp_path, family, **scaled)
+    if form == "gguf" and "arm" in options:
+        pytest.skip("GGUF has scales in float16: rounded there, on request")
+    assert run("quantize", model, "-o", tmp_path / "packed", *options) == 0
+    source = export(tmp_path / "packed", form, tmp_path / "there")
+    assert run("import", source, "-o", tmp_path / "back") == 0
+    assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "packed")
+    assert verify(tmp_path / "back").problems == []
+    back, packed = PackedModel(tmp_path / "back"), PackedModel(tmp_path / "packed")
+    assert back.config.tied == packed.config.tied
+    assert back.scheme is not None
+    assert packed.scheme is not None
+    assert back.scheme.layers == packed.scheme.layers
+    found, expected = (llamita.load(tmp_path / name).logits(IDS) for name in ("back", "packed"))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_mixed_kinds_come_back(tmp_path: Path) -> None:
+    """Groups of several sizes, int8 and float layers; group sizes are found in the scales."""
+    from llamita.mixed import with_layers
+    from llamita.quantize import quantize
+    from llamita.scheme import make_scheme
+
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    kinds = {"model.layers.0.mlp.up_proj": "w4g128", "model.layers.1.self_attn.k_proj": "w8",
+             "model.layers.0.self_attn.o_proj": "float", "lm_head": "w4g32"}  # fmt: skip
+    scheme = with_layers(make_scheme("llama3.2"), kinds)
+    quantize(Checkpoint(model), str(model), tmp_path / "packed", scheme)
+    for form in ("compressed-tensors", "torchao"):
+        source, back = export(tmp_path / "packed", form, tmp_path / form), tmp_path / f"{form}-back"
+        assert run("import", source, "-o", back) == 0
+        assert tensors_of(back) == tensors_of(tmp_path / "packed")
+
+
+def test_what_was_imported_is_like_any_packed_model(tmp_path: Path, capsys: Any) -> None:
+    from test_adaptors import make_adaptor
+
+    model = model_of(tmp_path, "llama3")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    source, back = export(tmp_path / "packed", "gguf", tmp_path / "there"), tmp_path / "back"
+    capsys.readouterr()
+    assert run("import", source, "-o", back, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["taken"]["activations"] == "int8 activations in blocks of 32"
+    assert told["taken"]["scheme"]["scale_rule"] == "given"
+    assert run("inspect", back) == 0
+    assert "imported" in capsys.readouterr().out
+    assert "not known" in (back / "README.md").read_text("utf-8")
+    adaptor = make_adaptor(tmp_path / "adaptor", model)
+    assert run("merge", back, adaptor, "-o", tmp_path / "merged") == 0
+    merged = PackedModel(tmp_path / "merged").scheme
+    assert merged is not None
+    assert merged.scale_rule == "search"
+    capsys.readouterr()
+    assert run("quantize", back, "-o", tmp_path / "again") == 2
+    assert "expected a float" in one_line(capsys)
+
+
+def test_every_command_takes_it_and_says_that_it_was_converted(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    source = export(tmp_path / "packed", "compressed-tensors", tmp_path / "there")
+    capsys.readouterr()
+    assert run("generate", source, "--prompt", "ab", "--max-tokens", "2") == 0
+    assert f"{source}: converted, and kept in" in capsys.readouterr().err
+    first = resolve(source)
+    assert capsys.readouterr().err == ""  # the second time it is there
+    config = source / "config.json"
+    config.write_text(config.read_text() + "\n")
+    second = resolve(source)
+    assert second != first
+    assert second.exists()
+    assert not first.exists()  # what was made of the source before is removed
+
+
+# ---- Meta's quantized releases -------------------------------------------------------------------
+
+
+def test_metas_spinquant_release(tmp_path: Path) -> None:
+    """R4 at run time, tables apart, tokenizer.model: logits of the model that it was made of."""
+    model = make_checkpoint(tmp_path / "model", "llama3", vocab_size=514)
+    packed = tmp_path / "packed"
+    options = ("--method", "spinquant", "--set", "spinquant.rotations=R4", "--preset", "llama3.2")
+    assert run("quantize", model, "-o", packed, *options) == 0
+    source = export(packed, "meta", tmp_path / "there")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    write_ranks(source)
+    assert run("import", source, "-o", tmp_path / "back") == 0
+    back = PackedModel(tmp_path / "back")
+    assert back.rotations.names == ("R4",)
+    assert tensors_of(tmp_path / "back") == tensors_of(packed)
+    found, expected = (llamita.load(one).logits(IDS) for one in (tmp_path / "back", packed))
+    np.testing.assert_array_equal(found, expected)
+    params = json.loads((source / "params.json").read_text())
+    (source / "params.json").write_text(json.dumps({**params, "quantization_args": {"scheme": "int2"}}))
+    assert run("import", source, "-o", tmp_path / "other") == 2
+
+
+def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adaptors become a directory of their own, and are never left out in silence."""
+    from test_adaptors import make_adaptor
+
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    adaptor = make_adaptor(tmp_path / "adaptor", model, rank=8)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    source = export(tmp_path / "packed", "meta", tmp_path / "there", "--adaptor", adaptor)
+    capsys.readouterr()
+    assert run("generate", source, "--prompt", "a") == 2
+    assert "try llamita import" in one_line(capsys)
+    assert run("import", source, "-o", tmp_path / "back") == 0
+    assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "packed")
+    beside = tmp_path / "back-adaptor"
+    found, given = (tensors_of_adaptor(one) for one in (beside, adaptor))
+    assert found == given
+    engines = [llamita.load(base, adaptors={"a": one})
+               for base, one in ((tmp_path / "back", beside), (tmp_path / "packed", adaptor))]  # fmt: skip
+    first, second = (one.logits(IDS, adaptor="a") for one in engines)
+    np.testing.assert_array_equal(first, second)
+    assert run("generate", tmp_path / "back", "--adaptor", beside, "--prompt", "a", "--max-tokens", "2") == 0
+    params = json.loads((source / "params.json").read_text())
+    params.pop("lora_args")
+    (source / "params.json").write_text(json.dumps(params))
+    capsys.readouterr()
+    assert run("import", source, "-o", tmp_path / "other") == 2
+    assert "lora_args: expected rank and scale" in one_line(capsys)
+    assert not (tmp_path / "other-adaptor").exists()
+
+
+def tensors_of_adaptor(directory: Path) -> dict[str, bytes]:
+    file = TensorFile(directory / "adapter_model.safetensors")
+    return {name: file.read(name).tobytes() for name in file.tensors}
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def test_scales_become_positive_without_changing_a_weight() -> None:
+    codes = np.array([[3, -7, 0, 0, 5, 5, 1, 2]], np.int8)
+    scales = np.array([[-0.5, 0.25, 0.0, 2.0]], np.float32)
+    changed, count = with_positive_scales("x", Coded(codes, scales, 4))
+    assert changed is not None
+    assert count == 2
+    np.testing.assert_array_equal(changed.floats(), Coded(codes, scales, 4).floats())
+    assert (changed.scales > 0).all()
+    lowest = Coded(np.array([[-8, 1]], np.int8), np.array([[-1.0]], np.float32), 4)
+    assert with_positive_scales("x", lowest) == (None, 0)  # 8 is no int4
+    assert find_kinds("x", lowest).kinds == ("float",)
+    zeros = Coded(np.zeros((2, 64), np.int8), np.full((2, 2), 1e-40, np.float32), 4)
+    found, count = with_positive_scales("x", zeros)
+    assert found is not None
+    assert count == 4
+    np.testing.assert_array_equal(found.scales, np.ones((2, 2)))
+
+
+def test_groups_are_the_largest_that_scales_allow() -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(-8, 8, (4, 512)).astype(np.int8)
+    for group_size in (32, 64, 128, 256):
+        scales = bf16_to_f32(f32_to_bf16(random.uniform(0.5, 2, (4, 512 // group_size)).astype(np.float32)))
+        blocks = np.repeat(scales, group_size // 32, axis=1)
+        found = find_kinds("model.layers.0.mlp.up_proj", Coded(codes, blocks, 4))
+        assert found.kinds[-1] == f"w4g{group_size}"
+        assert found.on_bf16
+        assert not found.is_uniform
+    channel = find_kinds("model.layers.0.mlp.up_proj", Coded(codes, scales[:, :1], 4))
+    assert channel.kinds[-1] == "w4g256"
+    with pytest.raises(InputError, match="expected scales for groups of 32"):
+        find_kinds("x", Coded(codes, random.uniform(0.5, 2, (4, 32)).astype(np.float32), 4))
