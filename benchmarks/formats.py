@@ -46,16 +46,22 @@ def export(source: str, form: str, options: tuple[str, ...], out: Path) -> dict[
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def in_llamacpp(python: str, source: str, out: Path) -> dict[str, float]:
-    """KL and agreement of llama.cpp on the proof's own tokens."""
+def in_llamacpp(python: str, source: str, out: Path, tokens: list[int] | None = None) -> dict[str, float]:
+    """KL, agreement and perplexities of llama.cpp and the engine on these tokens, or the proof's own.
+
+    Args:
+        out: where `export --to gguf` has written.
+    """
     llm = llamita.load(source, kv_dtype="f32")
-    tokens, _, _ = own_tokens(llm, llm.config.context)
+    tokens = tokens or own_tokens(llm, llm.config.context)[0]
     np.save(out / "ids.npy", tokens)
     paths = [str(out / name) for name in ("model.gguf", "ids.npy", "logits.npy")]
     subprocess.run([python, "-c", _LLAMACPP, *paths], check=True, stderr=subprocess.DEVNULL)
     ours, theirs = (log_softmax(x) for x in (llm.logits(tokens), np.load(out / "logits.npy")))
     agrees = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-    return {"kl": float((np.exp(ours) * (ours - theirs)).sum(-1).mean()), "top_1": float(agrees)}
+    kl = float((np.exp(ours) * (ours - theirs)).sum(-1).mean())
+    here, there = (float(np.exp(-x[np.arange(len(tokens) - 1), tokens[1:]].mean())) for x in (ours, theirs))
+    return {"kl": kl, "top_1": float(agrees), "perplexity": here, "perplexity_in_llamacpp": there}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ pytest.importorskip("executorch", reason="the runtime of programs")
 torch = pytest.importorskip("torch", reason="export is on the Torch side")
 
 from llamita.export.lowering import data_hashes  # noqa: E402
-from llamita.export.partitioners import partitioners_of  # noqa: E402
 from llamita.export.program import make_program  # noqa: E402
 from llamita.export.proof import compare, engine_of, own_tokens, rounded_hashes  # noqa: E402
 from llamita.export.runtime import run as run_program  # noqa: E402
@@ -91,6 +90,7 @@ def test_runners_find_what_they_ask_for(exported: tuple[Path, Path, dict[str, An
 def test_executorchs_runner_for_text_models_takes_it(exported: tuple[Path, Path, dict[str, Any]]) -> None:
     """What its apps call, with the tokenizer that lies beside the program."""
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+    from executorch.kernels import quantized  # noqa: F401  the operator of the embedding
 
     _, out, _ = exported
     runner, told = TextLLMRunner(str(out / "model.pte"), str(out / "tokenizer.json")), list[Any]()
@@ -192,5 +192,41 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: p
         assert not (tmp_path / "out").exists()
 
 
-def test_other_backends_have_partitioners() -> None:
-    assert type(partitioners_of("vulkan")[0]).__name__ == "VulkanPartitioner"
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama31", ()), ("llama32", ("--method", "spinquant", "--set", "spinquant.steps=0"))],
+)
+def test_a_static_program_computes_what_the_engine_does(tmp_path: Path, family: str, options: Any) -> None:
+    """A token at a time, in plain operators, R4 among them."""
+    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
+
+    packed = packed_model(tmp_path, family, *options)
+    program = make_program(PackedModel(packed), 64, is_static=True)
+    with torch.no_grad():
+        found = [program(torch.tensor([[token]]), torch.tensor([i])) for i, token in enumerate(IDS)]
+    expected = llamita.load(packed, kv_dtype="f32").logits(IDS)
+    difference = torch.cat(found).numpy() - expected
+    assert difference.std() < 0.05 * expected.std()
+    assert np.abs(difference[0]).max() < 1e-3  # no activation has rounded the other way yet
+
+
+@pytest.mark.parametrize(("backend", "delegate"), [("vulkan", "VulkanBackend"), ("coreml", "CoreMLBackend")])
+def test_other_backends_take_the_whole_model_but_its_embedding(
+    tmp_path: Path, capsys: Any, backend: str, delegate: str
+) -> None:
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    packed = packed_model(tmp_path)
+    capsys.readouterr()
+    arguments = ("export", packed, "--to", "executorch", "--backend", backend, "--context", "64")
+    assert run(*arguments, "-o", tmp_path / "out") == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == f"not run: the runtime of {backend} is on the device"
+    assert "WARNING" not in shown.err
+    program = deserialize_pte_binary((tmp_path / "out" / "model.pte").read_bytes()).program
+    forward = next(plan for plan in program.execution_plan if plan.name == "forward")
+    assert [one.id for one in forward.delegates] == [delegate]
+    assert {one.name for one in forward.operators} <= {"quantized_decomposed::embedding_byte", "aten::copy_"}
+    guide = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "itself has not run" in guide
+    assert ("takes a token at a time" in guide) == (backend == "coreml")

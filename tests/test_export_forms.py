@@ -172,3 +172,25 @@ def test_adaptors_go_along_in_metas_form(tmp_path: Path) -> None:
     down = state["layers.0.feed_forward.w2.adaptor.A.weight"]
     assert down.dtype == torch.bfloat16
     assert len(down) == 4
+
+
+def test_adaptors_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
+    """Rank-stabilized, named, of some layers: PEFT loads what comes out, with the same values and scale."""
+    pytest.importorskip("peft", reason="what loads adaptors")
+    from test_adaptors import make_adaptor
+
+    packed = packed_model(tmp_path, "llama3")
+    adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model", rank=4, use_rslora=True,
+                           targets=["self_attn.q_proj", "mlp.down_proj"])  # fmt: skip
+    capsys.readouterr()
+    arguments = ("export", packed, "--to", "adaptors", "-o", tmp_path / "out")
+    assert run(*arguments) == 2
+    assert "--to adaptors: expected --adaptor ADAPTOR" in one_line(capsys)
+    assert run(*arguments, "--adaptor", adaptor) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == "PASS"
+    assert "read back by PEFT: 4 of 4 tensors" in shown.err
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text("utf-8"))
+    assert (settings["r"], settings["lora_alpha"]) == (4, 4 * 4.0)  # 8 / sqrt(4) = 4 = 16 / 4
+    first, second = (llamita.load(packed, adaptors={"a": one}) for one in (adaptor, tmp_path / "out"))
+    np.testing.assert_array_equal(first.logits(IDS, adaptor="a"), second.logits(IDS, adaptor="a"))

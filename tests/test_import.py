@@ -156,7 +156,7 @@ def test_what_is_damaged_is_one_typed_error(model: Path, tmp_path: Path) -> None
         ({"n_layers": 3}, "expected layers.2."),
         ({"norm_eps": "small"}, "rms_norm_eps"),
         ({"rope_scale_factor": "x"}, "factor"),
-        ({"sliding_window": 4096}, "params.json: sliding_window: expected Llama's keys"),
+        ({"sliding_window": 4096}, "params.json: 'sliding_window': expected Llama's keys"),
     ],
 )
 def test_what_does_not_fit_is_told(model: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:

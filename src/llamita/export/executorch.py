@@ -5,14 +5,15 @@ What ExecuTorch's runner for text models asks a program for are constant methods
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from llamita.errors import InputError
 from llamita.export.guide import guide
 from llamita.export.lowering import data_hashes, lower
-from llamita.export.partitioners import partitioners_of
-from llamita.export.program import make_program
+from llamita.export.partitioners import BACKENDS, partitioners_of, quiet
+from llamita.export.program import PER_TOKEN, make_program
 from llamita.export.proof import Proof, compare, engine_of, own_tokens, rounded_hashes
 from llamita.export.runtime import run
 from llamita.export.source import adaptor_of, check_grid
@@ -47,11 +48,17 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
     adaptor = adaptor_of(packed, order.adaptor)
-    grid = check_grid(packed, "bf16", bool(options.get("round_scales")), "executorch")
+    kind = BACKENDS[backend]
+    grid = check_grid(packed, kind.grid, bool(options.get("round_scales")), "executorch")
     timer = _Timer(progress)
     timer.begin(_STEPS[0])
-    program = make_program(packed, context, adaptor, options.get("embedding") or 8)
-    lower(program, partitioners, metadata_of(packed, context), directory / PROGRAM)
+    program = make_program(
+        packed, context, adaptor, options.get("embedding") or 8,
+        is_static=kind.is_static, activations=PER_TOKEN if kind.rounds else None,
+    )  # fmt: skip
+    metadata = metadata_of(packed, context, kind.is_static)
+    with quiet() if backend == "coreml" else nullcontext():  # its converter has bars of its own
+        lower(program, partitioners, metadata, directory / PROGRAM)
     del program
     copy_companions(packed.path, directory, find_companions(packed.path))
     write_bytes(directory / "README.md", guide(packed, context, backend).encode())
@@ -59,18 +66,20 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     return {
         "backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
         "scales": vars(grid), "other_arithmetic": options.get("embedding") == 4,
+        "activations": "int8 per token" if kind.rounds else "float",
         "unchecked": f"the runtime of {backend} is on the device", "seconds": timer.end(),
         "proof": proof and proof.to_dict(),
     }  # fmt: skip
 
 
-def metadata_of(packed: PackedModel, context: int) -> dict[str, Any]:
+def metadata_of(packed: PackedModel, context: int, is_static: bool = False) -> dict[str, Any]:
     """Constant methods by name."""
     tokenizer = Tokenizer(packed.path, packed.config)
     found = {
         "get_max_seq_len": context, "get_max_context_len": context, "get_n_layers": packed.config.layers,
-        "get_vocab_size": packed.config.vocab_size, "use_kv_cache": True, "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True, "get_eos_ids": list(tokenizer.eos_token_ids),
+        "get_vocab_size": packed.config.vocab_size, "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": not is_static, "enable_dynamic_shape": not is_static,
+        "get_eos_ids": list(tokenizer.eos_token_ids),
     }  # fmt: skip
     return found if tokenizer.bos_token_id is None else {**found, "get_bos_id": tokenizer.bos_token_id}
 

@@ -1,12 +1,13 @@
 """README.md of an exported program: what each file is for, and what to do with it on a phone."""
 
 from llamita.chat import find_template
+from llamita.export.partitioners import BACKENDS
 from llamita.packed import PackedModel
 
 VERSION = "1.4.1"  # of ExecuTorch: programs and runtimes go together
 _ANDROID = """## Android
 
-1. In `build.gradle.kts` of the app: `implementation("org.pytorch:executorch-android:{version}")`.
+1. In `build.gradle.kts` of the app: `implementation("org.pytorch:executorch-android:{version}")`{android}.
 2. Copy program and tokenizer to the device, for a first try with adb:
    ```
    adb shell mkdir -p /data/local/tmp/llama
@@ -29,7 +30,7 @@ cd /data/local/tmp/llama && ./llama_main --model_path=model.pte --tokenizer_path
 _IOS = """## iOS
 
 1. In Xcode, add the Swift package `https://github.com/pytorch/executorch`, branch `swiftpm-{version}`, with
-   `executorch_llm`, `backend_xnnpack`, `kernels_llm`, `kernels_optimized`, `kernels_quantized` and
+   `executorch_llm`, `{ios}`, `kernels_llm`, `kernels_optimized`, `kernels_quantized` and
    `kernels_torchao`, and the linker flag `-all_load`.
 2. Add `model.pte` and `tokenizer.json` to the app's bundle.
 3. In the app:
@@ -43,6 +44,18 @@ _IOS = """## iOS
 """
 
 
+_OWN_BUILD = """, but with an AAR
+   built from ExecuTorch's source with the backend `{backend}`: the published one has XNNPACK alone"""
+_RAN = """The program was run
+in ExecuTorch's runtime on the machine that made it, where `llamita_export.json` has a proof."""
+_HAS_NOT_RUN = """The program
+itself has not run either: the runtime of `{backend}` is on the device. Try it there before you ship it."""
+_STATIC = """
+This program takes a token at a time, as compilers for neural processors want it, and leaves activations
+float: weights are the packed directory's, what is computed with them is not what llamita's engine computes.
+"""
+
+
 def guide(packed: PackedModel, context: int, backend: str) -> str:
     """The text, for a program of this context and backend."""
     has_template = find_template(packed.path) is not None
@@ -52,7 +65,14 @@ def guide(packed: PackedModel, context: int, backend: str) -> str:
         if has_template
         else "The model has no chat template: it continues a text."
     )
-    steps = (_ANDROID + "\n" + _IOS).format(version=VERSION, context=context)
+    is_xnnpack, is_apples = backend == "xnnpack", backend == "coreml"
+    parts = [_ANDROID] * (not is_apples) + [_IOS] * (is_xnnpack or is_apples)
+    steps = "\n".join(parts).format(
+        version=VERSION, context=context, ios=f"backend_{backend}",
+        android="" if is_xnnpack else _OWN_BUILD.format(backend=backend),
+    )  # fmt: skip
+    static = _STATIC if BACKENDS[backend].is_static else ""
+    ran = _RAN if is_xnnpack else _HAS_NOT_RUN.format(backend=backend)
     source = packed.metadata["source"]["name"].rsplit("/", 1)[-1]
     return f"""# {source} for ExecuTorch {VERSION}
 
@@ -66,10 +86,9 @@ version of ExecuTorch.
 | `tokenizer.json` | the tokenizer, as ExecuTorch's runner reads it |
 | `llamita_export.json` | what it was made from, and how close it came to llamita's own engine |
 | others | settings, licence and use policy of the model |
-
+{static}
 {prompts} Tokens that end an answer are in the program (`get_eos_ids`).
 
 {steps}
-These steps were written from ExecuTorch's documentation and have not been run on a phone. The program was run
-in ExecuTorch's runtime on the machine that made it, where `llamita_export.json` has a proof.
+These steps were written from ExecuTorch's documentation and have not been run on a phone. {ran}
 """

@@ -28,12 +28,11 @@ def lower(program: Program, partitioners: list[Any], metadata: dict[str, Any], p
     Args:
         metadata: constant methods of the file by name, as runners ask for them.
     """
-    example = (torch.ones(1, _TRACED, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    count = Dim("count", min=1, max=program.context)
+    tokens = 1 if program.is_static else _TRACED
+    example = (torch.ones(1, tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    count = {} if program.is_static else {1: Dim("count", min=1, max=program.context)}
     with _quick_passes(), torch.no_grad():
-        exported = export(
-            program, example, dynamic_shapes={"tokens": {1: count}, "input_pos": {0: 1}}, strict=False
-        )
+        exported = export(program, example, dynamic_shapes={"tokens": count, "input_pos": {}}, strict=False)
         edge = to_edge_transform_and_lower(
             exported, partitioner=partitioners, constant_methods=metadata,
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),

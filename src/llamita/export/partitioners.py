@@ -1,13 +1,34 @@
 """ExecuTorch's backends: what hands parts of a program to each, and what each needs to be installed."""
 
+import io
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from llamita.errors import InputError, RunError
 
 _IOS = 18  # the first with weights in 4-bit groups
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs programs.
+
+    Attributes:
+        make: its partitioners.
+        is_static: whether it takes plain operators of one shape alone, a token at a time.
+        rounds: whether it rounds activations to int8 per token; else they are float.
+        grid: of scales of groups, "bf16" or "f16".
+    """
+
+    make: Callable[[], list[Any]]
+    is_static: bool = False
+    rounds: bool = True
+    grid: str = "bf16"
 
 
 def partitioners_of(backend: str) -> list[Any]:
@@ -20,10 +41,23 @@ def partitioners_of(backend: str) -> list[Any]:
     if backend not in BACKENDS:
         raise InputError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     try:
-        return BACKENDS[backend]()
+        with quiet():
+            return BACKENDS[backend].make()
     except ImportError as error:
         raise RunError(f"--backend {backend}: expected its packages, got: {error}; try its page at "
                        "docs.pytorch.org/executorch, or --backend xnnpack") from None  # fmt: skip
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what packages say of themselves: remarks, bars of progress."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _xnnpack() -> list[Any]:
@@ -72,10 +106,10 @@ def _mediatek() -> list[Any]:
     return [NeuropilotPartitioner([CompileSpec("platform-config", b"mt6989")])]
 
 
-BACKENDS: dict[str, Callable[[], list[Any]]] = {
-    "xnnpack": _xnnpack,
-    "vulkan": _vulkan,
-    "coreml": _coreml,
-    "qnn": _qnn,
-    "mediatek": _mediatek,
+BACKENDS = {
+    "xnnpack": Backend(_xnnpack),
+    "vulkan": Backend(_vulkan),
+    "coreml": Backend(_coreml, is_static=True, rounds=False, grid="f16"),
+    "qnn": Backend(_qnn, is_static=True, rounds=False),
+    "mediatek": Backend(_mediatek, is_static=True, rounds=False),
 }

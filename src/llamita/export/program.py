@@ -11,51 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita.affine import to_f32
 from llamita.checkpoint import Int4Weight, Int8Weight
 from llamita.engine.adaptors import StoredAdaptor
+from llamita.export.caches import DYNAMIC, STATIC, LayerCache, StaticCache
 from llamita.export.embedding import embedding_of
+from llamita.export.source import transformers_keys
 from llamita.hadamard import core_signs, factor
 from llamita.packed import EMBEDDING, HEAD, PackedModel
 from llamita.packing import unpack_int4
 
-_ATTENTION = "llamita_static_cache"  # among transformers' kinds of attention
 INT4: Any = vars(torch)["int4"]  # which Torch's stubs lack
+PER_TOKEN = "int8_asym_per_token"  # how activations are rounded, in torchao's words
 _VECTORS = ("input_layernorm", "post_attention_layernorm")
-
-
-class LayerCache(nn.Module):
-    """Keys and values of a layer, float32 (1, context, kv_heads, head_dim), as transformers updates a cache.
-
-    Attributes:
-        start: where the tokens of this pass begin; set before each.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, context: int, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("keys", torch.zeros(1, context, heads, head_dim), persistent=False)
-        self.register_buffer("values", torch.zeros(1, context, heads, head_dim), persistent=False)
-        self.start: Any = 0
-
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Write what (1, kv_heads, n, head_dim) the new tokens bring; the whole caches."""
-        del layer
-        torch.ops.llama.update_cache(keys.transpose(1, 2), self.keys, self.start)
-        torch.ops.llama.update_cache(values.transpose(1, 2), self.values, self.start)
-        return self.keys, self.values
-
-
-def _attend(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
-    """Causal attention of queries (1, heads, n, head_dim) on whole caches: (1, n, heads, head_dim)."""
-    del mask
-    scale, start = options["scaling"], module.cache.start
-    out = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scale)
-    return out, None
 
 
 class LoRALinear(nn.Module):
@@ -75,22 +45,41 @@ class RotatedLinear(nn.Module):
     """A linear layer behind the online rotation R4, H·x / √n, of orders that are a power of two times K."""
 
     signs: Tensor | None
+    rows: Tensor
+    columns: Tensor
 
-    def __init__(self, linear: nn.Module, size: int) -> None:
+    def __init__(self, linear: nn.Module, size: int, is_static: bool) -> None:
         super().__init__()
-        self.linear, (self.core, power) = linear, factor(size)
+        self.linear, (self.core, power), self.is_static = linear, factor(size), is_static
         self.length = 2**power
         matrix = None
         if self.core > 1:
             matrix = torch.from_numpy(core_signs(self.core).astype(np.float32)) * self.core**-0.5
         self.register_buffer("signs", matrix, persistent=False)
+        if is_static:  # H of 2^a·2^b is the Kronecker product of those of 2^a and 2^b
+            self.register_buffer("rows", hadamard(2 ** (power // 2)), persistent=False)
+            self.register_buffer("columns", hadamard(2 ** (power - power // 2)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) to (..., outputs)."""
-        y = torch.ops.llama.fast_hadamard_transform(x.reshape(*x.shape[:-1], self.core, self.length))
+        y = x.reshape(*x.shape[:-1], self.core, self.length)
+        y = self._plainly(y) if self.is_static else torch.ops.llama.fast_hadamard_transform(y)
         if self.signs is not None:
             y = torch.matmul(self.signs, y)
         return self.linear(y.reshape(x.shape))
+
+    def _plainly(self, y: Tensor) -> Tensor:
+        """The transform of the last axis by two small matrices, which every backend can multiply by."""
+        parts = y.reshape(*y.shape[:-1], len(self.rows), len(self.columns))
+        return torch.matmul(torch.matmul(self.rows, parts), self.columns).reshape(y.shape)
+
+
+def hadamard(order: int) -> Tensor:
+    """Sylvester's matrix of a power of two over the root of its order, float32."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * order**-0.5
 
 
 class Program(nn.Module):
@@ -103,21 +92,22 @@ class Program(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, llama: Any, head: nn.Module, context: int) -> None:
+    def __init__(self, llama: Any, head: nn.Module, context: int, is_static: bool) -> None:
         super().__init__()
-        self.model, self.head, self.context = llama.model, head, context
+        self.model, self.head, self.context, self.is_static = llama.model, head, context, is_static
         with torch.no_grad():
             cos, sin = llama.model.rotary_emb(torch.zeros(1, 1), torch.arange(context)[None])
         self.register_buffer("cos", cos[0].contiguous(), persistent=False)  # (context, head_dim)
         self.register_buffer("sin", sin[0].contiguous(), persistent=False)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """Tokens (1, n) from position input_pos (1,) on to logits (1, vocab)."""
-        start: Any = input_pos[0].item()
-        count = tokens.shape[1]
-        torch._check(start >= 0)
-        torch._check(start + count <= self.context)
-        turns = tuple(table.narrow(0, start, count)[None] for table in (self.cos, self.sin))
+        """Tokens (1, n) from position input_pos (1,) on to logits (1, vocab); static programs have n = 1."""
+        start: Any = input_pos
+        if not self.is_static:
+            start = input_pos[0].item()
+            torch._check(start >= 0)
+            torch._check(start + tokens.shape[1] <= self.context)
+        turns = tuple(self._rows(table, start, tokens.shape[1]) for table in (self.cos, self.sin))
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             cache = layer.self_attn.cache
@@ -125,67 +115,73 @@ class Program(nn.Module):
             x = layer(x, position_embeddings=turns, past_key_values=cache)
         return self.head(self.model.norm(x[:, -1]))
 
+    def _rows(self, table: Tensor, start: Any, count: Any) -> Tensor:
+        """Rows of a table for these positions, (1, count, head_dim)."""
+        return (table.index_select(0, start) if self.is_static else table.narrow(0, start, count))[None]
+
 
 def make_program(
-    packed: PackedModel, context: int, adaptor: StoredAdaptor | None = None, embedding_bits: int = 8
-) -> Program:
+    packed: PackedModel, context: int, adaptor: StoredAdaptor | None = None, embedding_bits: int = 8,
+    *, is_static: bool = False, activations: str | None = PER_TOKEN,
+) -> Program:  # fmt: skip
     """A packed model as a program.
 
     Args:
         context: tokens that the caches hold.
         adaptor: low-rank adaptors beside its weights, which stay apart.
         embedding_bits: 8, or 4 where an int8 embedding is to be rounded further.
+        is_static: of plain operators and a token at a time; see `caches`.
+        activations: how they are rounded before a linear layer; None leaves them float.
     """
-    AttentionInterface.register(_ATTENTION, _attend)
-    config = LlamaConfig(**_transformers_keys(packed))
-    config._attn_implementation = _ATTENTION
+    config = LlamaConfig(**transformers_keys(packed))
+    config._attn_implementation = STATIC if is_static else DYNAMIC
     with torch.device("meta"):
         llama: Any = LlamaForCausalLM(config)
     llama.model.rotary_emb = type(llama.model.rotary_emb)(config)
+    cache_class = StaticCache if is_static else LayerCache
     for index, layer in enumerate(llama.model.layers):
-        layer.self_attn.cache = LayerCache(context, packed.config.kv_heads, packed.config.head_dim)
+        layer.self_attn.cache = cache_class(context, packed.config.kv_heads, packed.config.head_dim)
         for name in packed.config.linear_shapes():
             module = f"model.layers.{index}.{name}"
-            _set(layer, name, _linear_of(packed, module, adaptor))
+            _set(layer, name, _linear_of(packed, module, adaptor, activations, is_static))
         for name in _VECTORS:
             layer.get_submodule(name).weight = _parameter(
                 packed.vector(f"model.layers.{index}.{name}.weight")
             )
     llama.model.norm.weight = _parameter(packed.vector("model.norm.weight"))
     llama.model.embed_tokens = embedding_of(packed, embedding_bits)
-    return Program(llama, _head_of(packed), context).eval()
+    return Program(llama, _head_of(packed, activations), context, is_static).eval()
 
 
-def _transformers_keys(packed: PackedModel) -> dict[str, Any]:
-    strange = ("quantization_config", "model_type", "architectures", "dtype", "torch_dtype")
-    return {key: value for key, value in packed.hf_config.items() if key not in strange}
-
-
-def _linear_of(packed: PackedModel, name: str, adaptor: StoredAdaptor | None) -> nn.Module:
-    linear: nn.Module = _linear(packed.weight(name), packed.bias(name))
+def _linear_of(
+    packed: PackedModel, name: str, adaptor: StoredAdaptor | None, activations: str | None, is_static: bool
+) -> nn.Module:
+    linear: nn.Module = _linear(packed.weight(name), packed.bias(name), activations)
     if packed.rotations.r4_size and name.endswith(".down_proj"):
-        linear = RotatedLinear(linear, packed.rotations.r4_size)
+        linear = RotatedLinear(linear, packed.rotations.r4_size, is_static)
     if adaptor is not None and name in adaptor.pairs:
         down, up = (torch.from_numpy(np.array(to_f32(one))) for one in adaptor.pairs[name])
         linear = LoRALinear(linear, down, up, adaptor.scaling)
     return linear
 
 
-def _head_of(packed: PackedModel) -> nn.Module:
-    head = _linear(packed.weight(EMBEDDING if packed.config.tied else HEAD), None)
+def _head_of(packed: PackedModel, activations: str | None) -> nn.Module:
+    head = _linear(packed.weight(EMBEDDING if packed.config.tied else HEAD), None, activations)
     transform = packed.rotations.head_transform
     if transform is None:
         return head
     return nn.Sequential(_float_linear(torch.from_numpy(np.array(to_f32(transform)))), head)
 
 
-def _linear(weight: Int4Weight | Int8Weight | np.ndarray, bias: np.ndarray | None) -> nn.Linear:
+def _linear(
+    weight: Int4Weight | Int8Weight | np.ndarray, bias: np.ndarray | None, activations: str | None
+) -> nn.Linear:
     """A linear layer with these codes for its weights, or these floats."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     if isinstance(weight, np.ndarray):
         values: Tensor = torch.from_numpy(np.array(to_f32(weight)))
     else:
-        values = codes_tensor(weight)
+        values = codes_tensor(weight, activations)
     linear.out_features, linear.in_features = values.shape
     linear.weight = nn.Parameter(values, requires_grad=False)
     if bias is not None:
@@ -194,7 +190,7 @@ def _linear(weight: Int4Weight | Int8Weight | np.ndarray, bias: np.ndarray | Non
 
 
 def codes_tensor(
-    weight: Int4Weight | Int8Weight, activations: str | None = "int8_asym_per_token"
+    weight: Int4Weight | Int8Weight, activations: str | None = PER_TOKEN
 ) -> IntxUnpackedToInt8Tensor:
     """Codes (rows, columns) on their scales as torchao has them, and how activations are rounded."""
     if isinstance(weight, Int4Weight):

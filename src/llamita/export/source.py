@@ -111,3 +111,9 @@ def _on(scales: np.ndarray, grid: str) -> np.ndarray:
         return bf16_to_f32(f32_to_bf16(scales))
     with np.errstate(over="ignore", under="ignore"):
         return scales.astype(np.float16).astype(np.float32)
+
+
+def transformers_keys(packed: PackedModel) -> dict[str, Any]:
+    """config.json as transformers' own Llama takes it: without what says how it is stored."""
+    strange = ("quantization_config", "model_type", "architectures", "dtype", "torch_dtype")
+    return {key: value for key, value in packed.hf_config.items() if key not in strange}

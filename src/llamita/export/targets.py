@@ -49,6 +49,9 @@ TARGETS = {
         "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
         ("context", "backend", "embedding", "adaptor", "round_scales"),
     ),
+    "adaptors": Target(
+        "llamita.export.adaptors:write", "adaptors in PEFT's form, found to fit DIR", ("adaptor",)
+    ),
     "compressed-tensors": Target(
         "llamita.export.compressed_tensors:write", "safetensors for transformers and vLLM", ("flavor",)
     ),

@@ -23,7 +23,7 @@ from llamita.affine import to_f32
 from llamita.checkpoint import Int8Weight, vector_names
 from llamita.export.in_transformers import prove
 from llamita.export.program import INT4, codes_tensor
-from llamita.export.source import Weight, module_names, refuse_online
+from llamita.export.source import Weight, module_names, refuse_online, transformers_keys
 from llamita.export.targets import Order, Progress
 from llamita.packed import EMBEDDING, HEAD, PackedModel
 from llamita.packed_writer import copy_companions, find_companions
@@ -69,10 +69,8 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _config(packed: PackedModel, unties: bool) -> LlamaConfig:
-    strange = ("quantization_config", "model_type", "architectures", "dtype")
-    values = {key: value for key, value in packed.hf_config.items() if key not in strange}
     tied = packed.config.tied and not unties
-    return LlamaConfig(**{**values, "tie_word_embeddings": tied, "dtype": torch.float32})
+    return LlamaConfig(**{**transformers_keys(packed), "tie_word_embeddings": tied, "dtype": torch.float32})
 
 
 def _tensor(name: str, weight: Weight) -> Tensor:

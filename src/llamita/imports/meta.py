@@ -6,6 +6,7 @@ neighbours. Nothing in a .pth is run: torch.load takes tensors alone.
 """
 
 import math
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ def _check_names(params: dict[str, Any], parts: list[dict[str, Tensor]], known: 
     """See that nothing is there that would change the model and is not known here."""
     for name in params:
         if name not in known:
-            raise InputError(f"{PARAMS}: {name[:40]}: expected Llama's keys ({', '.join(known)})")
+            raise InputError(f"{PARAMS}: {name[:40]!r}: expected Llama's keys ({', '.join(known)})")
     for name in ("dim", "n_layers", "n_heads"):
         if type(params.get(name)) is not int or params[name] < 1:
             raise InputError(f"{PARAMS}: {name}: expected a whole number, got {params.get(name)!r}")
@@ -153,7 +154,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped."""
     try:
         _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():  # what it says of a damaged file is not for our users
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except InputError:
         raise
     except OSError as error:

@@ -1,0 +1,51 @@
+"""`--to adaptors`: the adaptors of a packed model in PEFT's form, for whatever loads that.
+
+They fit the float model that DIR was made of, and what `--to hf` writes of DIR. Settings that PEFT computes
+(rank-stabilized scaling, names with an adaptor in them) come out plain.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.affine import to_f32
+from llamita.errors import InputError, RunError
+from llamita.export.source import adaptor_of
+from llamita.export.targets import Order, Progress
+from llamita.optional import load_optional
+from llamita.peft_form import WEIGHTS, LowRankPairs, write_adaptor
+
+
+def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Fill a directory; PEFT, where it is installed, loads it beside a model of this shape.
+
+    Raises:
+        InputError: no adaptors, or they do not fit the model.
+    """
+    stored = adaptor_of(order.packed, order.adaptor)
+    if stored is None:
+        raise InputError("--to adaptors: expected --adaptor ADAPTOR, got none")
+    if progress:
+        progress("adaptors", 0, 1)
+    pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
+    rank = len(next(iter(pairs.values()))[0])
+    write_adaptor(
+        LowRankPairs(pairs, rank, stored.scaling), order.packed.metadata["source"]["name"], directory
+    )
+    record = {
+        "bytes": (directory / WEIGHTS).stat().st_size, "rank": rank, "scale": stored.scaling,
+        "proof": None, "unchecked": "PEFT is not installed",
+    }  # fmt: skip
+    try:
+        load = load_optional("llamita.export.in_peft:load", "{package}")
+    except RunError:
+        return record
+    found, scales = load(order.packed, directory)
+    equal = 0
+    for name, (down, up) in pairs.items():
+        if name in found and math.isclose(scales[name], stored.scaling, rel_tol=1e-12):
+            same = np.array_equal(found[name][0], to_f32(down)) and np.array_equal(found[name][1], to_f32(up))
+            equal += same
+    return record | {"equal_layers": equal, "layers": len(pairs | found), "opened_by": "PEFT"}

@@ -1,0 +1,88 @@
+"""Keys and values of an exported program, and attention on them: two ways, for two kinds of backends.
+
+`LayerCache` runs ExecuTorch's own operators for language models, on any number of tokens at once: CPUs, and
+GPUs by Vulkan. `StaticCache` is made of plain operators of one shape, a token at a time: what compilers for
+neural processors take (Core ML, Qualcomm, MediaTek).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+DYNAMIC, STATIC = "llamita_dynamic_cache", "llamita_static_cache"  # among transformers' kinds of attention
+_NEVER = -30000.0  # in place of minus infinity, which float16 arithmetic does not always survive
+
+
+class LayerCache(nn.Module):
+    """Keys and values of a layer, float32 (1, context, kv_heads, head_dim), as transformers updates a cache.
+
+    Attributes:
+        start: where the tokens of this pass begin, a number; set before each.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, context: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, context, heads, head_dim), persistent=False)
+        self.register_buffer("values", torch.zeros(1, context, heads, head_dim), persistent=False)
+        self.start: Any = 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write what (1, kv_heads, n, head_dim) the new tokens bring; the whole caches."""
+        del layer
+        torch.ops.llama.update_cache(keys.transpose(1, 2), self.keys, self.start)
+        torch.ops.llama.update_cache(values.transpose(1, 2), self.values, self.start)
+        return self.keys, self.values
+
+
+class StaticCache(nn.Module):
+    """Keys and values of a layer, float32 (1, kv_heads, context, head_dim), in plain operators.
+
+    Attributes:
+        start: where this pass's token lies, (1,) int64; set before each.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, context: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, heads, context, head_dim), persistent=False)
+        self.register_buffer("values", torch.zeros(1, heads, context, head_dim), persistent=False)
+        self.start: Any = torch.zeros(1, dtype=torch.int64)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write what (1, kv_heads, 1, head_dim) the new token brings; the whole caches."""
+        del layer
+        self.keys[:, :, self.start] = keys
+        self.values[:, :, self.start] = values
+        return self.keys, self.values
+
+
+def attend(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
+    """Causal attention of queries (1, heads, n, head_dim) on whole caches: (1, n, heads, head_dim)."""
+    del mask
+    scale, start = options["scaling"], module.cache.start
+    out = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scale)
+    return out, None
+
+
+def attend_plainly(
+    module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any
+) -> Any:
+    """As `attend`, of one token's queries on static caches."""
+    del mask
+    kv_heads, context, head_dim = keys.shape[1:]
+    grouped = query.reshape(1, kv_heads, -1, head_dim)  # heads that share keys are neighbours
+    scores = torch.matmul(grouped, keys.transpose(2, 3)) * options["scaling"]  # (1, kv_heads, group, context)
+    is_ahead = torch.arange(context) > module.cache.start
+    weights = torch.softmax(scores + is_ahead.to(scores.dtype) * _NEVER, dim=-1)
+    return torch.matmul(weights, values).reshape(1, 1, -1, head_dim), None
+
+
+AttentionInterface.register(DYNAMIC, attend)
+AttentionInterface.register(STATIC, attend_plainly)
