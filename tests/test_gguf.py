@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from command import one_line, run
-from tiny import make_checkpoint
+from tiny import make_checkpoint, random_tensors, write_tensors
 
-from llamita.affine import dequantize, to_f32
+from llamita.affine import dequantize, f32_to_bf16, to_f32
 from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.errors import InputError
 from llamita.export.source import module_names
@@ -190,6 +190,30 @@ def test_tokenizers_that_split_otherwise_are_refused(
     capsys.readouterr()
     assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 2
     assert "tokenizer.json: pre_tokenizer: expected GPT-2's" in one_line(capsys)
+
+
+def test_groups_of_zeros_and_tiny_scales_are_counted_and_exact(tmp_path: Path, capsys: Any) -> None:
+    model = model_of(tmp_path, "llama3")
+    tensors = random_tensors(Checkpoint(model).config)
+    tensors["model.layers.0.mlp.up_proj.weight"][:3] = 0  # 3 rows of 128 inputs: 12 groups of 32
+    tensors["model.layers.1.mlp.up_proj.weight"] *= np.float32(2.0**-10)
+    (model / "model.safetensors").unlink()
+    write_tensors(model, {name: f32_to_bf16(values) for name, values in tensors.items()}, "BF16")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    capsys.readouterr()
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    told = capsys.readouterr().err
+    assert "12 groups are zeros" in told
+    assert "scales are subnormal in f16, and exact" in told
+    assert "21 of 21 tensors have the same values" in told
+    assert run("import", tmp_path / "out" / "model.gguf", "-o", tmp_path / "back") == 0
+    first, second = PackedModel(tmp_path / "packed"), PackedModel(tmp_path / "back")
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"):
+        one, other = first.weight(name), second.weight(name)
+        assert isinstance(one, Int4Weight)
+        assert isinstance(other, Int4Weight)
+        np.testing.assert_array_equal(one.packed, other.packed)
+        np.testing.assert_array_equal(one.scales, other.scales)
 
 
 def test_biases_go_with_their_rows(tmp_path: Path) -> None:

@@ -216,3 +216,18 @@ def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -
     ):
         assert run("import", *arguments) == 2
         assert told in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"), [(b"", "a Unigram model"), (b"\x18\x04", "kind 4"), (b"\x18\x02", "")]
+)
+def test_other_kinds_of_sentencepiece_are_refused(tmp_path: Path, spec: bytes, told: str) -> None:
+    from test_fuzz_imports import sentencepiece
+
+    model = sentencepiece(300) + b"\x12" + bytes([len(spec)]) + spec  # trainer_spec, in it model_type
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    if told:
+        with pytest.raises(InputError, match=f"expected SentencePiece's BPE, as Llama 2's, got {told}"):
+            convert_tokenizer(tmp_path, tmp_path)
+    else:
+        assert convert_tokenizer(tmp_path, tmp_path).tokens == 300

@@ -21,6 +21,11 @@ GGUF = {
 }  # fmt: skip
 
 
+# How Llama 3.1 and 3.2 stretch their rotary embedding, but for the factor: constants of the reference code
+SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+
+
 def meta_name(name: str) -> str:
     """Meta's name of a tensor."""
     module, _, kind = name.rpartition(".")

@@ -128,6 +128,8 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         console.note(
             f"{scales['off']:,} of {scales['total']:,} scales rounded, by {scales['largest']:.2%} at most"
         )
+    if scales and scales["zeros"]:
+        console.note(f"{scales['zeros']:,} groups are zeros; their scale is 1")
     if scales and scales["subnormal"]:
         console.note(f"{scales['subnormal']:,} scales are subnormal in f16, and exact")
     if record.get("untied_bytes"):

@@ -21,13 +21,12 @@ from llamita.errors import InputError
 from llamita.export.source import Weight, adaptor_of, module_names
 from llamita.export.targets import Order, Progress
 from llamita.hadamard import factor
-from llamita.meta_form import heads_of, meta_name, pair_order
+from llamita.meta_form import SCALED_ROPE, heads_of, meta_name, pair_order
 from llamita.packed import PackedModel
 from llamita.packed_writer import copy_companions, find_companions, write_bytes
 from llamita.packing import unpack_int4
 
 FILE, PARAMS = "consolidated.00.pth", "params.json"
-_SCALED_ROPE = (1.0, 4.0, 8192)  # constants of Meta's code: low and high frequency factor, trained context
 _SCHEME = "int4_weight_int8_dynamic_activation"
 
 
@@ -90,8 +89,10 @@ def _check(packed: PackedModel) -> None:
                          "Meta's form has not")  # fmt: skip
     if config.rope.kind not in ("default", "llama3"):
         raise InputError(f"--to meta: expected Llama's rotary embedding, got {config.rope.kind}")
-    rope = (config.rope.low_freq_factor, config.rope.high_freq_factor, config.rope.original_context)
-    if config.rope.kind == "llama3" and (rope != _SCALED_ROPE or config.rope.factor % 1):
+    rope = {"rope_type": config.rope.kind, "low_freq_factor": config.rope.low_freq_factor,
+            "high_freq_factor": config.rope.high_freq_factor,
+            "original_max_position_embeddings": config.rope.original_context}  # fmt: skip
+    if config.rope.kind == "llama3" and (rope != SCALED_ROPE or config.rope.factor % 1):
         raise InputError(f"--to meta: expected the scaled rotary embedding of Llama 3.1 and 3.2, got {rope}")
     if scheme.layers:
         raise InputError("--to meta: expected one group size for all layers, got exceptions; try --to gguf")

@@ -13,6 +13,7 @@ from llamita.errors import InputError
 from llamita.packed import PackedModel
 
 Weight = Int4Weight | Int8Weight | np.ndarray
+_EIGHT_ZEROS = np.uint32(0x88888888)  # a word of eight codes 0, each stored as 8
 _SMALLEST_F16 = np.float32(2.0**-14)  # the smallest that is normal
 
 
@@ -46,12 +47,14 @@ class Grid:
         off: those that change when they are rounded to it.
         subnormal: those that are subnormal there, and exact.
         largest: relative change of the one that changes most.
+        zeros: groups and channels of zeros, whose scale means nothing and is 1.
     """
 
     total: int
     off: int
     subnormal: int
     largest: float
+    zeros: int
 
 
 def check_grid(packed: PackedModel, grid: str, may_round: bool, target: str) -> Grid:
@@ -60,10 +63,11 @@ def check_grid(packed: PackedModel, grid: str, may_round: bool, target: str) -> 
     Raises:
         InputError: the first layer with one that does not lie there, or none of whose values is near.
     """
-    total = off = subnormal = 0
+    total = off = subnormal = zeros = 0
     largest = 0.0
     for name in module_names(packed):
         weight = packed.weight(name)
+        zeros += _groups_of_zeros(weight)
         if isinstance(weight, np.ndarray) or (grid == "bf16" and isinstance(weight, Int8Weight)):
             continue  # scales of channels are float32 there
         scales = to_f32(np.asarray(weight.scales)).ravel()
@@ -83,7 +87,17 @@ def check_grid(packed: PackedModel, grid: str, may_round: bool, target: str) -> 
         if grid == "f16":
             subnormal += int(((rounded < _SMALLEST_F16) & ~is_off).sum())
         largest = max(largest, float(changes.max()))
-    return Grid(total, off, subnormal, largest)
+    return Grid(total, off, subnormal, largest, zeros)
+
+
+def _groups_of_zeros(weight: Weight) -> int:
+    """How many groups, or channels of int8, have zeros alone."""
+    if isinstance(weight, np.ndarray):
+        return 0
+    if isinstance(weight, Int8Weight):
+        return int((~np.any(weight.codes, axis=1)).sum())
+    words = np.asarray(weight.packed).view(np.uint32) == _EIGHT_ZEROS
+    return int(words.reshape(*np.asarray(weight.scales).shape, -1).all(axis=-1).sum())
 
 
 class RoundedScales:

@@ -18,7 +18,7 @@ from llamita.gguf_file import GgufFile
 from llamita.imports.gguf_codes import STORED, GgufCodes
 from llamita.imports.takeover import Imported, take_over
 from llamita.imports.tokenizers import WORDS, byte_level, with_scores, write_tokenizer
-from llamita.meta_form import gguf_name, hf_order, rope_factors
+from llamita.meta_form import SCALED_ROPE, gguf_name, hf_order, rope_factors
 from llamita.packed_writer import plan_shards, write_bytes, write_json, write_shards
 
 _SIGNED = (
@@ -103,9 +103,7 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
     if "rope_freqs.weight" not in file.tensors:
         return {}
     factors = floats_of("F32", file.read("rope_freqs.weight"))
-    return {"rope_scaling": {"rope_type": "llama3", "factor": float(np.round(factors.max(), 3)),
-                             "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                             "original_max_position_embeddings": 8192}}  # fmt: skip
+    return {"rope_scaling": {**SCALED_ROPE, "factor": float(np.round(factors.max(), 3))}}
 
 
 def _check_rope(file: GgufFile, config: ModelConfig) -> None:

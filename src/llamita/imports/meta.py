@@ -24,15 +24,13 @@ from llamita.imports import meta_quantized
 from llamita.imports.forms import files_of
 from llamita.imports.takeover import Imported, take_over
 from llamita.imports.tokenizers import Converted, convert_tokenizer
-from llamita.meta_form import hf_order, meta_name
+from llamita.meta_form import SCALED_ROPE, hf_order, meta_name
 from llamita.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
 
 PARAMS = "params.json"
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
 _DTYPES = {torch.bfloat16: ("BF16", torch.int16, "<u2"), torch.float16: ("F16", torch.int16, "<f2"),
            torch.float32: ("F32", torch.int32, "<f4")}  # fmt: skip
-_SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192}  # fmt: skip
 _SMALL_WIDTHS = (2048, 3072)  # of Llama 3.2 1B and 3B, which stretch by 32; Llama 3.1 stretches by 8
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
@@ -128,7 +126,7 @@ def hf_config(params: dict[str, Any], parts: list[dict[str, Tensor]], tokenizer:
     if scaled:
         known = params.get("rope_scale_factor") or params.get("rope_scaling_factor")
         factor = known or (32.0 if params["dim"] in _SMALL_WIDTHS else 8.0)
-        values["rope_scaling"] = {**_SCALED_ROPE, "factor": factor}
+        values["rope_scaling"] = {**SCALED_ROPE, "factor": factor}
     return values
 
 

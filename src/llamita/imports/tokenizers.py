@@ -36,6 +36,7 @@ _SPECIAL = {  # by their place behind the ranks; the others are reserved, and co
     8: "<|eom_id|>", 9: _TURN, 10: "<|python_tag|>",
 }  # fmt: skip
 _SPECIALS = 256
+_UNIGRAM, _BPE = 1, 2  # kinds of SentencePiece's models, the first where none is told
 _SPACE = "\u2581"  # how SentencePiece writes one
 
 
@@ -204,10 +205,18 @@ def with_scores(pieces: list[tuple[str, float]]) -> Tokenizer:
 
 
 def _pieces(data: bytes) -> Iterator[tuple[str, float]]:
-    """(piece, score) of a ModelProto: field 1, repeated; in it 1 is the text, 2 the score."""
+    """(piece, score) of a ModelProto: field 1, repeated; in it 1 is the text, 2 the score.
+
+    Field 2 says how the model was trained; in it 3 is the kind, of which BPE alone has merges.
+    """
     count = 0
     try:
         for field, value in _fields(data):
+            if field == 2 and isinstance(value, bytes):
+                kind = dict(_fields(value)).get(3, _UNIGRAM)
+                if kind != _BPE:
+                    named = "a Unigram model" if kind == _UNIGRAM else f"kind {kind}"
+                    raise InputError(f"{FILE}: expected SentencePiece's BPE, as Llama 2's, got {named}")
             if field != 1 or not isinstance(value, bytes):
                 continue
             count += 1
