@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import llamita
+from llamita.checkpoint import open_tensor_files
 from llamita.export.proof import own_tokens
 
 ROWS = {  # form: options, and what computes the proof
@@ -29,6 +30,7 @@ ROWS = {  # form: options, and what computes the proof
     "gguf": ((), "llama.cpp"),
     "meta": ((), ""),
 }
+NO_WAY_BACK = ("executorch", "hf")  # a program; floats
 _LLAMACPP = """
 import sys, numpy as np
 from llama_cpp import Llama
@@ -70,6 +72,33 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def round_trip(source: str, out: Path) -> str:
+    """Whether `llamita import` gives back the tensors that the packed model has, byte for byte."""
+    there = out / "model.gguf" if (out / "model.gguf").exists() else out
+    back = out.with_name(f"{out.name}-back")
+    command = [
+        sys.executable,
+        "-m",
+        "llamita",
+        "import",
+        str(there),
+        "-o",
+        str(back),
+        "--overwrite",
+        "--json",
+    ]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        return "no"
+    return "identical" if tensors_of(Path(source)) == tensors_of(back) else "not lossless"
+
+
+def tensors_of(directory: Path) -> dict[str, tuple[Any, ...]]:
+    """Type, shape and bytes of every tensor."""
+    files, where = open_tensor_files(directory)
+    found = {name: files[file].tensors[name] for name, file in where.items()}
+    return {n: (i.dtype, i.shape, files[where[n]].read(n).tobytes()) for n, i in found.items()}
+
+
 def main() -> None:
     """Run and print a Markdown table."""
     parser = argparse.ArgumentParser(
@@ -80,8 +109,10 @@ def main() -> None:
     parser.add_argument("--llamacpp", metavar="PYTHON")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    print("| form | computed by | matrices equal to the bit | KL, nats a token | same top token | MB |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| form | computed by | matrices equal to the bit | KL, nats a token | same top token | MB | back |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name, (options, by) in ROWS.items():
         out = arguments.work / name.replace(", ", "-").replace(" ", "-")
         told = export(arguments.source, name, options, out)
@@ -91,7 +122,9 @@ def main() -> None:
         equal = f"{proof['equal_layers']} of {proof['layers']}" if "layers" in proof else "tested"
         kl = f"{proof['kl']:.5f} | {proof['top_1']:.1%}" if "kl" in proof else "| "
         shown_by = by if "kl" in proof else "not run"
-        print(f"| `{name}` | {shown_by} | {equal} | {kl} | {told['bytes'] / 1e6:,.1f} |", flush=True)
+        back = round_trip(arguments.source, out) if name not in NO_WAY_BACK else "no way back"
+        size = f"{told['bytes'] / 1e6:,.1f}"
+        print(f"| `{name}` | {shown_by} | {equal} | {kl} | {size} | {back} |", flush=True)
 
 
 if __name__ == "__main__":
