@@ -78,7 +78,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "imports.gguf": ("checkpoint", "imports.gguf_codes", "imports.takeover", "imports.tokenizers",
      "packed_writer"),
     "imports.forms": ("imports.takeover",),
-    "imports.cache": ("imports.forms", "staging"),
+    "imports.cache": ("imports.forms", "packed_writer", "staging"),
     "packed_writer": ("checkpoint", "packed"),
     "methods.chain": ("methods.settings", "methods.setup"),
     "methods.rtn": ("methods.energy",),

@@ -210,6 +210,30 @@ def test_a_static_program_computes_what_the_engine_does(tmp_path: Path, family: 
     assert np.abs(difference[0]).max() < 1e-3  # no activation has rounded the other way yet
 
 
+def test_a_program_with_float_activations_is_the_float_model(tmp_path: Path) -> None:
+    """As Core ML and others get it: the weights multiplied out, and nothing rounded."""
+    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
+    from tiny import write_tensors
+
+    from llamita.checkpoint import expected_tensors
+    from llamita.dequantized import DequantizedSource
+
+    packed = PackedModel(packed_model(tmp_path, "llama31"))
+    program, floats = make_program(packed, 64, is_static=True, activations=None), DequantizedSource(packed)
+    model = make_checkpoint(tmp_path / "floats", "llama31", dtype="F32")
+    (model / "model.safetensors").unlink()
+    values = {}
+    for name, shape in expected_tensors(packed.config).items():
+        is_vector = len(shape) == 1
+        values[name] = np.array(floats.vector(name) if is_vector else floats.weight(name[: -len(".weight")]))
+    write_tensors(model, values, "F32")
+    with torch.no_grad():
+        rows = [program(torch.tensor([[token]]), torch.tensor([i])) for i, token in enumerate(IDS)]
+        found = torch.cat(rows)
+    expected = llamita.load(model, kv_dtype="f32").logits(IDS)
+    assert np.abs(found.numpy() - expected).max() < 1e-3 * np.std(expected)
+
+
 @pytest.mark.parametrize(("backend", "delegate"), [("vulkan", "VulkanBackend"), ("coreml", "CoreMLBackend")])
 def test_other_backends_take_the_whole_model_but_its_embedding(
     tmp_path: Path, capsys: Any, backend: str, delegate: str

@@ -15,6 +15,7 @@ from llamita.checkpoint import Int4Weight
 from llamita.meta_form import pair_order
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
+from llamita.tensorfile import TensorFile
 
 torch = pytest.importorskip("torch", reason="these forms are read on the Torch side")
 pytest.importorskip("transformers", reason="these forms are read by transformers")
@@ -194,3 +195,45 @@ def test_adaptors_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
     assert (settings["r"], settings["lora_alpha"]) == (4, 4 * 4.0)  # 8 / sqrt(4) = 4 = 16 / 4
     first, second = (llamita.load(packed, adaptors={"a": one}) for one in (adaptor, tmp_path / "out"))
     np.testing.assert_array_equal(first.logits(IDS, adaptor="a"), second.logits(IDS, adaptor="a"))
+
+
+def test_adaptors_of_some_layers_alone(tmp_path: Path, capsys: Any) -> None:
+    """PEFT would make new ones for the others, were they not named one by one."""
+    pytest.importorskip("peft", reason="what loads adaptors")
+    from test_adaptors import make_adaptor
+    from tiny import write_file
+
+    packed = packed_model(tmp_path, "llama3")
+    adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model")
+    file = TensorFile(adaptor / "adapter_model.safetensors")
+    first = {name: file.read(name).copy() for name in file.tensors if ".layers.0." in name}
+    (adaptor / "adapter_model.safetensors").unlink()
+    write_file(adaptor / "adapter_model.safetensors", first, "BF16")
+    capsys.readouterr()
+    assert run("export", packed, "--to", "adaptors", "--adaptor", adaptor, "-o", tmp_path / "out") == 0
+    shown = capsys.readouterr()
+    assert "read back by PEFT: 7 of 7 tensors" in shown.err
+    assert "Warning" not in shown.err
+
+
+def test_what_was_exported_is_verified(tmp_path: Path, capsys: Any) -> None:
+    packed = packed_model(tmp_path)
+    assert run("export", packed, "--to", "hf", "-o", tmp_path / "out") == 0
+    capsys.readouterr()
+    assert run("verify", tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "llamita_export.json").read_text("utf-8"))
+    assert str(tmp_path) not in json.dumps(record)  # nothing of this machine travels along
+    assert record["unchecked"] is None
+    weights = tmp_path / "out" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    capsys.readouterr()
+    assert run("verify", tmp_path / "out") == 1
+    assert "model.safetensors: content differs from what was written" in one_line(capsys)
+    (tmp_path / "out" / "llamita_export.json").unlink()
+    assert run("export", packed, "--to", "torchao", "-o", tmp_path / "other") == 0
+    (tmp_path / "other" / "llamita_export.json").unlink()
+    capsys.readouterr()
+    assert run("verify", tmp_path / "other") == 2  # never its own conversion in place of it
+    assert "got another tool's model" in one_line(capsys)

@@ -17,6 +17,7 @@ from command import run
 from test_fuzz_files import alarm, mutate_value, to_text
 from test_gguf import model_of
 from test_import import as_meta
+from test_import_libraries import as_gptq
 from tiny import make_checkpoint
 
 from llamita.errors import LlamitaError
@@ -51,8 +52,24 @@ def change_header(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         return flip(data, rng)
     length = struct.unpack("<Q", data[:8])[0]
-    text = change_json(data[8 : 8 + length], rng)
+    change = reshape if rng.random() < 0.3 else change_json
+    text = change(data[8 : 8 + length], rng)
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def reshape(data: bytes, rng: random.Random) -> bytes:
+    """A tensor of another shape or type that has as many bytes: the header agrees with the file."""
+    header = json.loads(data)
+    tensor = header[rng.choice([name for name in header if name != "__metadata__"])]
+    size = tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    kind = rng.choice(["I8", "U8", "F16", "BF16", "I32", "F32", "I64"])
+    width = {"8": 1, "6": 2, "2": 4, "4": 8}[kind[-1]]
+    count = size // width
+    if size % width == 0:
+        tensor["dtype"] = kind
+        shapes = [[count], [1, count], [count, 1], [1, 1, count], [count // 4, 4], [2, count // 2]]
+        tensor["shape"] = rng.choice(shapes if count % 4 == 0 else shapes[:4])
+    return json.dumps(header).encode()
 
 
 def change_lines(data: bytes, rng: random.Random) -> bytes:
@@ -91,7 +108,6 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
         if kind == "quantized pth":
             tokenizer = (source / "tokenizer.model").read_bytes()
             assert run("quantize", model, "-o", directory / "packed", "--preset", "llama3.2") == 0
-            assert run("export", directory / "packed", "--to", "meta", "-o", source, "--overwrite") in (0, 2)
             shutil.rmtree(source)
             assert run("export", directory / "packed", "--to", "meta", "-o", source) == 0
             (source / "tokenizer.model").write_bytes(tokenizer)
@@ -103,9 +119,13 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
         (source / "tokenizer.model").write_bytes(sentencepiece(300))
         return source, "tokenizer.model", flip
     model = model_of(directory, "llama3", **SMALL)
+    if kind == "gptq":
+        as_gptq(model, directory / "there")
+        return directory / "there", WEIGHTS, change_header
     assert run("quantize", model, "-o", directory / "packed") == 0
     form = {"gguf": "gguf", "torchao": "torchao"}.get(kind, "compressed-tensors")
-    assert run("export", directory / "packed", "--to", form, "-o", directory / "there") == 0
+    flavor = ("--flavor", "vllm-cpu") if kind == "int-quantized" else ()
+    assert run("export", directory / "packed", "--to", form, "-o", directory / "there", *flavor) == 0
     if kind == "gguf":
         return directory / "there" / "model.gguf", "", flip
     name = "config.json" if kind == "config.json" else WEIGHTS
@@ -113,7 +133,7 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
 
 
 KINDS = ["gguf", "pth", "quantized pth", "params.json", "tiktoken", "sentencepiece", "safetensors", "torchao",
-         "config.json"]  # fmt: skip
+         "int-quantized", "gptq", "config.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("cases", [250, pytest.param(5000, marks=pytest.mark.slow)])

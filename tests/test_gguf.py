@@ -18,6 +18,8 @@ from llamita.export.source import module_names
 from llamita.gguf_blocks import floats_of
 from llamita.gguf_file import GgufFile, write_gguf
 from llamita.imports.forms import convert
+from llamita.imports.gguf import _ends
+from llamita.imports.tokenizers import with_scores
 from llamita.meta_form import gguf_name, pair_order, rope_factors
 from llamita.packed import PackedModel
 from llamita.packing import unpack_int4
@@ -157,7 +159,7 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> No
         ((model, "--to", "gguf", *out), "expected a quantized directory, got a float model"),
         (
             (tmp_path / "arm", "--to", "nothing", *out),
-            "--to: expected one of executorch, compressed-tensors, gguf",
+            "--to: expected one of executorch, adaptors, compressed-tensors",
         ),
         ((tmp_path / "arm", "--to", "gguf"), "--out: expected the directory to make"),
         ((tmp_path / "arm", "--to", "gguf", *out), "exists; try --overwrite"),
@@ -282,6 +284,44 @@ def test_a_file_with_scales_of_either_sign_becomes_a_float_checkpoint(
     assert run("quantize", file, "-o", tmp_path / "third") == 0  # every command takes the file itself
 
 
+def test_q6_k_is_as_its_definition_has_it() -> None:
+    """Against a loop over the weights of a block, as ggml's reference counts them."""
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (2, 3 * 210), dtype=np.uint8)
+    blocks = data.reshape(-1, 210)
+    blocks[:, 208:] = random.normal(0, 0.01, (6, 1)).astype("<f2").view(np.uint8)
+    expected = np.empty((6, 256), np.float32)
+    for block, out in zip(blocks, expected, strict=True):
+        scale = block[208:].copy().view("<f2").astype(np.float32)[0]
+        for place in range(256):
+            half, within = divmod(place, 128)
+            quarter, lane = divmod(within, 32)
+            low = block[64 * half + 32 * (quarter % 2) + lane] >> (4 * (quarter // 2)) & 15
+            high = block[128 + 32 * half + lane] >> (2 * quarter) & 3
+            own = block[192 + place // 16].astype(np.int8)
+            out[place] = scale * np.float32(own) * np.float32(int(low | high << 4) - 32)
+    np.testing.assert_array_equal(floats_of("Q6_K", data), expected.reshape(2, -1))
+
+
+def test_special_tokens_and_flags_of_llama_2s_kind_hold() -> None:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{b:02X}>", 0.0) for b in range(256))]
+    pieces += [
+        (text, -float(i)) for i, text in enumerate(["\u2581", "a", "b", "<|im|>", "<", "|", "i", "m", ">"])
+    ]
+    plain = with_scores(pieces, ["<unk>", "<s>", "</s>", "<|im|>"], None, False)
+    assert plain.encode("a<|im|>b").tokens == ["a", "<|im|>", "b"]
+    assert plain.decode(plain.encode("a b").ids) == "a b"
+    usual = with_scores(pieces)
+    assert usual.encode("a").tokens == ["<s>", "\u2581", "a"]
+
+
+def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
+    file = GgufFile(small(tmp_path / "a.gguf"))
+    file.values["tokenizer.ggml.eos_token_id"] = 1
+    tokens = ["a", "</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    assert _ends(file, tokens) == [1, 2, 4, 3]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
@@ -291,6 +331,14 @@ def test_a_file_with_scales_of_either_sign_becomes_a_float_checkpoint(
         ("tokenizer.ggml.pre", "odd", "tokenizer.ggml.pre: expected one of gpt-2"),
         ("tokenizer.ggml.tokens", ["a"], "token_embd.weight: expected \\(1, 128\\)"),
         ("llama.embedding_length", 1.5, "llama.embedding_length: expected a whole number"),
+        (
+            "llama.rope.dimension_count",
+            8,
+            "llama.rope.dimension_count: expected 32, got 8: not a plain",
+        ),
+        ("llama.attention.scale", 0.5, "llama.attention.scale: expected 0.0, got 0.5"),
+        ("llama.attention.causal", False, "llama.attention.causal: expected True"),
+        ("llama.logit_scale", ["x"], "llama.logit_scale: expected 1.0"),
     ],
 )
 def test_a_file_that_is_no_llama_is_told(tmp_path: Path, key: str, value: Any, told: str) -> None:

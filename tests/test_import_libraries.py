@@ -73,7 +73,9 @@ def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> Non
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"bits": 8}, "bits: expected 4, got '8'"),
+        ({"bits": 8}, "bits: expected 4, got 8"),
+        ({"desc_act": True, "no_order": True}, "g_idx: expected beside desc_act"),
+        ({"few_zeros": True}, "qzeros: expected the zero point of symmetric weights"),
         ({"sym": False}, "sym: expected True"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format: expected gptq or gptq_v2, got 'marlin'"),
         ({"order": True}, "g_idx: expected inputs in their own order"),
@@ -94,6 +96,10 @@ def test_other_kinds_of_gptq_are_refused(
         tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"][::-1].copy()
     if "zeros" in changes:
         tensors[f"{name}.qzeros"][0, 0] += 1
+    if "no_order" in changes:
+        tensors.pop(f"{name}.g_idx")
+    if "few_zeros" in changes:
+        tensors[f"{name}.qzeros"] = tensors[f"{name}.qzeros"][:1].copy()
     if "bias" in changes:
         tensors[f"{name}.bias"][3] = 0.5
     (tmp_path / "gptq" / "model.safetensors").unlink()

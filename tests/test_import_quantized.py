@@ -1,6 +1,7 @@
 """Quantized models of other tools taken over: the very codes and scales, or a refusal."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,13 @@ def test_every_command_takes_it_and_says_that_it_was_converted(
     config.write_text(config.read_text() + "\n")
     second = resolve(source)
     assert second != first
+    assert first.exists()  # someone may just be opening it
+    os.utime(first, (1, 1))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    third = resolve(source)
+    assert (third / "chat_template.jinja").exists()  # what lies beside the weights counts, too
+    assert not first.exists()  # made long ago, of another source
     assert second.exists()
-    assert not first.exists()  # what was made of the source before is removed
 
 
 # ---- Meta's quantized releases -------------------------------------------------------------------
@@ -168,6 +174,62 @@ def test_metas_spinquant_release(tmp_path: Path) -> None:
     params = json.loads((source / "params.json").read_text())
     (source / "params.json").write_text(json.dumps({**params, "quantization_args": {"scheme": "int2"}}))
     assert run("import", source, "-o", tmp_path / "other") == 2
+
+
+def test_adaptors_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path, capsys: Any) -> None:
+    """R1 and R2 are in its weights, and nothing but `spinquant` says so."""
+    from test_adaptors import make_adaptor
+
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    adaptor = make_adaptor(tmp_path / "adaptor", model)
+    options = ("--method", "spinquant", "--set", "spinquant.steps=0")
+    assert run("quantize", model, "-o", tmp_path / "packed", *options) == 0
+    source = export(tmp_path / "packed", "meta", tmp_path / "there")
+    assert run("import", source, "-o", tmp_path / "back") == 0
+    capsys.readouterr()
+    for base in ("packed", "back"):
+        assert run("generate", tmp_path / base, "--adaptor", adaptor, "--prompt", "a") == 2
+        assert "got one changed by R1 and R2" in one_line(capsys)
+    changed_params(source, lora_args={"rank": 4, "scale": 2.0})
+    assert run("import", source, "-o", tmp_path / "other") == 2
+    assert "lora_args: expected adaptors among the weights" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"layers.0.attention.q_norm.weight": (128,)},
+            "'layers.0.attention.q_norm.weight': expected a Llama's",
+        ),
+        (
+            {"output.adaptor.A.weight": (4, 9), "output.adaptor.B.weight": (9, 4)},
+            "'output.adaptor.A.weight'",
+        ),
+        ({"layers.0.attention.wq.adaptor.B.weight": (128, 4)}, "'layers.0.attention.wq.adaptor.B.weight'"),
+        ({"layers.0.attention.wq.weight": (128, 128)}, "'layers.0.attention.wq.scales'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_no_tensor_of_a_release_is_left_out(
+    tmp_path: Path, capsys: Any, changes: dict[str, tuple[int, ...]], told: str
+) -> None:
+    torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    source = export(tmp_path / "packed", "meta", tmp_path / "there")
+    state = torch.load(source / "consolidated.00.pth", weights_only=True)
+    state |= {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in changes.items()}
+    torch.save(state, source / "consolidated.00.pth")
+    capsys.readouterr()
+    assert run("import", source, "-o", tmp_path / "out") == 2
+    assert told in one_line(capsys)
+
+
+def changed_params(source: Path, **changes: Any) -> None:
+    """params.json with other values."""
+    params = json.loads((source / "params.json").read_text())
+    (source / "params.json").write_text(json.dumps(params | changes))
 
 
 def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +261,27 @@ def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
     assert run("import", source, "-o", tmp_path / "other") == 2
     assert "lora_args: expected rank and scale" in one_line(capsys)
     assert not (tmp_path / "other-adaptor").exists()
+
+
+def test_adaptors_that_are_there_are_not_replaced(tmp_path: Path, capsys: Any) -> None:
+    """OUT-adaptor was not named by the user, and may be what finetune has left."""
+    from test_adaptors import make_adaptor
+
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    adaptor = make_adaptor(tmp_path / "adaptor", model)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    source = export(tmp_path / "packed", "meta", tmp_path / "there", "--adaptor", adaptor)
+    (tmp_path / "out-adaptor").mkdir()
+    (tmp_path / "out-adaptor" / "llamita_training.json").write_text("{}")
+    capsys.readouterr()
+    assert run("import", source, "-o", tmp_path / "out", "--overwrite") == 2
+    assert "out-adaptor, where the adaptors of this release go, is another" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out-adaptor" / "llamita_training.json").unlink()
+    (tmp_path / "out-adaptor").rmdir()
+    for options in ((), ("--overwrite",)):
+        assert run("import", source, "-o", tmp_path / "out", *options) == 0
+        assert (tmp_path / "out-adaptor" / "adapter_config.json").exists()
 
 
 def tensors_of_adaptor(directory: Path) -> dict[str, bytes]:

@@ -56,6 +56,9 @@ def model_card(facts: CardFacts) -> str:
     embedding = tables[scheme.kind("model.embed_tokens").bits]
     others = f"| linear layers by kind | {facts.kinds} |\n" if scheme.layers else ""
     before, after = facts.source_bytes / 1e6, facts.tensor_bytes / 1e6
+    shrunk = f"; {before:,.1f} MB before (-{1 - after / before:.0%})"
+    if facts.relative_error is None:  # it was as small before
+        shrunk = ""
     error = "not known: the float model was not at hand"
     if facts.relative_error is not None:
         error = f"{facts.relative_error:.3e}"
@@ -71,7 +74,7 @@ Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita
 {others}| embedding and head | {embedding} |
 | method | {facts.method} |
 | scales | {facts.scales} |
-| size of the tensors | {after:,.1f} MB; {before:,.1f} MB before (-{1 - after / before:.0%}) |
+| size of the tensors | {after:,.1f} MB{shrunk} |
 | relative squared error of the weights | {error} |
 {_worst(facts)}
 `llamita verify DIRECTORY` checks every file against `llamita.json`; `llamita evaluate DIRECTORY` measures

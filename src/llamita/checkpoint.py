@@ -106,7 +106,14 @@ def resolve(name: str | Path) -> Path:
         raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
     else:
         path = import_module("llamita.hub").download(name)
-    return path if form_of(path) is None else import_module("llamita.imports.cache").converted(path)
+    if form_of(path) is not None:
+        return import_module("llamita.imports.cache").converted(path)
+    if has(path, "model.pte") and not has(path, "config.json"):
+        raise InputError(
+            f"{name}: expected a model, got an ExecuTorch program, which is not read back; "
+            "try what it was exported from"
+        )
+    return path
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -208,7 +215,8 @@ class Checkpoint:
             )
         if self.hf_config.get("quantization_config") is not None:
             raise InputError(
-                f"{path}: config.json: quantization_config: expected a float model; try its source"
+                f"{path}: config.json: quantization_config: expected a float model, got "
+                f"{_method(self.hf_config['quantization_config'])}; try its source"
             )
         self.files, self._where = open_tensor_files(path)
         self._check()
@@ -274,6 +282,12 @@ class Checkpoint:
         """Unmap the files."""
         for file in self.files.values():
             file.close()
+
+
+def _method(quantization: object) -> str:
+    """The name of a way to quantize, from a stranger's file."""
+    named = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return repr(named)[:40] if named else "a quantized one"
 
 
 def check_names(expected: set[str], found: set[str], hint: str) -> None:

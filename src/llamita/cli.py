@@ -30,7 +30,7 @@ COMMANDS = {
 }
 SUMMARIES = {
     "quantize": "Turn a Llama checkpoint into a 4-bit model.",
-    "import": "Convert Meta's own checkpoint (consolidated.*.pth) or a GGUF file once.",
+    "import": "Take over another tool's model: Meta's own, GGUF, compressed-tensors, GPTQ, torchao.",
     "finetune": "Tune a model on your data, in float or with 4-bit rounding in every step.",
     "merge": "Write a model with an adaptor in its weights.",
     "export": "Write a 4-bit model in the form of another runtime, ExecuTorch's for phones first.",

@@ -30,6 +30,7 @@ KINDS = {
     "F16": (1, 1, 2),
     "Q4_0": (2, BLOCK, 18),
     "Q8_0": (8, BLOCK, 34),
+    "Q6_K": (14, 256, 210),
     "BF16": (30, 1, 2),
 }
 _NAMES = {number: name for name, (number, _, _) in KINDS.items()}
@@ -134,7 +135,8 @@ class GgufFile:
             stop = start + count // block * width
             if stop > len(self._data):
                 raise InputError(
-                    f"{name[:100]!r}: expected within {len(self._data)} bytes, got an end at {stop}"
+                    f"{name[:100]!r}: expected within {len(self._data)} bytes, got an end at {stop}; "
+                    "is the file truncated?"
                 )
             found[name] = GgufTensor(kind, shape, start, stop)
         ends = 0
@@ -169,7 +171,7 @@ class GgufFile:
         left = len(self._data) - self._at
         if count * width > left:
             raise InputError(f"{what[:100]}: expected at most {left // width}, which the file has room for, "
-                             f"got {count}")  # fmt: skip
+                             f"got {count}; is it truncated or damaged?")  # fmt: skip
 
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]

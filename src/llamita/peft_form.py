@@ -27,11 +27,13 @@ class LowRankPairs:
     scale: float
 
 
-def write_adaptor(adaptor: LowRankPairs, base: str, directory: Path) -> None:
+def write_adaptor(adaptor: LowRankPairs, base: str, layers: int, directory: Path) -> None:
     """Fill a directory that exists.
 
     Args:
         base: what PEFT is to call the model that they go with.
+        layers: of that model. Where some have no adaptors, the others are named one by one: PEFT would make
+            new ones for them.
     """
     tensors: dict[str, np.ndarray] = {}
     for name, pair in adaptor.pairs.items():
@@ -47,9 +49,10 @@ def write_adaptor(adaptor: LowRankPairs, base: str, directory: Path) -> None:
         writer.finish()
     finally:
         writer.abandon()
+    kinds = {name.rpartition(".")[2] for name in adaptor.pairs}
     write_json(directory / CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "r": adaptor.rank, "lora_alpha": adaptor.scale * adaptor.rank, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in adaptor.pairs}),
+        "target_modules": sorted(kinds if len(adaptor.pairs) == layers * len(kinds) else adaptor.pairs),
         "inference_mode": True, "init_lora_weights": True,
     })  # fmt: skip

@@ -176,6 +176,11 @@ def _move_into_place(partial: Path, out: Path) -> None:
     flush_path(out.parent)
 
 
+def remove_whole(directory: Path) -> None:
+    """Remove a directory so that nobody takes what is left, if this is killed, for a whole one."""
+    _remove(directory, directory)
+
+
 def _remove(aside: Path, out: Path) -> None:
     """Remove a directory; killed halfway, the rest is found as partial and never taken for a whole model."""
     with suppress(OSError):  # then the next run removes it

@@ -10,6 +10,7 @@ from llamita.checkpoint import linear_names, table_names, vector_names
 from llamita.errors import InputError, LlamitaError
 from llamita.files import has, member, parse_json, read_bytes, sha256_file
 from llamita.packed import METADATA, PackedModel, is_file_table, self_hash_holds
+from llamita.staging import EXPORTED_MARK
 
 # What the hub and its client put beside a model.
 _FOREIGN = (".gitattributes", ".gitignore", ".cache", ".git")
@@ -26,23 +27,26 @@ class Report:
 
 
 def verify(path: Path, progress: Progress = None) -> Report:
-    """Compare every file of the directory with its recorded size and hash, then open the model.
+    """Compare every file of the directory with its recorded size and hash, then open a packed model.
 
     Raises:
         InputError: the directory has no llamita.json.
     """
-    if not has(path, METADATA):
+    mark = METADATA if has(path, METADATA) else EXPORTED_MARK
+    if not has(path, mark):
         raise InputError(
             f"{path}: {METADATA}: expected a directory that llamita made, found none; try quantize"
         )
     try:
-        data = read_bytes(path, METADATA)
-        files = parse_json(data, METADATA).get("files")
+        data = read_bytes(path, mark)
+        files = parse_json(data, mark).get("files")
     except LlamitaError as error:
         return Report(1, 0, [str(error)])
     if not is_file_table(files):
-        return Report(1, len(data), [f"{METADATA}: files: expected names with size and sha256"])
-    problems = [] if self_hash_holds(data) else [f"{METADATA}: content differs from what was written"]
+        return Report(1, len(data), [f"{mark}: files: expected names with size and sha256"])
+    problems = [f"{METADATA}: content differs from what was written"]
+    if mark != METADATA or self_hash_holds(data):
+        problems = []
     total = sum(record["size"] for record in files.values())
     done = 0
     for name, record in files.items():
@@ -51,7 +55,7 @@ def verify(path: Path, progress: Progress = None) -> Report:
         problems += _check_file(path, name, record)
         done += record["size"]
     problems += [f"{name}: unexpected: not among the files that were written" for name in _extra(path, files)]
-    problems += [] if problems else _check_model(path)
+    problems += _check_model(path) if mark == METADATA and not problems else []
     return Report(1 + len(files), len(data) + total, problems)
 
 
@@ -71,7 +75,7 @@ def _check_file(path: Path, name: str, record: dict[str, Any]) -> list[str]:
 
 def _extra(path: Path, files: dict[str, Any]) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(path))
-    return [name for name in names if name not in files and name != METADATA and name not in _FOREIGN]
+    return [name for name in names if name not in (*files, METADATA, EXPORTED_MARK) and name not in _FOREIGN]
 
 
 def _check_model(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from llamita import __version__, console
 from llamita.commands.options import Json, Out, Overwrite, Threads
 from llamita.errors import InputError, RunError
 from llamita.export.targets import TARGETS, Order, writer_of
-from llamita.files import flush_path
+from llamita.files import flush_path, sha256_file
 from llamita.machine import MemoryWatch
 from llamita.packed import PackedModel, open_source
 from llamita.packed_writer import write_bytes
@@ -61,7 +61,6 @@ def command(
 
     Example: llamita export my-model --to executorch -o my-model-pte
     """
-    write = writer_of(to)
     options = {"context": context, "backend": backend, "embedding": embedding, "adaptor": adaptor,
                "round_scales": round_scales or None, "flavor": flavor}  # fmt: skip
     _check_options(to, options)
@@ -72,15 +71,19 @@ def command(
     if not isinstance(packed, PackedModel):
         raise InputError(f"{source}: expected a quantized directory, got a float model; try llamita quantize")
     check_target(out, overwrite, packed.path)
+    write = writer_of(to)  # which may import Torch
     began, watch = time.perf_counter(), MemoryWatch()
     with watch, console.progress(quiet=json) as progress, staged(out, overwrite, packed.path) as directory:
         record = write(Order(packed, adaptor, options), directory, progress)
+        record |= {"options": {name: str(value) for name, value in options.items() if value is not None}}
+        if record["proof"] is not None or "opened_by" in record:
+            record["unchecked"] = None
         _write_record(directory, packed, to, record)
         for path in directory.iterdir():
             flush_path(path)
         verdict = _verdict(record)
         if verdict == _FAIL and not json:
-            _print_proof(record["proof"])
+            _print_failure(record)
         if verdict == _FAIL:
             raise RunError(f"{out}: FAIL: it does not compute what the engine does; nothing was written")
     record |= {"out": str(out), "total_seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
@@ -88,6 +91,14 @@ def command(
         return console.print_json(record)
     _print(out, record)
     console.print_line(verdict)
+    console.note(TARGETS[to].following.format(out=out))
+
+
+def _print_failure(record: dict[str, Any]) -> None:
+    """What does not hold."""
+    if record["proof"] is not None:
+        return _print_proof(record["proof"])
+    return console.note(f"{record['equal_layers']} of {record['layers']} tensors have the same values")
 
 
 def _verdict(record: dict[str, Any]) -> str:
@@ -96,6 +107,8 @@ def _verdict(record: dict[str, Any]) -> str:
     counts = proof or record
     if counts.get("equal_layers") != counts.get("layers"):
         return _FAIL
+    if record["options"].get("embedding") == "4" and proof:
+        return "the same integers but for the embedding, rounded to 4 bits; what that costs is above"
     if record.get("other_arithmetic") and proof:
         return "the same integers; another arithmetic, whose cost is above"
     if proof:
@@ -106,6 +119,8 @@ def _verdict(record: dict[str, Any]) -> str:
 
 
 def _check_options(to: str, options: dict[str, Any]) -> None:
+    if to not in TARGETS:
+        raise InputError(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
     for name, value in options.items():
         if value is not None and name not in TARGETS[to].options:
             raise InputError(f"--{name.replace('_', '-')}: {to} takes none; try without")
@@ -114,8 +129,12 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
 
 
 def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[str, Any]) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    values = {"llamita": __version__, "target": to, "source": packed.metadata["source"],
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
+             for path in sorted(directory.iterdir())}  # fmt: skip
+    source = dict(packed.metadata["source"])
+    if source["name"].startswith("/"):  # of this machine, which is nobody else's business
+        source["name"] = Path(source["name"]).name
+    values = {"llamita": __version__, "target": to, "source": source,
               "packed": packed.metadata["files"], "files": files, **record}  # fmt: skip
     write_bytes(directory / EXPORTED_MARK, json.dumps(values, indent=1).encode())
 

@@ -1,6 +1,7 @@
 """`llamita import`: a model in another tool's form in; a packed directory or a float checkpoint out."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +12,12 @@ from llamita import __version__, console
 from llamita.checkpoint import Checkpoint
 from llamita.commands.options import Json, Out, Overwrite
 from llamita.errors import InputError
-from llamita.imports.forms import convert, files_of
+from llamita.files import has
+from llamita.imports.forms import convert, files_of, has_adaptors
 from llamita.imports.takeover import Imported
 from llamita.packed_writer import write_json
 from llamita.peft_form import write_adaptor
-from llamita.staging import IMPORTED_MARK, check_target, staged
+from llamita.staging import IMPORTED_MARK, TRAINED_MARK, check_target, staged
 
 _Source = Annotated[
     Path,
@@ -36,28 +38,48 @@ def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME")
     check_target(out, overwrite, source)
-    beside = out.with_name(f"{out.name}-adaptor")
+    beside = _beside(out, overwrite, source)
     began = time.perf_counter()
-    with console.progress(quiet=json) as progress, staged(out, overwrite, source) as directory:
+    with ExitStack() as stack:  # the last is moved into its place first
+        progress = stack.enter_context(console.progress(quiet=json))
+        other = None if beside is None else stack.enter_context(staged(beside, overwrite, source))
+        directory = stack.enter_context(staged(out, overwrite, source))
         imported = convert(source, directory, progress)
         if imported.taken is None:
             files = {path.name: path.stat().st_size for path in files_of(source)}
             mark = {"llamita": __version__, "source": str(source), "files": files}
             write_json(directory / IMPORTED_MARK, mark)
             Checkpoint(directory).close()  # found to be whole
-        if imported.adaptor is not None:
-            with staged(beside, overwrite, source) as other:
-                write_adaptor(imported.adaptor, str(out), other)
-                write_json(other / IMPORTED_MARK, {"llamita": __version__, "source": str(source)})
+        if other is not None:
+            assert imported.adaptor is not None, "a release with lora_args has adaptors, or is refused"
+            write_adaptor(imported.adaptor, out.name, imported.layers, other)
+            write_json(other / IMPORTED_MARK, {"llamita": __version__, "source": str(source)})
     seconds, taken = time.perf_counter() - began, imported.taken
     if json:
         told = None if taken is None else {**asdict(taken), "scheme": taken.scheme.to_dict()}
-        adaptor = None if imported.adaptor is None else str(beside)
+        adaptor = None if beside is None else str(beside)
         return console.print_json({"out": str(out), "seconds": seconds, "taken": told, "adaptor": adaptor})
     _print(out, beside, imported, seconds)
 
 
-def _print(out: Path, beside: Path, imported: Imported, seconds: float) -> None:
+def _beside(out: Path, overwrite: bool, source: Path) -> Path | None:
+    """Where the adaptors of a release go; None where it has none.
+
+    Raises:
+        InputError: something else is there, as adaptors that `finetune` has left.
+    """
+    if not has_adaptors(source):
+        return None
+    beside = out.with_name(f"{out.name}-adaptor")
+    if beside.exists() and (not has(beside, IMPORTED_MARK) or has(beside, TRAINED_MARK)):
+        raise InputError(
+            f"--out: {beside}, where the adaptors of this release go, is another; try another name"
+        )
+    check_target(beside, overwrite, source)
+    return beside
+
+
+def _print(out: Path, beside: Path | None, imported: Imported, seconds: float) -> None:
     taken = imported.taken
     what = "a float checkpoint" if taken is None else "packed, codes and scales as they are"
     console.print_line(f"{out}: {what}, {seconds:,.0f} s")
@@ -71,7 +93,7 @@ def _print(out: Path, beside: Path, imported: Imported, seconds: float) -> None:
         console.note(f"in float: {len(taken.float_layers)} matrices, such as {name}: {why}")
     if taken.activations:
         console.note(f"made for {taken.activations}; here int8 per token: measure it (llamita evaluate)")
-    if imported.adaptor is not None:
+    if beside is not None:
         console.print_line(f"{beside}: its adaptors, without which it is not the model that was trained")
-    adaptor = f" --adaptor {beside}" if imported.adaptor is not None else ""
+    adaptor = "" if beside is None else f" --adaptor {beside}"
     return console.note(f"try: llamita generate {out}{adaptor} --prompt TEXT")

@@ -63,7 +63,7 @@ _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
 
 # The options, each with what `--help` says of it.
 _Src = Annotated[
-    str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a hub name, or 'embedded'.")
+    str, typer.Argument(metavar="SRC", help="A model directory, a .gguf, a hub name, or 'embedded'.")
 ]
 _Preset = Annotated[str, typer.Option(help=f"The scheme: {_PRESETS} (the closest; calibrates, needs Torch).")]
 _Method = Annotated[

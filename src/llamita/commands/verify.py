@@ -8,18 +8,32 @@ import typer
 
 from llamita import console
 from llamita.checkpoint import resolve
+from llamita.errors import InputError
+from llamita.files import has
+from llamita.foreign import form_of
+from llamita.staging import EXPORTED_MARK
 from llamita.verify import verify
 
 
 def command(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed directory, or its hub name.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A packed directory, its hub name, or what export made.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Check every file of a packed directory against its recorded hash; exit code 1 if any differs.
+    """Check every file of a packed directory, or of an export, against its recorded hash; exit code 1 if any
+    differs.
 
     Example: llamita verify my-model
     """
-    path: Path = resolve(directory)
+    path = Path(directory)
+    if not has(path, EXPORTED_MARK):  # what is exported is checked as it is, never converted first
+        if form_of(path) is not None:
+            raise InputError(
+                f"{directory}: expected a directory that llamita made, got another tool's model, which says "
+                "nothing of what was written; try llamita inspect"
+            )
+        path = resolve(directory)
     with console.progress(quiet=json) as progress:
         report = verify(path, progress)
     if json:

@@ -18,6 +18,8 @@ def changed_channels(source: ModelSource) -> list[str]:
     R4 is undone where it acts, so adaptors never see it.
     """
     rotated = [name for name in source.rotations.names if name != "R4"]
+    if isinstance(source, PackedModel):  # an imported one, whose rotations are another tool's
+        rotated += source.metadata["settings"].get("rotated", [])
     return [*rotated, *(["equalize"] if "equalize" in _methods(source) else [])]
 
 

@@ -31,17 +31,16 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
         progress("adaptors", 0, 1)
     pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
-    write_adaptor(
-        LowRankPairs(pairs, rank, stored.scaling), order.packed.metadata["source"]["name"], directory
-    )
+    base = order.packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    write_adaptor(LowRankPairs(pairs, rank, stored.scaling), base, order.packed.config.layers, directory)
     record = {
         "bytes": (directory / WEIGHTS).stat().st_size, "rank": rank, "scale": stored.scaling,
-        "proof": None, "unchecked": "PEFT is not installed",
+        "proof": None, "unchecked": None,
     }  # fmt: skip
     try:
         load = load_optional("llamita.export.in_peft:load", "{package}")
     except RunError:
-        return record
+        return record | {"unchecked": "PEFT is not installed"}
     found, scales = load(order.packed, directory)
     equal = 0
     for name, (down, up) in pairs.items():

@@ -39,7 +39,8 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     context = options.get("context") or min(_CONTEXT, packed.config.context)
     if not _LEAST_CONTEXT <= context <= packed.config.context:
         raise InputError(
-            f"--context: expected {_LEAST_CONTEXT} to {packed.config.context} tokens, got {context}"
+            f"--context: expected {_LEAST_CONTEXT} to {packed.config.context} tokens, which this model takes "
+            f"itself, got {context}"
         )
     rope = packed.config.rope
     if rope.kind == "dynamic" and context > rope.original_context:
@@ -61,15 +62,26 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
         lower(program, partitioners, metadata, directory / PROGRAM)
     del program
     copy_companions(packed.path, directory, find_companions(packed.path))
-    write_bytes(directory / "README.md", guide(packed, context, backend).encode())
+    write_bytes(directory / "README.md", guide(packed, context, backend, _exceptions(order)).encode())
     proof = _prove(order, directory / PROGRAM, context, timer) if backend == "xnnpack" else None
     return {
         "backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
-        "scales": vars(grid), "other_arithmetic": options.get("embedding") == 4,
+        "scales": vars(grid), "other_arithmetic": options.get("embedding") == 4 or not kind.rounds,
+        "embedding_bits": options.get("embedding") or 8, "adaptor": order.adaptor and order.adaptor.name,
         "activations": "int8 per token" if kind.rounds else "float",
         "unchecked": f"the runtime of {backend} is on the device", "seconds": timer.end(),
         "proof": proof and proof.to_dict(),
     }  # fmt: skip
+
+
+def _exceptions(order: Order) -> str:
+    """In what the program differs from the packed directory, in sentences."""
+    told = []
+    if order.options.get("embedding") == 4:
+        told.append(" Its embedding alone is rounded further, to 4 bits in groups of 32.")
+    if order.adaptor is not None:
+        told.append(f" The adaptors `{order.adaptor.name}` are in it, beside the weights.")
+    return "".join(told)
 
 
 def metadata_of(packed: PackedModel, context: int, is_static: bool = False) -> dict[str, Any]:

@@ -56,12 +56,12 @@ float: weights are the packed directory's, what is computed with them is not wha
 """
 
 
-def guide(packed: PackedModel, context: int, backend: str) -> str:
-    """The text, for a program of this context and backend."""
+def guide(packed: PackedModel, context: int, backend: str, exceptions: str = "") -> str:
+    """The text, for a program of this context and backend, and in what it differs from its source."""
     has_template = find_template(packed.path) is not None
     prompts = (
-        "Prompts have to be written as the model's chat template has them: `llamita` shows one with\n"
-        "`python -c 'import llamita; print(llamita.load(DIR).chat_template.render([...]))'`."
+        "Prompts have to be written as the model's chat template has them; from the packed directory,\n"
+        "`python -c 'import llamita; print(llamita.load(PACKED).chat_template.render([...]))'` shows one."
         if has_template
         else "The model has no chat template: it continues a text."
     )
@@ -77,8 +77,8 @@ def guide(packed: PackedModel, context: int, backend: str) -> str:
     return f"""# {source} for ExecuTorch {VERSION}
 
 `model.pte` computes with the very codes and scales of the packed directory that it was made from, for
-sequences of up to {context} tokens, on the backend `{backend}`. Program and runtime have to be of the same
-version of ExecuTorch.
+sequences of up to {context} tokens, on the backend `{backend}`.{exceptions}
+Program and runtime have to be of the same version of ExecuTorch.
 
 | file | what |
 |---|---|

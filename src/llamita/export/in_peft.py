@@ -1,5 +1,6 @@
 """Adaptors as PEFT loads them, beside a model of the right shape that holds no weights."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ def load(packed: PackedModel, directory: Path) -> Loaded:
     with torch.device("meta"):
         llama = LlamaForCausalLM(LlamaConfig(**transformers_keys(packed)))
     llama = llama.to_empty(device="cpu")  # pages that are never touched take no memory
-    model = PeftModel.from_pretrained(llama, str(directory), low_cpu_mem_usage=True)
+    with warnings.catch_warnings():  # of transformers, about what PEFT calls in it
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(llama, str(directory), low_cpu_mem_usage=True)
     pairs, scales = {}, {}
     base: Any = model.base_model.model
     modules: dict[str, Any] = dict(base.named_modules())

@@ -35,34 +35,52 @@ class Target:
         entry: "module:function", called as write(order, directory, progress), which fills the directory and
             gives what to record; it raises InputError for what the form cannot hold.
         form: what comes out, for people.
+        following: what to do with OUT next.
         options: names of the options that it takes.
     """
 
     entry: str
     form: str
+    following: str
     options: tuple[str, ...] = ()
 
 
-TARGETS = {
+_TRANSFORMERS = "try: AutoModelForCausalLM.from_pretrained('{out}')"
+TARGETS: dict[str, Target] = {
     "executorch": Target(
         "llamita.export.executorch:write",
         "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
+        "next: {out}/README.md says what goes where on a phone",
         ("context", "backend", "embedding", "adaptor", "round_scales"),
     ),
     "adaptors": Target(
-        "llamita.export.adaptors:write", "adaptors in PEFT's form, found to fit DIR", ("adaptor",)
+        "llamita.export.adaptors:write",
+        "adaptors in PEFT's form, found to fit DIR",
+        "try: PeftModel.from_pretrained(base, '{out}')",
+        ("adaptor",),
     ),
     "compressed-tensors": Target(
-        "llamita.export.compressed_tensors:write", "safetensors for transformers and vLLM", ("flavor",)
+        "llamita.export.compressed_tensors:write",
+        "safetensors for transformers and vLLM",
+        _TRANSFORMERS,
+        ("flavor",),
     ),
     "gguf": Target(
-        "llamita.export.gguf:write", "one .gguf file for llama.cpp, Q4_0 and Q8_0", ("round_scales",)
+        "llamita.export.gguf:write",
+        "one .gguf file for llama.cpp, Q4_0 and Q8_0",
+        "try: llama-cli -m {out}/model.gguf -p TEXT",
+        ("round_scales",),
     ),
-    "hf": Target("llamita.export.hf:write", "an ordinary checkpoint in BF16, multiplied out"),
+    "hf": Target("llamita.export.hf:write", "an ordinary checkpoint in BF16, multiplied out", _TRANSFORMERS),
     "meta": Target(
-        "llamita.export.meta:write", "consolidated.00.pth, as Meta's quantized releases", ("adaptor",)
+        "llamita.export.meta:write",
+        "consolidated.00.pth, as Meta's quantized releases",
+        "next: what takes Meta's quantized Llama 3.2, such as ExecuTorch's own export",
+        ("adaptor",),
     ),
-    "torchao": Target("llamita.export.torchao:write", "safetensors with torchao's tensors, for transformers"),
+    "torchao": Target(
+        "llamita.export.torchao:write", "safetensors with torchao's tensors, for transformers", _TRANSFORMERS
+    ),
 }
 _LACKING = (
     "--to {target}: expected the package {{package}}, found none; try pip install 'llamita[export]' "

@@ -3,49 +3,61 @@
 import hashlib
 import json
 import os
-import shutil
+import time
+from glob import escape
 from pathlib import Path
 
-from llamita import console
+from llamita import __version__, console
 from llamita.errors import InputError
-from llamita.imports.forms import convert, files_of
-from llamita.staging import staged
+from llamita.imports.forms import convert, files_of, has_adaptors
+from llamita.packed_writer import find_companions
+from llamita.staging import remove_whole, staged
 
 _KEY = 16  # hexadecimal digits
+_LONGEST_NAME = 80  # characters of the source's in ours
+_SPARED = 24 * 3600.0  # seconds since it was made
 
 
 def converted(source: Path) -> Path:
     """The directory of a model in our form, made from one in another form if need be.
 
     It lies in LLAMITA_CACHE, else in the user's cache. What was made of the same source before it changed is
-    removed.
+    removed after a day.
 
     Raises:
         InputError: it has adaptors, which one directory cannot hold, or see `forms.convert`.
         RunError: see `forms.convert`.
     """
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files_of(source)]
-    begin = f"{source.resolve().name}-{_hash(str(source.resolve()))}-"
-    place = _cache() / "imports" / f"{begin}{_hash(json.dumps(stats))}"
+    if has_adaptors(source):
+        raise InputError(
+            f"{source}: expected a model without adaptors, got one that has them; try "
+            f"llamita import {source} -o OUT, then OUT with --adaptor OUT-adaptor"
+        )
+    files = {path.name: path for path in files_of(source)}
+    if source.is_dir():  # tokenizer, templates and the like travel with the weights
+        files |= {name: source / name for name in find_companions(source)}
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(files.items())]
+    begin = f"{source.resolve().name[:_LONGEST_NAME]}-{_hash(str(source.resolve()))}-"
+    place = _cache() / "imports" / f"{begin}{_hash(json.dumps([__version__, stats]))}"
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with staged(place) as directory, console.progress() as progress:
-            imported = convert(source, directory, progress)
-            if imported.adaptor is not None:
-                raise InputError(
-                    f"{source}: expected a model without adaptors, got one that has them; try "
-                    f"llamita import {source} -o OUT, then OUT with --adaptor OUT-adaptor"
-                )
+            convert(source, directory, progress)
         console.note(f"{source}: converted, and kept in {place}")
     except InputError:
         if not place.exists():  # else another process was faster
             raise
-    for old in place.parent.glob(f"{begin}*"):
-        if old != place:
-            shutil.rmtree(old, ignore_errors=True)
+    _remove_old(place, begin)
     return place
+
+
+def _remove_old(place: Path, begin: str) -> None:
+    """Remove what was made of the same source before it changed, unless someone may still open it."""
+    for old in place.parent.glob(f"{escape(begin)}*"):
+        if old != place and time.time() - old.stat().st_mtime > _SPARED:
+            remove_whole(old)
 
 
 def _hash(text: str) -> str:

@@ -47,11 +47,9 @@ class CompressedTensors(ModuleFiles):
         settings = self.quantization
         if settings.get("format") not in _FORMATS:
             raise _unknown("format", settings.get("format"), _FORMATS)
-        if (
-            settings.get("sparsity_config")
-            or settings.get("kv_cache_scheme")
-            or settings.get("transform_config")
-        ):
+        sparsity = settings.get("sparsity_config") or {}  # some tools write one that says "dense"
+        is_dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
+        if not is_dense or settings.get("kv_cache_scheme") or settings.get("transform_config"):
             raise InputError(f"{_WHERE}: expected weights alone, got sparsity, cache or transforms")
         groups = settings.get("config_groups")
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
@@ -60,17 +58,19 @@ class CompressedTensors(ModuleFiles):
 
     def activations(self) -> str | None:
         """See `takeover.CodedModel`."""
-        if not any(self._rounding):
-            return "float activations"
-        return "symmetric int8 activations" if "symmetric" in self._rounding else None
+        if "symmetric" in self._rounding:
+            return "symmetric int8 activations"
+        if None in self._rounding:
+            return "float activations" + (" in some layers" if any(self._rounding) else "")
+        return None
 
     def coded(self, name: str) -> Coded:
         """See `takeover.CodedModel`."""
         parts = self.parts(name, _KNOWN)
         if "bias" in parts:
             raise InputError(f"{name}.bias: unexpected for the architecture in config.json")
-        scales = to_f32(self.part(name, "weight_scale", _FLOATS))
-        scales = scales.reshape(len(scales), -1) if scales.ndim else scales.reshape(1, 1)
+        scales = to_f32(np.atleast_1d(self.part(name, "weight_scale", _FLOATS)))
+        scales = scales.reshape(len(scales), -1)
         if "weight_packed" not in parts:
             codes = self.part(name, "weight", ("I8",))
             return Coded(codes, scales, _bits(name, codes))
@@ -81,7 +81,7 @@ class CompressedTensors(ModuleFiles):
         held = (words.shape[0], words.shape[1] * CODES_PER_WORD) if words.ndim == 2 else None
         if shape.shape != (2,) or held != (int(shape[0]), int(shape[1])):
             raise InputError(
-                f"{name}.weight_packed: expected int4 words of {list(shape.ravel())}, got {words.shape}"
+                f"{name}.weight_packed: expected int4 words of {shape.ravel().tolist()}, got {words.shape}"
             )
         return Coded(unpack_int4(words), scales, 4)
 
@@ -100,6 +100,8 @@ def _check(group: dict[str, Any]) -> str | None:
     for key, known in _WEIGHTS.items():
         if weights.get(key) not in known:
             raise _unknown(f"weights: {key}", weights.get(key), known)
+    if group.get("format") == "pack-quantized" and weights["num_bits"] != 4:
+        raise _unknown("weights: num_bits: of pack-quantized", weights["num_bits"], (4,))
     if weights.get("actorder") not in (None, False, "static", "weight"):
         raise InputError(f"{_WHERE}: actorder: expected inputs in their own order, got "
                          f"{str(weights['actorder'])[:40]!r}; try a checkpoint without")  # fmt: skip

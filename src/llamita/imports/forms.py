@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llamita import foreign
 from llamita.errors import InputError
-from llamita.files import has, member
+from llamita.files import has, member, read_json
 from llamita.imports.takeover import Imported
 from llamita.optional import load_optional
 
@@ -18,6 +18,10 @@ _CONVERTERS = {
     foreign.GPTQ: "llamita.imports.gptq:convert",
     foreign.TORCHAO: "llamita.imports.torchao:convert",
 }
+_KNOWN = (
+    "expected a directory with Meta's consolidated.*.pth and params.json, or of compressed-tensors, GPTQ or "
+    "torchao, or a .gguf"
+)
 _LACKING = (
     "{source}: Meta's checkpoints need the package {{package}} to be read, which is missing; try pip install "
     "'llamita[torch]' (in a checkout '.[torch]')"
@@ -26,8 +30,9 @@ _LACKING = (
 
 def files_of(source: Path) -> list[Path]:
     """The files that decide what a model of another form is; Meta's parts come first, in order."""
-    if source.is_file():
-        return [source]
+    gguf = foreign.gguf_of(source)
+    if gguf is not None:
+        return [gguf]
     if has(source, "params.json") and not has(source, "config.json"):
         tokenizer = "tokenizer.model" if has(source, "tokenizer.model") else "tokenizer.json"
         weights = sorted(path.name for path in source.glob("consolidated.*.pth"))
@@ -35,6 +40,11 @@ def files_of(source: Path) -> list[Path]:
     else:
         names = ["config.json", *sorted(path.name for path in source.glob("*.safetensors"))]
     return [member(source, name) for name in names]
+
+
+def has_adaptors(source: Path) -> bool:
+    """Whether adaptors lie among the weights, as in Meta's QLoRA releases."""
+    return foreign.form_of(source) == foreign.META and "lora_args" in read_json(source, "params.json")
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
@@ -54,7 +64,8 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         raise InputError(
             f"{source}: expected consolidated.*.pth beside params.json, as Meta has them, found none"
         )
-    return load_optional(_CONVERTERS[form], _LACKING.format(source=source))(source, directory, progress)
+    found = foreign.gguf_of(source) or source
+    return load_optional(_CONVERTERS[form], _LACKING.format(source=source))(found, directory, progress)
 
 
 def _expected(source: Path) -> str:
@@ -64,10 +75,18 @@ def _expected(source: Path) -> str:
     method = foreign.quantization_of(source).get("quant_method") if source.is_dir() else None
     if method is not None:
         known = ", ".join((foreign.COMPRESSED_TENSORS, foreign.GPTQ, foreign.TORCHAO))
-        return f"config.json: quant_method: expected {known}, got {str(method)[:40]!r}; try its float source"
+        return f"config.json: quant_method: expected {known}, got {repr(method)[:40]}; try its float source"
     if has(source, "config.json"):
         return "expected another tool's model, got a float checkpoint; try llamita quantize"
-    return (
-        "expected Meta's consolidated.*.pth with params.json, a .gguf, or a checkpoint of "
-        "compressed-tensors, GPTQ or torchao"
-    )
+    return f"{_KNOWN}, got {_what(source)}"
+
+
+def _what(source: Path) -> str:
+    """What is there that cannot be imported, and what to try."""
+    if has(source, "adapter_config.json"):
+        return f"adaptors; try --adaptor {source} with their base"
+    if has(source, "model.pte"):
+        return "an ExecuTorch program, which is not read back"
+    if source.suffix in (".pth", ".safetensors", ".json"):
+        return f"a file of one; try its directory, {source.parent}"
+    return "another file" if source.is_file() else "a directory without" if source.is_dir() else "none"

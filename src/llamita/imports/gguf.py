@@ -17,13 +17,21 @@ from llamita.gguf_blocks import floats_of
 from llamita.gguf_file import GgufFile
 from llamita.imports.gguf_codes import STORED, GgufCodes
 from llamita.imports.takeover import Imported, take_over
-from llamita.imports.tokenizers import WORDS, byte_level, with_scores, write_tokenizer
+from llamita.imports.tokenizers import LLAMA3_ENDS, WORDS, byte_level, with_scores, write_tokenizer
 from llamita.meta_form import SCALED_ROPE, gguf_name, hf_order, rope_factors
 from llamita.packed_writer import plan_shards, write_bytes, write_json, write_shards
 
 _SIGNED = (
     "its int4 scales have either sign, as llama.cpp makes them, which no other runtime takes: multiplied out"
 )
+_FLAGS = ("add_bos_token", "add_space_prefix")
+# Values that change the forward pass, and where they do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "logit_scale": (1.0, 0.0), "embedding_scale": (1.0, 0.0), "residual_scale": (1.0, 0.0),
+    "attention.scale": (0.0,), "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,),
+    "attention.causal": (True,), "rope.scale_linear": (1.0,), "rope.scaling.attn_factor": (1.0,),
+    "expert_count": (0,), "use_parallel_residual": (False,),
+}  # fmt: skip
 _CONTROL = (3, 4)  # kinds of tokens: control, and the user's own
 _SPLITS = {"gpt-2": None, "llama-bpe": WORDS, "llama3": WORDS, "llama-v3": WORDS}
 Progress = Callable[[str, int, int], None] | None
@@ -43,6 +51,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
     try:
         values = hf_config(file)
         config = ModelConfig.from_hf(values)
+        _check_plain(file, config)
         _check_rope(file, config)
         _check_tensors(file, config)
         _write_tokenizer(file, directory)
@@ -84,10 +93,32 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors, "mlp_bias": False,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "bos_token_id": file.values.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": [file.values[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot")
-                         if f"tokenizer.ggml.{name}_token_id" in file.values],
+        "eos_token_id": _ends(file, tokens),
     }  # fmt: skip
     return values | _scaling(file)
+
+
+def _ends(file: GgufFile, tokens: list[str]) -> list[int]:
+    """Every token that ends an answer: those that are told, and Llama 3's by their names."""
+    told = [file.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    named = [tokens.index(name) for name in LLAMA3_ENDS if name in tokens]
+    return list(dict.fromkeys([*(number for number in told if type(number) is int), *named]))
+
+
+def _check_plain(file: GgufFile, config: ModelConfig) -> None:
+    """See that no value asks for more than a Llama's forward pass.
+
+    Raises:
+        InputError: the first that does.
+    """
+    width = (config.head_dim,)
+    for key, plain in {"rope.dimension_count": width, "attention.value_length": width, **_PLAIN}.items():
+        value = file.values.get(f"llama.{key}", plain[0])
+        if isinstance(value, np.ndarray | list) or value not in plain:
+            found = str(value)[:40]
+            raise InputError(
+                f"{file.path.name}: llama.{key}: expected {plain[0]}, got {found}: not a plain Llama"
+            )
 
 
 def _scaling(file: GgufFile) -> dict[str, Any]:
@@ -102,6 +133,8 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
         )
     if "rope_freqs.weight" not in file.tensors:
         return {}
+    if file.tensors["rope_freqs.weight"].kind != "F32":
+        raise InputError(f"{file.path.name}: rope_freqs.weight: expected F32")
     factors = floats_of("F32", file.read("rope_freqs.weight"))
     return {"rope_scaling": {**SCALED_ROPE, "factor": float(np.round(factors.max(), 3))}}
 
@@ -125,6 +158,8 @@ def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
         if found is None or found.shape != shape:
             had = "none" if found is None else f"{found.shape}"
             raise InputError(f"{file.path.name}: {gguf_name(tensor)}: expected {shape}, got {had}")
+        if len(shape) == 1 and found.kind not in STORED:
+            raise InputError(f"{file.path.name}: {gguf_name(tensor)}: expected floats, got {found.kind}")
     known = {gguf_name(tensor) for tensor in tensors} | {"rope_freqs.weight"}
     for name in file.tensors:
         if name not in known:
@@ -166,7 +201,10 @@ def _write_tokenizer(file: GgufFile, directory: Path) -> None:
                 f"{name}: tokenizer.ggml.scores: expected one for each token, and Llama 2's first three"
             )
         pieces = list(zip(tokens, (float(score) for score in scores), strict=True))
-        return write_tokenizer(with_scores(pieces), {**settings, "add_bos_token": True}, directory)
+        flags = {key: values.get(f"tokenizer.ggml.{key}", True) is not False for key in _FLAGS}
+        special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
+        made = with_scores(pieces, special, bos if flags[_FLAGS[0]] else None, flags[_FLAGS[1]])
+        return write_tokenizer(made, {**settings, "add_bos_token": flags[_FLAGS[0]]}, directory)
     merges, split = values.get("tokenizer.ggml.merges"), values.get("tokenizer.ggml.pre")
     if values.get("tokenizer.ggml.model") != "gpt2" or split not in _SPLITS or not isinstance(merges, list):
         raise InputError(f"{name}: tokenizer.ggml.pre: expected one of {', '.join(_SPLITS)} with merges, got "

@@ -24,7 +24,7 @@ class GgufCodes:
     def __init__(self, file: GgufFile, hf_config: dict[str, Any]) -> None:
         self._file, self.path, self.files = file, file.path, [file.path]
         self.hf_config, self.config = hf_config, ModelConfig.from_hf(hf_config)
-        self.rotations = Rotations()
+        self.rotations, self.rotated = Rotations(), ()
 
     def is_int4(self) -> bool:
         """Whether linear layers are in Q4_0."""

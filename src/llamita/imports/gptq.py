@@ -42,11 +42,11 @@ class Gptq(ModuleFiles):
         for key, expected in (("bits", 4), ("sym", True)):
             if settings.get(key) != expected:
                 raise InputError(f"config.json: quantization_config: {key}: expected {expected}, got "
-                                 f"{str(settings.get(key))[:40]!r}; try the float model")  # fmt: skip
+                                 f"{repr(settings.get(key))[:40]}; try the float model")  # fmt: skip
         found = settings.get("checkpoint_format", "gptq")
         if not isinstance(found, str) or found not in _STORED_ZERO:
             raise InputError("config.json: quantization_config: checkpoint_format: expected "
-                             f"{' or '.join(_STORED_ZERO)}, got {str(found)[:40]!r}")  # fmt: skip
+                             f"{' or '.join(_STORED_ZERO)}, got {repr(found)[:40]}")  # fmt: skip
         self._zero = _STORED_ZERO[found]
 
     def activations(self) -> str | None:
@@ -66,13 +66,16 @@ class Gptq(ModuleFiles):
         columns, groups = len(words) * CODES_PER_WORD, len(scales)
         if columns % groups:
             raise InputError(f"{name}: expected groups of one size among {columns} inputs, got {groups}")
+        if "g_idx" not in parts and self.quantization.get("desc_act"):
+            raise InputError(f"{name}.g_idx: expected beside desc_act, found none; try one {_ACT_ORDER}")
         if "g_idx" in parts:
             order = self.part(name, "g_idx", ("I32", "I64"))
             if not np.array_equal(order, np.arange(columns) // (columns // groups)):
                 raise InputError(f"{name}.g_idx: expected inputs in their own order, got them by activation; "
                                  f"try a checkpoint {_ACT_ORDER}")  # fmt: skip
         zeros = self.part(name, "qzeros", ("I32",))
-        if zeros.ndim != 2 or np.any(unpack_int4(zeros) + 8 != self._zero):
+        held = (groups, words.shape[1] // CODES_PER_WORD)
+        if zeros.shape != held or np.any(unpack_int4(zeros) + 8 != self._zero):
             raise InputError(
                 f"{name}.qzeros: expected the zero point of symmetric weights throughout, got others"
             )

@@ -64,7 +64,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         raise InputError(f"{source}: expected a quantized release in one file, got {len(parts)}")
     model = meta_quantized.MetaQuantized(source, files, params, values, parts[0])
     adaptor = model.adaptor()
-    return Imported(take_over(model, directory, progress), adaptor)
+    return Imported(take_over(model, directory, progress), adaptor, layers=model.config.layers)
 
 
 def _write_floats(
@@ -175,13 +175,14 @@ def _is_plain(tensor: Tensor, path: Path) -> bool:
     """Whether a tensor takes what it has in the file, and is of a type that is known."""
     if tensor.layout != torch.strided or tensor.dtype not in (*_DTYPES, torch.int8) or not tensor.ndim:
         return False
-    return tensor.is_contiguous() and tensor.nbytes <= path.stat().st_size
+    held = tensor.untyped_storage().nbytes()  # a view of it may have any order, but not say a value twice
+    return 0 not in tensor.stride() and tensor.nbytes <= held <= path.stat().st_size
 
 
 def _check_archive(path: Path) -> None:
     """See that what lies in a file takes no more memory than the file."""
     if not zipfile.is_zipfile(path):  # of Torch before 1.6, whose tensors cannot be mapped
-        raise InputError(f"{path.name}: expected a file of torch.save, got another or a damaged one")
+        raise InputError(f"{path.name}: expected a file of torch.save, got another; is it truncated?")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if any(one.compress_type != zipfile.ZIP_STORED for one in members) or (

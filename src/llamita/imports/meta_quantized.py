@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llamita.affine import to_f32
-from llamita.checkpoint import linear_names, table_names
+from llamita.checkpoint import linear_names, table_names, vector_names
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.hadamard import factor
@@ -24,6 +24,7 @@ from llamita.rotations import Rotations
 
 SCHEME = "int4_weight_int8_dynamic_activation"
 KEYS = ("quantization_args", "lora_args")  # of params.json, beside those of every release
+_ARGUMENTS = {"scheme", "group_size", "spinquant"}
 _BITS = {torch.bfloat16: (torch.int16, np.uint16), torch.float16: (torch.int16, np.float16),
          torch.float32: (torch.int32, np.float32)}  # fmt: skip
 
@@ -49,28 +50,42 @@ class MetaQuantized:
         self.path, self.files, self._state, self._params = path, files, state, params
         self.hf_config = {**hf_config, "tie_word_embeddings": "output.weight" not in state}
         self.config = ModelConfig.from_hf(self.hf_config)
-        arguments = params.get("quantization_args")
-        if not isinstance(arguments, dict) or arguments.get("scheme") != SCHEME:
-            raise InputError(f"params.json: quantization_args: expected the scheme {SCHEME}, got "
-                             f"{str(arguments)[:80]}")  # fmt: skip
-        self.rotations = Rotations()
-        if arguments.get("spinquant"):
-            size = self.config.intermediate_size
-            if factor(size)[0] > 1:
-                raise InputError(f"params.json: spinquant: expected w2's inputs a power of two, got {size}")
-            self.rotations = Rotations(("R4",), size)
-        known = {"weight", "scales", "zeros", "adaptor.A.weight", "adaptor.B.weight"}
-        matrices = {*table_names(self.config), *linear_names(self.config)}
-        expected = {
-            f"{meta_name(f'{name}.weight').removesuffix('weight')}{part}"
-            for name in matrices
-            for part in known
-        }
-        strange = sorted(
-            n for n in state if n not in expected and not n.endswith("norm.weight") and n != "rope.freqs"
-        )
+        self.rotations, self.rotated = self._rotations(params.get("quantization_args"))
+        known = self._known()
+        strange = sorted(name for name in state if name not in known)
         if strange:
             raise InputError(f"consolidated.00.pth: {strange[0][:80]!r}: expected a Llama's tensors alone")
+
+    def _rotations(self, arguments: Any) -> tuple[Rotations, tuple[str, ...]]:
+        """What is left to do at run time, and what is in the weights already."""
+        if (
+            not isinstance(arguments, dict)
+            or arguments.get("scheme") != SCHEME
+            or set(arguments) - _ARGUMENTS
+        ):
+            raise InputError(f"params.json: quantization_args: expected the scheme {SCHEME} and "
+                             f"{', '.join(sorted(_ARGUMENTS))}, got {str(arguments)[:80]}")  # fmt: skip
+        if not arguments.get("spinquant"):
+            return Rotations(), ()
+        size = self.config.intermediate_size
+        if factor(size)[0] > 1:
+            raise InputError(f"params.json: spinquant: expected w2's inputs a power of two, got {size}")
+        if any(".adaptor." in name for name in self._state):  # there they read what R4 has rotated
+            raise InputError("params.json: expected SpinQuant or adaptors, got a release with both")
+        return Rotations(("R4",), size), ("R1", "R2")
+
+    def _known(self) -> set[str]:
+        """Every tensor that the release may have."""
+        found = {"rope.freqs", *(meta_name(name) for name in vector_names(self.config))}
+        for name in {**table_names(self.config), **linear_names(self.config)}:
+            base = _base(name)
+            found.add(f"{base}weight")
+            if f"{base}weight" in self._state and self._state[f"{base}weight"].dtype == torch.int8:
+                found |= {f"{base}scales", f"{base}zeros"}
+            pair = {f"{base}adaptor.{part}.weight" for part in "AB"}
+            if name in linear_names(self.config) and pair <= self._state.keys():
+                found |= pair
+        return found
 
     def activations(self) -> str | None:
         """See `takeover.CodedModel`."""
@@ -78,7 +93,7 @@ class MetaQuantized:
 
     def matrix(self, name: str) -> Coded | np.ndarray:
         """See `takeover.CodedModel`."""
-        base = meta_name(f"{name}.weight").removesuffix("weight")
+        base = _base(name)
         codes, order = self._tensor(f"{base}weight"), hf_order(f"{name}.weight", self.config)
         if codes.dtype != torch.int8:
             values = _bits(codes, f"{base}weight")
@@ -106,9 +121,11 @@ class MetaQuantized:
             InputError: a rank or shape that does not fit, or no scale.
         """
         names = [n for n in linear_names(self.config) if f"{self._adaptor(n)}A.weight" in self._state]
-        if not names:
-            return None
         arguments = self._params.get("lora_args")
+        if not names and arguments is None:
+            return None
+        if not names:
+            raise InputError("params.json: lora_args: expected adaptors among the weights, found none")
         scale = arguments.get("scale") if isinstance(arguments, dict) else None
         rank = arguments.get("rank") if isinstance(arguments, dict) else None
         if not isinstance(scale, int | float) or isinstance(scale, bool) or type(rank) is not int:
@@ -116,7 +133,7 @@ class MetaQuantized:
         return LowRankPairs({name: self._pair(name, rank) for name in names}, rank, float(scale))
 
     def _adaptor(self, name: str) -> str:
-        return meta_name(f"{name}.weight").removesuffix("weight") + "adaptor."
+        return f"{_base(name)}adaptor."
 
     def _pair(self, name: str, rank: int) -> tuple[np.ndarray, np.ndarray]:
         down, up = (_bits(self._tensor(f"{self._adaptor(name)}{part}.weight"), name) for part in "AB")
@@ -131,6 +148,11 @@ class MetaQuantized:
         if name not in self._state:
             raise InputError(f"consolidated.00.pth: expected {name}, found none")
         return self._state[name]
+
+
+def _base(name: str) -> str:
+    """What the names of a module's tensors begin with."""
+    return meta_name(f"{name}.weight").removesuffix("weight")
 
 
 def _bits(tensor: Tensor, name: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from llamita.checkpoint import (
 from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.files import has, member, read_json
+from llamita.foreign import quantization_of
 from llamita.imports.codes import Coded
 from llamita.imports.takeover import CodedModel, Imported, take_over
 from llamita.packed import EMBEDDING, HEAD
@@ -28,13 +29,16 @@ from llamita.rotations import Rotations
 
 _IGNORED = ".rotary_emb.inv_freq"  # of old checkpoints; recomputed
 _MOST_NAMED = 3
+_NO_TOKENIZER = "it has no tokenizer, and takes token ids alone; try again with tokenizer.json beside it"
 Progress = Callable[[str, int, int], None] | None
 
 
 def take_over_modules(model: CodedModel, directory: Path, progress: Progress) -> Imported:
     """Write a packed directory from a checkpoint that was opened, and what lies beside it."""
-    copy_companions(model.path, directory, find_companions(model.path))
-    return Imported(take_over(model, directory, progress))
+    companions = find_companions(model.path)
+    copy_companions(model.path, directory, companions)
+    note = None if any(name.startswith("tokenizer.") for name in companions) else _NO_TOKENIZER
+    return Imported(take_over(model, directory, progress), note=note)
 
 
 class ModuleFiles:
@@ -52,8 +56,9 @@ class ModuleFiles:
 
     def __init__(self, path: Path) -> None:
         values = read_json(path, "config.json")
-        self.path, self.rotations = path, Rotations()
-        self.quantization: dict[str, Any] = values.pop("quantization_config", None) or {}
+        self.path, self.rotations, self.rotated = path, Rotations(), ()
+        self.quantization: dict[str, Any] = quantization_of(path)
+        values.pop("quantization_config", None)
         self.hf_config = values
         self.config = ModelConfig.from_hf(values)
         self._files, self._where = open_tensor_files(path)
@@ -113,7 +118,10 @@ class ModuleFiles:
             raise InputError(f"{module}.{part}: expected in {self.path.name}, found none")
         if self.dtype(tensor) not in dtypes:
             raise InputError(f"{tensor}: dtype: expected {' or '.join(dtypes)}, got {self.dtype(tensor)}")
-        return self.read(tensor)
+        values = self.read(tensor)
+        if not values.size or values.ndim > 2:
+            raise InputError(f"{tensor}: expected a matrix or a vector, got {values.shape}")
+        return values
 
     def parts(self, module: str, known: set[str]) -> set[str]:
         """The names of a module's tensors, found to be among those that are known."""

@@ -4,7 +4,7 @@ A reader of some form gives matrices and vectors by our names; `take_over` looks
 the scheme that holds them, and writes them in a second pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from llamita.scheme import QuantScheme
 from llamita.transformed import as_stored
 
 METHOD = "imported"
+_ROWS = 1024  # of a table looked at together
 Progress = Callable[[str, int, int], None] | None
 
 
@@ -41,6 +42,7 @@ class CodedModel(Protocol):
         files: those that decide what it is.
         hf_config: config.json, without how it is quantized.
         rotations: what its weights expect at run time.
+        rotated: names of the rotations that are in its weights, which adaptors of the float model do not fit.
     """
 
     form: str
@@ -48,6 +50,7 @@ class CodedModel(Protocol):
     files: list[Path]
     hf_config: dict[str, Any]
     rotations: Rotations
+    rotated: tuple[str, ...]
 
     def activations(self) -> str | None:
         """What the form does with activations where it is not what llamita does; asked after all matrices."""
@@ -85,12 +88,14 @@ class Imported:
     Attributes:
         taken: what was taken over; None of a float checkpoint.
         adaptor: that goes with it, and is not in the directory.
+        layers: of the model.
         note: what else a user has to know.
     """
 
     taken: Taken | None = None
     adaptor: LowRankPairs | None = None
     note: str | None = None
+    layers: int = 0
 
 
 def take_over(model: CodedModel, directory: Path, progress: Progress = None) -> Taken:
@@ -201,12 +206,18 @@ def _float_dtypes(
 
 
 def _is_bf16(values: np.ndarray) -> bool:
-    return np.array_equal(bf16_to_f32(f32_to_bf16(values)), values)
+    return all(np.array_equal(bf16_to_f32(f32_to_bf16(part)), part) for part in _blocks(values))
 
 
 def _is_f16(values: np.ndarray) -> bool:
     with np.errstate(over="ignore"):
-        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+        return all(np.array_equal(part.astype(np.float16), part) for part in _blocks(values))
+
+
+def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows at a time."""
+    for start in range(0, len(values), _ROWS):
+        yield values[start : start + _ROWS]
 
 
 def _tensors(
@@ -254,7 +265,7 @@ def _write_metadata(model: CodedModel, taken: Taken, directory: Path) -> None:
     sources = {path.name: sha256_file(path) for path in model.files}
     write_metadata(directory, {
         "format": format_of(taken.scheme), "llamita": __version__, "scheme": taken.scheme.to_dict(),
-        "method": METHOD, "settings": {"form": model.form}, "seed": None,
+        "method": METHOD, "settings": {"form": model.form, "rotated": list(model.rotated)}, "seed": None,
         "rotations": model.rotations.to_list(), "calibration": None,
         "source": {"name": str(model.path.resolve()), "files": sources}, "float_layers": taken.float_layers,
         "error": {"relative": None, "mean_squared": None, "layers": {}}, "files": files,

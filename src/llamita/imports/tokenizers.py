@@ -9,7 +9,7 @@ import base64
 import binascii
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -31,6 +31,7 @@ WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BOS, _END, _TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+LLAMA3_ENDS = (_END, "<|eom_id|>", _TURN)
 _SPECIAL = {  # by their place behind the ranks; the others are reserved, and count by themselves
     0: _BOS, 1: _END, 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
     8: "<|eom_id|>", 9: _TURN, 10: "<|python_tag|>",
@@ -67,7 +68,7 @@ def convert_tokenizer(source: Path, directory: Path) -> Converted:
     else:
         tokenizer, settings = _from_ranks(data)
     write_tokenizer(tokenizer, settings, directory)
-    ends = (_END, "<|eom_id|>", _TURN) if is_llama3 else ("</s>",)
+    ends = LLAMA3_ENDS if is_llama3 else ("</s>",)
     first, *last = (tokenizer.token_to_id(name) or 0 for name in (settings["bos_token"], *ends))
     return Converted(tokenizer.get_vocab_size(), first, tuple(last), is_llama3)
 
@@ -177,8 +178,17 @@ def _from_sentencepiece(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
     return with_scores(pieces), settings
 
 
-def with_scores(pieces: list[tuple[str, float]]) -> Tokenizer:
-    """A BPE whose merges come by the score of the whole, as SentencePiece has it, in the order of ids."""
+def with_scores(
+    pieces: list[tuple[str, float]], special: Sequence[str] = ("<unk>", "<s>", "</s>"),
+    bos: str | None = "<s>", adds_space: bool = True,
+) -> Tokenizer:  # fmt: skip
+    """A BPE whose merges come by the score of the whole, as SentencePiece has it, in the order of ids.
+
+    Args:
+        special: pieces that are never cut or made of others.
+        bos: what is put in front of a text.
+        adds_space: whether a text is read as if a space came before it.
+    """
     vocabulary = {piece: i for i, (piece, _) in enumerate(pieces)}
     score = dict(pieces)
     merges = []
@@ -192,15 +202,19 @@ def with_scores(pieces: list[tuple[str, float]]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(
         vocabulary, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
     ))  # fmt: skip
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
-    )
+    spaces: Any = normalizers.Replace(" ", _SPACE)
+    prefix = [normalizers.Prepend(_SPACE)] if adds_space else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, spaces])
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    names = ("<unk>", "<s>", "</s>")
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    if bos is not None:
+        number = tokenizer.token_to_id(bos)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, number)]
+        )
     return tokenizer
 
 
