@@ -246,6 +246,7 @@ def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
     assert "try llamita import" in one_line(capsys)
     assert run("import", source, "-o", tmp_path / "back") == 0
     assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "packed")
+    assert "Its adaptors lie apart" in (tmp_path / "back" / "README.md").read_text("utf-8")
     beside = tmp_path / "back-adaptor"
     found, given = (tensors_of_adaptor(one) for one in (beside, adaptor))
     assert found == given

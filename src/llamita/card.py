@@ -46,7 +46,7 @@ class CardFacts:
     tensor_bytes: int
     relative_error: float | None  # None where the float model is not at hand
     worst: list[tuple[str, float]]
-    training: str | None = None  # what it was trained on, in a sentence
+    remark: str | None = None  # what else there is to say, such as what it was trained on, in a sentence
 
 
 def model_card(facts: CardFacts) -> str:
@@ -66,7 +66,7 @@ def model_card(facts: CardFacts) -> str:
 # {_display_name(facts.source_name)}, 4-bit ({scheme.name})
 
 Made from `{facts.source_name}` by llamita {facts.version}. Run it with `llamita chat DIRECTORY`.
-{f"{chr(10)}{facts.training}{chr(10)}" if facts.training else ""}
+{f"{chr(10)}{facts.remark}{chr(10)}" if facts.remark else ""}
 | what | how |
 |---|---|
 | linear layers | int4, symmetric, one {scheme.scale_dtype} scale for {scheme.group_size} inputs |

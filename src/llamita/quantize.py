@@ -136,7 +136,7 @@ def _card(
             kinds=describe_kinds(source.config, scheme), method=str(chain),
             scales=chain.scales(scheme.scale_rule), is_measured=chain.is_blockwise,
             source_bytes=plan.source_bytes, tensor_bytes=plan.tensor_bytes,
-            relative_error=summary.relative_error, worst=summary.worst(), training=_training(setup.settings),
+            relative_error=summary.relative_error, worst=summary.worst(), remark=_training(setup.settings),
         )
     ).encode()  # fmt: skip
 

@@ -28,6 +28,9 @@ from llamita.meta_form import SCALED_ROPE, hf_order, meta_name
 from llamita.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
 
 PARAMS = "params.json"
+_APART = (
+    "Its adaptors lie apart; without them it is not the model that was trained: run both with `--adaptor`."
+)
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
 _DTYPES = {torch.bfloat16: ("BF16", torch.int16, "<u2"), torch.float16: ("F16", torch.int16, "<f2"),
            torch.float32: ("F32", torch.int32, "<f4")}  # fmt: skip
@@ -64,7 +67,8 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         raise InputError(f"{source}: expected a quantized release in one file, got {len(parts)}")
     model = meta_quantized.MetaQuantized(source, files, params, values, parts[0])
     adaptor = model.adaptor()
-    return Imported(take_over(model, directory, progress), adaptor, layers=model.config.layers)
+    taken = take_over(model, directory, progress, None if adaptor is None else _APART)
+    return Imported(taken, adaptor, layers=model.config.layers)
 
 
 def _write_floats(

@@ -98,11 +98,14 @@ class Imported:
     layers: int = 0
 
 
-def take_over(model: CodedModel, directory: Path, progress: Progress = None) -> Taken:
+def take_over(
+    model: CodedModel, directory: Path, progress: Progress = None, remark: str | None = None
+) -> Taken:
     """Write a packed directory.
 
     Args:
         directory: exists; tokenizer and companions are there already, nothing else.
+        remark: a sentence for the card.
 
     Raises:
         InputError: a shape or value that the packed form does not hold.
@@ -127,7 +130,7 @@ def take_over(model: CodedModel, directory: Path, progress: Progress = None) -> 
     )
     _write_weights(model, config, scheme, directory, progress)
     write_config(directory, hf_config, scheme, model.rotations)
-    write_bytes(directory / "README.md", _card(model, config, taken, directory).encode())
+    write_bytes(directory / "README.md", _card(model, config, taken, directory, remark).encode())
     _write_metadata(model, taken, directory)
     PackedModel(directory).close()  # found to be whole
     return taken
@@ -245,7 +248,7 @@ def _tensors(
     return {f"{name}.weight_packed": pack_int4(coded.codes), f"{name}.weight_scale": stored}
 
 
-def _card(model: CodedModel, config: ModelConfig, taken: Taken, directory: Path) -> str:
+def _card(model: CodedModel, config: ModelConfig, taken: Taken, directory: Path, remark: str | None) -> str:
     made = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return model_card(CardFacts(
         source_name=model.path.resolve().name,
@@ -254,7 +257,7 @@ def _card(model: CodedModel, config: ModelConfig, taken: Taken, directory: Path)
         method=f"codes and scales of {model.form}, taken over",
         scales="those of the tool that made them", is_measured=False, version=__version__,
         source_bytes=sum(path.stat().st_size for path in model.files), tensor_bytes=made,
-        relative_error=None, worst=[],
+        relative_error=None, worst=[], remark=remark,
     ))  # fmt: skip
 
 
