@@ -211,7 +211,7 @@ TORCH_SIDE = {
     "export.embedding": ("torch",),
     "export.program": ("torch", "torchao", "transformers"),
     "export.lowering": ("torch", "executorch"),
-    "export.partitioners": ("executorch",),
+    "export.partitioners": ("coremltools", "executorch"),
     "export.runtime": ("torch", "executorch"),
     "export.executorch": (),
     "export.in_transformers": ("torch", "transformers"),

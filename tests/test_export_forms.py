@@ -224,6 +224,9 @@ def test_what_was_exported_is_verified(tmp_path: Path, capsys: Any) -> None:
     record = json.loads((tmp_path / "out" / "llamita_export.json").read_text("utf-8"))
     assert str(tmp_path) not in json.dumps(record)  # nothing of this machine travels along
     assert record["unchecked"] is None
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "an ordinary checkpoint in BF16" in card
+    assert "from_pretrained" in card
     weights = tmp_path / "out" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -193,6 +193,8 @@ def test_adaptors_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path
     changed_params(source, lora_args={"rank": 4, "scale": 2.0})
     assert run("import", source, "-o", tmp_path / "other") == 2
     assert "lora_args: expected adaptors among the weights" in one_line(capsys)
+    changed_params(source, lora_args=None)
+    assert run("import", source, "-o", tmp_path / "other") == 0
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import typer
 from llamita import __version__, console
 from llamita.commands.options import Json, Out, Overwrite, Threads
 from llamita.errors import InputError, RunError
+from llamita.export.guide import CARD, plain_card
 from llamita.export.targets import TARGETS, Order, writer_of
-from llamita.files import flush_path, sha256_file
+from llamita.files import flush_path, has, sha256_file
 from llamita.machine import MemoryWatch
 from llamita.packed import PackedModel, open_source
 from llamita.packed_writer import write_bytes
@@ -76,8 +77,6 @@ def command(
     with watch, console.progress(quiet=json) as progress, staged(out, overwrite, packed.path) as directory:
         record = write(Order(packed, adaptor, options), directory, progress)
         record |= {"options": {name: str(value) for name, value in options.items() if value is not None}}
-        if record["proof"] is not None or "opened_by" in record:
-            record["unchecked"] = None
         _write_record(directory, packed, to, record)
         for path in directory.iterdir():
             flush_path(path)
@@ -129,6 +128,12 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
 
 
 def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[str, Any]) -> None:
+    """README.md, where the form has none of its own, and llamita_export.json with the hash of every file."""
+    if record["proof"] is not None or "opened_by" in record:
+        record["unchecked"] = None
+    if not has(directory, CARD):
+        card = plain_card(packed, TARGETS[to].form, TARGETS[to].following, _verdict(record))
+        write_bytes(directory / CARD, card.encode())
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
              for path in sorted(directory.iterdir())}  # fmt: skip
     source = dict(packed.metadata["source"])
@@ -141,8 +146,9 @@ def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[st
 
 def _print(out: Path, record: dict[str, Any]) -> None:
     proof, scales = record["proof"], record.get("scales")
-    console.print_line(f"{out}: {record['bytes'] / 1e6:,.1f} MB, {record['total_seconds']:,.0f} s, "
-                       f"{record['memory_bytes'] / 1e9:,.1f} GB of memory")  # fmt: skip
+    seconds = record["total_seconds"]
+    console.print_line(f"{out}: {console.megabytes(record['bytes'])}, {seconds:,.{int(seconds < 10)}f} s, "
+                       f"{console.megabytes(record['memory_bytes'])} of memory")  # fmt: skip
     if scales and scales["off"]:
         console.note(
             f"{scales['off']:,} of {scales['total']:,} scales rounded, by {scales['largest']:.2%} at most"

@@ -89,8 +89,9 @@ def _print(out: Path, beside: Path | None, imported: Imported, seconds: float) -
     if taken.changed:
         console.note(f"{taken.changed:,} groups of zeros, or turned for a positive scale: the same weights")
     if taken.float_layers:
-        name, why = next(iter(taken.float_layers.items()))
-        console.note(f"in float: {len(taken.float_layers)} matrices, such as {name}: {why}")
+        (name, why), *others = taken.float_layers.items()
+        more = f" and {len(others)} more" if others else ""
+        console.note(f"in float: {name}{more}: {why}")
     if taken.activations:
         console.note(f"made for {taken.activations}; here int8 per token: measure it (llamita evaluate)")
     if beside is not None:

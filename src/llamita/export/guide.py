@@ -1,9 +1,10 @@
-"""README.md of an exported program: what each file is for, and what to do with it on a phone."""
+"""README.md of what was exported: what it is, and what to do with it; of a program, on a phone."""
 
 from llamita.chat import find_template
 from llamita.export.partitioners import BACKENDS
 from llamita.packed import PackedModel
 
+CARD = "README.md"
 VERSION = "1.4.1"  # of ExecuTorch: programs and runtimes go together
 _ANDROID = """## Android
 
@@ -73,7 +74,7 @@ def guide(packed: PackedModel, context: int, backend: str, exceptions: str = "")
     )  # fmt: skip
     static = _STATIC if BACKENDS[backend].is_static else ""
     ran = _RAN if is_xnnpack else _HAS_NOT_RUN.format(backend=backend)
-    source = packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    source = _name_of(packed)
     return f"""# {source} for ExecuTorch {VERSION}
 
 `model.pte` computes with the very codes and scales of the packed directory that it was made from, for
@@ -92,3 +93,24 @@ Program and runtime have to be of the same version of ExecuTorch.
 {steps}
 These steps were written from ExecuTorch's documentation and have not been run on a phone. {ran}
 """
+
+
+def plain_card(packed: PackedModel, form: str, following: str, verdict: str) -> str:
+    """The text for a form that needs no more than a line.
+
+    Args:
+        form, following: of `targets.Target`.
+        verdict: how it compares with llamita's engine, in words.
+    """
+    return f"""# {_name_of(packed)}: {form}
+
+Made from a packed directory of llamita, whose card is `SOURCE_README.md` where it had one; that speaks of the
+packed directory, this of what lies here. {following.format(out="DIRECTORY")}
+
+Compared with llamita's engine: {verdict}. `llamita_export.json` has the figures, and the hash of every file:
+`llamita verify DIRECTORY` checks them. Licence and use policy of the model, where it had some, lie here, too.
+"""
+
+
+def _name_of(packed: PackedModel) -> str:
+    return packed.metadata["source"]["name"].rsplit("/", 1)[-1]

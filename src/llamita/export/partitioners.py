@@ -11,8 +11,6 @@ from typing import Any
 
 from llamita.errors import InputError, RunError
 
-_IOS = 18  # the first with weights in 4-bit groups
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -82,9 +80,17 @@ def _vulkan() -> list[Any]:
 
 
 def _coreml() -> list[Any]:
-    from executorch.extension.llm.export.partitioner_lib import get_coreml_partitioner
+    import coremltools
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-    return [get_coreml_partitioner(ios=_IOS)]
+    # iOS 18 is the first with weights in 4-bit groups. The CPU alone, as ExecuTorch's own exporter has it:
+    # others can take long to load. Caches stay ExecuTorch's, whose runtime keeps none as Core ML's state.
+    specs = CoreMLBackend.generate_compile_specs(
+        minimum_deployment_target=coremltools.target.iOS18, compute_unit=coremltools.ComputeUnit.CPU_ONLY,
+        compute_precision=coremltools.precision.FLOAT16, model_type=CoreMLBackend.MODEL_TYPE.MODEL,
+    )  # fmt: skip
+    return [CoreMLPartitioner(compile_specs=specs, take_over_mutable_buffer=False)]
 
 
 def _qnn() -> list[Any]:

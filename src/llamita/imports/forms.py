@@ -44,7 +44,9 @@ def files_of(source: Path) -> list[Path]:
 
 def has_adaptors(source: Path) -> bool:
     """Whether adaptors lie among the weights, as in Meta's QLoRA releases."""
-    return foreign.form_of(source) == foreign.META and "lora_args" in read_json(source, "params.json")
+    if foreign.form_of(source) != foreign.META:
+        return False
+    return read_json(source, "params.json").get("lora_args") is not None
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
