@@ -354,7 +354,8 @@ def _is_provenance(values: dict[str, Any]) -> bool:
         and all(isinstance(values[key], dict) for key in ("settings", "float_layers"))
         and _is_source(values["source"])
         and isinstance(error, dict)
-        and isinstance(error.get("relative"), float | int | None)  # null in what was imported
+        and "relative" in error
+        and isinstance(error["relative"], float | int | None)  # null in what was imported
         and isinstance(error.get("layers"), dict)
         and all(isinstance(e, float | int) for e in error["layers"].values())
     )
