@@ -102,13 +102,17 @@ def plain_card(packed: PackedModel, form: str, following: str, verdict: str) -> 
         form, following: of `targets.Target`.
         verdict: how it compares with llamita's engine, in words.
     """
+    how, _, step = following.format(out="DIRECTORY").partition(": ")
+    steps = f"To use it: `{step}`." if how == "try" else f"Next: {step}."
     return f"""# {_name_of(packed)}: {form}
 
-Made from a packed directory of llamita, whose card is `SOURCE_README.md` where it had one; that speaks of the
-packed directory, this of what lies here. {following.format(out="DIRECTORY")}
+Made from a packed directory of llamita, whose card is `SOURCE_README.md`: that speaks of the packed
+directory, this of what lies here. {steps}
 
-Compared with llamita's engine: {verdict}. `llamita_export.json` has the figures, and the hash of every file:
-`llamita verify DIRECTORY` checks them. Licence and use policy of the model, where it had some, lie here, too.
+Beside llamita's own engine: {verdict}.
+
+`llamita_export.json` has the figures and the hash of every file, which `llamita verify DIRECTORY` checks.
+Licence and use policy of the model lie here, where it had some.
 """
 
 
