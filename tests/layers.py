@@ -69,7 +69,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
      "peft_form", "transformed"),
     "imports.modules": ("checkpoint", "imports.codes", "imports.takeover", "packed", "packed_writer"),
     "imports.compressed_tensors": ("imports.codes", "imports.modules", "imports.takeover", "packed"),
-    "imports.gptq": ("imports.codes", "imports.modules", "imports.takeover"),
+    "imports.gptq": ("checkpoint", "imports.codes", "imports.modules", "imports.takeover"),
     "imports.torchao": ("imports.codes", "imports.modules", "imports.takeover", "packed"),
     "imports.meta_quantized": ("checkpoint", "imports.codes", "packed", "peft_form"),
     "imports.meta": ("checkpoint", "imports.forms", "imports.meta_quantized", "imports.takeover",

@@ -47,12 +47,14 @@ class Found:
         is_uniform: whether it has one scale throughout, as a matrix of zeros, which says nothing of groups.
         on_bf16: whether the scales lie on the grid of bf16.
         changed: groups whose sign was turned, or whose scale was of no consequence.
+        is_coded: whether it came in codes, be they kept or multiplied out.
     """
 
     kinds: tuple[str, ...]
     is_uniform: bool = False
     on_bf16: bool = True
     changed: int = 0
+    is_coded: bool = True
 
 
 def with_positive_scales(name: str, coded: Coded) -> tuple[Coded | None, int]:
@@ -91,7 +93,7 @@ def find_kinds(name: str, matrix: Coded | np.ndarray) -> Found:
         InputError: a linear layer whose codes fit no group size, or see `with_positive_scales`.
     """
     if isinstance(matrix, np.ndarray):
-        return Found(("float",))
+        return Found(("float",), is_coded=False)
     coded, changed = with_positive_scales(name, matrix)
     if coded is None:
         return Found(("float",))

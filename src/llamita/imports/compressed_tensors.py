@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import to_f32
 from llamita.errors import InputError
 from llamita.imports.codes import Coded
 from llamita.imports.modules import ModuleFiles, Progress, take_over_modules
@@ -19,7 +18,6 @@ from llamita.packing import CODES_PER_WORD, unpack_int4
 
 _WHERE = "config.json: quantization_config"
 _FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
-_FLOATS = ("BF16", "F16", "F32")
 _KNOWN = {"weight", "weight_packed", "weight_scale", "weight_shape", "bias"}
 _WEIGHTS: dict[str, tuple[Any, ...]] = {"type": ("int",), "symmetric": (True,), "dynamic": (False, None),
                                         "num_bits": (4, 8), "strategy": ("group", "channel")}  # fmt: skip
@@ -69,8 +67,7 @@ class CompressedTensors(ModuleFiles):
         parts = self.parts(name, _KNOWN)
         if "bias" in parts:
             raise InputError(f"{name}.bias: unexpected for the architecture in config.json")
-        scales = to_f32(np.atleast_1d(self.part(name, "weight_scale", _FLOATS)))
-        scales = scales.reshape(len(scales), -1)
+        scales = self.scales(name, "weight_scale")
         if "weight_packed" not in parts:
             codes = self.part(name, "weight", ("I8",))
             return Coded(codes, scales, _bits(name, codes))

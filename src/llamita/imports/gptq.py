@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from llamita.affine import to_f32
+from llamita.checkpoint import FLOAT_DTYPES
 from llamita.errors import InputError
 from llamita.imports.codes import Coded
 from llamita.imports.modules import ModuleFiles, Progress, take_over_modules
 from llamita.imports.takeover import Imported
 from llamita.packing import CODES_PER_WORD, unpack_int4
 
-_FLOATS = ("F16", "BF16", "F32")
 _KNOWN = {"qweight", "qzeros", "scales", "g_idx", "bias"}
 _STORED_ZERO = {"gptq": 7, "gptq_v2": 8}  # by checkpoint_format
 _ACT_ORDER = "without desc_act (--no-act-order), or the float model"
@@ -56,9 +56,9 @@ class Gptq(ModuleFiles):
     def coded(self, name: str) -> Coded:
         """See `takeover.CodedModel`."""
         parts = self.parts(name, _KNOWN)
-        if "bias" in parts and np.any(self.part(name, "bias", _FLOATS)):  # some tools write zeros
+        if "bias" in parts and np.any(self.part(name, "bias", FLOAT_DTYPES)):  # some tools write zeros
             raise InputError(f"{name}.bias: expected none by config.json, got one that is not zero")
-        words, scales = self.part(name, "qweight", ("I32",)), to_f32(self.part(name, "scales", _FLOATS))
+        words, scales = self.part(name, "qweight", ("I32",)), to_f32(self.part(name, "scales", FLOAT_DTYPES))
         if words.ndim != 2 or scales.ndim != 2 or not len(scales):
             raise InputError(
                 f"{name}: expected matrices, got qweight {words.shape} and scales {scales.shape}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llamita.affine import to_f32
 from llamita.checkpoint import (
     FLOAT_DTYPES,
     INDEX,
@@ -122,6 +123,11 @@ class ModuleFiles:
         if not values.size or values.ndim > 2:
             raise InputError(f"{tensor}: expected a matrix or a vector, got {values.shape}")
         return values
+
+    def scales(self, module: str, part: str) -> np.ndarray:
+        """A module's scales in float32 (rows, groups); one of a whole row may have no axis of its own."""
+        values = to_f32(np.atleast_1d(self.part(module, part, FLOAT_DTYPES)))
+        return values.reshape(len(values), -1)
 
     def parts(self, module: str, known: set[str]) -> set[str]:
         """The names of a module's tensors, found to be among those that are known."""

@@ -126,7 +126,7 @@ def take_over(
         hf_config = model.hf_config
     scheme = scheme_of(found)
     taken = Taken(
-        scheme, _float_layers(model, found), sum(f.changed for f in found.values()), model.activations()
+        scheme, _float_layers(model.form, found), sum(f.changed for f in found.values()), model.activations()
     )
     _write_weights(model, config, scheme, directory, progress)
     write_config(directory, hf_config, scheme, model.rotations)
@@ -159,10 +159,9 @@ def _is_tied(model: CodedModel, found: dict[str, Found]) -> bool:
     return np.array_equal(table.scales, head.scales) and np.array_equal(table.codes, head.codes)
 
 
-def _float_layers(model: CodedModel, found: dict[str, Found]) -> dict[str, str]:
-    names = [name for name, f in found.items() if f.kinds == ("float",)]
-    return {n: f"multiplied out: {model.form} has it in codes that llamita does not keep"
-            if isinstance(model.matrix(n), Coded) else f"float in {model.form}" for n in names}  # fmt: skip
+def _float_layers(form: str, found: dict[str, Found]) -> dict[str, str]:
+    kept, lost = f"float in {form}", f"multiplied out: {form} has it in codes that llamita does not keep"
+    return {name: lost if f.is_coded else kept for name, f in found.items() if f.kinds == ("float",)}
 
 
 def _write_weights(

@@ -137,6 +137,11 @@ def byte_level(
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
+    return _with_special(tokenizer, special, bos)
+
+
+def _with_special(tokenizer: Tokenizer, special: Sequence[str], bos: str | None) -> Tokenizer:
+    """The tokenizer with tokens that are never cut, and what is put in front of a text."""
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     if bos is not None:
         number = tokenizer.token_to_id(bos)
@@ -209,13 +214,7 @@ def with_scores(
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    if bos is not None:
-        number = tokenizer.token_to_id(bos)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, number)]
-        )
-    return tokenizer
+    return _with_special(tokenizer, special, bos)
 
 
 def _pieces(data: bytes) -> Iterator[tuple[str, float]]:

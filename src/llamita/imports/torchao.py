@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import to_f32
 from llamita.errors import InputError
 from llamita.files import parse_json
 from llamita.imports.codes import Coded
@@ -58,12 +57,11 @@ class Torchao(ModuleFiles):
         if name != EMBEDDING:  # no activation meets it
             self._dynamic[name] = how is not None
         codes = self.part(name, "_weight_qdata", ("I8",))
-        scales = to_f32(np.atleast_1d(self.part(name, "_weight_scale", ("F32", "BF16", "F16"))))
+        scales = self.scales(name, "_weight_scale")
         zeros = self.part(name, "_weight_zero_point", ("I8", "I32", "F32"))
         if zeros.size != scales.size or np.any(zeros):
             raise InputError(f"{name}: expected a zero point of 0 for each scale, got others")
-        scales = scales.reshape(len(scales), -1)
-        if codes.ndim != 2 or notes.get("block_size") != [1, codes.shape[1] // max(1, scales.shape[1])]:
+        if codes.ndim != 2 or notes.get("block_size") != [1, codes.shape[1] // scales.shape[1]]:
             raise InputError(
                 f"{name}: block_size: expected [1, inputs of a scale], got {notes.get('block_size')}"
             )
