@@ -234,3 +234,12 @@ def test_other_kinds_of_sentencepiece_are_refused(tmp_path: Path, spec: bytes, t
             convert_tokenizer(tmp_path, tmp_path)
     else:
         assert convert_tokenizer(tmp_path, tmp_path).tokens == 300
+
+
+def test_norms_of_integers_are_refused(model: Path, tmp_path: Path) -> None:
+    source = as_meta(model, tmp_path / "meta")
+    state = torch.load(source / "consolidated.00.pth", weights_only=True)
+    torch.save(state | {"norm.weight": state["norm.weight"].to(torch.int8)}, source / "consolidated.00.pth")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"norm\.weight: expected floats, got torch\.int8"):
+        convert(source, tmp_path / "out")

@@ -144,6 +144,9 @@ def _check_names(params: dict[str, Any], parts: list[dict[str, Tensor]], known: 
             raise InputError(f"{PARAMS}: {name}: expected a whole number, got {params.get(name)!r}")
     if not {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "norm.weight"} <= parts[0].keys():
         raise InputError("consolidated.00.pth: expected Meta's names of a Llama's weights, got others")
+    norm = parts[0]["norm.weight"].dtype  # which says what the whole checkpoint is stored in
+    if norm not in _DTYPES:
+        raise InputError(f"consolidated.00.pth: norm.weight: expected floats, got {norm}")
     for number, part in enumerate(parts):
         if part.keys() != parts[0].keys():
             other = sorted(part.keys() ^ parts[0].keys())[0]
