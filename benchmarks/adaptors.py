@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 import llamita
-from llamita.affine import f32_to_bf16
-from llamita.engine.adaptors import CONFIG, WEIGHTS
+from llamita.engine.adapters import CONFIG, WEIGHTS
 from llamita.engine.llm import LLM
-from llamita.packed import open_source
-from llamita.tensorfile import TensorWriter
+from llamita.formats.safetensors import TensorWriter
+from llamita.models.packed import open_source
+from llamita.numerics.affine import f32_to_bf16
 
 PROMPT_TOKENS = 256
 

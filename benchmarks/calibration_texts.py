@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from stories import SCORED, read_stories
 
-from llamita.calibration import draw_windows, load_calibration
-from llamita.checkpoint import Checkpoint, resolve
 from llamita.engine.llm import LLM
-from llamita.evaluate import Contender, score_tokens
+from llamita.evaluate.scores import Contender, score_tokens
 from llamita.methods.chain import PRESET_METHODS
 from llamita.methods.setup import Calibration, Setup
-from llamita.quantize import RoundedSource
-from llamita.scheme import make_scheme
-from llamita.statistics import mean_interval
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.numerics.intervals import mean_interval
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.calibration import draw_windows, load_calibration
+from llamita.quantize.pipeline import RoundedSource
+from llamita.text.tokenizer import Tokenizer
 
 LENGTH = 512  # tokens of a window
 LAST = 60_000  # characters of books

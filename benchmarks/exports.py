@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llamita.machine import cpu_name
-from llamita.packed import PackedModel
+from llamita.models.packed import PackedModel
+from llamita.system.machine import cpu_name
 
 HISTORY = Path(__file__).parent / "history" / "exports.jsonl"
 _SAME = ("model", "to", "options", "cpu")  # what makes two lines comparable

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 import llamita
-from llamita.checkpoint import open_tensor_files
 from llamita.export.proof import own_tokens
+from llamita.models.checkpoint import open_tensor_files
 
 ROWS = {  # form: options, and what computes the proof
     "executorch": ((), "ExecuTorch"),

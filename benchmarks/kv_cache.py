@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 import llamita
-from llamita.engine.cache import KV_DTYPES
-from llamita.evaluate import Contender, embedded_text, score_text
+from llamita.engine.kv_cache import KV_DTYPES
+from llamita.evaluate.scores import Contender, embedded_text, score_text
 
 PRESET = "llama3.2"
 

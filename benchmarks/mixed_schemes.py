@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.checkpoint import Checkpoint, resolve
 from llamita.engine.weights import load_weights
-from llamita.methods.auto import Meter, allocate, measure_options, mixed_scheme, size_bounds
-from llamita.mixed import describe_kinds
-from llamita.quantize import RoundedSource
-from llamita.scheme import GROUP_SIZES, QuantScheme, make_scheme
-from llamita.sizes import make_plan
-from llamita.statistics import mean_interval, paired_difference
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.layer_kinds import describe_kinds
+from llamita.models.sizes import make_plan
+from llamita.numerics.intervals import mean_interval, paired_difference
+from llamita.numerics.scheme import GROUP_SIZES, QuantScheme, make_scheme
+from llamita.quantize.layer_choice import Meter, allocate, measure_options, mixed_scheme, size_bounds
+from llamita.quantize.pipeline import RoundedSource
+from llamita.text.tokenizer import Tokenizer
 
 LENGTH = 512  # tokens that are seen at a time
 SAMPLES = 16  # of calibration text, of so many tokens each

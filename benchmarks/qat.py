@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from llamita.checkpoint import Checkpoint, resolve
 from llamita.engine.llm import load
 from llamita.methods.setup import Setup
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 from llamita.train.data import Data, load_data
 from llamita.train.finetune import Job, quiet, train
 from llamita.train.measures import example_losses

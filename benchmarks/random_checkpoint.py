@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llamita.affine import f32_to_bf16
-from llamita.checkpoint import INDEX, expected_tensors
-from llamita.config import ModelConfig
-from llamita.shapes import SHAPES
-from llamita.tensorfile import TensorWriter
+from llamita.bench.shapes import SHAPES
+from llamita.formats.safetensors import TensorWriter
+from llamita.models.checkpoint import INDEX, expected_tensors
+from llamita.models.config import ModelConfig
+from llamita.numerics.affine import f32_to_bf16
 
 CONFIG = SHAPES["llama-3.2-1b"]
 SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|eot_id|>": 128009}

@@ -13,10 +13,10 @@ import numpy as np
 
 import llamita
 from llamita import _native
-from llamita.affine import f32_to_bf16
 from llamita.engine.llm import LLM
 from llamita.engine.model import Model
 from llamita.engine.weights import down_rotation
+from llamita.numerics.affine import f32_to_bf16
 
 
 def variants(llm: LLM) -> dict[str, Model]:

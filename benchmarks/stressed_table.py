@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llamita.checkpoint import resolve
 from llamita.engine.llm import load
-from llamita.evaluate import Contender, score_text
-from llamita.scheme import make_scheme
+from llamita.evaluate.scores import Contender, score_text
+from llamita.models.checkpoint import resolve
+from llamita.numerics.scheme import make_scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from stress_embedded import save_twin

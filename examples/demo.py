@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 
 import llamita
-from llamita import _native, console
-from llamita.baseline import open_contenders
-from llamita.checkpoint import Checkpoint, resolve
-from llamita.evaluate import TextScores, embedded_text, score_text
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
-from llamita.speed import measure_speed
-from llamita.verify import verify
+from llamita import _native
+from llamita.bench.speed import measure_speed
+from llamita.commands import console
+from llamita.evaluate.contenders import open_contenders
+from llamita.evaluate.scores import TextScores, embedded_text, score_text
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.verify import verify
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 
 OUT = Path("build/demo")
 MODELS = {  # preset, group size, method

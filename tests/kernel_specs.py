@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamita import _native
-from llamita.affine import quantize_activations, to_f32
+from llamita.numerics.affine import quantize_activations, to_f32
 
 F32 = npt.NDArray[np.float32]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 18, 19, 20, 22, 23, 64]  # below, at and above every tile

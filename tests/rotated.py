@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.affine import f32_to_bf16, to_f32
-from llamita.checkpoint import Checkpoint
-from llamita.hadamard import hadamard_matrix
-from llamita.rotations import Rotations
-from llamita.tensorfile import TensorInfo
+from llamita.formats.safetensors import TensorInfo
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.affine import f32_to_bf16, to_f32
+from llamita.numerics.hadamard import hadamard_matrix
+from llamita.numerics.rotations import Rotations
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the residual stream, behind a norm
 WRITERS = ("o_proj", "down_proj")  # into it

@@ -11,15 +11,15 @@ from tiny import make_checkpoint, write_file
 
 import llamita
 from llamita import _native as ops
-from llamita.affine import bf16_to_f32, f32_to_bf16
-from llamita.checkpoint import Checkpoint
-from llamita.engine.adaptors import CONFIG, FUSED, WEIGHTS, load_adaptor
+from llamita.engine.adapters import CONFIG, FUSED, WEIGHTS, load_adaptor
 from llamita.engine.requests import Generation
 from llamita.errors import InputError
+from llamita.formats.safetensors import TensorFile
 from llamita.methods.setup import Setup
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
-from llamita.tensorfile import TensorFile
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 
 LINEARS = [name for names in FUSED.values() for name in names]
 PROMPT = list(range(2, 40))

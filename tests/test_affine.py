@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamita import _native
-from llamita.affine import (
+from llamita.numerics.affine import (
     SMALLEST_NORMAL,
     bf16_to_f32,
     dequantize,

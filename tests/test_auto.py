@@ -10,11 +10,16 @@ import pytest
 from command import one_line, run
 from tiny import make_checkpoint
 
-from llamita.checkpoint import Checkpoint, linear_names, resolve
 from llamita.commands.selection import parse_size
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.methods.auto import (
+from llamita.models.checkpoint import Checkpoint, linear_names, resolve
+from llamita.models.layer_kinds import keep_float, with_layers
+from llamita.models.packed import PackedModel
+from llamita.models.sizes import make_plan
+from llamita.models.verify import verify
+from llamita.numerics.scheme import GROUP_SIZES, QuantScheme, make_scheme
+from llamita.quantize.layer_choice import (
     Goal,
     Meter,
     Option,
@@ -23,13 +28,8 @@ from llamita.methods.auto import (
     measure_options,
     select,
 )
-from llamita.mixed import keep_float, with_layers
-from llamita.packed import PackedModel
-from llamita.quantize import RoundedSource
-from llamita.scheme import GROUP_SIZES, QuantScheme, make_scheme
-from llamita.sizes import make_plan
-from llamita.tokenizer import Tokenizer
-from llamita.verify import verify
+from llamita.quantize.pipeline import RoundedSource
+from llamita.text.tokenizer import Tokenizer
 
 HELD_OUT = Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt"
 

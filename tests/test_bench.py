@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from tiny import CONFIGS, make_checkpoint
 
-from llamita import machine
-from llamita.bench_report import (
+from llamita.bench.report import (
     RATIOS,
     Limits,
     Runs,
@@ -28,16 +27,17 @@ from llamita.bench_report import (
     ratios,
     roofline_points,
 )
-from llamita.bench_worker import ModelSpec, Worker, serve
-from llamita.checkpoint import Checkpoint
-from llamita.config import ModelConfig
+from llamita.bench.shapes import find_shape
+from llamita.bench.speed import decode, measure_speed, prefill
+from llamita.bench.work import Work, cache_bytes_per_token, count_work
+from llamita.bench.worker import ModelSpec, Worker, serve
 from llamita.engine.llm import load
 from llamita.errors import InputError, RunError
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
-from llamita.shapes import find_shape
-from llamita.speed import decode, measure_speed, prefill
-from llamita.work import Work, cache_bytes_per_token, count_work
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.config import ModelConfig
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
+from llamita.system import machine
 
 WORK = Work(linear=1000, head=300, attention=4, weight_bytes=800, cache_bytes=10)
 SETTINGS = Settings(prompt_tokens=10, new_tokens=4, batch=2)
@@ -292,7 +292,7 @@ def test_a_worker_is_a_process_that_raises_and_ends() -> None:
 
 def test_a_worker_does_not_outlive_its_parent() -> None:
     program = (
-        "import os\nfrom llamita.bench_worker import Worker\nworker = Worker('w')\n"
+        "import os\nfrom llamita.bench.worker import Worker\nworker = Worker('w')\n"
         "worker.ask('limits', threads=1, probe_bytes=2**22)\nprint(worker._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )

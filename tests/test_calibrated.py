@@ -15,28 +15,28 @@ from command import assert_nothing_is_left, one_line, run
 from tiny import make_checkpoint
 
 import llamita
-import llamita.packing
+import llamita.numerics.packing
 from llamita import _native
-from llamita.affine import dequantize, quantize_activations, to_f32
-from llamita.calibration import load_calibration
-from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError, RunError
-from llamita.hadamard import fast_hadamard
 from llamita.methods.chain import begin, parse_chain
 from llamita.methods.setup import Calibration, Setup
-from llamita.mixed import keep_float
-from llamita.packed import PackedModel
-from llamita.quantize import RoundedSource, quantize
-from llamita.resume import kept_work
-from llamita.rotations import Rotations
-from llamita.scheme import make_scheme
-from llamita.verify import verify
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.layer_kinds import keep_float
+from llamita.models.packed import PackedModel
+from llamita.models.verify import verify
+from llamita.numerics.affine import dequantize, quantize_activations, to_f32
+from llamita.numerics.hadamard import fast_hadamard
+from llamita.numerics.rotations import Rotations
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.calibration import load_calibration
+from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.system.kept_work import kept_work
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 blocks = pytest.importorskip("llamita.methods.blocks")
-calibrated = pytest.importorskip("llamita.methods.calibrated")
-fakequant = pytest.importorskip("llamita.methods.fakequant")
+calibrated = pytest.importorskip("llamita.methods.blockwise")
+fakequant = pytest.importorskip("llamita.methods.activations")
 
 TEXT = (Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt").read_text("utf-8")
 
@@ -148,7 +148,7 @@ def test_the_rounded_stream_is_what_the_engine_computes(kept: tuple[str, ...]) -
             block = blocks.Block(source, config, index, rotary, fakequant.quantize_activations, floats=floats)
             for name in set(block.linears) - set(floats):
                 weight: Any = rounded.weight(f"{block.name}.{name}")
-                codes = llamita.packing.unpack_int4(weight.packed)
+                codes = llamita.numerics.packing.unpack_int4(weight.packed)
                 block.set_weight(name, torch.from_numpy(dequantize(codes, weight.scales)))
             states = block(states)
         table: Any = rounded.weight("model.embed_tokens")

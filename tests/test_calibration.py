@@ -13,11 +13,11 @@ from tiny import make_checkpoint
 from tokenizers import pre_tokenizers
 
 import llamita
-from llamita import calibration, own_text
-from llamita.calibration import draw_windows
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError, RunError
-from llamita.threads import use_threads
+from llamita.models.checkpoint import Checkpoint
+from llamita.quantize import calibration, own_text
+from llamita.quantize.calibration import draw_windows
+from llamita.system.threads import use_threads
 
 BOS, ENDS = 256, list(range(32))  # every tenth token ends a document, so that rows hold several
 LENGTH = 40
@@ -255,7 +255,7 @@ class TestHub:
     @pytest.fixture(autouse=True)
     def _needs_datasets(self) -> None:
         pytest.importorskip("datasets", reason="needs datasets: pip install '.[torch]'")
-        self.hub_texts = import_module("llamita.hub_texts")
+        self.hub_texts = import_module("llamita.text.hub_datasets")
 
     def test_out_of_reach_is_said_in_one_line(self, model: Path) -> None:
         with pytest.raises(RunError, match="wikitext: expected a data set that the hub or its cache has"):

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from llamita.charts import Markup, bar_chart, escape, join, legend, line_chart, tag
+from llamita.evaluate.charts import Markup, bar_chart, escape, join, legend, line_chart, tag
 
 HOSTILE = "</title><script>alert('x')</script>\x1b[31m\u202e\"&"
 

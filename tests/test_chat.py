@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llamita.chat import ChatTemplate, read_template
 from llamita.errors import InputError
+from llamita.text.chat_template import ChatTemplate, read_template
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

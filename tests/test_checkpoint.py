@@ -13,14 +13,21 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from tiny import CONFIGS, make_checkpoint, random_tensors, write_file, write_tensors
 
-from llamita import hub
-from llamita.affine import f32_to_bf16
-from llamita.checkpoint import Checkpoint, check_finite, linear_names, resolve, table_names, vector_names
-from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
-from llamita.files import is_companion, parse_json
-from llamita.hub import PATTERNS
-from llamita.tensorfile import TensorFile
+from llamita.formats.safetensors import TensorFile
+from llamita.imports import hub
+from llamita.imports.hub import PATTERNS
+from llamita.models.checkpoint import (
+    Checkpoint,
+    check_finite,
+    linear_names,
+    resolve,
+    table_names,
+    vector_names,
+)
+from llamita.models.config import ModelConfig
+from llamita.numerics.affine import f32_to_bf16
+from llamita.system.files import is_companion, parse_json
 
 
 def bf16_tensors(family: str = "llama32", **overrides: Any) -> dict[str, np.ndarray]:

@@ -11,12 +11,14 @@ import pytest
 from command import assert_nothing_is_left, one_line, run
 from tiny import CONFIGS, make_checkpoint
 
-from llamita import _native, bench, shapes
-from llamita.bench_worker import _State
-from llamita.checkpoint import Checkpoint
+from llamita import _native
+from llamita.bench import run as bench_run
+from llamita.bench import shapes
+from llamita.bench.worker import _State
 from llamita.commands import bench as command
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 
 QUICK = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2")
 METRICS = {"prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds", "load_seconds",
@@ -26,7 +28,7 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 @pytest.fixture(autouse=True)
 def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PROBE_BYTES", 2**22)
+    monkeypatch.setattr(bench_run, "PROBE_BYTES", 2**22)
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_a_shape_beside_bf16_needs_no_files(
 ) -> None:
     small = {**CONFIGS["llama32"], "vocab_size": 512}
     monkeypatch.setitem(shapes.SHAPES, "llama-3.2-1b", small)
-    monkeypatch.setattr(bench, "Worker", InProcess)
+    monkeypatch.setattr(bench_run, "Worker", InProcess)
     found = results(capsys, "--shape", "1b", "--preset", "arm", "--group-size", "64", "--baseline", "bf16")
     assert found["model"]["name"] == "llama-3.2-1b custom"
     assert found["model"]["scheme"]["group_size"] == 64
@@ -192,7 +194,7 @@ def test_a_weak_probe_loses_no_figure(
     def probe(*_arguments: object) -> dict[str, Any]:
         return {"int8_rate": 1e6, "bandwidth": 1e6, "probe_bytes": 2**22}
 
-    monkeypatch.setattr(bench, "_probe", probe)
+    monkeypatch.setattr(bench_run, "_probe", probe)
     assert run("bench", "embedded", *QUICK, "--threads", "1", *["--json"][:as_json]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
@@ -220,9 +222,9 @@ def test_the_needs_of_all_are_looked_at_before_anything_is_made(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, free: float,
     arguments: tuple[str, ...], code: int, text: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(bench, "Worker", InProcess)
-    monkeypatch.setattr(bench, "free_memory", lambda: int(free * 1e9))
-    monkeypatch.setattr(bench, "_load", None)
+    monkeypatch.setattr(bench_run, "Worker", InProcess)
+    monkeypatch.setattr(bench_run, "free_memory", lambda: int(free * 1e9))
+    monkeypatch.setattr(bench_run, "_load", None)
     assert run("bench", "--shape", "8b", "--baseline", "bf16", *arguments) == code
     assert text in one_line(capsys)
 
@@ -232,7 +234,7 @@ def test_without_matplotlib_a_picture_is_refused_at_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "llamita.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "llamita.bench.roofline", raising=False)
     monkeypatch.setattr(command, "run_bench", None)
     assert run("bench", "embedded", "--plot", tmp_path / "a.png") == 1
     assert "try pip install 'llamita[plot]'" in one_line(capsys)

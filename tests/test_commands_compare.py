@@ -13,11 +13,11 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 from llamita import cli
-from llamita.checkpoint import Checkpoint
-from llamita.compare_report import check_target, write
 from llamita.errors import InputError, RunError
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
+from llamita.evaluate.report import check_target, write
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 
 SENTENCE = "The rain fell in torrents, except at occasional intervals. "
 HOSTILE = "<script>alert(1)<script>&\"'\x1b[31m"  # a directory may have this name
@@ -206,7 +206,7 @@ def test_the_report_is_written_though_the_tables_reader_went_away(root, tmp_path
     def broken(*_: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("llamita.console.print_table", broken)
+    monkeypatch.setattr("llamita.commands.console.print_table", broken)
     monkeypatch.setattr(sys, "stderr", io.StringIO())  # which `cli` may close
     out = tmp_path / "report.html"
     run("compare", "g32", "--text", "text.txt", "--max-tokens", 0, "--html", out)

@@ -11,9 +11,9 @@ import pytest
 from tiny import make_checkpoint
 
 from llamita import cli
-from llamita.checkpoint import Checkpoint
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 
 SENTENCE = (
     "The rain fell in torrents, except at occasional intervals, when it was checked by a gust of wind. "
@@ -126,7 +126,7 @@ def test_local_wikitext_through_lm_eval(root, capsys, tmp_path):
 
 
 def test_without_lm_eval_one_line_says_what_to_install(root, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "llamita.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "llamita.evaluate.lm_eval", raising=False)
     for name in ("lm_eval", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     code, out, err = run(capsys, root / "g128", "--tasks", "wikitext")
@@ -137,7 +137,7 @@ def test_without_lm_eval_one_line_says_what_to_install(root, capsys, monkeypatch
 
 def test_without_network_one_line_says_what_to_give(root, capsys, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval", reason="needs LM Eval: pip install '.[torch]'")
-    harness = pytest.importorskip("llamita.harness")
+    harness = pytest.importorskip("llamita.evaluate.lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     only_wikitext = lm_eval.tasks.TaskManager(  # the whole index takes seconds
         include_path=Path(lm_eval.__file__).parent / "tasks" / "wikitext", include_defaults=False
@@ -189,7 +189,7 @@ def test_a_recorded_file_that_is_a_pipe_is_refused_without_waiting(root, capsys,
 def test_a_source_that_moved_is_not_looked_for_on_the_hub(root, capsys, tmp_path, monkeypatch):
     shutil.copytree(root / "base", tmp_path / "own" / "model")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llamita.hub.download", None)  # not reached
+    monkeypatch.setattr("llamita.imports.hub.download", None)  # not reached
     quantize(Checkpoint(Path("own/model")), "own/model", tmp_path / "out", make_scheme("arm"))
     shutil.rmtree(tmp_path / "own")
     code, out, err = run(capsys, "out", "--text", root / "text.txt")

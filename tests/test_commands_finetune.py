@@ -11,7 +11,7 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 import llamita
-from llamita.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint
 
 pytest.importorskip("trl", reason="training is on the Torch side")
 FAST = ("--set", "steps=2", "--set", "batch=4", "--set", "micro_batch=2", "--set", "length=64")

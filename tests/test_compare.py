@@ -9,27 +9,30 @@ from test_rotated_models import pack
 from tiny import make_checkpoint, random_tensors, write_tensors
 
 import llamita
-from llamita import _native, affine, compare_layers, dequantized
-from llamita.affine import f32_to_bf16
-from llamita.baseline import first_float, open_contenders
-from llamita.checkpoint import Checkpoint
-from llamita.compare import Interval, compare, is_noise, to_values
-from llamita.compare_layers import (
+from llamita import _native
+from llamita.engine.model import LINEAR_INPUTS
+from llamita.errors import InputError
+from llamita.evaluate import layers
+from llamita.evaluate.compare import Interval, compare, is_noise, to_values
+from llamita.evaluate.contenders import first_float, open_contenders
+from llamita.evaluate.layers import (
     first_tokens,
     origin_of,
     rotation_between,
     watch_layers,
     weight_errors,
 )
-from llamita.config import ModelConfig
-from llamita.engine.model import LINEAR_INPUTS
-from llamita.errors import InputError
-from llamita.evaluate import Contender, score_text, score_tokens
-from llamita.files import read_json
-from llamita.packed import PackedModel, open_source
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
-from llamita.tokenizer import Tokenizer
+from llamita.evaluate.scores import Contender, score_text, score_tokens
+from llamita.models import dequantized
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.config import ModelConfig
+from llamita.models.packed import PackedModel, open_source
+from llamita.numerics import affine
+from llamita.numerics.affine import f32_to_bf16
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
+from llamita.system.files import read_json
+from llamita.text.tokenizer import Tokenizer
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 6
 PROMPT = "It was"
@@ -199,7 +202,7 @@ def test_stream_errors_are_means_over_tokens_and_peaks_largest_values(root, monk
     shapes = {place: peak.shape for place, peak in found.peaks.items()}
     assert shapes["stream"] == (config.layers + 1, config.hidden_size)
     assert shapes["down"] == (config.layers, config.intermediate_size)
-    monkeypatch.setattr(compare_layers, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(layers, "PREFILL_CHUNK", 7)
     again = watch_layers(contenders, [None, None], chunks)[1]
     assert again.stream_errors == pytest.approx(found.stream_errors, rel=1e-12)
 
@@ -269,14 +272,14 @@ def test_transforms_and_rotations_come_from_the_metadata(root, method, rotations
 
 def test_weights_of_a_transformed_model_are_not_compared(root, monkeypatch):
     contenders = opened(root, "g128", "g32")
-    original = compare_layers.origin_of
+    original = layers.origin_of
 
     def as_if_rotated(source):
         origin = original(source)
         is_g32 = source.path.name == "g32"
-        return compare_layers.Origin("spinquant+rtn", ("R1", "R2"), True) if is_g32 else origin
+        return layers.Origin("spinquant+rtn", ("R1", "R2"), True) if is_g32 else origin
 
-    monkeypatch.setattr("llamita.compare.origin_of", as_if_rotated)
+    monkeypatch.setattr("llamita.evaluate.compare.origin_of", as_if_rotated)
     found = compare(contenders, TEXT, prompt=PROMPT, max_tokens=0)
     _, g128, g32 = found.models
     assert g128.weight_errors
@@ -345,7 +348,7 @@ def test_the_layers_are_watched_on_the_first_tokens(root, monkeypatch):
     chunks = [np.arange(5), np.arange(5, 10), np.arange(10, 12)]
     assert [c.tolist() for c in first_tokens(chunks, 7)] == [[0, 1, 2, 3, 4], [5, 6]]
     assert [len(c) for c in first_tokens(chunks, 100)] == [5, 5, 2]
-    monkeypatch.setattr("llamita.compare.LAYER_TOKENS", 50)
+    monkeypatch.setattr("llamita.evaluate.compare.LAYER_TOKENS", 50)
     assert compare(opened(root, "g32"), TEXT, prompt=PROMPT, max_tokens=0).layer_tokens == 50
 
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from llamita import _native, config
-from llamita.config import ModelConfig, RopeConfig
-from llamita.engine.cache import rope_frequencies
+from llamita import _native
+from llamita.engine.kv_cache import rope_frequencies
 from llamita.errors import InputError
+from llamita.models import config
+from llamita.models.config import ModelConfig, RopeConfig
 
 LLAMA3_ROPE = {
     "factor": 32.0,

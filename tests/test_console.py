@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from llamita import console
+from llamita.commands import console
 
 NAMES = ["hf[/x]", "q[v2]", r"a\[/b]", ":smile:", "[bold]"]
 

@@ -10,13 +10,13 @@ import pytest
 from tiny import make_checkpoint
 
 import llamita
-from llamita import evaluate
-from llamita.baseline import open_contenders
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError, RunError
-from llamita.evaluate import Contender, Interval, score_text, split_chunks, token_losses
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
+from llamita.evaluate import scores as evaluate_scores
+from llamita.evaluate.contenders import open_contenders
+from llamita.evaluate.scores import Contender, Interval, score_text, split_chunks, token_losses
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 4
 
@@ -103,8 +103,8 @@ def test_a_model_against_itself_has_no_divergence_at_all():
 def test_small_blocks_of_rows_change_nothing(monkeypatch):
     models = [TableModel(0), TableModel(1)]
     whole = score_text(contenders(*models), TEXT)
-    monkeypatch.setattr(evaluate, "_VALUES_AT_ONCE", 1)
-    monkeypatch.setattr(evaluate, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(evaluate_scores, "_VALUES_AT_ONCE", 1)
+    monkeypatch.setattr(evaluate_scores, "_LOGIT_BYTES", 1)
     assert score_text(contenders(*models), TEXT) == whole
 
 

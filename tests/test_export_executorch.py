@@ -11,7 +11,7 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 import llamita
-from llamita.packed import PackedModel
+from llamita.models.packed import PackedModel
 
 pytest.importorskip("executorch", reason="the runtime of programs")
 torch = pytest.importorskip("torch", reason="export is on the Torch side")
@@ -152,7 +152,7 @@ def test_adaptors_go_along_unmerged(tmp_path: Path) -> None:
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
     from test_adaptors import make_adaptor
 
-    from llamita.engine.adaptors import read_adaptor
+    from llamita.engine.adapters import read_adaptor
 
     packed = PackedModel(packed_model(tmp_path))
     adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model")
@@ -215,8 +215,8 @@ def test_a_program_with_float_activations_is_the_float_model(tmp_path: Path) -> 
     import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
     from tiny import write_tensors
 
-    from llamita.checkpoint import expected_tensors
-    from llamita.dequantized import DequantizedSource
+    from llamita.models.checkpoint import expected_tensors
+    from llamita.models.dequantized import DequantizedSource
 
     packed = PackedModel(packed_model(tmp_path, "llama31"))
     program, floats = make_program(packed, 64, is_static=True, activations=None), DequantizedSource(packed)

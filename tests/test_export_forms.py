@@ -10,12 +10,12 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 import llamita
-from llamita.affine import dequantize, to_f32
-from llamita.checkpoint import Int4Weight
-from llamita.meta_form import pair_order
-from llamita.packed import PackedModel
-from llamita.packing import unpack_int4
-from llamita.tensorfile import TensorFile
+from llamita.formats.safetensors import TensorFile
+from llamita.models.checkpoint import Int4Weight
+from llamita.models.foreign_names import pair_order
+from llamita.models.packed import PackedModel
+from llamita.numerics.affine import dequantize, to_f32
+from llamita.numerics.packing import unpack_int4
 
 torch = pytest.importorskip("torch", reason="these forms are read on the Torch side")
 pytest.importorskip("transformers", reason="these forms are read by transformers")

@@ -21,16 +21,16 @@ import pytest
 from rotated import RotatedCheckpoint
 from tiny import make_checkpoint
 
-from llamita.checkpoint import Checkpoint, linear_names, table_names, vector_names
+from llamita.bench.plan import describe
 from llamita.commands.inspect import facts
 from llamita.errors import LlamitaError
-from llamita.packed import PackedModel, open_source
-from llamita.packed_writer import write_metadata
-from llamita.plan import describe
-from llamita.quantize import RoundedSource, quantize
-from llamita.scheme import make_scheme
-from llamita.sizes import make_plan
-from llamita.verify import verify
+from llamita.models.checkpoint import Checkpoint, linear_names, table_names, vector_names
+from llamita.models.packed import PackedModel, open_source
+from llamita.models.packed_writer import write_metadata
+from llamita.models.sizes import make_plan
+from llamita.models.verify import verify
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 CASES = 2000
 BATCHES = 8

@@ -15,7 +15,7 @@ from typing import Any
 from tiny import write_tokenizer
 
 from llamita.errors import InputError
-from llamita.tokenizer import Tokenizer
+from llamita.text.tokenizer import Tokenizer
 
 CASES = 150
 MOST_SECONDS = 120  # for all of them, on a machine that is busy; they take a second

@@ -11,19 +11,19 @@ import pytest
 from command import one_line, run
 from tiny import make_checkpoint, random_tensors, write_tensors
 
-from llamita.affine import dequantize, f32_to_bf16, to_f32
-from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.errors import InputError
 from llamita.export.source import module_names
-from llamita.gguf_blocks import floats_of
-from llamita.gguf_file import GgufFile, write_gguf
+from llamita.formats.gguf import GgufFile, write_gguf
+from llamita.formats.gguf_blocks import floats_of
 from llamita.imports.forms import convert
 from llamita.imports.gguf import _ends
 from llamita.imports.tokenizers import with_scores
-from llamita.meta_form import gguf_name, pair_order, rope_factors
-from llamita.packed import PackedModel
-from llamita.packing import unpack_int4
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
+from llamita.models.foreign_names import gguf_name, pair_order, rope_factors
+from llamita.models.packed import PackedModel
+from llamita.numerics.affine import dequantize, f32_to_bf16, to_f32
+from llamita.numerics.packing import unpack_int4
+from llamita.text.tokenizer import Tokenizer
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip

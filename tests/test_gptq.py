@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from tiny import make_checkpoint
 
-from llamita.affine import round_weights
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
 from llamita.methods.settings import GPTQ
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.affine import round_weights
+from llamita.numerics.scheme import make_scheme
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 blocks = pytest.importorskip("llamita.methods.blocks")
-calibrated = pytest.importorskip("llamita.methods.calibrated")
+calibrated = pytest.importorskip("llamita.methods.blockwise")
 gptq = pytest.importorskip("llamita.methods.gptq")
 qronos = pytest.importorskip("llamita.methods.qronos")
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llamita import _native
-from llamita.hadamard import core_signs, factor, fast_hadamard
+from llamita.numerics.hadamard import core_signs, factor, fast_hadamard
 
 rng = np.random.default_rng(0)
 SIZES = [2**m for m in range(15)]  # below, at and above a vector, every width of a pass

@@ -11,14 +11,14 @@ from tiny import make_checkpoint
 from tokenizers import Tokenizer, processors
 
 import llamita
-from llamita import wikitext
 from llamita.errors import InputError, RunError
+from llamita.evaluate import wikitext
 
 _NEEDS = "needs LM Eval: pip install '.[torch]'"
 lm_eval: Any = pytest.importorskip("lm_eval", reason=_NEEDS)
 huggingface: Any = pytest.importorskip("lm_eval.models.huggingface", reason=_NEEDS)
 torch: Any = pytest.importorskip("torch", reason=_NEEDS)
-harness: Any = pytest.importorskip("llamita.harness", reason=_NEEDS)
+harness: Any = pytest.importorskip("llamita.evaluate.lm_eval", reason=_NEEDS)
 
 MAX_SEQ_LEN = 64  # short, so that every text takes several windows and long prompts are cut
 WORDS = [

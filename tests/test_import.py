@@ -13,12 +13,12 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 import llamita
-from llamita.checkpoint import Checkpoint, expected_tensors, resolve
 from llamita.errors import InputError
 from llamita.imports.forms import convert
 from llamita.imports.tokenizers import Converted, convert_tokenizer
-from llamita.meta_form import heads_of, meta_name, pair_order
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint, expected_tensors, resolve
+from llamita.models.foreign_names import heads_of, meta_name, pair_order
+from llamita.text.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
 

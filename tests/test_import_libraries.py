@@ -11,11 +11,11 @@ from command import one_line, run
 from test_import_quantized import export, tensors_of, write_file
 from tiny import make_checkpoint
 
-from llamita.affine import dequantize, f32_to_bf16, round_weights, to_f32
-from llamita.checkpoint import Checkpoint, Int4Weight, linear_names
-from llamita.packed import PackedModel
-from llamita.packing import pack_int4, unpack_int4
-from llamita.tensorfile import TensorFile
+from llamita.formats.safetensors import TensorFile
+from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names
+from llamita.models.packed import PackedModel
+from llamita.numerics.affine import dequantize, f32_to_bf16, round_weights, to_f32
+from llamita.numerics.packing import pack_int4, unpack_int4
 
 # ---- GPTQ ----------------------------------------------------------------------------------------
 

@@ -13,13 +13,13 @@ from test_import import write_ranks
 from tiny import make_checkpoint
 
 import llamita
-from llamita.affine import bf16_to_f32, f32_to_bf16
-from llamita.checkpoint import Checkpoint, open_tensor_files, resolve
 from llamita.errors import InputError
+from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.imports.codes import Coded, find_kinds, with_positive_scales
-from llamita.packed import PackedModel
-from llamita.tensorfile import TensorFile, TensorWriter
-from llamita.verify import verify
+from llamita.models.checkpoint import Checkpoint, open_tensor_files, resolve
+from llamita.models.packed import PackedModel
+from llamita.models.verify import verify
+from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 FORMS = ["compressed-tensors", "torchao", "meta", "gguf"]
@@ -88,9 +88,9 @@ def test_a_packed_model_comes_back_with_identical_tensors(
 
 def test_mixed_kinds_come_back(tmp_path: Path) -> None:
     """Groups of several sizes, int8 and float layers; group sizes are found in the scales."""
-    from llamita.mixed import with_layers
-    from llamita.quantize import quantize
-    from llamita.scheme import make_scheme
+    from llamita.models.layer_kinds import with_layers
+    from llamita.numerics.scheme import make_scheme
+    from llamita.quantize.pipeline import quantize
 
     model = make_checkpoint(tmp_path / "model", "llama3")
     kinds = {"model.layers.0.mlp.up_proj": "w4g128", "model.layers.1.self_attn.k_proj": "w8",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llamita import _native
-from llamita.affine import bf16_to_f32, f32_to_bf16, quantize_activations, to_f32
+from llamita.numerics.affine import bf16_to_f32, f32_to_bf16, quantize_activations, to_f32
 
 rng = np.random.default_rng(0)
 

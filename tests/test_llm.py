@@ -12,14 +12,14 @@ from real_tokenizers import write_llama2, write_llama3
 from tiny import make_checkpoint
 
 import llamita
-from llamita.checkpoint import Checkpoint
-from llamita.config import ModelConfig
 from llamita.engine.llm import LLM, PREFILL_CHUNK, Generation
 from llamita.engine.scheduler import Limits, Scheduler
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError, RunError
-from llamita.quantize import RoundedSource
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.config import ModelConfig
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import RoundedSource
 
 PROMPT = "Once upon a time"
 BOS, END, TURN_END = 256, 257, 258  # of the tiny checkpoints, whose other tokens are bytes

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llamita.machine import free_memory, usable_memory
+from llamita.system.machine import free_memory, usable_memory
 
 MB = 2**20
 V2 = {"proc/self/cgroup": "0::/box/job\n"}

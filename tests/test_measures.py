@@ -7,8 +7,8 @@ import pytest
 from tiny import make_checkpoint
 
 import llamita
-from llamita.checkpoint import Checkpoint
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint
+from llamita.text.tokenizer import Tokenizer
 from llamita.train.examples import tokenize
 from llamita.train.records import Record
 from llamita.train.tasks import conversation

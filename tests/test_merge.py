@@ -11,19 +11,19 @@ from test_adaptors import PROMPT, make_adaptor
 from tiny import make_checkpoint, write_file
 
 import llamita
-from llamita.affine import bf16_to_f32, to_f32
-from llamita.checkpoint import Checkpoint, expected_tensors, resolve
-from llamita.dequantized import DequantizedSource
-from llamita.engine.adaptors import CONFIG, WEIGHTS
+from llamita.engine.adapters import CONFIG, WEIGHTS
 from llamita.engine.llm import LLM
-from llamita.merge import MergedSource, measure, merge_float, merge_packed
+from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.methods.setup import Setup
-from llamita.mixed import with_layers
-from llamita.packed import PackedModel, open_source
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
-from llamita.tensorfile import TensorFile, TensorWriter
-from llamita.transformed import as_stored
+from llamita.models.checkpoint import Checkpoint, expected_tensors, resolve
+from llamita.models.dequantized import DequantizedSource
+from llamita.models.layer_kinds import with_layers
+from llamita.models.packed import PackedModel, open_source
+from llamita.models.transformed import as_stored
+from llamita.numerics.affine import bf16_to_f32, to_f32
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
+from llamita.train.merge import MergedSource, measure, merge_float, merge_packed
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from real_tokenizers import model_file, write_llama2, write_llama3
 
 from llamita.imports.tokenizers import WORDS
-from llamita.tokenizer import Tokenizer
+from llamita.text.tokenizer import Tokenizer
 
 DATA = Path(os.environ.get("LLAMITA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 LINES = 10_000

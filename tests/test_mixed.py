@@ -9,17 +9,17 @@ import pytest
 from test_packed import _fake_quantize, assert_same_weight, float_weight, needs_transformers, reseal
 from tiny import make_checkpoint
 
-from llamita.checkpoint import Checkpoint, Int4Weight, linear_names, table_names
+from llamita.bench.random_weights import RandomSource
 from llamita.engine.llm import LLM, load
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.mixed import count_kinds, describe_groups, describe_kinds, keep_float, with_layers
-from llamita.packed import PackedModel, quantization_config
-from llamita.quantize import RoundedSource, quantize
-from llamita.random_weights import RandomSource
-from llamita.scheme import QuantScheme, make_scheme
-from llamita.sizes import make_plan
+from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names, table_names
+from llamita.models.layer_kinds import count_kinds, describe_groups, describe_kinds, keep_float, with_layers
+from llamita.models.packed import PackedModel, quantization_config
+from llamita.models.sizes import make_plan
+from llamita.numerics.scheme import QuantScheme, make_scheme
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 BLOCK = "model.layers.0"
 MIX = {

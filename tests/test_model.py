@@ -8,9 +8,9 @@ import pytest
 from tiny import make_checkpoint
 
 import llamita
-from llamita.config import RopeConfig
-from llamita.engine.cache import rope_frequencies
+from llamita.engine.kv_cache import rope_frequencies
 from llamita.errors import InputError
+from llamita.models.config import RopeConfig
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' Llama")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers' Llama")

@@ -8,11 +8,11 @@ import pytest
 from command import one_line, run
 from tiny import make_checkpoint
 
-from llamita.checkpoint import Checkpoint, resolve
+from llamita.bench.plan import describe_shape
 from llamita.methods.chain import parse_chain
 from llamita.methods.setup import Setup
-from llamita.needs import expected_memory, expected_work
-from llamita.plan import describe_shape
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.quantize.cost import expected_memory, expected_work
 
 pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 TEXT = (Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt").read_text("utf-8")
@@ -131,7 +131,7 @@ def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None
 def test_mistakes_are_told_before_any_text_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.delattr("llamita.own_text.Writer")
+    monkeypatch.delattr("llamita.quantize.own_text.Writer")
     assert run("quantize", make_checkpoint(tmp_path / "src"), "-o", tmp_path / "out", *options) == 2
     assert message in one_line(capsys)
 
@@ -141,7 +141,7 @@ def test_tuning_takes_one_process_and_says_so_first(
 ) -> None:
     for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delattr("llamita.own_text.Writer")
+    monkeypatch.delattr("llamita.quantize.own_text.Writer")
     source = make_checkpoint(tmp_path / "src")
     assert run("quantize", source, "-o", tmp_path / "out", "--preset", "llamita") == 2
     assert (
@@ -169,7 +169,7 @@ def test_the_way_out_of_several_processes_is_a_command(
 def test_a_size_without_a_rotation_is_told_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, dry_run: tuple[str, ...]
 ) -> None:
-    monkeypatch.delattr("llamita.own_text.Writer")
+    monkeypatch.delattr("llamita.quantize.own_text.Writer")
     source = make_checkpoint(tmp_path / "src", intermediate_size=1888, num_hidden_layers=1)
     assert run("quantize", source, "-o", tmp_path / "out", "--preset", "llamita", *dry_run) == 2
     assert "R4: Hadamard matrix of order 1888: none is known here; try --no-online" in one_line(capsys)

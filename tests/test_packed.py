@@ -11,14 +11,21 @@ import pytest
 import safetensors.numpy
 from tiny import CONFIGS, make_checkpoint
 
-from llamita.affine import dequantize, quantize_activations, to_f32
-from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight, linear_names, table_names, vector_names
 from llamita.errors import InputError
-from llamita.packed import KEYS, PackedModel, open_source, self_hash_holds
-from llamita.packed_writer import write_metadata
-from llamita.packing import unpack_int4
-from llamita.quantize import RoundedSource, quantize
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import (
+    Checkpoint,
+    Int4Weight,
+    Int8Weight,
+    linear_names,
+    table_names,
+    vector_names,
+)
+from llamita.models.packed import KEYS, PackedModel, open_source, self_hash_holds
+from llamita.models.packed_writer import write_metadata
+from llamita.numerics.affine import dequantize, quantize_activations, to_f32
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 needs_transformers = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("transformers", "compressed_tensors")),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from llamita import _native
-from llamita.packing import pack_int4, unpack_int4
+from llamita.numerics.packing import pack_int4, unpack_int4
 
 codes_arrays = st.tuples(st.integers(1, 9), st.integers(1, 12)).flatmap(
     lambda shape: hnp.arrays(np.int8, (shape[0], 8 * shape[1]), elements=st.integers(-8, 7))

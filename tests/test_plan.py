@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from tiny import CONFIGS, make_checkpoint
 
-from llamita import cli, hub, plan
-from llamita.checkpoint import Checkpoint
+from llamita import cli
+from llamita.bench import plan
+from llamita.bench.plan import Described, Machine, describe, estimate_all
 from llamita.engine.llm import load
 from llamita.errors import InputError
-from llamita.plan import Described, Machine, describe, estimate_all
-from llamita.quantize import quantize
-from llamita.scheme import PRESETS, make_scheme
-from llamita.sizes import make_plan
+from llamita.imports import hub
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.sizes import make_plan
+from llamita.numerics.scheme import PRESETS, make_scheme
+from llamita.quantize.pipeline import quantize
 
 MACHINE = Machine(bandwidth=20e9, int8_rate=200e9, memory=8 * 10**9, memory_free=10**9, threads=2,
                   cache=2**25)  # fmt: skip

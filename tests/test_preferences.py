@@ -9,10 +9,10 @@ import pytest
 from command import one_line, run
 from tiny import make_checkpoint
 
-from llamita.chat import ChatTemplate
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint
+from llamita.text.chat_template import ChatTemplate
+from llamita.text.tokenizer import Tokenizer
 from llamita.train.preferences import Pair, read_pairs
 from llamita.train.recipe import change, parse_recipe, read_recipe
 from llamita.train.records import Record

@@ -10,12 +10,12 @@ from generations import Watched, ids_of, plain
 from tiny import make_checkpoint
 
 import llamita
-from llamita.config import RopeConfig
 from llamita.engine import scheduler
-from llamita.engine.cache import SequenceCache
+from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM
 from llamita.engine.prefixes import BLOCK, Prefix, PrefixCache, common_length
 from llamita.engine.sampler import Sampling
+from llamita.models.config import RopeConfig
 
 CONTEXT = 512
 ROPE = {"rope_type": "dynamic", "factor": 4.0}

@@ -11,10 +11,10 @@ import pytest
 from command import assert_nothing_is_left, run
 from tiny import make_checkpoint
 
-from llamita import processes
-from llamita.checkpoint import Int4Weight
 from llamita.errors import InputError
-from llamita.packed import PackedModel
+from llamita.models.checkpoint import Int4Weight
+from llamita.models.packed import PackedModel
+from llamita.system import processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OPTIONS = ("--samples", "5", "--length", "48", "--group-size", "32")

@@ -10,14 +10,14 @@ import pytest
 from command import assert_nothing_is_left, one_line, run
 from tiny import make_checkpoint
 
-from llamita.affine import to_f32
-from llamita.checkpoint import Checkpoint
+from llamita.formats.safetensors import TensorFile
 from llamita.methods.energy import input_importance
-from llamita.packed import PackedModel
-from llamita.quantize import quantize
-from llamita.scheme import SCALE_RULES, make_scheme
-from llamita.tensorfile import TensorFile
-from llamita.verify import verify
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed import PackedModel
+from llamita.models.verify import verify
+from llamita.numerics.affine import to_f32
+from llamita.numerics.scheme import SCALE_RULES, make_scheme
+from llamita.quantize.pipeline import quantize
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_a_directory_of_licences_is_no_hindrance(tmp_path: Path) -> None:
 def test_a_licence_that_cannot_be_copied_is_told_before_rounding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamita.quantize._write_weights", None)  # not reached
+    monkeypatch.setattr("llamita.quantize.pipeline._write_weights", None)  # not reached
     path = make_checkpoint(tmp_path / "src")
     os.mkfifo(path / "LICENSE")
     assert run("quantize", path, "-o", tmp_path / "out") == 2
@@ -333,7 +333,7 @@ def test_other_names_are_recorded_as_they_are(source: Path, tmp_path: Path, name
 def test_a_path_that_is_not_utf8_is_refused_before_rounding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamita.quantize._write_weights", None)  # not reached
+    monkeypatch.setattr("llamita.quantize.pipeline._write_weights", None)  # not reached
     path = make_checkpoint(tmp_path / "u").rename(tmp_path / os.fsdecode(b"u\xff"))
     assert run("quantize", path, "-o", tmp_path / "out") == 2
     assert "expected a path in UTF-8" in one_line(capsys)

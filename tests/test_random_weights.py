@@ -7,15 +7,15 @@ import pytest
 from tiny import CONFIGS
 
 from llamita import _native
-from llamita.affine import bf16_to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight, expected_tensors, linear_names, table_names
-from llamita.config import ModelConfig
+from llamita.bench.random_weights import RandomSource
+from llamita.bench.shapes import SHAPES, find_shape
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
-from llamita.packing import unpack_int4
-from llamita.random_weights import RandomSource
-from llamita.scheme import PRESETS, make_scheme
-from llamita.shapes import SHAPES, find_shape
+from llamita.models.checkpoint import Int4Weight, Int8Weight, expected_tensors, linear_names, table_names
+from llamita.models.config import ModelConfig
+from llamita.numerics.affine import bf16_to_f32
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.scheme import PRESETS, make_scheme
 
 TINY = ModelConfig.from_hf(CONFIGS["llama32"])
 

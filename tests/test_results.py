@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import llamita
-from llamita.checkpoint import Checkpoint, resolve
+from llamita.models.checkpoint import Checkpoint, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))

@@ -9,9 +9,9 @@ from command import run
 from tiny import make_checkpoint
 
 from llamita.errors import RunError
-from llamita.resume import kept_work, read_kept, write_whole
+from llamita.system.kept_work import kept_work, read_kept, write_whole
 
-calibrated = pytest.importorskip("llamita.methods.calibrated", reason="on the Torch side")
+calibrated = pytest.importorskip("llamita.methods.blockwise", reason="on the Torch side")
 FEW = ("--method", "qronos", "--samples", "4", "--length", "16", "--threads", "1")
 LEARNED = ("--method", "spinquant", "--set", "spinquant.steps=3", "--samples", "2", "--length", "16")
 
@@ -30,7 +30,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, options: t
 
     with monkeypatch.context() as patch:
         patch.setattr(calibrated, "_round_block", stop_second)
-        patch.setattr("llamita.quantize._write_weights", stop)
+        patch.setattr("llamita.quantize.pipeline._write_weights", stop)
         assert run("quantize", source, "-o", out, *options) == 130
 
 
@@ -114,7 +114,7 @@ def test_a_kill_while_the_work_is_removed_leaves_what_can_be_told_from_a_strange
         with kept_work(out, {"a": 1}) as work:
             (work / "first.npz").write_bytes(b"1")
 
-    monkeypatch.setattr("llamita.resume._remove_one", killed)
+    monkeypatch.setattr("llamita.system.kept_work._remove_one", killed)
     with pytest.raises(KeyboardInterrupt):
         run_once()
     monkeypatch.undo()

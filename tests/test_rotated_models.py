@@ -13,19 +13,19 @@ from test_fuzz_files import mutate_value, outcome
 from test_packed import assert_same_weight, reseal
 from tiny import make_checkpoint
 
-from llamita.affine import f32_to_bf16
-from llamita.checkpoint import Checkpoint, linear_names, table_names
+from llamita.bench.plan import describe
+from llamita.bench.work import count_work
 from llamita.commands.inspect import facts
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
-from llamita.packed import TRANSFORM, PackedModel
-from llamita.plan import describe
-from llamita.quantize import RoundedSource, quantize
-from llamita.rotations import Rotations
-from llamita.scheme import make_scheme
-from llamita.sizes import make_plan
-from llamita.verify import verify
-from llamita.work import count_work
+from llamita.models.checkpoint import Checkpoint, linear_names, table_names
+from llamita.models.packed import TRANSFORM, PackedModel
+from llamita.models.sizes import make_plan
+from llamita.models.verify import verify
+from llamita.numerics.affine import f32_to_bf16
+from llamita.numerics.rotations import Rotations
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 R1, R4, BOTH = ("R1",), ("R4",), ("R1", "R4")
 IDS = np.random.default_rng(3).integers(0, 320, 90)
@@ -128,7 +128,7 @@ def test_what_is_written_is_read(tmp_path: Path, preset: str, names: tuple[str, 
 
 
 def test_a_transform_may_be_stored_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamita.quantize.stored_rotations", lambda rotations: rotations)
+    monkeypatch.setattr("llamita.quantize.pipeline.stored_rotations", lambda rotations: rotations)
     found = PackedModel(pack(tmp_path, R1)).rotations.head_transform
     assert found is not None
     np.testing.assert_array_equal(found, RotatedCheckpoint(tmp_path / "src", R1).rotations.head_transform)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llamita.errors import InputError
-from llamita.rotations import Rotations
+from llamita.numerics.rotations import Rotations
 
 
 def test_a_list_of_llamita_json_and_back() -> None:

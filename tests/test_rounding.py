@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from llamita import _native, packing
-from llamita.affine import f32_to_bf16, round_weights
+from llamita import _native
+from llamita.numerics import packing
+from llamita.numerics.affine import f32_to_bf16, round_weights
 
 RULES = ["torchao", "torchao_bf16", "search"]
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from tiny import make_checkpoint
 
-from llamita.affine import round_weights
-from llamita.checkpoint import Checkpoint, linear_names, table_names
 from llamita.errors import InputError
+from llamita.formats.safetensors import TensorFile
 from llamita.methods import energy, rtn
-from llamita.scheme import make_scheme
-from llamita.tensorfile import TensorFile
+from llamita.models.checkpoint import Checkpoint, linear_names, table_names
+from llamita.numerics.affine import round_weights
+from llamita.numerics.scheme import make_scheme
 
 NAME = "model.layers.0.mlp.down_proj"  # (128, 256)
 

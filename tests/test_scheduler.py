@@ -14,7 +14,7 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita.engine import scheduler
-from llamita.engine.cache import SequenceCache
+from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.prefixes import BLOCK
 from llamita.engine.sampler import Sampling

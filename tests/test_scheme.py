@@ -3,7 +3,7 @@
 import pytest
 
 from llamita.errors import InputError
-from llamita.scheme import PRESETS, QuantScheme, make_scheme
+from llamita.numerics.scheme import PRESETS, QuantScheme, make_scheme
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -19,8 +19,8 @@ from command import assert_nothing_is_left, one_line, run
 from tiny import make_checkpoint
 
 from llamita.errors import InputError, RunError
-from llamita.staging import staged
-from llamita.verify import verify
+from llamita.models.verify import verify
+from llamita.system.staging import staged
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_nothing(
         assert run("quantize", source, "-o", disk / "out") == 1
         assert "free on its disk" in one_line(capsys)
         monkeypatch.setattr(
-            "llamita.quantize.check_space", lambda *_: None
+            "llamita.quantize.pipeline.check_space", lambda *_: None
         )  # another process fills it meanwhile
         assert run("quantize", source, "-o", disk / "out") == 1
         assert "the disk is full" in one_line(capsys)
@@ -209,7 +209,7 @@ def test_what_appeared_during_a_run_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamita.staging._PATIENCE", 0.1)
+    monkeypatch.setattr("llamita.system.staging._PATIENCE", 0.1)
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(RunError, match="another program's lock"), staged(tmp_path / "out"):
@@ -226,7 +226,7 @@ def test_an_interrupted_run_cleans_up(
     def interrupt(*_args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamita.quantize.write_config", interrupt)
+    monkeypatch.setattr("llamita.quantize.pipeline.write_config", interrupt)
     assert run("quantize", source, "-o", tmp_path / "out") == 130
     assert "interrupted" in one_line(capsys)
     assert_nothing_is_left(tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llamita.statistics import Interval, mean_interval, paired_difference
+from llamita.numerics.intervals import Interval, mean_interval, paired_difference
 
 
 def moving_average(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def test_seed_decides_the_interval():
 def test_interval_does_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
     values = np.random.default_rng(0).standard_normal(5000)
     whole = mean_interval(values)
-    monkeypatch.setattr("llamita.statistics._DRAWN_AT_ONCE", 100)
+    monkeypatch.setattr("llamita.numerics.intervals._DRAWN_AT_ONCE", 100)
     assert mean_interval(values) == whole
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamita.errors import InputError
-from llamita.tensorfile import DTYPES, TensorFile, TensorWriter, header_bytes
+from llamita.formats.safetensors import DTYPES, TensorFile, TensorWriter, header_bytes
 
 TENSORS = {
     "a": np.arange(6, dtype=np.int64).reshape(2, 3),

@@ -8,7 +8,7 @@ import pytest
 
 from llamita import _native
 from llamita.errors import InputError
-from llamita.threads import remark, use_threads
+from llamita.system.threads import remark, use_threads
 
 ONE_OPERATION = """
 import os, threading, numpy as np

@@ -9,10 +9,10 @@ import pytest
 from real_tokenizers import write_llama2, write_llama3
 from tiny import make_checkpoint
 
-from llamita.checkpoint import resolve
-from llamita.config import ModelConfig
 from llamita.errors import InputError
-from llamita.tokenizer import Detokenizer, Tokenizer, _one_line, _sentencepiece_bytes
+from llamita.models.checkpoint import resolve
+from llamita.models.config import ModelConfig
+from llamita.text.tokenizer import Detokenizer, Tokenizer, _one_line, _sentencepiece_bytes
 
 TEXTS = [
     "Once upon a time",

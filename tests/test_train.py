@@ -9,16 +9,16 @@ import pytest
 from tiny import make_checkpoint
 
 import llamita
-from llamita.affine import bf16_to_f32
-from llamita.affine import dequantize as dequantized
-from llamita.affine import quantize_activations as activations
-from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.packed import PackedModel
-from llamita.packing import unpack_int4
-from llamita.quantize import RoundedSource
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
+from llamita.models.packed import PackedModel
+from llamita.numerics.affine import bf16_to_f32
+from llamita.numerics.affine import dequantize as dequantized
+from llamita.numerics.affine import quantize_activations as activations
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import RoundedSource
 from llamita.train.examples import IGNORED, Windows
 from llamita.train.recipe import Recipe, Stage, change, parse_recipe
 

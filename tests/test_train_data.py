@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import make_checkpoint
 
-from llamita.chat import ChatTemplate
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError, RunError
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint
+from llamita.text.chat_template import ChatTemplate
+from llamita.text.tokenizer import Tokenizer
 from llamita.train.examples import IGNORED, Example, fitting, pack, tokenize
 from llamita.train.records import Record, read_data, read_records
 from llamita.train.tasks import TASKS, Conversation, conversation

@@ -2,9 +2,9 @@
 
 import pytest
 
-from llamita.config import ModelConfig
-from llamita.shapes import find_shape
-from llamita.train.needs import expected_memory
+from llamita.bench.shapes import find_shape
+from llamita.models.config import ModelConfig
+from llamita.train.memory import expected_memory
 from llamita.train.recipe import Recipe, change, read_recipe
 
 

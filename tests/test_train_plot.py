@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from llamita.train.plot import loss_plot
+from llamita.train.loss_plot import loss_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -184,7 +184,7 @@ import copy
 import sys
 from pathlib import Path
 import torch
-from llamita import processes
+from llamita.system import processes
 from llamita.train.finetune import load_float
 from llamita.train.sharding import keep, optimizer_state, restore, restore_optimizer, shard
 

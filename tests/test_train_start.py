@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tiny import make_checkpoint
 
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.packing import unpack_int4
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.scheme import make_scheme
 
 torch = pytest.importorskip("torch", reason="training is on the Torch side")
 pytest.importorskip("trl", reason="training is on the Torch side")

@@ -9,15 +9,15 @@ import pytest
 from command import one_line, run
 from tiny import make_checkpoint
 
-from llamita.affine import to_f32
-from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import LLM, load
 from llamita.errors import InputError
 from llamita.methods.chain import parse_chain, transform
 from llamita.methods.setup import Setup, parse_settings
-from llamita.packed import METADATA, open_source
-from llamita.quantize import RoundedSource, quantize
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed import METADATA, open_source
+from llamita.numerics.affine import to_f32
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 OFFLINE = {"spinquant.steps": 0, "spinquant.online": False}
 TOKENS = np.arange(40, dtype=np.int32) * 7 % 300

@@ -13,15 +13,15 @@ pytest.importorskip("transformers", reason="logits are computed with transformer
 import torch
 from torch_forward import logits_of
 
-from llamita.affine import to_f32
-from llamita.checkpoint import Checkpoint, resolve
 from llamita.errors import InputError
-from llamita.hadamard import fast_hadamard
 from llamita.methods import equalize, learn_rotations, spinquant
 from llamita.methods.online import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Calibration, Setup
-from llamita.transformed import FloatSource, TransformedSource, rotations_of
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.transformed import FloatSource, TransformedSource, rotations_of
+from llamita.numerics.affine import to_f32
+from llamita.numerics.hadamard import fast_hadamard
 
 SAME = 1e-4  # relative, in float32
 # Tied and not, biases, grouped heads, Hadamard matrices with K = 1, 12, 20, 44.

@@ -8,20 +8,20 @@ import pytest
 from tiny import make_checkpoint
 
 from llamita import _native
-from llamita.affine import bf16_to_f32, dequantize, f32_to_bf16
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
 from llamita.methods.settings import TuneSettings, settings_of
 from llamita.methods.setup import Calibration, Setup
-from llamita.packing import unpack_int4
-from llamita.quantize import RoundedSource
-from llamita.scheme import QuantScheme, make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.affine import bf16_to_f32, dequantize, f32_to_bf16
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.scheme import QuantScheme, make_scheme
+from llamita.quantize.pipeline import RoundedSource
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 pytest.importorskip("transformers", reason="calibrated methods are on the Torch side")
 blocks = pytest.importorskip("llamita.methods.blocks")
-calibrated = pytest.importorskip("llamita.methods.calibrated")
-fakequant = pytest.importorskip("llamita.methods.fakequant")
+calibrated = pytest.importorskip("llamita.methods.blockwise")
+fakequant = pytest.importorskip("llamita.methods.activations")
 tune = pytest.importorskip("llamita.methods.tune")
 
 SCHEME = make_scheme("llama3.2")

@@ -9,11 +9,11 @@ import pytest
 from tiny import make_checkpoint
 
 from llamita import cli
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
-from llamita.quantize import quantize
-from llamita.scheme import make_scheme
-from llamita.verify import verify
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.verify import verify
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import quantize
 
 
 @pytest.fixture(scope="module")

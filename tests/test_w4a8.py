@@ -15,13 +15,13 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita import _native
-from llamita.affine import to_f32
-from llamita.checkpoint import Checkpoint, Int4Weight, Int8Weight, resolve
 from llamita.engine import model as model_module
 from llamita.engine.llm import LLM
-from llamita.packing import unpack_int4
-from llamita.quantize import RoundedSource
-from llamita.scheme import make_scheme
+from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight, resolve
+from llamita.numerics.affine import to_f32
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.pipeline import RoundedSource
 
 torch = pytest.importorskip("torch", reason="the oracle is a fake-quantized Torch model")
 transformers = pytest.importorskip("transformers", reason="the oracle is a fake-quantized Torch model")

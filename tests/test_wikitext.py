@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llamita import wikitext
 from llamita.errors import InputError
+from llamita.evaluate import wikitext
 
 DATA = Path(os.environ.get("LLAMITA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 REAL = DATA / "wikitext2" / "wiki.test.raw"

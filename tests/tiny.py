@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llamita.affine import f32_to_bf16
-from llamita.checkpoint import linear_names, table_names, vector_names
-from llamita.config import ModelConfig
-from llamita.tensorfile import TensorWriter
+from llamita.formats.safetensors import TensorWriter
+from llamita.models.checkpoint import linear_names, table_names, vector_names
+from llamita.models.config import ModelConfig
+from llamita.numerics.affine import f32_to_bf16
 
 _COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 320,

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from llamita.affine import dequantize, to_f32
-from llamita.checkpoint import linear_names
 from llamita.methods import rtn
+from llamita.methods.activations import quantize_activations
 from llamita.methods.blocks import Block, llama_config, rotary_tables
-from llamita.methods.fakequant import quantize_activations
 from llamita.methods.online import online_transform
-from llamita.scheme import QuantScheme
-from llamita.transformed import FloatSource, rotations_of
+from llamita.models.checkpoint import linear_names
+from llamita.models.transformed import FloatSource, rotations_of
+from llamita.numerics.affine import dequantize, to_f32
+from llamita.numerics.scheme import QuantScheme
 
 
 class _Rounded:

@@ -44,9 +44,9 @@ MUTATIONS = [
      "clamp(-127.0f - __builtin_rintf(mn / scale), -128.0f, 127.0f)", "activations: the zero point"),
     ("native/cache.cpp", "out[i + half] = high * cos[i] + low * sin[i];",
      "out[i + half] = high * cos[i] - low * sin[i];", "rotary embedding: a sign"),
-    ("src/llamita/affine.py", "largest / np.float32((qmax - qmin) / 2)", "largest / np.float32(qmax)",
+    ("src/llamita/numerics/affine.py", "largest / np.float32((qmax - qmin) / 2)", "largest / np.float32(qmax)",
      "torchao's scale: 7 for 7.5"),
-    ("src/llamita/engine/cache.py", "(turns - np.float32(low)) / np.float32(high - low)",
+    ("src/llamita/engine/kv_cache.py", "(turns - np.float32(low)) / np.float32(high - low)",
      "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
     ("src/llamita/engine/scheduler.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
      "speculation: what follows a refused draft is kept"),
@@ -61,7 +61,7 @@ MUTATIONS = [
     ("src/llamita/methods/equalize.py", "(log - log.mean()) / 2", "log - log.mean()", "equalize: energies are squares"),
     ("src/llamita/methods/spinquant.py", "r1.T @ (gamma[:, None] * r1)", "r1 @ (gamma[:, None] * r1.T)",
      "spinquant: the head's transform, the other way round"),
-    ("src/llamita/evaluate.py", "losses[rows] = np.log(total) - shifted", "losses[rows] = total - shifted", "perplexity: the normalizer"),
+    ("src/llamita/evaluate/scores.py", "losses[rows] = np.log(total) - shifted", "losses[rows] = total - shifted", "perplexity: the normalizer"),
 ]  # fmt: skip
 
 

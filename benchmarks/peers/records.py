@@ -11,8 +11,8 @@ from typing import Any
 
 from contenders import CASES, CONTENDERS, LAYERS, PART_LAYERS, Case
 
-from llamita.machine import cpu_name
-from llamita.work import Work
+from llamita.bench.work import Work
+from llamita.system.machine import cpu_name
 
 FORMAT = 1
 DEFINITIONS = {
@@ -22,7 +22,7 @@ DEFINITIONS = {
     "int8_rate": "10^9 int8 multiply-adds per second, all threads, operands in registers",
     "read_bandwidth": "10^9 bytes per second, all threads, over 512 MiB",
 }
-WORK_FIELDS = {  # what a record calls the counts of `llamita.work.Work`
+WORK_FIELDS = {  # what a record calls the counts of `llamita.bench.work.Work`
     "linear_macs_per_token": "linear",
     "head_macs": "head",
     "attention_macs_per_pair": "attention",

@@ -13,9 +13,9 @@ import records
 
 import llamita
 from llamita import _native
+from llamita.bench.plan import describe
+from llamita.bench.work import count_work
 from llamita.engine.llm import PREFILL_CHUNK
-from llamita.plan import describe
-from llamita.work import count_work
 
 PROBES = 3  # of each limit, every time
 PROBE_BYTES = 512 * 2**20  # far above any cache

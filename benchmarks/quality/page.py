@@ -3,7 +3,7 @@
 from rows import LENGTH, ROWS, SAMPLES, TWINS
 from tables import Cells, against_meta, page, won_back
 
-from llamita.statistics import Interval
+from llamita.numerics.intervals import Interval
 
 _TWINS = {
     "plain": "the embedded model",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from rows import FLOAT, META, PRESET, REAL_PRESET, ROWS, TWINS, YARDSTICK
 
-from llamita.statistics import Interval, mean_interval, paired_difference
+from llamita.numerics.intervals import Interval, mean_interval, paired_difference
 
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5th percentile of t, by degrees of freedom
 

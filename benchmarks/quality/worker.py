@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from llamita.calibration import load_calibration
-from llamita.checkpoint import Checkpoint
 from llamita.engine.llm import LLM
-from llamita.evaluate import Contender, score_tokens
-from llamita.harness import run_tasks
+from llamita.evaluate.lm_eval import run_tasks
+from llamita.evaluate.scores import Contender, score_tokens
+from llamita.evaluate.wikitext import read as read_wikitext
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, parse_chain
 from llamita.methods.setup import Setup
-from llamita.quantize import RoundedSource
-from llamita.scheme import make_scheme
-from llamita.wikitext import read as read_wikitext
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize.calibration import load_calibration
+from llamita.quantize.pipeline import RoundedSource
 
 
 def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:

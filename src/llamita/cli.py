@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from llamita import __version__, console
+from llamita import __version__
+from llamita.commands import console
 from llamita.errors import InputError, LlamitaError, RunError
 
 COMMANDS = {

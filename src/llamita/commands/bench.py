@@ -6,24 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import bench, console
-from llamita.bench import Job, run_bench
-from llamita.bench_report import Settings, machine_line
-from llamita.bench_worker import ModelSpec
-from llamita.checkpoint import resolve
-from llamita.engine.cache import KV_DTYPES
+from llamita.bench import run as bench_run
+from llamita.bench.report import Settings, machine_line
+from llamita.bench.run import Job, run_bench
+from llamita.bench.shapes import find_shape
+from llamita.bench.speed import NEW_TOKENS, PROMPT_TOKENS
+from llamita.bench.worker import ModelSpec
+from llamita.commands import console
+from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError, RunError
-from llamita.files import has
-from llamita.optional import load_optional
-from llamita.packed import METADATA
-from llamita.scheme import FLOAT, choose_scheme
-from llamita.shapes import find_shape
-from llamita.speed import NEW_TOKENS, PROMPT_TOKENS
-from llamita.threads import remark
+from llamita.models.checkpoint import resolve
+from llamita.models.packed import METADATA
+from llamita.numerics.scheme import FLOAT, choose_scheme
+from llamita.system.extras import load_optional
+from llamita.system.files import has
+from llamita.system.threads import remark
 
 DEFAULT_PRESET = "llama3.2"
 BF16 = "bf16"  # the baseline that needs no checkpoint
-PLOT = "llamita.plot"  # imported on use: it needs matplotlib
+PLOT = "llamita.bench.roofline"  # imported on use: it needs matplotlib
 _LABELS = {
     "prefill": "prefill",
     "prefill_with_attention": "prefill, attention counted",
@@ -90,7 +91,7 @@ def command(
     draw = _plotter(plot) if plot else None
     settings = Settings(prompt_tokens, new_tokens, batch)
     job = Job(model, _baseline(baseline, model), settings, repeats, threads, context, kv_cache,
-              bench.PROBE_BYTES)  # fmt: skip
+              bench_run.PROBE_BYTES)  # fmt: skip
     with console.progress(quiet=json) as progress:
         result = run_bench(job, progress)
     console.note(remark(result["machine"]["threads"]))

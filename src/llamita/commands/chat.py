@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llamita import console
+from llamita.commands import console
 from llamita.commands.generate import (
     ADAPTOR,
     AdaptorPath,

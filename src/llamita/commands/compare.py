@@ -5,18 +5,18 @@ from typing import Annotated
 
 import typer
 
-from llamita import console
-from llamita.baseline import NO_BASELINE, first_float, open_contenders
-from llamita.checkpoint import resolve
+from llamita.commands import console
 from llamita.commands.evaluate import interval_rows
 from llamita.commands.generate import read_prompt
-from llamita.compare import Comparison, Difference, Disagreement, compare, is_noise, to_values
-from llamita.compare_report import check_target, render, write
 from llamita.errors import InputError
-from llamita.evaluate import CHUNK_TOKENS, Contender, embedded_text, read_text
-from llamita.files import has, read_bytes
-from llamita.mixed import describe_groups
-from llamita.statistics import Interval
+from llamita.evaluate.compare import Comparison, Difference, Disagreement, compare, is_noise, to_values
+from llamita.evaluate.contenders import NO_BASELINE, first_float, open_contenders
+from llamita.evaluate.report import check_target, render, write
+from llamita.evaluate.scores import CHUNK_TOKENS, Contender, embedded_text, read_text
+from llamita.models.checkpoint import resolve
+from llamita.models.layer_kinds import describe_groups
+from llamita.numerics.intervals import Interval
+from llamita.system.files import has, read_bytes
 
 _PROMPT_WORDS = 8  # of the text, where no prompt is given
 _TOKENIZER = "tokenizer.json"

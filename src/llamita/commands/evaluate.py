@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import console, wikitext
-from llamita.baseline import open_contenders
-from llamita.evaluate import (
+from llamita.commands import console
+from llamita.evaluate import wikitext
+from llamita.evaluate.contenders import open_contenders
+from llamita.evaluate.scores import (
     CHUNK_TOKENS,
     Contender,
     Progress,
@@ -22,12 +23,12 @@ from llamita.evaluate import (
     read_text,
     score_text,
 )
-from llamita.mixed import describe_kinds
-from llamita.optional import load_optional
-from llamita.statistics import Interval
-from llamita.threads import remark
+from llamita.models.layer_kinds import describe_kinds
+from llamita.numerics.intervals import Interval
+from llamita.system.extras import load_optional
+from llamita.system.threads import remark
 
-HARNESS = "llamita.harness"  # imported on use: it needs LM Eval and with it Torch
+HARNESS = "llamita.evaluate.lm_eval"  # imported on use: it needs LM Eval and with it Torch
 WIKITEXT = "wikitext"
 
 

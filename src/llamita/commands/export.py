@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import __version__, console
+from llamita import __version__
+from llamita.commands import console
 from llamita.commands.options import Json, Out, Overwrite, Threads
 from llamita.errors import InputError, RunError
 from llamita.export.guide import CARD, plain_card
 from llamita.export.targets import TARGETS, Order, writer_of
-from llamita.files import flush_path, has, sha256_file
-from llamita.machine import MemoryWatch
-from llamita.packed import PackedModel, open_source
-from llamita.packed_writer import write_bytes
-from llamita.staging import EXPORTED_MARK, check_target, staged
-from llamita.threads import use_threads
+from llamita.models.packed import PackedModel, open_source
+from llamita.models.packed_writer import write_bytes
+from llamita.system.files import flush_path, has, sha256_file
+from llamita.system.machine import MemoryWatch
+from llamita.system.staging import EXPORTED_MARK, check_target, staged
+from llamita.system.threads import use_threads
 
 _FAIL = "FAIL"
 

@@ -9,20 +9,21 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from llamita import console, processes
-from llamita.checkpoint import Checkpoint, resolve
+from llamita.commands import console
 from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
-from llamita.config import ModelConfig
 from llamita.errors import InputError
-from llamita.machine import MemoryWatch
-from llamita.optional import load_optional
-from llamita.packed import METADATA
-from llamita.resume import has_kept_work
-from llamita.scheme import GROUP_SIZES, PRESETS
-from llamita.staging import check_target
-from llamita.threads import use_threads
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.config import ModelConfig
+from llamita.models.packed import METADATA
+from llamita.numerics.scheme import GROUP_SIZES, PRESETS
+from llamita.system import processes
+from llamita.system.extras import load_optional
+from llamita.system.kept_work import has_kept_work
+from llamita.system.machine import MemoryWatch
+from llamita.system.staging import check_target
+from llamita.system.threads import use_threads
 from llamita.train.data import Data, load_data, with_preferences
-from llamita.train.needs import expected_memory
+from llamita.train.memory import expected_memory
 from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
 from llamita.train.start import parse_start

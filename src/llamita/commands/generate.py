@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import console
-from llamita.engine.lineage import is_made_for
+from llamita.commands import console
 from llamita.engine.llm import LLM, load
 from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prompt
 from llamita.errors import InputError
-from llamita.packed import open_source
-from llamita.threads import remark
+from llamita.models.packed import open_source
+from llamita.quantize.lineage import is_made_for
+from llamita.system.threads import remark
 
 # Options that `llamita chat` has, too, each with what `--help` says of it.
 Temperature = Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")]

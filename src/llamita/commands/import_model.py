@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 
-from llamita import __version__, console
-from llamita.checkpoint import Checkpoint
+from llamita import __version__
+from llamita.commands import console
 from llamita.commands.options import Json, Out, Overwrite
 from llamita.errors import InputError
-from llamita.files import has
 from llamita.imports.forms import convert, files_of, has_adaptors
-from llamita.imports.takeover import Imported
-from llamita.packed_writer import write_json
-from llamita.peft_form import write_adaptor
-from llamita.staging import IMPORTED_MARK, TRAINED_MARK, check_target, staged
+from llamita.imports.take_over import Imported
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed_writer import write_json
+from llamita.models.peft import write_adaptor
+from llamita.system.files import has
+from llamita.system.staging import IMPORTED_MARK, TRAINED_MARK, check_target, staged
 
 _Source = Annotated[
     Path,

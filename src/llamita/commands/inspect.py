@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import console
-from llamita.checkpoint import Checkpoint, expected_tensors
-from llamita.mixed import count_kinds
-from llamita.packed import PackedModel, open_source
+from llamita.commands import console
+from llamita.models.checkpoint import Checkpoint, expected_tensors
+from llamita.models.layer_kinds import count_kinds
+from llamita.models.packed import PackedModel, open_source
 
 _WORST = 5  # layers shown unless all are asked for
 

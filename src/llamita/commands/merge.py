@@ -7,9 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import console, processes
-from llamita.calibration import SELF, load_calibration
-from llamita.checkpoint import Checkpoint
+from llamita.commands import console
 from llamita.commands.options import (
     CalibrationText,
     Json,
@@ -21,9 +19,18 @@ from llamita.commands.options import (
     Threads,
 )
 from llamita.errors import InputError
-from llamita.evaluate import read_text
-from llamita.machine import MemoryWatch
-from llamita.merge import (
+from llamita.evaluate.scores import read_text
+from llamita.methods.chain import Chain, check, parse_chain
+from llamita.methods.setup import Progress, Setup
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed import PackedModel, open_source
+from llamita.numerics.intervals import Interval
+from llamita.quantize.calibration import SELF, load_calibration
+from llamita.system import processes
+from llamita.system.machine import MemoryWatch
+from llamita.system.threads import use_threads
+from llamita.text.tokenizer import Tokenizer
+from llamita.train.merge import (
     Loss,
     MergedSource,
     check_targets,
@@ -32,12 +39,6 @@ from llamita.merge import (
     merge_packed,
     written_text,
 )
-from llamita.methods.chain import Chain, check, parse_chain
-from llamita.methods.setup import Progress, Setup
-from llamita.packed import PackedModel, open_source
-from llamita.statistics import Interval
-from llamita.threads import use_threads
-from llamita.tokenizer import Tokenizer
 
 _Base = Annotated[
     str,

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from llamita import console
-from llamita.engine.cache import KV_DTYPES
+from llamita.bench.plan import Estimate, Machine, describe, describe_shape, estimate_all, measure_machine
+from llamita.commands import console
+from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError
-from llamita.plan import Estimate, Machine, describe, describe_shape, estimate_all, measure_machine
-from llamita.scheme import PRESETS, make_scheme
-from llamita.threads import remark, use_threads
+from llamita.numerics.scheme import PRESETS, make_scheme
+from llamita.system.threads import remark, use_threads
 
 
 def command(

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita import __version__, console, mixed, processes
-from llamita.calibration import SELF, SELF_FAST, load_calibration
-from llamita.checkpoint import Checkpoint, resolve
+from llamita import __version__
+from llamita.bench.plan import describe
+from llamita.commands import console
 from llamita.commands.options import (
     CalibrationText,
     GroupSize,
@@ -29,10 +29,7 @@ from llamita.commands.selection import (
     print_selection,
     selection_values,
 )
-from llamita.config import ModelConfig
 from llamita.errors import InputError
-from llamita.files import has
-from llamita.methods.auto import Selection, finished_loss
 from llamita.methods.chain import (
     METHODS,
     OFFLINE_METHODS,
@@ -47,15 +44,21 @@ from llamita.methods.chain import (
 from llamita.methods.settings import check as check_settings
 from llamita.methods.settings import settable
 from llamita.methods.setup import Calibration, Progress, Setup, parse_settings
-from llamita.needs import estimate
-from llamita.packed import METADATA, open_source
-from llamita.plan import describe
-from llamita.quantize import Summary, quantize, take_part
-from llamita.resume import has_kept_work, kept_work
-from llamita.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
-from llamita.sizes import Plan, plan_chain
-from llamita.staging import check_target
-from llamita.threads import use_threads
+from llamita.models import layer_kinds
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.config import ModelConfig
+from llamita.models.packed import METADATA, open_source
+from llamita.models.sizes import Plan, plan_chain
+from llamita.numerics.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
+from llamita.quantize.calibration import SELF, SELF_FAST, load_calibration
+from llamita.quantize.cost import estimate
+from llamita.quantize.layer_choice import Selection, finished_loss
+from llamita.quantize.pipeline import Summary, quantize, take_part
+from llamita.system import processes
+from llamita.system.files import has
+from llamita.system.kept_work import has_kept_work, kept_work
+from llamita.system.staging import check_target
+from llamita.system.threads import use_threads
 
 _PRESETS = ", ".join(PRESETS)
 _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
@@ -129,7 +132,7 @@ def command(
     source, is_first = _open(src, out, overwrite), processes.rank() == 0
     check(chain, chosen, source.config)
     text = _text_choice(chain, chosen, goal is not None, calibration, (samples, length, seed))
-    scheme = mixed.keep_float(source.config, scheme, keep_float or [])
+    scheme = layer_kinds.keep_float(source.config, scheme, keep_float or [])
     check_goal(source, scheme, goal, chain, chosen)
     with console.progress(quiet=json or not is_first) as progress, _kept_text(source, out, text) as work:
         setup = Setup(_text(source, text, progress, work), seed, settings=chosen)
@@ -257,7 +260,7 @@ def _dry_run(
 ) -> None:  # fmt: skip
     """`text` is the calibration's samples and length."""
     model = describe(src)
-    scheme = mixed.keep_float(model.config, scheme, patterns)
+    scheme = layer_kinds.keep_float(model.config, scheme, patterns)
     if model.scheme is not None:
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
     check_sizes(chain, setup.settings, model.config)

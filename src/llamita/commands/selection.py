@@ -4,24 +4,24 @@ import re
 from dataclasses import asdict, replace
 from typing import Any
 
-from llamita import console
-from llamita.checkpoint import Checkpoint
-from llamita.config import ModelConfig
+from llamita.commands import console
 from llamita.errors import InputError
-from llamita.methods.auto import (
+from llamita.methods.chain import Chain
+from llamita.methods.setup import Calibration, Progress, Setup
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.config import ModelConfig
+from llamita.models.layer_kinds import describe_kinds
+from llamita.models.sizes import plan_chain
+from llamita.numerics.intervals import Interval
+from llamita.numerics.scheme import QuantScheme
+from llamita.quantize.layer_choice import (
     Goal,
     Selection,
     check_size,
     select,
     size_bounds,
 )
-from llamita.methods.chain import Chain
-from llamita.methods.setup import Calibration, Progress, Setup
-from llamita.mixed import describe_kinds
-from llamita.quantize import RoundedSource
-from llamita.scheme import QuantScheme
-from llamita.sizes import plan_chain
-from llamita.statistics import Interval
+from llamita.quantize.pipeline import RoundedSource
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from llamita import console
-from llamita.checkpoint import resolve
+from llamita.commands import console
 from llamita.errors import InputError
-from llamita.files import has
-from llamita.foreign import form_of
-from llamita.staging import EXPORTED_MARK
-from llamita.verify import verify
+from llamita.imports.detect import form_of
+from llamita.models.checkpoint import resolve
+from llamita.models.verify import verify
+from llamita.system.files import has
+from llamita.system.staging import EXPORTED_MARK
 
 
 def command(

@@ -12,10 +12,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from llamita.chat import ChatTemplate, read_template
-from llamita.checkpoint import Checkpoint, ModelSource
-from llamita.engine.adaptors import check_fits, load_adaptor
-from llamita.engine.cache import KV_DTYPES, SequenceCache
+from llamita.engine.adapters import check_fits, load_adaptor
+from llamita.engine.kv_cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
 from llamita.engine.requests import (
@@ -35,12 +33,14 @@ from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.machine import usable_memory
-from llamita.packed import open_source
-from llamita.quantize import RoundedSource
-from llamita.scheme import QuantScheme, choose_scheme
-from llamita.threads import use_threads
-from llamita.tokenizer import Tokenizer, read_settings
+from llamita.models.checkpoint import Checkpoint, ModelSource
+from llamita.models.packed import open_source
+from llamita.numerics.scheme import QuantScheme, choose_scheme
+from llamita.quantize.pipeline import RoundedSource
+from llamita.system.machine import usable_memory
+from llamita.system.threads import use_threads
+from llamita.text.chat_template import ChatTemplate, read_template
+from llamita.text.tokenizer import Tokenizer, read_settings
 
 MAX_SEQUENCES = 16  # that run at once: a step over more rows is no longer bound by reading the weights
 

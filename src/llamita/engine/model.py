@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llamita import _native as ops
-from llamita.config import ModelConfig
-from llamita.engine.adaptors import Span, apply
-from llamita.engine.cache import SequenceCache
+from llamita.engine.adapters import Span, apply
+from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.weights import Block, Linear, ModelWeights
+from llamita.models.config import ModelConfig
 
 LINEAR_INPUTS = ("qkv", "attention_out", "gate_up", "down")  # linear layers that read the same
 Step = Sequence[tuple[SequenceCache, np.ndarray]]  # each sequence with its new token ids, int32 (tokens,)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamita.config import RopeConfig
-from llamita.engine.adaptors import Adaptor
-from llamita.engine.cache import SequenceCache, rope_frequencies
+from llamita.engine.adapters import Adaptor
+from llamita.engine.kv_cache import SequenceCache, rope_frequencies
+from llamita.models.config import RopeConfig
 
 SHORTEST = 16  # tokens worth sharing; fewer are computed about as fast
 BLOCK = 128  # positions that a cache takes memory for together: kKeyBlock of native/kernels/kernels.h

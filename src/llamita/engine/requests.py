@@ -8,12 +8,12 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from llamita.chat import Message
-from llamita.engine.adaptors import Adaptor
+from llamita.engine.adapters import Adaptor
 from llamita.engine.sampler import Sampling
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError
-from llamita.tokenizer import Detokenizer, Tokenizer
+from llamita.text.chat_template import Message
+from llamita.text.tokenizer import Detokenizer, Tokenizer
 
 TokenIds = Sequence[int] | np.ndarray
 Prompt = str | Sequence[Message] | TokenIds

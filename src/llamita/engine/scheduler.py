@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamita.engine.cache import SequenceCache
+from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, SHORTEST, Prefix, PrefixCache, whole_blocks
 from llamita.engine.requests import Answer, Generation, Request

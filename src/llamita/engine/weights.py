@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita import _native
-from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource
 from llamita.errors import InputError
-from llamita.hadamard import core_signs, factor
+from llamita.models.checkpoint import Int4Weight, Int8Weight, ModelSource
+from llamita.numerics.hadamard import core_signs, factor
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import to_f32
 from llamita.errors import InputError, RunError
 from llamita.export.source import adaptor_of
 from llamita.export.targets import Order, Progress
-from llamita.optional import load_optional
-from llamita.peft_form import WEIGHTS, LowRankPairs, write_adaptor
+from llamita.models.peft import WEIGHTS, LowRankPairs, write_adaptor
+from llamita.numerics.affine import to_f32
+from llamita.system.extras import load_optional
 
 
 def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:

@@ -6,15 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import f32_to_bf16, to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight, vector_names
-from llamita.dequantized import row_blocks
 from llamita.errors import RunError
 from llamita.export.source import Weight
 from llamita.export.targets import Progress
-from llamita.optional import load_optional
-from llamita.packed import PackedModel
-from llamita.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
+from llamita.models.checkpoint import Int4Weight, Int8Weight, vector_names
+from llamita.models.dequantized import row_blocks
+from llamita.models.packed import PackedModel
+from llamita.models.packed_writer import (
+    copy_companions,
+    find_companions,
+    plan_shards,
+    write_json,
+    write_shards,
+)
+from llamita.numerics.affine import f32_to_bf16, to_f32
+from llamita.system.extras import load_optional
 
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, and what gives its values
 

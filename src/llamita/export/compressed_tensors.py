@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from llamita.checkpoint import Int4Weight, Int8Weight, stored_dtype
 from llamita.errors import InputError
 from llamita.export.checkpoints import (
     Tensor,
@@ -24,8 +23,9 @@ from llamita.export.checkpoints import (
 )
 from llamita.export.source import module_names, refuse_online
 from llamita.export.targets import Order, Progress
-from llamita.packed import EMBEDDING, HEAD, PackedModel
-from llamita.packing import unpack_int4
+from llamita.models.checkpoint import Int4Weight, Int8Weight, stored_dtype
+from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.numerics.packing import unpack_int4
 
 FLAVORS = ("transformers", "vllm-cpu", "vllm-gpu")
 _TABLES = (EMBEDDING, HEAD)

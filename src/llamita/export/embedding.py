@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from llamita._native import round_weights
-from llamita.affine import dequantize, to_f32
-from llamita.checkpoint import Int8Weight
 from llamita.errors import InputError
-from llamita.packed import EMBEDDING, PackedModel
+from llamita.models.checkpoint import Int8Weight
+from llamita.models.packed import EMBEDDING, PackedModel
+from llamita.numerics.affine import dequantize, to_f32
 
 GROUP_SIZE = 32  # of an int4 embedding, as Meta's exports have it
 _RANGES = {8: (-128, 127), 4: (-8, 7)}

@@ -18,9 +18,9 @@ from llamita.export.proof import Proof, compare, engine_of, own_tokens, rounded_
 from llamita.export.runtime import run
 from llamita.export.source import adaptor_of, check_grid
 from llamita.export.targets import Order, Progress
-from llamita.packed import PackedModel
-from llamita.packed_writer import copy_companions, find_companions, write_bytes
-from llamita.tokenizer import Tokenizer
+from llamita.models.packed import PackedModel
+from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.text.tokenizer import Tokenizer
 
 PROGRAM = "model.pte"
 _CONTEXT = 2048

@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import to_f32
-from llamita.chat import find_template
-from llamita.checkpoint import Int4Weight, Int8Weight, stored_dtype, vector_names
-from llamita.dequantized import row_blocks
 from llamita.errors import InputError
 from llamita.export.gguf_tokenizer import tokenizer_values
 from llamita.export.source import RoundedScales, check_grid, module_names, refuse_online
 from llamita.export.targets import Order, Progress
-from llamita.gguf_blocks import floats_of
-from llamita.gguf_file import BLOCK, GgufFile, write_gguf
-from llamita.meta_form import gguf_name, heads_of, pair_order, rope_factors
-from llamita.packed import PackedModel
-from llamita.packed_writer import copy_companions, find_companions
-from llamita.packing import unpack_int4
+from llamita.formats.gguf import BLOCK, GgufFile, write_gguf
+from llamita.formats.gguf_blocks import floats_of
+from llamita.models.checkpoint import Int4Weight, Int8Weight, stored_dtype, vector_names
+from llamita.models.dequantized import row_blocks
+from llamita.models.foreign_names import gguf_name, heads_of, pair_order, rope_factors
+from llamita.models.packed import PackedModel
+from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.numerics.affine import to_f32
+from llamita.numerics.packing import unpack_int4
+from llamita.text.chat_template import find_template
 
 FILE = "model.gguf"
 _MOSTLY_Q4_0 = 2  # general.file_type

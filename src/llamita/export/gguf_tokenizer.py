@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.files import parse_json, read_bytes
-from llamita.packed import PackedModel
-from llamita.tokenizer import Tokenizer
+from llamita.models.packed import PackedModel
+from llamita.system.files import parse_json, read_bytes
+from llamita.text.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # llama.cpp's kinds of tokens
 _LARGEST = 64 << 20  # bytes of a tokenizer.json

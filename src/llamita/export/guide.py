@@ -1,8 +1,8 @@
 """README.md of what was exported: what it is, and what to do with it; of a program, on a phone."""
 
-from llamita.chat import find_template
 from llamita.export.partitioners import BACKENDS
-from llamita.packed import PackedModel
+from llamita.models.packed import PackedModel
+from llamita.text.chat_template import find_template
 
 CARD = "README.md"
 VERSION = "1.4.1"  # of ExecuTorch: programs and runtimes go together

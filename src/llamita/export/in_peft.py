@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita.export.source import transformers_keys
-from llamita.packed import PackedModel
+from llamita.models.packed import PackedModel
 
 Loaded = tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, float]]
 

@@ -13,12 +13,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from llamita.affine import bf16_to_f32, f32_to_bf16
-from llamita.dequantized import row_blocks
 from llamita.export.proof import Proof, compare, engine_of, own_tokens
 from llamita.export.runtime import Ran
 from llamita.export.source import module_names
-from llamita.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.dequantized import row_blocks
+from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 
 
 def prove(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -> Proof:

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.affine import to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight, vector_names
-from llamita.config import ModelConfig
-from llamita.engine.adaptors import StoredAdaptor
+from llamita.engine.adapters import StoredAdaptor
 from llamita.errors import InputError
 from llamita.export.source import Weight, adaptor_of, module_names
 from llamita.export.targets import Order, Progress
-from llamita.hadamard import factor
-from llamita.meta_form import SCALED_ROPE, heads_of, meta_name, pair_order
-from llamita.packed import PackedModel
-from llamita.packed_writer import copy_companions, find_companions, write_bytes
-from llamita.packing import unpack_int4
+from llamita.models.checkpoint import Int4Weight, Int8Weight, vector_names
+from llamita.models.config import ModelConfig
+from llamita.models.foreign_names import SCALED_ROPE, heads_of, meta_name, pair_order
+from llamita.models.packed import PackedModel
+from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.numerics.affine import to_f32
+from llamita.numerics.hadamard import factor
+from llamita.numerics.packing import unpack_int4
 
 FILE, PARAMS = "consolidated.00.pth", "params.json"
 _SCHEME = "int4_weight_int8_dynamic_activation"

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamita.affine import to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight
-from llamita.engine.adaptors import StoredAdaptor
+from llamita.engine.adapters import StoredAdaptor
 from llamita.export.caches import DYNAMIC, STATIC, LayerCache, StaticCache
 from llamita.export.embedding import embedding_of
 from llamita.export.source import transformers_keys
-from llamita.hadamard import core_signs, factor
-from llamita.packed import EMBEDDING, HEAD, PackedModel
-from llamita.packing import unpack_int4
+from llamita.models.checkpoint import Int4Weight, Int8Weight
+from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.numerics.affine import to_f32
+from llamita.numerics.hadamard import core_signs, factor
+from llamita.numerics.packing import unpack_int4
 
 INT4: Any = vars(torch)["int4"]  # which Torch's stubs lack
 PER_TOKEN = "int8_asym_per_token"  # how activations are rounded, in torchao's words

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import f32_to_bf16, to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
 from llamita.engine.llm import LLM
-from llamita.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
+from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.numerics.affine import f32_to_bf16, to_f32
 
 _TOKENS = 256
 _ADAPTOR = "beside"  # what the engines call the adaptor

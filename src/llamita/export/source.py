@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from llamita.affine import bf16_to_f32, f32_to_bf16, to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
-from llamita.engine.adaptors import StoredAdaptor, check_fits, read_adaptor
+from llamita.engine.adapters import StoredAdaptor, check_fits, read_adaptor
 from llamita.errors import InputError
-from llamita.packed import PackedModel
+from llamita.models.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
+from llamita.models.packed import PackedModel
+from llamita.numerics.affine import bf16_to_f32, f32_to_bf16, to_f32
 
 Weight = Int4Weight | Int8Weight | np.ndarray
 _EIGHT_ZEROS = np.uint32(0x88888888)  # a word of eight codes 0, each stored as 8

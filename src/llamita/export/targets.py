@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import InputError
-from llamita.optional import load_optional
-from llamita.packed import PackedModel
+from llamita.models.packed import PackedModel
+from llamita.system.extras import load_optional
 
 Progress = Callable[[str, int, int], None] | None
 

@@ -19,14 +19,14 @@ from torchao.quantization import (
 from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from llamita.affine import to_f32
-from llamita.checkpoint import Int8Weight, vector_names
 from llamita.export.in_transformers import prove
 from llamita.export.program import INT4, codes_tensor
 from llamita.export.source import Weight, module_names, refuse_online, transformers_keys
 from llamita.export.targets import Order, Progress
-from llamita.packed import EMBEDDING, HEAD, PackedModel
-from llamita.packed_writer import copy_companions, find_companions
+from llamita.models.checkpoint import Int8Weight, vector_names
+from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.numerics.affine import to_f32
 from llamita.train.save import flush_files
 
 

@@ -7,11 +7,12 @@ import time
 from glob import escape
 from pathlib import Path
 
-from llamita import __version__, console
+from llamita import __version__
+from llamita.commands import console
 from llamita.errors import InputError
 from llamita.imports.forms import convert, files_of, has_adaptors
-from llamita.packed_writer import find_companions
-from llamita.staging import remove_whole, staged
+from llamita.models.packed_writer import find_companions
+from llamita.system.staging import remove_whole, staged
 
 _KEY = 16  # hexadecimal digits
 _LONGEST_NAME = 80  # characters of the source's in ours

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamita.affine import SMALLEST_NORMAL, bf16_to_f32, f32_to_bf16
 from llamita.errors import InputError
-from llamita.packed import EMBEDDING
-from llamita.scheme import GIVEN, GROUP_SIZES, KINDS, QuantScheme
+from llamita.models.packed import EMBEDDING
+from llamita.numerics.affine import SMALLEST_NORMAL, bf16_to_f32, f32_to_bf16
+from llamita.numerics.scheme import GIVEN, GROUP_SIZES, KINDS, QuantScheme
 
 _LOWEST = {4: -8, 8: -128}
 

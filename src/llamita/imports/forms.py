@@ -3,20 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from llamita import foreign
 from llamita.errors import InputError
-from llamita.files import has, member, read_json
-from llamita.imports.takeover import Imported
-from llamita.optional import load_optional
+from llamita.imports import detect
+from llamita.imports.take_over import Imported
+from llamita.system.extras import load_optional
+from llamita.system.files import has, member, read_json
 
 Progress = Callable[[str, int, int], None] | None
 # convert(source, directory, progress) -> Imported
 _CONVERTERS = {
-    foreign.META: "llamita.imports.meta:convert",
-    foreign.GGUF: "llamita.imports.gguf:convert",
-    foreign.COMPRESSED_TENSORS: "llamita.imports.compressed_tensors:convert",
-    foreign.GPTQ: "llamita.imports.gptq:convert",
-    foreign.TORCHAO: "llamita.imports.torchao:convert",
+    detect.META: "llamita.imports.meta:convert",
+    detect.GGUF: "llamita.imports.gguf:convert",
+    detect.COMPRESSED_TENSORS: "llamita.imports.compressed_tensors:convert",
+    detect.GPTQ: "llamita.imports.gptq:convert",
+    detect.TORCHAO: "llamita.imports.torchao:convert",
 }
 _KNOWN = (
     "expected a directory with Meta's consolidated.*.pth and params.json, or of compressed-tensors, GPTQ or "
@@ -30,7 +30,7 @@ _LACKING = (
 
 def files_of(source: Path) -> list[Path]:
     """The files that decide what a model of another form is; Meta's parts come first, in order."""
-    gguf = foreign.gguf_of(source)
+    gguf = detect.gguf_of(source)
     if gguf is not None:
         return [gguf]
     if has(source, "params.json") and not has(source, "config.json"):
@@ -44,7 +44,7 @@ def files_of(source: Path) -> list[Path]:
 
 def has_adaptors(source: Path) -> bool:
     """Whether adaptors lie among the weights, as in Meta's QLoRA releases."""
-    if foreign.form_of(source) != foreign.META:
+    if detect.form_of(source) != detect.META:
         return False
     return read_json(source, "params.json").get("lora_args") is not None
 
@@ -59,14 +59,14 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         InputError: no such form, or it is damaged.
         RunError: what reads it is not installed, or a file cannot be read.
     """
-    form = foreign.form_of(source)
+    form = detect.form_of(source)
     if form is None:
         raise InputError(f"{source}: {_expected(source)}")
-    if form == foreign.META and not list(source.glob("consolidated.*.pth")):
+    if form == detect.META and not list(source.glob("consolidated.*.pth")):
         raise InputError(
             f"{source}: expected consolidated.*.pth beside params.json, as Meta has them, found none"
         )
-    found = foreign.gguf_of(source) or source
+    found = detect.gguf_of(source) or source
     return load_optional(_CONVERTERS[form], _LACKING.format(source=source))(found, directory, progress)
 
 
@@ -74,9 +74,9 @@ def _expected(source: Path) -> str:
     """What can be imported, and what is there instead."""
     if has(source, "llamita.json"):
         return "expected another tool's model, got a packed directory, which every command takes as it is"
-    method = foreign.quantization_of(source).get("quant_method") if source.is_dir() else None
+    method = detect.quantization_of(source).get("quant_method") if source.is_dir() else None
     if method is not None:
-        known = ", ".join((foreign.COMPRESSED_TENSORS, foreign.GPTQ, foreign.TORCHAO))
+        known = ", ".join((detect.COMPRESSED_TENSORS, detect.GPTQ, detect.TORCHAO))
         return f"config.json: quant_method: expected {known}, got {repr(method)[:40]}; try its float source"
     if has(source, "config.json"):
         return "expected another tool's model, got a float checkpoint; try llamita quantize"

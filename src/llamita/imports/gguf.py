@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from llamita.checkpoint import expected_tensors
-from llamita.config import ModelConfig
 from llamita.errors import InputError
-from llamita.gguf_blocks import floats_of
-from llamita.gguf_file import GgufFile
+from llamita.formats.gguf import GgufFile
+from llamita.formats.gguf_blocks import floats_of
 from llamita.imports.gguf_codes import STORED, GgufCodes
-from llamita.imports.takeover import Imported, take_over
+from llamita.imports.take_over import Imported, take_over
 from llamita.imports.tokenizers import LLAMA3_ENDS, WORDS, byte_level, with_scores, write_tokenizer
-from llamita.meta_form import SCALED_ROPE, gguf_name, hf_order, rope_factors
-from llamita.packed_writer import plan_shards, write_bytes, write_json, write_shards
+from llamita.models.checkpoint import expected_tensors
+from llamita.models.config import ModelConfig
+from llamita.models.foreign_names import SCALED_ROPE, gguf_name, hf_order, rope_factors
+from llamita.models.packed_writer import plan_shards, write_bytes, write_json, write_shards
 
 _SIGNED = (
     "its int4 scales have either sign, as llama.cpp makes them, which no other runtime takes: multiplied out"

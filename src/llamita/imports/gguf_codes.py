@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from llamita.checkpoint import linear_names
-from llamita.config import ModelConfig
-from llamita.gguf_blocks import codes_of
-from llamita.gguf_file import GgufFile
+from llamita.formats.gguf import GgufFile
+from llamita.formats.gguf_blocks import codes_of
 from llamita.imports.codes import Coded, with_positive_scales
-from llamita.meta_form import gguf_name, hf_order
-from llamita.rotations import Rotations
+from llamita.models.checkpoint import linear_names
+from llamita.models.config import ModelConfig
+from llamita.models.foreign_names import gguf_name, hf_order
+from llamita.numerics.rotations import Rotations
 
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # floats, BF16 as bits
 _BITS = {"Q4_0": 4, "Q8_0": 8}

@@ -16,16 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.checkpoint import expected_tensors
-from llamita.config import ModelConfig
 from llamita.errors import InputError, RunError
-from llamita.files import read_json
 from llamita.imports import meta_quantized
 from llamita.imports.forms import files_of
-from llamita.imports.takeover import Imported, take_over
+from llamita.imports.take_over import Imported, take_over
 from llamita.imports.tokenizers import Converted, convert_tokenizer
-from llamita.meta_form import SCALED_ROPE, hf_order, meta_name
-from llamita.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
+from llamita.models.checkpoint import expected_tensors
+from llamita.models.config import ModelConfig
+from llamita.models.foreign_names import SCALED_ROPE, hf_order, meta_name
+from llamita.models.packed_writer import (
+    copy_companions,
+    find_companions,
+    plan_shards,
+    write_json,
+    write_shards,
+)
+from llamita.system.files import read_json
 
 PARAMS = "params.json"
 _APART = (

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.affine import to_f32
-from llamita.checkpoint import linear_names, table_names, vector_names
-from llamita.config import ModelConfig
 from llamita.errors import InputError
-from llamita.hadamard import factor
 from llamita.imports.codes import Coded
-from llamita.meta_form import hf_order, meta_name
-from llamita.packed import EMBEDDING, HEAD
-from llamita.peft_form import LowRankPairs
-from llamita.rotations import Rotations
+from llamita.models.checkpoint import linear_names, table_names, vector_names
+from llamita.models.config import ModelConfig
+from llamita.models.foreign_names import hf_order, meta_name
+from llamita.models.packed import EMBEDDING, HEAD
+from llamita.models.peft import LowRankPairs
+from llamita.numerics.affine import to_f32
+from llamita.numerics.hadamard import factor
+from llamita.numerics.rotations import Rotations
 
 SCHEME = "int4_weight_int8_dynamic_activation"
 KEYS = ("quantization_args", "lora_args")  # of params.json, beside those of every release

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llamita.errors import InputError
-from llamita.files import has, read_bytes, read_json
+from llamita.system.files import has, read_bytes, read_json
 
 FILE = "tokenizer.model"
 _LARGEST = 32 << 20  # bytes of a tokenizer.model; Llama 3's has 2.2 MB

@@ -15,11 +15,11 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llamita import _native
-from llamita.affine import dequantize, to_f32
-from llamita.checkpoint import check_finite
-from llamita.config import ModelConfig
 from llamita.methods.rtn import rule_of
-from llamita.scheme import QuantScheme
+from llamita.models.checkpoint import check_finite
+from llamita.models.config import ModelConfig
+from llamita.numerics.affine import dequantize, to_f32
+from llamita.numerics.scheme import QuantScheme
 
 STEPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

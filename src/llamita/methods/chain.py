@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from llamita import processes
-from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.methods.settings import SpinQuantSettings, settings_of
 from llamita.methods.setup import Setup
-from llamita.optional import load_optional
-from llamita.scheme import QuantScheme
+from llamita.models.config import ModelConfig
+from llamita.numerics.scheme import QuantScheme
+from llamita.system import processes
+from llamita.system.extras import load_optional
 
 RoundModule = Callable[[str], Iterator[Any]]  # a module's name to its rounded rows, in pieces
 
@@ -50,7 +50,7 @@ _MEASURED = "least squared error among all bf16 values, inputs weighted by their
 _TRAINED = "chosen before training"
 _TUNED = "; then tuned by descent on each block's output"
 LEARNER = "llamita.methods.spinquant:learner"  # gives what learns rotations, or says what that needs
-CALIBRATED = "llamita.methods.calibrated:begin"
+CALIBRATED = "llamita.methods.blockwise:begin"
 _AT_ONCE = ("rtn", "trained")  # look at the weights of a module alone
 _NEED_NO_TEXT = (*_AT_ONCE, "equalize")
 _STAGES = {**{name: i for i, name in enumerate(TRANSFORMS)}, **dict.fromkeys(METHODS, len(TRANSFORMS)),

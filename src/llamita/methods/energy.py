@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llamita.affine import F32, to_f32
-from llamita.checkpoint import check_finite
 from llamita.errors import InputError
-from llamita.transformed import FloatSource
+from llamita.models.checkpoint import check_finite
+from llamita.models.transformed import FloatSource
+from llamita.numerics.affine import F32, to_f32
 
 _CHUNK = 2**22  # weights converted at a time: 16 MB as float32
 _ATTENTION_SHARE = 0.5  # of a value's energy that is left after averaging over tokens; between 0 and 1

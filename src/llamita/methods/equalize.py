@@ -8,13 +8,13 @@ activation it meets: cross-layer equalization (Nagel et al., arXiv 1906.04721), 
 
 import numpy as np
 
-from llamita.affine import to_f32
-from llamita.config import ModelConfig
 from llamita.errors import InputError
 from llamita.methods.energy import input_energies, pieces_of
 from llamita.methods.settings import numbers_of
 from llamita.methods.setup import Setup
-from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
+from llamita.models.config import ModelConfig
+from llamita.models.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
+from llamita.numerics.affine import to_f32
 
 _BALANCE = 0.75  # 1 makes all columns equal, 0 all activations; chosen by measurement (docs/methods.md)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from llamita import _native
-from llamita.methods.calibrated import LayerMethod, Layers, Rounded
+from llamita.methods.blockwise import LayerMethod, Layers, Rounded
 from llamita.methods.rtn import rule_of
 from llamita.methods.settings import GPTQ, Numbers, numbers_of
-from llamita.scheme import QuantScheme
+from llamita.numerics.scheme import QuantScheme
 
 _LEAST = 1e-3  # of the mean energy: no input is given up when scales are searched
 _LEAF = 32  # columns that are rounded one by one between products of matrices

@@ -18,16 +18,16 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from llamita import _native
-from llamita.affine import to_f32
 from llamita.errors import InputError
-from llamita.methods import ranks
 from llamita.methods.blocks import llama_config, rotary_tables
 from llamita.methods.online import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Setup
 from llamita.methods.spinquant import RotationMatrices, rotated
-from llamita.resume import kept_arrays, write_whole
-from llamita.transformed import FloatSource
+from llamita.models.transformed import FloatSource
+from llamita.numerics.affine import to_f32
+from llamita.system import torch_processes
+from llamita.system.kept_work import kept_arrays, write_whole
 
 _MOMENTUM = 0.9
 _ITERATIONS = 12  # within a few per cent of the norm, which only sets the length of a step
@@ -49,7 +49,7 @@ def learn(
     if settings.weights and any(columns % settings.weights for columns in inputs):
         raise InputError(f"spinquant.weights: expected a divisor of {inputs}, got {settings.weights}")
     torch.set_num_threads(_native.threads())
-    ranks.join()  # before Accelerate does, which would leave either CPU or GPU without sums
+    torch_processes.join()  # before Accelerate does, which would leave either CPU or GPU without sums
     accelerator = Accelerator()
     state = _begin(matrices, setup, accelerator.device)
     if state.step < settings.steps:

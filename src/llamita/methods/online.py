@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llamita import _native
-from llamita.hadamard import butterflies, core_signs, factor
-from llamita.rotations import Rotations
+from llamita.numerics.hadamard import butterflies, core_signs, factor
+from llamita.numerics.rotations import Rotations
 
 
 def online_transform(rotations: Rotations) -> Callable[[Tensor], Tensor] | None:

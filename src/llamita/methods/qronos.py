@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from llamita.methods import gptq
-from llamita.methods.calibrated import LayerMethod, Layers, Rounded
+from llamita.methods.blockwise import LayerMethod, Layers, Rounded
 from llamita.methods.settings import GPTQ, QRONOS, numbers_of
-from llamita.scheme import QuantScheme
+from llamita.numerics.scheme import QuantScheme
 
 
 def method(settings: dict[str, Any]) -> LayerMethod:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita import _native
-from llamita.affine import F32, dequantize, to_f32
-from llamita.checkpoint import Checkpoint, check_finite
 from llamita.errors import InputError
 from llamita.methods.energy import check_energy, input_importance, pieces_of
-from llamita.scheme import QuantScheme
+from llamita.models.checkpoint import Checkpoint, check_finite
+from llamita.numerics.affine import F32, dequantize, to_f32
+from llamita.numerics.scheme import QuantScheme
 
 
 @dataclass(frozen=True)

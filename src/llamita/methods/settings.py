@@ -8,10 +8,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from llamita.config import ModelConfig
 from llamita.errors import InputError
-from llamita.hadamard import factor
-from llamita.rotations import NAMES
+from llamita.models.config import ModelConfig
+from llamita.numerics.hadamard import factor
+from llamita.numerics.rotations import NAMES
 
 Numbers = dict[str, float]
 GPTQ: Numbers = {

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.hadamard import fast_hadamard, hadamard_matrix
 from llamita.methods.settings import SpinQuantSettings, settings_of
 from llamita.methods.setup import Setup
-from llamita.optional import load_optional
-from llamita.rotations import NAMES, Rotations
-from llamita.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
+from llamita.models.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
+from llamita.numerics.hadamard import fast_hadamard, hadamard_matrix
+from llamita.numerics.rotations import NAMES, Rotations
+from llamita.system.extras import load_optional
 
 _LEARN = "llamita.methods.learn_rotations:learn"
 _NO_TORCH = (

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llamita.affine import SMALLEST_NORMAL, bf16_to_f32, codes_at, f32_to_bf16, to_f32
-from llamita.checkpoint import Checkpoint, check_finite
 from llamita.errors import InputError
-from llamita.files import has, member
+from llamita.formats.safetensors import TensorFile
 from llamita.methods.energy import pieces_of
 from llamita.methods.rtn import RoundedRows, RoundModule, errors_of
-from llamita.scheme import QuantScheme
-from llamita.tensorfile import TensorFile
+from llamita.models.checkpoint import Checkpoint, check_finite
+from llamita.numerics.affine import SMALLEST_NORMAL, bf16_to_f32, codes_at, f32_to_bf16, to_f32
+from llamita.numerics.scheme import QuantScheme
+from llamita.system.files import has, member
 
 SCALES = "training_scales.safetensors"
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llamita.methods.blocks import Block
-from llamita.methods.calibrated import Rounded, RoundedBlock
+from llamita.methods.blockwise import Rounded, RoundedBlock
 from llamita.methods.settings import TuneSettings, settings_of
 from llamita.methods.setup import Setup
-from llamita.scheme import QuantScheme
+from llamita.numerics.scheme import QuantScheme
 
 _INSIDE = 0.499  # of a step: how near to its edges a place begins, so that it rounds to the given code
 _LOWEST, _HIGHEST = -8.49, 7.49  # places that still round to a code

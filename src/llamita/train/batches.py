@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from llamita import processes
+from llamita.system import processes
 from llamita.train.examples import IGNORED, Windows
 
 

@@ -7,11 +7,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from llamita.chat import ChatTemplate, find_template
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration
-from llamita.tokenizer import Tokenizer
+from llamita.models.checkpoint import Checkpoint
+from llamita.text.chat_template import ChatTemplate, find_template
+from llamita.text.tokenizer import Tokenizer
 from llamita.train.examples import Example, Windows, fitting, pack, tokenize
 from llamita.train.preferences import Pair, read_pairs
 from llamita.train.recipe import Recipe

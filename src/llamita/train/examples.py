@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamita.chat import ChatTemplate
 from llamita.errors import InputError
-from llamita.tokenizer import Tokenizer
+from llamita.text.chat_template import ChatTemplate
+from llamita.text.tokenizer import Tokenizer
 from llamita.train.tasks import Conversation, Turn
 
 IGNORED = -100  # a label that is no target, as Torch's cross-entropy has it

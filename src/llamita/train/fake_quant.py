@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llamita.affine import CODE_RANGE
-from llamita.methods.fakequant import quantize_activations
+from llamita.methods.activations import quantize_activations
+from llamita.numerics.affine import CODE_RANGE
 
 
 class Switch:

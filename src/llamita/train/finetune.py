@@ -16,12 +16,12 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
-from llamita import processes
-from llamita.checkpoint import Checkpoint
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.resume import write_whole
-from llamita.scheme import QuantScheme, make_scheme
+from llamita.models.checkpoint import Checkpoint
+from llamita.numerics.scheme import QuantScheme, make_scheme
+from llamita.system import processes
+from llamita.system.kept_work import write_whole
 from llamita.train.batches import as_dataset, collate
 from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch

@@ -16,10 +16,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from llamita.chat import find_template
 from llamita.engine.llm import LLM
 from llamita.engine.requests import Prompt
-from llamita.evaluate import token_losses
+from llamita.evaluate.scores import token_losses
+from llamita.text.chat_template import find_template
 from llamita.train.examples import Example, line_of
 from llamita.train.tasks import Conversation
 

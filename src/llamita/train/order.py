@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamita.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint
 from llamita.train.data import Data
 from llamita.train.recipe import Recipe
 

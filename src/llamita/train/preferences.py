@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from llamita.chat import ChatTemplate
 from llamita.errors import InputError
-from llamita.tokenizer import Tokenizer
+from llamita.text.chat_template import ChatTemplate
+from llamita.text.tokenizer import Tokenizer
 from llamita.train.examples import tokenize
 from llamita.train.records import Record
 from llamita.train.tasks import Conversation, Turn, read_turns

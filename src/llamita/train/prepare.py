@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llamita.affine import CODE_RANGE, to_f32
-from llamita.checkpoint import Int4Weight, Int8Weight, ModelSource
 from llamita.errors import InputError
 from llamita.methods.blocks import STEPS
 from llamita.methods.online import online_transform
-from llamita.packing import unpack_int4
-from llamita.rotations import Rotations
+from llamita.models.checkpoint import Int4Weight, Int8Weight, ModelSource
+from llamita.models.transformed import FloatSource, rotations_of
+from llamita.numerics.affine import CODE_RANGE, to_f32
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.rotations import Rotations
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear, SharedInput, Switch
-from llamita.transformed import FloatSource, rotations_of
 
 _TABLE, _HEAD = "model.embed_tokens", "lm_head"
 _INSIDE = 0.49  # of a step, how far beyond the last code a weight may begin

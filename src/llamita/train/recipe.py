@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from llamita.errors import InputError, RunError
-from llamita.scheme import GROUP_SIZES, PRESETS
+from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 
 METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # and their recipes
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parent / "recipes"
 TRAINS = ("weights", "adaptors")
 OBJECTIVES = ("answers", "preferences")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import InputError
-from llamita.files import json_lines, read_text
-from llamita.optional import load_optional
+from llamita.system.extras import load_optional
+from llamita.system.files import json_lines, read_text
 
 LARGEST_FILE = 2**30  # bytes: what is read whole has to fit in memory, several times over
-HUB = "llamita.hub_texts:rows"  # imported on use: it needs the package datasets
+HUB = "llamita.text.hub_datasets:rows"  # imported on use: it needs the package datasets
 _NO_DATASETS = (
     "--data: a data set of the hub needs the package {package}, which is missing; try pip install "
     "'llamita[torch]' (in a checkout '.[torch]'), or a file"

@@ -5,20 +5,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llamita import __version__, processes
-from llamita.checkpoint import Checkpoint
+from llamita import __version__
 from llamita.engine.llm import load
-from llamita.methods.ranks import told_when_lost
-from llamita.packed_writer import write_bytes
-from llamita.quantize import source_record
-from llamita.resume import shared_work
-from llamita.scheme import QuantScheme
-from llamita.staging import TRAINED_MARK, check_space, staged
-from llamita.train.courses import courses
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed_writer import write_bytes
+from llamita.numerics.scheme import QuantScheme
+from llamita.quantize.pipeline import source_record
+from llamita.system import processes
+from llamita.system.kept_work import shared_work
+from llamita.system.staging import TRAINED_MARK, check_space, staged
+from llamita.system.torch_processes import told_when_lost
 from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
+from llamita.train.history import courses
+from llamita.train.loss_plot import loss_plot
 from llamita.train.measures import score
 from llamita.train.order import Order
-from llamita.train.plot import loss_plot
 from llamita.train.recipe import adaptor_place
 from llamita.train.save import save_adaptors, save_float, save_packed, writing
 

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from llamita.checkpoint import Checkpoint
 from llamita.errors import RunError
-from llamita.files import flush_path
+from llamita.formats.safetensors import TensorWriter
 from llamita.methods.setup import Setup
 from llamita.methods.trained import SCALES
-from llamita.packed_writer import copy_companions, find_companions
-from llamita.quantize import Summary, quantize
-from llamita.rotations import Rotations
-from llamita.scheme import QuantScheme
-from llamita.staging import umask
-from llamita.tensorfile import TensorWriter
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.numerics.rotations import Rotations
+from llamita.numerics.scheme import QuantScheme
+from llamita.quantize.pipeline import Summary, quantize
+from llamita.system.files import flush_path
+from llamita.system.staging import umask
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llamita import processes
-from llamita.files import flush_path
-from llamita.resume import partial_of
+from llamita.system import processes
+from llamita.system.files import flush_path
+from llamita.system.kept_work import partial_of
 
 
 def shard(model: Any, device: torch.device) -> None:

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamita import processes
-from llamita.checkpoint import Checkpoint, ModelSource
 from llamita.errors import InputError
 from llamita.methods import chain as chains
 from llamita.methods.chain import PRESET_METHODS, Chain, parse_chain
 from llamita.methods.setup import Setup
-from llamita.packed import PackedModel
-from llamita.quantize import RoundedSource, quantize, take_part
-from llamita.scheme import QuantScheme
-from llamita.transformed import FloatSource
+from llamita.models.checkpoint import Checkpoint, ModelSource
+from llamita.models.packed import PackedModel
+from llamita.models.transformed import FloatSource
+from llamita.numerics.scheme import QuantScheme
+from llamita.quantize.pipeline import RoundedSource, quantize, take_part
+from llamita.system import processes
 
 
 @dataclass(frozen=True)

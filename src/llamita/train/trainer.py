@@ -19,9 +19,9 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from llamita import processes
 from llamita.errors import InputError
-from llamita.machine import anonymous_bytes
+from llamita.system import processes
+from llamita.system.machine import anonymous_bytes
 from llamita.train.batches import StepLoader, StepRows, collate, count_parts, count_rows, own_parts
 from llamita.train.examples import IGNORED
 from llamita.train.fake_quant import Switch

@@ -1,0 +1,211 @@
+"""What a model will take and give on this machine, before anything is downloaded: a config.json is enough.
+
+Sizes are exact: the bytes that `quantize` writes. Memory and speed are estimates: decode is bound by
+reading every weight once a token, prefill by int8 multiply-adds, at shares of the measured limits; small
+models by the time that a layer takes whatever its size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llamita import _native
+from llamita.bench.shapes import find_shape
+from llamita.bench.work import Work, count_work
+from llamita.engine.kv_cache import KV_DTYPES
+from llamita.engine.llm import PREFILL_CHUNK
+from llamita.errors import InputError
+from llamita.models.checkpoint import (
+    FLOAT_DTYPES,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    is_hub_name,
+    resolve,
+    transform_dtype,
+)
+from llamita.models.config import ModelConfig
+from llamita.models.packed import METADATA, PackedModel, open_source
+from llamita.models.sizes import Plan, float_bytes, make_plan
+from llamita.numerics.scheme import PRESETS, QuantScheme
+from llamita.system.files import has, read_json
+from llamita.system.machine import free_memory, last_level_cache, usable_memory
+from llamita.system.threads import use_threads
+
+CONTEXTS = (2048, 8192)  # tokens for which memory is given
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_PROBE_BYTES = 2**29  # far larger than any cache; `llamita bench` reads more, and longer
+# Estimates, chosen near what `llamita bench` measured on one machine: docs/benchmarks.md says how near
+_DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits
+_CACHED = 1.5  # times the bandwidth of memory, where the CPU's caches hold all weights
+_STEP_SECONDS = 10e-6  # of a layer and step, whatever its size
+_TOKEN_SECONDS = 2e-6  # of a layer and token of a prompt: what is no linear layer
+_PROCESS_BYTES = 32e6  # Python, NumPy and the code
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured rates, memory (bytes that this process may use, and that are free) and last-level caches."""
+
+    bandwidth: float  # bytes read per second
+    int8_rate: float  # multiply-adds per second
+    memory: int
+    memory_free: int
+    threads: int
+    cache: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to run a model. Sizes in bytes, speeds in tokens per second, None where nothing is known.
+
+    `memory` gives the bytes for each number of tokens in `CONTEXTS` that the model's context allows.
+    """
+
+    name: str
+    tensor_bytes: int
+    file_bytes: int
+    cache_bytes_per_token: int
+    memory: dict[int, int]
+    decode: float
+    prefill: float | None
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model known by its config.json: its shape, the dtype of each tensor, its scheme if it is packed."""
+
+    config: ModelConfig
+    float_dtype: Callable[[str], str]
+    scheme: QuantScheme | None
+    transform: str | None = None  # the dtype of the head's transform
+
+
+def describe(name: str) -> Described:
+    """A model by config.json, directory, hub name (its config.json alone is downloaded) or "embedded".
+
+    Raises:
+        InputError, RunError: the config cannot be had, or is not a Llama's.
+    """
+    path = Path(name)
+    if path.is_file():
+        return _from_config(read_json(path.parent, path.name), name)
+    if is_hub_name(name):
+        file = import_module("llamita.imports.hub").download_file(name, "config.json")
+        return _from_config(read_json(file.parent, file.name), name)
+    path = resolve(name)
+    if not any(has(path, file) for file in (METADATA, SINGLE, INDEX)):
+        return _from_config(read_json(path, "config.json"), "config.json")
+    source = open_source(path)
+    assert isinstance(source, Checkpoint | PackedModel)
+    dtypes = {name: info.dtype for file in source.files.values() for name, info in file.tensors.items()}
+    source.close()
+
+    def float_dtype(name: str) -> str:  # of a packed model's rounded layers it is that of its norms
+        return dtypes[name] if dtypes.get(name) in FLOAT_DTYPES else dtypes["model.norm.weight"]
+
+    return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations))
+
+
+def describe_shape(name: str) -> tuple[str, Described]:
+    """A published shape's full name, and its float model; InputError if there is none."""
+    full, config = find_shape(name)
+    return full, _from_config(config, full)
+
+
+def _from_config(values: dict[str, Any], where: str) -> Described:
+    if values.get("quantization_config") is not None:
+        raise InputError(f"{where}: quantization_config: expected a float model; try its source")
+    stored = values.get("dtype", values.get("torch_dtype"))
+    dtype = _DTYPES.get(stored, "BF16") if isinstance(stored, str) else "BF16"
+    return Described(ModelConfig.from_hf(values), lambda _name: dtype, None)
+
+
+def measure_machine() -> Machine:
+    """This machine's limits, in about a second; InputError or RunError if its threads cannot be used."""
+    threads = use_threads(None)
+    memory, free = usable_memory(), free_memory()
+    probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
+    bandwidth, int8_rate = _native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9
+    return Machine(bandwidth, int8_rate, memory, free, threads, last_level_cache())
+
+
+def estimate_all(
+    model: Described,
+    machine: Machine,
+    schemes: list[QuantScheme] | None = None,
+    kv_dtype: str | None = None,
+) -> list[Estimate]:
+    """The float model and these schemes (all presets by default); a packed model alone, as it is.
+
+    Args:
+        kv_dtype: of keys and values; by default that of `llamita.load`.
+
+    Raises:
+        InputError: a scheme's groups do not fit the model, or there is no such type.
+    """
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise InputError(f"--kv-cache: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    wanted = [model.scheme] if model.scheme else [None, *(schemes or PRESETS.values())]
+    return [_estimate(model, scheme, machine, kv_dtype) for scheme in wanted]
+
+
+def _estimate(
+    model: Described, scheme: QuantScheme | None, machine: Machine, kv_dtype: str | None
+) -> Estimate:
+    config = model.config
+    if scheme is None:
+        size = float_bytes(config, model.float_dtype)
+        plan = Plan(size, size, size, [], 0, 0, {})
+    else:
+        plan = make_plan(config, scheme, model.float_dtype, transform=model.transform)
+    keys = kv_dtype or ("f16" if scheme else "f32")
+    work = count_work(config, scheme, keys, model.float_dtype, model.transform)
+    contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
+    beside = _PROCESS_BYTES + _buffer_bytes(config, scheme)
+    memory = {c: int(plan.tensor_bytes + c * work.cache_bytes + beside) for c in contexts}
+    return Estimate(
+        name=scheme.name if scheme else "float",
+        tensor_bytes=plan.tensor_bytes,
+        file_bytes=plan.file_bytes,
+        cache_bytes_per_token=work.cache_bytes,
+        memory=memory,
+        decode=1 / _decode_seconds(work, config, machine, contexts[0] // 2),  # the cache half full
+        prefill=1 / _prefill_seconds(work, config, machine) if scheme else None,
+        fits=memory[contexts[0]] <= machine.memory_free,
+    )
+
+
+def _decode_seconds(work: Work, config: ModelConfig, machine: Machine, tokens: int) -> float:
+    """Seconds of a token after so many others."""
+    read = work.weight_bytes + tokens * work.cache_bytes
+    rate = _DECODE_SHARE * machine.bandwidth * (_CACHED if read <= machine.cache else 1)
+    return read / rate + config.layers * _STEP_SECONDS
+
+
+def _prefill_seconds(work: Work, config: ModelConfig, machine: Machine) -> float:
+    """Seconds for each token of a prompt of some hundreds."""
+    return work.linear / (_PREFILL_SHARE * machine.int8_rate) + config.layers * _TOKEN_SECONDS
+
+
+def _buffer_bytes(config: ModelConfig, scheme: QuantScheme | None) -> int:
+    """What lies between the layers while a prompt is taken in, and the logits."""
+    floats, codes = buffer_widths(config, scheme)
+    return PREFILL_CHUNK * (4 * floats + codes) + 2 * 4 * config.vocab_size
+
+
+def buffer_widths(config: ModelConfig, scheme: QuantScheme | None) -> tuple[int, int]:
+    """Float32 values and int8 codes of each token in the buffers of `engine.model` that a step touches.
+
+    Of a mixed scheme all that its layers could touch.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    floats = hidden + (queries + 2 * keys) + queries + inner  # the residual stream, q k v, heads, gate · up
+    if scheme and not scheme.layers:  # norms give codes, gate and up come out as their product
+        return floats, hidden + queries + inner
+    most = floats + hidden + 2 * inner
+    return most, hidden + queries + inner if scheme else 0

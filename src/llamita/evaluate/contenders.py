@@ -1,0 +1,146 @@
+"""Which models are evaluated, and the float model that they are measured against.
+
+The baseline of a quantized directory is the model it was made from, as llamita.json records it: by name,
+and by the SHA-256 of its files, because a divergence from any other model would mean nothing. A model may
+also be SRC:PRESET or SRC:PRESET:GROUP, a float one that is rounded while it loads.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamita.engine.llm import load
+from llamita.errors import InputError, LlamitaError
+from llamita.evaluate.scores import Contender, Progress
+from llamita.models.checkpoint import resolve
+from llamita.models.packed import METADATA, read_metadata
+from llamita.numerics.scheme import QuantScheme, make_scheme
+from llamita.system.files import has, member, sha256_file
+
+NO_BASELINE = "none"
+_ROUNDED = re.compile(r"(.+):([A-Za-z][^:/]*)(?::(\d+))?")  # SRC:PRESET, SRC:PRESET:GROUP
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to load: where it lies, how to round it on the way, what the user called the unrounded one."""
+
+    path: Path
+    scheme: QuantScheme | None
+    source: str = field(compare=False)
+
+
+def open_contenders(
+    sources: Sequence[str],
+    baseline: str | None = None,
+    *,
+    threads: int | None = None,
+    kv_dtype: str | None = None,
+    progress: Progress = None,
+) -> list[Contender]:
+    """Load models and what they are measured against, which comes first.
+
+    Args:
+        sources: model directories, hub names or "embedded"; with a preset after a colon, rounded first.
+        baseline: likewise; by default the recorded source of the quantized models; "none" for no
+            baseline. Where no source is quantized there is none either.
+        threads: of the kernels.
+        kv_dtype: for keys and values of all models but the baseline; see `llamita.load`.
+
+    Raises:
+        InputError: a model given twice, an unknown preset, different recorded sources, or one that has
+            changed since.
+        RunError, InputError: a model cannot be loaded; see `llamita.load`.
+    """
+    models = [_parse(source) for source in sources]
+    for i, model in enumerate(models):
+        if model in models[:i]:
+            raise InputError(f"{sources[i]}: expected every model once, got it again")
+    chosen = baseline or _source_of_all(sources, models, progress)
+    has_baseline = chosen is not None and chosen != NO_BASELINE
+    if chosen is not None and has_baseline:
+        first = _parse(chosen)
+        others = [(s, m) for s, m in zip(sources, models, strict=True) if m != first]
+        sources, models = [chosen, *(s for s, _ in others)], [first, *(m for _, m in others)]
+    contenders = []
+    for i, (name, model) in enumerate(zip(_short_names(sources), models, strict=True)):
+        is_baseline = has_baseline and i == 0
+        dtype = None if is_baseline else kv_dtype
+        llm = load(model.path, preset=model.scheme, threads=threads, kv_dtype=dtype)
+        contenders.append(Contender(name, llm, is_baseline))
+    return contenders
+
+
+def first_float(sources: Sequence[str]) -> str | None:
+    """The first of these models that is float and stays so."""
+    for source in sources:
+        model = _parse(source)
+        if model.scheme is None and not has(model.path, METADATA):
+            return source
+    return None
+
+
+def _parse(source: str) -> _Model:
+    """A model by directory, hub name or "embedded", and the preset that follows it, if any."""
+    match = None if os.path.exists(source) else _ROUNDED.fullmatch(source)
+    if match is None:
+        return _Model(resolve(source), None, source)
+    try:
+        scheme = make_scheme(match[2], int(match[3]) if match[3] else None)
+    except InputError as error:
+        raise InputError(f"{source}: expected SRC:PRESET or SRC:PRESET:GROUP: {error}") from None
+    path = resolve(match[1])
+    if has(path, METADATA):
+        raise InputError(f"{source}: expected a float model before the preset, got one that is quantized")
+    return _Model(path, scheme, match[1])
+
+
+def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: Progress) -> str | None:
+    """What the quantized models were made from, by the name under which it is found."""
+    packed = {s: m.path for s, m in zip(sources, models, strict=True) if has(m.path, METADATA)}
+    name = _recorded_source(packed, progress) if packed else None
+    for source, model in zip(sources, models, strict=True):
+        if model.scheme is None:
+            continue
+        name = name or model.source
+        if model.path != resolve(name):
+            raise InputError(
+                f"{source}: expected one made from {name}, as another is; "
+                "try --baseline SRC, or each by itself"
+            )
+    return name
+
+
+def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
+    """What quantized directories, one or more, were made from."""
+    records = {source: read_metadata(path)["source"] for source, path in packed.items()}
+    first, record = next(iter(records.items()))
+    name = record["name"]
+    for source, other in records.items():
+        if other["files"] != record["files"]:
+            raise InputError(
+                f"{source}: expected one made from {name}, as {first} was, got one from {other['name']}; "
+                "try --baseline SRC, or each by itself"
+            )
+    try:
+        path = resolve(name)
+    except LlamitaError as error:
+        message = f"{first}: its recorded source is missing ({error}); try --baseline SRC, or none"
+        raise type(error)(message) from None
+    for i, (file, sha256) in enumerate(record["files"].items()):
+        if progress:
+            progress(f"checking {name}", i, len(record["files"]))
+        if not has(path, file) or sha256_file(member(path, file)) != sha256:
+            raise InputError(
+                f"{path / file}: expected the file that {first} was made from, got another; "
+                "try --baseline SRC, or none"
+            )
+    return name
+
+
+def _short_names(sources: Sequence[str]) -> list[str]:
+    """The last part of each path, or the whole where that would name two alike."""
+    short = [Path(source).name or source for source in sources]
+    return [s if short.count(s) == 1 else source for s, source in zip(short, sources, strict=True)]

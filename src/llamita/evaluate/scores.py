@@ -1,0 +1,263 @@
+"""What quantization cost on a text: perplexity, KL divergence from the float model, top-1 agreement.
+
+All models see the same tokens in the same chunks at the same time, so that only a few rows of logits
+are in memory whatever the vocabulary. Within a chunk of n tokens the last n - 1 are predicted; chunks do
+not see each other, as in GPTQ's WikiText figures (arXiv 2210.17323). `docs/evaluation.md` says more.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.engine.llm import LLM
+from llamita.errors import InputError, RunError
+from llamita.models.checkpoint import Checkpoint, ModelSource
+from llamita.models.packed import open_source
+from llamita.models.sizes import make_plan
+from llamita.numerics.intervals import Interval, mean_interval, paired_difference
+from llamita.quantize.pipeline import RoundedSource
+
+Progress = Callable[[str, int, int], None] | None
+CHUNK_TOKENS = 2048
+_LOGIT_BYTES = 64 * 2**20  # of one model's logits at a time
+_VALUES_AT_ONCE = 2**20  # logits in the arithmetic at a time: what stands between stays in the cache
+_LARGEST_LOSS = 100  # nats a token; guessing blindly among a million tokens costs 14
+_LOSS, _KL, _TOP, _CONFIDENCE = range(4)  # what is kept of every model and token
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to be evaluated, what the table calls it, and which of its adaptors it has on."""
+
+    name: str
+    llm: LLM
+    is_baseline: bool
+    adaptor: str | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of its weight files; rounded as it was loaded, of those that `quantize` would write."""
+        source = open_source(self.llm.path)
+        source.close()
+        if isinstance(source, Checkpoint) and self.llm.scheme:
+            plan = make_plan(source.config, self.llm.scheme, lambda name: source.info(name).dtype)
+            return plan.file_bytes
+        return sum(file.stat().st_size for file in self.llm.path.glob("model*.safetensors"))
+
+    def open(self) -> ModelSource:
+        """Its weights once more, as the engine took them in."""
+        source = open_source(self.llm.path)
+        if isinstance(source, Checkpoint) and self.llm.scheme:
+            return RoundedSource(source, self.llm.scheme)
+        return source
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What every model made of every predicted token of a text; arrays are (models, tokens).
+
+    Attributes:
+        chunks: the tokens of the text, of which the first of each chunk is not predicted.
+        losses: negative log-likelihoods of the tokens, in nats.
+        kl: KL(first model || model) in nats.
+        top: the tokens found likeliest.
+        confidence: their probabilities.
+    """
+
+    chunks: list[np.ndarray]
+    losses: np.ndarray
+    kl: np.ndarray
+    top: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """How one model did on a text.
+
+    Attributes:
+        tokens: predicted tokens.
+        perplexity: exp of the mean negative log-likelihood of a token.
+        increase: of the perplexity over the baseline's, as a fraction of it; None for the baseline.
+        kl: mean KL(baseline || model) in nats a token; None for the baseline.
+        agreement: share of tokens where both find the same next token likeliest; None for the baseline.
+    """
+
+    tokens: int
+    perplexity: float
+    increase: Interval | None
+    kl: Interval | None
+    agreement: Interval | None
+
+
+def score_text(contenders: Sequence[Contender], text: str, **options: Any) -> list[TextScores]:
+    """Score a text with every model; if the first is a baseline, the others are measured against it.
+
+    Options and errors as in `score_tokens`.
+    """
+    return summarize(contenders, score_tokens(contenders, text, **options))
+
+
+def score_tokens(
+    contenders: Sequence[Contender],
+    text: str,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    whole_chunks: bool = False,
+    limit: int | None = None,
+    progress: Progress = None,
+) -> TokenScores:
+    """Score every token of a text with every model, and measure each against the first.
+
+    Args:
+        chunk_tokens: of a chunk at most; the smallest context bounds it too.
+        whole_chunks: leave out a last chunk that is shorter, as the literature does on WikiText.
+        limit: score only the first so many chunks.
+
+    Raises:
+        InputError: models with different tokens, or a text of fewer than two.
+        RunError: NaN or infinity among a model's logits.
+    """
+    ids = _common_tokens(contenders, text)
+    length = min(chunk_tokens, *(c.llm.context for c in contenders))
+    chunks = split_chunks(ids, length, whole_chunks)[:limit]
+    if not chunks:
+        wanted = f"{length} tokens" if whole_chunks else "2 tokens"
+        raise InputError(f"text: expected at least {wanted}, got {len(ids)}; try a longer one")
+    total = sum(len(chunk) - 1 for chunk in chunks)
+    scores = np.empty((4, len(contenders), total))
+    done = 0
+    for chunk in chunks:
+        predicted = slice(done, done + len(chunk) - 1)
+        _score_chunk(contenders, chunk, scores[:, :, predicted])
+        done = predicted.stop
+        if progress:
+            progress("scoring the text", done, total)
+    top = scores[_TOP].astype(np.int32)
+    return TokenScores(chunks, scores[_LOSS], scores[_KL], top, scores[_CONFIDENCE])
+
+
+def summarize(contenders: Sequence[Contender], tokens: TokenScores) -> list[TextScores]:
+    """Every model's means over the tokens, with intervals; RunError for a loss that no model has."""
+    has_baseline = contenders[0].is_baseline
+    return [_summarize(tokens, i, has_baseline and i > 0) for i in range(len(contenders))]
+
+
+def split_chunks(token_ids: np.ndarray, length: int, whole: bool = False) -> list[np.ndarray]:
+    """Consecutive chunks of `length` tokens; the last may be shorter unless they must be whole.
+
+    A last chunk of one token predicts nothing and is left out. Raises InputError for a length below 2.
+    """
+    if length < 2:
+        raise InputError(f"--max-seq-len: expected at least 2 tokens, got {length}")
+    chunks = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
+    return [chunk for chunk in chunks if len(chunk) >= (length if whole else 2)]
+
+
+def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Negative log-likelihoods in nats, float64 (rows,), of targets (rows,) under logits (rows, vocab)."""
+    losses = np.empty(len(targets))
+    for rows in _row_blocks(logits):
+        shifted, _, total = _exponentials(logits[rows])
+        losses[rows] = np.log(total) - shifted[np.arange(len(shifted)), targets[rows]]
+    return losses
+
+
+def embedded_text() -> str:
+    """The held-out text that ships with the embedded model, which wrote it."""
+    path = Path(__file__).parents[1] / "embedded" / "heldout.txt"
+    if not path.exists():
+        raise RunError("embedded text: this installation has none; try --text FILE")
+    return path.read_text("utf-8")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, line ends as they are; InputError where it is none."""
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"--text: expected a text file, found none at {path}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+
+
+def _common_tokens(contenders: Sequence[Contender], text: str) -> np.ndarray:
+    """The text's tokens, found to be the same for all models."""
+    first = contenders[0]
+    ids = first.llm.tokenizer.encode(text)
+    for other in contenders[1:]:
+        same_size = other.llm.config.vocab_size == first.llm.config.vocab_size
+        if not same_size or other.llm.tokenizer.encode(text) != ids:
+            raise InputError(
+                f"{other.name}: expected the tokens of {first.name}, got others for the same text; "
+                "try another --baseline, or each model by itself"
+            )
+    return np.array(ids, dtype=np.int32)
+
+
+def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: np.ndarray) -> None:
+    """Fill scores (4, models, tokens - 1) from the models' logits over one chunk (tokens,)."""
+    vocab = contenders[0].llm.config.vocab_size
+    step = max(16, min(256, _LOGIT_BYTES // (4 * vocab)))  # rows: 4 bytes a logit
+    streams = [c.llm.iter_logits(chunk[:-1], step, c.adaptor) for c in contenders]
+    targets, start = chunk[1:], 0
+    for logits in zip(*streams, strict=True):  # each (rows, vocab)
+        for rows in _row_blocks(logits[0]):
+            part = slice(start + rows.start, start + rows.stop)
+            _score_rows([block[rows] for block in logits], targets[part], scores[:, :, part])
+        start += len(logits[0])
+    broken = np.argwhere(~np.isfinite(scores).all(axis=0))
+    if len(broken):
+        model, token = broken[0]
+        raise RunError(
+            f"{contenders[model].name}: logits: expected finite numbers, got NaN or infinity "
+            f"{token + 1} tokens into a chunk; the weights may be damaged"
+        )
+
+
+def _score_rows(logits: list[np.ndarray], targets: np.ndarray, scores: np.ndarray) -> None:
+    """KL(p || q) = sum p (log p - log q), with p from the first model's logits (rows, vocab)."""
+    everywhere = np.arange(len(targets))
+    base, weights, base_total = _exponentials(logits[0])
+    for model, own in enumerate(logits):
+        shifted, _, total = _exponentials(own) if model else (base, weights, base_total)
+        scores[_LOSS, model] = np.log(total) - shifted[everywhere, targets]
+        # In float32 the products are off by 1e-7 of themselves, unbiased; their sum is in float64.
+        expected = (weights * (base - shifted)).sum(axis=1, dtype=np.float64) / base_total
+        scores[_KL, model] = expected - np.log(base_total) + np.log(total)
+        scores[_TOP, model] = own.argmax(axis=1)
+        scores[_CONFIDENCE, model] = 1 / total  # the likeliest token's logit is shifted to zero
+
+
+def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits less their row's largest, the exp of that (both float32), and its sum (float64)."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity; `_score_chunk` names the culprit
+        shifted = logits - logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return shifted, exponentials, exponentials.sum(axis=1, dtype=np.float64)
+
+
+def _row_blocks(logits: np.ndarray) -> list[slice]:
+    step = max(1, _VALUES_AT_ONCE // logits.shape[1])
+    return [slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step)]
+
+
+def _summarize(tokens: TokenScores, model: int, is_measured: bool) -> TextScores:
+    """Of one model, measured against the first or by itself."""
+    losses = tokens.losses[model]
+    if losses.mean() > _LARGEST_LOSS:
+        raise RunError(
+            f"perplexity: expected at most exp({_LARGEST_LOSS}), got exp({losses.mean():.0f}); "
+            "the weights may be damaged"
+        )
+    perplexity = math.exp(losses.mean())
+    if not is_measured:
+        return TextScores(losses.size, perplexity, None, None, None)
+    difference = paired_difference(losses, tokens.losses[0])
+    increase = Interval(*(math.expm1(x) for x in (difference.value, difference.low, difference.high)))
+    kl, agreement = mean_interval(tokens.kl[model]), mean_interval(tokens.top[model] == tokens.top[0])
+    return TextScores(losses.size, perplexity, increase, kl, agreement)

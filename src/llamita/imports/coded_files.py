@@ -1,0 +1,155 @@
+"""A quantized checkpoint in Hugging Face's form: config.json, safetensors, several tensors to a module.
+
+What compressed-tensors, GPTQ and torchao have in common; each says what a module's tensors mean.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.errors import InputError
+from llamita.imports.codes import Coded
+from llamita.imports.detect import quantization_of
+from llamita.imports.take_over import CodedModel, Imported, take_over
+from llamita.models.checkpoint import (
+    FLOAT_DTYPES,
+    INDEX,
+    linear_names,
+    open_tensor_files,
+    table_names,
+    vector_names,
+)
+from llamita.models.config import ModelConfig
+from llamita.models.packed import EMBEDDING, HEAD
+from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.numerics.affine import to_f32
+from llamita.numerics.rotations import Rotations
+from llamita.system.files import has, member, read_json
+
+_IGNORED = ".rotary_emb.inv_freq"  # of old checkpoints; recomputed
+_MOST_NAMED = 3
+_NO_TOKENIZER = "it has no tokenizer, and takes token ids alone; try again with tokenizer.json beside it"
+Progress = Callable[[str, int, int], None] | None
+
+
+def take_over_modules(model: CodedModel, directory: Path, progress: Progress) -> Imported:
+    """Write a packed directory from a checkpoint that was opened, and what lies beside it."""
+    companions = find_companions(model.path)
+    copy_companions(model.path, directory, companions)
+    note = None if any(name.startswith("tokenizer.") for name in companions) else _NO_TOKENIZER
+    return Imported(take_over(model, directory, progress), note=note)
+
+
+class ModuleFiles:
+    """The tensors of a quantized checkpoint, by module; `takeover.CodedModel` but for what its codes mean.
+
+    Attributes:
+        quantization: of config.json, as its tool wrote it.
+
+    Raises:
+        InputError: a file is damaged, or no Llama.
+        RunError: a file cannot be read.
+    """
+
+    form = ""
+
+    def __init__(self, path: Path) -> None:
+        values = read_json(path, "config.json")
+        self.path, self.rotations, self.rotated = path, Rotations(), ()
+        self.quantization: dict[str, Any] = quantization_of(path)
+        values.pop("quantization_config", None)
+        self.hf_config = values
+        self.config = ModelConfig.from_hf(values)
+        self._files, self._where = open_tensor_files(path)
+        self.files = [member(path, name) for name in ("config.json", *self._files)]
+        self.files += [member(path, INDEX)] if has(path, INDEX) else []
+        vectors = vector_names(self.config)
+        self._parts: dict[str, dict[str, str]] = {}  # module to its tensors by their last names
+        for tensor in self._where:
+            module, _, part = tensor.rpartition(".")
+            if tensor not in vectors and not tensor.endswith(_IGNORED):
+                self._parts.setdefault(module, {})[part] = tensor
+        if self.config.tied and HEAD in self._parts:
+            self._check_tied_head()
+        self._check_names(vectors)
+
+    def _check_names(self, vectors: dict[str, tuple[int]]) -> None:
+        known = table_names(self.config) | linear_names(self.config)
+        missing = sorted([name for name in known if name not in self._parts]
+                         + [name for name in vectors if name not in self._where])  # fmt: skip
+        if missing:
+            raise InputError(
+                f"{', '.join(missing[:_MOST_NAMED])}: expected by config.json, missing from the files"
+            )
+        extra = sorted(set(self._parts) - set(known))
+        if extra:
+            raise InputError(
+                f"{', '.join(extra[:_MOST_NAMED])[:200]}: unexpected for the architecture in config.json"
+            )
+
+    def _check_tied_head(self) -> None:
+        """Some tools write the tied head once more."""
+        head, table = self._parts.pop(HEAD), self._parts.get(EMBEDDING, {})
+        if head.keys() != table.keys() or any(
+            not np.array_equal(self.read(head[part]), self.read(table[part])) for part in head
+        ):
+            raise InputError(
+                f"{HEAD}: expected the embedding once more (tie_word_embeddings is true), got other values; "
+                "try tie_word_embeddings: false in config.json"
+            )
+
+    def read(self, tensor: str) -> np.ndarray:
+        """A tensor as it is stored, mapped."""
+        return self._files[self._where[tensor]].read(tensor)
+
+    def dtype(self, tensor: str) -> str:
+        """The name of a tensor's type."""
+        return self._files[self._where[tensor]].tensors[tensor].dtype
+
+    def metadata(self, name: str) -> Any:
+        """What the file of some tensor says under this name."""
+        return next((file.metadata[name] for file in self._files.values() if name in file.metadata), None)
+
+    def part(self, module: str, part: str, dtypes: tuple[str, ...]) -> np.ndarray:
+        """One of a module's tensors, found to be of one of these types."""
+        tensor = self._parts[module].get(part)
+        if tensor is None:
+            raise InputError(f"{module}.{part}: expected in {self.path.name}, found none")
+        if self.dtype(tensor) not in dtypes:
+            raise InputError(f"{tensor}: dtype: expected {' or '.join(dtypes)}, got {self.dtype(tensor)}")
+        values = self.read(tensor)
+        if not values.size or values.ndim > 2:
+            raise InputError(f"{tensor}: expected a matrix or a vector, got {values.shape}")
+        return values
+
+    def scales(self, module: str, part: str) -> np.ndarray:
+        """A module's scales in float32 (rows, groups); one of a whole row may have no axis of its own."""
+        values = to_f32(np.atleast_1d(self.part(module, part, FLOAT_DTYPES)))
+        return values.reshape(len(values), -1)
+
+    def parts(self, module: str, known: set[str]) -> set[str]:
+        """The names of a module's tensors, found to be among those that are known."""
+        strange = sorted(self._parts[module].keys() - known)
+        if strange:
+            raise InputError(f"{module}.{strange[0]}: expected {', '.join(sorted(known))}: not known here")
+        return set(self._parts[module])
+
+    def matrix(self, name: str) -> Coded | np.ndarray:
+        """See `takeover.CodedModel`."""
+        tensor = self._parts[name].get("weight")
+        if self._parts[name].keys() == {"weight"} and tensor and self.dtype(tensor) in FLOAT_DTYPES:
+            return self.read(tensor)
+        return self.coded(name)
+
+    def coded(self, name: str) -> Coded:
+        """A module that is quantized."""
+        raise NotImplementedError
+
+    def vector(self, name: str) -> np.ndarray:
+        """See `takeover.CodedModel`."""
+        values, expected = self.read(name), vector_names(self.config)[name]
+        if self.dtype(name) not in FLOAT_DTYPES or values.shape != expected:
+            raise InputError(f"{name}: expected floats {expected}, got {self.dtype(name)} {values.shape}")
+        return values

@@ -1,0 +1,74 @@
+"""A packed model read as a float one: its codes times their scales, in float32."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from llamita.formats.safetensors import TensorInfo
+from llamita.models.checkpoint import FLOAT_DTYPES, Int4Weight, Int8Weight, linear_names, table_names
+from llamita.models.packed import PackedModel
+from llamita.numerics.affine import F32, dequantize, to_f32
+from llamita.numerics.packing import unpack_int4
+
+Weight = Int4Weight | Int8Weight | np.ndarray
+_ROWS = 1024  # of a matrix in float at a time
+
+
+class DequantizedSource:
+    """A packed model, dequantized when it is read; satisfies `FloatSource` and `ModelSource`."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        self.path, self.config, self.hf_config = packed.path, packed.config, packed.hf_config
+        self.files, self.rotations, self.scheme = packed.files, packed.rotations, None
+        self._packed = packed
+        self._shapes = table_names(packed.config) | linear_names(packed.config)
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Dtype and shape of a tensor that is stored in float; BF16 for the others."""
+        found = next((file.tensors[tensor] for file in self.files.values() if tensor in file.tensors), None)
+        if found is not None and found.dtype in FLOAT_DTYPES:
+            return found
+        return TensorInfo("BF16", self._shapes[tensor.removesuffix(".weight")], 0, 0)
+
+    def weight(self, name: str) -> np.ndarray:
+        """(rows, columns) float32; float ones as they are stored."""
+        weight = self._packed.weight(name)
+        if isinstance(weight, np.ndarray):
+            return weight
+        values, done = np.empty(self._shapes[name], np.float32), 0
+        for part in row_blocks(weight):
+            values[done : done + len(part)] = part
+            done += len(part)
+        return values
+
+    def vector(self, name: str) -> np.ndarray:
+        """(length,) float32."""
+        return self._packed.vector(name)
+
+    def stored_vector(self, name: str) -> np.ndarray:
+        """(length,) as it is stored, found finite."""
+        self._packed.vector(name)
+        return next(file.read(name) for file in self.files.values() if name in file.tensors)
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """(rows,) float32, None where the architecture has none."""
+        return self._packed.bias(name)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._packed.close()
+
+
+def row_blocks(weight: Weight) -> Iterator[F32]:
+    """A matrix in float32, some rows at a time."""
+    if isinstance(weight, Int4Weight):
+        for start in range(0, len(weight.packed), _ROWS):
+            rows = slice(start, start + _ROWS)
+            yield dequantize(unpack_int4(weight.packed[rows]), weight.scales[rows])
+    elif isinstance(weight, Int8Weight):
+        for start in range(0, len(weight.codes), _ROWS):
+            rows = slice(start, start + _ROWS)
+            yield dequantize(weight.codes[rows], weight.scales[rows])
+    else:
+        for start in range(0, len(weight), _ROWS):
+            yield to_f32(weight[start : start + _ROWS])

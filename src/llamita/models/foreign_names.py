@@ -1,0 +1,74 @@
+"""Meta's and llama.cpp's names of tensors and order of rows: in what their files and ours differ."""
+
+import numpy as np
+
+from llamita.models.config import ModelConfig
+
+META = {
+    "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm",
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+GGUF = {
+    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+# How Llama 3.1 and 3.2 stretch their rotary embedding, but for the factor: constants of the reference code
+SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+def meta_name(name: str) -> str:
+    """Meta's name of a tensor."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return f"{META[module]}.{kind}"
+    _, _, block, own = module.split(".", 3)
+    return f"layers.{block}.{META[own]}.{kind}"
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return "rope_freqs.weight" if name == "rope_freqs.weight" else f"{GGUF[module]}.{kind}"
+    _, _, block, own = module.split(".", 3)
+    return f"blk.{block}.{GGUF[own]}.{kind}"
+
+
+def pair_order(rows: int, heads: int) -> np.ndarray:
+    """Which row of q or k goes where: Meta and llama.cpp rotate neighbours, transformers halves of a head."""
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
+
+
+def heads_of(name: str, config: ModelConfig) -> int | None:
+    """Heads of a module whose rows are rotated; None of others."""
+    own = name.rpartition(".")[2]
+    return config.heads if own == "q_proj" else config.kv_heads if own == "k_proj" else None
+
+
+def hf_order(tensor: str, config: ModelConfig) -> np.ndarray | None:
+    """Where rows of Meta's tensor are taken from for transformers' order; None where they stay."""
+    heads = heads_of(tensor.rpartition(".")[0], config)
+    return None if heads is None else np.argsort(pair_order(heads * config.head_dim, heads))
+
+
+def rope_factors(config: ModelConfig) -> np.ndarray:
+    """By what Llama 3.1 divides each frequency, float32 (head_dim / 2,).
+
+    As `apply_scaling` of Meta's reference code.
+    """
+    rope = config.rope
+    frequencies = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    turns = rope.original_context * frequencies / (2 * np.pi)  # over the trained context
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = smooth.clip(0, 1)  # 1: left alone; 0: stretched by the whole factor
+    return (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)

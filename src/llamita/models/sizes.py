@@ -1,0 +1,101 @@
+"""What quantizing a model of some shape will make, before anything is read: files, sizes, float layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llamita.errors import InputError
+from llamita.methods.chain import Chain
+from llamita.models.checkpoint import expected_tensors, linear_names, table_names
+from llamita.models.config import ModelConfig
+from llamita.models.packed import layout, tensor_bytes
+from llamita.models.packed_writer import SHARD_BYTES, plan_shards, total_bytes
+from llamita.numerics.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What quantizing will make. Sizes in bytes.
+
+    Attributes:
+        source_bytes: tensors of the float model.
+        tensor_bytes: tensors of the packed model.
+        file_bytes: its weight files, headers included.
+        files: names of the weight files.
+        rounded_weights: number of weights that are rounded.
+        float_layers: layers left in float, and why.
+    """
+
+    source_bytes: int
+    tensor_bytes: int
+    file_bytes: int
+    files: list[str]
+    linear_layers: int
+    rounded_weights: int
+    float_layers: dict[str, str]
+
+    @property
+    def ratio(self) -> float:
+        """Size after over size before."""
+        return self.tensor_bytes / self.source_bytes
+
+
+def make_plan(
+    config: ModelConfig,
+    scheme: QuantScheme,
+    float_dtype: Callable[[str], str],
+    shard_bytes: int = SHARD_BYTES,
+    transform: str | None = None,
+    source_bytes: int | None = None,
+) -> Plan:
+    """The plan for a model of this shape whose tensors are stored in these dtypes, as `layout` takes them.
+
+    Args:
+        source_bytes: of the model before its transforms, which can bring tied tables apart; by default of
+            this shape.
+
+    Raises:
+        InputError: the group size does not divide a layer's inputs.
+    """
+    modules = layout(config, scheme, float_dtype, transform)
+    shards = plan_shards(modules, shard_bytes)
+    shapes = table_names(config) | linear_names(config)
+    rounded = [rows * columns for name, (rows, columns) in shapes.items() if scheme.kind(name).bits]
+    if not rounded:
+        raise InputError("--keep-float: expected patterns that leave something to round, got all layers")
+    return Plan(
+        source_bytes=float_bytes(config, float_dtype) if source_bytes is None else source_bytes,
+        tensor_bytes=sum(tensor_bytes(tensors) for tensors in modules.values()),
+        file_bytes=total_bytes(shards),
+        files=list(shards),
+        linear_layers=len(linear_names(config)),
+        rounded_weights=sum(rounded),
+        float_layers={name: _why_float(name, scheme) for name in shapes if not scheme.kind(name).bits},
+    )
+
+
+def plan_chain(
+    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], chain: Chain,
+    settings: dict[str, Any],
+) -> Plan:  # fmt: skip
+    """As `make_plan`, for what the chain's transforms make of a model of this shape."""
+    changed, transform = chain.shape(config, settings)
+
+    def dtype(name: str) -> str:
+        return float_dtype("model.embed_tokens.weight" if config.tied and name == "lm_head.weight" else name)
+
+    before = float_bytes(config, float_dtype)
+    return make_plan(changed, scheme, dtype, transform=transform, source_bytes=before)
+
+
+def _why_float(name: str, scheme: QuantScheme) -> str:
+    if name in scheme.layers:
+        return "asked for"
+    return f"preset {scheme.name} keeps embedding and head in float"
+
+
+def float_bytes(config: ModelConfig, float_dtype: Callable[[str], str]) -> int:
+    """Bytes of the float model's tensors, which are stored in these dtypes."""
+    return tensor_bytes(
+        {name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()}
+    )

@@ -1,0 +1,175 @@
+"""A float model whose weights are changed as they are read: how transforms stack without a second checkpoint.
+
+A change of a module acts on its inputs, its outputs or both, in float64; what comes out is float32, rounded
+once. Together the changes of a transform keep the model's function (`methods/equalize.py`, `spinquant.py`).
+"""
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llamita.formats.safetensors import DTYPES, TensorFile, TensorInfo
+from llamita.models.checkpoint import stored_dtype
+from llamita.models.config import ModelConfig
+from llamita.numerics.affine import F32, f32_to_bf16, to_f32
+from llamita.numerics.rotations import Rotations
+
+F64 = npt.NDArray[np.float64]
+Change = Callable[[F64], F64]  # of vectors along the last axis
+_PIECE = 2**21  # weights in float64 at a time where rows are changed one by one: 16 MB
+
+_HEAD, _TABLE = "lm_head", "model.embed_tokens"
+
+
+class FloatSource(Protocol):
+    """A float model as methods read it: a `Checkpoint`, or a `TransformedSource` over one."""
+
+    path: Path
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    files: dict[str, TensorFile]
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Dtype and shape in which a tensor is stored where it stays float."""
+        ...
+
+    def weight(self, name: str) -> np.ndarray:
+        """(rows, columns) float32, float16 or bf16 bits."""
+        ...
+
+    def vector(self, name: str) -> np.ndarray:
+        """(length,) float32."""
+        ...
+
+    def stored_vector(self, name: str) -> np.ndarray:
+        """(length,) as it is stored, found finite."""
+        ...
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """(rows,) float32, None where the architecture has none."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """What happens to a module's weights W (outputs, inputs) and bias (outputs,).
+
+    Attributes:
+        inputs: one after the other, of every row of W.
+        outputs: one after the other, of every column of W, and of the bias.
+    """
+
+    inputs: tuple[Change, ...] = ()
+    outputs: tuple[Change, ...] = ()
+
+
+def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values in the float type in which a tensor is stored ("BF16", "F16" or "F32"), rounded if need be."""
+    if stored_dtype(values) == dtype:
+        return values
+    floats = to_f32(values)
+    return f32_to_bf16(floats) if dtype == "BF16" else floats.astype(DTYPES[dtype])
+
+
+def rotations_of(source: FloatSource) -> Rotations:
+    """How a source's weights are rotated; a checkpoint's are not."""
+    return getattr(source, "rotations", Rotations())
+
+
+class TransformedSource:
+    """`source`, changed module by module when it is read; satisfies `FloatSource` and `ModelSource`.
+
+    Args:
+        changes: module name to change; what is not named stays as it is.
+        ones: full names of norm weights that are now 1.
+        rotations: of the result, those of `source` included.
+        untie: give the head a table of its own, which begins as the embedding's.
+    """
+
+    def __init__(
+        self,
+        source: FloatSource,
+        changes: Mapping[str, ModuleChange],
+        *,
+        ones: Set[str] = frozenset(),
+        rotations: Rotations | None = None,
+        untie: bool = False,
+    ) -> None:
+        self.path, self.files, self.scheme = source.path, source.files, None
+        self.config, self.hf_config = source.config, source.hf_config
+        self._untied = untie and source.config.tied
+        if self._untied:
+            self.config = replace(source.config, tied=False)
+            self.hf_config = {**source.hf_config, "tie_word_embeddings": False}
+        self.rotations = rotations_of(source) if rotations is None else rotations
+        self._source, self._changes, self._ones = source, changes, ones
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Dtype and shape in which a tensor is stored where it stays float.
+
+        Tables keep their dtype, to which the writer rounds them, or they would double; biases become float32.
+        """
+        info = self._source.info(self._stored_name(tensor))
+        name, _, kind = tensor.rpartition(".")
+        return replace(info, dtype="F32") if kind == "bias" and name in self._changes else info
+
+    def weight(self, name: str) -> np.ndarray:
+        """(rows, columns): float32 where it is changed, else as the source has it."""
+        stored = self._source.weight(self._stored_name(f"{name}.weight").removesuffix(".weight"))
+        change = self._changes.get(name)
+        if change is None:
+            return stored
+        if change.outputs:
+            rotated = _apply(change.outputs, _apply(change.inputs, _to_f64(stored)).T).T
+            return rotated.astype(np.float32, order="C")
+        changed = np.empty(stored.shape, np.float32)
+        step = max(1, _PIECE // stored.shape[1])
+        for start in range(0, len(stored), step):
+            rows = slice(start, start + step)
+            changed[rows] = _apply(change.inputs, _to_f64(stored[rows]))
+        return changed
+
+    def vector(self, name: str) -> F32:
+        """(length,) float32."""
+        return to_f32(self.stored_vector(name))
+
+    def stored_vector(self, name: str) -> np.ndarray:
+        """(length,) in the dtype of `info`."""
+        stored = self._source.stored_vector(name)
+        if name in self._ones:
+            # 1.0 in bf16, whose bits lie in uint16, or in a float type.
+            return np.full_like(stored, 0x3F80 if stored.dtype == np.uint16 else 1)
+        module, _, kind = name.rpartition(".")
+        change = self._changes.get(module)
+        if kind != "bias" or change is None:
+            return stored
+        return _apply(change.outputs, _to_f64(stored)).astype(np.float32)
+
+    def bias(self, name: str) -> F32 | None:
+        """(rows,) float32, None where the architecture has none."""
+        return self.vector(f"{name}.bias") if self.config.has_bias(name.split(".", 3)[-1]) else None
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._source.close()
+
+    def _stored_name(self, tensor: str) -> str:
+        return f"{_TABLE}.weight" if self._untied and tensor == f"{_HEAD}.weight" else tensor
+
+
+def _to_f64(array: np.ndarray) -> F64:
+    return to_f32(array).astype(np.float64)
+
+
+def _apply(changes: tuple[Change, ...], x: F64) -> F64:
+    for change in changes:
+        x = change(x)
+    return x

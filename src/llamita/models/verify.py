@@ -1,0 +1,94 @@
+"""Checks a packed directory against llamita.json: every flipped bit, missing, extra or truncated file."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamita.errors import InputError, LlamitaError
+from llamita.models.checkpoint import linear_names, table_names, vector_names
+from llamita.models.packed import METADATA, PackedModel, is_file_table, self_hash_holds
+from llamita.system.files import has, member, parse_json, read_bytes, sha256_file
+from llamita.system.staging import EXPORTED_MARK
+
+# What the hub and its client put beside a model.
+_FOREIGN = (".gitattributes", ".gitignore", ".cache", ".git")
+Progress = Callable[[str, int, int], None] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found: one line a problem, none if the directory is as it was written."""
+
+    files: int
+    bytes: int
+    problems: list[str]
+
+
+def verify(path: Path, progress: Progress = None) -> Report:
+    """Compare every file of the directory with its recorded size and hash, then open a packed model.
+
+    Raises:
+        InputError: the directory has no llamita.json.
+    """
+    mark = METADATA if has(path, METADATA) else EXPORTED_MARK
+    if not has(path, mark):
+        raise InputError(
+            f"{path}: {METADATA}: expected a directory that llamita made, found none; try quantize"
+        )
+    try:
+        data = read_bytes(path, mark)
+        files = parse_json(data, mark).get("files")
+    except LlamitaError as error:
+        return Report(1, 0, [str(error)])
+    if not is_file_table(files):
+        return Report(1, len(data), [f"{mark}: files: expected names with size and sha256"])
+    problems = [f"{METADATA}: content differs from what was written"]
+    if mark != METADATA or self_hash_holds(data):
+        problems = []
+    total = sum(record["size"] for record in files.values())
+    done = 0
+    for name, record in files.items():
+        if progress:
+            progress(name, done, total)
+        problems += _check_file(path, name, record)
+        done += record["size"]
+    problems += [f"{name}: unexpected: not among the files that were written" for name in _extra(path, files)]
+    problems += _check_model(path) if mark == METADATA and not problems else []
+    return Report(1 + len(files), len(data) + total, problems)
+
+
+def _check_file(path: Path, name: str, record: dict[str, Any]) -> list[str]:
+    if not has(path, name):
+        return [f"{name}: missing"]
+    try:
+        size = member(path, name).stat().st_size
+        if size != record["size"]:
+            return [f"{name}: expected {record['size']} bytes, got {size}"]
+        if sha256_file(path / name) != record["sha256"]:
+            return [f"{name}: content differs from what was written (SHA-256)"]
+    except LlamitaError as error:
+        return [str(error)]
+    return []
+
+
+def _extra(path: Path, files: dict[str, Any]) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(path))
+    return [name for name in names if name not in (*files, METADATA, EXPORTED_MARK) and name not in _FOREIGN]
+
+
+def _check_model(path: Path) -> list[str]:
+    """Whether the model opens, tensor by tensor: catches a directory that was written wrong."""
+    try:
+        model = PackedModel(path)
+        try:
+            for name in [*table_names(model.config), *linear_names(model.config)]:
+                model.weight(name)
+            for name in vector_names(model.config):
+                model.vector(name)
+        finally:
+            model.close()
+    except LlamitaError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,190 @@
+"""Text to calibrate on: the model's own, a file, or a data set of the hub, as windows of token ids.
+
+Every window begins with the BOS token, where the model has one, because whatever the model reads in use
+does; documents stand between BOS and end token. `own_text` has the text that needs no data.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.errors import InputError
+from llamita.methods.setup import Calibration
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.transformed import TransformedSource
+from llamita.numerics.scheme import make_scheme
+from llamita.quantize import own_text
+from llamita.quantize.pipeline import RoundedSource
+from llamita.system import processes
+from llamita.system.extras import load_optional
+from llamita.system.files import json_lines, read_text
+from llamita.system.kept_work import kept_arrays, write_whole
+from llamita.text.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None] | None
+SELF, SELF_FAST = "self", "self-fast"
+SAMPLES, LENGTH, SEED = 128, 512, 0
+HUB = "llamita.text.hub_datasets:documents"  # imported on use: it needs the package datasets
+_NO_DATASETS = (
+    "--calibration: a data set of the hub needs the package {package}, which is missing; try pip "
+    "install 'llamita[torch]' (in a checkout '.[torch]'), a text file, or self, which need none"
+)
+LARGEST_FILE = 32 * 2**20  # bytes; tokenizing takes some 30 times as much memory
+_FAST_SCHEME = "llamita"
+_SPARE = 4  # times the tokens that are needed, read of a data set without end, to draw windows from
+_HUB_NAME = re.compile(r"wikitext|[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
+_FILE_NAMES = (".txt", ".jsonl", ".json", ".md", ".raw")
+
+
+def load_calibration(
+    name: str,
+    source: Checkpoint | TransformedSource,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = SEED,
+    progress: Progress = None,
+    work: Path | None = None,
+) -> Calibration:
+    """Calibration text for a float model.
+
+    Args:
+        name: "self": the model writes it, from its BOS token; "self-fast": so does the model rounded to 4
+            bits, several times faster. Or a UTF-8 text file; a file *.jsonl whose
+            every line is an object with the document's "text"; a data set of the hub with a column
+            "text", as owner/name or owner/name:configuration; "wikitext", WikiText-2's train split.
+        source: the model; its weights are read only to write.
+        samples: windows.
+        length: tokens of a window.
+        seed: of the draws: same name, data and seed, same tokens.
+        work: a directory where rows that the model has written are kept, so that a killed run can go on.
+
+    Raises:
+        InputError: no such text, too little of it, or a window that is longer than the context.
+        RunError: the data set cannot be had, or the package that reads it is missing.
+    """
+    least_samples = processes.world()  # one for each
+    for option, value, least in (
+        ("--samples", samples, least_samples),
+        ("--length", length, 2),
+        ("--seed", seed, 0),
+    ):
+        if value < least:
+            raise InputError(f"{option}: expected at least {least}, got {value}")
+    if length > source.config.context:
+        limit = f"{source.config.context} tokens, the model's context"
+        raise InputError(f"--length: expected at most {limit}, got {length}")
+    if name in (SELF, SELF_FAST):
+        tokens = _own_text(name, source, (samples, length), seed, progress, work)
+    else:
+        tokenizer = Tokenizer(source.path, source.config)
+        stream = _token_stream(tokenizer, name, samples * length, seed, progress)
+        tokens = draw_windows(stream, samples, length, seed, tokenizer.bos_token_id, name)
+    recorded = os.path.basename(name) if os.path.isfile(name) else name
+    return Calibration(recorded, hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), tokens)
+
+
+def _own_text(
+    name: str, source: Checkpoint | TransformedSource, shape: tuple[int, int], seed: int,
+    progress: Progress, work: Path | None,
+) -> np.ndarray:  # fmt: skip
+    """What the model writes; of several processes each writes its part, and all get the whole."""
+    samples, length = shape
+    mine, writer = processes.share(samples), None
+    tokens = np.zeros(shape, dtype=np.int32)
+    for start in mine[:: own_text.ROWS_AT_ONCE]:
+        rows = range(start, min(start + own_text.ROWS_AT_ONCE, mine.stop))
+        kept = None if work is None else work / f"rows-{start:06}.npz"
+        if kept is not None and kept.exists():
+            found = kept_arrays(kept, ["ids"])
+            if found is not None and found["ids"].shape == (len(rows), length):
+                tokens[rows.start : rows.stop] = found["ids"]
+                continue
+        if writer is None:
+            model = source if name == SELF else RoundedSource(source, make_scheme(_FAST_SCHEME))
+            writer = own_text.Writer(model, length, seed)
+        before = (start - mine.start) * length
+
+        def told(count: int, before: int = before) -> None:
+            if progress:
+                progress("writing calibration text", before + count, len(mine) * length)
+
+        tokens[rows.start : rows.stop] = written = writer.write(rows, told)
+        if kept is not None:
+            write_whole(kept, lambda file, written=written: np.savez(file, ids=written))
+    return processes.all_sum(tokens)
+
+
+def draw_windows(
+    stream: np.ndarray, samples: int, length: int, seed: int, bos: int | None, name: str
+) -> np.ndarray:
+    """Random windows that share no token, in the order of the text: int32 (samples, length).
+
+    The stream (tokens,) is cut into pieces from a random offset, and as many as wanted are drawn; each
+    goes behind a BOS token, where there is one.
+
+    Raises:
+        InputError: the stream, which messages call `name`, has fewer tokens than the windows take.
+    """
+    piece = length - (bos is not None)
+    spare = len(stream) - samples * piece
+    if spare < 0:
+        raise InputError(
+            f"{name}: expected at least {samples * piece:,} tokens for {samples} windows of {length}, got "
+            f"{len(stream):,}; try a longer text, or fewer (--samples) or shorter ones (--length)"
+        )
+    random = np.random.default_rng(seed)
+    offset = int(random.integers(min(piece, spare + 1)))
+    count = (len(stream) - offset) // piece
+    pieces = stream[offset : offset + count * piece].reshape(count, piece)
+    windows = np.empty((samples, length), dtype=np.int32)
+    windows[:, length - piece :] = pieces[np.sort(random.permutation(count)[:samples])]
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
+
+
+def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progress: Progress) -> np.ndarray:
+    """All documents of a text, one after the other: int32 (tokens,)."""
+    if progress:
+        progress(f"reading {name}", 0, 1)
+    if os.path.isdir(name):
+        raise InputError(f"--calibration: expected a text file, got a directory at {name}")
+    if os.path.exists(name):
+        return _join(tokenizer, _file_documents(Path(name)), None)
+    if _HUB_NAME.fullmatch(name) and not name.endswith(_FILE_NAMES):
+        return _join(tokenizer, load_optional(HUB, _NO_DATASETS)(name, seed), needed * _SPARE)
+    raise InputError(
+        "--calibration: expected 'self', 'self-fast', a text file, or a data set's name like owner/name, "
+        f"got {name!r}; there is no such file"
+    )
+
+
+def _join(tokenizer: Tokenizer, documents: Iterable[str], enough: int | None) -> np.ndarray:
+    """Documents between BOS and end token, until there are enough tokens."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = list(tokenizer.eos_token_ids[:1])
+    stream: list[int] = []
+    for text in documents:
+        stream += [*begin, *tokenizer.encode(text, add_bos=False), *end]
+        if enough is not None and len(stream) >= enough:
+            break
+    return np.array(stream, dtype=np.int32)
+
+
+def _file_documents(path: Path) -> list[str]:
+    text = read_text(path, LARGEST_FILE)
+    if path.suffix != ".jsonl":
+        return [text]
+    return [_text_of(values, place) for place, values in json_lines(text, str(path))]
+
+
+def _text_of(values: dict[str, Any], where: str) -> str:
+    text = values.get("text")
+    if not isinstance(text, str):
+        raise InputError(f'{where}: expected an object with a string "text"')
+    return text

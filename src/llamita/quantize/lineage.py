@@ -1,0 +1,59 @@
+"""Whether an adaptor was made for a model, by what `finetune` has recorded of both."""
+
+from pathlib import Path
+from typing import Any
+
+from llamita.methods.chain import PRESET_METHODS
+from llamita.models.checkpoint import ModelSource
+from llamita.models.packed import PackedModel
+from llamita.system.files import has, read_json
+from llamita.system.staging import TRAINED_MARK
+
+_TRAINING = ("data", "recipe", "seed")  # what makes a training what it is
+
+
+def changed_channels(source: ModelSource) -> list[str]:
+    """What keeps adaptors of a model's float source from fitting it, for people; nothing where they fit.
+
+    R4 is undone where it acts, so adaptors never see it.
+    """
+    rotated = [name for name in source.rotations.names if name != "R4"]
+    if isinstance(source, PackedModel):  # an imported one, whose rotations are another tool's
+        rotated += source.metadata["settings"].get("rotated", [])
+    return [*rotated, *(["equalize"] if "equalize" in _methods(source) else [])]
+
+
+def is_made_for(source: ModelSource, adaptor: Path) -> bool | None:
+    """Whether an adaptor was trained on this model or on its float source; None where nothing tells."""
+    if not isinstance(source, PackedModel) or not has(adaptor, TRAINED_MARK):
+        return None
+    record = read_json(adaptor, TRAINED_MARK)
+    if _is_quantized(record):
+        return is_trained_beside(source, adaptor)
+    base = record.get("base")
+    return isinstance(base, dict) and base.get("files") == source.metadata["source"]["files"]
+
+
+def is_trained_beside(source: ModelSource, adaptor: Path) -> bool:
+    """Whether an adaptor was trained beside the very codes of this model."""
+    if not isinstance(source, PackedModel) or not has(adaptor, TRAINED_MARK):
+        return False
+    record, settings = read_json(adaptor, TRAINED_MARK), source.metadata["settings"]
+    return _is_quantized(record) and all(record.get(key) == settings.get(key) for key in _TRAINING)
+
+
+def _methods(source: ModelSource) -> list[str]:
+    """All that made a packed model, what its training began with included."""
+    if not isinstance(source, PackedModel):
+        return []
+    recipe = source.metadata["settings"].get("recipe")
+    start = recipe.get("start", "rtn") if isinstance(recipe, dict) else "rtn"
+    chain, _ = PRESET_METHODS.get(start, (start, {}))
+    return f"{source.metadata['method']}+{chain}".split("+")
+
+
+def _is_quantized(record: dict[str, Any]) -> bool:
+    """Whether the training was that of a 4-bit model."""
+    recipe = record.get("recipe")
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    return isinstance(stages, list) and any(isinstance(s, dict) and s.get("quantized") for s in stages)

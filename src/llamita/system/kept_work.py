@@ -1,0 +1,175 @@
+"""Where a long run keeps what it has finished: `.NAME.work` beside the directory that it makes.
+
+A run that is killed leaves it; the next run with the same settings goes on from there, one with others
+starts anew, or is refused. A lock, which ends with its process, keeps two runs apart.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+
+from llamita.errors import InputError, RunError
+from llamita.system import processes
+
+_SETTINGS, _PARTIAL = "settings.json", ".partial"
+T = TypeVar("T")
+
+
+@contextmanager
+def kept_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) -> Iterator[Path]:
+    """The work directory of `out`; it goes when the block ends well, or if nothing was finished in it.
+
+    Args:
+        settings: whatever decides the result, as JSON values.
+        may_discard: what was finished with other settings goes.
+
+    Raises:
+        InputError: something else has this name, or something was finished with other settings.
+        RunError: another run is at work there, or it cannot be made.
+    """
+    work = _work_of(out)
+    try:
+        work.mkdir(exist_ok=True)
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise RunError(f"{work}: cannot be made: {error.strerror}; try another --out") from None
+    try:
+        _take(lock, work)
+        if any(work.iterdir()) and not any(path.name.startswith(_SETTINGS) for path in work.iterdir()):
+            raise InputError(f"{work}: expected what llamita left there, got other files; try another --out")
+        if not (may_discard or _is_of(work, settings)) and _finished(work):
+            raise InputError(f"{work}: expected what a run with these settings and data left, got another "
+                             "run's; try its settings again, another --out, or --overwrite, which starts anew"
+                             )  # fmt: skip
+        _prepare(work, settings)
+        try:
+            yield work
+        except BaseException:
+            if not _finished(work):
+                _remove(work)
+            raise
+        _remove(work)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def shared_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) -> Iterator[Path]:
+    """The same for several processes that see one file system: the first keeps it, the others come in behind.
+
+    All must be done with reading where the first leaves.
+    """
+    if processes.rank() == 0:
+        with kept_work(out, settings, may_discard=may_discard) as work:
+            processes.wait()
+            yield work
+    else:
+        processes.wait()
+        yield _work_of(out)
+
+
+def _remove(work: Path) -> None:
+    """The settings last: without them, what a kill in between leaves would be a stranger's."""
+    for path in work.iterdir():
+        if path.name != _SETTINGS:
+            with suppress(OSError):
+                _remove_one(path)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_one(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def has_kept_work(out: Path) -> bool:
+    """Whether a run that was to make `out` has left something finished."""
+    work = _work_of(out)
+    return work.is_dir() and _finished(work)
+
+
+def _finished(work: Path) -> bool:
+    return any(path.name != _SETTINGS and path.suffix != _PARTIAL for path in work.iterdir())
+
+
+def _work_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.work"
+
+
+def _take(lock: int, work: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{work}: expected to be alone here, got another run; try another --out") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def _is_of(work: Path, settings: dict[str, Any]) -> bool:
+    """Whether a work directory was made with these settings."""
+    try:
+        return (work / _SETTINGS).read_text("utf-8") == _as_text(settings)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _as_text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, indent=1)
+
+
+def _prepare(work: Path, settings: dict[str, Any]) -> None:
+    """Keep what is there if it was made with these settings; half-written files go in any case."""
+    if _is_of(work, settings):
+        for partial in work.glob(f"*{_PARTIAL}"):
+            partial.unlink()
+        return
+    for path in work.iterdir():
+        _remove_one(path)
+    write_whole(work / _SETTINGS, lambda file: file.write(_as_text(settings).encode()))
+
+
+def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of a kept file; None, and the file is gone, where it is none that llamita wrote.
+
+    Raises:
+        RunError: the file cannot be read, which says nothing about what is in it.
+    """
+    try:
+        return read(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}; try again") from None
+    except Exception:  # NumPy's readers fail in a dozen ways
+        path.unlink(missing_ok=True)
+        return None
+
+
+def kept_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+    """These arrays of a kept .npz file, all of which is read, so that its checksums are checked; or None."""
+
+    def read(path: Path) -> dict[str, np.ndarray]:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        return {name: arrays[name] for name in names}
+
+    return read_kept(path, read)
+
+
+def partial_of(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(path.name + _PARTIAL)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file that is there whole or not at all, whatever happens; `write` fills it."""
+    partial = partial_of(path)
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)

@@ -1,0 +1,83 @@
+"""Sums over the processes of a run, through torch.distributed: gloo, which needs nothing but a CPU.
+
+One process needs none of it: its sums are its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llamita.errors import RunError
+from llamita.system.processes import share, world
+
+_PATIENCE = 7 * 24 * 3600.0  # seconds for each other; torchrun ends all where one fails
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, in place; each process gets the same bits."""
+    if world() > 1:
+        join()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_sum_array(array: np.ndarray) -> None:
+    """The same for an array."""
+    all_sum(torch.from_numpy(array))
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that are this process's part."""
+    mine = share(len(tensor))
+    return tensor[mine.start : mine.stop]
+
+
+def gather_rows(rows: Tensor, count: int) -> Tensor:
+    """All `count` rows, of which each process brings its part, `own_rows` of them."""
+    if world() == 1:
+        return rows
+    mine = share(count)
+    whole = torch.zeros((count, *rows.shape[1:]), dtype=rows.dtype)
+    whole[mine.start : mine.stop] = rows
+    return all_sum(whole)
+
+
+def join(patience: float = _PATIENCE) -> None:
+    """Find the other processes, unless that is done. What lies on GPUs is summed there.
+
+    Args:
+        patience: seconds that one waits for another, here and in every sum.
+
+    Raises:
+        RunError: they are not to be found.
+    """
+    if world() == 1 or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+    except (RuntimeError, ValueError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RunError(f"torchrun: expected the processes to find each other, got: {line}") from None
+
+
+@contextmanager
+def told_when_lost(advice: str) -> Iterator[None]:
+    """One line for what Torch raises where another process has gone.
+
+    Raises:
+        RunError: with `advice` at its end.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RunError(
+            f"torchrun: expected every process to go on, got one that ended or no longer answers; {advice}"
+        ) from None

@@ -1,0 +1,212 @@
+"""A model with an adaptor in its weights, W + s·B·A, for those who want one model.
+
+Sums in float64, rounded once to float32, then to what the base stores: its float dtype; or, of a packed
+model, dequantized before, 4-bit codes again. These give up part of what the adaptor does, all of it where it
+moves weights by less than half a step and they are rounded to nearest: so it is measured.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita import __version__
+from llamita.engine.adapters import CONFIG, WEIGHTS, check_fits, read_adaptor
+from llamita.engine.llm import load
+from llamita.errors import InputError
+from llamita.evaluate.scores import Contender, Progress, score_tokens
+from llamita.formats.safetensors import DTYPES
+from llamita.methods.energy import pieces_of
+from llamita.methods.setup import Setup
+from llamita.models.checkpoint import Checkpoint, check_finite, expected_tensors
+from llamita.models.dequantized import DequantizedSource
+from llamita.models.packed import PackedModel, Tensors
+from llamita.models.packed_writer import (
+    copy_companions,
+    find_companions,
+    plan_shards,
+    total_bytes,
+    write_bytes,
+    write_json,
+    write_shards,
+)
+from llamita.models.transformed import TransformedSource, as_stored
+from llamita.numerics.affine import to_f32
+from llamita.numerics.hadamard import fast_hadamard
+from llamita.numerics.intervals import Interval, mean_interval
+from llamita.numerics.scheme import GIVEN
+from llamita.quantize.pipeline import SMALL_FILES, Summary, quantize, source_names, source_record
+from llamita.system.files import read_bytes, sha256_file
+from llamita.system.staging import MERGED_MARK, check_space, check_target, staged
+
+_BESIDE = "beside"  # what the engine calls the adaptor where a merged model is measured
+_TOKENS, _LENGTH = 2048, 128  # that the model writes to be measured on, and of each text at most
+_MOST_TEXTS = 128  # where they are shorter
+
+
+class MergedSource(TransformedSource):
+    """A model with an adaptor in its linear layers, read in float; satisfies `FloatSource` and `ModelSource`.
+
+    Attributes:
+        adaptor: its directory.
+        base_scheme, base_method: how a packed base was rounded; None for a float one.
+
+    Raises:
+        InputError: not an adaptor of this model, or one that cannot be merged; or a model whose channels are
+            no longer those of its source.
+        RunError: a file cannot be read.
+    """
+
+    def __init__(self, base: Checkpoint | PackedModel, adaptor: Path) -> None:
+        check_fits(base, [adaptor])
+        is_packed = isinstance(base, PackedModel)
+        super().__init__(DequantizedSource(base) if is_packed else base, {})
+        self.adaptor, self.base_scheme = adaptor, base.scheme
+        self.base_method: str | None = base.metadata["method"] if is_packed else None
+        self._stored = read_adaptor(adaptor, base.config)
+
+    def weight(self, name: str) -> np.ndarray:
+        """(rows, columns): float32 where the adaptor has something to add, else as the base has it."""
+        weight = super().weight(name)
+        if name not in self._stored.pairs:
+            return weight
+        down, up = (to_f32(part).astype(np.float64) for part in self._stored.pairs[name])
+        if self.rotations.r4_size and name.endswith(".down_proj"):
+            down = fast_hadamard(down)  # the base holds W·Hᵀ, and the adaptor reads what comes before H
+        merged = np.empty(weight.shape, np.float32)
+        for start, piece in pieces_of(weight):
+            rows = slice(start, start + len(piece))
+            merged[rows] = to_f32(piece) + self._stored.scaling * (up[rows] @ down)
+        return merged
+
+    def record(self) -> dict[str, Any]:
+        """Which adaptor is in it."""
+        files = {file: sha256_file(self.adaptor / file) for file in (CONFIG, WEIGHTS)}
+        return {"name": str(self.adaptor.resolve()), "files": files}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What merging lost on a text, in nats a token.
+
+    Attributes:
+        tokens: that were predicted.
+        kl: KL(base with the adaptor beside it || merged model).
+        alone: KL(base with the adaptor beside it || base): what the adaptor does.
+        losses: of the text's own tokens: base, base with the adaptor beside it, merged model.
+    """
+
+    tokens: int
+    kl: Interval
+    alone: Interval
+    losses: tuple[float, float, float]
+
+
+def check_targets(source: MergedSource, out: Path, overwrite: bool) -> None:
+    """Raise InputError if `out` cannot be made, or holds what is merged."""
+    for kept in (source.path, source.adaptor):
+        check_target(out, overwrite, kept)
+
+
+def merge_float(
+    source: MergedSource, name: str, out: Path, overwrite: bool = False, progress: Progress = None
+) -> None:
+    """Write a float checkpoint: every tensor in its base's dtype, and what lies beside the base's.
+
+    Memory is that of one tensor.
+
+    Args:
+        name: what the user called the base.
+        overwrite: replace an `out` that llamita made.
+
+    Raises:
+        InputError: `out` exists, or weights are not finite.
+        RunError: disk full, no permission, or a file cannot be read.
+    """
+    check_targets(source, out, overwrite)
+    layout = _layout(source)
+    companions, shards = find_companions(source.path), plan_shards(layout)
+    record = {"llamita": __version__, "adaptor": source.record(),
+              "source": source_record(source, source_names(source, name)[0], progress)}  # fmt: skip
+    with staged(out, overwrite, source.path) as directory:
+        check_space(out, total_bytes(shards) + SMALL_FILES)
+        write_shards(directory, shards, lambda tensor: _pieces(source, tensor), progress)
+        write_bytes(directory / "config.json", read_bytes(source.path, "config.json"))
+        copy_companions(source.path, directory, companions)
+        write_json(directory / MERGED_MARK, record)
+
+
+def _layout(source: MergedSource) -> dict[str, Tensors]:
+    """Every tensor of the architecture, widest types first: so each lies at a multiple of its size."""
+    infos = {tensor: source.info(tensor) for tensor in expected_tensors(source.config)}
+    order = sorted(infos, key=lambda tensor: -np.dtype(DTYPES[infos[tensor].dtype]).itemsize)
+    return {tensor: {tensor: (infos[tensor].dtype, infos[tensor].shape)} for tensor in order}
+
+
+def _pieces(source: MergedSource, tensor: str) -> Iterator[np.ndarray]:
+    """A tensor as it is stored, in pieces of rows."""
+    info = source.info(tensor)
+    if len(info.shape) == 1:
+        yield source.stored_vector(tensor)
+        return
+    for start, piece in pieces_of(source.weight(tensor.removesuffix(".weight"))):
+        with np.errstate(over="ignore"):  # beyond F16: told on the next line
+            stored = as_stored(piece, info.dtype)
+        check_finite(tensor, stored, start)
+        yield stored
+
+
+def merge_packed(
+    source: MergedSource, name: str, out: Path, method: str = "rtn", setup: Setup | None = None,
+    overwrite: bool = False, progress: Progress = None,
+) -> Summary:  # fmt: skip
+    """Write a packed directory, rounded again by the scheme of its base; the rest as in `merge_float`.
+
+    Args:
+        method: of rounding, as `quantize` takes it.
+        setup: what methods that look at activations need.
+    """
+    assert source.base_scheme is not None, "a float base is merged by merge_float"
+    check_targets(source, out, overwrite)
+    setup = setup or Setup()
+    merged = {"adaptor": source.record(), "base_method": source.base_method}
+    setup, scheme = replace(setup, settings=setup.settings | {"merged": merged}), source.base_scheme
+    if scheme.scale_rule == GIVEN:  # by another tool; here scales are chosen anew
+        scheme = replace(scheme, scale_rule="search", scale_dtype="bfloat16")
+    return quantize(source, name, out, scheme, method, setup, overwrite, progress=progress)
+
+
+def written_text(source: MergedSource, progress: Progress = None) -> str:
+    """What the base with the adaptor beside it writes from nothing but its BOS token, at temperature 1.
+
+    Raises:
+        InputError: the model has no BOS token.
+    """
+    llm = load(source.path, adaptors={_BESIDE: source.adaptor})
+    if llm.tokenizer.bos_token_id is None:
+        raise InputError(f"{source.path}: bos_token: expected one to begin a text with; try --text FILE")
+    length, texts, tokens = min(_LENGTH, llm.context - 1), list[str](), 0
+    while tokens < _TOKENS and len(texts) < _MOST_TEXTS:
+        if progress:
+            progress("writing text to measure on", tokens, _TOKENS)
+        generation = llm.generate("", max_tokens=length, temperature=1.0, top_p=1.0, top_k=0,
+                                  seed=len(texts), adaptor=_BESIDE)  # fmt: skip
+        texts.append(generation.text)
+        tokens += len(generation.token_ids)
+    return "\n".join(texts)
+
+
+def measure(source: MergedSource, out: Path, text: str, progress: Progress = None) -> Loss:
+    """What the merged model at `out` lost against its base with the adaptor beside it, in the engine."""
+    base, merged = load(source.path, adaptors={_BESIDE: source.adaptor}), load(out)
+    contenders = [
+        Contender("base with the adaptor", base, True, _BESIDE),
+        Contender("base", base, False),
+        Contender("merged", merged, False),
+    ]
+    scores = score_tokens(contenders, text, progress=progress)
+    beside, alone, after = (float(losses.mean()) for losses in scores.losses)
+    kl, without = mean_interval(scores.kl[2]), mean_interval(scores.kl[1])
+    return Loss(scores.kl.shape[1], kl, without, (alone, beside, after))
