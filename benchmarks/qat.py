@@ -3,7 +3,7 @@
     python benchmarks/qat.py --data pairs.tsv --task translation --work DIR --seeds 0,1,2
 
 With every seed the embedded model is trained by the same stages, steps and learning rates on the same data,
-in float and with rounding in every step: all weights (float, qat); the same, then adaptors of rank 16 beside
+in float and with rounding in every step: all weights (float, qat); the same, then adapters of rank 16 beside
 them (float-lora, which are merged in the end; qat-lora). What rounding costs is the loss of the float result
 rounded to nearest less that of the float result itself; `won back` is the share of it that a model does not
 lose. All models run in the engine, on examples that none has learned. Intervals are of the bootstrap over
@@ -25,8 +25,8 @@ from llamita.quantize.pipeline import quantize
 from llamita.train.data import Data, load_data
 from llamita.train.finetune import Job, quiet, train
 from llamita.train.measures import example_losses
-from llamita.train.recipe import Recipe, adaptor_place, parse_recipe
-from llamita.train.save import save_adaptors, save_float, save_packed
+from llamita.train.recipe import Recipe, adapter_place, parse_recipe
+from llamita.train.save import save_adapters, save_float, save_packed
 
 DRAWS = 2000
 Losses = dict[str, list[np.ndarray]]  # of every example, by model
@@ -73,8 +73,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> Losses:
 def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
     """What is trained, without a teacher: the base knows nothing of the task."""
     weights = {"steps": arguments.steps, "learning_rate": arguments.rate}
-    adaptors = {"train": "adaptors", "steps": arguments.lora_steps, "learning_rate": arguments.lora_rate}
-    stages = {"float": [weights], "float-lora": [weights, adaptors]}
+    adapters = {"train": "adapters", "steps": arguments.lora_steps, "learning_rate": arguments.lora_rate}
+    stages = {"float": [weights], "float-lora": [weights, adapters]}
     shape = {"length": arguments.length, "held_out": arguments.held_out, "group_size": arguments.group_size}
     batch = {"batch": 4, "micro_batch": 4}
     starts = {False: "rtn", True: arguments.start}
@@ -102,13 +102,13 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path,
     with quiet():
         if not recipe.is_quantized:
             partial = fresh(place.with_name(f"{place.name}-partial"))
-            model = trained.model.merge_and_unload() if recipe.has_adaptors else trained.model
+            model = trained.model.merge_and_unload() if recipe.has_adapters else trained.model
             save_float(model, source, partial)
             partial.rename(place)
             return
         model = trained.model
-        if recipe.has_adaptors:
-            save_adaptors(model, "embedded", fresh(adaptor_place(place)))
+        if recipe.has_adapters:
+            save_adapters(model, "embedded", fresh(adapter_place(place)))
             model = model.unload()
         scheme = make_scheme(recipe.preset, recipe.group_size)
         save_packed(model, source, str(source.path), place, scheme, work, {}, overwrite=False)
@@ -116,8 +116,8 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path,
 
 def losses_of(data: Data, place: Path) -> list[np.ndarray]:
     """Of every held-out example, in the engine."""
-    beside = adaptor_place(place)
-    llm = load(place, adaptors={"a": beside} if beside.exists() else {})
+    beside = adapter_place(place)
+    llm = load(place, adapters={"a": beside} if beside.exists() else {})
     return example_losses(llm, [one for one, _ in data.measured], "a" if beside.exists() else None)
 
 

@@ -62,6 +62,6 @@ struct NewArray {
 };
 
 void bind_cache(nb::module_& m);
-void bind_adaptors(nb::module_& m);
+void bind_adapters(nb::module_& m);
 
 }  // namespace llamita

@@ -353,6 +353,6 @@ NB_MODULE(_native, m) {
   llamita::bind_weights(m);
   llamita::bind_operations(m);
   llamita::bind_cache(m);
-  llamita::bind_adaptors(m);
+  llamita::bind_adapters(m);
   llamita::kernels();  // a wrong LLAMITA_ISA fails here, at import; a wrong LLAMITA_THREADS on first use
 }

@@ -21,7 +21,7 @@ struct Output {
 void linear_quantized(const Weights& weights, Activations& acts, const Output& output);
 void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output);
 
-// B of an adaptor, in panels, for outputs [first, first + count); it reads rank inner values, the first at `inner`
+// B of an adapter, in panels, for outputs [first, first + count); it reads rank inner values, the first at `inner`
 struct LowRankPart {
   const void* panels;
   Dtype dtype;

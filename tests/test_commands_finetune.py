@@ -102,7 +102,7 @@ def test_without_held_out_examples_nothing_is_measured(
     assert "Held-out" not in capsys.readouterr().out
 
 
-def test_lora_makes_adaptors_that_peft_reads(model: Path, data: Path, tmp_path: Path) -> None:
+def test_lora_makes_adapters_that_peft_reads(model: Path, data: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "out"
@@ -114,7 +114,7 @@ def test_lora_makes_adaptors_that_peft_reads(model: Path, data: Path, tmp_path: 
     assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2 * 7
 
 
-def test_qat_lora_makes_a_packed_model_and_adaptors(
+def test_qat_lora_makes_a_packed_model_and_adapters(
     model: Path, data: Path, tmp_path: Path, capsys: Any
 ) -> None:
     out = tmp_path / "out"
@@ -122,16 +122,16 @@ def test_qat_lora_makes_a_packed_model_and_adaptors(
     assert run("finetune", model, *options, "-o", out, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert len(values["losses"]) == 3
-    for directory in (out, tmp_path / "out-adaptor"):
+    for directory in (out, tmp_path / "out-adapter"):
         assert "stage 2" in (directory / "loss.svg").read_text("utf-8")
-    assert values["try"].endswith(f"--adaptor {tmp_path / 'out-adaptor'}")
-    llm = llamita.load(out, adaptors={"a": tmp_path / "out-adaptor"})
+    assert values["try"].endswith(f"--adapter {tmp_path / 'out-adapter'}")
+    llm = llamita.load(out, adapters={"a": tmp_path / "out-adapter"})
     ids = list(range(2, 30))
-    assert np.abs(llm.logits(ids, adaptor="a") - llm.logits(ids)).max() > 1e-3
+    assert np.abs(llm.logits(ids, adapter="a") - llm.logits(ids)).max() > 1e-3
     assert run("finetune", model, *options, "-o", out, "--overwrite") == 0
     capsys.readouterr()
     assert run("finetune", model, "--data", data, "--method", "qat", "-o", out, "--overwrite", *FAST) == 2
-    assert "out-adaptor has the adaptors of the out that would be replaced" in one_line(capsys)
+    assert "out-adapter has the adapters of the out that would be replaced" in one_line(capsys)
 
 
 def test_a_teacher_is_not_replaced(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -193,30 +193,30 @@ def test_what_a_run_with_other_settings_has_kept_is_not_thrown_away(
     assert not work.exists()
 
 
-def test_an_adaptor_of_another_model_is_told(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
-    assert run("finetune", model, "--data", data, "-o", tmp_path / "adaptor", *FAST) == 0
+def test_an_adapter_of_another_model_is_told(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("finetune", model, "--data", data, "-o", tmp_path / "adapter", *FAST) == 0
     other = make_checkpoint(tmp_path / "other", seed=5)
     for name, source in (("own", model), ("others", other)):
         assert run("quantize", source, "-o", tmp_path / name) == 0
     capsys.readouterr()
-    options = ("--prompt", "a", "--max-tokens", "1", "--adaptor", tmp_path / "adaptor")
+    options = ("--prompt", "a", "--max-tokens", "1", "--adapter", tmp_path / "adapter")
     assert run("generate", tmp_path / "own", *options) == 0
     assert "another model" not in capsys.readouterr().err
     assert run("generate", tmp_path / "others", *options) == 0
     assert "was trained on another model" in capsys.readouterr().err
 
 
-def test_adaptors_stand_by_what_training_began_with(
+def test_adapters_stand_by_what_training_began_with(
     model: Path, data: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """Equalized channels fit the adaptors that were trained beside them, and no others."""
+    """Equalized channels fit the adapters that were trained beside them, and no others."""
     out = tmp_path / "out"
     options = ("--data", data, "--method", "qat-lora", *FAST, "--set", "start=equalize")
     assert run("finetune", model, *options, "-o", out) == 0
     assert run("finetune", model, "--data", data, "-o", tmp_path / "float", *FAST) == 0
     capsys.readouterr()
-    prompt = ("--prompt", "a", "--max-tokens", "1", "--adaptor")
-    assert run("generate", out, *prompt, tmp_path / "out-adaptor") == 0
+    prompt = ("--prompt", "a", "--max-tokens", "1", "--adapter")
+    assert run("generate", out, *prompt, tmp_path / "out-adapter") == 0
     capsys.readouterr()
     assert run("generate", out, *prompt, tmp_path / "float") == 2
     assert "expected a model whose channels are those of its source" in one_line(capsys)

@@ -37,7 +37,7 @@ class TableModel:
     def logits(self, ids: np.ndarray) -> np.ndarray:
         return self.table[ids] + np.arange(len(ids), dtype=np.float32)[:, None] / 100 * self.drift
 
-    def iter_logits(self, ids: np.ndarray, chunk: int, adaptor: str | None):
+    def iter_logits(self, ids: np.ndarray, chunk: int, adapter: str | None):
         self.calls.append(list(ids))
         logits = self.logits(ids)
         for start in range(0, len(ids), chunk):

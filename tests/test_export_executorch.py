@@ -147,21 +147,21 @@ def test_the_program_computes_what_the_engine_does(tmp_path: Path, family: str, 
     assert difference.std() < 0.05 * expected.std()  # activations that round the other way
 
 
-def test_adaptors_go_along_unmerged(tmp_path: Path) -> None:
+def test_adapters_go_along_unmerged(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-    from test_adaptors import make_adaptor
+    from test_adapters import make_adapter
 
-    from llamita.engine.adapters import read_adaptor
+    from llamita.engine.adapters import read_adapter
 
     packed = PackedModel(packed_model(tmp_path))
-    adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "model")
     with torch.no_grad():
         plain, beside = (
             make_program(packed, 64, one)(torch.tensor([IDS]), torch.tensor([0])).numpy()[0]
-            for one in (None, read_adaptor(adaptor, packed.config))
+            for one in (None, read_adapter(adapter, packed.config))
         )
-    expected = llamita.load(packed.path, adaptors={"a": adaptor}).logits(IDS, "a")[-1]
+    expected = llamita.load(packed.path, adapters={"a": adapter}).logits(IDS, "a")[-1]
     assert np.abs(beside - plain).max() > 0.1
     assert np.std(beside - expected) < 0.05 * np.std(expected)
 

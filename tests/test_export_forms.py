@@ -161,12 +161,12 @@ def test_what_a_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None
         assert told in one_line(capsys)
 
 
-def test_adaptors_go_along_in_metas_form(tmp_path: Path) -> None:
-    from test_adaptors import make_adaptor
+def test_adapters_go_along_in_metas_form(tmp_path: Path) -> None:
+    from test_adapters import make_adapter
 
     packed = packed_model(tmp_path, "llama3")
-    adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model", rank=4)
-    assert run("export", packed, "--to", "meta", "-o", tmp_path / "out", "--adaptor", adaptor) == 0
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", rank=4)
+    assert run("export", packed, "--to", "meta", "-o", tmp_path / "out", "--adapter", adapter) == 0
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
     params = json.loads((tmp_path / "out" / "params.json").read_text("utf-8"))
     assert params["lora_args"] == {"rank": 4, "scale": 2.0}
@@ -175,42 +175,42 @@ def test_adaptors_go_along_in_metas_form(tmp_path: Path) -> None:
     assert len(down) == 4
 
 
-def test_adaptors_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
+def test_adapters_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
     """Rank-stabilized, named, of some layers: PEFT loads what comes out, with the same values and scale."""
-    pytest.importorskip("peft", reason="what loads adaptors")
-    from test_adaptors import make_adaptor
+    pytest.importorskip("peft", reason="what loads adapters")
+    from test_adapters import make_adapter
 
     packed = packed_model(tmp_path, "llama3")
-    adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model", rank=4, use_rslora=True,
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", rank=4, use_rslora=True,
                            targets=["self_attn.q_proj", "mlp.down_proj"])  # fmt: skip
     capsys.readouterr()
-    arguments = ("export", packed, "--to", "adaptors", "-o", tmp_path / "out")
+    arguments = ("export", packed, "--to", "adapters", "-o", tmp_path / "out")
     assert run(*arguments) == 2
-    assert "--to adaptors: expected --adaptor ADAPTOR" in one_line(capsys)
-    assert run(*arguments, "--adaptor", adaptor) == 0
+    assert "--to adapters: expected --adapter ADAPTER" in one_line(capsys)
+    assert run(*arguments, "--adapter", adapter) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == "PASS"
     assert "read back by PEFT: 4 of 4 tensors" in shown.err
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text("utf-8"))
     assert (settings["r"], settings["lora_alpha"]) == (4, 4 * 4.0)  # 8 / sqrt(4) = 4 = 16 / 4
-    first, second = (llamita.load(packed, adaptors={"a": one}) for one in (adaptor, tmp_path / "out"))
-    np.testing.assert_array_equal(first.logits(IDS, adaptor="a"), second.logits(IDS, adaptor="a"))
+    first, second = (llamita.load(packed, adapters={"a": one}) for one in (adapter, tmp_path / "out"))
+    np.testing.assert_array_equal(first.logits(IDS, adapter="a"), second.logits(IDS, adapter="a"))
 
 
-def test_adaptors_of_some_layers_alone(tmp_path: Path, capsys: Any) -> None:
+def test_adapters_of_some_layers_alone(tmp_path: Path, capsys: Any) -> None:
     """PEFT would make new ones for the others, were they not named one by one."""
-    pytest.importorskip("peft", reason="what loads adaptors")
-    from test_adaptors import make_adaptor
+    pytest.importorskip("peft", reason="what loads adapters")
+    from test_adapters import make_adapter
     from tiny import write_file
 
     packed = packed_model(tmp_path, "llama3")
-    adaptor = make_adaptor(tmp_path / "adaptor", tmp_path / "model")
-    file = TensorFile(adaptor / "adapter_model.safetensors")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "model")
+    file = TensorFile(adapter / "adapter_model.safetensors")
     first = {name: file.read(name).copy() for name in file.tensors if ".layers.0." in name}
-    (adaptor / "adapter_model.safetensors").unlink()
-    write_file(adaptor / "adapter_model.safetensors", first, "BF16")
+    (adapter / "adapter_model.safetensors").unlink()
+    write_file(adapter / "adapter_model.safetensors", first, "BF16")
     capsys.readouterr()
-    assert run("export", packed, "--to", "adaptors", "--adaptor", adaptor, "-o", tmp_path / "out") == 0
+    assert run("export", packed, "--to", "adapters", "--adapter", adapter, "-o", tmp_path / "out") == 0
     shown = capsys.readouterr()
     assert "read back by PEFT: 7 of 7 tensors" in shown.err
     assert "Warning" not in shown.err

@@ -159,7 +159,7 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> No
         ((model, "--to", "gguf", *out), "expected a quantized directory, got a float model"),
         (
             (tmp_path / "arm", "--to", "nothing", *out),
-            "--to: expected one of executorch, adaptors, compressed-tensors",
+            "--to: expected one of executorch, adapters, compressed-tensors",
         ),
         ((tmp_path / "arm", "--to", "gguf"), "--out: expected the directory to make"),
         ((tmp_path / "arm", "--to", "gguf", *out), "exists; try --overwrite"),

@@ -104,7 +104,7 @@ def test_mixed_kinds_come_back(tmp_path: Path) -> None:
 
 
 def test_what_was_imported_is_like_any_packed_model(tmp_path: Path, capsys: Any) -> None:
-    from test_adaptors import make_adaptor
+    from test_adapters import make_adapter
 
     model = model_of(tmp_path, "llama3")
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
@@ -117,8 +117,8 @@ def test_what_was_imported_is_like_any_packed_model(tmp_path: Path, capsys: Any)
     assert run("inspect", back) == 0
     assert "imported" in capsys.readouterr().out
     assert "not known" in (back / "README.md").read_text("utf-8")
-    adaptor = make_adaptor(tmp_path / "adaptor", model)
-    assert run("merge", back, adaptor, "-o", tmp_path / "merged") == 0
+    adapter = make_adapter(tmp_path / "adapter", model)
+    assert run("merge", back, adapter, "-o", tmp_path / "merged") == 0
     merged = PackedModel(tmp_path / "merged").scheme
     assert merged is not None
     assert merged.scale_rule == "search"
@@ -176,23 +176,23 @@ def test_metas_spinquant_release(tmp_path: Path) -> None:
     assert run("import", source, "-o", tmp_path / "other") == 2
 
 
-def test_adaptors_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path, capsys: Any) -> None:
+def test_adapters_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path, capsys: Any) -> None:
     """R1 and R2 are in its weights, and nothing but `spinquant` says so."""
-    from test_adaptors import make_adaptor
+    from test_adapters import make_adapter
 
     model = make_checkpoint(tmp_path / "model", "llama3")
-    adaptor = make_adaptor(tmp_path / "adaptor", model)
+    adapter = make_adapter(tmp_path / "adapter", model)
     options = ("--method", "spinquant", "--set", "spinquant.steps=0")
     assert run("quantize", model, "-o", tmp_path / "packed", *options) == 0
     source = export(tmp_path / "packed", "meta", tmp_path / "there")
     assert run("import", source, "-o", tmp_path / "back") == 0
     capsys.readouterr()
     for base in ("packed", "back"):
-        assert run("generate", tmp_path / base, "--adaptor", adaptor, "--prompt", "a") == 2
+        assert run("generate", tmp_path / base, "--adapter", adapter, "--prompt", "a") == 2
         assert "got one changed by R1 and R2" in one_line(capsys)
     changed_params(source, lora_args={"rank": 4, "scale": 2.0})
     assert run("import", source, "-o", tmp_path / "other") == 2
-    assert "lora_args: expected adaptors among the weights" in one_line(capsys)
+    assert "lora_args: expected adapters among the weights" in one_line(capsys)
     changed_params(source, lora_args=None)
     assert run("import", source, "-o", tmp_path / "other") == 0
 
@@ -235,59 +235,59 @@ def changed_params(source: Path, **changes: Any) -> None:
 
 
 def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its adaptors become a directory of their own, and are never left out in silence."""
-    from test_adaptors import make_adaptor
+    """Its adapters become a directory of their own, and are never left out in silence."""
+    from test_adapters import make_adapter
 
     monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
     model = make_checkpoint(tmp_path / "model", "llama3")
-    adaptor = make_adaptor(tmp_path / "adaptor", model, rank=8)
+    adapter = make_adapter(tmp_path / "adapter", model, rank=8)
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
-    source = export(tmp_path / "packed", "meta", tmp_path / "there", "--adaptor", adaptor)
+    source = export(tmp_path / "packed", "meta", tmp_path / "there", "--adapter", adapter)
     capsys.readouterr()
     assert run("generate", source, "--prompt", "a") == 2
     assert "try llamita import" in one_line(capsys)
     assert run("import", source, "-o", tmp_path / "back") == 0
     assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "packed")
-    assert "Its adaptors lie apart" in (tmp_path / "back" / "README.md").read_text("utf-8")
-    beside = tmp_path / "back-adaptor"
-    found, given = (tensors_of_adaptor(one) for one in (beside, adaptor))
+    assert "Its adapters lie apart" in (tmp_path / "back" / "README.md").read_text("utf-8")
+    beside = tmp_path / "back-adapter"
+    found, given = (tensors_of_adapter(one) for one in (beside, adapter))
     assert found == given
-    engines = [llamita.load(base, adaptors={"a": one})
-               for base, one in ((tmp_path / "back", beside), (tmp_path / "packed", adaptor))]  # fmt: skip
-    first, second = (one.logits(IDS, adaptor="a") for one in engines)
+    engines = [llamita.load(base, adapters={"a": one})
+               for base, one in ((tmp_path / "back", beside), (tmp_path / "packed", adapter))]  # fmt: skip
+    first, second = (one.logits(IDS, adapter="a") for one in engines)
     np.testing.assert_array_equal(first, second)
-    assert run("generate", tmp_path / "back", "--adaptor", beside, "--prompt", "a", "--max-tokens", "2") == 0
+    assert run("generate", tmp_path / "back", "--adapter", beside, "--prompt", "a", "--max-tokens", "2") == 0
     params = json.loads((source / "params.json").read_text())
     params.pop("lora_args")
     (source / "params.json").write_text(json.dumps(params))
     capsys.readouterr()
     assert run("import", source, "-o", tmp_path / "other") == 2
     assert "lora_args: expected rank and scale" in one_line(capsys)
-    assert not (tmp_path / "other-adaptor").exists()
+    assert not (tmp_path / "other-adapter").exists()
 
 
-def test_adaptors_that_are_there_are_not_replaced(tmp_path: Path, capsys: Any) -> None:
-    """OUT-adaptor was not named by the user, and may be what finetune has left."""
-    from test_adaptors import make_adaptor
+def test_adapters_that_are_there_are_not_replaced(tmp_path: Path, capsys: Any) -> None:
+    """OUT-adapter was not named by the user, and may be what finetune has left."""
+    from test_adapters import make_adapter
 
     model = make_checkpoint(tmp_path / "model", "llama3")
-    adaptor = make_adaptor(tmp_path / "adaptor", model)
+    adapter = make_adapter(tmp_path / "adapter", model)
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
-    source = export(tmp_path / "packed", "meta", tmp_path / "there", "--adaptor", adaptor)
-    (tmp_path / "out-adaptor").mkdir()
-    (tmp_path / "out-adaptor" / "llamita_training.json").write_text("{}")
+    source = export(tmp_path / "packed", "meta", tmp_path / "there", "--adapter", adapter)
+    (tmp_path / "out-adapter").mkdir()
+    (tmp_path / "out-adapter" / "llamita_training.json").write_text("{}")
     capsys.readouterr()
     assert run("import", source, "-o", tmp_path / "out", "--overwrite") == 2
-    assert "out-adaptor, where the adaptors of this release go, is another" in one_line(capsys)
+    assert "out-adapter, where the adapters of this release go, is another" in one_line(capsys)
     assert not (tmp_path / "out").exists()
-    (tmp_path / "out-adaptor" / "llamita_training.json").unlink()
-    (tmp_path / "out-adaptor").rmdir()
+    (tmp_path / "out-adapter" / "llamita_training.json").unlink()
+    (tmp_path / "out-adapter").rmdir()
     for options in ((), ("--overwrite",)):
         assert run("import", source, "-o", tmp_path / "out", *options) == 0
-        assert (tmp_path / "out-adaptor" / "adapter_config.json").exists()
+        assert (tmp_path / "out-adapter" / "adapter_config.json").exists()
 
 
-def tensors_of_adaptor(directory: Path) -> dict[str, bytes]:
+def tensors_of_adapter(directory: Path) -> dict[str, bytes]:
     file = TensorFile(directory / "adapter_model.safetensors")
     return {name: file.read(name).tobytes() for name in file.tensors}
 

@@ -104,18 +104,18 @@ def test_long_pairs_are_left_out_and_told(tokenizer: Tokenizer) -> None:
         read_pairs(records, tokenizer, None, 2)
 
 
-def test_stages_with_preferences_come_last_and_train_adaptors() -> None:
+def test_stages_with_preferences_come_last_and_train_adapters() -> None:
     recipe = read_recipe("llama3.2-qat-lora")
     assert [stage.prefers for stage in recipe.stages] == [False, False, True]
-    assert [stage.train for stage in recipe.without_preferences().stages] == ["weights", "adaptors"]
+    assert [stage.train for stage in recipe.without_preferences().stages] == ["weights", "adapters"]
     assert change(recipe, ["distill=0.3"]).stages[2].distill == 0
     with pytest.raises(InputError, match="no distill"):
         change(recipe, ["3.distill=0.3"])
-    with pytest.raises(InputError, match="preferences: expected train: adaptors"):
+    with pytest.raises(InputError, match="preferences: expected train: adapters"):
         parse_recipe({"stages": [{"objective": "preferences"}]})
-    adaptors, prefers = {"train": "adaptors"}, {"train": "adaptors", "objective": "preferences"}
-    for stages in ([adaptors, adaptors], [prefers, adaptors], [prefers, prefers]):
-        with pytest.raises(InputError, match="expected adaptors once"):
+    adapters, prefers = {"train": "adapters"}, {"train": "adapters", "objective": "preferences"}
+    for stages in ([adapters, adapters], [prefers, adapters], [prefers, prefers]):
+        with pytest.raises(InputError, match="expected adapters once"):
             parse_recipe({"stages": stages})
 
 
@@ -145,14 +145,14 @@ def test_three_stages_learn_what_is_preferred(
     assert run("finetune", model, *options, "-o", out, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["losses"]) == 4
     assert run("verify", out) == 0
-    record = json.loads((tmp_path / "out-adaptor" / "llamita_training.json").read_text("utf-8"))
+    record = json.loads((tmp_path / "out-adapter" / "llamita_training.json").read_text("utf-8"))
     logged = [row for row in record["history"] if row["stage"] == 3]
     losses = [row["loss"] for row in logged if "loss" in row]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5)  # nothing differs from the reference yet
     assert losses[-1] < 0.5
     held_out = next(row for row in logged if "eval_rewards/accuracies" in row)
     assert held_out["eval_rewards/accuracies"] == 1.0
-    saved = (tmp_path / "out-adaptor" / "adapter_model.safetensors").read_bytes()
+    saved = (tmp_path / "out-adapter" / "adapter_model.safetensors").read_bytes()
     assert b"ref" not in saved[: int.from_bytes(saved[:8], "little")].replace(b"pref", b"")
 
 
@@ -163,7 +163,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights(
     from llamita.train.preference_trainer import PairTrainer
 
     recipe = tmp_path / "dpo.yaml"
-    recipe.write_text("{save_every: 2, stages: [{train: adaptors, objective: preferences, steps: 4, batch: 4,"
+    recipe.write_text("{save_every: 2, stages: [{train: adapters, objective: preferences, steps: 4, batch: 4,"
                       " micro_batch: 2, learning_rate: 1e-2}]}", "utf-8")  # fmt: skip
     options = ("--data", files[0], "--preferences", files[1], "--recipe", recipe, "--set", "length=64")
     assert run("finetune", model, *options, "-o", tmp_path / "whole") == 0
@@ -213,4 +213,4 @@ def test_preferences_and_recipe_have_to_go_together(
     assert run("finetune", model, "--data", data, *options) == 0
     assert "preferences" not in capsys.readouterr().out
     assert run("finetune", model, "--data", data, "--preferences", pairs, *options) == 0
-    assert "stage 3: adaptors, rounded, preferences" in capsys.readouterr().out
+    assert "stage 3: adapters, rounded, preferences" in capsys.readouterr().out

@@ -286,9 +286,9 @@ def test_rounding_begins_after_the_given_steps(tmp_path: Path) -> None:
         finetune.train(job_of(path, tmp_path / "never", recipe_of(quantized=True, fake_quant_after=4)))
 
 
-def test_adaptors_learn_beside_a_model_that_stays(tmp_path: Path) -> None:
+def test_adapters_learn_beside_a_model_that_stays(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
-    recipe = recipe_of(train="adaptors", quantized=True, targets=["q_proj", "down_proj"], rank=4, alpha=8)
+    recipe = recipe_of(train="adapters", quantized=True, targets=["q_proj", "down_proj"], rank=4, alpha=8)
     job = job_of(path, tmp_path / "work", recipe)
     trained = finetune.train(job)
     moved = {n for n, p in trained.model.named_parameters() if p.requires_grad}
@@ -349,9 +349,9 @@ def test_every_epoch_ends_with_what_is_left(rows: int, expected: int) -> None:
     assert stage.count_steps(rows) == expected
 
 
-def test_adaptors_are_the_last_stage() -> None:
-    for stages in (["adaptors", "weights"], ["adaptors", "adaptors"]):
-        with pytest.raises(InputError, match="expected adaptors once and, but for preferences, last"):
+def test_adapters_are_the_last_stage() -> None:
+    for stages in (["adapters", "weights"], ["adapters", "adapters"]):
+        with pytest.raises(InputError, match="expected adapters once and, but for preferences, last"):
             parse_recipe({"stages": [{"train": train} for train in stages]})
 
 
@@ -362,7 +362,7 @@ def test_adaptors_are_the_last_stage() -> None:
         ("2.batch=4", "expected a stage from 1 to 1, got '2'"),
         ("batches=4", "expected settings among"),
         ("batch=5", "expected a multiple of micro_batch, 2, got 5"),
-        ("train=all", "train: expected weights, adaptors, got 'all'"),
+        ("train=all", "train: expected weights, adapters, got 'all'"),
         ("learning_rate=fast", "learning_rate: expected a number"),
         ("targets=[head]", "targets: expected some of"),
         ("targets=5", "targets: expected some of"),

@@ -20,11 +20,11 @@ def test_weights_gradients_and_moments_are_sixteen_bytes_a_weight() -> None:
     assert gigabytes("llama-3.1-8b", tiny, shards=4) == pytest.approx(8.0303 * 4, rel=0.02)
 
 
-def test_adaptors_need_a_quarter_and_a_teacher_more() -> None:
-    full, adaptors = (
+def test_adapters_need_a_quarter_and_a_teacher_more() -> None:
+    full, adapters = (
         change(read_recipe(name), ["length=2", "batch=1", "micro_batch=1"]) for name in ("sft", "lora")
     )
-    assert 0.25 < gigabytes("llama-3.2-3b", adaptors) / gigabytes("llama-3.2-3b", full) < 0.30
+    assert 0.25 < gigabytes("llama-3.2-3b", adapters) / gigabytes("llama-3.2-3b", full) < 0.30
     alone, taught = (change(read_recipe("qat"), [f"distill={share}"]) for share in (0, 0.5))
     more = gigabytes("llama-3.2-3b", taught) - gigabytes("llama-3.2-3b", alone)
     assert more > 3.2 * 2  # the teacher in BF16, and its logits

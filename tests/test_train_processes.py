@@ -102,12 +102,12 @@ def test_two_processes_learn_what_one_learns(
     code, out, err = finished(started(2, "-m", "llamita", *two))
     assert code == 0, err
     assert len(json.loads(out)["scores"]) == 3  # the first process prints, and it alone
-    assert_nothing_is_left(tmp_path, "model", "data.jsonl", "one", "one-adaptor", "two", "two-adaptor")
-    logged = [history(tmp_path / name) for name in ("two-adaptor", "one-adaptor")]
+    assert_nothing_is_left(tmp_path, "model", "data.jsonl", "one", "one-adapter", "two", "two-adapter")
+    logged = [history(tmp_path / name) for name in ("two-adapter", "one-adapter")]
     stages = [[[row for row in rows if row["stage"] == stage] for rows in logged] for stage in (1, 2)]
     assert_same_losses(*stages[0], rel=1e-5)
     assert_same_losses(*stages[1], rel=1e-2)  # an activation that rounds the other way shows at once
-    assert trained_tokens(tmp_path / "two-adaptor") >= trained_tokens(tmp_path / "one-adaptor") > 0
+    assert trained_tokens(tmp_path / "two-adapter") >= trained_tokens(tmp_path / "one-adapter") > 0
 
 
 @pytest.mark.parametrize("sharding", [(), ("--shard",)])

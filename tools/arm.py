@@ -36,7 +36,7 @@ PROCESSORS = {
     "neoverse-n1": "neon-dotprod scalar",
     "cortex-a53": "scalar",
 }
-TESTS = ["kernels", "hadamard_kernels", "attention", "rounding", "native_errors", "threads", "adaptors"]
+TESTS = ["kernels", "hadamard_kernels", "attention", "rounding", "native_errors", "threads", "adapters"]
 # Not the scalar kernels by themselves: the same C++ as everywhere, and slow here; others compare with it.
 # Not what qemu does not do: forks beside threads, limits of memory. Not commands that reach no kernel.
 SELECTION = "not [scalar and not fork and not cannot_start and not commands_say_it"

@@ -139,7 +139,7 @@ def linear(
     """
 
 class LowRank:
-    """Adaptors B_i·A_i of layers that read the same input, scaled: see `low_rank`. Keeps its arrays alive."""
+    """Adapters B_i·A_i of layers that read the same input, scaled: see `low_rank`. Keeps its arrays alive."""
 
     def __init__(
         self, downs: list[Any], ups: list[tuple[Any, int, int]], outputs: int, scaling: float
@@ -152,7 +152,7 @@ class LowRank:
     @property
     def scaling(self) -> float: ...
 
-def low_rank(adaptor: LowRank, x: F32, out: F32) -> None:
+def low_rank(adapter: LowRank, x: F32, out: F32) -> None:
     """out[:, start : start + rows] += scaling * (x · A_iᵀ) · B_iᵀ for every part; x, out (tokens, …)."""
 
 def embed(weights: Weights, ids: I32 | npt.NDArray[np.int64], out: F32) -> None:

@@ -33,7 +33,7 @@ SUMMARIES = {
     "quantize": "Turn a Llama checkpoint into a 4-bit model.",
     "import": "Take over another tool's model: Meta's own, GGUF, compressed-tensors, GPTQ, torchao.",
     "finetune": "Tune a model on your data, in float or with 4-bit rounding in every step.",
-    "merge": "Write a model with an adaptor in its weights.",
+    "merge": "Write a model with an adapter in its weights.",
     "export": "Write a 4-bit model in the form of another runtime, ExecuTorch's for phones first.",
     "evaluate": "Measure what quantization cost: perplexity, KL divergence, agreement, LM Eval tasks.",
     "compare": "Show models side by side: sizes, losses, and where they differ beyond noise.",

@@ -11,8 +11,8 @@ import typer
 
 from llamita.commands import console
 from llamita.commands.generate import (
-    ADAPTOR,
-    AdaptorPath,
+    ADAPTER,
+    AdapterPath,
     Context,
     KvCache,
     Preset,
@@ -64,7 +64,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
-    adaptor: AdaptorPath = None,
+    adapter: AdapterPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
 ) -> None:
     """Talk to a model; a line is a message.
@@ -75,11 +75,11 @@ def command(
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """
-    llm = load_beside(model, adaptor, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
+    llm = load_beside(model, adapter, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
     _ = llm.chat_template  # a base model without one is refused before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,
-        "speculate": speculate, "adaptor": adaptor and ADAPTOR,
+        "speculate": speculate, "adapter": adapter and ADAPTER,
     }  # fmt: skip
     is_terminal = sys.stdin.isatty() and not as_json
     if is_terminal:

@@ -40,8 +40,11 @@ _Flavor = Annotated[
 _RoundScales = Annotated[
     bool, typer.Option("--round-scales", help="Round scales to the grid of the form, and say by how much.")
 ]
-_Adaptor = Annotated[
-    Path | None, typer.Option(metavar="ADAPTOR", help="Adaptors in PEFT's form to go with it, unmerged.")
+_Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter", "--adaptor", metavar="ADAPTER", help="Adapters in PEFT's form to go with it, unmerged."
+    ),
 ]
 
 
@@ -52,7 +55,7 @@ def command(
     context: _Context = None,
     backend: _Backend = None,
     embedding: _Embedding = None,
-    adaptor: _Adaptor = None,
+    adapter: _Adapter = None,
     round_scales: _RoundScales = False,
     flavor: _Flavor = None,
     overwrite: Overwrite = False,
@@ -63,7 +66,7 @@ def command(
 
     Example: llamita export my-model --to executorch -o my-model-pte
     """
-    options = {"context": context, "backend": backend, "embedding": embedding, "adaptor": adaptor,
+    options = {"context": context, "backend": backend, "embedding": embedding, "adapter": adapter,
                "round_scales": round_scales or None, "flavor": flavor}  # fmt: skip
     _check_options(to, options)
     if out is None:
@@ -76,7 +79,7 @@ def command(
     write = writer_of(to)  # which may import Torch
     began, watch = time.perf_counter(), MemoryWatch()
     with watch, console.progress(quiet=json) as progress, staged(out, overwrite, packed.path) as directory:
-        record = write(Order(packed, adaptor, options), directory, progress)
+        record = write(Order(packed, adapter, options), directory, progress)
         record |= {"options": {name: str(value) for name, value in options.items() if value is not None}}
         _write_record(directory, packed, to, record)
         for path in directory.iterdir():

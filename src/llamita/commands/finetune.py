@@ -1,4 +1,4 @@
-"""`llamita finetune`: a model and data in; a tuned checkpoint, adaptors or a 4-bit model out."""
+"""`llamita finetune`: a model and data in; a tuned checkpoint, adapters or a 4-bit model out."""
 
 import os
 import time
@@ -25,7 +25,7 @@ from llamita.system.threads import use_threads
 from llamita.train.data import Data, load_data, with_preferences
 from llamita.train.memory import expected_memory
 from llamita.train.order import Order
-from llamita.train.recipe import METHODS, Recipe, adaptor_place, change, read_recipe
+from llamita.train.recipe import METHODS, Recipe, adapter_place, change, read_recipe
 from llamita.train.start import parse_start
 from llamita.train.tasks import TASKS
 
@@ -128,19 +128,19 @@ def command(
 
 
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, *read: Path | None) -> None:
-    """See that what is made replaces nothing that is read, and leaves no adaptors of an earlier OUT."""
+    """See that what is made replaces nothing that is read, and leaves no adapters of an earlier OUT."""
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
     if not out.name:
         raise InputError(f"--out: expected a directory to make, got {out}; try -o NAME")
-    beside = adaptor_place(out)
-    has_two = recipe.is_quantized and recipe.has_adaptors
+    beside = adapter_place(out)
+    has_two = recipe.is_quantized and recipe.has_adapters
     for path in read:
         check_target(out, overwrite, path)
         if has_two:
             check_target(beside, overwrite, path)
     if out.exists() and beside.exists() and not has_two:
-        raise InputError(f"--out: {beside} has the adaptors of the {out.name} that would be replaced; "
+        raise InputError(f"--out: {beside} has the adapters of the {out.name} that would be replaced; "
                          "try to remove it, or another name")  # fmt: skip
 
 

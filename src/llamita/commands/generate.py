@@ -28,10 +28,11 @@ Preset = Annotated[
 Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")]
 Context = Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")]
 KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")]
-AdaptorPath = Annotated[
-    Path | None, typer.Option("--adaptor", metavar="DIR", help="A low-rank adaptor in PEFT's form to use.")
+AdapterPath = Annotated[
+    Path | None,
+    typer.Option("--adapter", "--adaptor", metavar="DIR", help="A low-rank adapter in PEFT's form to use."),
 ]
-ADAPTOR = "adaptor"  # what the one of --adaptor is called
+ADAPTER = "adapter"  # what the one of --adapter is called
 
 
 def command(
@@ -53,7 +54,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
-    adaptor: AdaptorPath = None,
+    adapter: AdapterPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the stream.")] = False,
 ) -> None:
     """Continue a prompt.
@@ -61,11 +62,11 @@ def command(
     Example: llamita generate embedded --prompt "Once upon a time" --max-tokens 100
     """
     text = read_prompt(prompt)
-    llm = load_beside(model, adaptor, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
+    llm = load_beside(model, adapter, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-        "stop": stop or [], "speculate": speculate, "adaptor": adaptor and ADAPTOR,
+        "stop": stop or [], "speculate": speculate, "adapter": adapter and ADAPTER,
     }  # fmt: skip
     if as_json:
         generation = llm.generate(text, **options)
@@ -76,11 +77,11 @@ def command(
     console.note(summary(generation))
 
 
-def load_beside(model: str, adaptor: Path | None, **options: Any) -> LLM:
-    """`load` with the adaptor of --adaptor; says so where that was trained on another model."""
-    llm = load(model, adaptors={} if adaptor is None else {ADAPTOR: adaptor}, **options)
-    if adaptor is not None and is_made_for(open_source(llm.path), adaptor) is False:
-        console.note(f"--adaptor {adaptor}: was trained on another model; answers may be worse than without")
+def load_beside(model: str, adapter: Path | None, **options: Any) -> LLM:
+    """`load` with the adapter of --adapter; says so where that was trained on another model."""
+    llm = load(model, adapters={} if adapter is None else {ADAPTER: adapter}, **options)
+    if adapter is not None and is_made_for(open_source(llm.path), adapter) is False:
+        console.note(f"--adapter {adapter}: was trained on another model; answers may be worse than without")
     console.note(remark())
     return llm
 

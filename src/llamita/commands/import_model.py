@@ -12,11 +12,11 @@ from llamita import __version__
 from llamita.commands import console
 from llamita.commands.options import Json, Out, Overwrite
 from llamita.errors import InputError
-from llamita.imports.forms import convert, files_of, has_adaptors
+from llamita.imports.forms import convert, files_of, has_adapters
 from llamita.imports.take_over import Imported
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed_writer import write_json
-from llamita.models.peft import write_adaptor
+from llamita.models.peft import write_adapter
 from llamita.system.files import has
 from llamita.system.staging import IMPORTED_MARK, TRAINED_MARK, check_target, staged
 
@@ -52,29 +52,29 @@ def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json
             write_json(directory / IMPORTED_MARK, mark)
             Checkpoint(directory).close()  # found to be whole
         if other is not None:
-            assert imported.adaptor is not None, "a release with lora_args has adaptors, or is refused"
-            write_adaptor(imported.adaptor, out.name, imported.layers, other)
+            assert imported.adapter is not None, "a release with lora_args has adapters, or is refused"
+            write_adapter(imported.adapter, out.name, imported.layers, other)
             write_json(other / IMPORTED_MARK, {"llamita": __version__, "source": str(source)})
     seconds, taken = time.perf_counter() - began, imported.taken
     if json:
         told = None if taken is None else {**asdict(taken), "scheme": taken.scheme.to_dict()}
-        adaptor = None if beside is None else str(beside)
-        return console.print_json({"out": str(out), "seconds": seconds, "taken": told, "adaptor": adaptor})
+        adapter = None if beside is None else str(beside)
+        return console.print_json({"out": str(out), "seconds": seconds, "taken": told, "adapter": adapter})
     _print(out, beside, imported, seconds)
 
 
 def _beside(out: Path, overwrite: bool, source: Path) -> Path | None:
-    """Where the adaptors of a release go; None where it has none.
+    """Where the adapters of a release go; None where it has none.
 
     Raises:
-        InputError: something else is there, as adaptors that `finetune` has left.
+        InputError: something else is there, as adapters that `finetune` has left.
     """
-    if not has_adaptors(source):
+    if not has_adapters(source):
         return None
-    beside = out.with_name(f"{out.name}-adaptor")
+    beside = out.with_name(f"{out.name}-adapter")
     if beside.exists() and (not has(beside, IMPORTED_MARK) or has(beside, TRAINED_MARK)):
         raise InputError(
-            f"--out: {beside}, where the adaptors of this release go, is another; try another name"
+            f"--out: {beside}, where the adapters of this release go, is another; try another name"
         )
     check_target(beside, overwrite, source)
     return beside
@@ -96,6 +96,6 @@ def _print(out: Path, beside: Path | None, imported: Imported, seconds: float) -
     if taken.activations:
         console.note(f"made for {taken.activations}; here int8 per token: measure it (llamita evaluate)")
     if beside is not None:
-        console.print_line(f"{beside}: its adaptors, without which it is not the model that was trained")
-    adaptor = "" if beside is None else f" --adaptor {beside}"
-    return console.note(f"try: llamita generate {out}{adaptor} --prompt TEXT")
+        console.print_line(f"{beside}: its adapters, without which it is not the model that was trained")
+    adapter = "" if beside is None else f" --adapter {beside}"
+    return console.note(f"try: llamita generate {out}{adapter} --prompt TEXT")

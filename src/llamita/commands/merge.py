@@ -1,4 +1,4 @@
-"""`llamita merge`: a model and an adaptor in; one model out."""
+"""`llamita merge`: a model and an adapter in; one model out."""
 
 import time
 from dataclasses import asdict
@@ -42,9 +42,9 @@ from llamita.train.merge import (
 
 _Base = Annotated[
     str,
-    typer.Argument(metavar="BASE", help="What the adaptor was trained on: float, or a quantized directory."),
+    typer.Argument(metavar="BASE", help="What the adapter was trained on: float, or a quantized directory."),
 ]
-_Adaptor = Annotated[Path, typer.Argument(metavar="ADAPTOR", help="A directory in PEFT's form.")]
+_Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A directory in PEFT's form.")]
 _Method = Annotated[
     str, typer.Option(help="How a quantized BASE is rounded again: rtn, gptq, qronos, tune, as in quantize.")
 ]
@@ -58,7 +58,7 @@ _Text = Annotated[
 
 def command(
     base: _Base,
-    adaptor: _Adaptor,
+    adapter: _Adapter,
     out: Out = None,
     method: _Method = "rtn",
     calibration: CalibrationText = None,
@@ -70,12 +70,12 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Write a model with an adaptor in its weights, float as its base, or 4-bit by the base's scheme.
+    """Write a model with an adapter in its weights, float as its base, or 4-bit by the base's scheme.
 
-    Rounding again gives up part of what the adaptor does, to nearest perhaps all of it: what is lost is
+    Rounding again gives up part of what the adapter does, to nearest perhaps all of it: what is lost is
     measured and told.
 
-    Example: llamita merge meta-llama/Llama-3.2-1B-Instruct my-adaptor -o tuned
+    Example: llamita merge meta-llama/Llama-3.2-1B-Instruct my-adapter -o tuned
     """
     if processes.world() > 1:
         raise InputError(f"merge: expected a single process, got {processes.world()}; try without torchrun")
@@ -86,7 +86,7 @@ def command(
     content = read_text(text) if text else None
     opened = open_source(base)
     assert isinstance(opened, Checkpoint | PackedModel)
-    source = MergedSource(opened, adaptor)
+    source = MergedSource(opened, adapter)
     _check(source, chain, out, overwrite, calibration)
     began, watch = time.perf_counter(), MemoryWatch()
     with watch, console.progress(quiet=json) as progress:
@@ -102,7 +102,7 @@ def command(
     source.close()
     if json:
         return console.print_json(values | {"loss": loss and asdict(loss)})
-    _print(values, loss, str(text) if text else None, base, adaptor)
+    _print(values, loss, str(text) if text else None, base, adapter)
 
 
 def _chain(method: str) -> Chain:
@@ -149,22 +149,22 @@ def _merge(
     return None
 
 
-def _print(values: dict[str, Any], loss: Loss | None, text: str | None, base: str, adaptor: Path) -> None:
+def _print(values: dict[str, Any], loss: Loss | None, text: str | None, base: str, adapter: Path) -> None:
     out, is_packed = values["out"], values["scheme"] is not None
     console.print_line(f"{out}: {'a 4-bit model' if is_packed else 'a float checkpoint'}")
     if loss is not None:
         where = f"{loss.tokens:,} tokens of {text or 'its own text'}"
         warning = "warning: rounded again: " if is_packed else ""
         console.note(
-            f"{warning}KL {_interval(loss.kl)} nats a token from {base} with {adaptor} beside it; "
+            f"{warning}KL {_interval(loss.kl)} nats a token from {base} with {adapter} beside it; "
             f"{base} alone has {loss.alone.value:.4f} ({where})"
         )
         alone, beside, after = loss.losses
         if text is not None:
-            console.note(f"loss: {alone:.4f} {base}, {beside:.4f} with {adaptor}, {after:.4f} merged")
+            console.note(f"loss: {alone:.4f} {base}, {beside:.4f} with {adapter}, {after:.4f} merged")
     if is_packed and values["method"] == "rtn":
         console.note("closer: --method qronos, which calibrates (needs llamita[torch]); nothing is lost by "
-                     f"llamita generate {base} --prompt TEXT --adaptor {adaptor}")  # fmt: skip
+                     f"llamita generate {base} --prompt TEXT --adapter {adapter}")  # fmt: skip
     console.note(f"{values['seconds']:,.0f} s, {values['memory_bytes'] / 1e6:,.0f} MB")
     command = "generate {} --prompt TEXT" if is_packed else "quantize {0} -o {0}-4bit"
     console.note(f"try: llamita {command.format(out)}")

@@ -1,4 +1,4 @@
-"""Low-rank adaptors beside a model's weights: y = W·x + s·B·(A·x) (LoRA, Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank adapters beside a model's weights: y = W·x + s·B·(A·x) (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
 Here they are not merged, so one copy of the quantized weights serves several, and a step may mix sequences of
 different ones. A and B are PEFT's own files, read as they are stored; x is the float input of a layer, not
@@ -44,8 +44,8 @@ _PLAIN: dict[str, Any] = {  # settings that change what is computed, and where t
 
 
 @dataclass(frozen=True)
-class Adaptor:
-    """Adaptors of a whole model.
+class Adapter:
+    """Adapters of a whole model.
 
     Attributes:
         name: what requests call it.
@@ -57,7 +57,7 @@ class Adaptor:
 
 
 @dataclass(frozen=True)
-class StoredAdaptor:
+class StoredAdapter:
     """What a directory in PEFT's form holds.
 
     Attributes:
@@ -69,39 +69,39 @@ class StoredAdaptor:
     scaling: float
 
 
-Span = tuple[slice, Adaptor]  # tokens of a step, and whose they are
+Span = tuple[slice, Adapter]  # tokens of a step, and whose they are
 
 
 def apply(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.ndarray) -> None:
-    """Add to out (tokens, outputs) what the adaptors of a step make of x (tokens, inputs)."""
-    for tokens, adaptor in spans:
-        adapted = adaptor.blocks[layer].get(fused)
+    """Add to out (tokens, outputs) what the adapters of a step make of x (tokens, inputs)."""
+    for tokens, adapter in spans:
+        adapted = adapter.blocks[layer].get(fused)
         if adapted is not None:
             ops.low_rank(adapted, x[tokens], out[tokens])
 
 
-def check_fits(source: ModelSource, adaptors: Iterable[Path]) -> None:
-    """See that this model reads and gives what the model did that adaptors were trained on.
+def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
+    """See that this model reads and gives what the model did that adapters were trained on.
 
     Raises:
-        InputError: it was rotated, or its channels were scaled, and some adaptor knows nothing of that.
+        InputError: it was rotated, or its channels were scaled, and some adapter knows nothing of that.
     """
     changed = changed_channels(source)
-    if changed and not all(is_trained_beside(source, path) for path in adaptors):
+    if changed and not all(is_trained_beside(source, path) for path in adapters):
         raise InputError(
-            f"adaptors: expected a model whose channels are those of its source, got one changed by "
+            f"adapters: expected a model whose channels are those of its source, got one changed by "
             f"{' and '.join(changed)}; try quantize --method qronos+tune --set tune.rate=0"
         )
 
 
-def load_adaptor(name: str, path: Path, config: ModelConfig) -> Adaptor:
-    """Adaptors as the engine runs them; `name` is what requests will call them, errors as `read_adaptor`."""
-    stored = read_adaptor(path, config)
-    return Adaptor(name, tuple(_block(config, layer, stored) for layer in range(config.layers)))
+def load_adapter(name: str, path: Path, config: ModelConfig) -> Adapter:
+    """Adapters as the engine runs them; `name` is what requests will call them, errors as `read_adapter`."""
+    stored = read_adapter(path, config)
+    return Adapter(name, tuple(_block(config, layer, stored) for layer in range(config.layers)))
 
 
-def read_adaptor(path: Path, config: ModelConfig) -> StoredAdaptor:
-    """Adaptors from a directory in PEFT's form.
+def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
+    """Adapters from a directory in PEFT's form.
 
     Raises:
         InputError: a setting that is not known here, or a tensor that is missing, unknown or of another
@@ -110,7 +110,7 @@ def read_adaptor(path: Path, config: ModelConfig) -> StoredAdaptor:
     """
     if not has(path, CONFIG):
         there = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
-        raise InputError(f"{path}: expected a directory with {CONFIG}, as PEFT writes adaptors, got {there}")
+        raise InputError(f"{path}: expected a directory with {CONFIG}, as PEFT writes adapters, got {there}")
     settings = read_json(path, CONFIG)
     rank, scaling = _check_settings(settings, path)
     file = TensorFile(member(path, WEIGHTS))
@@ -119,26 +119,26 @@ def read_adaptor(path: Path, config: ModelConfig) -> StoredAdaptor:
     for tensor, info in file.tensors.items():
         match = _NAME.fullmatch(tensor)
         if match is None or match[2] not in shapes or int(match[1]) >= config.layers:
-            raise InputError(f"{path}: {tensor[:100]!r}: expected adaptors of this model's linear layers")
+            raise InputError(f"{path}: {tensor[:100]!r}: expected adapters of this model's linear layers")
         rows, columns = shapes[match[2]]
         expected = (rank, columns) if match[3] == "A" else (rows, rank)
         if info.dtype not in FLOAT_DTYPES or info.shape != expected:
             raise InputError(
                 f"{path}: {tensor}: expected floats {expected}, got {info.dtype} {info.shape}; "
-                "is this an adaptor of another model?"
+                "is this an adapter of another model?"
             )
         values = file.read(tensor)
         check_finite(tensor, values)
         pair = found.setdefault(f"model.layers.{int(match[1])}.{match[2]}", {})
-        if match[3] in pair:  # with and without the adaptor's name
+        if match[3] in pair:  # with and without the adapter's name
             raise InputError(f"{path}: {WEIGHTS}: expected {tensor} once, got it twice")
         pair[match[3]] = values
     if not found:
-        raise InputError(f"{path}: {WEIGHTS}: expected adaptors, got none")
+        raise InputError(f"{path}: {WEIGHTS}: expected adapters, got none")
     for module, pair in found.items():
         if len(pair) != 2:
             raise InputError(f"{path}: {module}: expected both lora_A and lora_B")
-    return StoredAdaptor({module: (pair["A"], pair["B"]) for module, pair in found.items()}, scaling)
+    return StoredAdapter({module: (pair["A"], pair["B"]) for module, pair in found.items()}, scaling)
 
 
 def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
@@ -162,8 +162,8 @@ def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _block(config: ModelConfig, layer: int, stored: StoredAdaptor) -> dict[str, ops.LowRank]:
-    """The adaptors of one block."""
+def _block(config: ModelConfig, layer: int, stored: StoredAdapter) -> dict[str, ops.LowRank]:
+    """The adapters of one block."""
     shapes, block = config.linear_shapes(), {}
     for fused, names in FUSED.items():
         outputs = 0

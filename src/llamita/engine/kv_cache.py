@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from llamita import _native
-from llamita.engine.adapters import Adaptor
+from llamita.engine.adapters import Adapter
 from llamita.models.config import ModelConfig, RopeConfig
 
 KV_DTYPES = ("f32", "f16", "int8")
@@ -29,7 +29,7 @@ class SequenceCache:
         )
         self.capacity = capacity
         self.length = 0
-        self.adaptor: Adaptor | None = None  # whose keys and values these are, set before the first step
+        self.adapter: Adapter | None = None  # whose keys and values these are, set before the first step
 
     def copy_prefix(self, source: "SequenceCache", tokens: int) -> None:
         """Begin with the first tokens of another sequence of the same model; what was here before goes.

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from llamita.engine.adapters import check_fits, load_adaptor
+from llamita.engine.adapters import check_fits, load_adapter
 from llamita.engine.kv_cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
@@ -27,7 +27,7 @@ from llamita.engine.requests import (
     check_names,
     check_prompt,
     check_request,
-    find_adaptor,
+    find_adapter,
 )
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
@@ -55,7 +55,7 @@ def load(
     max_sequences: int = MAX_SEQUENCES,
     cache_memory: int | None = None,
     prefix_cache: int | None = None,
-    adaptors: Mapping[str, str | Path] | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> "LLM":
     """Load a model: a checkpoint, a quantized directory, a hub name, or "embedded".
 
@@ -71,7 +71,7 @@ def load(
             by default half of the memory that the process may use.
         prefix_cache: bytes of these to keep of ended sequences, for prompts that begin like them; by
             default what one whole context takes, at most an eighth of the memory. 0 turns it off.
-        adaptors: low-rank adaptors to have beside the model, directories in PEFT's form by the names that
+        adapters: low-rank adapters to have beside the model, directories in PEFT's form by the names that
             requests will give them.
 
     Raises:
@@ -91,7 +91,7 @@ def load(
         max_sequences=max_sequences,
         cache_memory=cache_memory,
         prefix_cache=prefix_cache,
-        adaptors=adaptors,
+        adapters=adapters,
     )
 
 
@@ -118,7 +118,7 @@ class LLM:
         scheme: how its weights are rounded, None for a float model.
         context: tokens of a sequence at most.
         kv_dtype: "f32", "f16" or "int8".
-        adaptors: that requests may name.
+        adapters: that requests may name.
         model: the forward pass, for those who drive it themselves.
         scheduler: what runs the generations, for those who bring requests of their own.
     """
@@ -132,16 +132,16 @@ class LLM:
         max_sequences: int = MAX_SEQUENCES,
         cache_memory: int | None = None,
         prefix_cache: int | None = None,
-        adaptors: Mapping[str, str | Path] | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         """As `load`, from an opened model."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache)
-        if adaptors:
-            check_fits(source, [Path(path) for path in adaptors.values()])
-        self.adaptors = {n: load_adaptor(n, Path(path), self.config) for n, path in (adaptors or {}).items()}
-        self.model = Model(self.config, load_weights(source, gated=not self.adaptors))
+        if adapters:
+            check_fits(source, [Path(path) for path in adapters.values()])
+        self.adapters = {n: load_adapter(n, Path(path), self.config) for n, path in (adapters or {}).items()}
+        self.model = Model(self.config, load_weights(source, gated=not self.adapters))
         self.scheduler = Scheduler(self.model, limits)
 
     @cached_property
@@ -155,11 +155,11 @@ class LLM:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         return ChatTemplate(read_template(self.path), bos_token=bos, eos_token=eos)
 
-    def logits(self, token_ids: TokenIds, adaptor: str | None = None) -> np.ndarray:
+    def logits(self, token_ids: TokenIds, adapter: str | None = None) -> np.ndarray:
         """The logits that follow every token: float32 (tokens, vocab).
 
         Args:
-            adaptor: the name of one that the model was loaded with.
+            adapter: the name of one that the model was loaded with.
 
         Raises:
             InputError: no tokens, more than the context holds, or an id outside the vocabulary.
@@ -167,21 +167,21 @@ class LLM:
         ids = self.check_ids(token_ids)
         logits = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
         cache = self.new_sequence(len(ids))
-        cache.adaptor = find_adaptor(adaptor, self.adaptors)
+        cache.adapter = find_adapter(adapter, self.adapters)
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = slice(start, start + PREFILL_CHUNK)
             self.model.step([(cache, ids[part])], np.arange(len(ids[part])), out=logits[part])
         return logits
 
     def iter_logits(
-        self, token_ids: TokenIds, chunk: int = PREFILL_CHUNK, adaptor: str | None = None
+        self, token_ids: TokenIds, chunk: int = PREFILL_CHUNK, adapter: str | None = None
     ) -> Iterator[np.ndarray]:
         """The same logits in arrays of up to `chunk` rows, for vocabularies whose whole would be too much."""
         ids = self.check_ids(token_ids)
         if chunk < 1:
             raise InputError(f"chunk: expected at least 1, got {chunk}")
         cache = self.new_sequence(len(ids))
-        cache.adaptor = find_adaptor(adaptor, self.adaptors)
+        cache.adapter = find_adapter(adapter, self.adapters)
         return self._iterate_logits(cache, ids, chunk)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
@@ -189,14 +189,14 @@ class LLM:
         return _last(self.stream(prompt, **options))
 
     def generate_many(
-        self, prompts: Sequence[Prompt], *, adaptors: Sequence[str | None] | None = None,
+        self, prompts: Sequence[Prompt], *, adapters: Sequence[str | None] | None = None,
         **options: Unpack[Options],
     ) -> list[Generation]:  # fmt: skip
         """Generate from many prompts together, in less time than one after the other; same results.
 
         Args:
             prompts: any number, each as `stream` takes it.
-            adaptors: the adaptor of each prompt, where they differ.
+            adapters: the adapter of each prompt, where they differ.
             options: of all of them.
 
         Raises:
@@ -207,12 +207,12 @@ class LLM:
             raise InputError("prompts: expected several texts, got one; try [text]")
         if not isinstance(prompts, Iterable):
             raise InputError(f"prompts: expected several texts, got {repr(prompts)[:80]}; try a list")
-        if adaptors is not None and (len(adaptors) != len(prompts) or "adaptor" in options):
-            raise InputError(f"adaptors: expected one for each of {len(prompts)} prompts and no adaptor for "
-                             f"all, got {len(adaptors)}")  # fmt: skip
+        if adapters is not None and (len(adapters) != len(prompts) or "adapter" in options):
+            raise InputError(f"adapters: expected one for each of {len(prompts)} prompts and no adapter for "
+                             f"all, got {len(adapters)}")  # fmt: skip
         requests = []
         for place, prompt in enumerate(prompts):
-            own: Options = {} if adaptors is None else {"adaptor": adaptors[place]}
+            own: Options = {} if adapters is None else {"adapter": adapters[place]}
             try:
                 requests.append(self._check(prompt, {**options, **own}))
             except InputError as error:
@@ -262,7 +262,7 @@ class LLM:
         check_names(options)
         ids, continues = self._prompt_ids(prompt)
         recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
-        return check_request(ids, continues, self.context, recommended, options, started, self.adaptors)
+        return check_request(ids, continues, self.context, recommended, options, started, self.adapters)
 
     def _submit(self, request: Request) -> Stream:
         return self.scheduler.submit(request, Answer(request, self.tokenizer))

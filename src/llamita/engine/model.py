@@ -179,16 +179,16 @@ class Model:
 
 
 def _spans(sequences: Step, counts: list[int]) -> list[Span]:
-    """The tokens of a step that have adaptors; neighbours of the same one together."""
+    """The tokens of a step that have adapters; neighbours of the same one together."""
     spans: list[Span] = []
     start = 0
     for (cache, _), count in zip(sequences, counts, strict=True):
         stop = start + count
-        if cache.adaptor is not None:
+        if cache.adapter is not None:
             begins = start
-            if spans and spans[-1][1] is cache.adaptor and spans[-1][0].stop == start:
+            if spans and spans[-1][1] is cache.adapter and spans[-1][0].stop == start:
                 begins = spans.pop()[0].start
-            spans.append((slice(begins, stop), cache.adaptor))
+            spans.append((slice(begins, stop), cache.adapter))
         start = stop
     return spans
 

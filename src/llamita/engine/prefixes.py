@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamita.engine.adapters import Adaptor
+from llamita.engine.adapters import Adapter
 from llamita.engine.kv_cache import SequenceCache, rope_frequencies
 from llamita.models.config import RopeConfig
 
@@ -23,9 +23,9 @@ class Prefix(NamedTuple):
     positions: int  # that the cache has taken memory for
 
     @property
-    def adaptor(self) -> Adaptor | None:
+    def adapter(self) -> Adapter | None:
         """Whose keys and values it holds."""
-        return self.cache.adaptor
+        return self.cache.adapter
 
 
 def whole_blocks(tokens: int) -> int:
@@ -62,7 +62,7 @@ class PrefixCache:
         """Keep a cache that nobody writes to any more, in place of those that hold no more than it does."""
         if len(prefix.ids) < SHORTEST or prefix.positions > self._limit:
             return
-        shared = [self.shared(prefix, kept.ids, kept.declared_length, kept.adaptor) for kept in self._kept]
+        shared = [self.shared(prefix, kept.ids, kept.declared_length, kept.adapter) for kept in self._kept]
         if any(length == len(prefix.ids) for length in shared):
             return
         pairs = zip(self._kept, shared, strict=True)
@@ -79,12 +79,12 @@ class PrefixCache:
         ids: np.ndarray,
         declared_length: int,
         running: Iterable[Prefix],
-        adaptor: Adaptor | None = None,
+        adapter: Adapter | None = None,
     ) -> tuple[Prefix | None, int]:
         """What shares the longest beginning with a sequence, kept or running, and the length of that."""
         best, longest = None, SHORTEST - 1
         for prefix in (*reversed(self._kept), *running):
-            length = self.shared(prefix, ids, declared_length, adaptor)
+            length = self.shared(prefix, ids, declared_length, adapter)
             if length > longest:
                 best, longest = prefix, length
         return best, longest if best else 0
@@ -107,10 +107,10 @@ class PrefixCache:
         return None
 
     def shared(
-        self, prefix: Prefix, ids: np.ndarray, declared_length: int, adaptor: Adaptor | None = None
+        self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None = None
     ) -> int:
-        """Tokens whose keys and values are those of a sequence with these ids, length and adaptor, too."""
-        if prefix.adaptor is not adaptor:
+        """Tokens whose keys and values are those of a sequence with these ids, length and adapter, too."""
+        if prefix.adapter is not adapter:
             return 0
         length = common_length(prefix.ids, ids)
         if length < SHORTEST or self._rope.kind != "dynamic" or prefix.declared_length == declared_length:

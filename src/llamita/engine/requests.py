@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from llamita.engine.adapters import Adaptor
+from llamita.engine.adapters import Adapter
 from llamita.engine.sampler import Sampling
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError
@@ -39,7 +39,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: Sequence[str]  # the text ends before the first of these
     speculate: int  # tokens drafted from the text so far and verified together, 4 by default, 0 for none
-    adaptor: str | None  # the name of one that the model was loaded with; none by default
+    adapter: str | None  # the name of one that the model was loaded with; none by default
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Request:
     sampling: Sampling
     stop: tuple[str, ...]
     speculate: int  # drafted tokens a step at most
-    adaptor: Adaptor | None
+    adapter: Adapter | None
     started: float  # by time.perf_counter
 
     @property
@@ -122,9 +122,9 @@ class Request:
 
 def check_request(
     ids: np.ndarray, continues: bool, context: int, recommended: Sampling, options: Options, started: float,
-    adaptors: Mapping[str, Adaptor],
+    adapters: Mapping[str, Adapter],
 ) -> Request:  # fmt: skip
-    """A request from checked prompt ids, the caller's options, when the call began, and adaptors by name.
+    """A request from checked prompt ids, the caller's options, when the call began, and adapters by name.
 
     Raises:
         InputError: an option is out of its range or at odds with another.
@@ -147,19 +147,19 @@ def check_request(
         sampling=_sampling(recommended, options),
         stop=stop,
         speculate=speculate,
-        adaptor=find_adaptor(options.get("adaptor"), adaptors),
+        adapter=find_adapter(options.get("adapter"), adapters),
         started=started,
     )
 
 
-def find_adaptor(name: object, adaptors: Mapping[str, Adaptor]) -> Adaptor | None:
-    """The adaptor of this name, None for none; InputError where the model has none of this name."""
+def find_adapter(name: object, adapters: Mapping[str, Adapter]) -> Adapter | None:
+    """The adapter of this name, None for none; InputError where the model has none of this name."""
     if name is None:
         return None
-    if not isinstance(name, str) or name not in adaptors:
-        known = ", ".join(adaptors) or "none, as the model was loaded without"
-        raise InputError(f"adaptor: expected one of {known}, got {name!r}")
-    return adaptors[name]
+    if not isinstance(name, str) or name not in adapters:
+        known = ", ".join(adapters) or "none, as the model was loaded without"
+        raise InputError(f"adapter: expected one of {known}, got {name!r}")
+    return adapters[name]
 
 
 def check_names(options: Options) -> None:

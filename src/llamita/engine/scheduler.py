@@ -369,14 +369,14 @@ class Scheduler:
 
     def _begin(self, sequence: _Sequence) -> bool:
         """Give a sequence its cache; False if it had better wait for what another one is taking in."""
-        request, config, adaptor = sequence.request, self.model.config, sequence.request.adaptor
+        request, config, adapter = sequence.request, self.model.config, sequence.request.adapter
         ids, declared = request.ids[:-1], request.declared_length  # one is left, for the logits
         found, shared, others = None, 0, [s for s in self._running() if s.is_begun]
         if self._limits.prefix_memory:
-            found, shared = self._kept.find(ids, declared, [s.prefix() for s in others], adaptor)
+            found, shared = self._kept.find(ids, declared, [s.prefix() for s in others], adapter)
             for other in others:
                 whole = other.prefix()._replace(ids=other.request.ids)
-                coming = self._kept.shared(whole, ids, declared, adaptor)
+                coming = self._kept.shared(whole, ids, declared, adapter)
                 if not other.is_decoding and coming >= shared + SHORTEST:
                     return False
         room = self._room - sum(s.positions for s in others) - sequence.positions
@@ -391,7 +391,7 @@ class Scheduler:
             except MemoryError:
                 sequence.fail(RunError(f"memory: expected room for keys and values of {capacity} tokens"))
                 return False
-            cache.adaptor = adaptor
+            cache.adapter = adapter
             if found:  # even where it just gave way: it is there until it has been copied
                 cache.copy_prefix(found.cache, shared)
         cache.length = shared

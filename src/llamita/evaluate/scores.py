@@ -31,12 +31,12 @@ _LOSS, _KL, _TOP, _CONFIDENCE = range(4)  # what is kept of every model and toke
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to be evaluated, what the table calls it, and which of its adaptors it has on."""
+    """A model to be evaluated, what the table calls it, and which of its adapters it has on."""
 
     name: str
     llm: LLM
     is_baseline: bool
-    adaptor: str | None = None
+    adapter: str | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -203,7 +203,7 @@ def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: np.
     """Fill scores (4, models, tokens - 1) from the models' logits over one chunk (tokens,)."""
     vocab = contenders[0].llm.config.vocab_size
     step = max(16, min(256, _LOGIT_BYTES // (4 * vocab)))  # rows: 4 bytes a logit
-    streams = [c.llm.iter_logits(chunk[:-1], step, c.adaptor) for c in contenders]
+    streams = [c.llm.iter_logits(chunk[:-1], step, c.adapter) for c in contenders]
     targets, start = chunk[1:], 0
     for logits in zip(*streams, strict=True):  # each (rows, vocab)
         for rows in _row_blocks(logits[0]):

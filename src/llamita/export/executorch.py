@@ -16,7 +16,7 @@ from llamita.export.partitioners import BACKENDS, partitioners_of, quiet
 from llamita.export.program import PER_TOKEN, make_program
 from llamita.export.proof import Proof, compare, engine_of, own_tokens, rounded_hashes
 from llamita.export.runtime import run
-from llamita.export.source import adaptor_of, check_grid
+from llamita.export.source import adapter_of, check_grid
 from llamita.export.targets import Order, Progress
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
@@ -32,7 +32,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory; the record has the proof and what each step took in seconds.
 
     Raises:
-        InputError: a context that the model has not, or adaptors that do not fit.
+        InputError: a context that the model has not, or adapters that do not fit.
         RunError: a backend's SDK is missing, or the program does not run.
     """
     packed, options = order.packed, order.options
@@ -48,13 +48,13 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
                          f"embeddings, whose base a program has to fix, got {context}")  # fmt: skip
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
-    adaptor = adaptor_of(packed, order.adaptor)
+    adapter = adapter_of(packed, order.adapter)
     kind = BACKENDS[backend]
     grid = check_grid(packed, kind.grid, bool(options.get("round_scales")), "executorch")
     timer = _Timer(progress)
     timer.begin(_STEPS[0])
     program = make_program(
-        packed, context, adaptor, options.get("embedding") or 8,
+        packed, context, adapter, options.get("embedding") or 8,
         is_static=kind.is_static, activations=PER_TOKEN if kind.rounds else None,
     )  # fmt: skip
     metadata = metadata_of(packed, context, kind.is_static)
@@ -67,7 +67,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     return {
         "backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
         "scales": vars(grid), "other_arithmetic": options.get("embedding") == 4 or not kind.rounds,
-        "embedding_bits": options.get("embedding") or 8, "adaptor": order.adaptor and order.adaptor.name,
+        "embedding_bits": options.get("embedding") or 8, "adapter": order.adapter and order.adapter.name,
         "activations": "int8 per token" if kind.rounds else "float",
         "unchecked": f"the runtime of {backend} is on the device", "seconds": timer.end(),
         "proof": proof and proof.to_dict(),
@@ -79,8 +79,8 @@ def _exceptions(order: Order) -> str:
     told = []
     if order.options.get("embedding") == 4:
         told.append(" Its embedding alone is rounded further, to 4 bits in groups of 32.")
-    if order.adaptor is not None:
-        told.append(f" The adaptors `{order.adaptor.name}` are in it, beside the weights.")
+    if order.adapter is not None:
+        told.append(f" The adapters `{order.adapter.name}` are in it, beside the weights.")
     return "".join(told)
 
 
@@ -100,7 +100,7 @@ def _prove(order: Order, pte: Path, context: int, timer: "_Timer") -> Proof:
     timer.begin(_STEPS[1])
     held, hashes = data_hashes(pte), list(rounded_hashes(order.packed))
     equal = sum(codes in held and scales in held for _, codes, scales in hashes)
-    engines = engine_of(order.packed, order.adaptor)
+    engines = engine_of(order.packed, order.adapter)
     tokens, prompt, new = own_tokens(engines[0], context)
     timer.begin(_STEPS[2])
     ran = run(pte, tokens, prompt, new)

@@ -1,4 +1,4 @@
-"""Adaptors as PEFT loads them, beside a model of the right shape that holds no weights."""
+"""Adapters as PEFT loads them, beside a model of the right shape that holds no weights."""
 
 import warnings
 from pathlib import Path

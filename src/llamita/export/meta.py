@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.engine.adapters import StoredAdaptor
+from llamita.engine.adapters import StoredAdapter
 from llamita.errors import InputError
-from llamita.export.source import Weight, adaptor_of, module_names
+from llamita.export.source import Weight, adapter_of, module_names
 from llamita.export.targets import Order, Progress
 from llamita.models.checkpoint import Int4Weight, Int8Weight, vector_names
 from llamita.models.config import ModelConfig
@@ -38,26 +38,26 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     """
     packed = order.packed
     _check(packed)
-    adaptor = adaptor_of(packed, order.adaptor)
+    adapter = adapter_of(packed, order.adapter)
     state: dict[str, Tensor] = {}
     names = module_names(packed)
     for done, name in enumerate(names):
         if progress:
             progress(name, done, len(names))
-        state |= _tensors(packed, name, packed.weight(name), adaptor)
+        state |= _tensors(packed, name, packed.weight(name), adapter)
     if packed.config.tied:
         state |= {key.replace("tok_embeddings", "output"): value for key, value in state.items()
                   if key.startswith("tok_embeddings")}  # fmt: skip
     for name in vector_names(packed.config):
         state[meta_name(name)] = torch.from_numpy(np.array(packed.vector(name)))
     torch.save(state, directory / FILE)
-    write_bytes(directory / PARAMS, json.dumps(params_of(packed, adaptor), indent=1).encode())
+    write_bytes(directory / PARAMS, json.dumps(params_of(packed, adapter), indent=1).encode())
     copy_companions(packed.path, directory, find_companions(packed.path))
     return {"bytes": (directory / FILE).stat().st_size, "proof": None,
             "unchecked": "what reads this form is Meta's and ExecuTorch's code for its releases"}  # fmt: skip
 
 
-def params_of(packed: PackedModel, adaptor: StoredAdaptor | None) -> dict[str, Any]:
+def params_of(packed: PackedModel, adapter: StoredAdapter | None) -> dict[str, Any]:
     """params.json: the shape as Meta's reference code computes it, and how weights are quantized."""
     config, scheme = packed.config, packed.scheme
     assert scheme is not None
@@ -75,9 +75,9 @@ def params_of(packed: PackedModel, adaptor: StoredAdaptor | None) -> dict[str, A
     }  # fmt: skip
     if config.rope.kind == "llama3":
         found["rope_scale_factor"] = int(config.rope.factor)
-    if adaptor is not None:
-        rank = len(next(iter(adaptor.pairs.values()))[0])
-        found["lora_args"] = {"rank": rank, "scale": adaptor.scaling}
+    if adapter is not None:
+        rank = len(next(iter(adapter.pairs.values()))[0])
+        found["lora_args"] = {"rank": rank, "scale": adapter.scaling}
     return found
 
 
@@ -105,7 +105,7 @@ def _check(packed: PackedModel) -> None:
 
 
 def _tensors(
-    packed: PackedModel, name: str, weight: Weight, adaptor: StoredAdaptor | None
+    packed: PackedModel, name: str, weight: Weight, adapter: StoredAdapter | None
 ) -> dict[str, Tensor]:
     """A module's tensors by Meta's names."""
     order = _order(packed.config, name)
@@ -121,8 +121,8 @@ def _tensors(
         f"{base}weight": torch.from_numpy(codes)[order],
         f"{base}scales": torch.from_numpy(scales)[order],
     }
-    if adaptor is not None and name in adaptor.pairs:
-        down, up = (torch.from_numpy(np.array(to_f32(one))).bfloat16() for one in adaptor.pairs[name])
+    if adapter is not None and name in adapter.pairs:
+        down, up = (torch.from_numpy(np.array(to_f32(one))).bfloat16() for one in adapter.pairs[name])
         found |= {f"{base}adaptor.A.weight": down, f"{base}adaptor.B.weight": up[order]}
     return found
 

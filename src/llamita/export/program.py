@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamita.engine.adapters import StoredAdaptor
+from llamita.engine.adapters import StoredAdapter
 from llamita.export.caches import DYNAMIC, STATIC, LayerCache, StaticCache
 from llamita.export.embedding import embedding_of
 from llamita.export.source import transformers_keys
@@ -121,14 +121,14 @@ class Program(nn.Module):
 
 
 def make_program(
-    packed: PackedModel, context: int, adaptor: StoredAdaptor | None = None, embedding_bits: int = 8,
+    packed: PackedModel, context: int, adapter: StoredAdapter | None = None, embedding_bits: int = 8,
     *, is_static: bool = False, activations: str | None = PER_TOKEN,
 ) -> Program:  # fmt: skip
     """A packed model as a program.
 
     Args:
         context: tokens that the caches hold.
-        adaptor: low-rank adaptors beside its weights, which stay apart.
+        adapter: low-rank adapters beside its weights, which stay apart.
         embedding_bits: 8, or 4 where an int8 embedding is to be rounded further.
         is_static: of plain operators and a token at a time; see `caches`.
         activations: how they are rounded before a linear layer; None leaves them float.
@@ -143,7 +143,7 @@ def make_program(
         layer.self_attn.cache = cache_class(context, packed.config.kv_heads, packed.config.head_dim)
         for name in packed.config.linear_shapes():
             module = f"model.layers.{index}.{name}"
-            _set(layer, name, _linear_of(packed, module, adaptor, activations, is_static))
+            _set(layer, name, _linear_of(packed, module, adapter, activations, is_static))
         for name in _VECTORS:
             layer.get_submodule(name).weight = _parameter(
                 packed.vector(f"model.layers.{index}.{name}.weight")
@@ -154,14 +154,14 @@ def make_program(
 
 
 def _linear_of(
-    packed: PackedModel, name: str, adaptor: StoredAdaptor | None, activations: str | None, is_static: bool
+    packed: PackedModel, name: str, adapter: StoredAdapter | None, activations: str | None, is_static: bool
 ) -> nn.Module:
     linear: nn.Module = _linear(packed.weight(name), packed.bias(name), activations)
     if packed.rotations.r4_size and name.endswith(".down_proj"):
         linear = RotatedLinear(linear, packed.rotations.r4_size, is_static)
-    if adaptor is not None and name in adaptor.pairs:
-        down, up = (torch.from_numpy(np.array(to_f32(one))) for one in adaptor.pairs[name])
-        linear = LoRALinear(linear, down, up, adaptor.scaling)
+    if adapter is not None and name in adapter.pairs:
+        down, up = (torch.from_numpy(np.array(to_f32(one))) for one in adapter.pairs[name])
+        linear = LoRALinear(linear, down, up, adapter.scaling)
     return linear
 
 

@@ -14,7 +14,7 @@ from llamita.models.packed import EMBEDDING, HEAD, PackedModel
 from llamita.numerics.affine import f32_to_bf16, to_f32
 
 _TOKENS = 256
-_ADAPTOR = "beside"  # what the engines call the adaptor
+_ADAPTER = "beside"  # what the engines call the adapter
 _PROMPT, _NEW = 16, 64
 _TIMES = 2.0  # the engine's own noise, beyond which something else is wrong; 1.1 on what was measured
 _LEAST_NOISE = 1e-4  # of the logits' spread: less is the order of sums
@@ -69,10 +69,10 @@ class Proof:
         return {"holds": self.holds, **asdict(self)}
 
 
-def engine_of(packed: PackedModel, adaptor: Path | None = None) -> tuple[LLM, LLM]:
+def engine_of(packed: PackedModel, adapter: Path | None = None) -> tuple[LLM, LLM]:
     """The engine with keys and values in float32, as other runtimes keep them, and in float16."""
-    adaptors = {} if adaptor is None else {_ADAPTOR: adaptor}
-    exact, usual = (LLM(packed, kv_dtype=dtype, adaptors=adaptors) for dtype in ("f32", "f16"))
+    adapters = {} if adapter is None else {_ADAPTER: adapter}
+    exact, usual = (LLM(packed, kv_dtype=dtype, adapters=adapters) for dtype in ("f32", "f16"))
     return exact, usual
 
 
@@ -86,14 +86,14 @@ def compare(engines: tuple[LLM, LLM], layers: tuple[int, int], tokens: list[int]
         ran: see `runtime.Ran`.
     """
     llm, usual = engines
-    adaptor = _ADAPTOR if llm.adaptors else None
-    ours = llm.logits(tokens, adaptor).astype(np.float64)
+    adapter = _ADAPTER if llm.adapters else None
+    ours = llm.logits(tokens, adapter).astype(np.float64)
     theirs = ran.logits.astype(np.float64)
     ours_log, theirs_log = _log_softmax(ours), _log_softmax(theirs)
     kl = (np.exp(ours_log) * (ours_log - theirs_log)).sum(-1)
     spread, difference = float(ours.std()), float((theirs - ours).std())
-    own = float((usual.logits(tokens, adaptor) - ours).std())
-    same, gap = _greedy(llm, adaptor, tokens[:_PROMPT], [int(token) for token in ran.greedy])
+    own = float((usual.logits(tokens, adapter) - ours).std())
+    same, gap = _greedy(llm, adapter, tokens[:_PROMPT], [int(token) for token in ran.greedy])
     return Proof(
         layers=layers[0], equal_layers=layers[1], tokens=len(tokens), kl=float(kl.mean()),
         largest_kl=float(kl.max()), top_1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
@@ -141,9 +141,9 @@ def rounded_hashes(packed: PackedModel) -> Iterator[tuple[str, str, str]]:
         yield HEAD if name == EMBEDDING else name, _hash(codes), _hash(scales)
 
 
-def _greedy(llm: LLM, adaptor: str | None, prompt: list[int], theirs: list[int]) -> tuple[int, float | None]:
+def _greedy(llm: LLM, adapter: str | None, prompt: list[int], theirs: list[int]) -> tuple[int, float | None]:
     """How many tokens both continue alike, and the gap of our logits where they part."""
-    logits = llm.logits([*prompt, *theirs], adaptor)[len(prompt) - 1 : -1]
+    logits = llm.logits([*prompt, *theirs], adapter)[len(prompt) - 1 : -1]
     for same, (row, token) in enumerate(zip(logits, theirs, strict=True)):
         if int(row.argmax()) != token:
             return same, float(row.max() - row[token])

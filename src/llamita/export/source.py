@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita.engine.adapters import StoredAdaptor, check_fits, read_adaptor
+from llamita.engine.adapters import StoredAdapter, check_fits, read_adapter
 from llamita.errors import InputError
 from llamita.models.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
 from llamita.models.packed import PackedModel
@@ -25,12 +25,12 @@ def refuse_online(packed: PackedModel, target: str) -> None:
                          "which this form cannot hold; try quantize --no-online")  # fmt: skip
 
 
-def adaptor_of(packed: PackedModel, path: Path | None) -> StoredAdaptor | None:
-    """The adaptors that are to go with a model, found to fit it."""
+def adapter_of(packed: PackedModel, path: Path | None) -> StoredAdapter | None:
+    """The adapters that are to go with a model, found to fit it."""
     if path is None:
         return None
     check_fits(packed, [path])
-    return read_adaptor(path, packed.config)
+    return read_adapter(path, packed.config)
 
 
 def module_names(packed: PackedModel) -> list[str]:

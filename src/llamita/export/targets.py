@@ -18,12 +18,12 @@ class Order:
 
     Attributes:
         packed: the model.
-        adaptor: a directory of adaptors to go with it.
+        adapter: a directory of adapters to go with it.
         options: the target's own, by name; see its module.
     """
 
     packed: PackedModel
-    adaptor: Path | None
+    adapter: Path | None
     options: dict[str, Any]
 
 
@@ -51,13 +51,13 @@ TARGETS: dict[str, Target] = {
         "llamita.export.executorch:write",
         "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
         "next: {out}/README.md says what goes where on a phone",
-        ("context", "backend", "embedding", "adaptor", "round_scales"),
+        ("context", "backend", "embedding", "adapter", "round_scales"),
     ),
-    "adaptors": Target(
-        "llamita.export.adaptors:write",
-        "adaptors in PEFT's form, found to fit DIR",
+    "adapters": Target(
+        "llamita.export.adapters:write",
+        "adapters in PEFT's form, found to fit DIR",
         "try: PeftModel.from_pretrained(base, '{out}')",
-        ("adaptor",),
+        ("adapter",),
     ),
     "compressed-tensors": Target(
         "llamita.export.compressed_tensors:write",
@@ -76,7 +76,7 @@ TARGETS: dict[str, Target] = {
         "llamita.export.meta:write",
         "consolidated.00.pth, as Meta's quantized releases",
         "next: what takes Meta's quantized Llama 3.2, such as ExecuTorch's own export",
-        ("adaptor",),
+        ("adapter",),
     ),
     "torchao": Target(
         "llamita.export.torchao:write", "safetensors with torchao's tensors, for transformers", _TRANSFORMERS

@@ -10,7 +10,7 @@ from pathlib import Path
 from llamita import __version__
 from llamita.commands import console
 from llamita.errors import InputError
-from llamita.imports.forms import convert, files_of, has_adaptors
+from llamita.imports.forms import convert, files_of, has_adapters
 from llamita.models.packed_writer import find_companions
 from llamita.system.staging import remove_whole, staged
 
@@ -26,13 +26,13 @@ def converted(source: Path) -> Path:
     removed after a day.
 
     Raises:
-        InputError: it has adaptors, which one directory cannot hold, or see `forms.convert`.
+        InputError: it has adapters, which one directory cannot hold, or see `forms.convert`.
         RunError: see `forms.convert`.
     """
-    if has_adaptors(source):
+    if has_adapters(source):
         raise InputError(
-            f"{source}: expected a model without adaptors, got one that has them; try "
-            f"llamita import {source} -o OUT, then OUT with --adaptor OUT-adaptor"
+            f"{source}: expected a model without adapters, got one that has them; try "
+            f"llamita import {source} -o OUT, then OUT with --adapter OUT-adapter"
         )
     files = {path.name: path for path in files_of(source)}
     if source.is_dir():  # tokenizer, templates and the like travel with the weights

@@ -42,8 +42,8 @@ def files_of(source: Path) -> list[Path]:
     return [member(source, name) for name in names]
 
 
-def has_adaptors(source: Path) -> bool:
-    """Whether adaptors lie among the weights, as in Meta's QLoRA releases."""
+def has_adapters(source: Path) -> bool:
+    """Whether adapters lie among the weights, as in Meta's QLoRA releases."""
     if detect.form_of(source) != detect.META:
         return False
     return read_json(source, "params.json").get("lora_args") is not None
@@ -86,7 +86,7 @@ def _expected(source: Path) -> str:
 def _what(source: Path) -> str:
     """What is there that cannot be imported, and what to try."""
     if has(source, "adapter_config.json"):
-        return f"adaptors; try --adaptor {source} with their base"
+        return f"adapters; try --adapter {source} with their base"
     if has(source, "model.pte"):
         return "an ExecuTorch program, which is not read back"
     if source.suffix in (".pth", ".safetensors", ".json"):

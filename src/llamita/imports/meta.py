@@ -35,7 +35,7 @@ from llamita.system.files import read_json
 
 PARAMS = "params.json"
 _APART = (
-    "Its adaptors lie apart; without them it is not the model that was trained: run both with `--adaptor`."
+    "Its adapters lie apart; without them it is not the model that was trained: run both with `--adapter`."
 )
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
 _DTYPES = {torch.bfloat16: ("BF16", torch.int16, "<u2"), torch.float16: ("F16", torch.int16, "<f2"),
@@ -72,9 +72,9 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
     if len(parts) > 1:
         raise InputError(f"{source}: expected a quantized release in one file, got {len(parts)}")
     model = meta_quantized.MetaQuantized(source, files, params, values, parts[0])
-    adaptor = model.adaptor()
-    taken = take_over(model, directory, progress, None if adaptor is None else _APART)
-    return Imported(taken, adaptor, layers=model.config.layers)
+    adapter = model.adapter()
+    taken = take_over(model, directory, progress, None if adapter is None else _APART)
+    return Imported(taken, adapter, layers=model.config.layers)
 
 
 def _write_floats(

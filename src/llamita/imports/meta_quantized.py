@@ -1,4 +1,4 @@
-"""Meta's quantized releases of Llama 3.2, SpinQuant and QLoRA: codes, scales and adaptors by our names.
+"""Meta's quantized releases of Llama 3.2, SpinQuant and QLoRA: codes, scales and adapters by our names.
 
 Codes are int8 with `scales` beside them: (outputs, groups) of linear layers, a number a row of embedding and
 head. SpinQuant's have R1 and R2 in the weights and want R4, a Hadamard transform of `w2`'s input.
@@ -71,7 +71,7 @@ class MetaQuantized:
         if factor(size)[0] > 1:
             raise InputError(f"params.json: spinquant: expected w2's inputs a power of two, got {size}")
         if any(".adaptor." in name for name in self._state):  # there they read what R4 has rotated
-            raise InputError("params.json: expected SpinQuant or adaptors, got a release with both")
+            raise InputError("params.json: expected SpinQuant or adapters, got a release with both")
         return Rotations(("R4",), size), ("R1", "R2")
 
     def _known(self) -> set[str]:
@@ -114,32 +114,32 @@ class MetaQuantized:
         """See `takeover.CodedModel`."""
         return _bits(self._tensor(meta_name(name)), name)
 
-    def adaptor(self) -> LowRankPairs | None:
-        """Its adaptors, with rows in our order; None where it has none.
+    def adapter(self) -> LowRankPairs | None:
+        """Its adapters, with rows in our order; None where it has none.
 
         Raises:
             InputError: a rank or shape that does not fit, or no scale.
         """
-        names = [n for n in linear_names(self.config) if f"{self._adaptor(n)}A.weight" in self._state]
+        names = [n for n in linear_names(self.config) if f"{self._adapter(n)}A.weight" in self._state]
         arguments = self._params.get("lora_args")
         if not names and arguments is None:
             return None
         if not names:
-            raise InputError("params.json: lora_args: expected adaptors among the weights, found none")
+            raise InputError("params.json: lora_args: expected adapters among the weights, found none")
         scale = arguments.get("scale") if isinstance(arguments, dict) else None
         rank = arguments.get("rank") if isinstance(arguments, dict) else None
         if not isinstance(scale, int | float) or isinstance(scale, bool) or type(rank) is not int:
             raise InputError(f"params.json: lora_args: expected rank and scale, got {str(arguments)[:80]}")
         return LowRankPairs({name: self._pair(name, rank) for name in names}, rank, float(scale))
 
-    def _adaptor(self, name: str) -> str:
+    def _adapter(self, name: str) -> str:
         return f"{_base(name)}adaptor."
 
     def _pair(self, name: str, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        down, up = (_bits(self._tensor(f"{self._adaptor(name)}{part}.weight"), name) for part in "AB")
+        down, up = (_bits(self._tensor(f"{self._adapter(name)}{part}.weight"), name) for part in "AB")
         rows, columns = linear_names(self.config)[name]
         if down.shape != (rank, columns) or up.shape != (rows, rank):
-            raise InputError(f"{self._adaptor(name)}A: expected {(rank, columns)} and {(rows, rank)}, got "
+            raise InputError(f"{self._adapter(name)}A: expected {(rank, columns)} and {(rows, rank)}, got "
                              f"{down.shape} and {up.shape}")  # fmt: skip
         order = hf_order(f"{name}.weight", self.config)
         return down, up if order is None else up[order]

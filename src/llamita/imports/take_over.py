@@ -42,7 +42,7 @@ class CodedModel(Protocol):
         files: those that decide what it is.
         hf_config: config.json, without how it is quantized.
         rotations: what its weights expect at run time.
-        rotated: names of the rotations that are in its weights, which adaptors of the float model do not fit.
+        rotated: names of the rotations that are in its weights, which adapters of the float model do not fit.
     """
 
     form: str
@@ -87,13 +87,13 @@ class Imported:
 
     Attributes:
         taken: what was taken over; None of a float checkpoint.
-        adaptor: that goes with it, and is not in the directory.
+        adapter: that goes with it, and is not in the directory.
         layers: of the model.
         note: what else a user has to know.
     """
 
     taken: Taken | None = None
-    adaptor: LowRankPairs | None = None
+    adapter: LowRankPairs | None = None
     note: str | None = None
     layers: int = 0
 

@@ -204,7 +204,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         if has(path, "adapter_config.json") and not has(path, "config.json"):
-            raise InputError(f"{path}: expected a model, got adaptors; try --adaptor {path} with their base")
+            raise InputError(f"{path}: expected a model, got adapters; try --adapter {path} with their base")
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()

@@ -1,4 +1,4 @@
-"""Whether an adaptor was made for a model, by what `finetune` has recorded of both."""
+"""Whether an adapter was made for a model, by what `finetune` has recorded of both."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ _TRAINING = ("data", "recipe", "seed")  # what makes a training what it is
 
 
 def changed_channels(source: ModelSource) -> list[str]:
-    """What keeps adaptors of a model's float source from fitting it, for people; nothing where they fit.
+    """What keeps adapters of a model's float source from fitting it, for people; nothing where they fit.
 
-    R4 is undone where it acts, so adaptors never see it.
+    R4 is undone where it acts, so adapters never see it.
     """
     rotated = [name for name in source.rotations.names if name != "R4"]
     if isinstance(source, PackedModel):  # an imported one, whose rotations are another tool's
@@ -23,22 +23,22 @@ def changed_channels(source: ModelSource) -> list[str]:
     return [*rotated, *(["equalize"] if "equalize" in _methods(source) else [])]
 
 
-def is_made_for(source: ModelSource, adaptor: Path) -> bool | None:
-    """Whether an adaptor was trained on this model or on its float source; None where nothing tells."""
-    if not isinstance(source, PackedModel) or not has(adaptor, TRAINED_MARK):
+def is_made_for(source: ModelSource, adapter: Path) -> bool | None:
+    """Whether an adapter was trained on this model or on its float source; None where nothing tells."""
+    if not isinstance(source, PackedModel) or not has(adapter, TRAINED_MARK):
         return None
-    record = read_json(adaptor, TRAINED_MARK)
+    record = read_json(adapter, TRAINED_MARK)
     if _is_quantized(record):
-        return is_trained_beside(source, adaptor)
+        return is_trained_beside(source, adapter)
     base = record.get("base")
     return isinstance(base, dict) and base.get("files") == source.metadata["source"]["files"]
 
 
-def is_trained_beside(source: ModelSource, adaptor: Path) -> bool:
-    """Whether an adaptor was trained beside the very codes of this model."""
-    if not isinstance(source, PackedModel) or not has(adaptor, TRAINED_MARK):
+def is_trained_beside(source: ModelSource, adapter: Path) -> bool:
+    """Whether an adapter was trained beside the very codes of this model."""
+    if not isinstance(source, PackedModel) or not has(adapter, TRAINED_MARK):
         return False
-    record, settings = read_json(adaptor, TRAINED_MARK), source.metadata["settings"]
+    record, settings = read_json(adapter, TRAINED_MARK), source.metadata["settings"]
     return _is_quantized(record) and all(record.get(key) == settings.get(key) for key in _TRAINING)
 
 

@@ -84,7 +84,7 @@ class Trained:
 
     Attributes:
         model: transformers' model, fake-quantized layers in it where the last stage had them; PEFT's around
-            it where it has adaptors.
+            it where it has adapters.
         history: what was logged, in order: "stage", "step", "loss", "eval_loss", ….
         tokens, seconds: of training on rows by this run, pads included.
     """
@@ -130,7 +130,7 @@ def train(job: Job) -> Trained:
             if stage.quantized and switch is None:
                 switch = _quantize(trained.model, job)
             if stage.train != "weights" and not isinstance(trained.model, PeftModel):
-                trained.model = _with_adaptors(trained.model, stage, job.seed)
+                trained.model = _with_adapters(trained.model, stage, job.seed)
             _run_stage(trained, job, number, stage, switch)
     processes.wait()  # for those that still read what the work directory keeps
     return trained
@@ -167,8 +167,8 @@ def _as_checkpoint(model: Any, job: Job) -> Iterator[Checkpoint]:
         source.close()
 
 
-def _with_adaptors(model: Any, stage: Stage, seed: int) -> Any:
-    torch.manual_seed(seed)  # of the adaptors' first values
+def _with_adapters(model: Any, stage: Stage, seed: int) -> Any:
+    torch.manual_seed(seed)  # of the adapters' first values
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     config = LoraConfig(
@@ -209,7 +209,7 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
 
 
 def _prefer(model: Any, job: Job, number: int, stage: Stage) -> list[dict[str, Any]]:
-    """Train adaptors on pairs; what was logged."""
+    """Train adapters on pairs; what was logged."""
     folder = job.work / f"stage-{number}"
     trainer = PairTrainer(
         model, args=preference_config(job.recipe, stage, len(job.pairs), job.seed, folder, job.report_to),

@@ -39,7 +39,7 @@ class Scores:
 
 
 def score(
-    llm: LLM, task: str | None, measured: Sequence[tuple[Example, Conversation]], adaptor: str | None = None,
+    llm: LLM, task: str | None, measured: Sequence[tuple[Example, Conversation]], adapter: str | None = None,
     limit: int = 200, progress: Progress = None,
 ) -> Scores:  # fmt: skip
     """Score a model on held-out examples.
@@ -49,31 +49,31 @@ def score(
         measured: the examples and their conversations.
         limit: answers to generate at most; the loss is of all examples.
     """
-    losses = example_losses(llm, [example for example, _ in measured], adaptor, progress)
+    losses = example_losses(llm, [example for example, _ in measured], adapter, progress)
     longest = max((len(one) for one in losses), default=1)
     found: dict[str, float] = {}
     if task in MEASURES:
         asked = [conversation for _, conversation in measured[:limit]]
-        said = _answer(llm, asked, adaptor, _LONGER * longest + _SPARE, progress)
+        said = _answer(llm, asked, adapter, _LONGER * longest + _SPARE, progress)
         found = MEASURES[task]([(text, one.answers) for text, one in zip(said, asked, strict=True)])
     return Scores(float(np.concatenate(losses).mean()) if losses else 0.0, found)
 
 
 def example_losses(
-    llm: LLM, examples: Sequence[Example], adaptor: str | None = None, progress: Progress = None
+    llm: LLM, examples: Sequence[Example], adapter: str | None = None, progress: Progress = None
 ) -> list[np.ndarray]:
     """Nats of every learned token of each example: float64 (learned tokens,)."""
     found = []
     for number, example in enumerate(examples):
         if progress:
             progress("measuring", number, len(examples))
-        losses = token_losses(llm.logits(example.ids, adaptor=adaptor)[:-1], example.ids[1:])
+        losses = token_losses(llm.logits(example.ids, adapter=adapter)[:-1], example.ids[1:])
         found.append(losses[example.is_learned[1:]])
     return found
 
 
 def _answer(
-    llm: LLM, asked: Sequence[Conversation], adaptor: str | None, max_tokens: int, progress: Progress
+    llm: LLM, asked: Sequence[Conversation], adapter: str | None, max_tokens: int, progress: Progress
 ) -> list[str]:
     """The likeliest answers to what stands before each last turn, asked as training had it."""
     has_template = find_template(llm.path) is not None
@@ -86,7 +86,7 @@ def _answer(
         if progress:
             progress("answering", start, len(prompts))
         part = prompts[start : start + _TOGETHER]
-        said += [g.text for g in llm.generate_many(part, greedy=True, max_tokens=max_tokens, adaptor=adaptor)]
+        said += [g.text for g in llm.generate_many(part, greedy=True, max_tokens=max_tokens, adapter=adapter)]
     return said
 
 

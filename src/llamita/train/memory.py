@@ -23,7 +23,7 @@ def _stage_memory(config: ModelConfig, recipe: Recipe, stage: Stage, on_gpu: boo
     linear = sum(rows * columns for rows, columns in config.linear_shapes().values())
     table = config.vocab_size * config.hidden_size
     weights = config.layers * linear + table * (1 if config.tied else 2)
-    trained = weights if stage.train == "weights" else _adaptor_weights(config, stage)
+    trained = weights if stage.train == "weights" else _adapter_weights(config, stage)
     kept = _F32 * (weights + trained + _MOMENTS * trained)
     if trained != weights:
         kept += _F32 * trained
@@ -40,7 +40,7 @@ def _stage_memory(config: ModelConfig, recipe: Recipe, stage: Stage, on_gpu: boo
     return _TORCH_MEMORY * (not on_gpu) + kept / shards + used + logits
 
 
-def _adaptor_weights(config: ModelConfig, stage: Stage) -> int:
+def _adapter_weights(config: ModelConfig, stage: Stage) -> int:
     shapes = config.linear_shapes()
     chosen = [shape for name, shape in shapes.items() if name.rpartition(".")[2] in stage.targets]
     return config.layers * stage.rank * sum(rows + columns for rows, columns in chosen)

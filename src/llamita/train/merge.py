@@ -1,7 +1,7 @@
-"""A model with an adaptor in its weights, W + s·B·A, for those who want one model.
+"""A model with an adapter in its weights, W + s·B·A, for those who want one model.
 
 Sums in float64, rounded once to float32, then to what the base stores: its float dtype; or, of a packed
-model, dequantized before, 4-bit codes again. These give up part of what the adaptor does, all of it where it
+model, dequantized before, 4-bit codes again. These give up part of what the adapter does, all of it where it
 moves weights by less than half a step and they are rounded to nearest: so it is measured.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llamita import __version__
-from llamita.engine.adapters import CONFIG, WEIGHTS, check_fits, read_adaptor
+from llamita.engine.adapters import CONFIG, WEIGHTS, check_fits, read_adapter
 from llamita.engine.llm import load
 from llamita.errors import InputError
 from llamita.evaluate.scores import Contender, Progress, score_tokens
@@ -41,40 +41,40 @@ from llamita.quantize.pipeline import SMALL_FILES, Summary, quantize, source_nam
 from llamita.system.files import read_bytes, sha256_file
 from llamita.system.staging import MERGED_MARK, check_space, check_target, staged
 
-_BESIDE = "beside"  # what the engine calls the adaptor where a merged model is measured
+_BESIDE = "beside"  # what the engine calls the adapter where a merged model is measured
 _TOKENS, _LENGTH = 2048, 128  # that the model writes to be measured on, and of each text at most
 _MOST_TEXTS = 128  # where they are shorter
 
 
 class MergedSource(TransformedSource):
-    """A model with an adaptor in its linear layers, read in float; satisfies `FloatSource` and `ModelSource`.
+    """A model with an adapter in its linear layers, read in float; satisfies `FloatSource` and `ModelSource`.
 
     Attributes:
-        adaptor: its directory.
+        adapter: its directory.
         base_scheme, base_method: how a packed base was rounded; None for a float one.
 
     Raises:
-        InputError: not an adaptor of this model, or one that cannot be merged; or a model whose channels are
+        InputError: not an adapter of this model, or one that cannot be merged; or a model whose channels are
             no longer those of its source.
         RunError: a file cannot be read.
     """
 
-    def __init__(self, base: Checkpoint | PackedModel, adaptor: Path) -> None:
-        check_fits(base, [adaptor])
+    def __init__(self, base: Checkpoint | PackedModel, adapter: Path) -> None:
+        check_fits(base, [adapter])
         is_packed = isinstance(base, PackedModel)
         super().__init__(DequantizedSource(base) if is_packed else base, {})
-        self.adaptor, self.base_scheme = adaptor, base.scheme
+        self.adapter, self.base_scheme = adapter, base.scheme
         self.base_method: str | None = base.metadata["method"] if is_packed else None
-        self._stored = read_adaptor(adaptor, base.config)
+        self._stored = read_adapter(adapter, base.config)
 
     def weight(self, name: str) -> np.ndarray:
-        """(rows, columns): float32 where the adaptor has something to add, else as the base has it."""
+        """(rows, columns): float32 where the adapter has something to add, else as the base has it."""
         weight = super().weight(name)
         if name not in self._stored.pairs:
             return weight
         down, up = (to_f32(part).astype(np.float64) for part in self._stored.pairs[name])
         if self.rotations.r4_size and name.endswith(".down_proj"):
-            down = fast_hadamard(down)  # the base holds W·Hᵀ, and the adaptor reads what comes before H
+            down = fast_hadamard(down)  # the base holds W·Hᵀ, and the adapter reads what comes before H
         merged = np.empty(weight.shape, np.float32)
         for start, piece in pieces_of(weight):
             rows = slice(start, start + len(piece))
@@ -82,9 +82,9 @@ class MergedSource(TransformedSource):
         return merged
 
     def record(self) -> dict[str, Any]:
-        """Which adaptor is in it."""
-        files = {file: sha256_file(self.adaptor / file) for file in (CONFIG, WEIGHTS)}
-        return {"name": str(self.adaptor.resolve()), "files": files}
+        """Which adapter is in it."""
+        files = {file: sha256_file(self.adapter / file) for file in (CONFIG, WEIGHTS)}
+        return {"name": str(self.adapter.resolve()), "files": files}
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Loss:
 
     Attributes:
         tokens: that were predicted.
-        kl: KL(base with the adaptor beside it || merged model).
-        alone: KL(base with the adaptor beside it || base): what the adaptor does.
-        losses: of the text's own tokens: base, base with the adaptor beside it, merged model.
+        kl: KL(base with the adapter beside it || merged model).
+        alone: KL(base with the adapter beside it || base): what the adapter does.
+        losses: of the text's own tokens: base, base with the adapter beside it, merged model.
     """
 
     tokens: int
@@ -106,7 +106,7 @@ class Loss:
 
 def check_targets(source: MergedSource, out: Path, overwrite: bool) -> None:
     """Raise InputError if `out` cannot be made, or holds what is merged."""
-    for kept in (source.path, source.adaptor):
+    for kept in (source.path, source.adapter):
         check_target(out, overwrite, kept)
 
 
@@ -128,7 +128,7 @@ def merge_float(
     check_targets(source, out, overwrite)
     layout = _layout(source)
     companions, shards = find_companions(source.path), plan_shards(layout)
-    record = {"llamita": __version__, "adaptor": source.record(),
+    record = {"llamita": __version__, "adapter": source.record(),
               "source": source_record(source, source_names(source, name)[0], progress)}  # fmt: skip
     with staged(out, overwrite, source.path) as directory:
         check_space(out, total_bytes(shards) + SMALL_FILES)
@@ -171,7 +171,7 @@ def merge_packed(
     assert source.base_scheme is not None, "a float base is merged by merge_float"
     check_targets(source, out, overwrite)
     setup = setup or Setup()
-    merged = {"adaptor": source.record(), "base_method": source.base_method}
+    merged = {"adapter": source.record(), "base_method": source.base_method}
     setup, scheme = replace(setup, settings=setup.settings | {"merged": merged}), source.base_scheme
     if scheme.scale_rule == GIVEN:  # by another tool; here scales are chosen anew
         scheme = replace(scheme, scale_rule="search", scale_dtype="bfloat16")
@@ -179,12 +179,12 @@ def merge_packed(
 
 
 def written_text(source: MergedSource, progress: Progress = None) -> str:
-    """What the base with the adaptor beside it writes from nothing but its BOS token, at temperature 1.
+    """What the base with the adapter beside it writes from nothing but its BOS token, at temperature 1.
 
     Raises:
         InputError: the model has no BOS token.
     """
-    llm = load(source.path, adaptors={_BESIDE: source.adaptor})
+    llm = load(source.path, adapters={_BESIDE: source.adapter})
     if llm.tokenizer.bos_token_id is None:
         raise InputError(f"{source.path}: bos_token: expected one to begin a text with; try --text FILE")
     length, texts, tokens = min(_LENGTH, llm.context - 1), list[str](), 0
@@ -192,17 +192,17 @@ def written_text(source: MergedSource, progress: Progress = None) -> str:
         if progress:
             progress("writing text to measure on", tokens, _TOKENS)
         generation = llm.generate("", max_tokens=length, temperature=1.0, top_p=1.0, top_k=0,
-                                  seed=len(texts), adaptor=_BESIDE)  # fmt: skip
+                                  seed=len(texts), adapter=_BESIDE)  # fmt: skip
         texts.append(generation.text)
         tokens += len(generation.token_ids)
     return "\n".join(texts)
 
 
 def measure(source: MergedSource, out: Path, text: str, progress: Progress = None) -> Loss:
-    """What the merged model at `out` lost against its base with the adaptor beside it, in the engine."""
-    base, merged = load(source.path, adaptors={_BESIDE: source.adaptor}), load(out)
+    """What the merged model at `out` lost against its base with the adapter beside it, in the engine."""
+    base, merged = load(source.path, adapters={_BESIDE: source.adapter}), load(out)
     contenders = [
-        Contender("base with the adaptor", base, True, _BESIDE),
+        Contender("base with the adapter", base, True, _BESIDE),
         Contender("base", base, False),
         Contender("merged", merged, False),
     ]

@@ -1,4 +1,4 @@
-"""Direct preference optimization of adaptors (DPO, Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
+"""Direct preference optimization of adapters (DPO, Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
 
 from collections.abc import Sequence
 from types import MethodType
@@ -16,7 +16,7 @@ from llamita.train.preferences import Pair
 
 
 class PairTrainer(DPOTrainer):
-    """Trains PEFT's adaptors on tokenized pairs; the reference is the model with its adaptors as they begin.
+    """Trains PEFT's adapters on tokenized pairs; the reference is the model with its adapters as they begin.
 
     TRL multiplies hidden states with the head's float weights. A head that rounds has to be called instead.
     """
@@ -27,7 +27,7 @@ class PairTrainer(DPOTrainer):
         self._base.forward = MethodType(_forward, self._base)
 
     def release(self) -> None:
-        """Leave the model as it was given, but for what its adaptors have learned."""
+        """Leave the model as it was given, but for what its adapters have learned."""
         del self._base.forward
         model: Any = self.model
         model.delete_adapter("ref")

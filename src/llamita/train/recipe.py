@@ -13,7 +13,7 @@ from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 
 METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # and their recipes
 RECIPES = Path(__file__).parent / "recipes"
-TRAINS = ("weights", "adaptors")
+TRAINS = ("weights", "adapters")
 OBJECTIVES = ("answers", "preferences")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,10 +31,10 @@ class Stage:
     """One training run; the next begins with what it leaves.
 
     Attributes:
-        train: "weights", all of the model's; "adaptors", low-rank ones beside a model that stays as it is
+        train: "weights", all of the model's; "adapters", low-rank ones beside a model that stays as it is
             (LoRA, Hu et al. 2021, arXiv 2106.09685).
         objective: "answers", which are learned; "preferences", pairs of answers one of which is preferred,
-            for adaptors alone.
+            for adapters alone.
         quantized: whether the model computes, from here on, as its quantized self will.
         fake_quant_after: steps of this stage before it does.
         epochs: times that the data is seen; `steps`, where given, counts instead.
@@ -42,8 +42,8 @@ class Stage:
         learning_rate: at its height: it rises over `warmup`, a share of the steps, and falls by `schedule`.
         distill: the weight of the teacher's KL in the loss, the data's cross-entropy having the rest.
         beta: how dear it is to stray from where preferences began (DPO's β).
-        rank, alpha: of adaptors: their part is multiplied by alpha / rank.
-        targets: the linear layers of a block that have adaptors.
+        rank, alpha: of adapters: their part is multiplied by alpha / rank.
+        targets: the linear layers of a block that have adapters.
     """
 
     train: str = "weights"
@@ -79,8 +79,8 @@ class Stage:
             raise InputError(
                 f"batch: expected a multiple of micro_batch, {self.micro_batch}, got {self.batch}"
             )
-        if self.prefers and (self.train != "adaptors" or self.distill or self.fake_quant_after):
-            raise InputError("objective: preferences: expected train: adaptors beside it, no distill and "
+        if self.prefers and (self.train != "adapters" or self.distill or self.fake_quant_after):
+            raise InputError("objective: preferences: expected train: adapters beside it, no distill and "
                              "no fake_quant_after")  # fmt: skip
         self._check_targets()
 
@@ -151,7 +151,7 @@ class Recipe:
         kinds = [stage.train for stage in self.stages]
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (before.train != "weights" and not after.prefers) or before.prefers:
-                raise InputError(f"stages: expected adaptors once and, but for preferences, last, got "
+                raise InputError(f"stages: expected adapters once and, but for preferences, last, got "
                                  f"{', '.join(kinds)}")  # fmt: skip
             if before.quantized and not after.quantized:
                 raise InputError("stages: expected quantized stages last, got a float one behind them")
@@ -181,8 +181,8 @@ class Recipe:
         return self.stages[-1].quantized
 
     @property
-    def has_adaptors(self) -> bool:
-        """Whether the result has adaptors."""
+    def has_adapters(self) -> bool:
+        """Whether the result has adapters."""
         return self.stages[-1].train != "weights"
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,9 +194,9 @@ class Recipe:
         return values
 
 
-def adaptor_place(out: Path) -> Path:
-    """Where the adaptors of a quantized model go, whose packed directory is `out`."""
-    return out.with_name(f"{out.name}-adaptor")
+def adapter_place(out: Path) -> Path:
+    """Where the adapters of a quantized model go, whose packed directory is `out`."""
+    return out.with_name(f"{out.name}-adapter")
 
 
 def read_recipe(name: str) -> Recipe:

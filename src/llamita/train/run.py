@@ -20,8 +20,8 @@ from llamita.train.history import courses
 from llamita.train.loss_plot import loss_plot
 from llamita.train.measures import score
 from llamita.train.order import Order
-from llamita.train.recipe import adaptor_place
-from llamita.train.save import save_adaptors, save_float, save_packed, writing
+from llamita.train.recipe import adapter_place
+from llamita.train.save import save_adapters, save_float, save_packed, writing
 
 PLOT = "loss.svg"
 _CALIBRATION_ROWS = 128
@@ -96,16 +96,16 @@ def _scores(order: Order, progress: Progress) -> list[list[Any]]:
     models: dict[str, tuple[Path, QuantScheme | None, Path | None]] = {"base": (base, None, None)}
     if preset is not None:
         models["base, rounded to nearest"] = (base, preset, None)
-        beside = adaptor_place(out) if recipe.has_adaptors else None
+        beside = adapter_place(out) if recipe.has_adapters else None
         models["tuned, 4-bit"] = (out, None, beside)
-    elif recipe.has_adaptors:
+    elif recipe.has_adapters:
         models["tuned"] = (base, None, out)
     else:
         models["tuned"] = (out, None, None)
     found = []
-    for name, (path, scheme, adaptor) in models.items():
-        llm = load(path, preset=scheme, adaptors={} if adaptor is None else {name: adaptor})
-        scores = score(llm, order.task, order.data.measured, adaptor and name, progress=progress)
+    for name, (path, scheme, adapter) in models.items():
+        llm = load(path, preset=scheme, adapters={} if adapter is None else {name: adapter})
+        scores = score(llm, order.task, order.data.measured, adapter and name, progress=progress)
         found.append([name, scores.loss, scores.measures])
     return found
 
@@ -116,25 +116,25 @@ def _save(trained: Trained, order: Order, work: Path, record: dict[str, Any]) ->
     if not recipe.is_quantized:
         with staged(out, order.overwrite, order.source.path) as directory:
             return _save_float(trained, order, record, directory)
-    if not recipe.has_adaptors:
+    if not recipe.has_adapters:
         _save_packed(trained.model, order, work, record)
         return "a 4-bit model", f"llamita generate {out} --prompt TEXT"
-    beside = adaptor_place(out)
+    beside = adapter_place(out)
     with staged(beside, order.overwrite, order.source.path) as directory:
         _write_record(directory, record)
-        save_adaptors(trained.model, str(out), directory)
+        save_adapters(trained.model, str(out), directory)
         _save_packed(trained.model.unload(), order, work, record)  # the other follows at once
-    return (f"a 4-bit model and, in {beside}, adaptors",
-            f"llamita generate {out} --prompt TEXT --adaptor {beside}")  # fmt: skip
+    return (f"a 4-bit model and, in {beside}, adapters",
+            f"llamita generate {out} --prompt TEXT --adapter {beside}")  # fmt: skip
 
 
 def _save_float(trained: Trained, order: Order, record: dict[str, Any], directory: Path) -> tuple[str, str]:
     _write_record(directory, record)
-    if order.recipe.has_adaptors:
-        save_adaptors(trained.model, order.name, directory)
+    if order.recipe.has_adapters:
+        save_adapters(trained.model, order.name, directory)
         return (
-            "adaptors, in PEFT's form",
-            f"llamita generate {order.name} --prompt TEXT --adaptor {order.out}",
+            "adapters, in PEFT's form",
+            f"llamita generate {order.name} --prompt TEXT --adapter {order.out}",
         )
     save_float(trained.model, order.source, directory)
     return "a float checkpoint", f"llamita quantize {order.out} -o {order.out}-4bit"

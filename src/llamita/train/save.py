@@ -1,4 +1,4 @@
-"""What training leaves on disk: a checkpoint, adaptors in PEFT's form, or a packed directory."""
+"""What training leaves on disk: a checkpoint, adapters in PEFT's form, or a packed directory."""
 
 import shutil
 from collections.abc import Iterator
@@ -42,8 +42,8 @@ def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
     flush_files(directory)
 
 
-def save_adaptors(model: Any, base: str, directory: Path) -> None:
-    """Low-rank adaptors in BF16, in the form of PEFT's own files.
+def save_adapters(model: Any, base: str, directory: Path) -> None:
+    """Low-rank adapters in BF16, in the form of PEFT's own files.
 
     Args:
         model: PEFT's.

@@ -1,8 +1,8 @@
-"""What adaptors cost in the engine: decoding and prompts with and without, in turn, on one model.
+"""What adapters cost in the engine: decoding and prompts with and without, in turn, on one model.
 
-    python benchmarks/adaptors.py MODEL --rank 16 --rounds 20
+    python benchmarks/adapters.py MODEL --rank 16 --rounds 20
 
-MODEL is any directory that `llamita.load` takes; the adaptors, of every linear layer, are random: what they
+MODEL is any directory that `llamita.load` takes; the adapters, of every linear layer, are random: what they
 hold does not change the time.
 """
 
@@ -25,8 +25,8 @@ from llamita.numerics.affine import f32_to_bf16
 PROMPT_TOKENS = 256
 
 
-def make_adaptor(directory: Path, model: str, rank: int) -> Path:
-    """Random adaptors of BF16, in PEFT's form."""
+def make_adapter(directory: Path, model: str, rank: int) -> Path:
+    """Random adapters of BF16, in PEFT's form."""
     config, random = open_source(model).config, np.random.default_rng(0)
     tensors = {}
     for layer in range(config.layers):
@@ -43,10 +43,10 @@ def make_adaptor(directory: Path, model: str, rank: int) -> Path:
     return directory
 
 
-def seconds_of(llm: LLM, adaptor: str | None, tokens: int) -> tuple[float, float]:
+def seconds_of(llm: LLM, adapter: str | None, tokens: int) -> tuple[float, float]:
     """Of a prompt, and of a token after it, whose keys and values lie behind the prompt's."""
     cache = llm.new_sequence(PROMPT_TOKENS + tokens)
-    cache.adaptor = llm.adaptors[adaptor] if adaptor else None
+    cache.adapter = llm.adapters[adapter] if adapter else None
     ids = np.arange(PROMPT_TOKENS, dtype=np.int32)
     began = time.perf_counter()
     llm.model.step([(cache, ids)])
@@ -68,16 +68,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = make_adaptor(Path(folder), arguments.model, arguments.rank)
+        path = make_adapter(Path(folder), arguments.model, arguments.rank)
         kinds: dict[str, tuple[LLM, str | None]] = {
             "loaded without": (llamita.load(arguments.model, threads=arguments.threads), None),
-            "loaded with, not asked for": (llamita.load(arguments.model, adaptors={"a": path}), None),
+            "loaded with, not asked for": (llamita.load(arguments.model, adapters={"a": path}), None),
         }
         kinds["asked for"] = (kinds["loaded with, not asked for"][0], "a")
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for _ in range(arguments.rounds):  # in turn: what the machine does beside falls on all alike
-            for name, (llm, adaptor) in kinds.items():
-                times[name].append(seconds_of(llm, adaptor, arguments.tokens))
+            for name, (llm, adapter) in kinds.items():
+                times[name].append(seconds_of(llm, adapter, arguments.tokens))
     first = times["loaded without"]
     for name, found in times.items():
         prompt, token = (statistics.median(values) for values in zip(*found, strict=True))

@@ -1,4 +1,4 @@
-// LowRank, an adaptor of one layer or of several that read the same input, and its operation.
+// LowRank, an adapter of one layer or of several that read the same input, and its operation.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -13,7 +13,7 @@ using namespace nb::literals;
 
 // Both factors and the arrays they point into
 struct HeldLowRank {
-  LowRank adaptor;
+  LowRank adapter;
   std::vector<Array> held;
 };
 
@@ -48,17 +48,17 @@ HeldLowRank new_low_rank(const std::vector<nb::handle>& downs, const std::vector
     REQUIRE(count >= 1 && first <= outputs && count <= outputs - first,
             "ups: expected outputs within " + text(outputs) + ", got " + text(count) + " from " + text(first));
     const Array& up = made.held.emplace_back(array, "ups", "feH", std::initializer_list<size_t>{panels, rank, kLanes});
-    made.adaptor.ups.push_back({up.as<void>(), dtype_of(up), rank, count, first, inner});
+    made.adapter.ups.push_back({up.as<void>(), dtype_of(up), rank, count, first, inner});
     inner += rank;
   }
-  made.adaptor.outputs = outputs;
-  made.adaptor.scaling = scaling;
-  made.adaptor.down = wrap_float(std::move(parts), made.held.front().shape(1), kind);
+  made.adapter.outputs = outputs;
+  made.adapter.scaling = scaling;
+  made.adapter.down = wrap_float(std::move(parts), made.held.front().shape(1), kind);
   return made;
 }
 
 void low_rank_arrays(const HeldLowRank& held, nb::handle x, nb::handle out) {
-  const LowRank& a = held.adaptor;
+  const LowRank& a = held.adapter;
   const Array input(x, "x", "f", {kAny, a.down.columns}), y(out, "out", "f", {input.shape(0), a.outputs}, true);
   const nb::gil_scoped_release release;
   low_rank(a, input.as<float>(), input.shape(0), y.as<float>());
@@ -66,11 +66,11 @@ void low_rank_arrays(const HeldLowRank& held, nb::handle x, nb::handle out) {
 
 }  // namespace
 
-void bind_adaptors(nb::module_& m) {
+void bind_adapters(nb::module_& m) {
   nb::class_<HeldLowRank>(m, "LowRank")
       .def(nb::new_(&new_low_rank), "downs"_a, "ups"_a, "outputs"_a, "scaling"_a)
-      .def_prop_ro("scaling", [](const HeldLowRank& held) { return held.adaptor.scaling; });
-  m.def("low_rank", low_rank_arrays, "adaptor"_a, "x"_a, "out"_a);
+      .def_prop_ro("scaling", [](const HeldLowRank& held) { return held.adapter.scaling; });
+  m.def("low_rank", low_rank_arrays, "adapter"_a, "x"_a, "out"_a);
 }
 
 }  // namespace llamita

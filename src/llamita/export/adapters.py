@@ -1,7 +1,7 @@
-"""`--to adaptors`: the adaptors of a packed model in PEFT's form, for whatever loads that.
+"""`--to adapters`: the adapters of a packed model in PEFT's form, for whatever loads that.
 
 They fit the float model that DIR was made of, and what `--to hf` writes of DIR. Settings that PEFT computes
-(rank-stabilized scaling, names with an adaptor in them) come out plain.
+(rank-stabilized scaling, names with an adapter in them) come out plain.
 """
 
 import math
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError, RunError
-from llamita.export.source import adaptor_of
+from llamita.export.source import adapter_of
 from llamita.export.targets import Order, Progress
-from llamita.models.peft import WEIGHTS, LowRankPairs, write_adaptor
+from llamita.models.peft import WEIGHTS, LowRankPairs, write_adapter
 from llamita.numerics.affine import to_f32
 from llamita.system.extras import load_optional
 
@@ -22,17 +22,17 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory; PEFT, where it is installed, loads it beside a model of this shape.
 
     Raises:
-        InputError: no adaptors, or they do not fit the model.
+        InputError: no adapters, or they do not fit the model.
     """
-    stored = adaptor_of(order.packed, order.adaptor)
+    stored = adapter_of(order.packed, order.adapter)
     if stored is None:
-        raise InputError("--to adaptors: expected --adaptor ADAPTOR, got none")
+        raise InputError("--to adapters: expected --adapter ADAPTER, got none")
     if progress:
-        progress("adaptors", 0, 1)
+        progress("adapters", 0, 1)
     pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
     base = order.packed.metadata["source"]["name"].rsplit("/", 1)[-1]
-    write_adaptor(LowRankPairs(pairs, rank, stored.scaling), base, order.packed.config.layers, directory)
+    write_adapter(LowRankPairs(pairs, rank, stored.scaling), base, order.packed.config.layers, directory)
     record = {
         "bytes": (directory / WEIGHTS).stat().st_size, "rank": rank, "scale": stored.scaling,
         "proof": None, "unchecked": None,

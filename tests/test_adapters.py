@@ -1,4 +1,4 @@
-"""Adaptors in the engine: PEFT's arithmetic, several at once, what is refused."""
+"""Adapters in the engine: PEFT's arithmetic, several at once, what is refused."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tiny import make_checkpoint, write_file
 
 import llamita
 from llamita import _native as ops
-from llamita.engine.adapters import CONFIG, FUSED, WEIGHTS, load_adaptor
+from llamita.engine.adapters import CONFIG, FUSED, WEIGHTS, load_adapter
 from llamita.engine.requests import Generation
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
@@ -25,10 +25,10 @@ LINEARS = [name for names in FUSED.values() for name in names]
 PROMPT = list(range(2, 40))
 
 
-def make_adaptor(
+def make_adapter(
     directory: Path, model: Path, seed: int = 0, rank: int = 4, targets: list[str] = LINEARS, **settings: Any
 ) -> Path:
-    """Random adaptors of BF16 for a tiny model, in PEFT's form."""
+    """Random adapters of BF16 for a tiny model, in PEFT's form."""
     config, random = Checkpoint(model).config, np.random.default_rng(seed)
     tensors = {}
     for layer in range(config.layers):
@@ -56,8 +56,8 @@ def test_a_layers_part_is_that_of_its_formula(model: Path, tmp_path: Path, isa: 
     """y += s·B·(A·x) to 1e-5, in every layer, for one token and for many."""
     del isa
     config = Checkpoint(model).config
-    path = make_adaptor(tmp_path / "a", model)
-    adaptor = load_adaptor("a", path, config)
+    path = make_adapter(tmp_path / "a", model)
+    adapter = load_adapter("a", path, config)
     stored = {name: bf16_to_f32(v).astype(np.float64) for name, v in _tensors(path).items()}
     random = np.random.default_rng(1)
     for fused, names in FUSED.items():
@@ -73,15 +73,15 @@ def test_a_layers_part_is_that_of_its_formula(model: Path, tmp_path: Path, isa: 
                 for name in names
             ]  # fmt: skip
             expected += np.concatenate(parts, 1)
-            ops.low_rank(adaptor.blocks[1][fused], x, out)
+            ops.low_rank(adapter.blocks[1][fused], x, out)
             np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_instruction_set_gives_the_same_bits(model: Path, tmp_path: Path) -> None:
-    adaptor = load_adaptor("a", make_adaptor(tmp_path / "a", model, rank=5), Checkpoint(model).config)
+    adapter = load_adapter("a", make_adapter(tmp_path / "a", model, rank=5), Checkpoint(model).config)
     random = np.random.default_rng(0)
     before = ops.isa()
-    for fused, low_rank in adaptor.blocks[0].items():
+    for fused, low_rank in adapter.blocks[0].items():
         outputs = {"qkv": 256, "attention_out": 128, "gate_up": 512, "down": 128}[fused]
         for tokens in (1, 3, 4, 9):
             x = random.standard_normal((tokens, 256 if fused == "down" else 128)).astype(np.float32)
@@ -100,7 +100,7 @@ def test_every_instruction_set_gives_the_same_bits(model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("rows", [1, 15, 17, 48])
-def test_outputs_beside_an_adaptors_stay_as_they_are(dtype: type, rows: int) -> None:
+def test_outputs_beside_an_adapters_stay_as_they_are(dtype: type, rows: int) -> None:
     random = np.random.default_rng(0)
     down, up = random.standard_normal((3, 24)).astype(dtype), random.standard_normal((rows, 3)).astype(dtype)
     padded = np.zeros((-(-rows // 16) * 16, 3), dtype)
@@ -122,66 +122,66 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("targets", [LINEARS, ["self_attn.v_proj", "mlp.up_proj"]])
-def test_a_float_model_with_an_adaptor_is_pefts(model: Path, tmp_path: Path, targets: list[str]) -> None:
+def test_a_float_model_with_an_adapter_is_pefts(model: Path, tmp_path: Path, targets: list[str]) -> None:
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    path = make_adaptor(tmp_path / "a", model, targets=targets)
+    path = make_adapter(tmp_path / "a", model, targets=targets)
     base = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, path).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor([PROMPT])).logits[0].numpy()
-    llm = llamita.load(model, adaptors={"a": path})
-    found = llm.logits(PROMPT, adaptor="a")
+    llm = llamita.load(model, adapters={"a": path})
+    found = llm.logits(PROMPT, adapter="a")
     scale = np.abs(expected).max()
     assert np.abs(found - expected).max() < 1e-5 * scale
     plain = llamita.load(model).logits(PROMPT)
-    assert np.abs(plain - expected).max() > 1e-2 * scale  # so the adaptor does something
+    assert np.abs(plain - expected).max() > 1e-2 * scale  # so the adapter does something
     assert np.abs(llm.logits(PROMPT) - plain).max() < 1e-5 * scale  # and nothing where it is not asked for
 
 
-def test_sequences_of_several_adaptors_share_steps(model: Path, tmp_path: Path) -> None:
-    paths = {name: make_adaptor(tmp_path / name, model, seed) for seed, name in enumerate(("a", "b"))}
-    llm = llamita.load(model, preset="llama3.2", adaptors=paths)
+def test_sequences_of_several_adapters_share_steps(model: Path, tmp_path: Path) -> None:
+    paths = {name: make_adapter(tmp_path / name, model, seed) for seed, name in enumerate(("a", "b"))}
+    llm = llamita.load(model, preset="llama3.2", adapters=paths)
     options: dict[str, Any] = {"max_tokens": 12, "greedy": True}
-    alone = {name: llm.generate(PROMPT, adaptor=name, **options).token_ids for name in (None, "a", "b")}
+    alone = {name: llm.generate(PROMPT, adapter=name, **options).token_ids for name in (None, "a", "b")}
     assert len({tuple(ids) for ids in alone.values()}) == 3
-    streams = {name: llm.stream(PROMPT, adaptor=name, **options) for name in ("b", None, "a")}
+    streams = {name: llm.stream(PROMPT, adapter=name, **options) for name in ("b", None, "a")}
     for name, stream in streams.items():
         *_, last = stream
         assert isinstance(last, Generation)
         assert last.token_ids == alone[name]
 
 
-def test_kept_keys_and_values_are_an_adaptors_own(model: Path, tmp_path: Path) -> None:
-    llm = llamita.load(model, adaptors={"a": make_adaptor(tmp_path / "a", model)})
+def test_kept_keys_and_values_are_an_adapters_own(model: Path, tmp_path: Path) -> None:
+    llm = llamita.load(model, adapters={"a": make_adapter(tmp_path / "a", model)})
     options: dict[str, Any] = {"max_tokens": 4, "greedy": True, "speculate": 0}
     llm.generate(PROMPT, **options)
-    first = llm.generate(PROMPT, adaptor="a", **options)
+    first = llm.generate(PROMPT, adapter="a", **options)
     assert first.timings.reused_tokens == 0
-    again = llm.generate(PROMPT, adaptor="a", **options)
+    again = llm.generate(PROMPT, adapter="a", **options)
     assert again.timings.reused_tokens == len(PROMPT) - 1
     assert again.token_ids == first.token_ids
     assert llm.generate(PROMPT, **options).timings.reused_tokens == len(PROMPT) - 1
 
 
-def test_adaptors_read_the_inputs_before_r4(model: Path, tmp_path: Path) -> None:
-    """R4 turns what down_proj reads, which an adaptor of the source has to see as it was."""
+def test_adapters_read_the_inputs_before_r4(model: Path, tmp_path: Path) -> None:
+    """R4 turns what down_proj reads, which an adapter of the source has to see as it was."""
     pytest.importorskip("torch")
-    path = make_adaptor(tmp_path / "a", model, targets=["mlp.down_proj"])
+    path = make_adapter(tmp_path / "a", model, targets=["mlp.down_proj"])
     out = tmp_path / "rotated"
     setup = Setup(settings={"spinquant.rotations": "R4"})
     quantize(Checkpoint(model), str(model), out, make_scheme("llama3.2"), "spinquant", setup)
-    plain = llamita.load(model, adaptors={"a": path})
-    rotated = llamita.load(out, adaptors={"a": path})
-    moved = plain.logits(PROMPT, adaptor="a") - plain.logits(PROMPT)
-    found = rotated.logits(PROMPT, adaptor="a") - rotated.logits(PROMPT)
+    plain = llamita.load(model, adapters={"a": path})
+    rotated = llamita.load(out, adapters={"a": path})
+    moved = plain.logits(PROMPT, adapter="a") - plain.logits(PROMPT)
+    found = rotated.logits(PROMPT, adapter="a") - rotated.logits(PROMPT)
     assert np.corrcoef(found.ravel(), moved.ravel())[0, 1] > 0.9  # rounding; turned, they are unrelated
 
 
 def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    adaptors = {"a": make_adaptor(tmp_path / "a", model)}
+    adapters = {"a": make_adapter(tmp_path / "a", model)}
     for method, told in (("equalize", "equalize"), ("spinquant", "R1 and R2")):
         out = tmp_path / method
         settings = {} if method == "equalize" else {"spinquant.rotations": "R1,R2", "spinquant.steps": 0}
@@ -189,7 +189,7 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
             Checkpoint(model), str(model), out, make_scheme("llama3.2"), method, Setup(settings=settings)
         )
         with pytest.raises(InputError, match=f"changed by {told}; try quantize"):
-            llamita.load(out, adaptors=adaptors)
+            llamita.load(out, adapters=adapters)
 
 
 @pytest.mark.parametrize(
@@ -208,21 +208,21 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
 def test_what_is_not_known_is_refused(
     model: Path, tmp_path: Path, settings: dict[str, Any], told: str
 ) -> None:
-    path = make_adaptor(tmp_path / "a", model, **settings)
+    path = make_adapter(tmp_path / "a", model, **settings)
     with pytest.raises(InputError, match=told):
-        load_adaptor("a", path, Checkpoint(model).config)
+        load_adapter("a", path, Checkpoint(model).config)
 
 
-def test_rank_stabilized_adaptors_have_their_own_scaling(model: Path, tmp_path: Path) -> None:
+def test_rank_stabilized_adapters_have_their_own_scaling(model: Path, tmp_path: Path) -> None:
     config = Checkpoint(model).config
     for use, expected in ((False, 2.0), (True, 4.0)):  # alpha 8 over 4, over √4
-        path = make_adaptor(tmp_path / str(use), model, use_rslora=use)
-        assert load_adaptor("a", path, config).blocks[0]["qkv"].scaling == expected
+        path = make_adapter(tmp_path / str(use), model, use_rslora=use)
+        assert load_adapter("a", path, config).blocks[0]["qkv"].scaling == expected
 
 
-def test_broken_adaptors_are_refused(model: Path, tmp_path: Path) -> None:
+def test_broken_adapters_are_refused(model: Path, tmp_path: Path) -> None:
     config = Checkpoint(model).config
-    path = make_adaptor(tmp_path / "a", model)
+    path = make_adapter(tmp_path / "a", model)
     tensors = _tensors(path)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -230,14 +230,14 @@ def test_broken_adaptors_are_refused(model: Path, tmp_path: Path) -> None:
         (path / WEIGHTS).unlink()
         write_file(path / WEIGHTS, changed, "BF16")
         with pytest.raises(InputError) as caught:
-            load_adaptor("a", path, config)
+            load_adapter("a", path, config)
         return str(caught.value)
 
     assert "q_proj: expected both lora_A and lora_B" in refused(
         {n: t for n, t in tensors.items() if n != name}
     )
-    assert "expected adaptors, got none" in refused({})
-    assert "expected adaptors of this model's linear layers" in refused(
+    assert "expected adapters, got none" in refused({})
+    assert "expected adapters of this model's linear layers" in refused(
         {**tensors, "lm_head.weight": tensors[name]}
     )
     assert "layers.9" in refused({**tensors, name.replace("layers.0", "layers.9"): tensors[name]})
@@ -248,10 +248,10 @@ def test_broken_adaptors_are_refused(model: Path, tmp_path: Path) -> None:
     assert "lora_A" in refused({**tensors, name: nan})
 
 
-def test_commands_take_an_adaptor(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = make_adaptor(tmp_path / "a", model)
+def test_commands_take_an_adapter(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_adapter(tmp_path / "a", model)
     texts = []
-    for options in ((), ("--adaptor", path)):
+    for options in ((), ("--adapter", path)):
         command = (
             "generate",
             model,
@@ -265,20 +265,20 @@ def test_commands_take_an_adaptor(model: Path, tmp_path: Path, capsys: pytest.Ca
         )
         assert run(*command) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
-    expected = llamita.load(model, adaptors={"x": path}).generate(
-        "hello", greedy=True, max_tokens=8, adaptor="x"
+    expected = llamita.load(model, adapters={"x": path}).generate(
+        "hello", greedy=True, max_tokens=8, adapter="x"
     )
     assert texts[1] == expected.text != texts[0]
-    assert run("generate", model, "--prompt", "hello", "--adaptor", tmp_path / "none") == 2
+    assert run("generate", model, "--prompt", "hello", "--adapter", tmp_path / "none") == 2
     assert (
-        "none: expected a directory with adapter_config.json, as PEFT writes adaptors, got none"
+        "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none"
         in one_line(capsys)
     )
 
 
 def test_an_unknown_name_is_told(model: Path, tmp_path: Path) -> None:
-    llm = llamita.load(model, adaptors={"a": make_adaptor(tmp_path / "a", model)})
-    with pytest.raises(InputError, match="adaptor: expected one of a, got 'b'"):
-        llm.generate(PROMPT, adaptor="b")
+    llm = llamita.load(model, adapters={"a": make_adapter(tmp_path / "a", model)})
+    with pytest.raises(InputError, match="adapter: expected one of a, got 'b'"):
+        llm.generate(PROMPT, adapter="b")
     with pytest.raises(InputError, match="expected one of none, as the model was loaded without, got 'a'"):
-        llamita.load(model).logits(PROMPT, adaptor="a")
+        llamita.load(model).logits(PROMPT, adapter="a")
