@@ -1,4 +1,4 @@
-"""What the calibration text is worth: a table of docs/methods.md, preset llamita on the embedded model.
+"""What the calibration text is worth: a table of docs/reference/methods.md, preset llamita on the embedded model.
 
     python benchmarks/calibration_texts.py --text DIR --wikitext FILE
 

@@ -1,4 +1,4 @@
-"""A packed model through every form that `llamita export` writes: the parity table of docs/formats.md.
+"""A packed model through every form that `llamita export` writes: the parity table of docs/reference/other-formats.md.
 
     python benchmarks/formats.py embedded-4bit --work DIR
 

@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py                          # everything: installs, makes models, 5 rounds
     python benchmarks/peers.py --resume --rounds 2 --only llamita-g128,llamacpp-q4_0
-    python benchmarks/render_results.py                 # docs/results.md from what was measured
+    python benchmarks/render_results.py                 # docs/results/speed.md from what was measured
 
 Every invocation begins a file in benchmarks/history or adds to one. Needs an idle machine, a package
 registry, a C++ compiler, 25 GB of disk and 20 GB of memory.

@@ -1,4 +1,4 @@
-"""What training with rounding in the loop wins back, on the embedded model: the table of docs/finetune.md.
+"""What training with rounding in the loop wins back, on the embedded model: the table of docs/guide/finetune.md.
 
     python benchmarks/qat.py --data pairs.tsv --task translation --work DIR --seeds 0,1,2
 
@@ -33,7 +33,7 @@ Losses = dict[str, list[np.ndarray]]  # of every example, by model
 
 
 PAIRS = {"float": "qat", "float-lora": "qat-lora"}  # trained alike
-CHAINS: dict[str, tuple[str, dict[str, Any]]] = {  # to nearest; the best of docs/quality.md at equal size
+CHAINS: dict[str, tuple[str, dict[str, Any]]] = {  # to nearest; the best of docs/results/quality.md at equal size
     "rtn": ("rtn", {}),
     "preset llamita": (
         "equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),

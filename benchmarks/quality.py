@@ -1,4 +1,4 @@
-"""What every method loses, on the embedded model and its stressed twins: docs/quality.md.
+"""What every method loses, on the embedded model and its stressed twins: docs/results/quality.md.
 
     python benchmarks/quality.py --text DIR                  # everything; a stopped run goes on
     python benchmarks/quality.py --text DIR --twins plain --groups 32 --seeds 0 --rows gptq,qronos
@@ -163,8 +163,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=_names(SEEDS), default=list(SEEDS))
     parser.add_argument("--rows", type=_names(ROWS), default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one thread")
-    parser.add_argument("--render", action="store_true", help="run nothing, write docs/quality.md")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.md")
+    parser.add_argument("--render", action="store_true", help="run nothing, write docs/results/quality.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "quality.md")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Render docs/results.md from benchmarks/history: no figure on that page is written by hand.
+"""Render docs/results/speed.md from benchmarks/history: no figure on that page is written by hand.
 
 python benchmarks/render_results.py [--check]
 """
@@ -16,7 +16,7 @@ from records import EXTRAPOLATED, summarize
 
 ROOT = Path(__file__).parents[1]
 HISTORY = ROOT / "benchmarks" / "history"
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "results" / "speed.md"
 PREFILL, DECODE = "prefill_tokens_per_second", "decode_tokens_per_second"
 FRACTIONS = ("prefill_of_limit", "decode_of_limit", "decode_with_cache_of_limit")
 OURS = "llamita-"

@@ -1,4 +1,4 @@
-"""What plain rounding loses on the embedded model and on its stressed twins: the table of docs/embedded.md.
+"""What plain rounding loses on the embedded model and on its stressed twins: the table of docs/results/embedded-model.md.
 
 python benchmarks/stressed_table.py
 

@@ -1,4 +1,4 @@
-"""Three tasks from data to a 4-bit model, as a user runs them: the table of docs/finetune.md.
+"""Three tasks from data to a 4-bit model, as a user runs them: the table of docs/guide/finetune.md.
 
     python benchmarks/tasks.py --data FOLDER --work DIR
 

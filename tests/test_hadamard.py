@@ -55,7 +55,7 @@ def test_the_fast_transform_is_the_matrix_and_can_be_undone(size: int, dtype: ty
 
 @pytest.mark.parametrize("size", [8, 48, 112])
 def test_sums_come_in_the_specified_order(size: int) -> None:
-    """One value at a time, as docs/numerics.md says it."""
+    """One value at a time, as docs/reference/numerics.md says it."""
     x = np.random.default_rng(1).standard_normal(size).astype(np.float32)
     core, power = factor(size)
     y, width, step = x.copy(), 2**power, 1

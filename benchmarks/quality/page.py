@@ -1,4 +1,4 @@
-"""The text of docs/quality.md around its tables."""
+"""The text of docs/results/quality.md around its tables."""
 
 from rows import LENGTH, ROWS, SAMPLES, TWINS
 from tables import Cells, against_meta, page, won_back

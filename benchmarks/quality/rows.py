@@ -1,4 +1,4 @@
-"""The rows of docs/quality.md: which chain of methods, on which scales, calibrated on what."""
+"""The rows of docs/results/quality.md: which chain of methods, on which scales, calibrated on what."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""From finished cells to docs/quality.md: means over seeds, intervals over tokens, and what is noise."""
+"""From finished cells to docs/results/quality.md: means over seeds, intervals over tokens, and what is noise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

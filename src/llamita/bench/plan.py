@@ -37,7 +37,7 @@ from llamita.system.threads import use_threads
 CONTEXTS = (2048, 8192)  # tokens for which memory is given
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PROBE_BYTES = 2**29  # far larger than any cache; `llamita bench` reads more, and longer
-# Estimates, chosen near what `llamita bench` measured on one machine: docs/benchmarks.md says how near
+# Estimates, chosen near what `llamita bench` measured on one machine: docs/results/benchmarks.md says how near
 _DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits
 _CACHED = 1.5  # times the bandwidth of memory, where the CPU's caches hold all weights
 _STEP_SECONDS = 10e-6  # of a layer and step, whatever its size

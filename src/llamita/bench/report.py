@@ -1,6 +1,6 @@
 """What the figures of `llamita bench` mean: arithmetic from seconds, bytes and counts of work.
 
-`docs/benchmarks.md` defines each. Figures are medians of the repeats. A fraction stands beside the best
+`docs/results/benchmarks.md` defines each. Figures are medians of the repeats. A fraction stands beside the best
 limit of the whole run, and beside the limits just before and after each repeat, because clocks swing.
 """
 

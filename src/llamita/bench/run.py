@@ -62,7 +62,7 @@ class _Contender:
 
 
 def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
-    """Measure; the result as JSON values, which `docs/benchmarks.md` describes.
+    """Measure; the result as JSON values, which `docs/results/benchmarks.md` describes.
 
     Raises:
         InputError: a model, an option or a size is at fault.

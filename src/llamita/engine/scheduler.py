@@ -1,6 +1,6 @@
 """Runs any number of generations through shared steps of the model.
 
-`docs/engine.md`, "Scheduling and speculation", says what a step takes in and why. There is no thread here:
+`docs/reference/engine.md`, "Scheduling and speculation", says what a step takes in and why. There is no thread here:
 whoever waits for a piece of text runs the next step for all, unless somebody else is at it.
 """
 

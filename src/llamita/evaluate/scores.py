@@ -2,7 +2,7 @@
 
 All models see the same tokens in the same chunks at the same time, so that only a few rows of logits
 are in memory whatever the vocabulary. Within a chunk of n tokens the last n - 1 are predicted; chunks do
-not see each other, as in GPTQ's WikiText figures (arXiv 2210.17323). `docs/evaluation.md` says more.
+not see each other, as in GPTQ's WikiText figures (arXiv 2210.17323). `docs/guide/evaluate.md` says more.
 """
 
 import math

@@ -16,7 +16,9 @@ from llamita.models.config import ModelConfig
 from llamita.models.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
 from llamita.numerics.affine import to_f32
 
-_BALANCE = 0.75  # 1 makes all columns equal, 0 all activations; chosen by measurement (docs/methods.md)
+_BALANCE = (
+    0.75  # 1 makes all columns equal, 0 all activations; chosen by measurement (docs/reference/methods.md)
+)
 
 
 def transform(source: FloatSource, setup: Setup) -> TransformedSource:

@@ -1,7 +1,7 @@
 """What `--set METHOD.NAME=VALUE` changes: the settings of every method, their defaults, their limits.
 
 Here, apart from the methods, so that they are known before Torch or any work is: a mistake in one is told
-first, and what a method will take can be estimated. docs/methods.md has the measurements behind them.
+first, and what a method will take can be estimated. docs/reference/methods.md has the measurements behind them.
 """
 
 from collections.abc import Collection
@@ -121,7 +121,7 @@ class SpinQuantSettings:
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Settings "tune.NAME" of a run; docs/methods.md has the measurements behind the defaults.
+    """Settings "tune.NAME" of a run; docs/reference/methods.md has the measurements behind the defaults.
 
     Attributes:
         steps: of each of the two descents of a block: scales alone, then codes and scales.

@@ -2,7 +2,7 @@
 
 Linear layers lie in compressed-tensors' `pack-quantized` layout, embedding and head in float or int8 per
 channel, and `llamita.json` says how they came about and has the SHA-256 of every other file and of itself
-without that line. `docs/format.md` has it byte by byte.
+without that line. `docs/reference/packed-model.md` has it byte by byte.
 """
 
 import hashlib
@@ -305,7 +305,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not is_file_table(values["files"]):
         raise InputError(f"{METADATA}: files: expected names with size and sha256")
     if not _is_provenance(values):
-        raise InputError(f"{METADATA}: source, error, method or float_layers: not as docs/format.md has them")
+        raise InputError(
+            f"{METADATA}: source, error, method or float_layers: not as docs/reference/packed-model.md has them"
+        )
     for name, record in values["files"].items():
         if name.endswith(".safetensors"):
             size = member(path, name).stat().st_size

@@ -179,7 +179,7 @@ def write_config(
 
 
 def stored_rotations(rotations: Rotations) -> Rotations:
-    """Rotations as they are stored: the head's transform in bf16 (docs/numerics.md has what that costs)."""
+    """Rotations as they are stored: the head's transform in bf16 (docs/reference/numerics.md has what that costs)."""
     transform = rotations.head_transform
     if transform is None or transform.dtype != np.float32:
         return rotations

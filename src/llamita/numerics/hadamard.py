@@ -2,7 +2,7 @@
 
 n = K·2^m: H = H_K ⊗ H_{2^m}, Sylvester's matrix over the low part of an index, and over the high part one of
 order K by Paley's first or second construction (1933) or Williamson's (1944). The order of the transform's
-sums is part of the format (docs/numerics.md); the native twin gives the same bits.
+sums is part of the format (docs/reference/numerics.md); the native twin gives the same bits.
 """
 
 from collections.abc import Callable

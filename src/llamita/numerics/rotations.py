@@ -2,7 +2,7 @@
 
 R1 rotates the residual stream and R2 the values of a head; both are merged into weights (SpinQuant, arXiv
 2405.16406). R4 is a Hadamard transform of down_proj's input and has to run online. Tied tables under R1 need
-one more product, `head_transform`. `docs/format.md` says how `llamita.json` lists them.
+one more product, `head_transform`. `docs/reference/packed-model.md` says how `llamita.json` lists them.
 """
 
 from dataclasses import dataclass, field

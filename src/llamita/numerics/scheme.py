@@ -1,7 +1,7 @@
 """Quantization schemes as plain values: what is rounded, to how many bits, on which grid.
 
 The scheme is W4A8: int4 weights in groups along each output channel (symmetric, static), int8
-activations per token (asymmetric, at run time). A preset is a named scheme; `docs/numerics.md` has the
+activations per token (asymmetric, at run time). A preset is a named scheme; `docs/reference/numerics.md` has the
 formulas.
 """
 

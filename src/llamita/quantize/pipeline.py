@@ -279,7 +279,7 @@ def _metadata(
     scheme: QuantScheme, chain: Chain, setup: Setup, rotations: Rotations, source: dict[str, Any],
     summary: Summary, files: FileTable,
 ) -> dict[str, Any]:  # fmt: skip
-    """llamita.json but for its own hash; docs/format.md says what each key means."""
+    """llamita.json but for its own hash; docs/reference/packed-model.md says what each key means."""
     measured = chain.needs_calibration(setup.settings)
     return {
         "format": format_of(scheme),
