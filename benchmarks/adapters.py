@@ -19,7 +19,7 @@ import llamita
 from llamita.engine.adapters import CONFIG, WEIGHTS
 from llamita.engine.llm import LLM
 from llamita.formats.safetensors import TensorWriter
-from llamita.models.packed import open_source
+from llamita.imports.open import open_source
 from llamita.numerics.affine import f32_to_bf16
 
 PROMPT_TOKENS = 256

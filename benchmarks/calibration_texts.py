@@ -15,9 +15,10 @@ from stories import SCORED, read_stories
 
 from llamita.engine.llm import LLM
 from llamita.evaluate.scores import Contender, score_tokens
+from llamita.imports.open import resolve
 from llamita.methods.chain import PRESET_METHODS
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.intervals import mean_interval
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.calibration import draw_windows, load_calibration

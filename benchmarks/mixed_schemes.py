@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from llamita.engine.weights import load_weights
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.imports.open import resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import describe_kinds
 from llamita.models.sizes import make_plan
 from llamita.numerics.intervals import mean_interval, paired_difference

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from llamita.engine.llm import load
+from llamita.imports.open import resolve
 from llamita.methods.setup import Setup
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
 from llamita.train.data import Data, load_data

@@ -30,7 +30,7 @@ from page import render  # noqa: E402
 from rows import GROUP_SIZES, LENGTH, REVISION, ROWS, SAMPLES, SEEDS, TWINS, YARDSTICK  # noqa: E402
 from stories import SCORED, read_stories, write_stories  # noqa: E402
 
-from llamita.models.checkpoint import resolve  # noqa: E402
+from llamita.imports.open import resolve  # noqa: E402
 
 
 def make_twin(parts: set[str], out: Path) -> Path:

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llamita.bench.shapes import SHAPES
 from llamita.formats.safetensors import TensorWriter
-from llamita.models.checkpoint import INDEX, expected_tensors
+from llamita.models.checkpoint import INDEX
 from llamita.models.config import ModelConfig
+from llamita.models.names import expected_tensors
 from llamita.numerics.affine import f32_to_bf16
 
 CONFIG = SHAPES["llama-3.2-1b"]

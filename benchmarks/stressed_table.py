@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llamita.engine.llm import load
 from llamita.evaluate.scores import Contender, score_text
-from llamita.models.checkpoint import resolve
+from llamita.imports.open import resolve
 from llamita.numerics.scheme import make_scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

@@ -16,7 +16,8 @@ from llamita.bench.speed import measure_speed
 from llamita.commands import console
 from llamita.evaluate.contenders import open_contenders
 from llamita.evaluate.scores import TextScores, embedded_text, score_text
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.imports.open import resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.verify import verify
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize

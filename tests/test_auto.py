@@ -13,8 +13,10 @@ from tiny import make_checkpoint
 from llamita.commands.selection import parse_size
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.models.checkpoint import Checkpoint, linear_names, resolve
+from llamita.imports.open import resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import keep_float, with_layers
+from llamita.models.names import linear_names
 from llamita.models.packed import PackedModel
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify

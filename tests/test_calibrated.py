@@ -18,9 +18,10 @@ import llamita
 import llamita.numerics.packing
 from llamita import _native
 from llamita.errors import InputError, RunError
+from llamita.imports.open import resolve
 from llamita.methods.chain import begin, parse_chain
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import keep_float
 from llamita.models.packed import PackedModel
 from llamita.models.verify import verify

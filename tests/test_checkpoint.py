@@ -17,15 +17,11 @@ from llamita.errors import InputError, RunError
 from llamita.formats.safetensors import TensorFile
 from llamita.imports import hub
 from llamita.imports.hub import PATTERNS
-from llamita.models.checkpoint import (
-    Checkpoint,
-    check_finite,
-    linear_names,
-    resolve,
-    table_names,
-    vector_names,
-)
+from llamita.imports.open import resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
+from llamita.models.names import linear_names, table_names, vector_names
+from llamita.models.weights import check_finite
 from llamita.numerics.affine import f32_to_bf16
 from llamita.system.files import is_companion, parse_json
 

@@ -23,10 +23,11 @@ from llamita.evaluate.layers import (
     weight_errors,
 )
 from llamita.evaluate.scores import Contender, score_text, score_tokens
+from llamita.imports.open import open_source
 from llamita.models import dequantized
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import PackedModel, open_source
+from llamita.models.packed import PackedModel
 from llamita.numerics import affine
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.scheme import make_scheme

@@ -215,8 +215,8 @@ def test_a_program_with_float_activations_is_the_float_model(tmp_path: Path) -> 
     import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
     from tiny import write_tensors
 
-    from llamita.models.checkpoint import expected_tensors
     from llamita.models.dequantized import DequantizedSource
+    from llamita.models.names import expected_tensors
 
     packed = PackedModel(packed_model(tmp_path, "llama31"))
     program, floats = make_program(packed, 64, is_static=True, activations=None), DequantizedSource(packed)

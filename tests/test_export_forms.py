@@ -11,9 +11,9 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita.formats.safetensors import TensorFile
-from llamita.models.checkpoint import Int4Weight
 from llamita.models.foreign_names import pair_order
 from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.packing import unpack_int4
 

@@ -24,8 +24,10 @@ from tiny import make_checkpoint
 from llamita.bench.plan import describe
 from llamita.commands.inspect import facts
 from llamita.errors import LlamitaError
-from llamita.models.checkpoint import Checkpoint, linear_names, table_names, vector_names
-from llamita.models.packed import PackedModel, open_source
+from llamita.imports.open import open_source
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import linear_names, table_names, vector_names
+from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import write_metadata
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify

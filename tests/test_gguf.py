@@ -18,9 +18,10 @@ from llamita.formats.gguf_blocks import floats_of
 from llamita.imports.forms import convert
 from llamita.imports.gguf import _ends
 from llamita.imports.tokenizers import with_scores
-from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import gguf_name, pair_order, rope_factors
 from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import dequantize, f32_to_bf16, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.text.tokenizer import Tokenizer

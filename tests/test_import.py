@@ -15,9 +15,11 @@ from tiny import make_checkpoint
 import llamita
 from llamita.errors import InputError
 from llamita.imports.forms import convert
+from llamita.imports.open import resolve
 from llamita.imports.tokenizers import Converted, convert_tokenizer
-from llamita.models.checkpoint import Checkpoint, expected_tensors, resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import heads_of, meta_name, pair_order
+from llamita.models.names import expected_tensors
 from llamita.text.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")

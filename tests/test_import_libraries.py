@@ -12,8 +12,10 @@ from test_import_quantized import export, tensors_of, write_file
 from tiny import make_checkpoint
 
 from llamita.formats.safetensors import TensorFile
-from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import linear_names
 from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight
 from llamita.numerics.affine import dequantize, f32_to_bf16, round_weights, to_f32
 from llamita.numerics.packing import pack_int4, unpack_int4
 

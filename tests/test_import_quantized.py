@@ -16,7 +16,8 @@ import llamita
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.imports.codes import Coded, find_kinds, with_positive_scales
-from llamita.models.checkpoint import Checkpoint, open_tensor_files, resolve
+from llamita.imports.open import resolve
+from llamita.models.checkpoint import Checkpoint, open_tensor_files
 from llamita.models.packed import PackedModel
 from llamita.models.verify import verify
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16

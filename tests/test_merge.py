@@ -14,12 +14,14 @@ import llamita
 from llamita.engine.adapters import CONFIG, WEIGHTS
 from llamita.engine.llm import LLM
 from llamita.formats.safetensors import TensorFile, TensorWriter
+from llamita.imports.open import open_source, resolve
 from llamita.methods.setup import Setup
-from llamita.models.checkpoint import Checkpoint, expected_tensors, resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.dequantized import DequantizedSource
 from llamita.models.layer_kinds import with_layers
-from llamita.models.packed import PackedModel, open_source
-from llamita.models.transformed import as_stored
+from llamita.models.names import expected_tensors
+from llamita.models.packed import PackedModel
+from llamita.models.weights import as_stored
 from llamita.numerics.affine import bf16_to_f32, to_f32
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize

@@ -14,10 +14,12 @@ from llamita.engine.llm import LLM, load
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names, table_names
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import count_kinds, describe_groups, describe_kinds, keep_float, with_layers
+from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel, quantization_config
 from llamita.models.sizes import make_plan
+from llamita.models.weights import Int4Weight
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.quantize.pipeline import RoundedSource, quantize
 

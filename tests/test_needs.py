@@ -9,9 +9,10 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 from llamita.bench.plan import describe_shape
+from llamita.imports.open import resolve
 from llamita.methods.chain import parse_chain
 from llamita.methods.setup import Setup
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.quantize.cost import expected_memory, expected_work
 
 pytest.importorskip("torch", reason="calibrated methods are on the Torch side")

@@ -12,16 +12,12 @@ import safetensors.numpy
 from tiny import CONFIGS, make_checkpoint
 
 from llamita.errors import InputError
-from llamita.models.checkpoint import (
-    Checkpoint,
-    Int4Weight,
-    Int8Weight,
-    linear_names,
-    table_names,
-    vector_names,
-)
-from llamita.models.packed import KEYS, PackedModel, open_source, self_hash_holds
+from llamita.imports.open import open_source
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import linear_names, table_names, vector_names
+from llamita.models.packed import KEYS, PackedModel, self_hash_holds
 from llamita.models.packed_writer import write_metadata
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import dequantize, quantize_activations, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme

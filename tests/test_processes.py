@@ -12,8 +12,8 @@ from command import assert_nothing_is_left, run
 from tiny import make_checkpoint
 
 from llamita.errors import InputError
-from llamita.models.checkpoint import Int4Weight
 from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight
 from llamita.system import processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

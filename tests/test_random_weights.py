@@ -11,8 +11,9 @@ from llamita.bench.random_weights import RandomSource
 from llamita.bench.shapes import SHAPES, find_shape
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
-from llamita.models.checkpoint import Int4Weight, Int8Weight, expected_tensors, linear_names, table_names
 from llamita.models.config import ModelConfig
+from llamita.models.names import expected_tensors, linear_names, table_names
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import bf16_to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import PRESETS, make_scheme

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import llamita
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.imports.open import resolve
+from llamita.models.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))

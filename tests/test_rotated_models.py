@@ -18,8 +18,9 @@ from llamita.bench.work import count_work
 from llamita.commands.inspect import facts
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
-from llamita.models.checkpoint import Checkpoint, linear_names, table_names
-from llamita.models.packed import TRANSFORM, PackedModel
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import TRANSFORM, linear_names, table_names
+from llamita.models.packed import PackedModel
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify
 from llamita.numerics.affine import f32_to_bf16

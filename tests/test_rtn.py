@@ -9,7 +9,8 @@ from tiny import make_checkpoint
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
 from llamita.methods import energy, rtn
-from llamita.models.checkpoint import Checkpoint, linear_names, table_names
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import linear_names, table_names
 from llamita.numerics.affine import round_weights
 from llamita.numerics.scheme import make_scheme
 

@@ -10,7 +10,7 @@ from real_tokenizers import write_llama2, write_llama3
 from tiny import make_checkpoint
 
 from llamita.errors import InputError
-from llamita.models.checkpoint import resolve
+from llamita.imports.open import resolve
 from llamita.models.config import ModelConfig
 from llamita.text.tokenizer import Detokenizer, Tokenizer, _one_line, _sentencepiece_bytes
 

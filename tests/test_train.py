@@ -11,8 +11,9 @@ from tiny import make_checkpoint
 import llamita
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import bf16_to_f32
 from llamita.numerics.affine import dequantize as dequantized
 from llamita.numerics.affine import quantize_activations as activations

@@ -11,10 +11,11 @@ from tiny import make_checkpoint
 
 from llamita.engine.llm import LLM, load
 from llamita.errors import InputError
+from llamita.imports.open import open_source
 from llamita.methods.chain import parse_chain, transform
 from llamita.methods.setup import Setup, parse_settings
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed import METADATA, open_source
+from llamita.models.packed import METADATA
 from llamita.numerics.affine import to_f32
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import RoundedSource, quantize

@@ -17,18 +17,12 @@ from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.errors import InputError
-from llamita.models.checkpoint import (
-    FLOAT_DTYPES,
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    is_hub_name,
-    resolve,
-    transform_dtype,
-)
+from llamita.imports.open import is_hub_name, open_source, resolve
+from llamita.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import METADATA, PackedModel, open_source
+from llamita.models.packed import METADATA, PackedModel
 from llamita.models.sizes import Plan, float_bytes, make_plan
+from llamita.models.weights import FLOAT_DTYPES, transform_dtype
 from llamita.numerics.scheme import PRESETS, QuantScheme
 from llamita.system.files import has, read_json
 from llamita.system.machine import free_memory, last_level_cache, usable_memory

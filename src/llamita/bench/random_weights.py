@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.models.checkpoint import Int4Weight, Int8Weight, linear_names, table_names, vector_names
 from llamita.models.config import ModelConfig
+from llamita.models.names import linear_names, table_names, vector_names
 from llamita.models.packed import layout
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations

@@ -6,7 +6,6 @@ the baseline one after the other, the limits before each, and once more at the e
 
 import datetime
 import platform
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,8 +27,8 @@ from llamita.bench.work import Work
 from llamita.bench.worker import ModelSpec, Worker
 from llamita.errors import InputError, RunError
 from llamita.system.machine import cpu_name, free_memory, last_level_cache, usable_memory
+from llamita.system.progress import Progress
 
-Progress = Callable[[str, int, int], None] | None
 PROBE_BYTES = 2**30  # many times any cache
 _LOADS = 3  # of a model that loads within the seconds of the next line; slower ones are loaded once
 _QUICK_LOAD = 3.0

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita import _native
-from llamita.models.checkpoint import linear_names, table_names
 from llamita.models.config import ModelConfig
-from llamita.models.packed import TRANSFORM, layout, tensor_bytes
+from llamita.models.names import TRANSFORM, linear_names, table_names
+from llamita.models.packed import layout, tensor_bytes
 from llamita.numerics.scheme import QuantScheme
 
 _MEASURED_CACHE = 1024  # tokens of the cache whose size is asked for: whole blocks of every layout

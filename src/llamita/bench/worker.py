@@ -29,10 +29,12 @@ from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, check_cache
 from llamita.engine.weights import Linear
 from llamita.errors import InputError, LlamitaError, RunError
-from llamita.models.checkpoint import Checkpoint, ModelSource, open_tensor_files, resolve, transform_dtype
+from llamita.imports.open import open_source, resolve
+from llamita.models.checkpoint import Checkpoint, open_tensor_files
 from llamita.models.config import ModelConfig
-from llamita.models.packed import PackedModel, open_source
+from llamita.models.packed import PackedModel
 from llamita.models.sizes import float_bytes, make_plan
+from llamita.models.weights import ModelSource, transform_dtype
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.pipeline import RoundedSource
 from llamita.system.machine import MemoryWatch, free_memory

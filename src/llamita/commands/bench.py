@@ -15,7 +15,7 @@ from llamita.bench.worker import ModelSpec
 from llamita.commands import console
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError, RunError
-from llamita.models.checkpoint import resolve
+from llamita.imports.open import resolve
 from llamita.models.packed import METADATA
 from llamita.numerics.scheme import FLOAT, choose_scheme
 from llamita.system.extras import load_optional

@@ -13,7 +13,7 @@ from llamita.evaluate.compare import Comparison, Difference, Disagreement, compa
 from llamita.evaluate.contenders import NO_BASELINE, first_float, open_contenders
 from llamita.evaluate.report import check_target, render, write
 from llamita.evaluate.scores import CHUNK_TOKENS, Contender, embedded_text, read_text
-from llamita.models.checkpoint import resolve
+from llamita.imports.open import resolve
 from llamita.models.layer_kinds import describe_groups
 from llamita.numerics.intervals import Interval
 from llamita.system.files import has, read_bytes

@@ -14,18 +14,11 @@ import typer
 from llamita.commands import console
 from llamita.evaluate import wikitext
 from llamita.evaluate.contenders import open_contenders
-from llamita.evaluate.scores import (
-    CHUNK_TOKENS,
-    Contender,
-    Progress,
-    TextScores,
-    embedded_text,
-    read_text,
-    score_text,
-)
+from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, embedded_text, read_text, score_text
 from llamita.models.layer_kinds import describe_kinds
 from llamita.numerics.intervals import Interval
 from llamita.system.extras import load_optional
+from llamita.system.progress import Progress
 from llamita.system.threads import remark
 
 HARNESS = "llamita.evaluate.lm_eval"  # imported on use: it needs LM Eval and with it Torch

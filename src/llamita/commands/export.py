@@ -12,8 +12,10 @@ from llamita.commands import console
 from llamita.commands.options import Json, Out, Overwrite, Threads
 from llamita.errors import InputError, RunError
 from llamita.export.guide import CARD, plain_card
-from llamita.export.targets import TARGETS, Order, writer_of
-from llamita.models.packed import PackedModel, open_source
+from llamita.export.job import ExportJob
+from llamita.export.targets import TARGETS, writer_of
+from llamita.imports.open import open_source
+from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import write_bytes
 from llamita.system.files import flush_path, has, sha256_file
 from llamita.system.machine import MemoryWatch
@@ -79,7 +81,7 @@ def command(
     write = writer_of(to)  # which may import Torch
     began, watch = time.perf_counter(), MemoryWatch()
     with watch, console.progress(quiet=json) as progress, staged(out, overwrite, packed.path) as directory:
-        record = write(Order(packed, adapter, options), directory, progress)
+        record = write(ExportJob(packed, adapter, options), directory, progress)
         record |= {"options": {name: str(value) for name, value in options.items() if value is not None}}
         _write_record(directory, packed, to, record)
         for path in directory.iterdir():

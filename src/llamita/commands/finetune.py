@@ -12,7 +12,8 @@ import typer
 from llamita.commands import console
 from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
 from llamita.errors import InputError
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.imports.open import resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.packed import METADATA
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS

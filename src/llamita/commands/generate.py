@@ -13,7 +13,7 @@ from llamita.commands import console
 from llamita.engine.llm import LLM, load
 from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prompt
 from llamita.errors import InputError
-from llamita.models.packed import open_source
+from llamita.imports.open import open_source
 from llamita.quantize.lineage import is_made_for
 from llamita.system.threads import remark
 

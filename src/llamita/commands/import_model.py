@@ -12,7 +12,8 @@ from llamita import __version__
 from llamita.commands import console
 from llamita.commands.options import Json, Out, Overwrite
 from llamita.errors import InputError
-from llamita.imports.forms import convert, files_of, has_adapters
+from llamita.imports.detect import files_of, has_adapters
+from llamita.imports.forms import convert
 from llamita.imports.take_over import Imported
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed_writer import write_json

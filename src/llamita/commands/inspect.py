@@ -6,9 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.models.checkpoint import Checkpoint, expected_tensors
+from llamita.imports.open import open_source
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import count_kinds
-from llamita.models.packed import PackedModel, open_source
+from llamita.models.names import expected_tensors
+from llamita.models.packed import PackedModel
 
 _WORST = 5  # layers shown unless all are asked for
 

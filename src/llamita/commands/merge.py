@@ -20,14 +20,16 @@ from llamita.commands.options import (
 )
 from llamita.errors import InputError
 from llamita.evaluate.scores import read_text
+from llamita.imports.open import open_source
 from llamita.methods.chain import Chain, check, parse_chain
-from llamita.methods.setup import Progress, Setup
+from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed import PackedModel, open_source
+from llamita.models.packed import PackedModel
 from llamita.numerics.intervals import Interval
 from llamita.quantize.calibration import SELF, load_calibration
 from llamita.system import processes
 from llamita.system.machine import MemoryWatch
+from llamita.system.progress import Progress
 from llamita.system.threads import use_threads
 from llamita.text.tokenizer import Tokenizer
 from llamita.train.merge import (

@@ -30,6 +30,7 @@ from llamita.commands.selection import (
     selection_values,
 )
 from llamita.errors import InputError
+from llamita.imports.open import open_source, resolve
 from llamita.methods.chain import (
     METHODS,
     OFFLINE_METHODS,
@@ -43,11 +44,11 @@ from llamita.methods.chain import (
 )
 from llamita.methods.settings import check as check_settings
 from llamita.methods.settings import settable
-from llamita.methods.setup import Calibration, Progress, Setup, parse_settings
+from llamita.methods.setup import Calibration, Setup, parse_settings
 from llamita.models import layer_kinds
-from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import METADATA, open_source
+from llamita.models.packed import METADATA
 from llamita.models.sizes import Plan, plan_chain
 from llamita.numerics.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.quantize.calibration import SELF, SELF_FAST, load_calibration
@@ -57,6 +58,7 @@ from llamita.quantize.pipeline import Summary, quantize, take_part
 from llamita.system import processes
 from llamita.system.files import has
 from llamita.system.kept_work import has_kept_work, kept_work
+from llamita.system.progress import Progress
 from llamita.system.staging import check_target
 from llamita.system.threads import use_threads
 

@@ -7,7 +7,7 @@ from typing import Any
 from llamita.commands import console
 from llamita.errors import InputError
 from llamita.methods.chain import Chain
-from llamita.methods.setup import Calibration, Progress, Setup
+from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.layer_kinds import describe_kinds
@@ -22,6 +22,7 @@ from llamita.quantize.layer_choice import (
     size_bounds,
 )
 from llamita.quantize.pipeline import RoundedSource
+from llamita.system.progress import Progress
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)

@@ -9,7 +9,7 @@ import typer
 from llamita.commands import console
 from llamita.errors import InputError
 from llamita.imports.detect import form_of
-from llamita.models.checkpoint import resolve
+from llamita.imports.open import resolve
 from llamita.models.verify import verify
 from llamita.system.files import has
 from llamita.system.staging import EXPORTED_MARK

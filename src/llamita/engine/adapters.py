@@ -17,9 +17,9 @@ import numpy as np
 from llamita import _native as ops
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
-from llamita.models.checkpoint import FLOAT_DTYPES, ModelSource, check_finite
 from llamita.models.config import ModelConfig
 from llamita.models.peft import CONFIG, WEIGHTS
+from llamita.models.weights import FLOAT_DTYPES, ModelSource, check_finite
 from llamita.quantize.lineage import changed_channels, is_trained_beside
 from llamita.system.files import has, member, read_json
 

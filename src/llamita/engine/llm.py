@@ -33,8 +33,9 @@ from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.models.checkpoint import Checkpoint, ModelSource
-from llamita.models.packed import open_source
+from llamita.imports.open import open_source
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.weights import ModelSource
 from llamita.numerics.scheme import QuantScheme, choose_scheme
 from llamita.quantize.pipeline import RoundedSource
 from llamita.system.machine import usable_memory

@@ -10,7 +10,7 @@ import numpy as np
 
 from llamita import _native
 from llamita.errors import InputError
-from llamita.models.checkpoint import Int4Weight, Int8Weight, ModelSource
+from llamita.models.weights import Int4Weight, Int8Weight, ModelSource
 from llamita.numerics.hadamard import core_signs, factor
 
 

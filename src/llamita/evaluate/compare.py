@@ -26,16 +26,9 @@ from llamita.evaluate.layers import (
     watch_layers,
     weight_errors,
 )
-from llamita.evaluate.scores import (
-    CHUNK_TOKENS,
-    Contender,
-    Progress,
-    TextScores,
-    TokenScores,
-    score_tokens,
-    summarize,
-)
+from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, TokenScores, score_tokens, summarize
 from llamita.numerics.intervals import Interval, paired_difference
+from llamita.system.progress import Progress
 from llamita.text.tokenizer import Tokenizer
 
 _CONTEXT_TOKENS = 16  # shown before a token on which models differ

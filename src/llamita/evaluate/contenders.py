@@ -13,11 +13,12 @@ from pathlib import Path
 
 from llamita.engine.llm import load
 from llamita.errors import InputError, LlamitaError
-from llamita.evaluate.scores import Contender, Progress
-from llamita.models.checkpoint import resolve
+from llamita.evaluate.scores import Contender
+from llamita.imports.open import resolve
 from llamita.models.packed import METADATA, read_metadata
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.system.files import has, member, sha256_file
+from llamita.system.progress import Progress
 
 NO_BASELINE = "none"
 _ROUNDED = re.compile(r"(.+):([A-Za-z][^:/]*)(?::(\d+))?")  # SRC:PRESET, SRC:PRESET:GROUP

@@ -14,11 +14,12 @@ import numpy as np
 
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.engine.model import LINEAR_INPUTS, BlockView
-from llamita.evaluate.scores import Contender, Progress
+from llamita.evaluate.scores import Contender
 from llamita.methods.chain import TRANSFORMS
-from llamita.models.checkpoint import ModelSource, linear_names, table_names
-from llamita.models.dequantized import row_blocks
+from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel
+from llamita.models.weights import ModelSource, row_blocks
+from llamita.system.progress import Progress
 
 STREAM = "stream"
 PLACES = (STREAM, *LINEAR_INPUTS)  # where activations are watched

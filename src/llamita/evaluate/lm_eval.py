@@ -8,7 +8,7 @@ import json
 import logging
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llamita.engine.llm import LLM, PREFILL_CHUNK, Options
 from llamita.errors import InputError, RunError
 from llamita.evaluate.scores import token_losses
+from llamita.system.progress import Progress
 
-Progress = Callable[[str, int, int], None] | None
 WIKITEXT = "wikitext"
 DEFAULT_NEW_TOKENS = 256  # what LM Eval's backend generates at most where a task does not say
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")

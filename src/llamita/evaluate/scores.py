@@ -6,7 +6,7 @@ not see each other, as in GPTQ's WikiText figures (arXiv 2210.17323). `docs/guid
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import numpy as np
 
 from llamita.engine.llm import LLM
 from llamita.errors import InputError, RunError
-from llamita.models.checkpoint import Checkpoint, ModelSource
-from llamita.models.packed import open_source
+from llamita.imports.open import open_source
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.sizes import make_plan
+from llamita.models.weights import ModelSource
 from llamita.numerics.intervals import Interval, mean_interval, paired_difference
 from llamita.quantize.pipeline import RoundedSource
+from llamita.system.progress import Progress
 
-Progress = Callable[[str, int, int], None] | None
 CHUNK_TOKENS = 2048
 _LOGIT_BYTES = 64 * 2**20  # of one model's logits at a time
 _VALUES_AT_ONCE = 2**20  # logits in the arithmetic at a time: what stands between stays in the cache

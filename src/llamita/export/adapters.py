@@ -11,28 +11,29 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError, RunError
+from llamita.export.job import ExportJob
 from llamita.export.source import adapter_of
-from llamita.export.targets import Order, Progress
 from llamita.models.peft import WEIGHTS, LowRankPairs, write_adapter
 from llamita.numerics.affine import to_f32
 from llamita.system.extras import load_optional
+from llamita.system.progress import Progress
 
 
-def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory; PEFT, where it is installed, loads it beside a model of this shape.
 
     Raises:
         InputError: no adapters, or they do not fit the model.
     """
-    stored = adapter_of(order.packed, order.adapter)
+    stored = adapter_of(job.packed, job.adapter)
     if stored is None:
         raise InputError("--to adapters: expected --adapter ADAPTER, got none")
     if progress:
         progress("adapters", 0, 1)
     pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
-    base = order.packed.metadata["source"]["name"].rsplit("/", 1)[-1]
-    write_adapter(LowRankPairs(pairs, rank, stored.scaling), base, order.packed.config.layers, directory)
+    base = job.packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    write_adapter(LowRankPairs(pairs, rank, stored.scaling), base, job.packed.config.layers, directory)
     record = {
         "bytes": (directory / WEIGHTS).stat().st_size, "rank": rank, "scale": stored.scaling,
         "proof": None, "unchecked": None,
@@ -41,7 +42,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
         load = load_optional("llamita.export.in_peft:load", "{package}")
     except RunError:
         return record | {"unchecked": "PEFT is not installed"}
-    found, scales = load(order.packed, directory)
+    found, scales = load(job.packed, directory)
     equal = 0
     for name, (down, up) in pairs.items():
         if name in found and math.isclose(scales[name], stored.scaling, rel_tol=1e-12):

@@ -8,9 +8,7 @@ import numpy as np
 
 from llamita.errors import RunError
 from llamita.export.source import Weight
-from llamita.export.targets import Progress
-from llamita.models.checkpoint import Int4Weight, Int8Weight, vector_names
-from llamita.models.dequantized import row_blocks
+from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import (
     copy_companions,
@@ -19,8 +17,10 @@ from llamita.models.packed_writer import (
     write_json,
     write_shards,
 )
+from llamita.models.weights import Int4Weight, Int8Weight, row_blocks
 from llamita.numerics.affine import f32_to_bf16, to_f32
 from llamita.system.extras import load_optional
+from llamita.system.progress import Progress
 
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, and what gives its values
 

@@ -21,23 +21,25 @@ from llamita.export.checkpoints import (
     vector_tensors,
     write_checkpoint,
 )
+from llamita.export.job import ExportJob
 from llamita.export.source import module_names, refuse_online
-from llamita.export.targets import Order, Progress
-from llamita.models.checkpoint import Int4Weight, Int8Weight, stored_dtype
-from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.names import EMBEDDING, HEAD
+from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight, Int8Weight, stored_dtype
 from llamita.numerics.packing import unpack_int4
+from llamita.system.progress import Progress
 
 FLAVORS = ("transformers", "vllm-cpu", "vllm-gpu")
 _TABLES = (EMBEDDING, HEAD)
 
 
-def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory.
 
     Raises:
         InputError: the model needs a rotation at run time, or no such flavour.
     """
-    packed, flavor = order.packed, order.options.get("flavor") or FLAVORS[0]
+    packed, flavor = job.packed, job.options.get("flavor") or FLAVORS[0]
     refuse_online(packed, "compressed-tensors")
     if flavor not in FLAVORS:
         raise InputError(f"--flavor: expected one of {', '.join(FLAVORS)}, got {flavor!r}")

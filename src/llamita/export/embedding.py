@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from llamita._native import round_weights
 from llamita.errors import InputError
-from llamita.models.checkpoint import Int8Weight
-from llamita.models.packed import EMBEDDING, PackedModel
+from llamita.models.names import EMBEDDING
+from llamita.models.packed import PackedModel
+from llamita.models.weights import Int8Weight
 from llamita.numerics.affine import dequantize, to_f32
 
 GROUP_SIZE = 32  # of an int4 embedding, as Meta's exports have it

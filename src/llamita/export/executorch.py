@@ -11,15 +11,16 @@ from typing import Any
 
 from llamita.errors import InputError
 from llamita.export.guide import guide
+from llamita.export.job import ExportJob
 from llamita.export.lowering import data_hashes, lower
 from llamita.export.partitioners import BACKENDS, partitioners_of, quiet
 from llamita.export.program import PER_TOKEN, make_program
 from llamita.export.proof import Proof, compare, engine_of, own_tokens, rounded_hashes
 from llamita.export.runtime import run
 from llamita.export.source import adapter_of, check_grid
-from llamita.export.targets import Order, Progress
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.system.progress import Progress
 from llamita.text.tokenizer import Tokenizer
 
 PROGRAM = "model.pte"
@@ -28,14 +29,14 @@ _LEAST_CONTEXT = 8  # more than the tokens of the pass that is traced
 _STEPS = ("tracing and lowering", "comparing integers", "running it in ExecuTorch", "running it here")
 
 
-def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory; the record has the proof and what each step took in seconds.
 
     Raises:
         InputError: a context that the model has not, or adapters that do not fit.
         RunError: a backend's SDK is missing, or the program does not run.
     """
-    packed, options = order.packed, order.options
+    packed, options = job.packed, job.options
     context = options.get("context") or min(_CONTEXT, packed.config.context)
     if not _LEAST_CONTEXT <= context <= packed.config.context:
         raise InputError(
@@ -48,7 +49,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
                          f"embeddings, whose base a program has to fix, got {context}")  # fmt: skip
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
-    adapter = adapter_of(packed, order.adapter)
+    adapter = adapter_of(packed, job.adapter)
     kind = BACKENDS[backend]
     grid = check_grid(packed, kind.grid, bool(options.get("round_scales")), "executorch")
     timer = _Timer(progress)
@@ -62,25 +63,25 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
         lower(program, partitioners, metadata, directory / PROGRAM)
     del program
     copy_companions(packed.path, directory, find_companions(packed.path))
-    write_bytes(directory / "README.md", guide(packed, context, backend, _exceptions(order)).encode())
-    proof = _prove(order, directory / PROGRAM, context, timer) if backend == "xnnpack" else None
+    write_bytes(directory / "README.md", guide(packed, context, backend, _exceptions(job)).encode())
+    proof = _prove(job, directory / PROGRAM, context, timer) if backend == "xnnpack" else None
     return {
         "backend": backend, "context": context, "bytes": (directory / PROGRAM).stat().st_size,
         "scales": vars(grid), "other_arithmetic": options.get("embedding") == 4 or not kind.rounds,
-        "embedding_bits": options.get("embedding") or 8, "adapter": order.adapter and order.adapter.name,
+        "embedding_bits": options.get("embedding") or 8, "adapter": job.adapter and job.adapter.name,
         "activations": "int8 per token" if kind.rounds else "float",
         "unchecked": f"the runtime of {backend} is on the device", "seconds": timer.end(),
         "proof": proof and proof.to_dict(),
     }  # fmt: skip
 
 
-def _exceptions(order: Order) -> str:
+def _exceptions(job: ExportJob) -> str:
     """In what the program differs from the packed directory, in sentences."""
     told = []
-    if order.options.get("embedding") == 4:
+    if job.options.get("embedding") == 4:
         told.append(" Its embedding alone is rounded further, to 4 bits in groups of 32.")
-    if order.adapter is not None:
-        told.append(f" The adapters `{order.adapter.name}` are in it, beside the weights.")
+    if job.adapter is not None:
+        told.append(f" The adapters `{job.adapter.name}` are in it, beside the weights.")
     return "".join(told)
 
 
@@ -96,11 +97,11 @@ def metadata_of(packed: PackedModel, context: int, is_static: bool = False) -> d
     return found if tokenizer.bos_token_id is None else {**found, "get_bos_id": tokenizer.bos_token_id}
 
 
-def _prove(order: Order, pte: Path, context: int, timer: "_Timer") -> Proof:
+def _prove(job: ExportJob, pte: Path, context: int, timer: "_Timer") -> Proof:
     timer.begin(_STEPS[1])
-    held, hashes = data_hashes(pte), list(rounded_hashes(order.packed))
+    held, hashes = data_hashes(pte), list(rounded_hashes(job.packed))
     equal = sum(codes in held and scales in held for _, codes, scales in hashes)
-    engines = engine_of(order.packed, order.adapter)
+    engines = engine_of(job.packed, job.adapter)
     tokens, prompt, new = own_tokens(engines[0], context)
     timer.begin(_STEPS[2])
     ran = run(pte, tokens, prompt, new)

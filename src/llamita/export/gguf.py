@@ -13,35 +13,36 @@ import numpy as np
 
 from llamita.errors import InputError
 from llamita.export.gguf_tokenizer import tokenizer_values
+from llamita.export.job import ExportJob
 from llamita.export.source import RoundedScales, check_grid, module_names, refuse_online
-from llamita.export.targets import Order, Progress
 from llamita.formats.gguf import BLOCK, GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
-from llamita.models.checkpoint import Int4Weight, Int8Weight, stored_dtype, vector_names
-from llamita.models.dequantized import row_blocks
 from llamita.models.foreign_names import gguf_name, heads_of, pair_order, rope_factors
+from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.models.weights import Int4Weight, Int8Weight, row_blocks, stored_dtype
 from llamita.numerics.affine import to_f32
 from llamita.numerics.packing import unpack_int4
+from llamita.system.progress import Progress
 from llamita.text.chat_template import find_template
 
 FILE = "model.gguf"
 _MOSTLY_Q4_0 = 2  # general.file_type
 
 
-def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory; every weight is read back and compared.
 
     Raises:
         InputError: the form cannot hold the model.
     """
-    packed: Any = order.packed
+    packed: Any = job.packed
     refuse_online(packed, "gguf")
     if packed.config.rope.kind == "dynamic":
         raise InputError("--to gguf: expected rotary embeddings that do not depend on the length of a text, "
                          "got dynamic ones, which llama.cpp has not")  # fmt: skip
-    may_round = bool(order.options.get("round_scales"))
+    may_round = bool(job.options.get("round_scales"))
     grid = check_grid(packed, "f16", may_round, "gguf")
     if grid.off:
         packed = RoundedScales(packed, "f16")
@@ -59,7 +60,7 @@ def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
         yield from vectors.items()
 
     write_gguf(path, _values(packed), tensors, data())
-    copy_companions(order.packed.path, directory, find_companions(order.packed.path))
+    copy_companions(job.packed.path, directory, find_companions(job.packed.path))
     equal = _equal(packed, path, modules, vectors)
     return {"bytes": path.stat().st_size, "scales": vars(grid), "proof": None, "equal_layers": equal,
             "layers": len(modules) + len(vectors),

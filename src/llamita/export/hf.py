@@ -13,17 +13,18 @@ from llamita.export.checkpoints import (
     vector_tensors,
     write_checkpoint,
 )
+from llamita.export.job import ExportJob
 from llamita.export.source import module_names, refuse_online
-from llamita.export.targets import Order, Progress
+from llamita.system.progress import Progress
 
 
-def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory.
 
     Raises:
         InputError: the model needs a rotation at run time.
     """
-    packed = order.packed
+    packed = job.packed
     refuse_online(packed, "hf")
     changes: list[float] = []
     tensors = {}

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from llamita.export.proof import Proof, compare, engine_of, own_tokens
 from llamita.export.runtime import Ran
 from llamita.export.source import module_names
-from llamita.models.dequantized import row_blocks
-from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.names import EMBEDDING, HEAD
+from llamita.models.packed import PackedModel
+from llamita.models.weights import row_blocks
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 
 

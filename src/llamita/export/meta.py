@@ -15,30 +15,32 @@ from torch import Tensor
 
 from llamita.engine.adapters import StoredAdapter
 from llamita.errors import InputError
+from llamita.export.job import ExportJob
 from llamita.export.source import Weight, adapter_of, module_names
-from llamita.export.targets import Order, Progress
-from llamita.models.checkpoint import Int4Weight, Int8Weight, vector_names
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, heads_of, meta_name, pair_order
+from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
 from llamita.numerics.packing import unpack_int4
+from llamita.system.progress import Progress
 
 FILE, PARAMS = "consolidated.00.pth", "params.json"
 _SCHEME = "int4_weight_int8_dynamic_activation"
 
 
-def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory.
 
     Raises:
         InputError: biases, heads of another width, mixed groups, or a rotation that Meta's models have not.
     """
-    packed = order.packed
+    packed = job.packed
     _check(packed)
-    adapter = adapter_of(packed, order.adapter)
+    adapter = adapter_of(packed, job.adapter)
     state: dict[str, Tensor] = {}
     names = module_names(packed)
     for done, name in enumerate(names):

@@ -17,8 +17,9 @@ from llamita.engine.adapters import StoredAdapter
 from llamita.export.caches import DYNAMIC, STATIC, LayerCache, StaticCache
 from llamita.export.embedding import embedding_of
 from llamita.export.source import transformers_keys
-from llamita.models.checkpoint import Int4Weight, Int8Weight
-from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.names import EMBEDDING, HEAD
+from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import core_signs, factor
 from llamita.numerics.packing import unpack_int4

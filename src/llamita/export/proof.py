@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from llamita.engine.llm import LLM
-from llamita.models.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
-from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names
+from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import f32_to_bf16, to_f32
 
 _TOKENS = 256

@@ -8,8 +8,9 @@ import numpy as np
 
 from llamita.engine.adapters import StoredAdapter, check_fits, read_adapter
 from llamita.errors import InputError
-from llamita.models.checkpoint import Int4Weight, Int8Weight, linear_names, table_names
+from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16, to_f32
 
 Weight = Int4Weight | Int8Weight | np.ndarray

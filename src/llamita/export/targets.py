@@ -6,25 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import InputError
-from llamita.models.packed import PackedModel
+from llamita.export.job import ExportJob
 from llamita.system.extras import load_optional
-
-Progress = Callable[[str, int, int], None] | None
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be written.
-
-    Attributes:
-        packed: the model.
-        adapter: a directory of adapters to go with it.
-        options: the target's own, by name; see its module.
-    """
-
-    packed: PackedModel
-    adapter: Path | None
-    options: dict[str, Any]
+from llamita.system.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +16,7 @@ class Target:
     """A form of other runtimes.
 
     Attributes:
-        entry: "module:function", called as write(order, directory, progress), which fills the directory and
+        entry: "module:function", called as write(job, directory, progress), which fills the directory and
             gives what to record; it raises InputError for what the form cannot hold.
         form: what comes out, for people.
         following: what to do with OUT next.
@@ -88,7 +72,7 @@ _LACKING = (
 )
 
 
-def writer_of(target: str) -> Callable[[Order, Path, Progress], dict[str, Any]]:
+def writer_of(target: str) -> Callable[[ExportJob, Path, Progress], dict[str, Any]]:
     """The function that writes a target.
 
     Raises:

@@ -20,23 +20,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from llamita.export.in_transformers import prove
+from llamita.export.job import ExportJob
 from llamita.export.program import INT4, codes_tensor
 from llamita.export.source import Weight, module_names, refuse_online, transformers_keys
-from llamita.export.targets import Order, Progress
-from llamita.models.checkpoint import Int8Weight, vector_names
-from llamita.models.packed import EMBEDDING, HEAD, PackedModel
+from llamita.models.names import EMBEDDING, HEAD, vector_names
+from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.models.weights import Int8Weight
 from llamita.numerics.affine import to_f32
+from llamita.system.progress import Progress
 from llamita.train.save import flush_files
 
 
-def write(order: Order, directory: Path, progress: Progress) -> dict[str, Any]:
+def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory.
 
     Raises:
         InputError: the model needs a rotation at run time.
     """
-    packed = order.packed
+    packed = job.packed
     refuse_online(packed, "torchao")
     table = packed.weight(EMBEDDING)
     unties = packed.config.tied and isinstance(table, Int8Weight)

@@ -4,22 +4,25 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
 from llamita import __version__
-from llamita.commands import console
 from llamita.errors import InputError
-from llamita.imports.forms import convert, files_of, has_adapters
+from llamita.imports.detect import files_of, has_adapters
+from llamita.imports.forms import convert
 from llamita.models.packed_writer import find_companions
+from llamita.system.progress import Progress
 from llamita.system.staging import remove_whole, staged
 
+Note = Callable[[str], None] | None  # gets one line for the user
 _KEY = 16  # hexadecimal digits
 _LONGEST_NAME = 80  # characters of the source's in ours
 _SPARED = 24 * 3600.0  # seconds since it was made
 
 
-def converted(source: Path) -> Path:
+def converted(source: Path, progress: Progress = None, note: Note = None) -> Path:
     """The directory of a model in our form, made from one in another form if need be.
 
     It lies in LLAMITA_CACHE, else in the user's cache. What was made of the same source before it changed is
@@ -44,9 +47,10 @@ def converted(source: Path) -> Path:
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with staged(place) as directory, console.progress() as progress:
+        with staged(place) as directory:
             convert(source, directory, progress)
-        console.note(f"{source}: converted, and kept in {place}")
+        if note:
+            note(f"{source}: converted, and kept in {place}")
     except InputError:
         if not place.exists():  # else another process was faster
             raise

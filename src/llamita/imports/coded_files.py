@@ -3,7 +3,6 @@
 What compressed-tensors, GPTQ and torchao have in common; each says what a module's tensors mean.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,19 @@ from llamita.errors import InputError
 from llamita.imports.codes import Coded
 from llamita.imports.detect import quantization_of
 from llamita.imports.take_over import CodedModel, Imported, take_over
-from llamita.models.checkpoint import (
-    FLOAT_DTYPES,
-    INDEX,
-    linear_names,
-    open_tensor_files,
-    table_names,
-    vector_names,
-)
+from llamita.models.checkpoint import INDEX, open_tensor_files
 from llamita.models.config import ModelConfig
-from llamita.models.packed import EMBEDDING, HEAD
+from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
 from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.models.weights import FLOAT_DTYPES
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
 from llamita.system.files import has, member, read_json
+from llamita.system.progress import Progress
 
 _IGNORED = ".rotary_emb.inv_freq"  # of old checkpoints; recomputed
 _MOST_NAMED = 3
 _NO_TOKENIZER = "it has no tokenizer, and takes token ids alone; try again with tokenizer.json beside it"
-Progress = Callable[[str, int, int], None] | None
 
 
 def take_over_modules(model: CodedModel, directory: Path, progress: Progress) -> Imported:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.models.packed import EMBEDDING
+from llamita.models.names import EMBEDDING
 from llamita.numerics.affine import SMALLEST_NORMAL, bf16_to_f32, f32_to_bf16
 from llamita.numerics.scheme import GIVEN, GROUP_SIZES, KINDS, QuantScheme
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.imports.coded_files import ModuleFiles, Progress, take_over_modules
+from llamita.imports.coded_files import ModuleFiles, take_over_modules
 from llamita.imports.codes import Coded
 from llamita.imports.take_over import Imported
-from llamita.models.packed import EMBEDDING
+from llamita.models.names import EMBEDDING
 from llamita.numerics.packing import CODES_PER_WORD, unpack_int4
+from llamita.system.progress import Progress
 
 _WHERE = "config.json: quantization_config"
 _FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import LlamitaError
-from llamita.system.files import has, read_json
+from llamita.system.files import has, member, read_json
 
 META, GGUF = "meta", "gguf"
 COMPRESSED_TENSORS, GPTQ, TORCHAO = "compressed-tensors", "gptq", "torchao"
@@ -54,3 +54,24 @@ def quantization_of(source: Path) -> dict[str, Any]:
     except LlamitaError:  # told by what opens it next
         return {}
     return found if isinstance(found, dict) and values.get("model_type") != "llamita" else {}
+
+
+def files_of(source: Path) -> list[Path]:
+    """The files that decide what a model of another form is; Meta's parts come first, in order."""
+    gguf = gguf_of(source)
+    if gguf is not None:
+        return [gguf]
+    if has(source, "params.json") and not has(source, "config.json"):
+        tokenizer = "tokenizer.model" if has(source, "tokenizer.model") else "tokenizer.json"
+        weights = sorted(path.name for path in source.glob("consolidated.*.pth"))
+        names = [*weights, "params.json", tokenizer]
+    else:
+        names = ["config.json", *sorted(path.name for path in source.glob("*.safetensors"))]
+    return [member(source, name) for name in names]
+
+
+def has_adapters(source: Path) -> bool:
+    """Whether adapters lie among the weights, as in Meta's QLoRA releases."""
+    if form_of(source) != META:
+        return False
+    return read_json(source, "params.json").get("lora_args") is not None

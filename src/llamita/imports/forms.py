@@ -1,15 +1,14 @@
 """Which forms of other tools are read, and by what."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from llamita.errors import InputError
 from llamita.imports import detect
 from llamita.imports.take_over import Imported
 from llamita.system.extras import load_optional
-from llamita.system.files import has, member, read_json
+from llamita.system.files import has
+from llamita.system.progress import Progress
 
-Progress = Callable[[str, int, int], None] | None
 # convert(source, directory, progress) -> Imported
 _CONVERTERS = {
     detect.META: "llamita.imports.meta:convert",
@@ -26,27 +25,6 @@ _LACKING = (
     "{source}: Meta's checkpoints need the package {{package}} to be read, which is missing; try pip install "
     "'llamita[torch]' (in a checkout '.[torch]')"
 )
-
-
-def files_of(source: Path) -> list[Path]:
-    """The files that decide what a model of another form is; Meta's parts come first, in order."""
-    gguf = detect.gguf_of(source)
-    if gguf is not None:
-        return [gguf]
-    if has(source, "params.json") and not has(source, "config.json"):
-        tokenizer = "tokenizer.model" if has(source, "tokenizer.model") else "tokenizer.json"
-        weights = sorted(path.name for path in source.glob("consolidated.*.pth"))
-        names = [*weights, "params.json", tokenizer]
-    else:
-        names = ["config.json", *sorted(path.name for path in source.glob("*.safetensors"))]
-    return [member(source, name) for name in names]
-
-
-def has_adapters(source: Path) -> bool:
-    """Whether adapters lie among the weights, as in Meta's QLoRA releases."""
-    if detect.form_of(source) != detect.META:
-        return False
-    return read_json(source, "params.json").get("lora_args") is not None
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:

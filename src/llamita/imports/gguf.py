@@ -4,7 +4,6 @@ llama.cpp's own Q4_0 has scales of either sign, which no other runtime here take
 of a code and a scale exactly. F32, F16 and BF16 stay as they are.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from llamita.formats.gguf_blocks import floats_of
 from llamita.imports.gguf_codes import STORED, GgufCodes
 from llamita.imports.take_over import Imported, take_over
 from llamita.imports.tokenizers import LLAMA3_ENDS, WORDS, byte_level, with_scores, write_tokenizer
-from llamita.models.checkpoint import expected_tensors
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, gguf_name, hf_order, rope_factors
+from llamita.models.names import expected_tensors
 from llamita.models.packed_writer import plan_shards, write_bytes, write_json, write_shards
+from llamita.system.progress import Progress
 
 _SIGNED = (
     "its int4 scales have either sign, as llama.cpp makes them, which no other runtime takes: multiplied out"
@@ -34,7 +34,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _CONTROL = (3, 4)  # kinds of tokens: control, and the user's own
 _SPLITS = {"gpt-2": None, "llama-bpe": WORDS, "llama3": WORDS, "llama-v3": WORDS}
-Progress = Callable[[str, int, int], None] | None
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:

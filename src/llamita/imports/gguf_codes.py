@@ -7,9 +7,9 @@ import numpy as np
 from llamita.formats.gguf import GgufFile
 from llamita.formats.gguf_blocks import codes_of
 from llamita.imports.codes import Coded, with_positive_scales
-from llamita.models.checkpoint import linear_names
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import gguf_name, hf_order
+from llamita.models.names import linear_names
 from llamita.numerics.rotations import Rotations
 
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # floats, BF16 as bits

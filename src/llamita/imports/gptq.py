@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.imports.coded_files import ModuleFiles, Progress, take_over_modules
+from llamita.imports.coded_files import ModuleFiles, take_over_modules
 from llamita.imports.codes import Coded
 from llamita.imports.take_over import Imported
-from llamita.models.checkpoint import FLOAT_DTYPES
+from llamita.models.weights import FLOAT_DTYPES
 from llamita.numerics.affine import to_f32
 from llamita.numerics.packing import CODES_PER_WORD, unpack_int4
+from llamita.system.progress import Progress
 
 _KNOWN = {"qweight", "qzeros", "scales", "g_idx", "bias"}
 _STORED_ZERO = {"gptq": 7, "gptq_v2": 8}  # by checkpoint_format

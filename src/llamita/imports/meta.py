@@ -8,7 +8,6 @@ neighbours. Nothing in a .pth is run: torch.load takes tensors alone.
 import math
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from llamita.errors import InputError, RunError
 from llamita.imports import meta_quantized
-from llamita.imports.forms import files_of
+from llamita.imports.detect import files_of
 from llamita.imports.take_over import Imported, take_over
 from llamita.imports.tokenizers import Converted, convert_tokenizer
-from llamita.models.checkpoint import expected_tensors
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, hf_order, meta_name
+from llamita.models.names import expected_tensors
 from llamita.models.packed_writer import (
     copy_companions,
     find_companions,
@@ -32,6 +31,7 @@ from llamita.models.packed_writer import (
     write_shards,
 )
 from llamita.system.files import read_json
+from llamita.system.progress import Progress
 
 PARAMS = "params.json"
 _APART = (
@@ -46,7 +46,6 @@ _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_o
            "norm_eps",
            "rope_theta", "use_scaled_rope", "rope_scale_factor", "rope_scaling_factor", "max_seq_len",
            "max_batch_size", "model_parallel_size")  # fmt: skip
-Progress = Callable[[str, int, int], None] | None
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:

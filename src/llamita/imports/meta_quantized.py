@@ -13,10 +13,9 @@ from torch import Tensor
 
 from llamita.errors import InputError
 from llamita.imports.codes import Coded
-from llamita.models.checkpoint import linear_names, table_names, vector_names
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import hf_order, meta_name
-from llamita.models.packed import EMBEDDING, HEAD
+from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
 from llamita.models.peft import LowRankPairs
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor

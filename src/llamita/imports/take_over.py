@@ -4,7 +4,7 @@ A reader of some form gives matrices and vectors by our names; `take_over` looks
 the scheme that holds them, and writes them in a second pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,22 +15,22 @@ from llamita import __version__
 from llamita.errors import InputError
 from llamita.imports.codes import Coded, Found, find_kinds, scales_for, scheme_of, with_positive_scales
 from llamita.models.card import CardFacts, model_card
-from llamita.models.checkpoint import check_finite, linear_names, stored_dtype, table_names, vector_names
 from llamita.models.config import ModelConfig
 from llamita.models.layer_kinds import describe_kinds
-from llamita.models.packed import EMBEDDING, HEAD, PackedModel, format_of, layout
+from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
+from llamita.models.packed import PackedModel, format_of, layout
 from llamita.models.packed_writer import plan_shards, write_bytes, write_config, write_metadata, write_shards
 from llamita.models.peft import LowRankPairs
-from llamita.models.transformed import as_stored
+from llamita.models.weights import as_stored, check_finite, stored_dtype
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 from llamita.numerics.packing import pack_int4
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.system.files import sha256_file
+from llamita.system.progress import Progress
 
 METHOD = "imported"
 _ROWS = 1024  # of a table looked at together
-Progress = Callable[[str, int, int], None] | None
 
 
 class CodedModel(Protocol):

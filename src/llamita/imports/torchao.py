@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.imports.coded_files import ModuleFiles, Progress, take_over_modules
+from llamita.imports.coded_files import ModuleFiles, take_over_modules
 from llamita.imports.codes import Coded
 from llamita.imports.take_over import Imported
-from llamita.models.packed import EMBEDDING
+from llamita.models.names import EMBEDDING
 from llamita.system.files import parse_json
+from llamita.system.progress import Progress
 
 _TYPE = "IntxUnpackedToInt8Tensor"
 _KNOWN = {"_weight_qdata", "_weight_scale", "_weight_zero_point"}

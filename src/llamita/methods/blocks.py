@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from llamita import _native
 from llamita.methods.rtn import rule_of
-from llamita.models.checkpoint import check_finite
 from llamita.models.config import ModelConfig
+from llamita.models.weights import check_finite
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
 

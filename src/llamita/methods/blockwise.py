@@ -23,7 +23,7 @@ from llamita.methods.hidden_states import Store
 from llamita.methods.online import online_transform
 from llamita.methods.rtn import RoundedRows
 from llamita.methods.setup import BATCH_TOKENS, Setup
-from llamita.models.checkpoint import linear_names
+from llamita.models.names import linear_names
 from llamita.numerics.affine import dequantize
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import QuantScheme

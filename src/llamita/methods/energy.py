@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.models.checkpoint import check_finite
-from llamita.models.transformed import FloatSource
+from llamita.models.weights import FloatSource, check_finite
 from llamita.numerics.affine import F32, to_f32
 
 _CHUNK = 2**22  # weights converted at a time: 16 MB as float32

@@ -13,7 +13,8 @@ from llamita.methods.energy import input_energies, pieces_of
 from llamita.methods.settings import numbers_of
 from llamita.methods.setup import Setup
 from llamita.models.config import ModelConfig
-from llamita.models.transformed import F64, Change, FloatSource, ModuleChange, TransformedSource, rotations_of
+from llamita.models.transformed import F64, Change, ModuleChange, TransformedSource
+from llamita.models.weights import FloatSource
 from llamita.numerics.affine import to_f32
 
 _BALANCE = (
@@ -28,7 +29,7 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
         InputError: it comes after rotations, which mix the channels of a pair, or with a setting.
     """
     numbers_of(setup.settings, "equalize", {})
-    if rotations_of(source).names:
+    if source.rotations.names:
         raise InputError("--method: expected equalize before spinquant, got it after; try equalize+spinquant")
     energies = input_energies(source)
     changes: dict[str, ModuleChange] = {}

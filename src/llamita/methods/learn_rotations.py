@@ -21,10 +21,10 @@ from llamita import _native
 from llamita.errors import InputError
 from llamita.methods.blocks import llama_config, rotary_tables
 from llamita.methods.online import hadamard_transform
+from llamita.methods.rotation_matrices import RotationMatrices, rotated
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Setup
-from llamita.methods.spinquant import RotationMatrices, rotated
-from llamita.models.transformed import FloatSource
+from llamita.models.weights import FloatSource
 from llamita.numerics.affine import to_f32
 from llamita.system import torch_processes
 from llamita.system.kept_work import kept_arrays, write_whole

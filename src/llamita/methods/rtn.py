@@ -8,7 +8,8 @@ import numpy as np
 from llamita import _native
 from llamita.errors import InputError
 from llamita.methods.energy import check_energy, input_importance, pieces_of
-from llamita.models.checkpoint import Checkpoint, check_finite
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.weights import check_finite
 from llamita.numerics.affine import F32, dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
 

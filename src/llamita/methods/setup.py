@@ -1,7 +1,7 @@
 """What methods that look at activations begin with: text, seed, room, and settings of their own."""
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError
+from llamita.system.progress import Progress
 
 BATCH_TOKENS = 2048  # in a forward pass at a time: the widest inputs of a 1B model then take 64 MB
-Progress = Callable[[str, int, int], None] | None
 
 
 @dataclass(frozen=True)

@@ -4,153 +4,25 @@ Also defines how weights travel between sources and engine (`Int4Weight`, `Int8W
 Every tensor of the architecture is checked for name, dtype and shape before anything is computed.
 """
 
-import os
 import re
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from llamita.errors import InputError, RunError
-from llamita.formats.safetensors import DTYPES, TensorFile, TensorInfo
-from llamita.imports.detect import form_of
+from llamita.formats.safetensors import TensorFile, TensorInfo
 from llamita.models.config import ModelConfig
+from llamita.models.names import expected_tensors
+from llamita.models.weights import FLOAT_DTYPES, bias_of, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
-from llamita.numerics.scheme import QuantScheme
 from llamita.system.files import has, member, read_json
 
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _IGNORED = re.compile(
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )  # old checkpoints; recomputed
-_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _MOST_NAMED = 3  # tensors named in one message
-_FINITE_CHUNK = 2**22  # values tested at a time
-
-
-@dataclass(frozen=True)
-class Int4Weight:
-    """A linear layer in int4: `packed` int32 (rows, columns/8), `scales` (rows, columns/group_size)."""
-
-    packed: np.ndarray
-    scales: np.ndarray  # float32, or uint16 holding bf16
-    group_size: int
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """A table in int8 per channel: `codes` int8 (rows, columns), `scales` float32 or bf16 bits (rows,)."""
-
-    codes: np.ndarray
-    scales: np.ndarray
-
-
-class ModelSource(Protocol):
-    """Where the engine gets a model's weights; module names are those of Hugging Face, without `.weight`."""
-
-    path: Path
-    config: ModelConfig
-
-    @property
-    def scheme(self) -> QuantScheme | None:
-        """How the weights are rounded, None for a float model."""
-        ...
-
-    @property
-    def rotations(self) -> Rotations:
-        """What was rotated in the weights, and what the engine has to do about it."""
-        ...
-
-    def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
-        """A linear layer or table; float ones as (rows, columns) float32, float16 or bf16 bits."""
-        ...
-
-    def vector(self, name: str) -> np.ndarray:
-        """A norm's weight as float32 (columns,); the name ends in `.weight`."""
-        ...
-
-    def bias(self, name: str) -> np.ndarray | None:
-        """The bias of a module as float32 (rows,), None where the architecture has none."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the files."""
-        ...
-
-
-def resolve(name: str | Path) -> Path:
-    """The directory of a model: "embedded", a directory, or a hub name, which is downloaded.
-
-    Raises:
-        InputError: neither a directory nor a possible hub name.
-        RunError: the hub's model is gated, missing or out of reach.
-    """
-    if str(name) == "embedded":
-        directory = Path(__file__).parents[1] / "embedded"
-        if not has(directory, "config.json"):
-            raise RunError("embedded: this installation has no embedded model; try installing llamita again")
-        return directory
-    path = Path(name)
-    if os.path.exists(name):  # not Path.exists, which raises for a name that is too long
-        if not os.path.isdir(name) and form_of(path) is None:
-            raise InputError(f"{name}: expected a model directory, got a file")
-    elif not str(name):
-        raise InputError(
-            "model: expected a model directory, 'embedded' or a hub name like owner/model, got ''"
-        )
-    elif not is_hub_name(name):
-        raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
-    else:
-        path = import_module("llamita.imports.hub").download(name)
-    if form_of(path) is not None:
-        return import_module("llamita.imports.cache").converted(path)
-    if has(path, "model.pte") and not has(path, "config.json"):
-        raise InputError(
-            f"{name}: expected a model, got an ExecuTorch program, which is not read back; "
-            "try what it was exported from"
-        )
-    return path
-
-
-def is_hub_name(name: str | Path) -> bool:
-    """Whether this can be a model's name on the hub, owner/model, and is nothing on this disk."""
-    return isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
-
-
-def linear_names(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every linear layer of the blocks: full module name to (rows, columns), in order of use."""
-    shapes = config.linear_shapes()
-    return {f"model.layers.{i}.{name}": shapes[name] for i in range(config.layers) for name in shapes}
-
-
-def table_names(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Embedding and, where it is not tied to it, head: module name to (rows, columns)."""
-    names = ["model.embed_tokens"] if config.tied else ["model.embed_tokens", "lm_head"]
-    return {name: (config.vocab_size, config.hidden_size) for name in names}
-
-
-def vector_names(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Norm weights and biases: full tensor name to (length,)."""
-    names: dict[str, tuple[int]] = {}
-    for i in range(config.layers):
-        block = f"model.layers.{i}"
-        names[f"{block}.input_layernorm.weight"] = (config.hidden_size,)
-        names[f"{block}.post_attention_layernorm.weight"] = (config.hidden_size,)
-        for linear, (rows, _) in config.linear_shapes().items():
-            if config.has_bias(linear):
-                names[f"{block}.{linear}.bias"] = (rows,)
-    names["model.norm.weight"] = (config.hidden_size,)
-    return names
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the float architecture: full name to shape."""
-    matrices = {**table_names(config), **linear_names(config)}
-    return {f"{name}.weight": shape for name, shape in matrices.items()} | vector_names(config)
 
 
 def open_tensor_files(directory: Path) -> tuple[dict[str, TensorFile], dict[str, str]]:
@@ -276,7 +148,7 @@ class Checkpoint:
 
     def bias(self, name: str) -> np.ndarray | None:
         """(rows,) float32, None where the architecture has none."""
-        return self.vector(f"{name}.bias") if self.config.has_bias(name.split(".", 3)[-1]) else None
+        return bias_of(self, name)
 
     def close(self) -> None:
         """Unmap the files."""
@@ -298,37 +170,6 @@ def check_names(expected: set[str], found: set[str], hint: str) -> None:
         raise InputError(f"{_some(missing)}: expected by config.json, missing from the files{try_this}")
     if extra:
         raise InputError(f"{_some(extra)}: unexpected for the architecture in config.json")
-
-
-def check_finite(name: str, array: np.ndarray, first_row: int = 0) -> None:
-    """Raise InputError at the first NaN or infinity, with its place; `first_row` is added to its row."""
-    rows = array.reshape(len(array), -1)
-    step = max(1, _FINITE_CHUNK // max(1, rows.shape[1]))
-    for start in range(0, len(rows), step):
-        bad = _not_finite(rows[start : start + step])
-        if bad.any():
-            row, column = (int(i) for i in np.argwhere(bad)[0])
-            place = f"row {first_row + start + row}, column {column}"
-            raise InputError(
-                f"{name}: expected finite weights, got NaN or infinity at {place}; the checkpoint is damaged"
-            )
-
-
-def _not_finite(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint16:
-        return (array & np.uint16(0x7F80)) == 0x7F80  # bf16: all exponent bits set
-    return ~np.isfinite(array)
-
-
-def transform_dtype(rotations: Rotations) -> str | None:
-    """The safetensors name of the dtype of the head's transform, None where there is none."""
-    transform = rotations.head_transform
-    return None if transform is None else stored_dtype(transform)
-
-
-def stored_dtype(array: np.ndarray) -> str:
-    """The safetensors name of an array's dtype; uint16 means bf16."""
-    return next(name for name in ("BF16", *DTYPES) if np.dtype(DTYPES[name]) == array.dtype)
 
 
 def _some(names: list[str]) -> str:

@@ -1,17 +1,11 @@
 """A packed model read as a float one: its codes times their scales, in float32."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from llamita.formats.safetensors import TensorInfo
-from llamita.models.checkpoint import FLOAT_DTYPES, Int4Weight, Int8Weight, linear_names, table_names
+from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel
-from llamita.numerics.affine import F32, dequantize, to_f32
-from llamita.numerics.packing import unpack_int4
-
-Weight = Int4Weight | Int8Weight | np.ndarray
-_ROWS = 1024  # of a matrix in float at a time
+from llamita.models.weights import FLOAT_DTYPES, bias_of, row_blocks
 
 
 class DequantizedSource:
@@ -52,23 +46,8 @@ class DequantizedSource:
 
     def bias(self, name: str) -> np.ndarray | None:
         """(rows,) float32, None where the architecture has none."""
-        return self._packed.bias(name)
+        return bias_of(self, name)
 
     def close(self) -> None:
         """Unmap the files."""
         self._packed.close()
-
-
-def row_blocks(weight: Weight) -> Iterator[F32]:
-    """A matrix in float32, some rows at a time."""
-    if isinstance(weight, Int4Weight):
-        for start in range(0, len(weight.packed), _ROWS):
-            rows = slice(start, start + _ROWS)
-            yield dequantize(unpack_int4(weight.packed[rows]), weight.scales[rows])
-    elif isinstance(weight, Int8Weight):
-        for start in range(0, len(weight.codes), _ROWS):
-            rows = slice(start, start + _ROWS)
-            yield dequantize(weight.codes[rows], weight.scales[rows])
-    else:
-        for start in range(0, len(weight), _ROWS):
-            yield to_f32(weight[start : start + _ROWS])

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from llamita.errors import InputError
-from llamita.models.checkpoint import linear_names, table_names
 from llamita.models.config import ModelConfig
+from llamita.models.names import linear_names, table_names
 from llamita.numerics.scheme import QuantScheme
 
 _MOST_NAMED = 3  # near matches in a message

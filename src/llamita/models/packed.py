@@ -16,31 +16,18 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.models.checkpoint import (
-    FLOAT_DTYPES,
-    Checkpoint,
-    Int4Weight,
-    Int8Weight,
-    ModelSource,
-    check_finite,
-    check_names,
-    linear_names,
-    open_tensor_files,
-    resolve,
-    table_names,
-    vector_names,
-)
+from llamita.models.checkpoint import check_names, open_tensor_files
 from llamita.models.config import ModelConfig
+from llamita.models.names import EMBEDDING, HEAD, TRANSFORM, linear_names, table_names, vector_names
+from llamita.models.weights import FLOAT_DTYPES, Int4Weight, Int8Weight, bias_of, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
 from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import KINDS, LayerKind, QuantScheme
-from llamita.system.files import has, member, parse_json, read_bytes
+from llamita.system.files import member, parse_json, read_bytes
 
 METADATA = "llamita.json"
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-TRANSFORM = "lm_head.transform"  # the dense matrix between the final norm and a tied head under R1
 FORMAT = 2  # 2: the scheme has overrides for some layers; all else is written as 1
 KEYS = {"self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations",
         "calibration", "source", "float_layers", "error", "files"}  # fmt: skip
@@ -276,7 +263,7 @@ class PackedModel:
 
     def bias(self, name: str) -> np.ndarray | None:
         """(rows,) float32, None where the architecture has none."""
-        return self.vector(f"{name}.bias") if self.config.has_bias(name.split(".", 3)[-1]) else None
+        return bias_of(self, name)
 
     def close(self) -> None:
         """Unmap the files."""
@@ -372,13 +359,3 @@ def self_hash_holds(data: bytes) -> bool:
     """Whether llamita.json has the hash, in its second line, of its bytes without that line."""
     line = _SELF_LINE.match(data)
     return line is not None and line[1].decode() == hashlib.sha256(b"{\n" + data[line.end() :]).hexdigest()
-
-
-def open_source(name: str | Path) -> ModelSource:
-    """A packed directory or a float checkpoint, by path, hub name or "embedded".
-
-    Raises:
-        InputError, RunError: see `resolve`, `PackedModel` and `Checkpoint`.
-    """
-    path = resolve(name)
-    return PackedModel(path) if has(path, METADATA) else Checkpoint(path)

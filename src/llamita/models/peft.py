@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from llamita.formats.safetensors import TensorWriter
-from llamita.models.checkpoint import stored_dtype
 from llamita.models.packed_writer import write_json
+from llamita.models.weights import stored_dtype
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

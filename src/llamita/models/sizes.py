@@ -6,8 +6,8 @@ from typing import Any
 
 from llamita.errors import InputError
 from llamita.methods.chain import Chain
-from llamita.models.checkpoint import expected_tensors, linear_names, table_names
 from llamita.models.config import ModelConfig
+from llamita.models.names import expected_tensors, linear_names, table_names
 from llamita.models.packed import layout, tensor_bytes
 from llamita.models.packed_writer import SHARD_BYTES, plan_shards, total_bytes
 from llamita.numerics.scheme import QuantScheme

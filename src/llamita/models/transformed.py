@@ -6,56 +6,19 @@ once. Together the changes of a transform keep the model's function (`methods/eq
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from llamita.formats.safetensors import DTYPES, TensorFile, TensorInfo
-from llamita.models.checkpoint import stored_dtype
-from llamita.models.config import ModelConfig
-from llamita.numerics.affine import F32, f32_to_bf16, to_f32
+from llamita.formats.safetensors import TensorInfo
+from llamita.models.names import EMBEDDING, HEAD
+from llamita.models.weights import FloatSource, bias_of
+from llamita.numerics.affine import F32, to_f32
 from llamita.numerics.rotations import Rotations
 
 F64 = npt.NDArray[np.float64]
 Change = Callable[[F64], F64]  # of vectors along the last axis
 _PIECE = 2**21  # weights in float64 at a time where rows are changed one by one: 16 MB
-
-_HEAD, _TABLE = "lm_head", "model.embed_tokens"
-
-
-class FloatSource(Protocol):
-    """A float model as methods read it: a `Checkpoint`, or a `TransformedSource` over one."""
-
-    path: Path
-    config: ModelConfig
-    hf_config: dict[str, Any]
-    files: dict[str, TensorFile]
-
-    def info(self, tensor: str) -> TensorInfo:
-        """Dtype and shape in which a tensor is stored where it stays float."""
-        ...
-
-    def weight(self, name: str) -> np.ndarray:
-        """(rows, columns) float32, float16 or bf16 bits."""
-        ...
-
-    def vector(self, name: str) -> np.ndarray:
-        """(length,) float32."""
-        ...
-
-    def stored_vector(self, name: str) -> np.ndarray:
-        """(length,) as it is stored, found finite."""
-        ...
-
-    def bias(self, name: str) -> np.ndarray | None:
-        """(rows,) float32, None where the architecture has none."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the files."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -69,19 +32,6 @@ class ModuleChange:
 
     inputs: tuple[Change, ...] = ()
     outputs: tuple[Change, ...] = ()
-
-
-def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values in the float type in which a tensor is stored ("BF16", "F16" or "F32"), rounded if need be."""
-    if stored_dtype(values) == dtype:
-        return values
-    floats = to_f32(values)
-    return f32_to_bf16(floats) if dtype == "BF16" else floats.astype(DTYPES[dtype])
-
-
-def rotations_of(source: FloatSource) -> Rotations:
-    """How a source's weights are rotated; a checkpoint's are not."""
-    return getattr(source, "rotations", Rotations())
 
 
 class TransformedSource:
@@ -109,7 +59,7 @@ class TransformedSource:
         if self._untied:
             self.config = replace(source.config, tied=False)
             self.hf_config = {**source.hf_config, "tie_word_embeddings": False}
-        self.rotations = rotations_of(source) if rotations is None else rotations
+        self.rotations = source.rotations if rotations is None else rotations
         self._source, self._changes, self._ones = source, changes, ones
 
     def info(self, tensor: str) -> TensorInfo:
@@ -155,14 +105,14 @@ class TransformedSource:
 
     def bias(self, name: str) -> F32 | None:
         """(rows,) float32, None where the architecture has none."""
-        return self.vector(f"{name}.bias") if self.config.has_bias(name.split(".", 3)[-1]) else None
+        return bias_of(self, name)
 
     def close(self) -> None:
         """Let go of the files."""
         self._source.close()
 
     def _stored_name(self, tensor: str) -> str:
-        return f"{_TABLE}.weight" if self._untied and tensor == f"{_HEAD}.weight" else tensor
+        return f"{EMBEDDING}.weight" if self._untied and tensor == f"{HEAD}.weight" else tensor
 
 
 def _to_f64(array: np.ndarray) -> F64:

@@ -1,20 +1,19 @@
 """Checks a packed directory against llamita.json: every flipped bit, missing, extra or truncated file."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llamita.errors import InputError, LlamitaError
-from llamita.models.checkpoint import linear_names, table_names, vector_names
+from llamita.models.names import linear_names, table_names, vector_names
 from llamita.models.packed import METADATA, PackedModel, is_file_table, self_hash_holds
 from llamita.system.files import has, member, parse_json, read_bytes, sha256_file
+from llamita.system.progress import Progress
 from llamita.system.staging import EXPORTED_MARK
 
 # What the hub and its client put beside a model.
 _FOREIGN = (".gitattributes", ".gitignore", ".cache", ".git")
-Progress = Callable[[str, int, int], None] | None
 
 
 @dataclass(frozen=True)

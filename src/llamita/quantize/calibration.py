@@ -7,7 +7,7 @@ does; documents stand between BOS and end token. `own_text` has the text that ne
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from llamita.models.transformed import TransformedSource
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize import own_text
 from llamita.quantize.pipeline import RoundedSource
-from llamita.system import processes
+from llamita.system import collectives, processes
 from llamita.system.extras import load_optional
 from llamita.system.files import json_lines, read_text
 from llamita.system.kept_work import kept_arrays, write_whole
+from llamita.system.progress import Progress
 from llamita.text.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None] | None
 SELF, SELF_FAST = "self", "self-fast"
 SAMPLES, LENGTH, SEED = 128, 512, 0
 HUB = "llamita.text.hub_datasets:documents"  # imported on use: it needs the package datasets
@@ -116,7 +116,7 @@ def _own_text(
         tokens[rows.start : rows.stop] = written = writer.write(rows, told)
         if kept is not None:
             write_whole(kept, lambda file, written=written: np.savez(file, ids=written))
-    return processes.all_sum(tokens)
+    return collectives.all_sum(tokens)
 
 
 def draw_windows(

@@ -19,22 +19,18 @@ from llamita.engine.scheduler import PREFILL_CHUNK
 from llamita.engine.weights import ModelWeights, load_block, load_head, load_weights
 from llamita.errors import InputError
 from llamita.methods import rtn
-from llamita.models.checkpoint import (
-    Checkpoint,
-    Int4Weight,
-    Int8Weight,
-    ModelSource,
-    linear_names,
-)
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import with_layers
+from llamita.models.names import linear_names
 from llamita.models.packed import layout, tensor_bytes
 from llamita.models.sizes import Plan, make_plan
+from llamita.models.weights import Int4Weight, Int8Weight, ModelSource
 from llamita.numerics.intervals import Interval, mean_interval
 from llamita.numerics.scheme import GROUP_SIZES, KINDS, QuantScheme
 from llamita.quantize.pipeline import RoundedSource
+from llamita.system.progress import Progress
 
 Rounding = Callable[[Checkpoint, QuantScheme], ModelSource]
-Progress = Callable[[str, int, int], None] | None
 FINEST, _MEASURED = "w8", "w4g128"
 _WAYS = (*(f"w4g{group_size}" for group_size in sorted(GROUP_SIZES, reverse=True)), FINEST)  # smallest first
 _REFERENCE_BYTES = 256 * 2**20  # of the float model's log-probabilities; beyond, every n-th token counts

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from llamita.methods.chain import PRESET_METHODS
-from llamita.models.checkpoint import ModelSource
 from llamita.models.packed import PackedModel
+from llamita.models.weights import ModelSource
 from llamita.system.files import has, read_json
 from llamita.system.staging import TRAINED_MARK
 

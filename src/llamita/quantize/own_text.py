@@ -15,8 +15,8 @@ from llamita.engine.model import Model
 from llamita.engine.sampler import Sampler, Sampling
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.models.checkpoint import ModelSource
 from llamita.models.config import ModelConfig
+from llamita.models.weights import ModelSource
 from llamita.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 32  # in a step: beyond, a step takes longer as it has more rows, and nothing is won

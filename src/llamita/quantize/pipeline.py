@@ -18,17 +18,12 @@ from llamita import __version__, _native
 from llamita.errors import InputError
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, RoundModule, parse_chain
-from llamita.methods.setup import Progress, Setup
+from llamita.methods.setup import Setup
 from llamita.models.card import CardFacts, model_card
-from llamita.models.checkpoint import (
-    Checkpoint,
-    Int4Weight,
-    Int8Weight,
-    check_finite,
-    transform_dtype,
-)
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import describe_kinds
-from llamita.models.packed import TRANSFORM, format_of, layout, tensor_bytes
+from llamita.models.names import TRANSFORM
+from llamita.models.packed import format_of, layout, tensor_bytes
 from llamita.models.packed_writer import (
     SHARD_BYTES,
     FileTable,
@@ -42,7 +37,14 @@ from llamita.models.packed_writer import (
     write_metadata,
 )
 from llamita.models.sizes import Plan, make_plan
-from llamita.models.transformed import FloatSource, as_stored
+from llamita.models.weights import (
+    FloatSource,
+    Int4Weight,
+    Int8Weight,
+    as_stored,
+    check_finite,
+    transform_dtype,
+)
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
@@ -50,6 +52,7 @@ from llamita.system import processes
 from llamita.system.files import sha256_file
 from llamita.system.kept_work import kept_work
 from llamita.system.machine import MemoryWatch
+from llamita.system.progress import Progress
 from llamita.system.staging import check_space, check_target, staged
 
 _ROWS = 1024  # rows of a float table copied at a time

@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from llamita.errors import InputError, RunError
-from llamita.system import processes
+from llamita.system import collectives, processes
 
 _SETTINGS, _PARTIAL = "settings.json", ".partial"
 T = TypeVar("T")
@@ -68,10 +68,10 @@ def shared_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True
     """
     if processes.rank() == 0:
         with kept_work(out, settings, may_discard=may_discard) as work:
-            processes.wait()
+            collectives.wait()
             yield work
     else:
-        processes.wait()
+        collectives.wait()
         yield _work_of(out)
 
 

@@ -1,21 +1,13 @@
-"""Several processes at work on one model: which of them this one is, and sums over all of them.
+"""Several processes that work on one model: which of them this one is, and its share of the work.
 
-`torchrun` starts them and says so in the environment. Calibration's windows and training's rows are spread
-over them; the first process alone writes and prints. Talking to each other is Torch's, reached on use:
-`methods.ranks`.
+`torchrun` starts them and says so in the environment. Calibration windows and training rows are spread over
+them. Only the first process writes and prints.
 """
 
 import os
-from collections.abc import Callable
-from importlib import import_module
-
-import numpy as np
 
 from llamita import _native
 from llamita.errors import InputError
-
-_ALL_SUM = "llamita.system.torch_processes:all_sum_array"
-_JOIN = "llamita.system.torch_processes:join"
 
 
 def world() -> int:
@@ -39,34 +31,6 @@ def fair_threads(threads: int | None) -> int | None:
 def share(count: int) -> range:
     """The places, of `count`, that are this process's part: in order, and none of another's."""
     return range(count * rank() // world(), count * (rank() + 1) // world())
-
-
-def all_sum(array: np.ndarray) -> np.ndarray:
-    """The sum of every process's array, in place: each has the same values afterwards."""
-    if world() > 1:
-        _load(_ALL_SUM)(array)
-    return array
-
-
-def join(patience: float) -> None:
-    """Find the others, unless there are none; from then on no sum waits longer than these seconds."""
-    if world() > 1:
-        _load(_JOIN)(patience)
-
-
-def wait() -> None:
-    """Go on once every process has come here."""
-    all_sum(np.zeros(1))
-
-
-def agreed(number: int) -> int:
-    """The first process's number, which may depend on what it finds on its disk."""
-    return int(all_sum(np.array([int(number) if rank() == 0 else 0]))[0])
-
-
-def _load(entry: str) -> Callable[..., None]:
-    module, function = entry.split(":")
-    return getattr(import_module(module), function)
 
 
 def _number(name: str, default: int, least: int) -> int:

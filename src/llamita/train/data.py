@@ -1,7 +1,6 @@
 """From the name of some data to packed rows: those that are learned, and those that are only measured."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import numpy as np
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration
 from llamita.models.checkpoint import Checkpoint
+from llamita.system.progress import Progress
 from llamita.text.chat_template import ChatTemplate, find_template
 from llamita.text.tokenizer import Tokenizer
 from llamita.train.examples import Example, Windows, fitting, pack, tokenize
@@ -18,7 +18,6 @@ from llamita.train.recipe import Recipe
 from llamita.train.records import read_data
 from llamita.train.tasks import TASKS, Conversation, conversation
 
-Progress = Callable[[str, int, int], None] | None
 T = TypeVar("T", Example, Pair)
 _LEAST_HELD_OUT = 2  # examples, where any are held out
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.system import processes
+from llamita.system import collectives, processes
 from llamita.system.kept_work import write_whole
+from llamita.system.progress import Progress
 from llamita.train.batches import as_dataset, collate
 from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
@@ -42,7 +43,6 @@ from llamita.train.trainer import (
     preference_config,
 )
 
-Progress = Callable[[str, int, int], None] | None
 _DONE = "stage-{}.safetensors"  # what a finished stage leaves in the work directory
 
 
@@ -132,7 +132,7 @@ def train(job: Job) -> Trained:
             if stage.train != "weights" and not isinstance(trained.model, PeftModel):
                 trained.model = _with_adapters(trained.model, stage, job.seed)
             _run_stage(trained, job, number, stage, switch)
-    processes.wait()  # for those that still read what the work directory keeps
+    collectives.wait()  # for those that still read what the work directory keeps
     return trained
 
 
@@ -159,7 +159,7 @@ def _as_checkpoint(model: Any, job: Job) -> Iterator[Checkpoint]:
     folder = job.work / "before-rounding"
     if processes.rank() == 0:
         model.save_pretrained(folder)
-    processes.wait()
+    collectives.wait()
     source = Checkpoint(folder)
     try:
         yield source
@@ -180,7 +180,7 @@ def _with_adapters(model: Any, stage: Stage, seed: int) -> Any:
 
 def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Switch | None) -> None:
     done = job.work / _DONE.format(number)
-    if processes.agreed(done.exists()):
+    if collectives.agreed(done.exists()):
         restore(trained.model, done)
         trained.history += json.loads(done.with_suffix(".json").read_text("utf-8"))
         return
@@ -237,7 +237,7 @@ def _last_checkpoint(folder: Path) -> str | None:
                 newest = max(newest, int(path.name.split("-")[1]))
             else:
                 shutil.rmtree(path, ignore_errors=True)
-    newest = processes.agreed(newest)
+    newest = collectives.agreed(newest)
     return str(folder / f"checkpoint-{newest}") if newest else None
 
 

@@ -19,12 +19,12 @@ from sacrebleu.metrics.chrf import CHRF
 from llamita.engine.llm import LLM
 from llamita.engine.requests import Prompt
 from llamita.evaluate.scores import token_losses
+from llamita.system.progress import Progress
 from llamita.text.chat_template import find_template
 from llamita.train.examples import Example, line_of
 from llamita.train.tasks import Conversation
 
 Answers = Sequence[tuple[str, tuple[str, ...]]]  # what the model said, and what would be right
-Progress = Callable[[str, int, int], None] | None
 _LONGER = 2  # times the longest right answer, and
 _SPARE = 16  # tokens more, may an answer have
 _TOGETHER = 64  # prompts handed to the engine at a time

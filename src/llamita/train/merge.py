@@ -16,12 +16,13 @@ from llamita import __version__
 from llamita.engine.adapters import CONFIG, WEIGHTS, check_fits, read_adapter
 from llamita.engine.llm import load
 from llamita.errors import InputError
-from llamita.evaluate.scores import Contender, Progress, score_tokens
+from llamita.evaluate.scores import Contender, score_tokens
 from llamita.formats.safetensors import DTYPES
 from llamita.methods.energy import pieces_of
 from llamita.methods.setup import Setup
-from llamita.models.checkpoint import Checkpoint, check_finite, expected_tensors
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.dequantized import DequantizedSource
+from llamita.models.names import expected_tensors
 from llamita.models.packed import PackedModel, Tensors
 from llamita.models.packed_writer import (
     copy_companions,
@@ -32,13 +33,15 @@ from llamita.models.packed_writer import (
     write_json,
     write_shards,
 )
-from llamita.models.transformed import TransformedSource, as_stored
+from llamita.models.transformed import TransformedSource
+from llamita.models.weights import as_stored, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import fast_hadamard
 from llamita.numerics.intervals import Interval, mean_interval
 from llamita.numerics.scheme import GIVEN
 from llamita.quantize.pipeline import SMALL_FILES, Summary, quantize, source_names, source_record
 from llamita.system.files import read_bytes, sha256_file
+from llamita.system.progress import Progress
 from llamita.system.staging import MERGED_MARK, check_space, check_target, staged
 
 _BESIDE = "beside"  # what the engine calls the adapter where a merged model is measured

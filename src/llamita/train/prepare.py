@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from llamita.errors import InputError
 from llamita.methods.blocks import STEPS
 from llamita.methods.online import online_transform
-from llamita.models.checkpoint import Int4Weight, Int8Weight, ModelSource
-from llamita.models.transformed import FloatSource, rotations_of
+from llamita.models.weights import FloatSource, Int4Weight, Int8Weight, ModelSource
 from llamita.numerics.affine import CODE_RANGE, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.rotations import Rotations
@@ -37,7 +36,7 @@ def prepare(model: Any, rounded: ModelSource, floats: FloatSource | None = None)
     Raises:
         InputError: the model is rotated in a way that training has not.
     """
-    rotations = Rotations() if floats is None else rotations_of(floats)
+    rotations = Rotations() if floats is None else floats.rotations
     if set(rotations.names) - {"R4"}:
         raise InputError(f"start: expected no rotation but R4, got {', '.join(rotations.names)}; "
                          "try --set start=llamita")  # fmt: skip

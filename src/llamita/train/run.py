@@ -11,11 +11,12 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed_writer import write_bytes
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.pipeline import source_record
-from llamita.system import processes
+from llamita.system import collectives, processes
 from llamita.system.kept_work import shared_work
+from llamita.system.progress import Progress
 from llamita.system.staging import TRAINED_MARK, check_space, staged
 from llamita.system.torch_processes import told_when_lost
-from llamita.train.finetune import Job, Progress, Trained, quiet, scheme_of, train
+from llamita.train.finetune import Job, Trained, quiet, scheme_of, train
 from llamita.train.history import courses
 from llamita.train.loss_plot import loss_plot
 from llamita.train.measures import score
@@ -44,7 +45,7 @@ def run(order: Order, progress: Progress) -> dict[str, Any]:
     taught = source_record(Checkpoint(order.teacher), "", progress)["files"] if order.teacher else None
     kept = {"llamita": __version__, "base": base["files"], "teacher": taught, "data": order.data.sha256,
             "seed": order.seed, "recipe": order.recipe.to_dict()}  # fmt: skip
-    processes.join(_PATIENCE)
+    collectives.join(_PATIENCE)
     with (
         shared_work(order.out, kept, may_discard=order.overwrite) as work,
         told_when_lost("the same command goes on from what is kept"),

@@ -12,12 +12,12 @@ from llamita.errors import InputError
 from llamita.methods import chain as chains
 from llamita.methods.chain import PRESET_METHODS, Chain, parse_chain
 from llamita.methods.setup import Setup
-from llamita.models.checkpoint import Checkpoint, ModelSource
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import PackedModel
-from llamita.models.transformed import FloatSource
+from llamita.models.weights import FloatSource, ModelSource
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.pipeline import RoundedSource, quantize, take_part
-from llamita.system import processes
+from llamita.system import collectives, processes
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ def start(source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: s
         raise InputError(f"--data: expected a row for each of {processes.world()} processes, "
                          f"to begin with {method}, got {rows}; try fewer processes")  # fmt: skip
     packed = place / "packed"
-    if not processes.agreed(packed.exists()):
+    if not collectives.agreed(packed.exists()):
         if processes.rank() == 0:
             place.mkdir(exist_ok=True)
             quantize(floats, str(origin.path), packed, scheme, rounding, setup, origin=origin,
                      progress=setup.progress)  # fmt: skip
         else:
             take_part(floats, scheme, rounding, setup)
-        processes.wait()
+        collectives.wait()
     return Start(PackedModel(packed), floats)

@@ -20,7 +20,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from llamita.errors import InputError
-from llamita.system import processes
+from llamita.system import collectives
 from llamita.system.machine import anonymous_bytes
 from llamita.train.batches import StepLoader, StepRows, collate, count_parts, count_rows, own_parts
 from llamita.train.examples import IGNORED
@@ -154,7 +154,7 @@ class RowTrainer(SFTTrainer):
     @property
     def trained_tokens(self) -> int:
         """Tokens that all processes have trained on, pads included."""
-        return int(processes.all_sum(np.array([self._trained_tokens]))[0])
+        return int(collectives.all_sum(np.array([self._trained_tokens]))[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What transformers logs, without TRL's metrics of a loss that is not used."""

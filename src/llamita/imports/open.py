@@ -1,0 +1,70 @@
+"""Open a model by the name that a user gives it: "embedded", a directory, another tool's file, or a hub name."""
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+
+from llamita.errors import InputError, RunError
+from llamita.imports.cache import Note, converted
+from llamita.imports.detect import form_of
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed import METADATA, PackedModel
+from llamita.models.weights import ModelSource
+from llamita.system.files import has
+from llamita.system.progress import Progress
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def open_source(name: str | Path, progress: Progress = None, note: Note = None) -> ModelSource:
+    """Open a packed model or a float checkpoint, by path, hub name or "embedded".
+
+    Raises:
+        InputError, RunError: see `resolve`, `PackedModel` and `Checkpoint`.
+    """
+    path = resolve(name, progress, note)
+    return PackedModel(path) if has(path, METADATA) else Checkpoint(path)
+
+
+def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> Path:
+    """Return the directory of a model; a hub name is downloaded, another tool's format converted once.
+
+    Args:
+        progress: of a conversion.
+        note: gets one line that says where a new conversion is kept.
+
+    Raises:
+        InputError: neither a directory nor a possible hub name.
+        RunError: the hub's model is gated, missing or out of reach.
+    """
+    if str(name) == "embedded":
+        directory = Path(__file__).parents[1] / "embedded"
+        if not has(directory, "config.json"):
+            raise RunError("embedded: this installation has no embedded model; try installing llamita again")
+        return directory
+    path = Path(name)
+    if os.path.exists(name):  # not Path.exists, which raises for a name that is too long
+        if not os.path.isdir(name) and form_of(path) is None:
+            raise InputError(f"{name}: expected a model directory, got a file")
+    elif not str(name):
+        raise InputError(
+            "model: expected a model directory, 'embedded' or a hub name like owner/model, got ''"
+        )
+    elif not is_hub_name(name):
+        raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
+    else:
+        path = import_module("llamita.imports.hub").download(name)
+    if form_of(path) is not None:
+        return converted(path, progress, note)
+    if has(path, "model.pte") and not has(path, "config.json"):
+        raise InputError(
+            f"{name}: expected a model, got an ExecuTorch program, which is not read back; "
+            "try what it was exported from"
+        )
+    return path
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Return whether this can be a model's name on the hub, owner/model, and nothing on this disk has it."""
+    return isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)

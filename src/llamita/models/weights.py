@@ -1,0 +1,171 @@
+"""How weights travel from a model's files to methods and engine: their types, and what a source of them offers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llamita.errors import InputError
+from llamita.formats.safetensors import DTYPES, TensorFile, TensorInfo
+from llamita.models.config import ModelConfig
+from llamita.models.names import name_in_block
+from llamita.numerics.affine import F32, dequantize, f32_to_bf16, to_f32
+from llamita.numerics.packing import unpack_int4
+from llamita.numerics.rotations import Rotations
+from llamita.numerics.scheme import QuantScheme
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+_FINITE_CHUNK = 2**22  # values tested at a time
+_ROWS = 1024  # of a matrix in float at a time
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A linear layer in int4: `packed` int32 (rows, columns/8), `scales` (rows, columns/group_size)."""
+
+    packed: np.ndarray
+    scales: np.ndarray  # float32, or uint16 holding bf16
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A table in int8 per channel: `codes` int8 (rows, columns), `scales` float32 or bf16 bits (rows,)."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+
+
+class ModelSource(Protocol):
+    """Where the engine gets a model's weights; module names are those of Hugging Face, without `.weight`."""
+
+    path: Path
+    config: ModelConfig
+
+    @property
+    def scheme(self) -> QuantScheme | None:
+        """How the weights are rounded, None for a float model."""
+        ...
+
+    @property
+    def rotations(self) -> Rotations:
+        """What was rotated in the weights, and what the engine has to do about it."""
+        ...
+
+    def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
+        """A linear layer or table; float ones as (rows, columns) float32, float16 or bf16 bits."""
+        ...
+
+    def vector(self, name: str) -> np.ndarray:
+        """A norm's weight as float32 (columns,); the name ends in `.weight`."""
+        ...
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """The bias of a module as float32 (rows,), None where the architecture has none."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
+
+
+Weight = Int4Weight | Int8Weight | np.ndarray
+
+
+class FloatSource(Protocol):
+    """A float model as methods read it: a `Checkpoint`, or a `TransformedSource` over one."""
+
+    path: Path
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    files: dict[str, TensorFile]
+
+    @property
+    def rotations(self) -> Rotations:
+        """How the weights are rotated; a checkpoint's are not."""
+        ...
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Dtype and shape in which a tensor is stored where it stays float."""
+        ...
+
+    def weight(self, name: str) -> np.ndarray:
+        """(rows, columns) float32, float16 or bf16 bits."""
+        ...
+
+    def vector(self, name: str) -> np.ndarray:
+        """(length,) float32."""
+        ...
+
+    def stored_vector(self, name: str) -> np.ndarray:
+        """(length,) as it is stored, found finite."""
+        ...
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """(rows,) float32, None where the architecture has none."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
+
+
+def bias_of(source: ModelSource | FloatSource, name: str) -> np.ndarray | None:
+    """Return a linear layer's bias, float32 (rows,), or None where the architecture has none."""
+    return source.vector(f"{name}.bias") if source.config.has_bias(name_in_block(name)) else None
+
+
+def row_blocks(weight: Weight) -> Iterator[F32]:
+    """A matrix in float32, some rows at a time."""
+    if isinstance(weight, Int4Weight):
+        for start in range(0, len(weight.packed), _ROWS):
+            rows = slice(start, start + _ROWS)
+            yield dequantize(unpack_int4(weight.packed[rows]), weight.scales[rows])
+    elif isinstance(weight, Int8Weight):
+        for start in range(0, len(weight.codes), _ROWS):
+            rows = slice(start, start + _ROWS)
+            yield dequantize(weight.codes[rows], weight.scales[rows])
+    else:
+        for start in range(0, len(weight), _ROWS):
+            yield to_f32(weight[start : start + _ROWS])
+
+
+def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values in the float type in which a tensor is stored ("BF16", "F16" or "F32"), rounded if need be."""
+    if stored_dtype(values) == dtype:
+        return values
+    floats = to_f32(values)
+    return f32_to_bf16(floats) if dtype == "BF16" else floats.astype(DTYPES[dtype])
+
+
+def check_finite(name: str, array: np.ndarray, first_row: int = 0) -> None:
+    """Raise InputError at the first NaN or infinity, with its place; `first_row` is added to its row."""
+    rows = array.reshape(len(array), -1)
+    step = max(1, _FINITE_CHUNK // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        bad = _not_finite(rows[start : start + step])
+        if bad.any():
+            row, column = (int(i) for i in np.argwhere(bad)[0])
+            place = f"row {first_row + start + row}, column {column}"
+            raise InputError(
+                f"{name}: expected finite weights, got NaN or infinity at {place}; the checkpoint is damaged"
+            )
+
+
+def _not_finite(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint16:
+        return (array & np.uint16(0x7F80)) == 0x7F80  # bf16: all exponent bits set
+    return ~np.isfinite(array)
+
+
+def transform_dtype(rotations: Rotations) -> str | None:
+    """The safetensors name of the dtype of the head's transform, None where there is none."""
+    transform = rotations.head_transform
+    return None if transform is None else stored_dtype(transform)
+
+
+def stored_dtype(array: np.ndarray) -> str:
+    """The safetensors name of an array's dtype; uint16 means bf16."""
+    return next(name for name in ("BF16", *DTYPES) if np.dtype(DTYPES[name]) == array.dtype)
