@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 import llamita
-from llamita.engine.adapters import CONFIG, WEIGHTS
 from llamita.engine.llm import LLM
 from llamita.formats.safetensors import TensorWriter
 from llamita.imports.open import open_source
+from llamita.models.peft import CONFIG, WEIGHTS
 from llamita.numerics.affine import f32_to_bf16
 
 PROMPT_TOKENS = 256

@@ -22,7 +22,7 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.intervals import mean_interval
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.calibration import draw_windows, load_calibration
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.text.tokenizer import Tokenizer
 
 LENGTH = 512  # tokens of a window

@@ -18,7 +18,7 @@ from llamita.models.sizes import make_plan
 from llamita.numerics.intervals import mean_interval, paired_difference
 from llamita.numerics.scheme import GROUP_SIZES, QuantScheme, make_scheme
 from llamita.quantize.layer_choice import Meter, allocate, measure_options, mixed_scheme, size_bounds
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.text.tokenizer import Tokenizer
 
 LENGTH = 512  # tokens that are seen at a time

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from llamita.engine.llm import load
 from llamita.imports.open import resolve
+from llamita.loading import load
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llamita.engine.llm import load
 from llamita.evaluate.scores import Contender, score_text
 from llamita.imports.open import resolve
+from llamita.loading import load
 from llamita.numerics.scheme import make_scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

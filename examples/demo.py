@@ -21,6 +21,7 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.verify import verify
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
+from llamita.text.printable import megabytes
 
 OUT = Path("build/demo")
 MODELS = {  # preset, group size, method
@@ -76,13 +77,13 @@ def row(name: str, size: int, score: TextScores, speed: dict[str, float]) -> lis
     agreement = f"{score.agreement.value:.1%}" if score.agreement else "100%"
     return [
         name,
-        console.megabytes(size),
+        megabytes(size),
         f"{score.perplexity:.3f}",
         kl,
         agreement,
         f"{speed['prefill']:,.0f}",
         f"{speed['decode']:,.0f}",
-        console.megabytes(speed["memory"]),
+        megabytes(speed["memory"]),
     ]
 
 

@@ -11,12 +11,13 @@ from tiny import make_checkpoint, write_file
 
 import llamita
 from llamita import _native as ops
-from llamita.engine.adapters import CONFIG, FUSED, WEIGHTS, load_adapter
+from llamita.engine.adapters import FUSED, prepare_adapter
 from llamita.engine.requests import Generation
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.peft import CONFIG, WEIGHTS, read_adapter
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
@@ -57,7 +58,7 @@ def test_a_layers_part_is_that_of_its_formula(model: Path, tmp_path: Path, isa: 
     del isa
     config = Checkpoint(model).config
     path = make_adapter(tmp_path / "a", model)
-    adapter = load_adapter("a", path, config)
+    adapter = prepare_adapter("a", read_adapter(path, config), config)
     stored = {name: bf16_to_f32(v).astype(np.float64) for name, v in _tensors(path).items()}
     random = np.random.default_rng(1)
     for fused, names in FUSED.items():
@@ -78,7 +79,11 @@ def test_a_layers_part_is_that_of_its_formula(model: Path, tmp_path: Path, isa: 
 
 
 def test_every_instruction_set_gives_the_same_bits(model: Path, tmp_path: Path) -> None:
-    adapter = load_adapter("a", make_adapter(tmp_path / "a", model, rank=5), Checkpoint(model).config)
+    adapter = prepare_adapter(
+        "a",
+        read_adapter(make_adapter(tmp_path / "a", model, rank=5), Checkpoint(model).config),
+        Checkpoint(model).config,
+    )
     random = np.random.default_rng(0)
     before = ops.isa()
     for fused, low_rank in adapter.blocks[0].items():
@@ -210,14 +215,14 @@ def test_what_is_not_known_is_refused(
 ) -> None:
     path = make_adapter(tmp_path / "a", model, **settings)
     with pytest.raises(InputError, match=told):
-        load_adapter("a", path, Checkpoint(model).config)
+        prepare_adapter("a", read_adapter(path, Checkpoint(model).config), Checkpoint(model).config)
 
 
 def test_rank_stabilized_adapters_have_their_own_scaling(model: Path, tmp_path: Path) -> None:
     config = Checkpoint(model).config
     for use, expected in ((False, 2.0), (True, 4.0)):  # alpha 8 over 4, over √4
         path = make_adapter(tmp_path / str(use), model, use_rslora=use)
-        assert load_adapter("a", path, config).blocks[0]["qkv"].scaling == expected
+        assert prepare_adapter("a", read_adapter(path, config), config).blocks[0]["qkv"].scaling == expected
 
 
 def test_broken_adapters_are_refused(model: Path, tmp_path: Path) -> None:
@@ -230,7 +235,7 @@ def test_broken_adapters_are_refused(model: Path, tmp_path: Path) -> None:
         (path / WEIGHTS).unlink()
         write_file(path / WEIGHTS, changed, "BF16")
         with pytest.raises(InputError) as caught:
-            load_adapter("a", path, config)
+            prepare_adapter("a", read_adapter(path, config), config)
         return str(caught.value)
 
     assert "q_proj: expected both lora_A and lora_B" in refused(

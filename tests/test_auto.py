@@ -30,7 +30,7 @@ from llamita.quantize.layer_choice import (
     measure_options,
     select,
 )
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.text.tokenizer import Tokenizer
 
 HELD_OUT = Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt"

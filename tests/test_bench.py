@@ -31,8 +31,8 @@ from llamita.bench.shapes import find_shape
 from llamita.bench.speed import decode, measure_speed, prefill
 from llamita.bench.work import Work, cache_bytes_per_token, count_work
 from llamita.bench.worker import ModelSpec, Worker, serve
-from llamita.engine.llm import load
 from llamita.errors import InputError, RunError
+from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.numerics.scheme import make_scheme

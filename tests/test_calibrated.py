@@ -30,7 +30,8 @@ from llamita.numerics.hadamard import fast_hadamard
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.calibration import load_calibration
-from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.quantize.pipeline import quantize
+from llamita.quantize.rounded import RoundedSource
 from llamita.system.kept_work import kept_work
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")

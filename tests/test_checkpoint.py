@@ -21,7 +21,7 @@ from llamita.imports.open import resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.names import linear_names, table_names, vector_names
-from llamita.models.weights import check_finite
+from llamita.models.weights import bias_of, check_finite
 from llamita.numerics.affine import f32_to_bf16
 from llamita.system.files import is_companion, parse_json
 
@@ -50,7 +50,7 @@ def test_every_tensor_comes_as_it_was_written(tmp_path: Path, family: str, dtype
         assert found.shape == expected[f"{name}.weight"].shape
     for name in vector_names(source.config):
         np.testing.assert_allclose(source.vector(name), expected[name], rtol=tolerance, atol=1e-6)
-    bias = source.bias("model.layers.0.self_attn.q_proj")
+    bias = bias_of(source, "model.layers.0.self_attn.q_proj")
     assert bias is not None
     np.testing.assert_allclose(
         bias, expected["model.layers.0.self_attn.q_proj.bias"], rtol=tolerance, atol=1e-6
@@ -60,9 +60,9 @@ def test_every_tensor_comes_as_it_was_written(tmp_path: Path, family: str, dtype
 
 def test_without_biases_there_are_none(tmp_path: Path) -> None:
     source = Checkpoint(make_checkpoint(tmp_path))
-    assert source.bias("model.layers.1.mlp.down_proj") is None
-    assert source.bias("model.embed_tokens") is None
-    assert source.bias("lm_head") is None
+    assert bias_of(source, "model.layers.1.mlp.down_proj") is None
+    assert bias_of(source, "model.embed_tokens") is None
+    assert bias_of(source, "lm_head") is None
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:

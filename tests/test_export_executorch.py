@@ -152,7 +152,7 @@ def test_adapters_go_along_unmerged(tmp_path: Path) -> None:
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
     from test_adapters import make_adapter
 
-    from llamita.engine.adapters import read_adapter
+    from llamita.models.peft import read_adapter
 
     packed = PackedModel(packed_model(tmp_path))
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model")

@@ -31,8 +31,10 @@ from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import write_metadata
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify
+from llamita.models.weights import bias_of
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.quantize.pipeline import quantize
+from llamita.quantize.rounded import RoundedSource
 
 CASES = 2000
 BATCHES = 8
@@ -251,7 +253,7 @@ def use(directory: Path) -> None:
     source = open_source(directory)
     for name in [*table_names(source.config), *linear_names(source.config)]:
         source.weight(name)
-        source.bias(name)
+        bias_of(source, name)
     for name in vector_names(source.config):
         source.vector(name)
     if isinstance(source, Checkpoint):

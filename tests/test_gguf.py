@@ -21,7 +21,7 @@ from llamita.imports.tokenizers import with_scores
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import gguf_name, pair_order, rope_factors
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight, Int8Weight
+from llamita.models.weights import Int4Weight, Int8Weight, bias_of
 from llamita.numerics.affine import dequantize, f32_to_bf16, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.text.tokenizer import Tokenizer
@@ -224,7 +224,7 @@ def test_biases_go_with_their_rows(tmp_path: Path) -> None:
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
     assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
     packed, file = PackedModel(tmp_path / "packed"), GgufFile(tmp_path / "out" / "model.gguf")
-    bias = packed.bias("model.layers.1.self_attn.q_proj")
+    bias = bias_of(packed, "model.layers.1.self_attn.q_proj")
     assert bias is not None
     ordered = bias[pair_order(len(bias), packed.config.heads)]
     np.testing.assert_array_equal(file.read("blk.1.attn_q.bias").view("<f4"), ordered)

@@ -19,7 +19,7 @@ from llamita.errors import InputError, RunError
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 
 PROMPT = "Once upon a time"
 BOS, END, TURN_END = 256, 257, 258  # of the tiny checkpoints, whose other tokens are bytes

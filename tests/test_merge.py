@@ -11,16 +11,17 @@ from test_adapters import PROMPT, make_adapter
 from tiny import make_checkpoint, write_file
 
 import llamita
-from llamita.engine.adapters import CONFIG, WEIGHTS
 from llamita.engine.llm import LLM
 from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.imports.open import open_source, resolve
+from llamita.loading import open_adapters
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.dequantized import DequantizedSource
 from llamita.models.layer_kinds import with_layers
 from llamita.models.names import expected_tensors
 from llamita.models.packed import PackedModel
+from llamita.models.peft import CONFIG, WEIGHTS
 from llamita.models.weights import as_stored
 from llamita.numerics.affine import bf16_to_f32, to_f32
 from llamita.numerics.scheme import make_scheme
@@ -109,7 +110,9 @@ def test_what_is_rounded_again_is_the_function_of_both(
     base = packed(model, tmp_path / "base", preset, method, **settings)
     adapter = make_adapter(tmp_path / "a", model)
     source = merged_source(base, adapter)
-    apart = LLM(DequantizedSource(PackedModel(base)), adapters={"a": adapter})
+    apart = LLM(
+        DequantizedSource(PackedModel(base)), adapters=open_adapters(PackedModel(base), {"a": adapter})
+    )
     beside = apart.logits(PROMPT, adapter="a")
     assert relative_error(LLM(source).logits(PROMPT), beside) < 1e-5
     assert relative_error(apart.logits(PROMPT), beside) > 0.1

@@ -10,9 +10,10 @@ from test_packed import _fake_quantize, assert_same_weight, float_weight, needs_
 from tiny import make_checkpoint
 
 from llamita.bench.random_weights import RandomSource
-from llamita.engine.llm import LLM, load
+from llamita.engine.llm import LLM
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
+from llamita.loading import load
 from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import count_kinds, describe_groups, describe_kinds, keep_float, with_layers
@@ -21,7 +22,8 @@ from llamita.models.packed import PackedModel, quantization_config
 from llamita.models.sizes import make_plan
 from llamita.models.weights import Int4Weight
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.quantize.pipeline import quantize
+from llamita.quantize.rounded import RoundedSource
 
 BLOCK = "model.layers.0"
 MIX = {

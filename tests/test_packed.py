@@ -17,11 +17,12 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.names import linear_names, table_names, vector_names
 from llamita.models.packed import KEYS, PackedModel, self_hash_holds
 from llamita.models.packed_writer import write_metadata
-from llamita.models.weights import Int4Weight, Int8Weight
+from llamita.models.weights import Int4Weight, Int8Weight, bias_of
 from llamita.numerics.affine import dequantize, quantize_activations, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.quantize.pipeline import quantize
+from llamita.quantize.rounded import RoundedSource
 
 needs_transformers = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("transformers", "compressed_tensors")),
@@ -90,7 +91,7 @@ def test_directory_and_rounding_on_the_fly_are_the_same(
     for name in vector_names(packed.config):
         np.testing.assert_array_equal(packed.vector(name), checkpoint.vector(name))
     np.testing.assert_array_equal(
-        packed.bias("model.layers.1.mlp.down_proj"), rounded.bias("model.layers.1.mlp.down_proj")
+        bias_of(packed, "model.layers.1.mlp.down_proj"), bias_of(rounded, "model.layers.1.mlp.down_proj")
     )
     assert isinstance(open_source(out), PackedModel)
 

@@ -12,9 +12,9 @@ from tiny import CONFIGS, make_checkpoint
 from llamita import cli
 from llamita.bench import plan
 from llamita.bench.plan import Described, Machine, describe, estimate_all
-from llamita.engine.llm import load
 from llamita.errors import InputError
 from llamita.imports import hub
+from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.sizes import make_plan
 from llamita.numerics.scheme import PRESETS, make_scheme

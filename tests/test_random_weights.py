@@ -13,7 +13,7 @@ from llamita.engine.llm import LLM
 from llamita.errors import InputError
 from llamita.models.config import ModelConfig
 from llamita.models.names import expected_tensors, linear_names, table_names
-from llamita.models.weights import Int4Weight, Int8Weight
+from llamita.models.weights import Int4Weight, Int8Weight, bias_of
 from llamita.numerics.affine import bf16_to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import PRESETS, make_scheme
@@ -36,10 +36,10 @@ def test_a_random_model_runs(family: str, preset: str | None) -> None:
 def test_biases_are_there_where_the_architecture_has_them() -> None:
     config = ModelConfig.from_hf({**CONFIGS["llama32"], "attention_bias": True})
     source = RandomSource(config, None, "random")
-    bias = source.bias("model.layers.0.self_attn.k_proj")
+    bias = bias_of(source, "model.layers.0.self_attn.k_proj")
     assert bias is not None
     assert bias.tolist() == [0.0] * 64
-    assert source.bias("model.layers.0.mlp.up_proj") is None
+    assert bias_of(source, "model.layers.0.mlp.up_proj") is None
 
 
 def test_weights_have_the_deviation_that_llama_begins_with() -> None:

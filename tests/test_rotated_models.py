@@ -26,7 +26,8 @@ from llamita.models.verify import verify
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.quantize.pipeline import quantize
+from llamita.quantize.rounded import RoundedSource
 
 R1, R4, BOTH = ("R1",), ("R4",), ("R1", "R4")
 IDS = np.random.default_rng(3).integers(0, 320, 90)

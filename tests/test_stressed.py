@@ -11,9 +11,9 @@ transformers = pytest.importorskip("transformers", reason="the twin is made with
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from stress_embedded import calibration_tokens, fold_norms, stress  # noqa: E402
 
-from llamita.engine.llm import load  # noqa: E402
 from llamita.evaluate.scores import Contender, score_text  # noqa: E402
 from llamita.imports.open import resolve  # noqa: E402
+from llamita.loading import load
 
 EXACT = 1e-6  # nats a token: FP32 stores what float64 computed
 TOKENS = 1024

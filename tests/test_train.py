@@ -19,7 +19,7 @@ from llamita.numerics.affine import dequantize as dequantized
 from llamita.numerics.affine import quantize_activations as activations
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.train.examples import IGNORED, Windows
 from llamita.train.recipe import Recipe, Stage, change, parse_recipe
 

@@ -9,16 +9,18 @@ import pytest
 from command import one_line, run
 from tiny import make_checkpoint
 
-from llamita.engine.llm import LLM, load
+from llamita.engine.llm import LLM
 from llamita.errors import InputError
 from llamita.imports.open import open_source
+from llamita.loading import load
 from llamita.methods.chain import parse_chain, transform
 from llamita.methods.setup import Setup, parse_settings
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import METADATA
 from llamita.numerics.affine import to_f32
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.quantize.pipeline import quantize
+from llamita.quantize.rounded import RoundedSource
 
 OFFLINE = {"spinquant.steps": 0, "spinquant.online": False}
 TOKENS = np.arange(40, dtype=np.int32) * 7 % 300

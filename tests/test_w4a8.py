@@ -23,7 +23,7 @@ from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 
 torch = pytest.importorskip("torch", reason="the oracle is a fake-quantized Torch model")
 transformers = pytest.importorskip("transformers", reason="the oracle is a fake-quantized Torch model")

@@ -28,7 +28,7 @@ from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.calibration import load_calibration
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 
 
 def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:

@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llamita.engine.llm import LLM, Generation, load
+    from llamita.engine.llm import LLM, Generation
     from llamita.errors import InputError, LlamitaError, RunError
+    from llamita.loading import load
 
 __all__ = ["LLM", "Generation", "InputError", "LlamitaError", "RunError", "__version__", "load"]
 __version__ = "0.1.0"
 
-_PLACES = {"LLM": "engine.llm", "Generation": "engine.llm", "load": "engine.llm",
+_PLACES = {"LLM": "engine.llm", "Generation": "engine.llm", "load": "loading",
            "InputError": "errors", "LlamitaError": "errors", "RunError": "errors"}  # fmt: skip
 
 

@@ -70,10 +70,6 @@ class RandomSource:
         """(length,) float32: norms of one, biases of zero."""
         return np.full(self._vectors[name], 0.0 if name.endswith(".bias") else 1.0, np.float32)
 
-    def bias(self, name: str) -> np.ndarray | None:
-        """(rows,) float32, None where the architecture has none."""
-        return self.vector(f"{name}.bias") if f"{name}.bias" in self._vectors else None
-
     def close(self) -> None:
         """Nothing is open."""
 

@@ -36,7 +36,7 @@ from llamita.models.packed import PackedModel
 from llamita.models.sizes import float_bytes, make_plan
 from llamita.models.weights import ModelSource, transform_dtype
 from llamita.numerics.scheme import QuantScheme
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.system.machine import MemoryWatch, free_memory
 from llamita.system.threads import use_threads
 

@@ -13,6 +13,7 @@ from llamita.bench.shapes import find_shape
 from llamita.bench.speed import NEW_TOKENS, PROMPT_TOKENS
 from llamita.bench.worker import ModelSpec
 from llamita.commands import console
+from llamita.commands.sources import convert_first
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError, RunError
 from llamita.imports.open import resolve
@@ -21,6 +22,7 @@ from llamita.numerics.scheme import FLOAT, choose_scheme
 from llamita.system.extras import load_optional
 from llamita.system.files import has
 from llamita.system.threads import remark
+from llamita.text.printable import megabytes
 
 DEFAULT_PRESET = "llama3.2"
 BF16 = "bf16"  # the baseline that needs no checkpoint
@@ -87,6 +89,7 @@ def command(
 
     Example: llamita bench --shape llama-3.2-1b --baseline bf16
     """
+    convert_first(src, None if baseline and baseline.lower() == BF16 else baseline, quiet=json)
     model = _model(src, shape, preset, group_size)
     draw = _plotter(plot) if plot else None
     settings = Settings(prompt_tokens, new_tokens, batch)
@@ -164,7 +167,7 @@ def _print(result: dict[str, Any]) -> None:
         if result[key]:
             console.print_line(_memory_line(result[key]))
     if model["of_limit"]["decode"]["limit"] is None:
-        cache = console.megabytes(limits["cache_bytes"])
+        cache = megabytes(limits["cache_bytes"])
         console.print_line(f"decode: no limit, for with {cache} of cache the model need not come from memory")
     versions = "Python {python}, NumPy {numpy}, {os}".format(**result["machine"])
     console.print_line(machine_line(result, versions))
@@ -186,8 +189,8 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
         ("decode tok/s", "decode_tokens_per_second", _rate),
         ("time to first token", "first_token_seconds", _seconds),
         ("prefill tok/s", "prefill_tokens_per_second", _rate),
-        ("model size", "size_bytes", console.megabytes),
-        ("memory", "memory_bytes", console.megabytes),
+        ("model size", "size_bytes", megabytes),
+        ("memory", "memory_bytes", megabytes),
         ("load time", "load_seconds", _seconds),
     ]
     if batch > 1:
@@ -223,7 +226,7 @@ def _fraction_rows(result: dict[str, Any]) -> list[list[str]]:
             if key == "baseline" and not is_bytes:
                 continue  # float arithmetic has another limit
             label = f"{result[key]['name']}: {_LABELS[what]}".format(**result["settings"])
-            work = console.megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} GMAC"
+            work = megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} GMAC"
             unit = "GB/s" if is_bytes else "GMAC/s"
             rows.append([label, work, f"{row['rate'] / 1e9:,.1f} {unit}", *_limit_cells(row, unit)])
     return rows
@@ -241,5 +244,5 @@ def _limit_cells(row: dict[str, Any], unit: str) -> list[str]:
 def _memory_line(model: dict[str, Any]) -> str:
     rest = model["memory_bytes"] - model["weights_bytes"] - model["cache_bytes"]
     parts = {"weights": model["weights_bytes"], "cache": model["cache_bytes"], "the rest": rest}
-    listed = ", ".join(f"{console.megabytes(size)} {what}" for what, size in parts.items())
+    listed = ", ".join(f"{megabytes(size)} {what}" for what, size in parts.items())
     return f"memory of {model['name']}: {listed}"

@@ -8,6 +8,7 @@ import typer
 from llamita.commands import console
 from llamita.commands.evaluate import interval_rows
 from llamita.commands.generate import read_prompt
+from llamita.commands.sources import convert_first
 from llamita.errors import InputError
 from llamita.evaluate.compare import Comparison, Difference, Disagreement, compare, is_noise, to_values
 from llamita.evaluate.contenders import NO_BASELINE, first_float, open_contenders
@@ -17,6 +18,7 @@ from llamita.imports.open import resolve
 from llamita.models.layer_kinds import describe_groups
 from llamita.numerics.intervals import Interval
 from llamita.system.files import has, read_bytes
+from llamita.text.printable import megabytes, printable
 
 _PROMPT_WORDS = 8  # of the text, where no prompt is given
 _TOKENIZER = "tokenizer.json"
@@ -80,6 +82,7 @@ def command(
         raise InputError("--baseline: expected a model, got 'none'; try `llamita evaluate`, which needs none")
     words = None if prompt is None else read_prompt(prompt)
     content = read_text(text) if text else None
+    convert_first(*models, baseline, quiet=json)
     with console.progress(quiet=json) as progress:
         contenders = open_contenders(
             models, baseline or first_float(models), threads=threads, kv_dtype=kv_cache, progress=progress
@@ -116,11 +119,11 @@ def _default_text(contenders: list[Contender]) -> str:
 
 def _print(comparison: Comparison, text_name: str, top: int) -> None:
     for note in comparison.notes:
-        console.note(console.printable(note))
-    names = [console.printable(model.name) for model in comparison.models]
+        console.note(printable(note))
+    names = [printable(model.name) for model in comparison.models]
     console.print_table("", ["", *names], _facts(comparison))
     tokens = comparison.models[0].scores.tokens
-    console.note(f"{console.printable(text_name)}: {tokens:,} tokens predicted; "
+    console.note(f"{printable(text_name)}: {tokens:,} tokens predicted; "
                  "intervals: 95 %, block bootstrap")  # fmt: skip
     if comparison.differences:
         rows = [row for difference in comparison.differences for row in _difference(difference)]
@@ -140,8 +143,8 @@ def _facts(comparison: Comparison) -> list[list[str]]:
     return [
         ["scheme", *(s["name"] if s else "float" for s in schemes)],
         ["weights in a group", *(describe_groups(s) if s else "" for s in schemes)],
-        ["method", *(console.printable(model.origin.method or "") for model in models)],
-        ["weight files", *(console.megabytes(model.weight_bytes) for model in models)],
+        ["method", *(printable(model.origin.method or "") for model in models)],
+        ["weight files", *(megabytes(model.weight_bytes) for model in models)],
         [
             f"token perplexity, chunks of {comparison.chunk_tokens:,}",
             *(f"{s.perplexity:.4g}" for s in scores),
@@ -165,7 +168,7 @@ def _difference(difference: Difference) -> list[list[str]]:
         _signed(difference.perplexity, 100, ".2f", " %"),
         _signed(difference.agreement, 100, ".2f", " %"),
     )
-    pair = console.printable(f"{difference.second} - {difference.first}")
+    pair = printable(f"{difference.second} - {difference.first}")
     return [[pair, *(value for value, _ in cells)], ["", *(bounds for _, bounds in cells)]]
 
 
@@ -204,13 +207,13 @@ def _print_place(place: Disagreement, names: list[str]) -> None:
     rows = [
         [
             name,
-            f"{console.printable(o.said)} ({o.probability:.1%})",
+            f"{printable(o.said)} ({o.probability:.1%})",
             f"{o.right_probability:.1%}",
             f"{o.kl:.3f}",
         ]
         for name, o in zip(names, place.opinions, strict=True)
     ]
-    context, token = console.printable(place.context), console.printable(place.token)
+    context, token = printable(place.context), printable(place.token)
     title = f"Token {place.position:,}, where they differ: …{context}[{token}]"
     _print_titled(title, ["", "would have said", f"of [{token}]", "KL, nats"], rows)
 
@@ -221,6 +224,6 @@ def _print_continuations(comparison: Comparison, names: list[str]) -> None:
         c = model.continuation
         assert c
         same = "" if model.is_baseline else f"{c.same_tokens} of {c.tokens}"
-        rows.append([name, same, console.printable(c.text)])
-    title = f"Continued greedily: {console.printable(comparison.prompt)}"
+        rows.append([name, same, printable(c.text)])
+    title = f"Continued greedily: {printable(comparison.prompt)}"
     _print_titled(title, ["", "tokens as the baseline's", "text"], rows, figures=False)

@@ -51,11 +51,6 @@ def print_line(text: str) -> None:
     out.print(text)
 
 
-def printable(text: str) -> str:
-    """Text of models and strangers on one line: what could move a cursor or hide is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def print_error(message: str) -> None:
     """One line on stderr."""
     line = " ".join(message.split())
@@ -89,8 +84,3 @@ def progress(quiet: bool = False) -> Iterator[ProgressCallback | None]:
             bar.update(task, description=what, completed=done, total=total)
 
         yield report
-
-
-def megabytes(count: float) -> str:
-    """Bytes as MB (10^6 bytes), with three figures or more."""
-    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"

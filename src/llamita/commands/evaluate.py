@@ -12,14 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
+from llamita.commands.sources import convert_first
 from llamita.evaluate import wikitext
-from llamita.evaluate.contenders import open_contenders
+from llamita.evaluate.contenders import NO_BASELINE, open_contenders
 from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, embedded_text, read_text, score_text
 from llamita.models.layer_kinds import describe_kinds
 from llamita.numerics.intervals import Interval
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
 from llamita.system.threads import remark
+from llamita.text.printable import megabytes
 
 HARNESS = "llamita.evaluate.lm_eval"  # imported on use: it needs LM Eval and with it Torch
 WIKITEXT = "wikitext"
@@ -97,6 +99,7 @@ def command(
         job.notes.append(f"--limit {limit}: the figures compare only with others of the same limit")
     harness = _import_harness() if names else None  # before anything that takes time
     _choose_text(job, text, wikitext_file, harness)
+    convert_first(*models, None if baseline == NO_BASELINE else baseline, quiet=json)
     with console.progress(quiet=json) as progress:
         contenders = open_contenders(models, baseline, threads=threads, kv_dtype=kv_cache, progress=progress)
         console.note(remark())
@@ -206,7 +209,7 @@ def _rows(
     rows = [
         ["scheme", *(s.name if s else "float" for s in schemes)],
         ["weights in a group", *(_groups(c) for c in contenders)],
-        ["weight files", *(console.megabytes(c.weight_bytes) for c in contenders)],
+        ["weight files", *(megabytes(c.weight_bytes) for c in contenders)],
     ]
     for i, task in enumerate(results[0]):
         for metric in task.metrics:

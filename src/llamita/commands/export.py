@@ -10,6 +10,7 @@ import typer
 from llamita import __version__
 from llamita.commands import console
 from llamita.commands.options import Json, Out, Overwrite, Threads
+from llamita.commands.sources import convert_first
 from llamita.errors import InputError, RunError
 from llamita.export.guide import CARD, plain_card
 from llamita.export.job import ExportJob
@@ -21,6 +22,7 @@ from llamita.system.files import flush_path, has, sha256_file
 from llamita.system.machine import MemoryWatch
 from llamita.system.staging import EXPORTED_MARK, check_target, staged
 from llamita.system.threads import use_threads
+from llamita.text.printable import megabytes
 
 _FAIL = "FAIL"
 
@@ -74,6 +76,7 @@ def command(
     if out is None:
         raise InputError("--out: expected the directory to make, got none; try -o NAME")
     use_threads(threads)
+    convert_first(source, quiet=json)
     packed = open_source(source)
     if not isinstance(packed, PackedModel):
         raise InputError(f"{source}: expected a quantized directory, got a float model; try llamita quantize")
@@ -153,8 +156,8 @@ def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[st
 def _print(out: Path, record: dict[str, Any]) -> None:
     proof, scales = record["proof"], record.get("scales")
     seconds = record["total_seconds"]
-    console.print_line(f"{out}: {console.megabytes(record['bytes'])}, {seconds:,.{int(seconds < 10)}f} s, "
-                       f"{console.megabytes(record['memory_bytes'])} of memory")  # fmt: skip
+    console.print_line(f"{out}: {megabytes(record['bytes'])}, {seconds:,.{int(seconds < 10)}f} s, "
+                       f"{megabytes(record['memory_bytes'])} of memory")  # fmt: skip
     if scales and scales["off"]:
         console.note(
             f"{scales['off']:,} of {scales['total']:,} scales rounded, by {scales['largest']:.2%} at most"

@@ -11,6 +11,7 @@ import typer
 
 from llamita.commands import console
 from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
+from llamita.commands.sources import convert_first
 from llamita.errors import InputError
 from llamita.imports.open import resolve
 from llamita.models.checkpoint import Checkpoint
@@ -107,6 +108,7 @@ def command(
     _check_processes(chosen, shard)
     use_threads(processes.fair_threads(threads))
     is_first = processes.rank() == 0
+    convert_first(base, teacher, quiet=json)
     source = _open_float(base, "BASE")
     other = _teacher_path(teacher, source, chosen)
     if not dry_run:

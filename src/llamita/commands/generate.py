@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.engine.llm import LLM, load
+from llamita.commands.sources import convert_first
+from llamita.engine.llm import LLM
 from llamita.engine.requests import DEFAULT_SPECULATE, Generation, Options, Prompt
 from llamita.errors import InputError
 from llamita.imports.open import open_source
+from llamita.loading import load
 from llamita.quantize.lineage import is_made_for
 from llamita.system.threads import remark
 
@@ -79,6 +81,7 @@ def command(
 
 def load_beside(model: str, adapter: Path | None, **options: Any) -> LLM:
     """`load` with the adapter of --adapter; says so where that was trained on another model."""
+    convert_first(model)
     llm = load(model, adapters={} if adapter is None else {ADAPTER: adapter}, **options)
     if adapter is not None and is_made_for(open_source(llm.path), adapter) is False:
         console.note(f"--adapter {adapter}: was trained on another model; answers may be worse than without")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
+from llamita.commands.sources import convert_first
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import count_kinds
@@ -26,6 +27,7 @@ def command(
 
     Example: llamita inspect my-model
     """
+    convert_first(directory, quiet=json)
     source = open_source(directory)
     assert isinstance(source, Checkpoint | PackedModel)
     values = facts(source)

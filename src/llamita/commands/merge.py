@@ -18,6 +18,7 @@ from llamita.commands.options import (
     Seed,
     Threads,
 )
+from llamita.commands.sources import convert_first
 from llamita.errors import InputError
 from llamita.evaluate.scores import read_text
 from llamita.imports.open import open_source
@@ -86,6 +87,7 @@ def command(
     use_threads(threads)
     chain = _chain(method)
     content = read_text(text) if text else None
+    convert_first(base, quiet=json)
     opened = open_source(base)
     assert isinstance(opened, Checkpoint | PackedModel)
     source = MergedSource(opened, adapter)

@@ -7,10 +7,13 @@ import typer
 
 from llamita.bench.plan import Estimate, Machine, describe, describe_shape, estimate_all, measure_machine
 from llamita.commands import console
+from llamita.commands.sources import convert_first
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError
+from llamita.imports.open import is_hub_name
 from llamita.numerics.scheme import PRESETS, make_scheme
 from llamita.system.threads import remark, use_threads
+from llamita.text.printable import megabytes
 
 
 def command(
@@ -48,6 +51,8 @@ def command(
         )
     use_threads(threads)
     schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
+    if src is not None and not is_hub_name(src):
+        convert_first(src, quiet=json)
     name, model = (src, describe(src)) if src is not None else describe_shape(str(shape))
     console.note(remark())
     with console.progress(quiet=json) as progress:
@@ -82,8 +87,8 @@ def _print(name: str, estimates: list[Estimate], machine: Machine) -> None:
 
 def _row(estimate: Estimate) -> list[str]:
     prefill = "" if estimate.prefill is None else f"~{estimate.prefill:,.0f}"
-    memory = [console.megabytes(size) for size in estimate.memory.values()]
-    size, fits = console.megabytes(estimate.tensor_bytes), "yes" if estimate.fits else "no"
+    memory = [megabytes(size) for size in estimate.memory.values()]
+    size, fits = megabytes(estimate.tensor_bytes), "yes" if estimate.fits else "no"
     return [estimate.name, size, *memory, f"~{estimate.decode:,.1f}", prefill, fits]
 
 
@@ -93,5 +98,5 @@ def _tokens(count: int) -> str:
 
 def _machine_line(machine: Machine) -> str:
     rates = f"{machine.bandwidth / 1e9:,.1f} GB/s read, {machine.int8_rate / 1e9:,.0f} G int8 multiply-adds/s"
-    free = console.megabytes(machine.memory_free)
+    free = megabytes(machine.memory_free)
     return f"measured: {rates} on {machine.threads} threads; {free} of memory free"

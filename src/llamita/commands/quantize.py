@@ -29,6 +29,7 @@ from llamita.commands.selection import (
     print_selection,
     selection_values,
 )
+from llamita.commands.sources import convert_first
 from llamita.errors import InputError
 from llamita.imports.open import open_source, resolve
 from llamita.methods.chain import (
@@ -49,9 +50,10 @@ from llamita.models import layer_kinds
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.packed import METADATA
-from llamita.models.sizes import Plan, plan_chain
+from llamita.models.sizes import Plan
 from llamita.numerics.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.quantize.calibration import SELF, SELF_FAST, load_calibration
+from llamita.quantize.chain_sizes import plan_chain
 from llamita.quantize.cost import estimate
 from llamita.quantize.layer_choice import Selection, finished_loss
 from llamita.quantize.pipeline import Summary, quantize, take_part
@@ -61,6 +63,7 @@ from llamita.system.kept_work import has_kept_work, kept_work
 from llamita.system.progress import Progress
 from llamita.system.staging import check_target
 from llamita.system.threads import use_threads
+from llamita.text.printable import megabytes
 
 _PRESETS = ", ".join(PRESETS)
 _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
@@ -172,6 +175,7 @@ def _chain(
 
 def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
     """The float model, once it is known that OUT can be made: before a text is written."""
+    convert_first(src)
     path = resolve(src)
     if has(path, METADATA):
         raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
@@ -216,7 +220,7 @@ def _announce(source: Checkpoint, scheme: QuantScheme, chain: Chain, setup: Setu
         plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, chain, setup.settings)
         samples, length = setup.calibration.tokens.shape
         seconds, memory = estimate(plan, scheme, source.config, chain, setup, samples, length)
-        console.note(f"{chain}: about {seconds:,.0f} s and {console.megabytes(memory)} of memory to expect")
+        console.note(f"{chain}: about {seconds:,.0f} s and {megabytes(memory)} of memory to expect")
 
 
 def _judged(
@@ -274,7 +278,7 @@ def _dry_run(
         return
     rows = [*_plan_rows(plan, scheme), ["method", str(chain)],
             ["time to quantize, about", f"{seconds:,.0f} s"],
-            ["memory to quantize, about", console.megabytes(memory)]]  # fmt: skip
+            ["memory to quantize, about", megabytes(memory)]]  # fmt: skip
     console.print_table(f"plan for {src} (nothing is written)", ["what", "figure"], rows)
 
 
@@ -287,9 +291,9 @@ def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
         ["scales", f"{scheme.scale_rule}, {scheme.scale_dtype}"],
         ["linear layers", f"{plan.linear_layers}"],
         ["embedding and head", tables],
-        ["size before", console.megabytes(plan.source_bytes)],
-        ["size after", f"{console.megabytes(plan.tensor_bytes)} ({plan.ratio:.1%})"],
-        ["weight files", f"{len(plan.files)}, {console.megabytes(plan.file_bytes)}"],
+        ["size before", megabytes(plan.source_bytes)],
+        ["size after", f"{megabytes(plan.tensor_bytes)} ({plan.ratio:.1%})"],
+        ["weight files", f"{len(plan.files)}, {megabytes(plan.file_bytes)}"],
     ]
 
 
@@ -299,7 +303,7 @@ def _print_summary(summary: Summary, scheme: QuantScheme, chain: Chain, is_chose
             ["relative squared error", f"{summary.relative_error:.3e}"],
             *([f"  worst: {name}", f"{error:.3e}"] for name, error in worst),
             ["time", f"{summary.seconds:,.1f} s"],
-            *([["memory", console.megabytes(summary.memory)]] if summary.memory else [])]  # fmt: skip
+            *([["memory", megabytes(summary.memory)]] if summary.memory else [])]  # fmt: skip
     console.print_table(f"{summary.out}", ["what", "figure"], rows)
     console.note(f"try: llamita chat {summary.out}")
     if chain.names == ("rtn",) and not is_chosen:

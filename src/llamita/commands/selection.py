@@ -11,9 +11,9 @@ from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.layer_kinds import describe_kinds
-from llamita.models.sizes import plan_chain
 from llamita.numerics.intervals import Interval
 from llamita.numerics.scheme import QuantScheme
+from llamita.quantize.chain_sizes import plan_chain
 from llamita.quantize.layer_choice import (
     Goal,
     Selection,
@@ -21,8 +21,9 @@ from llamita.quantize.layer_choice import (
     select,
     size_bounds,
 )
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.system.progress import Progress
+from llamita.text.printable import megabytes
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
@@ -120,7 +121,7 @@ def print_selection(config: ModelConfig, selection: Selection | None) -> None:
     rows = [
         ["linear layers", describe_kinds(config, selection.scheme)],
         *head,
-        ["weight files", console.megabytes(selection.file_bytes)],
+        ["weight files", megabytes(selection.file_bytes)],
         ["loss predicted", f"{selection.predicted:.5f}"],
         ["loss measured, rounded to nearest", _text(selection.measured)],
     ]

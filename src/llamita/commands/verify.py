@@ -13,6 +13,7 @@ from llamita.imports.open import resolve
 from llamita.models.verify import verify
 from llamita.system.files import has
 from llamita.system.staging import EXPORTED_MARK
+from llamita.text.printable import megabytes
 
 
 def command(
@@ -40,9 +41,7 @@ def command(
         console.print_json({"ok": not report.problems, "files": report.files, "bytes": report.bytes,
                             "problems": report.problems})  # fmt: skip
     elif not report.problems:
-        console.out.print(
-            f"{report.files} files, {console.megabytes(report.bytes)}: all as they were written"
-        )
+        console.out.print(f"{report.files} files, {megabytes(report.bytes)}: all as they were written")
     else:
         for problem in report.problems:
             console.print_error(problem)

@@ -1,18 +1,13 @@
-"""The public face of the engine: load a model, ask it for logits or for text.
-
-llm = llamita.load("embedded", preset="llama3.2")
-print(llm.generate("Once upon a time", max_tokens=100).text)
-"""
+"""A loaded model, as users of the library see it: ask it for logits or for text."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
-from llamita.engine.adapters import check_fits, load_adapter
+from llamita.engine.adapters import Adapter
 from llamita.engine.kv_cache import KV_DTYPES, SequenceCache
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
@@ -33,67 +28,12 @@ from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.imports.open import open_source
-from llamita.models.checkpoint import Checkpoint
 from llamita.models.weights import ModelSource
-from llamita.numerics.scheme import QuantScheme, choose_scheme
-from llamita.quantize.pipeline import RoundedSource
 from llamita.system.machine import usable_memory
-from llamita.system.threads import use_threads
 from llamita.text.chat_template import ChatTemplate, read_template
 from llamita.text.tokenizer import Tokenizer, read_settings
 
 MAX_SEQUENCES = 16  # that run at once: a step over more rows is no longer bound by reading the weights
-
-
-def load(
-    path_or_name: str | Path,
-    *,
-    preset: str | QuantScheme | None = None,
-    threads: int | None = None,
-    context: int | None = None,
-    kv_dtype: str | None = None,
-    max_sequences: int = MAX_SEQUENCES,
-    cache_memory: int | None = None,
-    prefix_cache: int | None = None,
-    adapters: Mapping[str, str | Path] | None = None,
-) -> "LLM":
-    """Load a model: a checkpoint, a quantized directory, a hub name, or "embedded".
-
-    Args:
-        path_or_name: what to load; a float model stays float unless a preset is given.
-        preset: round a float model to this scheme while it loads; "none" is the same as None.
-        threads: 1 to 1024, of the kernels, for the whole process; by default all of the machine's.
-        context: tokens of a sequence at most; by default what the model was made for.
-        kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, "f16"
-            for a quantized one. "int8" takes little more than half the memory of "f16".
-        max_sequences: generations that run at once; more wait.
-        cache_memory: bytes for the keys and values of all sequences, each in whole blocks of 128 tokens;
-            by default half of the memory that the process may use.
-        prefix_cache: bytes of these to keep of ended sequences, for prompts that begin like them; by
-            default what one whole context takes, at most an eighth of the memory. 0 turns it off.
-        adapters: low-rank adapters to have beside the model, directories in PEFT's form by the names that
-            requests will give them.
-
-    Raises:
-        InputError, RunError: one line that says what is wrong.
-    """
-    use_threads(threads)
-    source = open_source(path_or_name)
-    scheme = choose_scheme(preset) if isinstance(preset, str) else preset
-    if scheme is not None:
-        if not isinstance(source, Checkpoint):
-            raise InputError(f"preset: expected a float model, got {path_or_name}, which is quantized")
-        source = RoundedSource(source, scheme)
-    return LLM(
-        source,
-        context=context,
-        kv_dtype=kv_dtype,
-        max_sequences=max_sequences,
-        cache_memory=cache_memory,
-        prefix_cache=prefix_cache,
-        adapters=adapters,
-    )
 
 
 def check_cache(source: ModelSource, context: int | None, kv_dtype: str | None) -> tuple[int, str]:
@@ -133,15 +73,13 @@ class LLM:
         max_sequences: int = MAX_SEQUENCES,
         cache_memory: int | None = None,
         prefix_cache: int | None = None,
-        adapters: Mapping[str, str | Path] | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
-        """As `load`, from an opened model."""
+        """See `llamita.load` for the arguments; `adapters` are loaded ones, by name."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache)
-        if adapters:
-            check_fits(source, [Path(path) for path in adapters.values()])
-        self.adapters = {n: load_adapter(n, Path(path), self.config) for n, path in (adapters or {}).items()}
+        self.adapters = dict(adapters or {})
         self.model = Model(self.config, load_weights(source, gated=not self.adapters))
         self.scheduler = Scheduler(self.model, limits)
 

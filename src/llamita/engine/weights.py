@@ -10,7 +10,7 @@ import numpy as np
 
 from llamita import _native
 from llamita.errors import InputError
-from llamita.models.weights import Int4Weight, Int8Weight, ModelSource
+from llamita.models.weights import Int4Weight, Int8Weight, ModelSource, bias_of
 from llamita.numerics.hadamard import core_signs, factor
 
 
@@ -160,7 +160,7 @@ def _linear(
             native = _pack_int4(together, gated=gated and len(names) == 2)
         else:
             native = _pack_int8(together) if kind[0] == "int8" else _native.wrap_float(together)
-        bias = _joined_bias([source.bias(name) for name in names]) if has_bias else None
+        bias = _joined_bias([bias_of(source, name) for name in names]) if has_bias else None
         parts.append(Part(native, bias, start, start + native.rows, is_quantized=kind[0] != "float"))
         start += native.rows
     quantized = [part.is_quantized for part in parts]

@@ -7,7 +7,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from llamita.commands.console import printable
+from llamita.text.printable import printable
 
 COLORS = ("#7a7a80", "#0a6ebd", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be185d")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 24, 34  # margins in pixels

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamita.engine.llm import load
 from llamita.errors import InputError, LlamitaError
 from llamita.evaluate.scores import Contender
 from llamita.imports.open import resolve
+from llamita.loading import load
 from llamita.models.packed import METADATA, read_metadata
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.system.files import has, member, sha256_file

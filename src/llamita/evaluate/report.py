@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.commands.console import megabytes, printable
 from llamita.errors import InputError, RunError
 from llamita.evaluate.charts import COLORS, Markup, bar_chart, join, legend, line_chart, tag
 from llamita.evaluate.compare import Comparison, Difference, Report, is_noise
 from llamita.evaluate.layers import PLACES, STREAM
 from llamita.models.layer_kinds import describe_groups
 from llamita.numerics.intervals import Interval
+from llamita.text.printable import megabytes, printable
 
 _DOCTYPE = "<!doctype html>"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no script, nothing loaded

@@ -20,7 +20,7 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.sizes import make_plan
 from llamita.models.weights import ModelSource
 from llamita.numerics.intervals import Interval, mean_interval, paired_difference
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.system.progress import Progress
 
 CHUNK_TOKENS = 2048

@@ -13,7 +13,7 @@ import numpy as np
 from llamita.errors import InputError, RunError
 from llamita.export.job import ExportJob
 from llamita.export.source import adapter_of
-from llamita.models.peft import WEIGHTS, LowRankPairs, write_adapter
+from llamita.models.peft import WEIGHTS, StoredAdapter, write_adapter
 from llamita.numerics.affine import to_f32
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
@@ -33,7 +33,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
     base = job.packed.metadata["source"]["name"].rsplit("/", 1)[-1]
-    write_adapter(LowRankPairs(pairs, rank, stored.scaling), base, job.packed.config.layers, directory)
+    write_adapter(StoredAdapter(pairs, rank, stored.scaling), base, job.packed.config.layers, directory)
     record = {
         "bytes": (directory / WEIGHTS).stat().st_size, "rank": rank, "scale": stored.scaling,
         "proof": None, "unchecked": None,

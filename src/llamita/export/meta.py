@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.engine.adapters import StoredAdapter
 from llamita.errors import InputError
 from llamita.export.job import ExportJob
 from llamita.export.source import Weight, adapter_of, module_names
@@ -22,6 +21,7 @@ from llamita.models.foreign_names import SCALED_ROPE, heads_of, meta_name, pair_
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.models.peft import StoredAdapter
 from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamita.engine.adapters import StoredAdapter
 from llamita.export.caches import DYNAMIC, STATIC, LayerCache, StaticCache
 from llamita.export.embedding import embedding_of
 from llamita.export.source import transformers_keys
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight, Int8Weight
+from llamita.models.peft import StoredAdapter
+from llamita.models.weights import Int4Weight, Int8Weight, bias_of
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import core_signs, factor
 from llamita.numerics.packing import unpack_int4
@@ -157,7 +157,7 @@ def make_program(
 def _linear_of(
     packed: PackedModel, name: str, adapter: StoredAdapter | None, activations: str | None, is_static: bool
 ) -> nn.Module:
-    linear: nn.Module = _linear(packed.weight(name), packed.bias(name), activations)
+    linear: nn.Module = _linear(packed.weight(name), bias_of(packed, name), activations)
     if packed.rotations.r4_size and name.endswith(".down_proj"):
         linear = RotatedLinear(linear, packed.rotations.r4_size, is_static)
     if adapter is not None and name in adapter.pairs:

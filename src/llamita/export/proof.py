@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llamita.engine.llm import LLM
+from llamita.loading import open_adapters
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names
 from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight, Int8Weight
@@ -73,7 +74,9 @@ class Proof:
 def engine_of(packed: PackedModel, adapter: Path | None = None) -> tuple[LLM, LLM]:
     """The engine with keys and values in float32, as other runtimes keep them, and in float16."""
     adapters = {} if adapter is None else {_ADAPTER: adapter}
-    exact, usual = (LLM(packed, kv_dtype=dtype, adapters=adapters) for dtype in ("f32", "f16"))
+    exact, usual = (
+        LLM(packed, kv_dtype=dtype, adapters=open_adapters(packed, adapters)) for dtype in ("f32", "f16")
+    )
     return exact, usual
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from llamita.engine.adapters import StoredAdapter, check_fits, read_adapter
 from llamita.errors import InputError
 from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel
+from llamita.models.peft import StoredAdapter, read_adapter
 from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16, to_f32
+from llamita.quantize.lineage import check_fits
 
 Weight = Int4Weight | Int8Weight | np.ndarray
 _EIGHT_ZEROS = np.uint32(0x88888888)  # a word of eight codes 0, each stored as 8

@@ -29,7 +29,7 @@ from llamita.models.packed_writer import copy_companions, find_companions
 from llamita.models.weights import Int8Weight
 from llamita.numerics.affine import to_f32
 from llamita.system.progress import Progress
-from llamita.train.save import flush_files
+from llamita.system.staging import flush_files
 
 
 def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:

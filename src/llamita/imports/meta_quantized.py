@@ -16,7 +16,7 @@ from llamita.imports.codes import Coded
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import hf_order, meta_name
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
-from llamita.models.peft import LowRankPairs
+from llamita.models.peft import StoredAdapter
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
 from llamita.numerics.rotations import Rotations
@@ -113,7 +113,7 @@ class MetaQuantized:
         """See `takeover.CodedModel`."""
         return _bits(self._tensor(meta_name(name)), name)
 
-    def adapter(self) -> LowRankPairs | None:
+    def adapter(self) -> StoredAdapter | None:
         """Its adapters, with rows in our order; None where it has none.
 
         Raises:
@@ -129,7 +129,7 @@ class MetaQuantized:
         rank = arguments.get("rank") if isinstance(arguments, dict) else None
         if not isinstance(scale, int | float) or isinstance(scale, bool) or type(rank) is not int:
             raise InputError(f"params.json: lora_args: expected rank and scale, got {str(arguments)[:80]}")
-        return LowRankPairs({name: self._pair(name, rank) for name in names}, rank, float(scale))
+        return StoredAdapter({name: self._pair(name, rank) for name in names}, rank, float(scale))
 
     def _adapter(self, name: str) -> str:
         return f"{_base(name)}adaptor."

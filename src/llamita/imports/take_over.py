@@ -20,7 +20,7 @@ from llamita.models.layer_kinds import describe_kinds
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
 from llamita.models.packed import PackedModel, format_of, layout
 from llamita.models.packed_writer import plan_shards, write_bytes, write_config, write_metadata, write_shards
-from llamita.models.peft import LowRankPairs
+from llamita.models.peft import StoredAdapter
 from llamita.models.weights import as_stored, check_finite, stored_dtype
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 from llamita.numerics.packing import pack_int4
@@ -93,7 +93,7 @@ class Imported:
     """
 
     taken: Taken | None = None
-    adapter: LowRankPairs | None = None
+    adapter: StoredAdapter | None = None
     note: str | None = None
     layers: int = 0
 

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from llamita import _native
 from llamita.methods.rtn import rule_of
 from llamita.models.config import ModelConfig
-from llamita.models.weights import check_finite
+from llamita.models.weights import bias_of, check_finite
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
 
@@ -103,7 +103,7 @@ class Block:
         }
         for name, linear in self.linears.items():
             self.set_weight(name, _weight(source, f"{self.name}.{name}"))
-            bias = source.bias(f"{self.name}.{name}")
+            bias = bias_of(source, f"{self.name}.{name}")
             linear.bias = None if bias is None else _parameter(torch.from_numpy(bias.copy()))
         for norm in ("input_layernorm", "post_attention_layernorm"):
             vector = source.vector(f"{self.name}.{norm}.weight")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.models.weights import FloatSource, check_finite
+from llamita.models.weights import FloatSource, bias_of, check_finite
 from llamita.numerics.affine import F32, to_f32
 
 _CHUNK = 2**22  # weights converted at a time: 16 MB as float32
@@ -73,7 +73,7 @@ def _output_moments(source: FloatSource, name: str, inputs: F32) -> tuple[F32, F
             part = np.square(to_f32(piece)) @ inputs
         check_energy(name, piece, start, part)
         energy[start : start + len(piece)] = part
-    bias = source.bias(name)
+    bias = bias_of(source, name)
     return (np.zeros_like(energy), energy) if bias is None else (bias, energy + bias * bias)
 
 

@@ -24,7 +24,7 @@ from llamita.methods.online import hadamard_transform
 from llamita.methods.rotation_matrices import RotationMatrices, rotated
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Setup
-from llamita.models.weights import FloatSource
+from llamita.models.weights import FloatSource, bias_of
 from llamita.numerics.affine import to_f32
 from llamita.system import torch_processes
 from llamita.system.kept_work import kept_arrays, write_whole
@@ -261,7 +261,7 @@ class _Model:
         norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
         weights, biases = {}, {}
         for name in self._config.linear_shapes():
-            weight, bias = self._tensor(source.weight(f"{block}.{name}")), source.bias(f"{block}.{name}")
+            weight, bias = self._tensor(source.weight(f"{block}.{name}")), bias_of(source, f"{block}.{name}")
             if name not in ("self_attn.o_proj", "mlp.down_proj"):
                 norm = norms[name.partition(".")[0]]
                 weight = weight * self._tensor(source.vector(f"{block}.{norm}.weight"))

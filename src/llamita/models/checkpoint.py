@@ -13,7 +13,7 @@ from llamita.errors import InputError, RunError
 from llamita.formats.safetensors import TensorFile, TensorInfo
 from llamita.models.config import ModelConfig
 from llamita.models.names import expected_tensors
-from llamita.models.weights import FLOAT_DTYPES, bias_of, check_finite
+from llamita.models.weights import FLOAT_DTYPES, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
 from llamita.system.files import has, member, read_json
@@ -145,10 +145,6 @@ class Checkpoint:
         vector = self._read(name)
         check_finite(name, vector)
         return vector
-
-    def bias(self, name: str) -> np.ndarray | None:
-        """(rows,) float32, None where the architecture has none."""
-        return bias_of(self, name)
 
     def close(self) -> None:
         """Unmap the files."""

@@ -5,7 +5,7 @@ import numpy as np
 from llamita.formats.safetensors import TensorInfo
 from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel
-from llamita.models.weights import FLOAT_DTYPES, bias_of, row_blocks
+from llamita.models.weights import FLOAT_DTYPES, row_blocks
 
 
 class DequantizedSource:
@@ -43,10 +43,6 @@ class DequantizedSource:
         """(length,) as it is stored, found finite."""
         self._packed.vector(name)
         return next(file.read(name) for file in self.files.values() if name in file.tensors)
-
-    def bias(self, name: str) -> np.ndarray | None:
-        """(rows,) float32, None where the architecture has none."""
-        return bias_of(self, name)
 
     def close(self) -> None:
         """Unmap the files."""

@@ -19,7 +19,7 @@ from llamita.errors import InputError
 from llamita.models.checkpoint import check_names, open_tensor_files
 from llamita.models.config import ModelConfig
 from llamita.models.names import EMBEDDING, HEAD, TRANSFORM, linear_names, table_names, vector_names
-from llamita.models.weights import FLOAT_DTYPES, Int4Weight, Int8Weight, bias_of, check_finite
+from llamita.models.weights import FLOAT_DTYPES, Int4Weight, Int8Weight, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
 from llamita.numerics.packing import CODES_PER_WORD
@@ -260,10 +260,6 @@ class PackedModel:
         if not np.isfinite(vector).all():
             raise InputError(f"{name}: expected finite values; the file is damaged")
         return vector
-
-    def bias(self, name: str) -> np.ndarray | None:
-        """(rows,) float32, None where the architecture has none."""
-        return bias_of(self, name)
 
     def close(self) -> None:
         """Unmap the files."""

@@ -1,33 +1,115 @@
-"""Low-rank adapters in PEFT's form, adapter_config.json and adapter_model.safetensors, without PEFT."""
+"""Low-rank adapters in PEFT's format, adapter_config.json and adapter_model.safetensors, read and written without PEFT.
 
+LoRA: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from llamita.formats.safetensors import TensorWriter
+from llamita.errors import InputError
+from llamita.formats.safetensors import TensorFile, TensorWriter
+from llamita.models.config import ModelConfig
 from llamita.models.packed_writer import write_json
-from llamita.models.weights import stored_dtype
+from llamita.models.weights import FLOAT_DTYPES, check_finite, stored_dtype
+from llamita.system.files import has, member, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LARGEST_RANK = 4096
+_LARGEST_ALPHA = 1e6
+_NAME = re.compile(
+    r"base_model\.model\.model\.layers\.([0-9]{1,5})\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight"
+)
+_PLAIN: dict[str, Any] = {  # settings that change what is computed, and where they do not
+    "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {}, "layer_replication": None, "lora_bias": False, "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class LowRankPairs:
-    """Adapters of a whole model: y = W·x + scale·B·(A·x).
+class StoredAdapter:
+    """Adapters of a whole model as files hold them: y = W·x + scaling·B·(A·x).
 
     Attributes:
         pairs: A (rank, inputs) and B (outputs, rank), floats as they are stored, by the module's full name.
         rank: of all of them.
-        scale: of all of them.
+        scaling: of all of them.
     """
 
     pairs: dict[str, tuple[np.ndarray, np.ndarray]]
     rank: int
-    scale: float
+    scaling: float
 
 
-def write_adapter(adapter: LowRankPairs, base: str, layers: int, directory: Path) -> None:
+def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
+    """Adapters from a directory in PEFT's form.
+
+    Raises:
+        InputError: a setting that is not known here, or a tensor that is missing, unknown or of another
+            shape.
+        RunError: a file cannot be read.
+    """
+    if not has(path, CONFIG):
+        there = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
+        raise InputError(f"{path}: expected a directory with {CONFIG}, as PEFT writes adapters, got {there}")
+    settings = read_json(path, CONFIG)
+    rank, scaling = _check_settings(settings, path)
+    file = TensorFile(member(path, WEIGHTS))
+    found: dict[str, dict[str, np.ndarray]] = {}
+    shapes = config.linear_shapes()
+    for tensor, info in file.tensors.items():
+        match = _NAME.fullmatch(tensor)
+        if match is None or match[2] not in shapes or int(match[1]) >= config.layers:
+            raise InputError(f"{path}: {tensor[:100]!r}: expected adapters of this model's linear layers")
+        rows, columns = shapes[match[2]]
+        expected = (rank, columns) if match[3] == "A" else (rows, rank)
+        if info.dtype not in FLOAT_DTYPES or info.shape != expected:
+            raise InputError(
+                f"{path}: {tensor}: expected floats {expected}, got {info.dtype} {info.shape}; "
+                "is this an adapter of another model?"
+            )
+        values = file.read(tensor)
+        check_finite(tensor, values)
+        pair = found.setdefault(f"model.layers.{int(match[1])}.{match[2]}", {})
+        if match[3] in pair:  # with and without the adapter's name
+            raise InputError(f"{path}: {WEIGHTS}: expected {tensor} once, got it twice")
+        pair[match[3]] = values
+    if not found:
+        raise InputError(f"{path}: {WEIGHTS}: expected adapters, got none")
+    for module, pair in found.items():
+        if len(pair) != 2:
+            raise InputError(f"{path}: {module}: expected both lora_A and lora_B")
+    pairs = {module: (pair["A"], pair["B"]) for module, pair in found.items()}
+    return StoredAdapter(pairs, rank, scaling)
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
+    """The rank, and what B·A·x is multiplied by."""
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"{path}: {CONFIG}: peft_type: expected LORA, got {settings.get('peft_type')!r}")
+    for name, plain in _PLAIN.items():
+        value = settings.get(name, plain)
+        if value != plain and value is not None:
+            raise InputError(f"{path}: {CONFIG}: {name}: expected {plain!r}, got {repr(value)[:60]}; "
+                             "try merging it into its base with PEFT")  # fmt: skip
+    begins = settings.get("init_lora_weights", True)
+    if begins not in (True, False, "gaussian", "orthogonal", "eva"):  # others change the base, too
+        raise InputError(f"{path}: {CONFIG}: init_lora_weights: expected true, got {repr(begins)[:60]}; "
+                         "try converting it to plain LoRA with PEFT")  # fmt: skip
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise InputError(f"{path}: {CONFIG}: r: expected 1 to {_LARGEST_RANK}, got {rank!r}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= _LARGEST_ALPHA:
+        raise InputError(f"{path}: {CONFIG}: lora_alpha: expected a number, got {alpha!r}")
+    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def write_adapter(adapter: StoredAdapter, base: str, layers: int, directory: Path) -> None:
     """Fill a directory that exists.
 
     Args:
@@ -52,7 +134,7 @@ def write_adapter(adapter: LowRankPairs, base: str, layers: int, directory: Path
     kinds = {name.rpartition(".")[2] for name in adapter.pairs}
     write_json(directory / CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "r": adapter.rank, "lora_alpha": adapter.scale * adapter.rank, "lora_dropout": 0.0, "bias": "none",
+        "r": adapter.rank, "lora_alpha": adapter.scaling * adapter.rank, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted(kinds if len(adapter.pairs) == layers * len(kinds) else adapter.pairs),
         "inference_mode": True, "init_lora_weights": True,
     })  # fmt: skip

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from llamita.errors import InputError
-from llamita.methods.chain import Chain
 from llamita.models.config import ModelConfig
 from llamita.models.names import expected_tensors, linear_names, table_names
 from llamita.models.packed import layout, tensor_bytes
@@ -72,20 +70,6 @@ def make_plan(
         rounded_weights=sum(rounded),
         float_layers={name: _why_float(name, scheme) for name in shapes if not scheme.kind(name).bits},
     )
-
-
-def plan_chain(
-    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], chain: Chain,
-    settings: dict[str, Any],
-) -> Plan:  # fmt: skip
-    """As `make_plan`, for what the chain's transforms make of a model of this shape."""
-    changed, transform = chain.shape(config, settings)
-
-    def dtype(name: str) -> str:
-        return float_dtype("model.embed_tokens.weight" if config.tied and name == "lm_head.weight" else name)
-
-    before = float_bytes(config, float_dtype)
-    return make_plan(changed, scheme, dtype, transform=transform, source_bytes=before)
 
 
 def _why_float(name: str, scheme: QuantScheme) -> str:

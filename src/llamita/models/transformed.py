@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from llamita.formats.safetensors import TensorInfo
 from llamita.models.names import EMBEDDING, HEAD
-from llamita.models.weights import FloatSource, bias_of
+from llamita.models.weights import FloatSource
 from llamita.numerics.affine import F32, to_f32
 from llamita.numerics.rotations import Rotations
 
@@ -102,10 +102,6 @@ class TransformedSource:
         if kind != "bias" or change is None:
             return stored
         return _apply(change.outputs, _to_f64(stored)).astype(np.float32)
-
-    def bias(self, name: str) -> F32 | None:
-        """(rows,) float32, None where the architecture has none."""
-        return bias_of(self, name)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -62,10 +62,6 @@ class ModelSource(Protocol):
         """A norm's weight as float32 (columns,); the name ends in `.weight`."""
         ...
 
-    def bias(self, name: str) -> np.ndarray | None:
-        """The bias of a module as float32 (rows,), None where the architecture has none."""
-        ...
-
     def close(self) -> None:
         """Let go of the files."""
         ...
@@ -101,10 +97,6 @@ class FloatSource(Protocol):
 
     def stored_vector(self, name: str) -> np.ndarray:
         """(length,) as it is stored, found finite."""
-        ...
-
-    def bias(self, name: str) -> np.ndarray | None:
-        """(rows,) float32, None where the architecture has none."""
         ...
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.transformed import TransformedSource
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize import own_text
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.system import collectives, processes
 from llamita.system.extras import load_optional
 from llamita.system.files import json_lines, read_text

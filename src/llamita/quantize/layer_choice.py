@@ -27,7 +27,7 @@ from llamita.models.sizes import Plan, make_plan
 from llamita.models.weights import Int4Weight, Int8Weight, ModelSource
 from llamita.numerics.intervals import Interval, mean_interval
 from llamita.numerics.scheme import GROUP_SIZES, KINDS, QuantScheme
-from llamita.quantize.pipeline import RoundedSource
+from llamita.quantize.rounded import RoundedSource
 from llamita.system.progress import Progress
 
 Rounding = Callable[[Checkpoint, QuantScheme], ModelSource]
@@ -227,9 +227,6 @@ class _Swapped:
 
     def vector(self, name: str) -> np.ndarray:
         return self._rest.vector(name)
-
-    def bias(self, name: str) -> np.ndarray | None:
-        return self._rest.bias(name)
 
     def close(self) -> None:
         """Nothing is open."""

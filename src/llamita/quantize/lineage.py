@@ -1,8 +1,10 @@
 """Whether an adapter was made for a model, by what `finetune` has recorded of both."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llamita.errors import InputError
 from llamita.methods.chain import PRESET_METHODS
 from llamita.models.packed import PackedModel
 from llamita.models.weights import ModelSource
@@ -10,6 +12,20 @@ from llamita.system.files import has, read_json
 from llamita.system.staging import TRAINED_MARK
 
 _TRAINING = ("data", "recipe", "seed")  # what makes a training what it is
+
+
+def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
+    """See that this model reads and gives what the model did that adapters were trained on.
+
+    Raises:
+        InputError: it was rotated, or its channels were scaled, and some adapter knows nothing of that.
+    """
+    changed = changed_channels(source)
+    if changed and not all(is_trained_beside(source, path) for path in adapters):
+        raise InputError(
+            f"adapters: expected a model whose channels are those of its source, got one changed by "
+            f"{' and '.join(changed)}; try quantize --method qronos+tune --set tune.rate=0"
+        )
 
 
 def changed_channels(source: ModelSource) -> list[str]:

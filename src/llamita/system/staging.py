@@ -139,6 +139,14 @@ def umask() -> int:
     return mask
 
 
+def flush_files(directory: Path) -> None:
+    """What other libraries wrote here reaches the disk, with the rights that any new file has."""
+    mask = umask()
+    for path in directory.iterdir():
+        path.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
+        flush_path(path)
+
+
 def _recover(out: Path) -> None:
     """Remove what killed runs left; bring back an `out` that one had moved aside."""
     for leftover in _leftovers(out, r"replaced-[0-9]+"):

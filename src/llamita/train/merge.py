@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from llamita import __version__
-from llamita.engine.adapters import CONFIG, WEIGHTS, check_fits, read_adapter
-from llamita.engine.llm import load
 from llamita.errors import InputError
 from llamita.evaluate.scores import Contender, score_tokens
 from llamita.formats.safetensors import DTYPES
+from llamita.loading import load
 from llamita.methods.energy import pieces_of
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
@@ -33,12 +32,14 @@ from llamita.models.packed_writer import (
     write_json,
     write_shards,
 )
+from llamita.models.peft import CONFIG, WEIGHTS, read_adapter
 from llamita.models.transformed import TransformedSource
 from llamita.models.weights import as_stored, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import fast_hadamard
 from llamita.numerics.intervals import Interval, mean_interval
 from llamita.numerics.scheme import GIVEN
+from llamita.quantize.lineage import check_fits
 from llamita.quantize.pipeline import SMALL_FILES, Summary, quantize, source_names, source_record
 from llamita.system.files import read_bytes, sha256_file
 from llamita.system.progress import Progress

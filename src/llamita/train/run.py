@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamita import __version__
-from llamita.engine.llm import load
+from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed_writer import write_bytes
 from llamita.numerics.scheme import QuantScheme

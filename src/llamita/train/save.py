@@ -19,8 +19,7 @@ from llamita.models.packed_writer import copy_companions, find_companions
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.pipeline import Summary, quantize
-from llamita.system.files import flush_path
-from llamita.system.staging import umask
+from llamita.system.staging import flush_files
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -93,14 +92,6 @@ def writing(place: Path) -> Iterator[None]:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise RunError(f"{place}: cannot be written; try a disk with more room") from None
-
-
-def flush_files(directory: Path) -> None:
-    """What other libraries wrote here reaches the disk, with the rights that any new file has."""
-    mask = umask()
-    for path in directory.iterdir():
-        path.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
-        flush_path(path)
 
 
 def _rotations(model: Any) -> Rotations:

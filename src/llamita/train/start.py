@@ -16,7 +16,8 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import PackedModel
 from llamita.models.weights import FloatSource, ModelSource
 from llamita.numerics.scheme import QuantScheme
-from llamita.quantize.pipeline import RoundedSource, quantize, take_part
+from llamita.quantize.pipeline import quantize, take_part
+from llamita.quantize.rounded import RoundedSource
 from llamita.system import collectives, processes
 
 

@@ -1,0 +1,11 @@
+"""Values as text for people: sizes, and strangers' names made harmless."""
+
+
+def printable(text: str) -> str:
+    """Text of models and strangers on one line: what could move a cursor or hide is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB (10^6 bytes), with three figures or more."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
