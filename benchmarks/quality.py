@@ -1,11 +1,11 @@
-"""What every method loses, on the embedded model and its stressed twins: docs/results/quality.md.
+"""Measure what every method loses, on the embedded model and its stressed twins: docs/results/quality.md.
 
-    python benchmarks/quality.py --text DIR                  # everything; a stopped run goes on
+    python benchmarks/quality.py --text DIR                  # everything; a stopped run resumes
     python benchmarks/quality.py --text DIR --twins plain --groups 32 --seeds 0 --rows gptq,qronos
-    python benchmarks/quality.py --text DIR --render         # the page from what is there
+    python benchmarks/quality.py --text DIR --render         # the page from finished cells
 
 DIR holds tinystories_train.txt (calibration on real text), tinystories_valid.txt (what is scored, seen by
-no calibration). Every cell of the tables runs in a process of its own; its record stays in --work.
+no calibration). Every cell of the tables runs in its own process; its record stays in --work.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from llamita.imports.open import resolve  # noqa: E402
 
 
 def make_twin(parts: set[str], out: Path) -> Path:
-    """The embedded model, or its stressed twin in `out`."""
+    """Return the embedded model, or make its stressed twin in `out`."""
     model = resolve("embedded")
     if not parts or out.exists():
         return out if parts else model
@@ -47,7 +47,7 @@ def make_twin(parts: set[str], out: Path) -> Path:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], dict[str, Any]]]:
-    """Every cell that was asked for: its key (twin, group size, row, seed) and what the worker is told."""
+    """Yield for every cell asked for its key (twin, group size, row, seed) and the job of its worker."""
     scored = read_stories(args.text / "tinystories_valid.txt")[SCORED]
     real = write_stories(args.text / "tinystories_train.txt", args.work / "stories.txt")
     sha256 = hashlib.sha256(real.read_bytes()).hexdigest()
@@ -75,13 +75,13 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int, str, int], 
 
 
 def result_of(place: Path) -> dict[str, Any] | None:
-    """The result of a finished cell."""
+    """Return the result of a finished cell, None for others."""
     path = place.with_suffix(".result.json")
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def run(job: dict[str, Any], place: Path) -> bool:
-    """Run a cell unless it is there, with LM Eval if that is asked for; whether it is there at the end."""
+    """Run a cell unless it is finished, with LM Eval if asked for; return whether it is finished now."""
     result = result_of(place)
     if result is not None and (result["wikitext"] or not job["wikitext"]):
         return True
@@ -106,7 +106,7 @@ def run_and_tell(key: tuple[str, int, str, int], job: dict[str, Any], work: Path
 
 
 def place_of(work: Path, job: dict[str, Any]) -> Path:
-    """Where a cell's record lies: named by all that it depends on, wherever the models lie."""
+    """Return the path of a cell's record, named by all that it depends on except the places of the models."""
     elsewhere = {"model", "reference", "wikitext"} | (
         {"calibration"} if job["calibration"] != "self" else set()
     )
@@ -115,7 +115,7 @@ def place_of(work: Path, job: dict[str, Any]) -> Path:
 
 
 def collect(args: argparse.Namespace) -> tables.Cells:
-    """Finished cells, seeds together."""
+    """Return the finished cells, with the seeds of each joined."""
     found: dict[tuple[str, int, str], list[tuple[Any, dict[str, Any]]]] = {}
     for (twin, group_size, name, _), job in jobs(args):
         place = place_of(args.work, job)

@@ -21,31 +21,42 @@ PREFILL, DECODE = "prefill_tokens_per_second", "decode_tokens_per_second"
 FRACTIONS = ("prefill_of_limit", "decode_of_limit", "decode_with_cache_of_limit")
 OURS = "llamita-"
 INTRODUCTION = """\
-# Results
+# Speed, compared with other engines
 
-Rendered by `benchmarks/render_results.py` from `benchmarks/history/`, which holds every single timing. All
-engines ran the shape of Llama 3.2 1B with random weights, on equally many threads, in turn: a round runs each
-of its engines once and measures the machine's limits before and after each run. Figures are medians (least
-to greatest) of as many runs as the table says.
+`benchmarks/render_results.py` renders this page from `benchmarks/history/`, which holds every single timing.
+All engines ran the shape of Llama 3.2 1B with random weights, on the same number of threads.
+They ran in turn: a round runs each of its engines once.
+The machine's limits are measured before and after each run.
+A figure is a median, with the least and the greatest value in brackets; *runs* says of how many runs.
 
 - *prefill*: the prompt's tokens, divided by the time from their ids to the first greedy token.
 - *decode*: the tokens after it, one at a time, each chosen by argmax and fed back.
-- *of limit*: for prefill, multiply-adds of linear layers, attention and head against the rate of int8
-  multiply-adds in registers; for decode, bytes of weights and scales (in brackets: and of the cache) against
-  the bandwidth of reads.
-- *ratios*: how many times as fast as that engine ours is, in prefill and in decode.
-- Peers run from pinned packages. Below its tables a record says whose settings were chosen by trying, and
-  whose are the first that the harness lists for them; all settings stand beside the versions.
+- *prefill of limit*: multiply-adds of linear layers, attention and head per second, as a share of the limit.
+  The limit is the rate of int8 multiply-adds in registers.
+- *decode of limit*: bytes of weights and scales per second, as a share of the limit.
+  In brackets, the bytes of the cache count, too.
+  The limit is the bandwidth of reads.
+- *ratios*: how many times as fast as that engine llamita is, in prefill and in decode.
+- Other engines run from pinned packages.
+  Below its tables, a record lists the engines whose settings were chosen by trying.
+  It also lists those that ran with the first settings of the harness, without trying others.
+  All settings are next to the versions.
 
-To measure again, on an otherwise idle machine: `python benchmarks/peers.py --tune`, then
-`python benchmarks/render_results.py`. The first installs the peers from the package registry, each into an
-environment of its own with the exact versions of `benchmarks/peers/*.txt` (llama.cpp is compiled), and makes
-the models: 25 GB of disk and 20 GB of memory in all.
+To measure again, on an otherwise idle machine:
+
+```
+python benchmarks/peers.py --tune
+python benchmarks/render_results.py
+```
+The first command installs the other engines from the package registry, each into its own environment.
+The exact versions are in `benchmarks/peers/*.txt`; llama.cpp is compiled.
+It also makes the models.
+All of this needs 25 GB of disk and 20 GB of memory.
 """
 
 
 def render(records: list[dict[str, Any]]) -> str:
-    """The whole page; newest record first."""
+    """Return the whole page, newest record first."""
     parts = [INTRODUCTION]
     for record in sorted(records, key=lambda record: record["started"], reverse=True):
         parts.append(_render_record(record))
@@ -69,7 +80,7 @@ def _render_record(record: dict[str, Any]) -> str:
 
 
 def _table(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """Rates of every contender, and ours over theirs."""
+    """Return a table: the rates of every contender, and ours over theirs."""
     shape = CASES[case]
     sequences = f"{shape.sequences} sequences together, each with a" if shape.sequences > 1 else "A"
     ours = [name for name in rows if name.startswith(OURS)]
@@ -87,7 +98,7 @@ def _table(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str]
 
 
 def _absent(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """Who is not in a table, and why."""
+    """Name the contenders that are not in a table, with the reason."""
     missing = []
     for name, contender in CONTENDERS.items():
         if name in rows or (contender.layers < LAYERS and EXTRAPOLATED in rows):
@@ -127,7 +138,7 @@ def _rate(spread: dict[str, float]) -> str:
 
 
 def _contenders(record: dict[str, Any]) -> list[str]:
-    """Versions, settings, and whether the logits were those of the same model."""
+    """Return the table of versions and settings, which also shows whether the model was the same."""
     lines = ["| engine | version | settings | logits |", "|---|---|---|---|"]
     for name in [name for name in CONTENDERS if name in record["contenders"]]:
         entry = record["contenders"][name]
@@ -136,16 +147,17 @@ def _contenders(record: dict[str, Any]) -> list[str]:
         lines.append(f"| {entry['label']} | {entry['version']} | {text} | {_logits(entry)} |")
     lines += [
         "",
-        "*logits*: their correlation with those of llamita's BF16 engine after the same prompt. The weights "
-        "are random and every 4-bit format rounds them by a rule of its own, so a value says that the model "
-        "is the same one, and nothing about the quality of a trained one; near 1 it is for float weights.",
+        "*logits*: their correlation with those of llamita's BF16 engine after the same prompt.",
+        "The weights are random, and every 4-bit format rounds them by another rule.",
+        "So a value shows that the model is the same, but nothing about the quality of a trained model.",
+        "For float weights it is near 1.",
         "",
     ]
     return [*lines, *_settings(record), *_failures(record), ""]
 
 
 def _settings(record: dict[str, Any]) -> list[str]:
-    """Whose settings were chosen by trying them, and whose were not although there is a choice."""
+    """List the engines whose settings were chosen by trying, and those that had a choice and tried none."""
     lines = []
     for name, tuning in record["tuning"].items():
         totals = {
@@ -177,13 +189,13 @@ def _logits(entry: dict[str, Any]) -> str:
 
 
 def read_records() -> list[dict[str, Any]]:
-    """Every file of the history."""
+    """Read every file of the history."""
     return [json.loads(path.read_text("utf-8")) for path in sorted(HISTORY.glob("*.json"))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="only check that the page is up to date")
     if not parser.parse_args().check:
         PAGE.write_text(render(read_records()), "utf-8")
     elif PAGE.read_text("utf-8") != render(read_records()):

@@ -1,9 +1,9 @@
-"""What plain rounding loses on the embedded model and on its stressed twins: the table of docs/results/embedded-model.md.
+"""Print the table of docs/results/embedded-model.md: what round to nearest loses on the stressed twins.
 
 python benchmarks/stressed_table.py
 
 Every twin computes the float model's function, so all are measured against the same float logits on the
-same held-out text. The last columns fold the norms of the twin and round again: what folding alone wins back.
+same held-out text. For the last columns, the norms of the twin are folded before it is rounded.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SCHEMES = {"arm": make_scheme("arm"), "llama3.2": make_scheme("llama3.2"), "llam
 
 
 def losses(reference: Contender, twin: Path, text: str) -> list[float]:
-    """Mean KL divergence from the float model under each scheme, then unrounded."""
+    """Return the mean KL divergence from the float model: under each scheme, then unrounded."""
     rounded = [Contender(name, load(twin, preset=scheme), False) for name, scheme in SCHEMES.items()]
     scores = score_text([reference, *rounded, Contender("float", load(twin), False)], text)
     return [score.kl.value for score in scores[1:] if score.kl]

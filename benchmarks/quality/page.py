@@ -1,4 +1,4 @@
-"""The text of docs/results/quality.md around its tables."""
+"""Write the text of docs/results/quality.md around its tables."""
 
 from rows import LENGTH, ROWS, SAMPLES, TWINS
 from tables import Cells, against_meta, page, won_back
@@ -13,36 +13,60 @@ _TWINS = {
 }
 _HEAD = f"""# What each method loses
 
-Made by `benchmarks/quality.py`, which says in `benchmarks/quality/rows.py` what every row is; any of them can
-be run alone. The preset is `llama3.2` (int8 embedding and head, scales on the bf16 grid) but for what a row's
-name says; activations are int8. The *embedded model* has 5.8 million weights; its
-[stressed twins](embedded.md#the-stressed-twin) compute the same function with the outliers of large models.
+`benchmarks/quality.py` makes this page, and each of its rows can be run alone.
+`benchmarks/quality/rows.py` defines the rows.
+The scheme is that of `llama3.2`: int8 embedding and head, scales on the bf16 grid.
+The name of a row or table says where it differs.
+Activations are int8.
+The *embedded model* has 5.8 million weights.
+It has [stressed twins](embedded-model.md#the-stressed-twin).
+They compute the same function with the outliers of large models.
 
-- Scored text: characters 60,000 to 120,000 of TinyStories' validation split, which no calibration has seen;
-  the first 60,000 served to choose defaults; that R4 joined the preset was decided on this text. The marks
-  at the ends of stories are left out: the model has never read them. *WikiText*: LM Eval's word perplexity
-  on WikiText-2's test split, with the first seed's model, which has learned children's stories and little
-  else.
-- Calibration: {SAMPLES} windows of {LENGTH} tokens of TinyStories' training split; *own text*: as many tokens
-  that the float model wrote.
-- The preset is what `quantize --preset llamita` does but for the windows, of which that takes 128. R1 needs a
-  matrix before the tied head, which makes the model larger (1B: 1 %); all other rows have the same size.
-- On the plain model every row has three seeds; on *basis* those do that learn rotations, other cells have
-  one. Rows that say nothing about a twin are left out there. What has no *seeds* draws nothing.
-- Means over the seeds, token by token, with 95 % intervals of the block bootstrap over the text; *seeds*: how
-  many, the least and the largest mean of a single one. *against the best*: whether the row's KL differs from
-  the best row's beyond noise, paired by token, the spread of seeds included where there are several.
-- *s*, *MB*: seconds of one CPU and peak memory of the process (Torch included), two rows at a time on a
-  shared machine: read them as orders of magnitude. Rows that share learned rotations each count what learning
-  took; writing *own text* is not counted.
-- `spinquant + gptq` is the recipe of Meta's released models with our implementations: KL to the float model
-  as the loss, weights rounded while rotations are learned, 200 steps of one window, scales searched, and one
-  sweep of coordinate descent after gptq. R3 belongs to the int8 cache, which is not used here.
+**Scored text**
+- The models are scored on characters 60,000 to 120,000 of TinyStories' validation split.
+  No calibration has seen this text.
+- Defaults were chosen on the first 60,000 characters.
+  One choice was made on the scored text itself: that R4 is part of the preset.
+- The marks at the ends of stories are left out, because the model has never read them.
+- *WikiText* is LM Eval's word perplexity on WikiText-2's test split, with the model of the first seed.
+  The embedded model has learned children's stories and little else.
+
+**Calibration**
+- The calibration text is {SAMPLES} windows of {LENGTH} tokens of TinyStories' training split.
+- *own text*: as many tokens, written by the float model.
+
+**Rows**
+- *preset llamita* does what `quantize --preset llamita` does, except that the command takes 128 windows.
+- R1 needs a matrix before the tied head, which makes the model larger (1B: 1 %).
+  All other rows have the same size.
+- `spinquant + gptq` is the recipe of Meta's released models, with our implementations.
+  The loss is the KL divergence from the float model, and weights are rounded while rotations are learned.
+  There are 200 steps of one window; scales are searched.
+  One sweep of coordinate descent follows gptq.
+  R3 belongs to the int8 cache, which is not used here.
+
+**Seeds**
+- On the plain model every row that draws something has three seeds.
+- On *basis* the rows that learn R1 and R2 together have three seeds; all other cells have one.
+- Rows that say nothing about a twin are left out there.
+- Rows without *seeds* draw nothing.
+
+**Columns**
+- Values are means over the seeds, token by token.
+  Their 95 % intervals come from the block bootstrap over the text.
+- *seeds*: how many, then the least and the largest mean of a single one.
+- *relative to round to nearest*: KL divided by that of torchao's round to nearest.
+- *same choice*: how often the likeliest token is that of the float model.
+- *compared with the best*: whether the row's KL differs from the best row's by more than noise.
+  The test is paired by token and includes the spread of seeds where there are several.
+- *s*, *MB*: seconds of one CPU, and peak memory of the process (Torch included).
+  Two rows ran at a time on a shared machine, so read them as orders of magnitude.
+  Rows that share learned rotations each count the time of learning; writing *own text* is not counted.
 """
 
 
 def render(cells: Cells) -> str:
-    """The page."""
+    """Return the page."""
     parts = [_HEAD, *_stress(cells), *_meta(cells), page(cells, _heading)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -56,7 +80,7 @@ def _percent(share: Interval) -> str:
 
 
 def _stress(cells: Cells) -> list[str]:
-    """How much of what the stress costs each row wins back."""
+    """Return the table of how much of the cost of the stress each row wins back."""
     groups = sorted({g for t, g, _ in cells if t != "plain"})
     lines = []
     for name in ROWS:
@@ -70,8 +94,9 @@ def _stress(cells: Cells) -> list[str]:
     return [
         "## What the stress costs, won back",
         "",
-        "Of the KL that searched scales alone lose on a twin beyond what they lose on the plain model. Above "
-        "100 %: better than they are on the plain model.",
+        "With searched scales alone, a twin loses more KL than the plain model.",
+        "The table shows how much of this difference each method wins back.",
+        "Above 100 %, the method loses less on the twin than searched scales lose on the plain model.",
         "",
         "| method | twin | " + " | ".join(f"groups of {g}" for g in groups) + " |",
         "|---" * (2 + len(groups)) + "|",
@@ -81,7 +106,7 @@ def _stress(cells: Cells) -> list[str]:
 
 
 def _meta(cells: Cells) -> list[str]:
-    """The best row beside Meta's recipe."""
+    """Return the table that compares the best rows with Meta's recipe."""
     lines = []
     for twin in TWINS:
         for group_size in sorted({g for t, g, _ in cells if t == twin}):
@@ -91,11 +116,12 @@ def _meta(cells: Cells) -> list[str]:
     if not lines:
         return []
     return [
-        "## Beside Meta's recipe (spinquant + gptq)",
+        "## Compared with Meta's recipe (spinquant + gptq)",
         "",
-        "The best row of each table, found on the same text, and the preset's chain. Negative is better.",
+        "These are the best row of each table, chosen on the same text, and the rows of the preset's chain.",
+        "Negative is better.",
         "",
-        "| model | groups of | row | its KL less that of Meta's recipe |",
+        "| model | groups of | row | its KL minus that of Meta's recipe |",
         "|---|---|---|---|",
         *lines,
         "",

@@ -1,4 +1,4 @@
-"""The rows of docs/results/quality.md: which chain of methods, on which scales, calibrated on what."""
+"""Define the rows of docs/results/quality.md: the chain of methods, its scales, its calibration text."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +7,7 @@ from llamita.methods.chain import PRESET_METHODS
 
 GROUP_SIZES = (32, 128, 256)
 SEEDS = (0, 1, 2)
-REVISION = 1  # of the methods: raised when one of them computes something else, and all cells run again
+REVISION = 1  # raise it when a method computes something else: all cells then run again
 SAMPLES, LENGTH = 64, 512  # of calibration text; twice as many changed no row by more than 1 %
 TWINS: dict[str, set[str]] = {
     "plain": set(),
@@ -19,19 +19,19 @@ FLOAT = "BF16"
 YARDSTICK = "torchao round to nearest"
 META = "spinquant + gptq"
 REAL_PRESET = "equalize + R4 + qronos + tuned scales"
-PRESET = "the same on own text: preset llamita"
+PRESET = "preset llamita (own text)"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize.
+    """Describe one way to quantize.
 
     Attributes:
         method: the chain, as `llamita quantize --method` takes it; "none" leaves the model as it is.
         scales: the rule by which scales are chosen.
         calibration: "real" for the text that --text names, "self" for what the model writes, "" for none.
         settings: of the chain's methods.
-        twins: keys of TWINS on which it says something.
+        twins: keys of TWINS on which the row says something.
         on_basis_thrice: whether it runs with every seed on the twin *basis*, too; others run with one there,
             which is enough where rows differ by ten times the spread of seeds.
         on_wikitext: whether the plain model is scored by LM Eval, too, which takes longer than most methods.
@@ -47,11 +47,11 @@ class Row:
 
     @property
     def is_random(self) -> bool:
-        """Whether seeds make a difference."""
+        """Tell whether seeds make a difference."""
         return bool(self.calibration)
 
     def runs(self, twin: str, seed: int) -> bool:
-        """Whether there is a cell for this twin and seed."""
+        """Tell whether there is a cell for this twin and seed."""
         if twin not in self.twins:
             return False
         return seed == SEEDS[0] or (

@@ -1,4 +1,4 @@
-"""From finished cells to docs/results/quality.md: means over seeds, intervals over tokens, and what is noise."""
+"""Make the tables of docs/results/quality.md: means over seeds, intervals over tokens, verdicts on noise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5th percentile of t, by de
 
 @dataclass(frozen=True)
 class Cell:
-    """A row at one group size on one twin: the mean over its seeds, token by token.
+    """Hold a row at one group size on one twin: the mean over its seeds, token by token.
 
     Attributes:
         kl, losses, agrees: (tokens,).
@@ -36,14 +36,14 @@ Cells = dict[tuple[str, int, str], Cell]  # by twin, group size and row
 
 
 def table(cells: Cells, twin: str, group_size: int) -> list[str]:
-    """The lines of one table; rows that were not run are left out."""
+    """Return the lines of one table, without the rows that were not run."""
     found = {name: cells[twin, group_size, name] for name in ROWS if (twin, group_size, name) in cells}
     if YARDSTICK not in found:
         return []
     base, best = found[YARDSTICK], _best(found)
     lines = [
-        "| method | perplexity | KL to BF16, nats a token | seeds | of round to nearest | same choice "
-        "| WikiText | against the best | s | MB |",
+        "| method | perplexity | KL to BF16, nats a token | seeds | relative to round to nearest "
+        "| same choice | WikiText | compared with the best | s | MB |",
         "|---" * 10 + "|",
     ]
     for name, cell in found.items():
@@ -69,14 +69,14 @@ def _best(found: dict[str, Cell]) -> str:
 
 
 def ratio(values: np.ndarray, base: np.ndarray) -> Interval:
-    """mean(values) / mean(base) over the same tokens, its interval that of the linearized ratio."""
+    """Return mean(values) / mean(base) over the same tokens, with the interval of the linearized ratio."""
     value = values.mean() / base.mean()
     around = mean_interval((values - value * base) / base.mean())
     return Interval(value, value + around.low, value + around.high)
 
 
 def difference(cell: Cell, other: Cell) -> Interval:
-    """Of the mean KL, paired by token; the interval heeds how seeds differ, where there are several."""
+    """Return the difference of mean KL, paired by token; several seeds widen the interval by their spread."""
     tokens = paired_difference(cell.kl, other.kl)
     several = [c for c in (cell, other) if len(c.seeds) > 1]
     variance = sum(np.var(c.seeds, ddof=1) / len(c.seeds) for c in several)
@@ -94,7 +94,7 @@ def _verdict(cell: Cell, best: Cell) -> str:
 
 
 def won_back(cells: Cells, twin: str, group_size: int, name: str) -> Interval | None:
-    """Share of the KL that searched scales lose on a twin beyond the plain model, won back by a row."""
+    """Return the share that a row wins back of what searched scales lose on a twin beyond the plain model."""
     keys = [
         (twin, group_size, "searched scales"),
         ("plain", group_size, "searched scales"),
@@ -107,7 +107,7 @@ def won_back(cells: Cells, twin: str, group_size: int, name: str) -> Interval | 
 
 
 def against_meta(cells: Cells, twin: str, group_size: int) -> list[tuple[str, Interval]]:
-    """The best row and those of the preset, with the difference of their KL to that of Meta's recipe."""
+    """Return the best row and the preset's rows, each with its KL minus that of Meta's recipe."""
     found = {name: cell for (t, g, name), cell in cells.items() if (t, g) == (twin, group_size)}
     if META not in found:
         return []
@@ -116,7 +116,7 @@ def against_meta(cells: Cells, twin: str, group_size: int) -> list[tuple[str, In
 
 
 def page(cells: Cells, heading: Callable[[str, int], str]) -> str:
-    """All tables, one below the other."""
+    """Return all tables, one below the other."""
     parts = []
     for twin in TWINS:
         for group_size in sorted({g for t, g, _ in cells if t == twin}):

@@ -1,9 +1,10 @@
-"""One cell of the table, in a process of its own so that time and memory are its own.
+"""Run one cell of the tables, in its own process so that its time and memory can be measured.
 
     python worker.py JOB.json
 
-Quantizes a model as the job says, scores the result against the float model token by token, and writes
-beside the job: JOB.npz with the tokens' losses, KL and agreement, JOB.result.json with time and memory.
+Quantizes a model as the job says and scores the result against the float model, token by token.
+Writes two files next to the job: JOB.npz has the tokens' losses, KL and agreement, and JOB.result.json
+has time and memory.
 """
 
 import fcntl
@@ -32,7 +33,7 @@ from llamita.quantize.rounded import RoundedSource
 
 
 def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:
-    """What the chain begins with."""
+    """Return the setup that the chain begins with."""
     text = None
     if job["calibration"]:
         text = load_calibration(job["calibration"], source, job["samples"], job["length"], job["seed"])
@@ -42,10 +43,10 @@ def calibrate(source: Checkpoint, job: dict[str, Any]) -> Setup:
 def transform(
     source: Checkpoint, job: dict[str, Any], chain: Chain, setup: Setup, work: Path
 ) -> tuple[Any, float, int]:
-    """The source after the chain's transforms, the CPU seconds that they take, and the peak of memory.
+    """Return the source after the chain's transforms, their CPU seconds, and the peak of memory.
 
-    Rotations do not depend on how weights are rounded: rows that learn the same ones on the same text share
-    them, by the work directory of a run that goes on, and what the first of them took.
+    Rotations do not depend on how weights are rounded. So rows that learn the same ones on the same text
+    share them through a work directory. All of these rows count the seconds and the memory of the first.
     """
     if not chain.transforms:
         return source, 0.0, 0
@@ -55,7 +56,7 @@ def transform(
     work = work / f"transforms-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}"
     work.mkdir(exist_ok=True)
     with (work / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two rows at a time, the second finds what the first has learned
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two rows waits, and uses what the first has learned
         took = json.loads((work / "took").read_text()) if (work / "took").exists() else None
         began = time.process_time()
         changed = chains.transform(source, chain, replace(setup, work=work))
@@ -66,12 +67,12 @@ def transform(
 
 
 def peak_bytes() -> int:
-    """Of this process so far."""
+    """Return the peak of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def quantize(source: Checkpoint, job: dict[str, Any], work: Path) -> tuple[LLM, float, int]:
-    """The rounded model, CPU seconds without writing text, and the peak of memory."""
+    """Return the rounded model, the CPU seconds without writing text, and the peak of memory."""
     if job["method"] == "none":
         return LLM(source), 0.0, peak_bytes()
     setup, chain = calibrate(source, job), parse_chain(job["method"])
