@@ -58,9 +58,7 @@ def seconds_of(llm: LLM, adapter: str | None, tokens: int) -> tuple[float, float
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=20)
@@ -81,12 +79,9 @@ def main() -> None:
     first = times["loaded without"]
     for name, found in times.items():
         prompt, token = (statistics.median(values) for values in zip(*found, strict=True))
-        more = [
-            statistics.median(b[i] / a[i] for a, b in zip(first, found, strict=True)) - 1 for i in range(2)
-        ]
+        more = [statistics.median(b[i] / a[i] for a, b in zip(first, found, strict=True)) - 1 for i in range(2)]
         print(
-            f"{name:28} prompt {prompt * 1e3:8.1f} ms ({more[0]:+.1%})   "
-            f"token {token * 1e3:7.2f} ms ({more[1]:+.1%})"
+            f"{name:28} prompt {prompt * 1e3:8.1f} ms ({more[0]:+.1%})   token {token * 1e3:7.2f} ms ({more[1]:+.1%})"
         )
 
 

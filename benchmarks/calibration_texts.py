@@ -42,9 +42,7 @@ def real_windows(source: Checkpoint, texts: dict[str, str], samples: int, seed: 
     return {name: draw(name, samples) for name in texts} | {"stories and books": np.concatenate(halves)}
 
 
-def rows(
-    source: Checkpoint, texts: dict[str, str], samples: int, seed: int
-) -> Iterator[tuple[str, Calibration]]:
+def rows(source: Checkpoint, texts: dict[str, str], samples: int, seed: int) -> Iterator[tuple[str, Calibration]]:
     """Every calibration text with its name; the model's own first."""
     yield "self", load_calibration("self", source, samples, LENGTH, seed)
     for name, windows in real_windows(source, texts, samples, seed).items():
@@ -53,9 +51,7 @@ def rows(
 
 def main() -> None:
     """Print a line as each model is scored, then a Markdown table: KL from the float model, times 1000."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="directory with the texts")
     parser.add_argument("--wikitext", type=Path, required=True, help="a part of WikiText-2's train split")
     parser.add_argument("--groups", type=int, nargs="+", default=[32, 128])
@@ -70,10 +66,7 @@ def main() -> None:
         "books": books[:-LAST],
         "WikiText-2": arguments.wikitext.read_text("utf-8"),
     }
-    scored = {
-        "stories": read_stories(arguments.text / "tinystories_valid.txt")[SCORED],
-        "books": books[-LAST:],
-    }
+    scored = {"stories": read_stories(arguments.text / "tinystories_valid.txt")[SCORED], "books": books[-LAST:]}
     reference = Contender("float", LLM(source), True)
     method, settings = (arguments.method, {}) if arguments.method else PRESET_METHODS["llamita"]
     found: dict[tuple[str, int, str], list[np.ndarray]] = {}
@@ -81,9 +74,7 @@ def main() -> None:
         for name, calibration in rows(source, texts, arguments.samples, seed):
             for group_size in arguments.groups:
                 scheme = make_scheme("llama3.2", group_size)
-                rounded = LLM(
-                    RoundedSource(source, scheme, method, Setup(calibration, seed, settings=settings))
-                )
+                rounded = LLM(RoundedSource(source, scheme, method, Setup(calibration, seed, settings=settings)))
                 for kind, text in scored.items():
                     kl = score_tokens([reference, Contender("rounded", rounded, False)], text).kl[1]
                     found.setdefault((name, group_size, kind), []).append(kl)
@@ -91,9 +82,7 @@ def main() -> None:
     print(*_table(found, arguments.groups, list(scored)), sep="\n")
 
 
-def _table(
-    found: dict[tuple[str, int, str], list[np.ndarray]], groups: list[int], kinds: list[str]
-) -> Iterator[str]:
+def _table(found: dict[tuple[str, int, str], list[np.ndarray]], groups: list[int], kinds: list[str]) -> Iterator[str]:
     heads = [f"{kind}, groups of {group_size}" for group_size in groups for kind in kinds]
     yield "| calibration text | " + " | ".join(heads) + " |"
     yield "|---" * (1 + len(heads)) + "|"

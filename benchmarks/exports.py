@@ -48,9 +48,7 @@ def line_of(source: str, form: str, options: list[str], told: dict[str, Any]) ->
 
 def main() -> None:
     """Run once, print, and add to the history."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a packed directory")
     parser.add_argument("--to", default="executorch")
     parser.add_argument("options", nargs="*", help="of llamita export, behind --")

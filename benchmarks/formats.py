@@ -76,17 +76,7 @@ def round_trip(source: str, out: Path) -> str:
     """Whether `llamita import` gives back the tensors that the packed model has, byte for byte."""
     there = out / "model.gguf" if (out / "model.gguf").exists() else out
     back = out.with_name(f"{out.name}-back")
-    command = [
-        sys.executable,
-        "-m",
-        "llamita",
-        "import",
-        str(there),
-        "-o",
-        str(back),
-        "--overwrite",
-        "--json",
-    ]
+    command = [sys.executable, "-m", "llamita", "import", str(there), "-o", str(back), "--overwrite", "--json"]
     subprocess.run(command, capture_output=True, check=True)
     return "identical" if tensors_of(Path(source)) == tensors_of(back) else "not lossless"
 
@@ -100,17 +90,13 @@ def tensors_of(directory: Path) -> dict[str, tuple[Any, ...]]:
 
 def main() -> None:
     """Run and print a Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--llamacpp", metavar="PYTHON")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    print(
-        "| form | computed by | matrices equal to the bit | KL, nats a token | same top token | MB | back |"
-    )
+    print("| form | computed by | matrices equal to the bit | KL, nats a token | same top token | MB | back |")
     print("|---|---|---|---|---|---|---|")
     for name, (options, by) in ROWS.items():
         out = arguments.work / name.replace(", ", "-").replace(" ", "-")

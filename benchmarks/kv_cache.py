@@ -23,19 +23,13 @@ def main() -> None:
     text = arguments.text.read_text() if arguments.text else embedded_text()
     settings = [(preset, kv) for preset in (None, PRESET) for kv in KV_DTYPES]
     contenders = [
-        Contender(
-            f"{preset or 'float'} | {kv}", llamita.load(arguments.model, preset=preset, kv_dtype=kv), i == 0
-        )
+        Contender(f"{preset or 'float'} | {kv}", llamita.load(arguments.model, preset=preset, kv_dtype=kv), i == 0)
         for i, (preset, kv) in enumerate(settings)
     ]
     scores = score_text(contenders, text, limit=arguments.chunks)
-    print(
-        f"{scores[0].tokens:,} tokens\n\n| weights | cache | perplexity | KL, 1e-3 nats |\n|---|---|---|---|"
-    )
+    print(f"{scores[0].tokens:,} tokens\n\n| weights | cache | perplexity | KL, 1e-3 nats |\n|---|---|---|---|")
     for contender, score in zip(contenders, scores, strict=True):
-        kl = (
-            f"{1e3 * score.kl.value:.4f} ± {1e3 * (score.kl.high - score.kl.low) / 2:.4f}" if score.kl else ""
-        )
+        kl = f"{1e3 * score.kl.value:.4f} ± {1e3 * (score.kl.high - score.kl.low) / 2:.4f}" if score.kl else ""
         print(f"| {contender.name} | {score.perplexity:.4f} | {kl} |")
 
 

@@ -120,9 +120,7 @@ class Race:
                 racers[variant] = workers.start(self.args.workdir, name, variant, self.args.threads)
             for round_ in range(TUNING_ROUNDS + 1):
                 for variant, worker in racers.items():
-                    run = worker.ask(
-                        do="run", prompt=shape.prompt, new=shape.new, sequences=1, seed=1000 + round_
-                    )
+                    run = worker.ask(do="run", prompt=shape.prompt, new=shape.new, sequences=1, seed=1000 + round_)
                     if round_:  # the first warms up
                         seconds[variant].append([run["prefill_seconds"], run["decode_seconds"]])
         finally:
@@ -219,16 +217,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = lambda known: lambda text: [check_name(name, known) for name in text.split(",")]  # noqa: E731
     parser.add_argument("--rounds", type=int, default=5, help="how often each contender runs (5)")
     parser.add_argument("--only", type=names(CONTENDERS), default=list(CONTENDERS),
                         help=f"some of: {', '.join(CONTENDERS)}")  # fmt: skip
-    parser.add_argument(
-        "--cases", type=names(CASES), default=["512"], help=f"some of: {', '.join(CASES)} (512)"
-    )
+    parser.add_argument("--cases", type=names(CASES), default=["512"], help=f"some of: {', '.join(CASES)} (512)")
     parser.add_argument("--resume", action="store_true", help="add to this machine's newest record")
     parser.add_argument("--tune", action="store_true", help="first find each peer's fastest settings")
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare logits")

@@ -36,9 +36,8 @@ Losses = dict[str, list[np.ndarray]]  # of every example, by model
 PAIRS = {"float": "qat", "float-lora": "qat-lora"}  # trained alike
 CHAINS: dict[str, tuple[str, dict[str, Any]]] = {  # to nearest; the best of docs/results/quality.md at equal size
     "rtn": ("rtn", {}),
-    "preset llamita": (
-        "equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
-}  # fmt: skip
+    "preset llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
+}
 
 
 def fresh(path: Path) -> Path:
@@ -81,11 +80,7 @@ def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
     starts = {False: "rtn", True: arguments.start}
     return {
         name: parse_recipe(
-            {
-                **shape,
-                "start": starts[rounded],
-                "stages": [{**batch, **stage, "quantized": rounded} for stage in given],
-            }
+            {**shape, "start": starts[rounded], "stages": [{**batch, **stage, "quantized": rounded} for stage in given]}
         )
         for base, given in stages.items()
         for name, rounded in ((base, False), (PAIRS[base], True))
@@ -125,9 +120,7 @@ def losses_of(data: Data, place: Path) -> list[np.ndarray]:
 def interval(seeds: list[Losses], base: str, name: str) -> tuple[float, float, float]:
     """What a model wins back of what rounding costs `base`, with a 95 % interval over examples and seeds."""
     random = np.random.default_rng(0)
-    sums = [
-        {model: np.array([one.sum() for one in losses]) for model, losses in found.items()} for found in seeds
-    ]
+    sums = [{model: np.array([one.sum() for one in losses]) for model, losses in found.items()} for found in seeds]
 
     def share(drawn: list[dict[str, np.ndarray]], picked: np.ndarray) -> float:
         total = {model: sum(float(found[model][picked].sum()) for found in drawn) for model in sums[0]}
@@ -136,9 +129,7 @@ def interval(seeds: list[Losses], base: str, name: str) -> tuple[float, float, f
 
     count = len(sums[0]["float"])
     draws = [
-        share(
-            [sums[i] for i in random.integers(len(sums), size=len(sums))], random.integers(count, size=count)
-        )
+        share([sums[i] for i in random.integers(len(sums), size=len(sums))], random.integers(count, size=count))
         for _ in range(DRAWS)
     ]
     low, high = np.quantile(draws, [0.025, 0.975])
@@ -147,15 +138,11 @@ def interval(seeds: list[Losses], base: str, name: str) -> tuple[float, float, f
 
 def main() -> None:
     """Run and print a Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--task")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument(
-        "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2]
-    )
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--group-size", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--held-out", type=float, default=0.1)

@@ -88,9 +88,8 @@ def run(job: dict[str, Any], place: Path) -> bool:
     place.write_text(json.dumps(job), "utf-8")
     one_thread = {"LLAMITA_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(HERE / "quality" / "worker.py"), str(place)], env=os.environ | one_thread,
-        check=False,
-    )  # fmt: skip
+        [sys.executable, str(HERE / "quality" / "worker.py"), str(place)], env=os.environ | one_thread, check=False
+    )
     return done.returncode == 0
 
 
@@ -107,9 +106,7 @@ def run_and_tell(key: tuple[str, int, str, int], job: dict[str, Any], work: Path
 
 def place_of(work: Path, job: dict[str, Any]) -> Path:
     """Return the path of a cell's record, named by all that it depends on except the places of the models."""
-    elsewhere = {"model", "reference", "wikitext"} | (
-        {"calibration"} if job["calibration"] != "self" else set()
-    )
+    elsewhere = {"model", "reference", "wikitext"} | ({"calibration"} if job["calibration"] != "self" else set())
     known = json.dumps({key: job[key] for key in job if key not in elsewhere}, sort_keys=True)
     return work / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.json"
 
@@ -120,9 +117,7 @@ def collect(args: argparse.Namespace) -> tables.Cells:
     for (twin, group_size, name, _), job in jobs(args):
         place = place_of(args.work, job)
         if (result := result_of(place)) is not None:
-            found.setdefault((twin, group_size, name), []).append(
-                (np.load(place.with_suffix(".npz")), result)
-            )
+            found.setdefault((twin, group_size, name), []).append((np.load(place.with_suffix(".npz")), result))
     return {key: _cell(runs) for key, runs in found.items()}
 
 
@@ -152,9 +147,7 @@ def _names(known: Any) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="directory with the texts")
     parser.add_argument("--wikitext", type=Path, help="wiki.test.raw, scored by LM Eval with the first seed")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality")

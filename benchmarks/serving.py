@@ -82,10 +82,7 @@ def main() -> None:
     tokens, repeats = arguments.tokens, arguments.repeats
     steps = interleaved({str(n): lambda n=n: step_seconds(llm, n) for n in (1, 2, 3, 5, 8)}, repeats)
     print("a step of rows, relative to one:", {n: round(t / steps["1"], 2) for n, t in steps.items()})
-    firsts = {
-        "512 tokens": lambda: first_token(llm, 0, 512),
-        "480 of them known": lambda: first_token(llm, 480, 32),
-    }
+    firsts = {"512 tokens": lambda: first_token(llm, 0, 512), "480 of them known": lambda: first_token(llm, 480, 32)}
     print("first token, ms:", {n: round(t * 1e3, 1) for n, t in interleaved(firsts, repeats).items()})
     llm.scheduler.model = Looped(llm)  # type: ignore[assignment]
     rates = interleaved({str(n): lambda n=n: together(llm, n, tokens) for n in (1, 2, 4, 8)}, repeats)

@@ -31,9 +31,7 @@ def losses(reference: Contender, twin: Path, text: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--characters", type=int, default=60_000, help="of the held-out text")
     args = parser.parse_args()
     model = resolve("embedded")

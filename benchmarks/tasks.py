@@ -57,17 +57,13 @@ def run_task(task: str, folder: Path, work: Path) -> list[str]:
     _, least, small_scores = small["scores"][-1]
     kept = (before - least) / (before - after)
     losses = f"{before:.3f} | {after:.3f} | {least:.3f} | {kept:.1%}"
-    measures = "; ".join(
-        f"{m}: {scores[m]:.1f}, {tuned_scores[m]:.1f}, {small_scores[m]:.1f}" for m in scores
-    )
+    measures = "; ".join(f"{m}: {scores[m]:.1f}, {tuned_scores[m]:.1f}, {small_scores[m]:.1f}" for m in scores)
     return [task, losses, measures]
 
 
 def main() -> None:
     """Run and print a Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tasks", default=",".join(TASKS))

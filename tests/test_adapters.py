@@ -190,9 +190,7 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
     for method, told in (("equalize", "equalize"), ("spinquant", "R1 and R2")):
         out = tmp_path / method
         settings = {} if method == "equalize" else {"spinquant.rotations": "R1,R2", "spinquant.steps": 0}
-        quantize(
-            Checkpoint(model), str(model), out, make_scheme("llama3.2"), method, Setup(settings=settings)
-        )
+        quantize(Checkpoint(model), str(model), out, make_scheme("llama3.2"), method, Setup(settings=settings))
         with pytest.raises(InputError, match=f"changed by {told}; try quantize"):
             llamita.load(out, adapters=adapters)
 
@@ -210,9 +208,7 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
         ({"lora_alpha": "much"}, "lora_alpha: expected a number, got 'much'"),
     ],
 )
-def test_what_is_not_known_is_refused(
-    model: Path, tmp_path: Path, settings: dict[str, Any], told: str
-) -> None:
+def test_what_is_not_known_is_refused(model: Path, tmp_path: Path, settings: dict[str, Any], told: str) -> None:
     path = make_adapter(tmp_path / "a", model, **settings)
     with pytest.raises(InputError, match=told):
         prepare_adapter("a", read_adapter(path, Checkpoint(model).config), Checkpoint(model).config)
@@ -238,13 +234,9 @@ def test_broken_adapters_are_refused(model: Path, tmp_path: Path) -> None:
             prepare_adapter("a", read_adapter(path, config), config)
         return str(caught.value)
 
-    assert "q_proj: expected both lora_A and lora_B" in refused(
-        {n: t for n, t in tensors.items() if n != name}
-    )
+    assert "q_proj: expected both lora_A and lora_B" in refused({n: t for n, t in tensors.items() if n != name})
     assert "expected adapters, got none" in refused({})
-    assert "expected adapters of this model's linear layers" in refused(
-        {**tensors, "lm_head.weight": tensors[name]}
-    )
+    assert "expected adapters of this model's linear layers" in refused({**tensors, "lm_head.weight": tensors[name]})
     assert "layers.9" in refused({**tensors, name.replace("layers.0", "layers.9"): tensors[name]})
     again = name.replace(".weight", ".default.weight")
     assert "once, got it twice" in refused({**tensors, again: tensors[name]})
@@ -257,28 +249,13 @@ def test_commands_take_an_adapter(model: Path, tmp_path: Path, capsys: pytest.Ca
     path = make_adapter(tmp_path / "a", model)
     texts = []
     for options in ((), ("--adapter", path)):
-        command = (
-            "generate",
-            model,
-            "--prompt",
-            "hello",
-            "--greedy",
-            "--max-tokens",
-            "8",
-            "--json",
-            *options,
-        )
+        command = ("generate", model, "--prompt", "hello", "--greedy", "--max-tokens", "8", "--json", *options)
         assert run(*command) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
-    expected = llamita.load(model, adapters={"x": path}).generate(
-        "hello", greedy=True, max_tokens=8, adapter="x"
-    )
+    expected = llamita.load(model, adapters={"x": path}).generate("hello", greedy=True, max_tokens=8, adapter="x")
     assert texts[1] == expected.text != texts[0]
     assert run("generate", model, "--prompt", "hello", "--adapter", tmp_path / "none") == 2
-    assert (
-        "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none"
-        in one_line(capsys)
-    )
+    assert "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none" in one_line(capsys)
 
 
 def test_an_unknown_name_is_told(model: Path, tmp_path: Path) -> None:

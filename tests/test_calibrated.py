@@ -73,9 +73,7 @@ def test_blocks_one_after_the_other_are_the_model_of_transformers(tmp_path: Path
         rotary = blocks.rotary_tables(config, tokens.shape[1])
         states = blocks.embed(source, tokens, None)
         for index in range(source.config.layers):
-            assert torch.equal(states, expected[index]) or torch.allclose(
-                states, expected[index], atol=1e-5, rtol=1e-5
-            )
+            assert torch.equal(states, expected[index]) or torch.allclose(states, expected[index], atol=1e-5, rtol=1e-5)
             states = blocks.Block(source, config, index, rotary)(states)
         final = model.model.norm(states)
     torch.testing.assert_close(final, expected[-1], atol=1e-5, rtol=1e-4)
@@ -105,17 +103,7 @@ def test_a_chain_from_end_to_end(tmp_path: Path, method: str) -> None:
     make_checkpoint(tmp_path / "src")
     (tmp_path / "text").write_text(TEXT[:4000])
     out = tmp_path / "out"
-    options = (
-        "--calibration",
-        tmp_path / "text",
-        "--samples",
-        "4",
-        "--length",
-        "64",
-        "--threads",
-        "1",
-        "--json",
-    )
+    options = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--threads", "1", "--json")
     assert run("quantize", tmp_path / "src", "-o", out, "--method", method, *options) == 0
     assert verify(out).problems == []
     metadata = json.loads((out / "llamita.json").read_text())
@@ -145,8 +133,7 @@ def test_the_rounded_stream_is_what_the_engine_computes(kept: tuple[str, ...]) -
     states = blocks.embed(source, tokens[None], scheme)
     with torch.no_grad():
         for index in range(source.config.layers):
-            floats = [n for n in source.config.linear_shapes()
-                      if not scheme.kind(f"model.layers.{index}.{n}").bits]  # fmt: skip
+            floats = [n for n in source.config.linear_shapes() if not scheme.kind(f"model.layers.{index}.{n}").bits]
             block = blocks.Block(source, config, index, rotary, fakequant.quantize_activations, floats=floats)
             for name in set(block.linears) - set(floats):
                 weight: Any = rounded.weight(f"{block.name}.{name}")

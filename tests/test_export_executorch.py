@@ -37,11 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict
     directory = tmp_path_factory.mktemp("exported")
     packed = packed_model(directory)
     assert run("export", packed, "--to", "executorch", "-o", directory / "out", "--context", "64") == 0
-    return (
-        packed,
-        directory / "out",
-        json.loads((directory / "out" / "llamita_export.json").read_text("utf-8")),
-    )
+    return (packed, directory / "out", json.loads((directory / "out" / "llamita_export.json").read_text("utf-8")))
 
 
 def test_a_program_holds_the_integers_and_computes_as_the_engine(
@@ -54,9 +50,7 @@ def test_a_program_holds_the_integers_and_computes_as_the_engine(
     assert proof["kl"] < 1e-3
     assert proof["noise"] < 2 * proof["own_noise"]
     assert proof["tokens"] == 64
-    assert {path.name for path in out.iterdir()} >= {
-        "model.pte", "tokenizer.json", "README.md", "llamita_export.json"
-    }  # fmt: skip
+    assert {path.name for path in out.iterdir()} >= {"model.pte", "tokenizer.json", "README.md", "llamita_export.json"}
     assert json.loads((out / "llamita_export.json").read_text("utf-8"))["target"] == "executorch"
     assert "64 tokens" in (out / "README.md").read_text("utf-8")
     held = data_hashes(out / "model.pte")
@@ -193,8 +187,7 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [("llama31", ()), ("llama32", ("--method", "spinquant", "--set", "spinquant.steps=0"))],
+    ("family", "options"), [("llama31", ()), ("llama32", ("--method", "spinquant", "--set", "spinquant.steps=0"))]
 )
 def test_a_static_program_computes_what_the_engine_does(tmp_path: Path, family: str, options: Any) -> None:
     """A token at a time, in plain operators, R4 among them."""

@@ -127,8 +127,7 @@ def test_executorchs_own_model_computes_with_metas_form(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
     params = json.loads((tmp_path / "out" / "params.json").read_text("utf-8"))
     group_size = params.pop("quantization_args")["group_size"]
-    arguments = ModelArgs(**params, use_kv_cache=False, generate_full_logits=True, max_seq_len=64,
-                          max_context_len=64)  # fmt: skip
+    arguments = ModelArgs(**params, use_kv_cache=False, generate_full_logits=True, max_seq_len=64, max_context_len=64)
     model = construct_transformer(arguments)
     model = transforms.transform_output_linear_for_pre_quantization(model, state, dtype=torch.float32)
     model = transforms.transform_linear_for_pre_quantization(model, state, group_size, torch.float32)

@@ -64,10 +64,7 @@ def alarm() -> Iterator[None]:
     def ring(_signal: int, _frame: object) -> None:
         raise Hang
 
-    timers = {
-        signal.ITIMER_PROF: (signal.SIGPROF, MOST_SECONDS),
-        signal.ITIMER_REAL: (signal.SIGALRM, LONGEST_WAIT),
-    }
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, MOST_SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, LONGEST_WAIT)}
     before = {number: signal.signal(number, ring) for number, _ in timers.values()}
     for timer, (_, seconds) in timers.items():
         signal.setitimer(timer, seconds)
@@ -154,9 +151,7 @@ def mutate_header(directory: Path, rng: random.Random) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     text = to_text(mutate_value(header, rng), rng)
-    size = (
-        rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63]) if rng.randrange(8) == 0 else len(text)
-    )
+    size = rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63]) if rng.randrange(8) == 0 else len(text)
     path.write_bytes(struct.pack("<Q", size) + text + data[8 + length :])
 
 

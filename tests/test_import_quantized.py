@@ -201,14 +201,8 @@ def test_adapters_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (
-            {"layers.0.attention.q_norm.weight": (128,)},
-            "'layers.0.attention.q_norm.weight': expected a Llama's",
-        ),
-        (
-            {"output.adaptor.A.weight": (4, 9), "output.adaptor.B.weight": (9, 4)},
-            "'output.adaptor.A.weight'",
-        ),
+        ({"layers.0.attention.q_norm.weight": (128,)}, "'layers.0.attention.q_norm.weight': expected a Llama's"),
+        ({"output.adaptor.A.weight": (4, 9), "output.adaptor.B.weight": (9, 4)}, "'output.adaptor.A.weight'"),
         ({"layers.0.attention.wq.adaptor.B.weight": (128, 4)}, "'layers.0.attention.wq.adaptor.B.weight'"),
         ({"layers.0.attention.wq.weight": (128, 128)}, "'layers.0.attention.wq.scales'"),
     ],

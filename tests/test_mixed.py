@@ -102,9 +102,7 @@ def test_unknown_kinds_are_refused(layers: Any) -> None:
         (["lm_head", "*.0.*.k_proj"], ["lm_head", f"{BLOCK}.self_attn.k_proj"]),
     ],
 )
-def test_patterns_keep_what_they_match(
-    tmp_path: Path, patterns: list[str], expected: list[str] | None
-) -> None:
+def test_patterns_keep_what_they_match(tmp_path: Path, patterns: list[str], expected: list[str] | None) -> None:
     config = Checkpoint(make_checkpoint(tmp_path / "src", "llama3")).config
     if expected is None:
         expected = [name for name in linear_names(config) if name.startswith("model.layers.1.")]
@@ -224,9 +222,7 @@ def test_random_weights_have_mixed_schemes(tmp_path: Path) -> None:
 @needs_transformers
 @pytest.mark.parametrize("family", ["llama32", "llama3"])
 @pytest.mark.parametrize("preset", ["arm", "llama3.2"])
-def test_transformers_opens_a_mixed_directory_and_computes_the_same(
-    tmp_path: Path, preset: str, family: str
-) -> None:
+def test_transformers_opens_a_mixed_directory_and_computes_the_same(tmp_path: Path, preset: str, family: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -74,9 +74,7 @@ def float_weight(weight: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(("preset", "dtype"), [("arm", "F32"), ("llama3.2", "BF16"), ("llamita", "F16")])
-def test_directory_and_rounding_on_the_fly_are_the_same(
-    tmp_path: Path, preset: str, family: str, dtype: str
-) -> None:
+def test_directory_and_rounding_on_the_fly_are_the_same(tmp_path: Path, preset: str, family: str, dtype: str) -> None:
     group_size = 32 if family == "tinyllama" else None  # 352 inputs of down_proj
     out = pack(tmp_path, preset, group_size, family=family, dtype=dtype, attention_bias=True, mlp_bias=True)
     packed = PackedModel(out)
@@ -152,13 +150,7 @@ def test_small_files_travel_along(tmp_path: Path) -> None:
     assert names == copied | made
     assert (tmp_path / "out" / "SOURCE_README.md").read_text() == "the README.md"
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in (
-        "Built with Llama",
-        "llama.com/llama3_2/use-policy",
-        "responsible-use-guide",
-        "llama3.2",
-        "int4",
-    ):
+    for text in ("Built with Llama", "llama.com/llama3_2/use-policy", "responsible-use-guide", "llama3.2", "int4"):
         assert text in card
 
 
@@ -223,11 +215,7 @@ def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str
 def test_a_scheme_that_the_tensors_contradict_is_refused(tmp_path: Path) -> None:
     out = pack(tmp_path)
     scheme = json.loads((out / "llamita.json").read_text())["scheme"]
-    for change in (
-        {"group_size": 64},
-        {"scale_dtype": "float32", "scale_rule": "torchao"},
-        {"table_bits": None},
-    ):
+    for change in ({"group_size": 64}, {"scale_dtype": "float32", "scale_rule": "torchao"}, {"table_bits": None}):
         reseal(out, scheme=scheme | change)
         with pytest.raises(InputError, match="expected"):
             open_source(out)

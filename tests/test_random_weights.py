@@ -90,8 +90,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         RandomSource(config, make_scheme("arm"), "random")
 
 
-@pytest.mark.parametrize(("shape", "weights"), [("1b", 1_235_814_400), ("3b", 3_212_749_824),
-                                                ("8b", 8_030_261_248)])  # fmt: skip
+@pytest.mark.parametrize(("shape", "weights"), [("1b", 1_235_814_400), ("3b", 3_212_749_824), ("8b", 8_030_261_248)])
 def test_shapes_have_the_published_numbers_of_weights(shape: str, weights: int) -> None:
     _, config = find_shape(shape)
     tensors = expected_tensors(ModelConfig.from_hf(config))

@@ -53,9 +53,7 @@ def pack(folder: Path, names: tuple[str, ...] = BOTH, preset: str = "llama3.2", 
 
 
 @pytest.mark.parametrize("names", [R1, R4, BOTH])
-@pytest.mark.parametrize(
-    ("family", "inputs"), [("llama32", 256), ("llama3", 256), ("llama32", 192), ("llama3", 352)]
-)
+@pytest.mark.parametrize(("family", "inputs"), [("llama32", 256), ("llama3", 256), ("llama32", 192), ("llama3", 352)])
 def test_rotations_leave_the_function_as_it_was(
     tmp_path: Path, family: str, inputs: int, names: tuple[str, ...]
 ) -> None:
@@ -167,10 +165,8 @@ def test_sizes_and_work_count_the_transform(tmp_path: Path) -> None:
         ([], "lm_head.transform: unexpected"),
         ("R1", "rotations: expected a list"),
     ],
-)  # fmt: skip
-def test_rotations_that_cannot_be_run_are_refused_by_name(
-    tmp_path: Path, rotations: Any, message: str
-) -> None:
+)
+def test_rotations_that_cannot_be_run_are_refused_by_name(tmp_path: Path, rotations: Any, message: str) -> None:
     out = pack(tmp_path)
     reseal(out, rotations=rotations)
     with pytest.raises(InputError, match=message):

@@ -32,9 +32,7 @@ def rounded(source: Checkpoint, name: str, preset: str, scales: str) -> tuple[np
         ("llama3.2", "search", "search"),
     ],
 )
-def test_codes_and_scales_are_those_of_the_specification(
-    tmp_path: Path, preset: str, scales: str, rule: str
-) -> None:
+def test_codes_and_scales_are_those_of_the_specification(tmp_path: Path, preset: str, scales: str, rule: str) -> None:
     source, scheme = Checkpoint(make_checkpoint(tmp_path)), make_scheme(preset, None, scales)
     modules = dict.fromkeys(linear_names(source.config), (4, scheme.group_size))
     if scheme.table_bits:
@@ -47,9 +45,7 @@ def test_codes_and_scales_are_those_of_the_specification(
 
 
 @pytest.mark.parametrize("scales", ["search", "weighted"])
-def test_the_size_of_the_pieces_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scales: str
-) -> None:
+def test_the_size_of_the_pieces_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scales: str) -> None:
     source = Checkpoint(make_checkpoint(tmp_path))
     whole = rounded(source, NAME, "llama3.2", scales)
     for chunk in (1, 1000, 5000):

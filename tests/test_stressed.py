@@ -35,9 +35,7 @@ def make_twin(embedded: tuple[Path, str], parts: set[str], out: Path) -> Path:
 
 
 @pytest.mark.parametrize("parts", [{"basis"}, {"pairs"}, {"basis", "pairs"}], ids=["basis", "pairs", "both"])
-def test_same_function_but_harder_to_round(
-    embedded: tuple[Path, str], parts: set[str], tmp_path: Path
-) -> None:
+def test_same_function_but_harder_to_round(embedded: tuple[Path, str], parts: set[str], tmp_path: Path) -> None:
     path, text = embedded
     twin = make_twin(embedded, parts, tmp_path / "twin")
     contenders = [

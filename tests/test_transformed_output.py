@@ -65,8 +65,7 @@ def test_the_command_records_settings(tmp_path: Path, capsys: Any) -> None:
     assert values["method"] == "equalize"
     assert run("verify", tmp_path / "out", "--json") == 0
     capsys.readouterr()
-    assert run("quantize", source, "-o", tmp_path / "two", "--set", "equalize.rate=1", "--method",
-               "equalize") == 2  # fmt: skip
+    assert run("quantize", source, "-o", tmp_path / "two", "--set", "equalize.rate=1", "--method", "equalize") == 2
     assert "equalize.rate: expected no settings" in one_line(capsys)
     assert run("quantize", source, "-o", tmp_path / "two", "--no-online") == 2
     assert "expected a method with spinquant, got rtn" in one_line(capsys)

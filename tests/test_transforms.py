@@ -193,17 +193,13 @@ def test_sizes_without_a_hadamard_matrix_are_refused_by_name(tmp_path: Path) -> 
 # ---- learning ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("tied", "float32"), ("biases", "float32"), ("tied", "bfloat16")]
-)
+@pytest.mark.parametrize(("name", "dtype"), [("tied", "float32"), ("biases", "float32"), ("tied", "bfloat16")])
 def test_learned_rotations_are_rotations_and_lower_the_loss(tmp_path: Path, name: str, dtype: str) -> None:
     source = model(tmp_path, name)
     tokens = tokens_of(source, samples=4, length=32)
     settings = {"steps": 6, "batch": 4, "loss": "kl", "weights": 32, "lr": 0.1, "dtype": dtype}
     first = spinquant.random_rotations(source, SpinQuantSettings(), 0)
-    learned = learn_rotations.learn(
-        source, first, SpinQuantSettings(**settings), setup_of(tokens=tokens, **settings)
-    )
+    learned = learn_rotations.learn(source, first, SpinQuantSettings(**settings), setup_of(tokens=tokens, **settings))
     assert learned.r1 is not None
     assert learned.r2 is not None
     np.testing.assert_allclose(learned.r1 @ learned.r1.T, np.eye(source.config.hidden_size), atol=1e-12)

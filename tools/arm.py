@@ -31,11 +31,7 @@ TEST_PACKAGES = ["pytest", "hypothesis", "nanobind"]
 WHEEL_PLATFORMS = ["manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64"]
 
 # What each of qemu's processors has: the newest, one with dot products alone, one with neither
-PROCESSORS = {
-    "max": "neon-i8mm neon-dotprod scalar",
-    "neoverse-n1": "neon-dotprod scalar",
-    "cortex-a53": "scalar",
-}
+PROCESSORS = {"max": "neon-i8mm neon-dotprod scalar", "neoverse-n1": "neon-dotprod scalar", "cortex-a53": "scalar"}
 TESTS = ["kernels", "hadamard_kernels", "attention", "rounding", "native_errors", "threads", "adapters"]
 # Not the scalar kernels by themselves: the same C++ as everywhere, and slow here; others compare with it.
 # Not what qemu does not do: forks beside threads, limits of memory. Not commands that reach no kernel.
@@ -152,16 +148,7 @@ def build_module() -> None:
         "CMAKE_CXX_FLAGS": f"-idirafter {SYSROOT}/usr/include",  # Python's headers include others from there
         "Python_EXECUTABLE": PYTHON,
     }
-    configure = [
-        "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        build,
-        "-G",
-        "Ninja",
-        *(f"-D{k}={v}" for k, v in settings.items()),
-    ]
+    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())]
     for command in (configure, ["cmake", "--build", build]):
         subprocess.run(command, check=True, env=tools, stdout=subprocess.DEVNULL)
     shutil.rmtree(TREE, ignore_errors=True)

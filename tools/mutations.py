@@ -84,18 +84,7 @@ NOT_RUN = "tests/test_mutations.py"  # fails on every changed tree: it looks for
 def build(tree: Path, folder: Path) -> None:
     """Compile the native module of `tree` and put it beside its Python files."""
     if not (folder / "build.ninja").exists():
-        run(
-            [
-                "cmake",
-                "-S",
-                str(tree),
-                "-B",
-                str(folder),
-                "-G",
-                "Ninja",
-                f"-DPython_EXECUTABLE={sys.executable}",
-            ]
-        )
+        run(["cmake", "-S", str(tree), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"])
     run(["cmake", "--build", str(folder)])
     module = next(folder.glob("_native*.so"))
     shutil.copy2(module, tree / "src" / "llamita" / module.name)
@@ -132,17 +121,13 @@ def run_tests(tree: Path, files: list[str]) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", default=range(1, len(MUTATIONS) + 1))
     args = parser.parse_args()
     survivors = 0
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
-        shutil.copytree(
-            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "__pycache__")
-        )
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "__pycache__"))
         build(tree, Path(scratch) / "build")
         print(f"unchanged: {first_failure(tree) or 'passes'}  ({sysconfig.get_platform()})", flush=True)
         for number in args.only:

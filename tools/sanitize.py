@@ -27,12 +27,7 @@ MEMORY = Sanitizer(
     "address,undefined",
     ("libasan.so", "libubsan.so", "libstdc++.so"),
     {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # Python's own leaks
-    (
-        "tests/test_kernels.py",
-        "tests/test_hadamard_kernels.py",
-        "tests/test_rounding.py",
-        "tests/test_attention.py",
-    ),
+    ("tests/test_kernels.py", "tests/test_hadamard_kernels.py", "tests/test_rounding.py", "tests/test_attention.py"),
 )
 
 # A race ends the process with code 66: pytest's own, or a test's program, whose code the test looks at.
@@ -56,9 +51,7 @@ def build(sanitizer: Sanitizer, folder: Path) -> Path:
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", str(folder)], check=True)
     package = folder / "tree" / "llamita"
-    shutil.copytree(
-        ROOT / "src" / "llamita", package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so")
-    )
+    shutil.copytree(ROOT / "src" / "llamita", package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
     module = next(folder.glob("_native*.so"))
     shutil.copy2(module, package / module.name)
     return package
@@ -67,9 +60,7 @@ def build(sanitizer: Sanitizer, folder: Path) -> Path:
 def runtime(names: tuple[str, ...]) -> str:
     """Python itself is not instrumented: the sanitizer's runtime must be there before it starts."""
     return ":".join(
-        subprocess.run(
-            ["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        subprocess.run(["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in names
     )
 

@@ -48,9 +48,7 @@ def residual_covariance(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.
         x = x / x.square().mean(-1, keepdim=True).sqrt()
         total.add_(x.T @ x)
 
-    norms = [
-        n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)
-    ]
+    norms = [n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
     with torch.no_grad():
         model(input_ids=tokens)
@@ -124,9 +122,7 @@ def save_twin(model: Path, parts: set[str], out: Path, text: Path | None = None,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="text whose activations give the principal components")
     parser.add_argument("--out", type=Path, required=True)

@@ -180,11 +180,7 @@ def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim
 
 
 def train(
-    model: LlamaForCausalLM,
-    streams: list[np.ndarray],
-    heldout: dict[str, np.ndarray],
-    recipe: Recipe,
-    state_file: Path,
+    model: LlamaForCausalLM, streams: list[np.ndarray], heldout: dict[str, np.ndarray], recipe: Recipe, state_file: Path
 ) -> list[dict[str, float]]:
     """Run the recipe from the saved state, if there is one; returns the log of validation losses."""
     optimizers = make_optimizers(model, recipe)
@@ -228,9 +224,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
@@ -250,10 +244,7 @@ def main() -> None:
     log = train(model, streams, heldout, recipe, args.out / "state.pt")
     model.to(torch.bfloat16).save_pretrained(args.out)
     final = {
-        name: {
-            f"loss_{window}": round(validation_loss(model, stream, window), 4)
-            for window in (SHORT_WINDOW, CONTEXT)
-        }
+        name: {f"loss_{window}": round(validation_loss(model, stream, window), 4) for window in (SHORT_WINDOW, CONTEXT)}
         for name, stream in heldout.items()
     }
     record = {

@@ -73,15 +73,11 @@ CONTENDERS: dict[str, Contender] = {
     "llamita-g128": Contender("llamita, groups of 128", "", "work_llamita.py", "llamita-g128", "4-bit"),
     "llamita-g32": Contender("llamita, groups of 32", "", "work_llamita.py", "llamita-g32", "4-bit"),
     "llamita-bf16": Contender("llamita BF16", "", "work_llamita.py", "checkpoint", "BF16"),
-    "llamacpp-q4_0": Contender(
-        "llama.cpp Q4_0", "llamacpp", "work_llamacpp.py", "llamacpp-q4_0.gguf", "4-bit", _FLASH
-    ),
+    "llamacpp-q4_0": Contender("llama.cpp Q4_0", "llamacpp", "work_llamacpp.py", "llamacpp-q4_0.gguf", "4-bit", _FLASH),
     "llamacpp-q4_k_s": Contender(
         "llama.cpp Q4_K_S", "llamacpp", "work_llamacpp.py", "llamacpp-q4_k_s.gguf", "4-bit", _FLASH
     ),
-    "llamacpp-bf16": Contender(
-        "llama.cpp BF16", "llamacpp", "work_llamacpp.py", "llamacpp-bf16.gguf", "BF16", _FLASH
-    ),
+    "llamacpp-bf16": Contender("llama.cpp BF16", "llamacpp", "work_llamacpp.py", "llamacpp-bf16.gguf", "BF16", _FLASH),
     "openvino-int4": Contender(
         "OpenVINO int4, groups of 128", "openvino", "work_openvino.py", "openvino-int4", "4-bit", _OPENVINO
     ),
@@ -183,6 +179,4 @@ MODELS: dict[str, Recipe] = {
 }
 for _layers in PART_LAYERS:
     MODELS[f"checkpoint-{_layers}"] = _checkpoint(_layers)
-    MODELS[f"executorch-{_layers}.pte"] = Recipe(
-        "executorch", f"checkpoint-{_layers}", _script("make_executorch.py")
-    )
+    MODELS[f"executorch-{_layers}.pte"] = Recipe("executorch", f"checkpoint-{_layers}", _script("make_executorch.py"))

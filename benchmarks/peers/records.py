@@ -101,9 +101,7 @@ def _row(runs: list[dict[str, Any]], case: Case, counted: dict[str, int] | None)
             rates = [macs / t["prefill_seconds"] / 1e9 / t["int8_rate"] for t in runs]
             row["prefill_of_limit"] = _spread(rates)
         for key, amount in zip(("decode_of_limit", "decode_with_cache_of_limit"), read, strict=True):
-            row[key] = _spread(
-                [amount * case.new / t["decode_seconds"] / 1e9 / t["read_bandwidth"] for t in runs]
-            )
+            row[key] = _spread([amount * case.new / t["decode_seconds"] / 1e9 / t["read_bandwidth"] for t in runs])
     return row
 
 

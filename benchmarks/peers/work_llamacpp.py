@@ -18,9 +18,7 @@ class LlamaCpp:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         lib.llama_backend_init()
-        self.model = lib.llama_model_load_from_file(
-            os.fsencode(options["model"]), lib.llama_model_default_params()
-        )
+        self.model = lib.llama_model_load_from_file(os.fsencode(options["model"]), lib.llama_model_default_params())
         if not self.model:
             raise RuntimeError(f"llama.cpp: cannot load {options['model']}")
         self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
@@ -50,9 +48,7 @@ class LlamaCpp:
             params.n_batch = params.n_ubatch = MICRO_BATCH
             params.n_threads = params.n_threads_batch = self.options["threads"]
             params.flash_attn_type = (
-                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-                if self.options["flash"]
-                else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if self.options["flash"] else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
             )
             params.no_perf = True
             self.contexts[sequences, tokens] = lib.llama_init_from_model(self.model, params)

@@ -25,9 +25,7 @@ class Llamita:
     """Drives the forward pass itself, as `llamita bench` does."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.llm = llamita.load(
-            options["model"], threads=options["threads"], kv_dtype=options.get("kv_dtype")
-        )
+        self.llm = llamita.load(options["model"], threads=options["threads"], kv_dtype=options.get("kv_dtype"))
         self.model = options["model"]
         self.sequences: list[Any] = []
 

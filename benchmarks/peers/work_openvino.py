@@ -50,9 +50,7 @@ class OpenVino:
         config = genai.GenerationConfig(max_new_tokens=1 + new, ignore_eos=True, do_sample=False)
         watch = Stopwatch() if len(prompts) == 1 else None  # the pipeline streams single sequences only
         began = time.perf_counter()
-        results = (
-            self.pipeline.generate(inputs, config, watch) if watch else self.pipeline.generate(inputs, config)
-        )
+        results = self.pipeline.generate(inputs, config, watch) if watch else self.pipeline.generate(inputs, config)
         ended = time.perf_counter()
         if watch:
             first, last = watch.times[0], watch.times[-1]

@@ -36,10 +36,7 @@ class Transformers:
     def _forward(self, ids: np.ndarray) -> torch.Tensor:
         """Logits (sequences, vocab) after the last of the ids (sequences, tokens)."""
         out = self.model(
-            torch.from_numpy(ids.astype(np.int64)),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
+            torch.from_numpy(ids.astype(np.int64)), past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
         return out.logits[:, -1]
 

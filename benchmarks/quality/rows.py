@@ -9,12 +9,7 @@ GROUP_SIZES = (32, 128, 256)
 SEEDS = (0, 1, 2)
 REVISION = 1  # raise it when a method computes something else: all cells then run again
 SAMPLES, LENGTH = 64, 512  # of calibration text; twice as many changed no row by more than 1 %
-TWINS: dict[str, set[str]] = {
-    "plain": set(),
-    "basis": {"basis"},
-    "pairs": {"pairs"},
-    "both": {"basis", "pairs"},
-}
+TWINS: dict[str, set[str]] = {"plain": set(), "basis": {"basis"}, "pairs": {"pairs"}, "both": {"basis", "pairs"}}
 FLOAT = "BF16"
 YARDSTICK = "torchao round to nearest"
 META = "spinquant + gptq"
@@ -54,9 +49,7 @@ class Row:
         """Tell whether there is a cell for this twin and seed."""
         if twin not in self.twins:
             return False
-        return seed == SEEDS[0] or (
-            self.is_random and (twin == "plain" or (twin == "basis" and self.on_basis_thrice))
-        )
+        return seed == SEEDS[0] or (self.is_random and (twin == "plain" or (twin == "basis" and self.on_basis_thrice)))
 
 
 _PLAIN = ("plain",)
@@ -88,9 +81,7 @@ ROWS: dict[str, Row] = {
     "qronos + tuned scales": Row("qronos+tune", settings=_SCALES_ALONE, twins=_BASIS),
     "qronos + block tuning": Row("qronos+tune", twins=_PLAIN),
     "equalize + qronos + tuned scales": Row("equalize+qronos+tune", settings=_SCALES_ALONE, twins=_BASIS),
-    "R4 + qronos + tuned scales": Row(
-        "spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE, twins=_PLAIN
-    ),
+    "R4 + qronos + tuned scales": Row("spinquant+qronos+tune", settings=_rotations("R4") | _SCALES_ALONE, twins=_PLAIN),
     REAL_PRESET: Row(_PRESET, settings=_PRESET_SETTINGS, on_wikitext=True),
     PRESET: Row(_PRESET, calibration="self", settings=_PRESET_SETTINGS, twins=_PLAIN),
     "spinquant + qronos + tuned scales": Row(

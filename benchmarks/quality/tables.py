@@ -95,11 +95,7 @@ def _verdict(cell: Cell, best: Cell) -> str:
 
 def won_back(cells: Cells, twin: str, group_size: int, name: str) -> Interval | None:
     """Return the share that a row wins back of what searched scales lose on a twin beyond the plain model."""
-    keys = [
-        (twin, group_size, "searched scales"),
-        ("plain", group_size, "searched scales"),
-        (twin, group_size, name),
-    ]
+    keys = [(twin, group_size, "searched scales"), ("plain", group_size, "searched scales"), (twin, group_size, name)]
     if any(key not in cells for key in keys):
         return None
     stressed, plain, mended = (cells[key].kl for key in keys)

@@ -93,8 +93,7 @@ def main() -> None:
     if job["wikitext"]:
         pages = read_wikitext(Path(job["wikitext"])).pages
         wikitext = run_tasks([rounded], ["wikitext"], pages=pages)[0][0].metrics
-    np.savez(place.with_suffix(".npz"), losses=tokens.losses[1], kl=tokens.kl[1],
-             agrees=tokens.top[0] == tokens.top[1])  # fmt: skip
+    np.savez(place.with_suffix(".npz"), losses=tokens.losses[1], kl=tokens.kl[1], agrees=tokens.top[0] == tokens.top[1])
     result = {"seconds": seconds, "peak_bytes": peak, "wikitext": wikitext}
     place.with_suffix(".result.json").write_text(json.dumps(result), "utf-8")
 

@@ -130,9 +130,7 @@ def hadamard_quantize(transform: Hadamard, x: F32, acts: Activations) -> None:
 def swiglu(gate_up: F32, out: F32) -> None:
     """silu(gate) * up: gate_up (tokens, 2 * columns), gate first; out (tokens, columns)."""
 
-def linear(
-    weights: Weights, x: F32 | Activations, out: F32, bias: F32 | None = None, accumulate: bool = False
-) -> None:
+def linear(weights: Weights, x: F32 | Activations, out: F32, bias: F32 | None = None, accumulate: bool = False) -> None:
     """out (tokens, rows) = x · weightsᵀ + bias, plus what out held if accumulate; gated: (tokens, rows / 2).
 
     Quantized weights take Activations, float weights an array (tokens, columns).
@@ -141,9 +139,7 @@ def linear(
 class LowRank:
     """Adapters B_i·A_i of layers that read the same input, scaled: see `low_rank`. Keeps its arrays alive."""
 
-    def __init__(
-        self, downs: list[Any], ups: list[tuple[Any, int, int]], outputs: int, scaling: float
-    ) -> None:
+    def __init__(self, downs: list[Any], ups: list[tuple[Any, int, int]], outputs: int, scaling: float) -> None:
         """downs: A_i (rank_i, columns), all of one float type.
 
         ups: (B_i, start, rows), B_i of outputs `start` to start + rows, in panels of 16 (rows / 16 rounded

@@ -106,7 +106,7 @@ def _load(entry: str) -> Callable[..., None]:
     except ImportError as error:  # the native module refuses LLAMITA_ISA, or was built for another machine
         if str(error).startswith("LLAMITA_ISA:"):
             raise InputError(str(error)) from None
-        raise RunError(f"{module}: expected to load, got: {error}") from None
+        raise RunError(f"{module}", f"to load, got: {error}") from None
 
 
 def _unused() -> None:

@@ -21,7 +21,7 @@ class LlamitaError(Exception):
     exit_code = 1
 
     def __init__(
-        self, where: str, *, expected: str | None = None, got: str | None = None, hint: str | None = None
+        self, where: str, expected: str | None = None, got: str | None = None, hint: str | None = None
     ) -> None:
         super().__init__(where)
         self.where, self.expected, self.got, self.hint = where, expected, got, hint
@@ -34,7 +34,7 @@ class LlamitaError(Exception):
 
     def at(self, where: str) -> Self:
         """Return the same error about another place, such as the option through which a value came."""
-        return type(self)(where, expected=self.expected, got=self.got, hint=self.hint)
+        return type(self)(where, self.expected, self.got, self.hint)
 
     def within(self, outer: str) -> Self:
         """Return the same error with its place named from outside in: `<outer>: <where>: expected …`."""

@@ -62,7 +62,7 @@ def load(
     chosen = choose_scheme(scheme) if isinstance(scheme, str) else scheme
     if chosen is not None:
         if not isinstance(source, Checkpoint):
-            raise InputError(f"scheme: expected a float model, got {path_or_name}, which is quantized")
+            raise InputError("scheme", "a float model", f"{path_or_name}, which is quantized")
         source = RoundedSource(source, chosen)
     return LLM(
         source,
@@ -85,6 +85,4 @@ def open_adapters(source: ModelSource, paths: Mapping[str, str | Path]) -> dict[
     if paths:
         check_fits(source, [Path(path) for path in paths.values()])
     config = source.config
-    return {
-        name: prepare_adapter(name, read_adapter(Path(path), config), config) for name, path in paths.items()
-    }
+    return {name: prepare_adapter(name, read_adapter(Path(path), config), config) for name, path in paths.items()}

@@ -112,7 +112,7 @@ def describe_shape(name: str) -> tuple[str, Described]:
 
 def _from_config(values: dict[str, Any], where: str) -> Described:
     if values.get("quantization_config") is not None:
-        raise InputError(f"{where}: quantization_config: expected a float model; try its source")
+        raise InputError(f"{where}: quantization_config", "a float model", hint="try its source")
     stored = values.get("dtype", values.get("torch_dtype"))
     dtype = _DTYPES.get(stored, "BF16") if isinstance(stored, str) else "BF16"
     return Described(ModelConfig.from_hf(values), lambda _name: dtype, None)
@@ -128,10 +128,7 @@ def measure_machine() -> Machine:
 
 
 def estimate_all(
-    model: Described,
-    machine: Machine,
-    schemes: list[QuantScheme] | None = None,
-    kv_dtype: str | None = None,
+    model: Described, machine: Machine, schemes: list[QuantScheme] | None = None, kv_dtype: str | None = None
 ) -> list[Estimate]:
     """The float model and these schemes (all presets by default); a packed model alone, as it is.
 
@@ -142,14 +139,12 @@ def estimate_all(
         InputError: a scheme's groups do not fit the model, or there is no such type.
     """
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise InputError(f"--kv-cache: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+        raise InputError("--kv-cache", f"one of {', '.join(KV_DTYPES)}", f"{kv_dtype!r}")
     wanted = [model.scheme] if model.scheme else [None, *(schemes or PRESETS.values())]
     return [_estimate(model, scheme, machine, kv_dtype) for scheme in wanted]
 
 
-def _estimate(
-    model: Described, scheme: QuantScheme | None, machine: Machine, kv_dtype: str | None
-) -> Estimate:
+def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine, kv_dtype: str | None) -> Estimate:
     config = model.config
     if scheme is None:
         size = float_bytes(config, model.float_dtype)

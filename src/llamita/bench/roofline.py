@@ -16,11 +16,7 @@ from llamita.bench.work import Work
 from llamita.engine.llm import PREFILL_CHUNK
 
 _INK, _MUTED, _ROOF = "#1c1c1e", "#6b6b70", "#3a3a3c"
-_OURS, _THEIRS, _ACCENTS = (
-    "#0a6ebd",
-    "#b8bcc4",
-    {"prefill": "#c2410c", "decode": "#0a6ebd", "batch": "#15803d"},
-)
+_OURS, _THEIRS, _ACCENTS = ("#0a6ebd", "#b8bcc4", {"prefill": "#c2410c", "decode": "#0a6ebd", "batch": "#15803d"})
 _DPI = 160
 _BARS = (  # label, key, unit, divisor, whether more is better
     ("decode", "decode_tokens_per_second", "tok/s", 1, True),
@@ -128,9 +124,7 @@ def _bars(axes: Axes, result: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.tick_params(length=0, labelsize=10, colors=_INK)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.set_title(
-        f"{model['name']} (blue) and {baseline['name']} (grey)", fontsize=10, color=_INK, loc="left"
-    )
+    axes.set_title(f"{model['name']} (blue) and {baseline['name']} (grey)", fontsize=10, color=_INK, loc="left")
 
 
 def _short(value: float) -> str:

@@ -13,16 +13,7 @@ from typing import Any
 import numpy as np
 
 from llamita import __version__, _native
-from llamita.bench.report import (
-    Limits,
-    Runs,
-    Settings,
-    best_of,
-    figures,
-    fractions,
-    mark_weak,
-    ratios,
-)
+from llamita.bench.report import Limits, Runs, Settings, best_of, figures, fractions, mark_weak, ratios
 from llamita.bench.work import Work
 from llamita.bench.worker import ModelSpec, Worker
 from llamita.errors import InputError, RunError
@@ -105,15 +96,19 @@ def _check_needs(job: Job, specs: dict[str, ModelSpec], workers: dict[str, Worke
         needed += needs["memory_bytes"]
         if wanted > needs["context"]:
             raise InputError(
-                f"{spec.name}: expected at most {needs['context']} tokens, the context, got {wanted}; "
-                "try fewer --prompt-tokens or --new-tokens"
+                f"{spec.name}",
+                f"at most {needs['context']} tokens, the context",
+                f"{wanted}",
+                "try fewer --prompt-tokens or --new-tokens",
             )
     free = free_memory()
     if needed > free:
         hint = "a smaller shape, or without --baseline" if "baseline" in specs else "a smaller shape"
         raise RunError(
-            f"memory: expected {needed / 1e9:.1f} GB free for the weights, got {free / 1e9:.1f} GB; "
-            f"try {hint}"
+            "memory",
+            f"{needed / 1000000000.0:.1f} GB free for the weights",
+            f"{free / 1000000000.0:.1f} GB",
+            f"try {hint}",
         )
 
 

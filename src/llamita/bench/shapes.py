@@ -72,5 +72,5 @@ def find_shape(name: str) -> tuple[str, dict[str, Any]]:
     short = name.lower().rpartition("/")[2].removesuffix("-instruct")
     found = [full for full in SHAPES if short == full or (short and full.endswith(f"-{short}"))]
     if not found:
-        raise InputError(f"--shape: expected one of {', '.join(SHAPES)}, got {name!r}; try 1b, 3b or 8b")
+        raise InputError("--shape", f"one of {', '.join(SHAPES)}", f"{name!r}", "try 1b, 3b or 8b")
     return found[0], SHAPES[found[0]]

@@ -83,9 +83,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         self.name = name
         command = [sys.executable, "-P", "-m", "llamita.bench.worker"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The answer to one request.
@@ -105,7 +103,7 @@ class Worker:
             code = self._process.wait()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise RunError(
-                f"{self.name}: expected its process to answer, it ended with {how}; is there enough memory?"
+                f"{self.name}", f"its process to answer, it ended with {how}", hint="is there enough memory?"
             )
         answer = json.loads(line)
         if "error" in answer:
@@ -249,7 +247,7 @@ def _open(spec: ModelSpec) -> ModelSource:
     if spec.scheme is None:
         return source
     if not isinstance(source, Checkpoint):
-        raise InputError(f"--preset: expected a float model, got {spec.source}, which is quantized")
+        raise InputError("--preset", "a float model", f"{spec.source}, which is quantized")
     return RoundedSource(source, spec.scheme)
 
 

@@ -36,37 +36,22 @@ _LABELS = {
 
 
 # The options, each with what `--help` says of it.
-_Src = Annotated[
-    str | None, typer.Argument(metavar="[DIR|SRC]", help="A model directory, hub name or 'embedded'.")
-]
-_Shape = Annotated[
-    str | None, typer.Option(help="Random weights in this shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")
-]
-_Preset = Annotated[
-    str | None, typer.Option(help="How to round what is float: llama3.2 by default; none: not at all.")
-]
+_Src = Annotated[str | None, typer.Argument(metavar="[DIR|SRC]", help="A model directory, hub name or 'embedded'.")]
+_Shape = Annotated[str | None, typer.Option(help="Random weights in this shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")]
+_Preset = Annotated[str | None, typer.Option(help="How to round what is float: llama3.2 by default; none: not at all.")]
 _GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")]
 _Baseline = Annotated[
-    str | None,
-    typer.Option(metavar="SRC|bf16", help="Compare with this; bf16: random weights of the same shape."),
+    str | None, typer.Option(metavar="SRC|bf16", help="Compare with this; bf16: random weights of the same shape.")
 ]
 _PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
 _NewTokens = Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")]
 _Batch = Annotated[int, typer.Option(min=1, max=64, help="Decode so many sequences together, too.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Runs; figures are their medians.")]
-_Threads = Annotated[
-    int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")
-]
-_Context = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of a sequence at most; by default the model's.")
-]
-_KvCache = Annotated[
-    str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")
-]
+_Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")]
+_Context = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence at most; by default the model's.")]
+_KvCache = Annotated[str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")]
 _Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-_Plot = Annotated[
-    Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars against the baseline.")
-]
+_Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars against the baseline.")]
 
 
 def command(
@@ -93,8 +78,7 @@ def command(
     model = _model(src, shape, preset, group_size)
     draw = _plotter(plot) if plot else None
     settings = Settings(prompt_tokens, new_tokens, batch)
-    job = Job(model, _baseline(baseline, model), settings, repeats, threads, context, kv_cache,
-              bench_run.PROBE_BYTES)  # fmt: skip
+    job = Job(model, _baseline(baseline, model), settings, repeats, threads, context, kv_cache, bench_run.PROBE_BYTES)
     with console.progress(quiet=json) as progress:
         result = run_bench(job, progress)
     console.note(remark(result["machine"]["threads"]))
@@ -116,7 +100,7 @@ def _model(src: str | None, shape: str | None, preset: str | None, group_size: i
         shape, _ = find_shape(shape)
     elif has(resolve(str(src)), METADATA):
         if preset not in (None, FLOAT) or group_size:
-            raise InputError(f"--preset, --group-size: expected a float model, got {src}, which is quantized")
+            raise InputError("--preset, --group-size", "a float model", f"{src}, which is quantized")
         return ModelSpec(src, None)
     return ModelSpec(src, shape, choose_scheme(preset or DEFAULT_PRESET, group_size))
 
@@ -133,22 +117,19 @@ def _baseline(name: str | None, model: ModelSpec) -> ModelSpec | None:
 def _plotter(path: Path) -> Any:
     """The function that draws; what can be wrong with the file is found before anything is measured."""
     if path.suffix.lower() != ".png":
-        raise InputError(f"--plot: expected a name that ends in .png, got {path}")
+        raise InputError("--plot", "a name that ends in .png", f"{path}")
     directory = path.absolute().parent
     if not directory.is_dir():
-        raise InputError(f"--plot: expected an existing directory, got {directory}")
+        raise InputError("--plot", "an existing directory", f"{directory}")
     if path.is_dir():
-        raise InputError(f"--plot: expected a file, got the directory {path}")
+        raise InputError("--plot", "a file", f"the directory {path}")
     try:
         TemporaryFile(dir=directory).close()
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(
-            f"--plot: expected a directory that can be written, got {directory}: {reason}"
-        ) from None
+        raise InputError("--plot", "a directory that can be written", f"{directory}: {reason}") from None
     lacking = (
-        "--plot: expected the package {package}, found none; try pip install 'llamita[plot]' "
-        "(in a checkout '.[plot]')"
+        "--plot: expected the package {package}, found none; try pip install 'llamita[plot]' (in a checkout '.[plot]')"
     )
     return load_optional(f"{PLOT}:draw", lacking)
 
@@ -159,9 +140,7 @@ def _print(result: dict[str, Any]) -> None:
     console.print_table(_title(result), columns, _rows(result))
     columns = ["", "work", "rate", "limit", "of it", "at the time"]
     console.print_table(
-        "Beside the limits measured in the same run (GMAC: 10^9 int8 multiply-adds)",
-        columns,
-        _fraction_rows(result),
+        "Beside the limits measured in the same run (GMAC: 10^9 int8 multiply-adds)", columns, _fraction_rows(result)
     )
     for key in ("model", "baseline"):
         if result[key]:
@@ -237,8 +216,7 @@ def _limit_cells(row: dict[str, Any], unit: str) -> list[str]:
     if row["limit"] is None:
         return ["", "", ""]
     limit, fraction = f"{row['limit'] / 1e9:,.1f} {unit}", row["fraction"]
-    return [limit, "too weak", ""] if fraction is None else [
-        limit, f"{fraction:.1%}", f"{row['fraction_nearby']:.1%}"]  # fmt: skip
+    return [limit, "too weak", ""] if fraction is None else [limit, f"{fraction:.1%}", f"{row['fraction_nearby']:.1%}"]
 
 
 def _memory_line(model: dict[str, Any]) -> str:

@@ -50,9 +50,7 @@ class Conversation:
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")
-    ],
+    model: Annotated[str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")],
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
@@ -167,7 +165,7 @@ def _read_line(is_terminal: bool) -> str | None:
     try:
         return data.decode().strip() if data else None
     except UnicodeDecodeError as error:
-        raise InputError(f"stdin: expected UTF-8, got byte 0x{data[error.start]:02x}; try iconv") from None
+        raise InputError("stdin", "UTF-8", f"byte 0x{data[error.start]:02x}", "try iconv") from None
 
 
 def _enable_line_editing() -> None:

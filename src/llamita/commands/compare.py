@@ -26,29 +26,20 @@ _TOKENIZER = "tokenizer.json"
 
 # The options, each with what `--help` says of it.
 _Models = Annotated[
-    list[str],
-    typer.Argument(metavar="SRC", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
+    list[str], typer.Argument(metavar="SRC", help="Model directories, hub names, 'embedded', or SRC:PRESET.")
 ]
 _Baseline = Annotated[
     str | None,
-    typer.Option(
-        metavar="SRC", help="Measure against this; by default the first float model, or the source."
-    ),
+    typer.Option(metavar="SRC", help="Measure against this; by default the first float model, or the source."),
 ]
-_Text = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The text to score; by default the embedded model's.")
-]
-_Prompt = Annotated[
-    str | None, typer.Option(help="A text that each model continues; '-' reads it from stdin.")
-]
+_Text = Annotated[Path | None, typer.Option(metavar="FILE", help="The text to score; by default the embedded model's.")]
+_Prompt = Annotated[str | None, typer.Option(help="A text that each model continues; '-' reads it from stdin.")]
 _MaxTokens = Annotated[int, typer.Option(min=0, help="Tokens of a continuation; 0 for none.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="The first N chunks of the text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")]
 _Top = Annotated[int, typer.Option(min=1, help="Layers, and tokens of the text, to show.")]
 _Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
-_KvCache = Annotated[
-    str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")
-]
+_KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")]
 _Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 _Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with plots, too.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the report that is there.")]
@@ -79,7 +70,7 @@ def command(
     if html:
         check_target(html, overwrite)
     if baseline == NO_BASELINE:
-        raise InputError("--baseline: expected a model, got 'none'; try `llamita evaluate`, which needs none")
+        raise InputError("--baseline", "a model", "'none'", "try `llamita evaluate`, which needs none")
     words = None if prompt is None else read_prompt(prompt)
     content = read_text(text) if text else None
     convert_first(*models, baseline, quiet=json)
@@ -111,8 +102,10 @@ def _default_text(contenders: list[Contender]) -> str:
         path = contender.llm.path
         if not has(path, _TOKENIZER) or read_bytes(path, _TOKENIZER) != read_bytes(embedded, _TOKENIZER):
             raise InputError(
-                f"--text: expected a file, got none, and {contender.name} has not the embedded model's "
-                "tokenizer; try a text of the kind that the models are for"
+                "--text",
+                "a file",
+                f"none, and {contender.name} has not the embedded model's tokenizer",
+                "try a text of the kind that the models are for",
             )
     return embedded_text()
 
@@ -123,8 +116,7 @@ def _print(comparison: Comparison, text_name: str, top: int) -> None:
     names = [printable(model.name) for model in comparison.models]
     console.print_table("", ["", *names], _facts(comparison))
     tokens = comparison.models[0].scores.tokens
-    console.note(f"{printable(text_name)}: {tokens:,} tokens predicted; "
-                 "intervals: 95 %, block bootstrap")  # fmt: skip
+    console.note(f"{printable(text_name)}: {tokens:,} tokens predicted; intervals: 95 %, block bootstrap")
     if comparison.differences:
         rows = [row for difference in comparison.differences for row in _difference(difference)]
         columns = ["second less first", "KL, nats a token", "perplexity", "top-1 agreement"]
@@ -145,10 +137,7 @@ def _facts(comparison: Comparison) -> list[list[str]]:
         ["weights in a group", *(describe_groups(s) if s else "" for s in schemes)],
         ["method", *(printable(model.origin.method or "") for model in models)],
         ["weight files", *(megabytes(model.weight_bytes) for model in models)],
-        [
-            f"token perplexity, chunks of {comparison.chunk_tokens:,}",
-            *(f"{s.perplexity:.4g}" for s in scores),
-        ],
+        [f"token perplexity, chunks of {comparison.chunk_tokens:,}", *(f"{s.perplexity:.4g}" for s in scores)],
         *interval_rows("  over the baseline's", [s.increase for s in scores], 100, ".2f", "\xa0%"),
         *interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", ""),
         *interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%"),
@@ -205,12 +194,7 @@ def _print_layers(comparison: Comparison, names: list[str], top: int) -> None:
 def _print_place(place: Disagreement, names: list[str]) -> None:
     """A place in the text where models differ."""
     rows = [
-        [
-            name,
-            f"{printable(o.said)} ({o.probability:.1%})",
-            f"{o.right_probability:.1%}",
-            f"{o.kl:.3f}",
-        ]
+        [name, f"{printable(o.said)} ({o.probability:.1%})", f"{o.right_probability:.1%}", f"{o.kl:.3f}"]
         for name, o in zip(names, place.opinions, strict=True)
     ]
     context, token = printable(place.context), printable(place.token)

@@ -44,31 +44,23 @@ class _Job:
 
 # The options, each with what `--help` says of it.
 _Models = Annotated[
-    list[str],
-    typer.Argument(metavar="DIR...", help="Model directories, hub names, 'embedded', or SRC:PRESET."),
+    list[str], typer.Argument(metavar="DIR...", help="Model directories, hub names, 'embedded', or SRC:PRESET.")
 ]
 _Baseline = Annotated[
-    str | None,
-    typer.Option(metavar="SRC", help="The float model; by default the one DIR was made from; or 'none'."),
+    str | None, typer.Option(metavar="SRC", help="The float model; by default the one DIR was made from; or 'none'.")
 ]
 _Tasks = Annotated[str | None, typer.Option(help="Tasks of LM Eval, separated by commas: wikitext,arc_easy.")]
 _Wikitext = Annotated[
-    Path | None,
-    typer.Option("--wikitext", metavar="FILE", help="wiki.test.raw, in place of the hub's data set."),
+    Path | None, typer.Option("--wikitext", metavar="FILE", help="wiki.test.raw, in place of the hub's data set.")
 ]
 _Text = Annotated[Path | None, typer.Option(metavar="FILE", help="A plain text to score; needs no LM Eval.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="The first N documents of a task, chunks of a text.")]
 _Length = Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")]
 _AddBos = Annotated[
-    bool | None,
-    typer.Option("--add-bos-token/--no-add-bos-token", help="As in LM Eval; else the tokenizer decides."),
+    bool | None, typer.Option("--add-bos-token/--no-add-bos-token", help="As in LM Eval; else the tokenizer decides.")
 ]
-_Threads = Annotated[
-    int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")
-]
-_KvCache = Annotated[
-    str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")
-]
+_Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")]
+_KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")]
 _Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -113,9 +105,7 @@ def command(
     columns = ["", *(f"{c.name} (float)" if c.llm.scheme is None else c.name for c in contenders)]
     console.print_table("", columns, _rows(job, contenders, scores, results))
     if scores:
-        console.note(
-            f"{job.text_name}: {scores[0].tokens:,} tokens predicted; intervals: 95 %, block bootstrap"
-        )
+        console.note(f"{job.text_name}: {scores[0].tokens:,} tokens predicted; intervals: 95 %, block bootstrap")
 
 
 def _import_harness() -> Any:
@@ -213,15 +203,11 @@ def _rows(
     ]
     for i, task in enumerate(results[0]):
         for metric in task.metrics:
-            label = (
-                f"{metric.replace('_', ' ')} (LM Eval)" if task.task == WIKITEXT else f"{task.task} {metric}"
-            )
+            label = f"{metric.replace('_', ' ')} (LM Eval)" if task.task == WIKITEXT else f"{task.task} {metric}"
             rows.append([label, *(_with_error(own[i], metric) for own in results)])
     if not scores:
         return rows
-    rows.append(
-        [f"token perplexity, chunks of {job.max_seq_len:,}", *(f"{s.perplexity:.4g}" for s in scores)]
-    )
+    rows.append([f"token perplexity, chunks of {job.max_seq_len:,}", *(f"{s.perplexity:.4g}" for s in scores)])
     if any(s.kl for s in scores):
         rows += interval_rows("  over the float model's", [s.increase for s in scores], 100, ".2f", "\xa0%")
         rows += interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", "")
@@ -241,9 +227,7 @@ def _with_error(task: Any, metric: str) -> str:
     return f"{value} ± {task.errors[metric]:.4f}" if metric in task.errors else value
 
 
-def interval_rows(
-    label: str, intervals: list[Interval | None], factor: int, spec: str, unit: str
-) -> list[list[str]]:
+def interval_rows(label: str, intervals: list[Interval | None], factor: int, spec: str, unit: str) -> list[list[str]]:
     """The values, and under them the bounds of their intervals."""
     values = [f"{i.value * factor:{spec}}{unit}" if i else "" for i in intervals]
     bounds = [f"{i.low * factor:{spec}} to {i.high * factor:{spec}}" if i else "" for i in intervals]

@@ -32,8 +32,7 @@ _Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a sequence at most; 2048 by default (executorch).")
 ]
 _Backend = Annotated[
-    str | None,
-    typer.Option(help="What runs it: xnnpack (the default), vulkan, coreml, qnn, mediatek (executorch)."),
+    str | None, typer.Option(help="What runs it: xnnpack (the default), vulkan, coreml, qnn, mediatek (executorch).")
 ]
 _Embedding = Annotated[
     int | None, typer.Option(help="Bits of the embedding: 8 as it is, or 4, rounded further (executorch).")
@@ -46,9 +45,7 @@ _RoundScales = Annotated[
 ]
 _Adapter = Annotated[
     Path | None,
-    typer.Option(
-        "--adapter", "--adaptor", metavar="ADAPTER", help="Adapters in PEFT's form to go with it, unmerged."
-    ),
+    typer.Option("--adapter", "--adaptor", metavar="ADAPTER", help="Adapters in PEFT's form to go with it, unmerged."),
 ]
 
 
@@ -74,12 +71,12 @@ def command(
                "round_scales": round_scales or None, "flavor": flavor}  # fmt: skip
     _check_options(to, options)
     if out is None:
-        raise InputError("--out: expected the directory to make, got none; try -o NAME")
+        raise InputError("--out", "the directory to make", "none", "try -o NAME")
     use_threads(threads)
     convert_first(source, quiet=json)
     packed = open_source(source)
     if not isinstance(packed, PackedModel):
-        raise InputError(f"{source}: expected a quantized directory, got a float model; try llamita quantize")
+        raise InputError(f"{source}", "a quantized directory", "a float model", "try llamita quantize")
     check_target(out, overwrite, packed.path)
     write = writer_of(to)  # which may import Torch
     began, watch = time.perf_counter(), MemoryWatch()
@@ -128,12 +125,12 @@ def _verdict(record: dict[str, Any]) -> str:
 
 def _check_options(to: str, options: dict[str, Any]) -> None:
     if to not in TARGETS:
-        raise InputError(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
+        raise InputError("--to", f"one of {', '.join(TARGETS)}", f"{to!r}")
     for name, value in options.items():
         if value is not None and name not in TARGETS[to].options:
             raise InputError(f"--{name.replace('_', '-')}: {to} takes none; try without")
     if options["embedding"] not in (None, 4, 8):
-        raise InputError(f"--embedding: expected 4 or 8, got {options['embedding']}")
+        raise InputError("--embedding", "4 or 8", f"{options['embedding']}")
 
 
 def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[str, Any]) -> None:
@@ -159,9 +156,7 @@ def _print(out: Path, record: dict[str, Any]) -> None:
     console.print_line(f"{out}: {megabytes(record['bytes'])}, {seconds:,.{int(seconds < 10)}f} s, "
                        f"{megabytes(record['memory_bytes'])} of memory")  # fmt: skip
     if scales and scales["off"]:
-        console.note(
-            f"{scales['off']:,} of {scales['total']:,} scales rounded, by {scales['largest']:.2%} at most"
-        )
+        console.note(f"{scales['off']:,} of {scales['total']:,} scales rounded, by {scales['largest']:.2%} at most")
     if scales and scales["zeros"]:
         console.note(f"{scales['zeros']:,} groups are zeros; their scale is 1")
     if scales and scales["subnormal"]:
@@ -169,9 +164,7 @@ def _print(out: Path, record: dict[str, Any]) -> None:
     if record.get("untied_bytes"):
         console.note(f"the head has a table of its own: {record['untied_bytes'] / 1e6:,.1f} MB more")
     if record.get("rounded_to_bf16"):
-        console.note(
-            f"weights rounded to bf16 where they are floats, by {record['rounded_to_bf16']:.2%} at most"
-        )
+        console.note(f"weights rounded to bf16 where they are floats, by {record['rounded_to_bf16']:.2%} at most")
     if "equal_layers" in record:
         rounded = ", on their rounded scales" if scales and scales["off"] else ""
         same = f"{record['equal_layers']} of {record['layers']}"
@@ -185,15 +178,9 @@ def _print_proof(proof: dict[str, Any]) -> None:
     gap = "" if proof["gap"] is None else f"; then a gap of {proof['gap']:.1f} deviations of the noise"
     rows = [
         ["matrices that it has to the bit", f"{proof['equal_layers']} of {proof['layers']}"],
-        [
-            "KL divergence from the engine, nats a token",
-            f"{proof['kl']:.5f}; at most {proof['largest_kl']:.5f}",
-        ],
+        ["KL divergence from the engine, nats a token", f"{proof['kl']:.5f}; at most {proof['largest_kl']:.5f}"],
         ["same likeliest token", f"{proof['top_1']:.1%} of {proof['tokens']}"],
-        [
-            "noise of logits, of their spread",
-            f"{proof['noise']:.2%}; the engine's own: {proof['own_noise']:.2%}",
-        ],
+        ["noise of logits, of their spread", f"{proof['noise']:.2%}; the engine's own: {proof['own_noise']:.2%}"],
         ["greedy text, same tokens", f"{proof['same_greedy']} of {proof['greedy']}{gap}"],
         ["a token, in that runtime", f"{proof['milliseconds']:.2f} ms"],
     ]

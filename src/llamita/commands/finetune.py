@@ -35,41 +35,26 @@ RUN = "llamita.train.run:run"
 _DEFAULT = "lora"  # of METHODS
 _FEW_STEPS = 20  # a note says when there are no more
 _LACKING = (
-    "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' "
-    "(in a checkout '.[torch]')"
+    "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' (in a checkout '.[torch]')"
 )
 
-_Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="A Hugging Face directory, a hub name, or 'embedded'.")
-]
-_Data = Annotated[
-    str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")
-]
+_Base = Annotated[str, typer.Argument(metavar="BASE", help="A Hugging Face directory, a hub name, or 'embedded'.")]
+_Data = Annotated[str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")]
 _Preferences = Annotated[
-    str | None,
-    typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for a recipe's DPO stage."),
+    str | None, typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for a recipe's DPO stage.")
 ]
-_Task = Annotated[
-    str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")
-]
-_Method = Annotated[
-    str | None, typer.Option(help=f"What is trained: {', '.join(METHODS)}; {_DEFAULT} by default.")
-]
-_Recipe = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help="Every setting, in YAML, in place of --method.")
-]
+_Task = Annotated[str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")]
+_Method = Annotated[str | None, typer.Option(help=f"What is trained: {', '.join(METHODS)}; {_DEFAULT} by default.")]
+_Recipe = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Every setting, in YAML, in place of --method.")]
 _Preset = Annotated[
-    str | None,
-    typer.Option(help=f"The scheme of a 4-bit result: {', '.join(PRESETS)}; the recipe's by default."),
+    str | None, typer.Option(help=f"The scheme of a 4-bit result: {', '.join(PRESETS)}; the recipe's by default.")
 ]
 _Teacher = Annotated[
     str | None, typer.Option(metavar="SRC", help="Whose answers a distilling stage learns; BASE by default.")
 ]
 _Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="A setting of the recipe, as learning_rate=1e-4; repeatable."
-    ),
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting of the recipe, as learning_rate=1e-4; repeatable."),
 ]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Records to read at most.")]
 _ReportTo = Annotated[str, typer.Option(help="As transformers takes it: none, tensorboard, wandb, ….")]
@@ -122,8 +107,7 @@ def command(
         if dry_run or out is None:
             shards = processes.world() if shard else 1
             return _print_plan(found, chosen, source.config, shards, json) if is_first else None
-        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite,
-                      shard)  # fmt: skip
+        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite, shard)
         result = _train(load_optional(RUN, _LACKING), order, progress)
     if is_first:
         _print_result(out, result, json)
@@ -133,9 +117,9 @@ def command(
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, *read: Path | None) -> None:
     """See that what is made replaces nothing that is read, and leaves no adapters of an earlier OUT."""
     if out is None:
-        raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
+        raise InputError("--out", "the directory to make", "none", "try -o NAME, or --dry-run")
     if not out.name:
-        raise InputError(f"--out: expected a directory to make, got {out}; try -o NAME")
+        raise InputError("--out", "a directory to make", f"{out}", "try -o NAME")
     beside = adapter_place(out)
     has_two = recipe.is_quantized and recipe.has_adapters
     for path in read:
@@ -151,11 +135,12 @@ def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path 
     if name is None:
         return None
     if not any(stage.distill for stage in recipe.stages):
-        raise InputError("--teacher: expected a stage that distils, got none; try --set distill=0.5")
+        raise InputError("--teacher", "a stage that distils", "none", "try --set distill=0.5")
     teacher = _open_float(name, "--teacher")
     if teacher.config.vocab_size != source.config.vocab_size:
-        raise InputError(f"--teacher: expected the {source.config.vocab_size:,} tokens of BASE, "
-                         f"got {teacher.config.vocab_size:,}")  # fmt: skip
+        raise InputError(
+            "--teacher", f"the {source.config.vocab_size:,} tokens of BASE", f"{teacher.config.vocab_size:,}"
+        )
     return teacher.path
 
 
@@ -164,20 +149,23 @@ def _recipe(
     preferences: str | None,
 ) -> Recipe:  # fmt: skip
     if method is not None and method not in METHODS:
-        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+        raise InputError("--method", f"one of {', '.join(METHODS)}", f"{method!r}")
     if method is not None and name is not None:
-        raise InputError("--recipe: expected in place of --method, got both")
+        raise InputError("--recipe", "in place of --method", "both")
     if preset is not None and preset not in PRESETS:
-        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        raise InputError("--preset", f"one of {', '.join(PRESETS)}", f"{preset!r}")
     if group_size is not None and group_size not in GROUP_SIZES:
-        raise InputError(f"--group-size: expected {', '.join(map(str, GROUP_SIZES))}, got {group_size}")
+        raise InputError("--group-size", f"{', '.join(map(str, GROUP_SIZES))}", f"{group_size}")
     recipe = _with_or_without(read_recipe(name or METHODS[method or _DEFAULT]), preferences)
     scheme = [f"preset={preset}"] if preset else []
     scheme += [f"group_size={group_size}"] if group_size else []
     changed = change(recipe, [*scheme, *settings])
     if scheme and not changed.is_quantized:
-        raise InputError("--preset, --group-size: expected with a method that gives a 4-bit model (qat); "
-                         "try quantize on what this makes")  # fmt: skip
+        raise InputError(
+            "--preset, --group-size",
+            "with a method that gives a 4-bit model (qat)",
+            hint="try quantize on what this makes",
+        )
     parse_start(changed.start)
     return changed
 
@@ -186,37 +174,39 @@ def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
     """A recipe's stages that there is data for."""
     if preferences is not None:
         if not recipe.prefers:
-            raise InputError("--preferences: expected a recipe with a stage that learns from them; try "
-                             "--recipe llama3.2-qat-lora")  # fmt: skip
+            raise InputError(
+                "--preferences", "a recipe with a stage that learns from them", hint="try --recipe llama3.2-qat-lora"
+            )
         return recipe
     if all(stage.prefers for stage in recipe.stages):
-        raise InputError("--preferences: expected pairs of answers for this recipe, got none")
+        raise InputError("--preferences", "pairs of answers for this recipe", "none")
     return recipe.without_preferences()
 
 
 def _check_processes(recipe: Recipe, shard: bool) -> None:
     (start, _), least = parse_start(recipe.start), min(stage.batch for stage in recipe.stages)
     if least < processes.world():
-        raise InputError(f"batch: expected a row for each of {processes.world()} processes, got {least}; "
-                         "try fewer processes")  # fmt: skip
+        raise InputError("batch", f"a row for each of {processes.world()} processes", f"{least}", "try fewer processes")
     if start.tuning and processes.world() > 1:
-        raise InputError(f"start: expected a single process for {start.tuning}, got {processes.world()}; "
-                         f"try --set start={replace(start, tuning=None)}")  # fmt: skip
-    if recipe.prefers and processes.world() > 1:
         raise InputError(
-            f"--preferences: expected a single process, got {processes.world()}; try without torchrun"
+            "start",
+            f"a single process for {start.tuning}",
+            f"{processes.world()}",
+            f"try --set start={replace(start, tuning=None)}",
         )
+    if recipe.prefers and processes.world() > 1:
+        raise InputError("--preferences", "a single process", f"{processes.world()}", "try without torchrun")
     if shard and processes.world() == 1:
-        raise InputError("--shard: expected several processes, got one; try torchrun --nproc-per-node N")
+        raise InputError("--shard", "several processes", "one", "try torchrun --nproc-per-node N")
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(name, "").lower() == "true":
-            raise InputError(f"{name}: expected accelerate to start processes and no more; try --shard")
+            raise InputError(f"{name}", "accelerate to start processes and no more", hint="try --shard")
 
 
 def _open_float(name: str, option: str) -> Checkpoint:
     path = resolve(name)
     if (path / METADATA).exists():
-        raise InputError(f"{option}: expected a float model, got a packed one; try the one it was made from")
+        raise InputError(f"{option}", "a float model", "a packed one", "try the one it was made from")
     return Checkpoint(path)
 
 
@@ -244,10 +234,7 @@ def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, shards: int, js
     table = [
         ["examples learned, measured", f"{learned:,}, {measured:,}"],
         ["rows of tokens", f"{rows:,} of {length:,}"],
-        [
-            "tokens that the loss counts",
-            f"{data.learned_tokens:,} ({data.learned_tokens / (rows * length):.0%})",
-        ],
+        ["tokens that the loss counts", f"{data.learned_tokens:,} ({data.learned_tokens / (rows * length):.0%})"],
     ]
     table += [
         [
@@ -257,9 +244,7 @@ def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, shards: int, js
         for n, s in enumerate(recipe.stages, 1)
     ]
     memory = cast(dict[str, float], values["memory_bytes"])
-    table.append(
-        ["memory, estimated", f"{memory['cpu'] / 1e9:,.1f} GB; {memory['gpu'] / 1e9:,.1f} GB on a GPU"]
-    )
+    table.append(["memory, estimated", f"{memory['cpu'] / 1e9:,.1f} GB; {memory['gpu'] / 1e9:,.1f} GB on a GPU"])
     console.print_table("What would be trained", ["", ""], table)
     _note_few_steps(data, recipe)
 
@@ -300,10 +285,6 @@ def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
         console.print_table("Held-out examples", [models, "loss", *measures], rows)
     for course in result["stages"]:
         console.note(_course(course))
-    rate = (
-        f"{result['tokens_per_second']:,.0f} tokens/s"
-        if result["tokens_per_second"]
-        else "nothing left to train"
-    )
+    rate = f"{result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else "nothing left to train"
     console.note(f"{rate}, {result['seconds']:,.0f} s, {result['memory_bytes'] / 1e6:,.0f} MB")
     console.note(f"try: {result['try']}")

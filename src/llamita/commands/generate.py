@@ -21,26 +21,19 @@ from llamita.system.threads import remark
 
 # Options that `llamita chat` has, too, each with what `--help` says of it.
 Temperature = Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; 0 greedy.")]
-Speculate = Annotated[
-    int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")
-]
-Preset = Annotated[
-    str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")
-]
+Speculate = Annotated[int, typer.Option(help="Tokens drafted from the text so far and verified together; 0 for none.")]
+Preset = Annotated[str | None, typer.Option(help="Round a float model to this scheme first; none: not at all.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")]
 Context = Annotated[int | None, typer.Option(help="Tokens at most; by default the model's own.")]
 KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8.")]
 AdapterPath = Annotated[
-    Path | None,
-    typer.Option("--adapter", "--adaptor", metavar="DIR", help="A low-rank adapter in PEFT's form to use."),
+    Path | None, typer.Option("--adapter", "--adaptor", metavar="DIR", help="A low-rank adapter in PEFT's form to use.")
 ]
 ADAPTER = "adapter"  # what the one of --adapter is called
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")
-    ],
+    model: Annotated[str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")],
     prompt: Annotated[str, typer.Option(help="The text to continue; '-' reads it from stdin.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
@@ -102,7 +95,7 @@ def read_prompt(prompt: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         found = f"0x{data[error.start]:02x} at byte {error.start}"
-        raise InputError(f"--prompt: expected UTF-8 on stdin, got {found}; try iconv") from None
+        raise InputError("--prompt", "UTF-8 on stdin", f"{found}", "try iconv") from None
 
 
 def show_stream(llm: LLM, prompt: Prompt, options: Options, shown: list[str]) -> Generation:

@@ -38,7 +38,7 @@ def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json
     Example: llamita import Llama3.2-1B-Instruct -o llama-1b
     """
     if out is None:
-        raise InputError("--out: expected the directory to make, got none; try -o NAME")
+        raise InputError("--out", "the directory to make", "none", "try -o NAME")
     check_target(out, overwrite, source)
     beside = _beside(out, overwrite, source)
     began = time.perf_counter()
@@ -74,9 +74,7 @@ def _beside(out: Path, overwrite: bool, source: Path) -> Path | None:
         return None
     beside = out.with_name(f"{out.name}-adapter")
     if beside.exists() and (not has(beside, IMPORTED_MARK) or has(beside, TRAINED_MARK)):
-        raise InputError(
-            f"--out: {beside}, where the adapters of this release go, is another; try another name"
-        )
+        raise InputError(f"--out: {beside}, where the adapters of this release go, is another; try another name")
     check_target(beside, overwrite, source)
     return beside
 

@@ -17,9 +17,7 @@ _WORST = 5  # layers shown unless all are asked for
 
 
 def command(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A model directory, a hub name, or 'embedded'.")
-    ],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory, a hub name, or 'embedded'.")],
     layers: Annotated[bool, typer.Option("--layers", help="Show the error of every layer.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
@@ -85,16 +83,7 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
     }
     if isinstance(source, PackedModel):
         metadata = source.metadata
-        for key in (
-            "llamita",
-            "method",
-            "settings",
-            "seed",
-            "rotations",
-            "calibration",
-            "source",
-            "float_layers",
-        ):
+        for key in ("llamita", "method", "settings", "seed", "rotations", "calibration", "source", "float_layers"):
             values[key] = metadata[key]
         values["relative_error"] = metadata["error"]["relative"]
         values["layer_errors"] = metadata["error"]["layers"]

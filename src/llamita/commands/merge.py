@@ -8,16 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import (
-    CalibrationText,
-    Json,
-    Length,
-    Out,
-    Overwrite,
-    Samples,
-    Seed,
-    Threads,
-)
+from llamita.commands.options import CalibrationText, Json, Length, Out, Overwrite, Samples, Seed, Threads
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError
 from llamita.evaluate.scores import read_text
@@ -33,19 +24,10 @@ from llamita.system.machine import MemoryWatch
 from llamita.system.progress import Progress
 from llamita.system.threads import use_threads
 from llamita.text.tokenizer import Tokenizer
-from llamita.train.merge import (
-    Loss,
-    MergedSource,
-    check_targets,
-    measure,
-    merge_float,
-    merge_packed,
-    written_text,
-)
+from llamita.train.merge import Loss, MergedSource, check_targets, measure, merge_float, merge_packed, written_text
 
 _Base = Annotated[
-    str,
-    typer.Argument(metavar="BASE", help="What the adapter was trained on: float, or a quantized directory."),
+    str, typer.Argument(metavar="BASE", help="What the adapter was trained on: float, or a quantized directory.")
 ]
 _Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A directory in PEFT's form.")]
 _Method = Annotated[
@@ -53,9 +35,7 @@ _Method = Annotated[
 ]
 _Text = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="What to measure the loss on; a text that the model writes by default."
-    ),
+    typer.Option(metavar="FILE", help="What to measure the loss on; a text that the model writes by default."),
 ]
 
 
@@ -81,9 +61,9 @@ def command(
     Example: llamita merge meta-llama/Llama-3.2-1B-Instruct my-adapter -o tuned
     """
     if processes.world() > 1:
-        raise InputError(f"merge: expected a single process, got {processes.world()}; try without torchrun")
+        raise InputError("merge", "a single process", f"{processes.world()}", "try without torchrun")
     if out is None:
-        raise InputError("--out: expected the directory to make, got none; try -o NAME")
+        raise InputError("--out", "the directory to make", "none", "try -o NAME")
     use_threads(threads)
     chain = _chain(method)
     content = read_text(text) if text else None
@@ -113,8 +93,10 @@ def _chain(method: str) -> Chain:
     chain = parse_chain(method)
     if chain.transforms or chain.rounding == "trained":
         raise InputError(
-            f"--method: expected a method that rounds, such as rtn or qronos, got {method!r}; "
-            "what comes before rounding is the base's"
+            "--method",
+            "a method that rounds, such as rtn or qronos",
+            f"{method!r}",
+            "what comes before rounding is the base's",
         )
     return chain
 
@@ -124,18 +106,16 @@ def _check(source: MergedSource, chain: Chain, out: Path, overwrite: bool, calib
     check_targets(source, out, overwrite)
     measures = chain.needs_calibration({})
     if source.base_scheme is None and measures:
-        raise InputError(
-            f"--method: expected with a quantized BASE, got a float one; try llamita quantize on {out}"
-        )
+        raise InputError("--method", "with a quantized BASE", "a float one", f"try llamita quantize on {out}")
     if calibration is not None and not measures:
-        raise InputError(f"--calibration: expected a method that looks at activations, got {chain}; try gptq")
+        raise InputError("--calibration", "a method that looks at activations", f"{chain}", "try gptq")
     check(chain, {}, source.config)
 
 
 def _check_text(source: MergedSource, text: str) -> None:
     tokens = len(Tokenizer(source.path, source.config).encode(text))
     if tokens < 2:
-        raise InputError(f"--text: expected at least 2 tokens to measure on, got {tokens}; try a longer text")
+        raise InputError("--text", "at least 2 tokens to measure on", f"{tokens}", "try a longer text")
 
 
 def _merge(

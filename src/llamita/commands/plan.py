@@ -18,21 +18,14 @@ from llamita.text.printable import megabytes
 
 def command(
     src: Annotated[
-        str | None,
-        typer.Argument(metavar="[SRC]", help="A config.json, a directory, a hub name, or 'embedded'."),
+        str | None, typer.Argument(metavar="[SRC]", help="A config.json, a directory, a hub name, or 'embedded'.")
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="A published shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")
-    ] = None,
-    preset: Annotated[
-        list[str] | None, typer.Option(help="A preset to plan for; all of them by default.")
-    ] = None,
+    shape: Annotated[str | None, typer.Option(help="A published shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="A preset to plan for; all of them by default.")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")] = None,
     kv_cache: Annotated[
         str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")
     ] = None,
@@ -46,9 +39,7 @@ def command(
     Example: llamita plan meta-llama/Llama-3.2-1B --preset llama3.2
     """
     if (src is None) == (shape is None):
-        raise InputError(
-            f"plan: expected a model or --shape, got {'both' if src else 'neither'}; try --shape 1b"
-        )
+        raise InputError("plan", "a model or --shape", f"{'both' if src else 'neither'}", "try --shape 1b")
     use_threads(threads)
     schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
     if src is not None and not is_hub_name(src):
@@ -69,20 +60,11 @@ def command(
 
 def _print(name: str, estimates: list[Estimate], machine: Machine) -> None:
     contexts = list(estimates[0].memory)
-    columns = [
-        "",
-        "size",
-        *(f"memory, {_tokens(c)}" for c in contexts),
-        "decode tok/s",
-        "prefill tok/s",
-        "fits",
-    ]
+    columns = ["", "size", *(f"memory, {_tokens(c)}" for c in contexts), "decode tok/s", "prefill tok/s", "fits"]
     console.print_table(f"{name}: estimates for this machine", columns, [_row(e) for e in estimates])
     console.note(_machine_line(machine))
     if min(e.tensor_bytes for e in estimates) <= machine.cache:
-        console.note(
-            "a model that fits the CPU's caches: its speeds are rough; `llamita bench` measures them"
-        )
+        console.note("a model that fits the CPU's caches: its speeds are rough; `llamita bench` measures them")
 
 
 def _row(estimate: Estimate) -> list[str]:

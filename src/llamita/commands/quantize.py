@@ -11,24 +11,8 @@ import typer
 from llamita import __version__
 from llamita.bench.plan import describe
 from llamita.commands import console
-from llamita.commands.options import (
-    CalibrationText,
-    GroupSize,
-    Json,
-    Length,
-    Out,
-    Overwrite,
-    Samples,
-    Seed,
-    Threads,
-)
-from llamita.commands.selection import (
-    check_goal,
-    choose,
-    parse_goal,
-    print_selection,
-    selection_values,
-)
+from llamita.commands.options import CalibrationText, GroupSize, Json, Length, Out, Overwrite, Samples, Seed, Threads
+from llamita.commands.selection import check_goal, choose, parse_goal, print_selection, selection_values
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError
 from llamita.imports.open import open_source, resolve
@@ -70,15 +54,11 @@ _METHODS = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
 
 
 # The options, each with what `--help` says of it.
-_Src = Annotated[
-    str, typer.Argument(metavar="SRC", help="A model directory, a .gguf, a hub name, or 'embedded'.")
-]
+_Src = Annotated[str, typer.Argument(metavar="SRC", help="A model directory, a .gguf, a hub name, or 'embedded'.")]
 _Preset = Annotated[str, typer.Option(help=f"The scheme: {_PRESETS} (the closest; calibrates, needs Torch).")]
 _Method = Annotated[
     str | None,
-    typer.Option(
-        help=f"How weights are rounded: {_METHODS}; or several joined by +. The preset's by default."
-    ),
+    typer.Option(help=f"How weights are rounded: {_METHODS}; or several joined by +. The preset's by default."),
 ]
 _Scales = Annotated[str | None, typer.Option(help=f"How scales are chosen: {', '.join(SCALE_RULES)}.")]
 _KeepFloat = Annotated[
@@ -95,9 +75,7 @@ _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A method's setting, as spinquant.steps=0; repeatable."),
 ]
-_NoOnline = Annotated[
-    bool, typer.Option("--no-online", help="A plain Llama: no R4; tables untied where R1 is used.")
-]
+_NoOnline = Annotated[bool, typer.Option("--no-online", help="A plain Llama: no R4; tables untied where R1 is used.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 
 
@@ -133,7 +111,7 @@ def command(
     if dry_run:
         return _dry_run(src, scheme, chain, Setup(settings=chosen), (samples, length), keep_float or [], json)
     if out is None:
-        raise InputError("--out: expected the directory to make, got none; try -o NAME, or --dry-run")
+        raise InputError("--out", "the directory to make", "none", "try -o NAME, or --dry-run")
     source, is_first = _open(src, out, overwrite), processes.rank() == 0
     check(chain, chosen, source.config)
     text = _text_choice(chain, chosen, goal is not None, calibration, (samples, length, seed))
@@ -152,9 +130,7 @@ def command(
     _print_result(summary, source.config, scheme, chain, selection, json)
 
 
-def _chain(
-    preset: str, method: str | None, settings: list[str], no_online: bool
-) -> tuple[Chain, dict[str, Any]]:
+def _chain(preset: str, method: str | None, settings: list[str], no_online: bool) -> tuple[Chain, dict[str, Any]]:
     """The chain that was asked for, or the preset's with what that sets, and its settings."""
     if no_online and not method and preset in OFFLINE_METHODS:
         methods, no_online = OFFLINE_METHODS, False
@@ -165,9 +141,7 @@ def _chain(
     chosen = chosen | parse_settings(settings, settable(chain.names))
     if no_online:
         if "spinquant" not in chain.names:
-            raise InputError(
-                f"--no-online: expected a method with spinquant, got {chain}; try without --no-online"
-            )
+            raise InputError("--no-online", "a method with spinquant", f"{chain}", "try without --no-online")
         chosen["spinquant.online"] = False
     check_settings(chain.names, chosen)
     return chain, chosen
@@ -178,7 +152,7 @@ def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
     convert_first(src)
     path = resolve(src)
     if has(path, METADATA):
-        raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
+        raise InputError(f"{src}", "a float model", "one that llamita has quantized", "try its source")
     if processes.rank() == 0:
         check_target(out, overwrite, path)
     return Checkpoint(path)
@@ -193,7 +167,7 @@ def _text_choice(
     """What to calibrate on, if anything does: name, then samples, length and seed."""
     is_needed = has_goal or chain.needs_calibration(settings)
     if not is_needed and name is not None:
-        raise InputError(f"--calibration: expected a method that looks at activations, got {chain}; try gptq")
+        raise InputError("--calibration", "a method that looks at activations", f"{chain}", "try gptq")
     return (name or SELF, *rest) if is_needed else None
 
 
@@ -261,14 +235,13 @@ def _going_on(out: Path, chain: Chain, settings: dict[str, Any]) -> Iterator[Non
 
 
 def _dry_run(
-    src: str, scheme: QuantScheme, chain: Chain, setup: Setup, text: tuple[int, int], patterns: list[str],
-    json: bool,
-) -> None:  # fmt: skip
+    src: str, scheme: QuantScheme, chain: Chain, setup: Setup, text: tuple[int, int], patterns: list[str], json: bool
+) -> None:
     """`text` is the calibration's samples and length."""
     model = describe(src)
     scheme = layer_kinds.keep_float(model.config, scheme, patterns)
     if model.scheme is not None:
-        raise InputError(f"{src}: expected a float model, got one that llamita has quantized; try its source")
+        raise InputError(f"{src}", "a float model", "one that llamita has quantized", "try its source")
     check_sizes(chain, setup.settings, model.config)
     plan = plan_chain(model.config, scheme, model.float_dtype, chain, setup.settings)
     seconds, memory = estimate(plan, scheme, model.config, chain, setup, *text)

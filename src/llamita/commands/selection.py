@@ -14,13 +14,7 @@ from llamita.models.layer_kinds import describe_kinds
 from llamita.numerics.intervals import Interval
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.chain_sizes import plan_chain
-from llamita.quantize.layer_choice import (
-    Goal,
-    Selection,
-    check_size,
-    select,
-    size_bounds,
-)
+from llamita.quantize.layer_choice import Goal, Selection, check_size, select, size_bounds
 from llamita.quantize.rounded import RoundedSource
 from llamita.system.progress import Progress
 from llamita.text.printable import megabytes
@@ -37,14 +31,14 @@ def parse_goal(max_size: str | None, max_loss: float | None, dry_run: bool) -> G
         InputError: both are given, or one with `dry_run`, or one is no size or no positive loss.
     """
     if dry_run and not (max_size is None and max_loss is None):
-        raise InputError("--dry-run: expected without --max-size and --max-loss, which measure the model")
+        raise InputError("--dry-run", "without --max-size and --max-loss, which measure the model")
     if max_size is not None and max_loss is not None:
-        raise InputError("--max-size, --max-loss: expected one of them, got both")
+        raise InputError("--max-size, --max-loss", "one of them", "both")
     if max_size is not None:
         return Goal(max_size=parse_size(max_size))
     if max_loss is not None:
         if not 0 < max_loss < float("inf"):
-            raise InputError(f"--max-loss: expected nats a token above 0, such as 0.02, got {max_loss}")
+            raise InputError("--max-loss", "nats a token above 0, such as 0.02", f"{max_loss}")
         return Goal(max_loss=max_loss)
     return None
 
@@ -57,17 +51,12 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or (not match[2] and float(match[1]) < _LEAST_BYTES):
-        raise InputError(f"--max-size: expected a size such as 700MB or 1.2GB, got {text!r}")
+        raise InputError("--max-size", "a size such as 700MB or 1.2GB", f"{text!r}")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def choose(
-    source: Checkpoint,
-    scheme: QuantScheme,
-    goal: Goal | None,
-    chain: Chain,
-    setup: Setup,
-    progress: Progress,
+    source: Checkpoint, scheme: QuantScheme, goal: Goal | None, chain: Chain, setup: Setup, progress: Progress
 ) -> tuple[QuantScheme, Setup, Selection | None]:
     """The scheme that fits the goal, the setup with a record of it, what was found; errors as `select`."""
     if goal is None:

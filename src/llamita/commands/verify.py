@@ -31,8 +31,10 @@ def command(
     if not has(path, EXPORTED_MARK):  # what is exported is checked as it is, never converted first
         if form_of(path) is not None:
             raise InputError(
-                f"{directory}: expected a directory that llamita made, got another tool's model, which says "
-                "nothing of what was written; try llamita inspect"
+                f"{directory}",
+                "a directory that llamita made",
+                "another tool's model, which says nothing of what was written",
+                "try llamita inspect",
             )
         path = resolve(directory)
     with console.progress(quiet=json) as progress:

@@ -69,7 +69,7 @@ def _block(config: ModelConfig, layer: int, stored: StoredAdapter) -> dict[str, 
             if module in stored.pairs:
                 down, up = stored.pairs[module]
                 if downs and downs[0].dtype != down.dtype:
-                    raise InputError(f"{module}: lora_A: expected its neighbours' dtype")
+                    raise InputError(f"{module}: lora_A", "its neighbours' dtype")
                 downs.append(down)
                 ups.append((_panels(up), outputs, rows))
             outputs += rows

@@ -27,7 +27,7 @@ from llamita.engine.requests import (
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
 from llamita.engine.weights import load_weights
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.models.weights import ModelSource
 from llamita.system.machine import usable_memory
 from llamita.text.chat_template import ChatTemplate, read_template
@@ -41,12 +41,10 @@ def check_cache(source: ModelSource, context: int | None, kv_dtype: str | None) 
     longest = source.config.context
     context = longest if context is None else context
     if not 0 < context <= longest:
-        raise InputError(
-            f"context: expected 1 to {longest} tokens, got {context}; try {longest}, the model's own"
-        )
+        raise InputError("context", f"1 to {longest} tokens", f"{context}", f"try {longest}, the model's own")
     chosen = kv_dtype or ("f32" if source.scheme is None else "f16")
     if chosen not in KV_DTYPES:
-        raise InputError(f"kv_dtype (--kv-cache): expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+        raise InputError("kv_dtype (--kv-cache)", f"one of {', '.join(KV_DTYPES)}", f"{kv_dtype!r}")
     return context, chosen
 
 
@@ -118,7 +116,7 @@ class LLM:
         """The same logits in arrays of up to `chunk` rows, for vocabularies whose whole would be too much."""
         ids = self.check_ids(token_ids)
         if chunk < 1:
-            raise InputError(f"chunk: expected at least 1, got {chunk}")
+            raise InputError("chunk", "at least 1", f"{chunk}")
         cache = self.new_sequence(len(ids))
         cache.adapter = find_adapter(adapter, self.adapters)
         return self._iterate_logits(cache, ids, chunk)
@@ -128,9 +126,8 @@ class LLM:
         return _last(self.stream(prompt, **options))
 
     def generate_many(
-        self, prompts: Sequence[Prompt], *, adapters: Sequence[str | None] | None = None,
-        **options: Unpack[Options],
-    ) -> list[Generation]:  # fmt: skip
+        self, prompts: Sequence[Prompt], *, adapters: Sequence[str | None] | None = None, **options: Unpack[Options]
+    ) -> list[Generation]:
         """Generate from many prompts together, in less time than one after the other; same results.
 
         Args:
@@ -143,12 +140,13 @@ class LLM:
             RunError: one of them failed; the others are given up.
         """
         if isinstance(prompts, str):
-            raise InputError("prompts: expected several texts, got one; try [text]")
+            raise InputError("prompts", "several texts", "one", "try [text]")
         if not isinstance(prompts, Iterable):
-            raise InputError(f"prompts: expected several texts, got {repr(prompts)[:80]}; try a list")
+            raise InputError("prompts", "several texts", shown(prompts), "try a list")
         if adapters is not None and (len(adapters) != len(prompts) or "adapter" in options):
-            raise InputError(f"adapters: expected one for each of {len(prompts)} prompts and no adapter for "
-                             f"all, got {len(adapters)}")  # fmt: skip
+            raise InputError(
+                "adapters", f"one for each of {len(prompts)} prompts and no adapter for all", f"{len(adapters)}"
+            )
         requests = []
         for place, prompt in enumerate(prompts):
             own: Options = {} if adapters is None else {"adapter": adapters[place]}
@@ -219,7 +217,7 @@ class LLM:
             ("prefix_cache", prefix_cache, 0),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+                raise InputError(f"{name}", f"a whole number of at least {least}", f"{value!r}")
         return Limits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
@@ -233,9 +231,7 @@ class LLM:
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not np.size(ids):
             if tokenizer.bos_token_id is None:
-                raise InputError(
-                    "prompt (--prompt): expected some text, got none, and the model has no BOS token"
-                )
+                raise InputError("prompt (--prompt)", "some text", "none, and the model has no BOS token")
             ids = [tokenizer.bos_token_id]
         ids = self.check_ids(ids)
         return ids, any(tokenizer.token_bytes(token) for token in ids.tolist())

@@ -60,9 +60,7 @@ class Model:
         self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
         self._lock = threading.Lock()  # the buffers serve one step at a time
 
-    def step(
-        self, sequences: Step, rows: np.ndarray | None = None, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def step(self, sequences: Step, rows: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Take in new tokens and give the logits that follow some of them.
 
         Args:
@@ -114,9 +112,7 @@ class Model:
         if tokens > self._buffers.capacity:
             self._buffers = _Buffers(self.config, capacity=tokens)
         buffers = self._buffers.first(tokens)
-        batch = ops.Batch(
-            [(cache.native, cache.length, n) for (cache, _), n in zip(sequences, counts, strict=True)]
-        )
+        batch = ops.Batch([(cache.native, cache.length, n) for (cache, _), n in zip(sequences, counts, strict=True)])
         ids = sequences[0][1] if len(sequences) == 1 else np.concatenate([ids for _, ids in sequences])
         ops.embed(self.weights.embedding, ids, buffers.x)
         return batch, buffers

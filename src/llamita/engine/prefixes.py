@@ -75,11 +75,7 @@ class PrefixCache:
             del self._kept[0]
 
     def find(
-        self,
-        ids: np.ndarray,
-        declared_length: int,
-        running: Iterable[Prefix],
-        adapter: Adapter | None = None,
+        self, ids: np.ndarray, declared_length: int, running: Iterable[Prefix], adapter: Adapter | None = None
     ) -> tuple[Prefix | None, int]:
         """What shares the longest beginning with a sequence, kept or running, and the length of that."""
         best, longest = None, SHORTEST - 1
@@ -106,9 +102,7 @@ class PrefixCache:
         self._kept.append(prefix)  # just used
         return None
 
-    def shared(
-        self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None = None
-    ) -> int:
+    def shared(self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None = None) -> int:
         """Tokens whose keys and values are those of a sequence with these ids, length and adapter, too."""
         if prefix.adapter is not adapter:
             return 0

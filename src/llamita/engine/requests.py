@@ -133,11 +133,11 @@ def check_request(
     speculate = options.get("speculate", DEFAULT_SPECULATE)
     for name, value, least in (("max_tokens", max_tokens, 1), ("speculate", speculate, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+            raise InputError(f"{name}", f"a whole number of at least {least}", f"{value!r}")
     stop = options.get("stop", ())
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stop):
-        raise InputError(f"stop: expected texts that are not empty, got {list(stop)!r}")
+        raise InputError("stop", "texts that are not empty", f"{list(stop)!r}")
     room = context - len(ids)
     return Request(
         ids=ids,
@@ -158,7 +158,7 @@ def find_adapter(name: object, adapters: Mapping[str, Adapter]) -> Adapter | Non
         return None
     if not isinstance(name, str) or name not in adapters:
         known = ", ".join(adapters) or "none, as the model was loaded without"
-        raise InputError(f"adapter: expected one of {known}, got {name!r}")
+        raise InputError("adapter", f"one of {known}", f"{name!r}")
     return adapters[name]
 
 
@@ -178,7 +178,7 @@ def check_prompt(prompt: Any) -> None:
         return
     several = isinstance(prompt, Sequence) and all(isinstance(part, str) for part in prompt)
     hint = "; try generate_many for several texts" if several else ""
-    raise InputError(f"prompt: expected a text, messages or token ids, got {repr(prompt)[:80]}{hint}")
+    raise InputError("prompt", "a text, messages or token ids", f"{repr(prompt)[:80]}{hint}")
 
 
 def check_ids(token_ids: TokenIds, vocab_size: int, context: int) -> np.ndarray:
@@ -188,17 +188,19 @@ def check_ids(token_ids: TokenIds, vocab_size: int, context: int) -> np.ndarray:
     except ValueError:  # a ragged list
         ids = np.empty((0, 0))
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
-        raise InputError(f"token ids: expected one or more whole numbers, got {str(token_ids)[:80]}")
+        raise InputError("token ids", "one or more whole numbers", f"{str(token_ids)[:80]}")
     if len(ids) > context:
         raise InputError(
-            f"prompt: expected at most {context} tokens, the context, got {len(ids)}; "
-            "try a shorter one, or a larger context (--context) where the model allows it"
+            "prompt",
+            f"at most {context} tokens, the context",
+            f"{len(ids)}",
+            "try a shorter one, or a larger context (--context) where the model allows it",
         )
     largest = vocab_size - 1
     wrong = np.flatnonzero((ids < 0) | (ids > largest))
     if len(wrong):
         at = wrong[0]
-        raise InputError(f"token ids: expected 0 to {largest}, got {ids[at]} at position {at}")
+        raise InputError("token ids", f"0 to {largest}", f"{ids[at]} at position {at}")
     return ids.astype(np.int32)
 
 
@@ -208,7 +210,7 @@ def _sampling(recommended: Sampling, options: Options) -> Sampling:
     if not options.get("greedy"):
         return replace(recommended, **given)
     if extra := sorted(given.keys() - {"repetition_penalty", "seed"}):
-        raise InputError(f"greedy: expected without {', '.join(extra)}: it takes the likeliest token")
+        raise InputError("greedy", f"without {', '.join(extra)}: it takes the likeliest token")
     return replace(recommended, temperature=0.0, **given)
 
 

@@ -52,12 +52,7 @@ class Sampling:
             f"{least:g} to {most:g}",
             least <= self.repetition_penalty <= most,
         )
-        _expect(
-            "seed",
-            self.seed,
-            "0 or more",
-            self.seed is None or (isinstance(self.seed, int) and self.seed >= 0),
-        )
+        _expect("seed", self.seed, "0 or more", self.seed is None or (isinstance(self.seed, int) and self.seed >= 0))
 
     @classmethod
     def from_generation_config(cls, values: dict[str, Any]) -> "Sampling":
@@ -93,9 +88,7 @@ class Sampler:
         """
         best = int(logits.argmax())  # NaN, where there is one, is the largest for argmax
         if not math.isfinite(logits[best]):
-            raise RunError(
-                f"logits: expected finite values, got {logits[best]} for token {best}: broken weights"
-            )
+            raise RunError("logits", "finite values", f"{logits[best]} for token {best}: broken weights")
         if self._sampling.repetition_penalty != 1:
             logits = penalize(logits, np.flatnonzero(self._seen), self._sampling.repetition_penalty)
             best = int(logits.argmax())
@@ -194,4 +187,4 @@ def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
 
 def _expect(name: str, value: object, expected: str, is_right: bool) -> None:
     if not is_right:
-        raise InputError(f"{name}: expected {expected}, got {value!r}")
+        raise InputError(f"{name}", f"{expected}", f"{value!r}")

@@ -203,9 +203,10 @@ class Scheduler:
         """
         if request.declared_length > self._room:
             raise InputError(
-                f"max_tokens: expected up to {self._room} tokens with the prompt, for which there is memory, "
-                f"got {request.declared_length}; try fewer (--max-tokens, --context), "
-                "smaller keys and values (--kv-cache int8, in Python kv_dtype), or there more cache_memory"
+                "max_tokens",
+                f"up to {self._room} tokens with the prompt, for which there is memory",
+                f"{request.declared_length}",
+                "try fewer (--max-tokens, --context), smaller keys and values (--kv-cache int8, in Python kv_dtype), or there more cache_memory",
             )
         sequence = _Sequence(request, answer)
         stream = Stream(self, sequence)  # first: what is queued must have somebody who can close it
@@ -389,7 +390,7 @@ class Scheduler:
             try:
                 cache = SequenceCache(config, capacity, self._limits.kv_dtype, declared)
             except MemoryError:
-                sequence.fail(RunError(f"memory: expected room for keys and values of {capacity} tokens"))
+                sequence.fail(RunError("memory", f"room for keys and values of {capacity} tokens"))
                 return False
             cache.adapter = adapter
             if found:  # even where it just gave way: it is there until it has been copied

@@ -30,8 +30,7 @@ class Drafter:
         self._tail = tuple(known[-ORDERS[0] :])
         # What each n-gram was followed by, last: the position of that token
         self._after = [
-            dict(zip(zip(*(known[i:] for i in range(n)), strict=False), range(n, count), strict=False))
-            for n in ORDERS
+            dict(zip(zip(*(known[i:] for i in range(n)), strict=False), range(n, count), strict=False)) for n in ORDERS
         ]
         self._order = 0  # index of the length of the n-gram that made the draft
         self._rates = [0.5] * len(ORDERS)

@@ -83,7 +83,7 @@ def load_weights(source: ModelSource, gated: bool = True) -> ModelWeights:
     blocks = tuple(load_block(source, i, gated) for i in range(config.layers))
     size, inputs = source.rotations.r4_size, config.intermediate_size
     if size not in (None, inputs):
-        raise InputError(f"rotations: R4: size: expected {inputs}, the inputs of down_proj, got {size}")
+        raise InputError("rotations: R4: size", f"{inputs}, the inputs of down_proj", f"{size}")
     return ModelWeights(
         embedding=embedding.parts[0].weights,
         blocks=blocks,
@@ -105,7 +105,7 @@ def _head_transform(source: ModelSource) -> _native.Weights | None:
     if transform is None:
         return None
     if transform.shape != (hidden, hidden):
-        raise InputError(f"lm_head.transform: expected shape {(hidden, hidden)}, got {transform.shape}")
+        raise InputError("lm_head.transform", f"shape {(hidden, hidden)}", f"{transform.shape}")
     return _native.wrap_float([transform])
 
 
@@ -121,9 +121,7 @@ def load_block(source: ModelSource, index: int, gated: bool = True) -> Block:
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
 
     def fused(*names: str, gated: bool = False) -> Linear:
-        return _linear(
-            source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated
-        )
+        return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated)
 
     return Block(
         attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
@@ -167,24 +165,24 @@ def _linear(
     return Linear(tuple(parts), takes_codes=any(quantized), takes_floats=not all(quantized))
 
 
-def _kind(
-    name: str, weight: Int4Weight | Int8Weight | np.ndarray, shape: tuple[int, int]
-) -> tuple[object, ...]:
+def _kind(name: str, weight: Int4Weight | Int8Weight | np.ndarray, shape: tuple[int, int]) -> tuple[object, ...]:
     """What must agree for two layers to be packed together; the shape is checked on the way."""
     if isinstance(weight, Int4Weight):
         found = (weight.packed.shape[0], weight.packed.shape[1] * 8)  # 8 codes in an int32
         kind = ("int4", weight.group_size, weight.scales.dtype)
         if shape[1] % weight.group_size:
             raise InputError(
-                f"{name}.weight: expected inputs that are a multiple of the group size {weight.group_size}, "
-                f"got {shape[1]}; try a smaller group size"
+                f"{name}.weight",
+                f"inputs that are a multiple of the group size {weight.group_size}",
+                f"{shape[1]}",
+                "try a smaller group size",
             )
     elif isinstance(weight, Int8Weight):
         found, kind = weight.codes.shape, ("int8", weight.scales.dtype)
     else:
         found, kind = weight.shape, ("float", weight.dtype)
     if found != shape:
-        raise InputError(f"{name}.weight: expected shape {shape} from config.json, got {found}")
+        raise InputError(f"{name}.weight", f"shape {shape} from config.json", f"{found}")
     return kind
 
 

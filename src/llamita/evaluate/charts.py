@@ -25,9 +25,7 @@ class Markup(str):
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """An element; `class_` and `stroke_width` are spelled `class` and `stroke-width`; None is left out."""
-    pairs = (
-        (key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None
-    )
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
     head = name + "".join(f' {key}="{escape(str(value))}"' for key, value in pairs)
     if name in _VOID:
         return Markup(f"<{head}>" if name == "meta" else f"<{head}/>")
@@ -64,11 +62,7 @@ def line_chart(
         return _LEFT + inner_width * place / max(1, count - 1)
 
     def y_of(value: float) -> float:
-        at = (
-            math.log10(max(value, low) / low) / math.log10(high / low)
-            if log
-            else (value - low) / (high - low)
-        )
+        at = math.log10(max(value, low) / low) / math.log10(high / low) if log else (value - low) / (high - low)
         return _TOP + inner_height * (1 - at)
 
     parts = [tag("text", title, x=_LEFT, y=14, class_="title")]
@@ -103,9 +97,7 @@ def bar_chart(
         parts.append(tag("line", x1=f"{left + low * scale:.1f}", x2=f"{left + high * scale:.1f}",
                          y1=middle, y2=middle, class_="interval"))  # fmt: skip
         parts.append(tag("text", format(value, spec), x=f"{left + high * scale + 6:.1f}", y=y + 12))
-    return tag(
-        "svg", *parts, viewBox=f"0 0 {width:.0f} {height}", width=round(width), height=height, role="img"
-    )
+    return tag("svg", *parts, viewBox=f"0 0 {width:.0f} {height}", width=round(width), height=height, role="img")
 
 
 def legend(names: Sequence[str], colors: Sequence[str] = COLORS) -> Markup:

@@ -143,7 +143,7 @@ def compare(
         RunError: NaN or infinity among a model's logits.
     """
     if len(contenders) < 2 or not contenders[0].is_baseline:
-        raise InputError("compare: expected two or more models, got one; try --baseline SRC")
+        raise InputError("compare", "two or more models", "one", "try --baseline SRC")
     tokens = score_tokens(contenders, text, chunk_tokens=chunk_tokens, limit=limit, progress=progress)
     watched = first_tokens(tokens.chunks, LAYER_TOKENS)
     reports, notes = _look_inside(contenders, summarize(contenders, tokens), watched, progress)
@@ -186,10 +186,7 @@ def to_values(comparison: Comparison) -> dict[str, Any]:
 
 
 def _look_inside(
-    contenders: Sequence[Contender],
-    scores: Sequence[TextScores],
-    chunks: Sequence[np.ndarray],
-    progress: Progress,
+    contenders: Sequence[Contender], scores: Sequence[TextScores], chunks: Sequence[np.ndarray], progress: Progress
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Every model's report but for its continuation, and what could not be compared."""
     sources = [contender.open() for contender in contenders]
@@ -199,8 +196,7 @@ def _look_inside(
         errors, is_alike = None, has_same_shape(source, baseline)
         is_transformed = origin.is_transformed or origins[0].is_transformed
         if not is_alike:
-            notes.append(f"{contender.name}: another shape than {contenders[0].name}: nothing inside it "
-                         "is compared")  # fmt: skip
+            notes.append(f"{contender.name}: another shape than {contenders[0].name}: nothing inside it is compared")
         elif i and is_transformed:
             changed = origin if origin.is_transformed else origins[0]
             notes.append(f"{contender.name}: weights were changed before they were rounded "

@@ -58,7 +58,7 @@ def open_contenders(
     models = [_parse(source) for source in sources]
     for i, model in enumerate(models):
         if model in models[:i]:
-            raise InputError(f"{sources[i]}: expected every model once, got it again")
+            raise InputError(f"{sources[i]}", "every model once", "it again")
     chosen = baseline or _source_of_all(sources, models, progress)
     has_baseline = chosen is not None and chosen != NO_BASELINE
     if chosen is not None and has_baseline:
@@ -91,10 +91,10 @@ def _parse(source: str) -> _Model:
     try:
         scheme = make_scheme(match[2], int(match[3]) if match[3] else None)
     except InputError as error:
-        raise InputError(f"{source}: expected SRC:PRESET or SRC:PRESET:GROUP: {error}") from None
+        raise InputError(f"{source}", f"SRC:PRESET or SRC:PRESET:GROUP: {error}") from None
     path = resolve(match[1])
     if has(path, METADATA):
-        raise InputError(f"{source}: expected a float model before the preset, got one that is quantized")
+        raise InputError(f"{source}", "a float model before the preset", "one that is quantized")
     return _Model(path, scheme, match[1])
 
 
@@ -108,8 +108,7 @@ def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: P
         name = name or model.source
         if model.path != resolve(name):
             raise InputError(
-                f"{source}: expected one made from {name}, as another is; "
-                "try --baseline SRC, or each by itself"
+                f"{source}", f"one made from {name}, as another is", hint="try --baseline SRC, or each by itself"
             )
     return name
 
@@ -122,8 +121,10 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
     for source, other in records.items():
         if other["files"] != record["files"]:
             raise InputError(
-                f"{source}: expected one made from {name}, as {first} was, got one from {other['name']}; "
-                "try --baseline SRC, or each by itself"
+                f"{source}",
+                f"one made from {name}, as {first} was",
+                f"one from {other['name']}",
+                "try --baseline SRC, or each by itself",
             )
     try:
         path = resolve(name)
@@ -135,8 +136,7 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
             progress(f"checking {name}", i, len(record["files"]))
         if not has(path, file) or sha256_file(member(path, file)) != sha256:
             raise InputError(
-                f"{path / file}: expected the file that {first} was made from, got another; "
-                "try --baseline SRC, or none"
+                f"{path / file}", f"the file that {first} was made from", "another", "try --baseline SRC, or none"
             )
     return name
 

@@ -138,9 +138,7 @@ def first_tokens(chunks: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     return taken
 
 
-def _side_by_side(
-    contenders: Sequence[Contender], chunk: np.ndarray
-) -> Iterator[tuple[int, tuple[BlockView, ...]]]:
+def _side_by_side(contenders: Sequence[Contender], chunk: np.ndarray) -> Iterator[tuple[int, tuple[BlockView, ...]]]:
     """All models through a chunk of tokens, block by block: number of blocks passed, each model's view."""
     caches = [c.llm.new_sequence(len(chunk)) for c in contenders]
     for start in range(0, len(chunk), PREFILL_CHUNK):

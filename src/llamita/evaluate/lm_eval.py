@@ -112,7 +112,7 @@ class EngineLM(TemplateLM):
         self.max_length = min(max_seq_len, llm.context)
         self._scorer = _Scorer(llm, self.max_length)
         if not self._tokens.eos_token_ids:
-            raise InputError(f"{llm.path}: eos_token: expected one, as LM Eval needs, got none")
+            raise InputError(f"{llm.path}: eos_token", "one, as LM Eval needs", "none")
 
     @property
     def eot_token_id(self) -> int:
@@ -164,8 +164,10 @@ class EngineLM(TemplateLM):
         for i, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise InputError(
-                    f"LM Eval: expected continuations of 1 to {self.max_length} tokens, "
-                    f"got {len(continuation)}; try a larger --max-seq-len"
+                    "LM Eval",
+                    f"continuations of 1 to {self.max_length} tokens",
+                    f"{len(continuation)}",
+                    "try a larger --max-seq-len",
                 )
             jobs.append(((context + continuation)[-(self.max_length + 1) :], len(continuation), i))
         results = [(0.0, False)] * len(jobs)
@@ -190,8 +192,7 @@ class EngineLM(TemplateLM):
         count = options.pop("max_gen_toks")
         if count >= self.max_length:
             raise InputError(
-                f"LM Eval: max_gen_toks: expected below {self.max_length}, got {count}; "
-                "try a larger --max-seq-len"
+                "LM Eval: max_gen_toks", f"below {self.max_length}", f"{count}", "try a larger --max-seq-len"
             )
         ids = self.tok_encode(context)[-(self.max_length - count) :]
         generation = self._llm.generate(ids, **_engine_options(options, count, until))
@@ -230,7 +231,7 @@ class _Scorer:
                 greedy = greedy and bool((logits.argmax(axis=1) == wanted).all())
         self._done = ids
         if not np.isfinite(total):
-            raise RunError(f"{self._llm.path}: logits: expected finite numbers, got NaN or infinity")
+            raise RunError(f"{self._llm.path}: logits", "finite numbers", "NaN or infinity")
         return total, greedy
 
     def _resume(self, ids: np.ndarray, first: int) -> int:
@@ -256,7 +257,7 @@ def _engine_options(options: Any, count: int, until: list[str]) -> Options:
     unknown = settings.keys() - {*_DRAWING, "repetition_penalty"}
     if unknown:
         known = ", ".join([*_DRAWING, "repetition_penalty"])
-        raise InputError(f"LM Eval: generation_kwargs: expected {known}, got {min(unknown)}")
+        raise InputError("LM Eval: generation_kwargs", f"{known}", f"{min(unknown)}")
     result.update(settings)  # type: ignore[typeddict-item]
     return result
 
@@ -288,7 +289,7 @@ def _load(manager: TaskManager, names: Sequence[str]) -> Any:
     """The tasks in the form that LM Eval's `evaluate` takes, their data at hand."""
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
-            raise InputError(f"--tasks: expected a task of LM Eval, got {name!r}; try `lm_eval ls tasks`")
+            raise InputError("--tasks", "a task of LM Eval", f"{name!r}", "try `lm_eval ls tasks`")
     try:
         return manager.load(list(names))
     except Exception as error:  # whatever the data set's loader, the hub's client or the network raise

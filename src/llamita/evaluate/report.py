@@ -79,11 +79,11 @@ def render(comparison: Comparison, text_name: str) -> str:
 def check_target(path: Path, overwrite: bool) -> None:
     """Raise InputError if the report cannot be written there; it replaces nothing but a page."""
     if not path.parent.is_dir():
-        raise InputError(f"--html: expected a file in an existing directory, got {path}; try mkdir -p")
+        raise InputError("--html", "a file in an existing directory", f"{path}", "try mkdir -p")
     if not os.path.lexists(path):
         return
     if not path.is_file():
-        raise InputError(f"--html: expected the name of a file, got {path}, which is none")
+        raise InputError("--html", "the name of a file", f"{path}, which is none")
     if not overwrite:
         raise InputError(f"--html: {path} exists; try --overwrite or another name")
     with path.open("rb") as file:
@@ -122,8 +122,7 @@ def _facts(comparison: Comparison) -> Markup:
             f"{scores.perplexity:.4g}", _interval(scores.increase, 100, ".2f", " %"),
             _interval(scores.kl, 1, ".5f"), _interval(scores.agreement, 100, ".2f", " %"),
         ])  # fmt: skip
-    kl = {printable(m.name): (m.scores.kl.value, m.scores.kl.low, m.scores.kl.high)
-          for m in models if m.scores.kl}  # fmt: skip
+    kl = {printable(m.name): (m.scores.kl.value, m.scores.kl.low, m.scores.kl.high) for m in models if m.scores.kl}
     return join([_table(header, rows), bar_chart("mean KL, nats a token", kl, ".5f", COLORS[1:])])
 
 
@@ -138,10 +137,7 @@ def _differences(comparison: Comparison) -> Markup:
     if not comparison.differences:
         return Markup("")
     rows = [
-        [
-            f"{d.second} less {d.first}",
-            *(_signed(i, factor, spec, unit) for i, factor, spec, unit in _parts(d)),
-        ]
+        [f"{d.second} less {d.first}", *(_signed(i, factor, spec, unit) for i, factor, spec, unit in _parts(d))]
         for d in comparison.differences
     ]
     header = ["", "KL, nats a token", "perplexity", "top-1 agreement"]
@@ -176,9 +172,7 @@ def _stream(comparison: Comparison) -> Markup:
     colors = [color for _, color in models]
     chart = line_chart("relative squared error of the residual stream", lines, "blocks passed", log=True,
                        width=720, height=280, colors=colors)  # fmt: skip
-    return join(
-        [tag("h2", "Where errors arise: outputs"), tag("p", note), legend(list(lines), colors), chart]
-    )
+    return join([tag("h2", "Where errors arise: outputs"), tag("p", note), legend(list(lines), colors), chart])
 
 
 def _weights(comparison: Comparison) -> Markup:
@@ -247,13 +241,7 @@ def _places(comparison: Comparison) -> Markup:
     for place in comparison.disagreements:
         text = tag("code", "…", place.context, tag("mark", place.token))
         rows = [
-            [
-                model.name,
-                tag("code", o.said),
-                f"{o.probability:.1%}",
-                f"{o.right_probability:.1%}",
-                f"{o.kl:.3f}",
-            ]
+            [model.name, tag("code", o.said), f"{o.probability:.1%}", f"{o.right_probability:.1%}", f"{o.kl:.3f}"]
             for model, o in zip(comparison.models, place.opinions, strict=True)
         ]
         header = ["", "would have said", "at", "probability of the text's", "KL, nats"]
@@ -267,9 +255,7 @@ def _continuations(comparison: Comparison) -> Markup:
         return Markup("")
     header = tag("tr", *(tag("th", model.name, class_="text") for model, _ in columns))
     cells = tag("tr", *(tag("td", c.text, class_="text") for _, c in columns))
-    said = [
-        "" if m.is_baseline else f"as the baseline: {c.same_tokens} of {c.tokens} tokens" for m, c in columns
-    ]
+    said = ["" if m.is_baseline else f"as the baseline: {c.same_tokens} of {c.tokens} tokens" for m, c in columns]
     same = tag("tr", *(tag("td", tag("small", text), class_="text") for text in said))
     return join([tag("h2", "Continued greedily"), tag("p", tag("code", comparison.prompt)),
                  tag("div", tag("table", header, cells, same), class_="scroll")])  # fmt: skip
@@ -287,6 +273,5 @@ def _colored(comparison: Comparison) -> list[tuple[Report, str]]:
     """Every model with its color, the same in all plots; the baseline's is grey."""
     others = COLORS[1:]
     return [
-        (model, COLORS[0] if i == 0 else others[(i - 1) % len(others)])
-        for i, model in enumerate(comparison.models)
+        (model, COLORS[0] if i == 0 else others[(i - 1) % len(others)]) for i, model in enumerate(comparison.models)
     ]

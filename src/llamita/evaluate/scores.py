@@ -128,7 +128,7 @@ def score_tokens(
     chunks = split_chunks(ids, length, whole_chunks)[:limit]
     if not chunks:
         wanted = f"{length} tokens" if whole_chunks else "2 tokens"
-        raise InputError(f"text: expected at least {wanted}, got {len(ids)}; try a longer one")
+        raise InputError("text", f"at least {wanted}", f"{len(ids)}", "try a longer one")
     total = sum(len(chunk) - 1 for chunk in chunks)
     scores = np.empty((4, len(contenders), total))
     done = 0
@@ -154,7 +154,7 @@ def split_chunks(token_ids: np.ndarray, length: int, whole: bool = False) -> lis
     A last chunk of one token predicts nothing and is left out. Raises InputError for a length below 2.
     """
     if length < 2:
-        raise InputError(f"--max-seq-len: expected at least 2 tokens, got {length}")
+        raise InputError("--max-seq-len", "at least 2 tokens", f"{length}")
     chunks = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
     return [chunk for chunk in chunks if len(chunk) >= (length if whole else 2)]
 
@@ -181,9 +181,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"--text: expected a text file, found none at {path}") from None
+        raise InputError("--text", "a text file", f"none at {path}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+        raise InputError(f"{path}", "UTF-8", f"a stray byte at {error.start}") from None
 
 
 def _common_tokens(contenders: Sequence[Contender], text: str) -> np.ndarray:
@@ -194,8 +194,10 @@ def _common_tokens(contenders: Sequence[Contender], text: str) -> np.ndarray:
         same_size = other.llm.config.vocab_size == first.llm.config.vocab_size
         if not same_size or other.llm.tokenizer.encode(text) != ids:
             raise InputError(
-                f"{other.name}: expected the tokens of {first.name}, got others for the same text; "
-                "try another --baseline, or each model by itself"
+                f"{other.name}",
+                f"the tokens of {first.name}",
+                "others for the same text",
+                "try another --baseline, or each model by itself",
             )
     return np.array(ids, dtype=np.int32)
 
@@ -215,8 +217,10 @@ def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: np.
     if len(broken):
         model, token = broken[0]
         raise RunError(
-            f"{contenders[model].name}: logits: expected finite numbers, got NaN or infinity "
-            f"{token + 1} tokens into a chunk; the weights may be damaged"
+            f"{contenders[model].name}: logits",
+            "finite numbers",
+            f"NaN or infinity {token + 1} tokens into a chunk",
+            "the weights may be damaged",
         )
 
 
@@ -252,8 +256,7 @@ def _summarize(tokens: TokenScores, model: int, is_measured: bool) -> TextScores
     losses = tokens.losses[model]
     if losses.mean() > _LARGEST_LOSS:
         raise RunError(
-            f"perplexity: expected at most exp({_LARGEST_LOSS}), got exp({losses.mean():.0f}); "
-            "the weights may be damaged"
+            "perplexity", f"at most exp({_LARGEST_LOSS})", f"exp({losses.mean():.0f})", "the weights may be damaged"
         )
     perplexity = math.exp(losses.mean())
     if not is_measured:

@@ -51,14 +51,14 @@ def read(path: Path) -> WikiText:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"--wikitext: expected the file wiki.test.raw, found none at {path}") from None
+        raise InputError("--wikitext", "the file wiki.test.raw", f"none at {path}") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         # Line ends of every system become "\n", as in the script that made the hub's data set.
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+        raise InputError(f"{path}", "UTF-8", f"a stray byte at {error.start}") from None
     return parse(text, str(path))
 
 
@@ -71,7 +71,7 @@ def parse(text: str, name: str) -> WikiText:
     is_original = _sha256(text) == ORIGINAL_SHA256
     pages = split_pages(text)
     if not pages:
-        raise InputError(f"{name}: expected WikiText's test split, got an empty file")
+        raise InputError(f"{name}", "WikiText's test split", "an empty file")
     assert not is_original or len(pages) == PAGES
     if not is_original:
         note = (f"{name}: not WikiText-2's test split (sha256 {ORIGINAL_SHA256[:8]}...), {len(pages)} pages; "

@@ -27,7 +27,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     """
     stored = adapter_of(job.packed, job.adapter)
     if stored is None:
-        raise InputError("--to adapters: expected --adapter ADAPTER, got none")
+        raise InputError("--to adapters", "--adapter ADAPTER", "none")
     if progress:
         progress("adapters", 0, 1)
     pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}

@@ -71,9 +71,7 @@ def attend(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, 
     return out, None
 
 
-def attend_plainly(
-    module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any
-) -> Any:
+def attend_plainly(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
     """As `attend`, of one token's queries on static caches."""
     del mask
     kv_heads, context, head_dim = keys.shape[1:]

@@ -10,13 +10,7 @@ from llamita.errors import RunError
 from llamita.export.source import Weight
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
-from llamita.models.packed_writer import (
-    copy_companions,
-    find_companions,
-    plan_shards,
-    write_json,
-    write_shards,
-)
+from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
 from llamita.models.weights import Int4Weight, Int8Weight, row_blocks
 from llamita.numerics.affine import f32_to_bf16, to_f32
 from llamita.system.extras import load_optional
@@ -26,9 +20,8 @@ Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, 
 
 
 def write_checkpoint(
-    packed: PackedModel, directory: Path, tensors: Mapping[str, Tensor], changes: dict[str, Any],
-    progress: Progress,
-) -> int:  # fmt: skip
+    packed: PackedModel, directory: Path, tensors: Mapping[str, Tensor], changes: dict[str, Any], progress: Progress
+) -> int:
     """Write config.json, weights and companions; bytes of the weights.
 
     Args:
@@ -80,9 +73,7 @@ def shape_of(weight: Weight) -> tuple[int, int]:
     return rows, columns
 
 
-def prove_in_transformers(
-    packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()
-) -> dict[str, Any] | None:
+def prove_in_transformers(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -> dict[str, Any] | None:
     """The proof, as JSON has it, of a checkpoint that transformers opens; None where it is not installed.
 
     Args:

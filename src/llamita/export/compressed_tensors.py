@@ -42,16 +42,14 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     packed, flavor = job.packed, job.options.get("flavor") or FLAVORS[0]
     refuse_online(packed, "compressed-tensors")
     if flavor not in FLAVORS:
-        raise InputError(f"--flavor: expected one of {', '.join(FLAVORS)}, got {flavor!r}")
+        raise InputError("--flavor", f"one of {', '.join(FLAVORS)}", f"{flavor!r}")
     changes: list[float] = [0.0]
     tensors: dict[str, Tensor] = {}
     for name in module_names(packed):
         tensors |= _tensors(packed, name, flavor, changes)
     unties = flavor == FLAVORS[0] and packed.config.tied and isinstance(packed.weight(EMBEDDING), Int8Weight)
     if unties:
-        tensors |= {
-            key.replace(EMBEDDING, HEAD): value for key, value in tensors.items() if key.startswith(EMBEDDING)
-        }
+        tensors |= {key.replace(EMBEDDING, HEAD): value for key, value in tensors.items() if key.startswith(EMBEDDING)}
     tensors |= vector_tensors(packed, "F32")
     settings = {"quantization_config": _config(packed, flavor), "dtype": "float32"}
     if unties:
@@ -59,9 +57,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     size = write_checkpoint(packed, directory, tensors, settings, progress)
     rounded = [name for name in _TABLES if name in module_names(packed) and flavor != FLAVORS[0]]
     in_bf16 = tuple(name for name in rounded if isinstance(packed.weight(name), Int8Weight))
-    grown = sum(
-        np.prod(tensors[k][1]) for k in tensors if unties and k.startswith(HEAD) and k.endswith("weight")
-    )
+    grown = sum(np.prod(tensors[k][1]) for k in tensors if unties and k.startswith(HEAD) and k.endswith("weight"))
     return {
         "bytes": size, "flavor": flavor, "untied_bytes": int(grown), "rounded_to_bf16": max(changes),
         "other_arithmetic": flavor == "vllm-gpu", "unchecked": "transformers is not installed",

@@ -50,9 +50,7 @@ def embedding_of(packed: PackedModel, bits: int) -> nn.Module:
     weight = packed.weight(EMBEDDING)
     if isinstance(weight, np.ndarray):
         if bits == 4:
-            raise InputError(
-                "--embedding 4: expected an int8 embedding, got a float one; try --preset llama3.2"
-            )
+            raise InputError("--embedding 4", "an int8 embedding", "a float one", "try --preset llama3.2")
         rows = torch.from_numpy(np.array(to_f32(weight)))
         return nn.Embedding.from_pretrained(rows)
     assert isinstance(weight, Int8Weight)

@@ -40,13 +40,17 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     context = options.get("context") or min(_CONTEXT, packed.config.context)
     if not _LEAST_CONTEXT <= context <= packed.config.context:
         raise InputError(
-            f"--context: expected {_LEAST_CONTEXT} to {packed.config.context} tokens, which this model takes "
-            f"itself, got {context}"
+            "--context",
+            f"{_LEAST_CONTEXT} to {packed.config.context} tokens, which this model takes itself",
+            f"{context}",
         )
     rope = packed.config.rope
     if rope.kind == "dynamic" and context > rope.original_context:
-        raise InputError(f"--context: expected at most {rope.original_context} tokens with dynamic rotary "
-                         f"embeddings, whose base a program has to fix, got {context}")  # fmt: skip
+        raise InputError(
+            "--context",
+            f"at most {rope.original_context} tokens with dynamic rotary embeddings, whose base a program has to fix",
+            f"{context}",
+        )
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
     adapter = adapter_of(packed, job.adapter)

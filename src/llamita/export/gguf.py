@@ -40,8 +40,11 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     packed: Any = job.packed
     refuse_online(packed, "gguf")
     if packed.config.rope.kind == "dynamic":
-        raise InputError("--to gguf: expected rotary embeddings that do not depend on the length of a text, "
-                         "got dynamic ones, which llama.cpp has not")  # fmt: skip
+        raise InputError(
+            "--to gguf",
+            "rotary embeddings that do not depend on the length of a text",
+            "dynamic ones, which llama.cpp has not",
+        )
     may_round = bool(job.options.get("round_scales"))
     grid = check_grid(packed, "f16", may_round, "gguf")
     if grid.off:
@@ -71,9 +74,7 @@ def _equal(packed: Any, path: Path, modules: list[str], vectors: dict[str, np.nd
     """How many tensors of the file, read back, have the very values of the packed model."""
     file = GgufFile(path)
     try:
-        equal = sum(
-            np.array_equal(floats_of("F32", file.read(name)), value) for name, value in vectors.items()
-        )
+        equal = sum(np.array_equal(floats_of("F32", file.read(name)), value) for name, value in vectors.items())
         return equal + sum(_is_equal(packed, name, file) for name in modules)
     finally:
         file.close()

@@ -29,8 +29,9 @@ def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
     whole = parse_json(read_bytes(packed.path, "tokenizer.json", _LARGEST), "tokenizer.json")
     model = whole["model"]
     if model.get("type") != "BPE":
-        raise InputError(f"tokenizer.json: model: expected BPE, got {model.get('type')!r}; llama.cpp's form "
-                         "of others is not written here")  # fmt: skip
+        raise InputError(
+            "tokenizer.json: model", "BPE", f"{model.get('type')!r}", "llama.cpp's form of others is not written here"
+        )
     added = {int(token["id"]): token for token in whole.get("added_tokens", [])}
     words = {int(number): word for word, number in model["vocab"].items()}
     words |= {number: token["content"] for number, token in added.items()}
@@ -44,10 +45,7 @@ def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
     else:
         found |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _split_name(whole),
                   "tokenizer.ggml.merges": merges}  # fmt: skip
-    kinds = [
-        _kind(number, word, words, added, bool(model.get("byte_fallback")))
-        for number, word in enumerate(tokens)
-    ]
+    kinds = [_kind(number, word, words, added, bool(model.get("byte_fallback"))) for number, word in enumerate(tokens)]
     found["tokenizer.ggml.token_type"] = np.array(kinds, np.int32)
     return found | _special(tokenizer)
 
@@ -85,17 +83,16 @@ def _split_name(whole: dict[str, Any]) -> str:
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and _is_isolated(steps[0]):
         expression = steps[0]["pattern"].get("Regex")
     if whole.get("normalizer") or expression not in _SPLITS:
-        raise InputError("tokenizer.json: pre_tokenizer: expected GPT-2's or Llama 3's way to split a text, "
-                         "got another, which has no name here")  # fmt: skip
+        raise InputError(
+            "tokenizer.json: pre_tokenizer",
+            "GPT-2's or Llama 3's way to split a text",
+            "another, which has no name here",
+        )
     return _SPLITS[expression]
 
 
 def _is_isolated(step: dict[str, Any]) -> bool:
-    return (
-        step.get("behavior") == "Isolated"
-        and not step.get("invert")
-        and isinstance(step.get("pattern"), dict)
-    )
+    return step.get("behavior") == "Isolated" and not step.get("invert") and isinstance(step.get("pattern"), dict)
 
 
 def _adds_space(whole: dict[str, Any]) -> bool:
@@ -103,9 +100,7 @@ def _adds_space(whole: dict[str, Any]) -> bool:
     steps = (whole.get("normalizer") or {}).get("normalizers", [whole.get("normalizer") or {}])
     kinds = [step.get("type") for step in steps]
     if kinds not in (["Prepend", "Replace"], ["Replace"]) or steps[-1].get("content") != "\u2581":
-        raise InputError(
-            "tokenizer.json: normalizer: expected Llama 2's, which writes spaces as \u2581, got another"
-        )
+        raise InputError("tokenizer.json: normalizer", "Llama 2's, which writes spaces as ▁", "another")
     return kinds[0] == "Prepend"
 
 

@@ -6,13 +6,7 @@ A code times its scale has more bits than BF16: weights change a little, and act
 from pathlib import Path
 from typing import Any
 
-from llamita.export.checkpoints import (
-    float_tensor,
-    prove_in_transformers,
-    shape_of,
-    vector_tensors,
-    write_checkpoint,
-)
+from llamita.export.checkpoints import float_tensor, prove_in_transformers, shape_of, vector_tensors, write_checkpoint
 from llamita.export.job import ExportJob
 from llamita.export.source import module_names, refuse_online
 from llamita.system.progress import Progress
@@ -32,9 +26,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
         weight = packed.weight(name)
         tensors[f"{name}.weight"] = float_tensor(weight, shape_of(weight), changes)
     tensors |= vector_tensors(packed, "BF16")
-    size = write_checkpoint(
-        packed, directory, tensors, {"dtype": "bfloat16", "quantization_config": None}, progress
-    )
+    size = write_checkpoint(packed, directory, tensors, {"dtype": "bfloat16", "quantization_config": None}, progress)
     return {
         "bytes": size, "rounded_to_bf16": max(changes), "other_arithmetic": True,
         "unchecked": "transformers is not installed",

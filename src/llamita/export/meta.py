@@ -87,42 +87,39 @@ def _check(packed: PackedModel) -> None:
     config, scheme = packed.config, packed.scheme
     assert scheme is not None
     if config.attention_bias or config.mlp_bias or config.head_dim * config.heads != config.hidden_size:
-        raise InputError("--to meta: expected no biases and heads as wide as the model, got others, which "
-                         "Meta's form has not")  # fmt: skip
+        raise InputError("--to meta", "no biases and heads as wide as the model", "others, which Meta's form has not")
     if config.rope.kind not in ("default", "llama3"):
-        raise InputError(f"--to meta: expected Llama's rotary embedding, got {config.rope.kind}")
+        raise InputError("--to meta", "Llama's rotary embedding", f"{config.rope.kind}")
     rope = {"rope_type": config.rope.kind, "low_freq_factor": config.rope.low_freq_factor,
             "high_freq_factor": config.rope.high_freq_factor,
             "original_max_position_embeddings": config.rope.original_context}  # fmt: skip
     if config.rope.kind == "llama3" and (rope != SCALED_ROPE or config.rope.factor % 1):
-        raise InputError(f"--to meta: expected the scaled rotary embedding of Llama 3.1 and 3.2, got {rope}")
+        raise InputError("--to meta", "the scaled rotary embedding of Llama 3.1 and 3.2", f"{rope}")
     if scheme.layers:
-        raise InputError("--to meta: expected one group size for all layers, got exceptions; try --to gguf")
+        raise InputError("--to meta", "one group size for all layers", "exceptions", "try --to gguf")
     if packed.rotations.r4_size and factor(packed.rotations.r4_size)[0] > 1:
-        raise InputError(f"--to meta: expected R4 of a power of two, got {packed.rotations.r4_size}, for "
-                         "which ExecuTorch has another matrix; try quantize --no-online")  # fmt: skip
+        raise InputError(
+            "--to meta",
+            "R4 of a power of two",
+            f"{packed.rotations.r4_size}, for which ExecuTorch has another matrix",
+            "try quantize --no-online",
+        )
     if packed.rotations.head_transform is not None:
-        raise InputError("--to meta: expected a head that reads the norm's output, got a matrix between; try "
-                         "quantize --no-online")  # fmt: skip
+        raise InputError(
+            "--to meta", "a head that reads the norm's output", "a matrix between", "try quantize --no-online"
+        )
 
 
-def _tensors(
-    packed: PackedModel, name: str, weight: Weight, adapter: StoredAdapter | None
-) -> dict[str, Tensor]:
+def _tensors(packed: PackedModel, name: str, weight: Weight, adapter: StoredAdapter | None) -> dict[str, Tensor]:
     """A module's tensors by Meta's names."""
     order = _order(packed.config, name)
     base = meta_name(f"{name}.weight").removesuffix("weight")
     if isinstance(weight, np.ndarray):
         return {f"{base}weight": torch.from_numpy(np.array(to_f32(weight)))[order]}
-    codes = (
-        unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.array(weight.codes)
-    )
+    codes = unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.array(weight.codes)
     scales = np.array(to_f32(np.asarray(weight.scales)))
     scales = scales.reshape(-1) if isinstance(weight, Int8Weight) else scales
-    found = {
-        f"{base}weight": torch.from_numpy(codes)[order],
-        f"{base}scales": torch.from_numpy(scales)[order],
-    }
+    found = {f"{base}weight": torch.from_numpy(codes)[order], f"{base}scales": torch.from_numpy(scales)[order]}
     if adapter is not None and name in adapter.pairs:
         down, up = (torch.from_numpy(np.array(to_f32(one))).bfloat16() for one in adapter.pairs[name])
         found |= {f"{base}adaptor.A.weight": down, f"{base}adaptor.B.weight": up[order]}

@@ -37,13 +37,16 @@ def partitioners_of(backend: str) -> list[Any]:
         RunError: its package or SDK is missing; nothing is downloaded.
     """
     if backend not in BACKENDS:
-        raise InputError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise InputError("--backend", f"one of {', '.join(BACKENDS)}", f"{backend!r}")
     try:
         with quiet():
             return BACKENDS[backend].make()
     except ImportError as error:
-        raise RunError(f"--backend {backend}: expected its packages, got: {error}; try its page at "
-                       "docs.pytorch.org/executorch, or --backend xnnpack") from None  # fmt: skip
+        raise RunError(
+            f"--backend {backend}",
+            f"its packages, got: {error}",
+            hint="try its page at docs.pytorch.org/executorch, or --backend xnnpack",
+        ) from None
 
 
 @contextmanager
@@ -59,9 +62,7 @@ def quiet() -> Iterator[None]:
 
 
 def _xnnpack() -> list[Any]:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackDynamicallyQuantizedPartitioner,
-    )
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackDynamicallyQuantizedPartitioner
     from executorch.exir.backend.compile_spec_schema import CompileSpec
     from executorch.exir.backend.partitioner import DelegationSpec
 
@@ -95,8 +96,12 @@ def _coreml() -> list[Any]:
 
 def _qnn() -> list[Any]:
     if not os.environ.get("QNN_SDK_ROOT"):  # else importing it would download one
-        raise RunError("--backend qnn: expected Qualcomm's AI Engine Direct SDK in QNN_SDK_ROOT, found none; "
-                       "try installing it from qpm.qualcomm.com")  # fmt: skip
+        raise RunError(
+            "--backend qnn",
+            "Qualcomm's AI Engine Direct SDK in QNN_SDK_ROOT",
+            "none",
+            "try installing it from qpm.qualcomm.com",
+        )
     from executorch.extension.llm.export.partitioner_lib import get_qnn_partitioner
 
     return [get_qnn_partitioner(use_kv_cache=True)]
@@ -104,8 +109,12 @@ def _qnn() -> list[Any]:
 
 def _mediatek() -> list[Any]:
     if find_spec("mtk_converter") is None:
-        raise RunError("--backend mediatek: expected MediaTek's NeuroPilot Express SDK (mtk_converter), "
-                       "found none; try installing it from neuropilot.mediatek.com")  # fmt: skip
+        raise RunError(
+            "--backend mediatek",
+            "MediaTek's NeuroPilot Express SDK (mtk_converter)",
+            "none",
+            "try installing it from neuropilot.mediatek.com",
+        )
     from executorch.backends.mediatek.partitioner import NeuropilotPartitioner
     from executorch.exir.backend.compile_spec_schema import CompileSpec
 

@@ -146,9 +146,7 @@ def make_program(
             module = f"model.layers.{index}.{name}"
             _set(layer, name, _linear_of(packed, module, adapter, activations, is_static))
         for name in _VECTORS:
-            layer.get_submodule(name).weight = _parameter(
-                packed.vector(f"model.layers.{index}.{name}.weight")
-            )
+            layer.get_submodule(name).weight = _parameter(packed.vector(f"model.layers.{index}.{name}.weight"))
     llama.model.norm.weight = _parameter(packed.vector("model.norm.weight"))
     llama.model.embed_tokens = embedding_of(packed, embedding_bits)
     return Program(llama, _head_of(packed, activations), context, is_static).eval()
@@ -190,9 +188,7 @@ def _linear(
     return linear
 
 
-def codes_tensor(
-    weight: Int4Weight | Int8Weight, activations: str | None = PER_TOKEN
-) -> IntxUnpackedToInt8Tensor:
+def codes_tensor(weight: Int4Weight | Int8Weight, activations: str | None = PER_TOKEN) -> IntxUnpackedToInt8Tensor:
     """Codes (rows, columns) on their scales as torchao has them, and how activations are rounded."""
     if isinstance(weight, Int4Weight):
         codes, dtype = unpack_int4(np.asarray(weight.packed)), INT4

@@ -74,9 +74,7 @@ class Proof:
 def engine_of(packed: PackedModel, adapter: Path | None = None) -> tuple[LLM, LLM]:
     """The engine with keys and values in float32, as other runtimes keep them, and in float16."""
     adapters = {} if adapter is None else {_ADAPTER: adapter}
-    exact, usual = (
-        LLM(packed, kv_dtype=dtype, adapters=open_adapters(packed, adapters)) for dtype in ("f32", "f16")
-    )
+    exact, usual = (LLM(packed, kv_dtype=dtype, adapters=open_adapters(packed, adapters)) for dtype in ("f32", "f16"))
     return exact, usual
 
 
@@ -118,8 +116,7 @@ def own_tokens(llm: LLM, limit: int) -> tuple[list[int], int, int]:
     tokens, seed = [0 if bos is None else bos], 0
     room = min(_TOKENS, limit)
     while len(tokens) < room:
-        made = llm.generate(list(tokens), max_tokens=room - len(tokens), temperature=1.0, top_p=1.0, top_k=0,
-                            seed=seed)  # fmt: skip
+        made = llm.generate(list(tokens), max_tokens=room - len(tokens), temperature=1.0, top_p=1.0, top_k=0, seed=seed)
         tokens += made.token_ids or tokens[:1]
         seed += 1
     prompt = min(_PROMPT, room - 1)

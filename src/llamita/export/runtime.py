@@ -55,13 +55,12 @@ def run(pte: Path, tokens: Sequence[int], prompt: int, new: int) -> Ran:
         np.savez(asked, tokens=np.array(tokens, np.int64), prompt=prompt, new=new)
         # -P: else a numpy.py in the user's directory, which may have come with a model, would be run
         command = [sys.executable, "-P", "-m", "llamita.export.runtime", str(pte), str(asked), str(given)]
-        ran = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
-        )
+        ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
         if ran.returncode or not given.exists():
             said = " ".join(" ".join(ran.stderr.strip().splitlines()[-_LINES:]).split())
-            raise RunError(f"{pte.name}: expected ExecuTorch's runtime to run it, got exit code "
-                           f"{ran.returncode}: {said[-400:]}")  # fmt: skip
+            raise RunError(
+                f"{pte.name}", "ExecuTorch's runtime to run it", f"exit code {ran.returncode}: {said[-400:]}"
+            )
         with np.load(given) as found:
             return Ran(found["logits"], found["prefill"], found["greedy"], float(found["seconds"]))
 

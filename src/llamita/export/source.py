@@ -23,8 +23,12 @@ def refuse_online(packed: PackedModel, target: str) -> None:
     """Raise InputError where a model needs more at run time than a plain Llama."""
     if packed.rotations.is_online:
         what = "R4" if packed.rotations.r4_size else "the matrix before a tied head"
-        raise InputError(f"--to {target}: expected a model that needs no rotation at run time, got {what}, "
-                         "which this form cannot hold; try quantize --no-online")  # fmt: skip
+        raise InputError(
+            f"--to {target}",
+            "a model that needs no rotation at run time",
+            f"{what}, which this form cannot hold",
+            "try quantize --no-online",
+        )
 
 
 def adapter_of(packed: PackedModel, path: Path | None) -> StoredAdapter | None:
@@ -78,13 +82,19 @@ def check_grid(packed: PackedModel, grid: str, may_round: bool, target: str) -> 
         lost = ~np.isfinite(rounded) | (rounded <= 0) | (changes > 2.0**-8)
         if lost.any():
             raise InputError(
-                f"--to {target}: {name}: expected scales within {grid}, got {scales[lost][0]:g}; "
-                "try another form: these weights are too small or too large for it"
+                f"--to {target}: {name}",
+                f"scales within {grid}",
+                f"{scales[lost][0]:g}",
+                "try another form: these weights are too small or too large for it",
             )
         is_off = rounded != scales
         if is_off.any() and not may_round:
-            raise InputError(f"--to {target}: {name}: expected scales on the grid of {grid}, got others; "
-                             "try --round-scales, which says how much it changes")  # fmt: skip
+            raise InputError(
+                f"--to {target}: {name}",
+                f"scales on the grid of {grid}",
+                "others",
+                "try --round-scales, which says how much it changes",
+            )
         total, off = total + len(scales), off + int(is_off.sum())
         if grid == "f16":
             subnormal += int(((rounded < _SMALLEST_F16) & ~is_off).sum())

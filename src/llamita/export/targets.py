@@ -44,10 +44,7 @@ TARGETS: dict[str, Target] = {
         ("adapter",),
     ),
     "compressed-tensors": Target(
-        "llamita.export.compressed_tensors:write",
-        "safetensors for transformers and vLLM",
-        _TRANSFORMERS,
-        ("flavor",),
+        "llamita.export.compressed_tensors:write", "safetensors for transformers and vLLM", _TRANSFORMERS, ("flavor",)
     ),
     "gguf": Target(
         "llamita.export.gguf:write",
@@ -80,5 +77,5 @@ def writer_of(target: str) -> Callable[[ExportJob, Path, Progress], dict[str, An
         RunError: its package is missing.
     """
     if target not in TARGETS:
-        raise InputError(f"--to: expected one of {', '.join(TARGETS)}, got {target!r}")
+        raise InputError("--to", f"one of {', '.join(TARGETS)}", f"{target!r}")
     return load_optional(TARGETS[target].entry, _LACKING.format(target=target))

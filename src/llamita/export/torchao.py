@@ -11,11 +11,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torchao.quantization import (
-    Int8DynamicActivationIntxWeightConfig,
-    MappingType,
-    PerGroup,
-)
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, MappingType, PerGroup
 from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -66,8 +62,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     flush_files(directory)
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     grown = packed.config.vocab_size * packed.config.hidden_size if unties else 0
-    return {"bytes": size, "untied_bytes": grown,
-            "proof": prove(packed, directory).to_dict()}  # fmt: skip
+    return {"bytes": size, "untied_bytes": grown, "proof": prove(packed, directory).to_dict()}
 
 
 def _config(packed: PackedModel, unties: bool) -> LlamaConfig:

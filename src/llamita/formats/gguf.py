@@ -68,7 +68,7 @@ class GgufFile:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < len(MAGIC):
-                    raise InputError(f"{path.name}: expected a GGUF file, got {size} bytes")
+                    raise InputError(f"{path.name}", "a GGUF file", f"{size} bytes")
                 self._data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise RunError(f"{path}: cannot be read: {error.strerror}") from None
@@ -94,7 +94,7 @@ class GgufFile:
             raise InputError("expected a GGUF file, got another beginning")
         version = self._number("<I")
         if version not in (2, VERSION):
-            raise InputError(f"version: expected 2 or {VERSION}, got {version}")
+            raise InputError("version", f"2 or {VERSION}", f"{version}")
         tensors, values = self._number("<Q"), self._number("<Q")
         self._check_count("tensors", tensors, 8 + 4 + 8 + 4 + 8)
         self._check_count("metadata", values, 8 + 4 + 1)
@@ -102,7 +102,7 @@ class GgufFile:
         for _ in range(values):
             key = self._text(_LARGEST_NAME)
             if key in self.values:
-                raise InputError(f"{key[:100]!r}: expected once, got twice")
+                raise InputError(f"{key[:100]!r}", "once", "twice")
             self.values[key] = self._value(key)
         declared = [self._declared() for _ in range(tensors)]
         self.tensors = self._placed(declared)
@@ -111,38 +111,44 @@ class GgufFile:
         name = self._text(_LARGEST_NAME)
         count = self._number("<I")
         if not 1 <= count <= _MOST_DIMENSIONS:
-            raise InputError(f"{name[:100]!r}: expected 1 to {_MOST_DIMENSIONS} dimensions, got {count}")
+            raise InputError(f"{name[:100]!r}", f"1 to {_MOST_DIMENSIONS} dimensions", f"{count}")
         shape = tuple(self._number("<Q") for _ in range(count))[::-1]
         number, offset = self._number("<I"), self._number("<Q")
         if number not in _NAMES:
-            raise InputError(f"{name[:100]!r}: expected one of {', '.join(KINDS)}, got ggml's type {number}; "
-                             "try the model in F16, BF16 or Q8_0")  # fmt: skip
+            raise InputError(
+                f"{name[:100]!r}",
+                f"one of {', '.join(KINDS)}",
+                f"ggml's type {number}",
+                "try the model in F16, BF16 or Q8_0",
+            )
         return name, _NAMES[number], shape, offset
 
     def _placed(self, declared: Iterable[tuple[str, str, tuple[int, ...], int]]) -> dict[str, GgufTensor]:
         alignment = self.values.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= _LARGEST_ALIGNMENT or alignment % 8:
-            raise InputError(f"general.alignment: expected a multiple of 8, got {alignment!r}")
+            raise InputError("general.alignment", "a multiple of 8", f"{alignment!r}")
         begin = -(-self._at // alignment) * alignment
         found: dict[str, GgufTensor] = {}
         for name, kind, shape, offset in declared:
             _, block, width = KINDS[kind]
             count = math.prod(shape)
             if name in found or count <= 0 or shape[-1] % block or offset % alignment:
-                raise InputError(f"{name[:100]!r}: expected once, in whole blocks of {block}, at a multiple "
-                                 f"of {alignment}, got {shape} at {offset}")  # fmt: skip
+                raise InputError(
+                    f"{name[:100]!r}",
+                    f"once, in whole blocks of {block}, at a multiple of {alignment}",
+                    f"{shape} at {offset}",
+                )
             start = begin + offset
             stop = start + count // block * width
             if stop > len(self._data):
                 raise InputError(
-                    f"{name[:100]!r}: expected within {len(self._data)} bytes, got an end at {stop}; "
-                    "is the file truncated?"
+                    f"{name[:100]!r}", f"within {len(self._data)} bytes", f"an end at {stop}", "is the file truncated?"
                 )
             found[name] = GgufTensor(kind, shape, start, stop)
         ends = 0
         for name, tensor in sorted(found.items(), key=lambda item: item[1].start):
             if tensor.start < ends:
-                raise InputError(f"{name[:100]!r}: expected data of its own, got another tensor's")
+                raise InputError(f"{name[:100]!r}", "data of its own", "another tensor's")
             ends = tensor.stop
         return found
 
@@ -156,7 +162,7 @@ class GgufFile:
         if kind == _STRING:
             self._check_count(key, count, 8)
             if count > _MOST_STRINGS:
-                raise InputError(f"{key[:100]}: expected at most {_MOST_STRINGS} texts, got {count}")
+                raise InputError(f"{key[:100]}", f"at most {_MOST_STRINGS} texts", f"{count}")
             return [self._text(len(self._data)) for _ in range(count)]
         width = struct.calcsize(self._format(key, kind))
         self._check_count(key, count, width)
@@ -164,14 +170,18 @@ class GgufFile:
 
     def _format(self, key: str, kind: int) -> str:
         if kind >= len(_SCALARS) or not _SCALARS[kind]:
-            raise InputError(f"{key[:100]}: expected a value, a text or an array of these, got type {kind}")
+            raise InputError(f"{key[:100]}", "a value, a text or an array of these", f"type {kind}")
         return _SCALARS[kind]
 
     def _check_count(self, what: str, count: int, width: int) -> None:
         left = len(self._data) - self._at
         if count * width > left:
-            raise InputError(f"{what[:100]}: expected at most {left // width}, which the file has room for, "
-                             f"got {count}; is it truncated or damaged?")  # fmt: skip
+            raise InputError(
+                f"{what[:100]}",
+                f"at most {left // width}, which the file has room for",
+                f"{count}",
+                "is it truncated or damaged?",
+            )
 
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 from llamita.system.files import LARGEST_JSON, member, parse_json
 
 # NumPy has no bf16 and no float8: their bits.
@@ -56,7 +56,7 @@ class TensorFile:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < _LENGTH_BYTES:
-                    raise InputError(f"{path.name}: expected a safetensors file, got {size} bytes")
+                    raise InputError(f"{path.name}", "a safetensors file", f"{size} bytes")
                 data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise RunError(f"{path}: cannot be read: {error.strerror}") from None
@@ -88,9 +88,9 @@ def _read_header(data: mmap.mmap, size: int, where: str) -> tuple[dict[str, Tens
     """The tensors by name, and what the file says of itself."""
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if length > LARGEST_JSON:
-        raise InputError(f"{where}: header: expected at most {LARGEST_JSON} bytes, got {length}")
+        raise InputError(f"{where}: header", f"at most {LARGEST_JSON} bytes", f"{length}")
     if length > size - _LENGTH_BYTES:
-        raise InputError(f"{where}: header: expected {length} bytes, got a file of {size}; is it truncated?")
+        raise InputError(f"{where}: header", f"{length} bytes", f"a file of {size}", "is it truncated?")
     begin = _LENGTH_BYTES + length
     header = parse_json(data[_LENGTH_BYTES:begin], f"{where}: header")
     metadata = header.pop("__metadata__", None)
@@ -102,24 +102,24 @@ def _read_header(data: mmap.mmap, size: int, where: str) -> tuple[dict[str, Tens
             raise InputError(f"{where}: {name!r}: data_offsets: {kind}")
         position = info.stop
     if position != size:
-        raise InputError(f"{where}: expected {position} bytes from its header, got {size}; is it truncated?")
+        raise InputError(f"{where}", f"{position} bytes from its header", f"{size}", "is it truncated?")
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _tensor_info(values: Any, begin: int, where: str) -> TensorInfo:
     if not isinstance(values, dict) or set(values) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: expected the keys dtype, shape and data_offsets")
+        raise InputError(f"{where}", "the keys dtype, shape and data_offsets")
     dtype, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where}: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"{where}: dtype", f"one of {', '.join(DTYPES)}", f"{dtype!r}")
     if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _LARGEST_DIMENSION:
-        raise InputError(f"{where}: shape: expected a list of sizes, got {repr(shape)[:80]}")
+        raise InputError(f"{where}: shape", "a list of sizes", shown(shape))
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise InputError(f"{where}: data_offsets: expected two offsets, got {repr(offsets)[:80]}")
+        raise InputError(f"{where}: data_offsets", "two offsets", shown(offsets))
     start, stop = offsets
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if stop - start != expected:
-        raise InputError(f"{where}: expected {expected} bytes from its shape, got {stop - start}")
+        raise InputError(f"{where}", f"{expected} bytes from its shape", f"{stop - start}")
     return TensorInfo(dtype, tuple(shape), begin + start, begin + stop)
 
 
@@ -174,9 +174,7 @@ class TensorWriter:
         self.size += len(data)
 
 
-def _make_header(
-    tensors: dict[str, tuple[str, tuple[int, ...]]],
-) -> tuple[bytes, list[tuple[str, np.dtype, int]]]:
+def _make_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[tuple[str, np.dtype, int]]]:
     """The header's bytes, and name, dtype and size of each tensor in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     pieces, position = [], 0

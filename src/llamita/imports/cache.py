@@ -34,8 +34,10 @@ def converted(source: Path, progress: Progress = None, note: Note = None) -> Pat
     """
     if has_adapters(source):
         raise InputError(
-            f"{source}: expected a model without adapters, got one that has them; try "
-            f"llamita import {source} -o OUT, then OUT with --adapter OUT-adapter"
+            f"{source}",
+            "a model without adapters",
+            "one that has them",
+            f"try llamita import {source} -o OUT, then OUT with --adapter OUT-adapter",
         )
     files = {path.name: path for path in files_of(source)}
     if source.is_dir():  # tokenizer, templates and the like travel with the weights

@@ -73,14 +73,10 @@ class ModuleFiles:
         missing = sorted([name for name in known if name not in self._parts]
                          + [name for name in vectors if name not in self._where])  # fmt: skip
         if missing:
-            raise InputError(
-                f"{', '.join(missing[:_MOST_NAMED])}: expected by config.json, missing from the files"
-            )
+            raise InputError(f"{', '.join(missing[:_MOST_NAMED])}", "by config.json, missing from the files")
         extra = sorted(set(self._parts) - set(known))
         if extra:
-            raise InputError(
-                f"{', '.join(extra[:_MOST_NAMED])[:200]}: unexpected for the architecture in config.json"
-            )
+            raise InputError(f"{', '.join(extra[:_MOST_NAMED])[:200]}: unexpected for the architecture in config.json")
 
     def _check_tied_head(self) -> None:
         """Some tools write the tied head once more."""
@@ -89,8 +85,10 @@ class ModuleFiles:
             not np.array_equal(self.read(head[part]), self.read(table[part])) for part in head
         ):
             raise InputError(
-                f"{HEAD}: expected the embedding once more (tie_word_embeddings is true), got other values; "
-                "try tie_word_embeddings: false in config.json"
+                f"{HEAD}",
+                "the embedding once more (tie_word_embeddings is true)",
+                "other values",
+                "try tie_word_embeddings: false in config.json",
             )
 
     def read(self, tensor: str) -> np.ndarray:
@@ -109,12 +107,12 @@ class ModuleFiles:
         """One of a module's tensors, found to be of one of these types."""
         tensor = self._parts[module].get(part)
         if tensor is None:
-            raise InputError(f"{module}.{part}: expected in {self.path.name}, found none")
+            raise InputError(f"{module}.{part}", f"in {self.path.name}", "none")
         if self.dtype(tensor) not in dtypes:
-            raise InputError(f"{tensor}: dtype: expected {' or '.join(dtypes)}, got {self.dtype(tensor)}")
+            raise InputError(f"{tensor}: dtype", f"{' or '.join(dtypes)}", f"{self.dtype(tensor)}")
         values = self.read(tensor)
         if not values.size or values.ndim > 2:
-            raise InputError(f"{tensor}: expected a matrix or a vector, got {values.shape}")
+            raise InputError(f"{tensor}", "a matrix or a vector", f"{values.shape}")
         return values
 
     def scales(self, module: str, part: str) -> np.ndarray:
@@ -126,7 +124,7 @@ class ModuleFiles:
         """The names of a module's tensors, found to be among those that are known."""
         strange = sorted(self._parts[module].keys() - known)
         if strange:
-            raise InputError(f"{module}.{strange[0]}: expected {', '.join(sorted(known))}: not known here")
+            raise InputError(f"{module}.{strange[0]}", f"{', '.join(sorted(known))}: not known here")
         return set(self._parts[module])
 
     def matrix(self, name: str) -> Coded | np.ndarray:
@@ -144,5 +142,5 @@ class ModuleFiles:
         """See `takeover.CodedModel`."""
         values, expected = self.read(name), vector_names(self.config)[name]
         if self.dtype(name) not in FLOAT_DTYPES or values.shape != expected:
-            raise InputError(f"{name}: expected floats {expected}, got {self.dtype(name)} {values.shape}")
+            raise InputError(f"{name}", f"floats {expected}", f"{self.dtype(name)} {values.shape}")
         return values

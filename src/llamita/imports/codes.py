@@ -68,9 +68,9 @@ def with_positive_scales(name: str, coded: Coded) -> tuple[Coded | None, int]:
     """
     codes, scales = coded.codes, coded.scales
     if coded.bits == 4 and codes.size and (codes.min() < -8 or codes.max() > 7):
-        raise InputError(f"{name}: expected codes from -8 to 7, got {codes.min()} to {codes.max()}")
+        raise InputError(f"{name}", "codes from -8 to 7", f"{codes.min()} to {codes.max()}")
     if not np.isfinite(scales).all():
-        raise InputError(f"{name}: expected finite scales, got others; the file is damaged")
+        raise InputError(f"{name}", "finite scales", "others", "the file is damaged")
     wrong = scales < SMALLEST_NORMAL
     if not wrong.any():
         return coded, 0
@@ -105,8 +105,11 @@ def find_kinds(name: str, matrix: Coded | np.ndarray) -> Found:
         return Found(("w8",), **uniform) if per_row else Found(("float",))
     fitting = [g for g in GROUP_SIZES if columns % g == 0 and _is_constant_in(scales, columns, g)]
     if not fitting:
-        raise InputError(f"{name}: expected scales for groups of {', '.join(map(str, GROUP_SIZES))} inputs, "
-                         f"got {scales.shape[1]} for {columns}")  # fmt: skip
+        raise InputError(
+            f"{name}",
+            f"scales for groups of {', '.join(map(str, GROUP_SIZES))} inputs",
+            f"{scales.shape[1]} for {columns}",
+        )
     return Found(tuple(f"w4g{g}" for g in fitting), **uniform)
 
 

@@ -49,10 +49,10 @@ class CompressedTensors(ModuleFiles):
         sparsity = settings.get("sparsity_config") or {}  # some tools write one that says "dense"
         is_dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
         if not is_dense or settings.get("kv_cache_scheme") or settings.get("transform_config"):
-            raise InputError(f"{_WHERE}: expected weights alone, got sparsity, cache or transforms")
+            raise InputError(f"{_WHERE}", "weights alone", "sparsity, cache or transforms")
         groups = settings.get("config_groups")
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-            raise InputError(f"{_WHERE}: config_groups: expected groups by name")
+            raise InputError(f"{_WHERE}: config_groups", "groups by name")
         self._rounding = [_check(group) for group in groups.values()]
 
     def activations(self) -> str | None:
@@ -72,15 +72,10 @@ class CompressedTensors(ModuleFiles):
         if "weight_packed" not in parts:
             codes = self.part(name, "weight", ("I8",))
             return Coded(codes, scales, _bits(name, codes))
-        words, shape = (
-            self.part(name, "weight_packed", ("I32",)),
-            self.part(name, "weight_shape", ("I64", "I32")),
-        )
+        words, shape = (self.part(name, "weight_packed", ("I32",)), self.part(name, "weight_shape", ("I64", "I32")))
         held = (words.shape[0], words.shape[1] * CODES_PER_WORD) if words.ndim == 2 else None
         if shape.shape != (2,) or held != (int(shape[0]), int(shape[1])):
-            raise InputError(
-                f"{name}.weight_packed: expected int4 words of {shape.ravel().tolist()}, got {words.shape}"
-            )
+            raise InputError(f"{name}.weight_packed", f"int4 words of {shape.ravel().tolist()}", f"{words.shape}")
         return Coded(unpack_int4(words), scales, 4)
 
 
@@ -94,19 +89,23 @@ def _check(group: dict[str, Any]) -> str | None:
     """How a group of layers has its activations rounded: "asymmetric", "symmetric" or not at all."""
     weights, activations = group.get("weights"), group.get("input_activations")
     if group.get("output_activations") or not isinstance(weights, dict):
-        raise InputError(f"{_WHERE}: expected weights and their inputs quantized, got others")
+        raise InputError(f"{_WHERE}", "weights and their inputs quantized", "others")
     for key, known in _WEIGHTS.items():
         if weights.get(key) not in known:
             raise _unknown(f"weights: {key}", weights.get(key), known)
     if group.get("format") == "pack-quantized" and weights["num_bits"] != 4:
         raise _unknown("weights: num_bits: of pack-quantized", weights["num_bits"], (4,))
     if weights.get("actorder") not in (None, False, "static", "weight"):
-        raise InputError(f"{_WHERE}: actorder: expected inputs in their own order, got "
-                         f"{str(weights['actorder'])[:40]!r}; try a checkpoint without")  # fmt: skip
+        raise InputError(
+            f"{_WHERE}: actorder",
+            "inputs in their own order",
+            f"{str(weights['actorder'])[:40]!r}",
+            "try a checkpoint without",
+        )
     if activations is None:
         return None
     if not isinstance(activations, dict):
-        raise InputError(f"{_WHERE}: input_activations: expected settings")
+        raise InputError(f"{_WHERE}: input_activations", "settings")
     for key, known in _ACTIVATIONS.items():
         if activations.get(key) not in known:
             raise _unknown(f"input_activations: {key}", activations.get(key), known)
@@ -114,5 +113,4 @@ def _check(group: dict[str, Any]) -> str | None:
 
 
 def _unknown(key: str, value: object, known: tuple[Any, ...]) -> InputError:
-    return InputError(f"{_WHERE}: {key}: expected {' or '.join(map(str, known))}, got "
-                      f"{str(value)[:40]!r}")  # fmt: skip
+    return InputError(f"{_WHERE}: {key}", f"{' or '.join(map(str, known))}", f"{str(value)[:40]!r}")

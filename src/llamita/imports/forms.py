@@ -41,9 +41,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
     if form is None:
         raise InputError(f"{source}: {_expected(source)}")
     if form == detect.META and not list(source.glob("consolidated.*.pth")):
-        raise InputError(
-            f"{source}: expected consolidated.*.pth beside params.json, as Meta has them, found none"
-        )
+        raise InputError(f"{source}", "consolidated.*.pth beside params.json, as Meta has them", "none")
     found = detect.gguf_of(source) or source
     return load_optional(_CONVERTERS[form], _LACKING.format(source=source))(found, directory, progress)
 

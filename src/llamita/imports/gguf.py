@@ -21,9 +21,7 @@ from llamita.models.names import expected_tensors
 from llamita.models.packed_writer import plan_shards, write_bytes, write_json, write_shards
 from llamita.system.progress import Progress
 
-_SIGNED = (
-    "its int4 scales have either sign, as llama.cpp makes them, which no other runtime takes: multiplied out"
-)
+_SIGNED = "its int4 scales have either sign, as llama.cpp makes them, which no other runtime takes: multiplied out"
 _FLAGS = ("add_bos_token", "add_space_prefix")
 # Values that change the forward pass, and where they do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -74,12 +72,13 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         InputError: another architecture, or a value that is missing or of another type.
     """
     if file.values.get("general.architecture") != "llama":
-        raise InputError(f"{file.path.name}: general.architecture: expected llama, got "
-                         f"{str(file.values.get('general.architecture'))[:40]!r}")  # fmt: skip
+        raise InputError(
+            f"{file.path.name}: general.architecture", "llama", f"{str(file.values.get('general.architecture'))[:40]!r}"
+        )
     heads, hidden = _integer(file, "attention.head_count"), _integer(file, "embedding_length")
     tokens = file.values.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
-        raise InputError(f"{file.path.name}: tokenizer.ggml.tokens: expected texts, got none")
+        raise InputError(f"{file.path.name}: tokenizer.ggml.tokens", "texts", "none")
     values: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": hidden, "intermediate_size": _integer(file, "feed_forward_length"),
@@ -115,9 +114,7 @@ def _check_plain(file: GgufFile, config: ModelConfig) -> None:
         value = file.values.get(f"llama.{key}", plain[0])
         if isinstance(value, np.ndarray | list) or value not in plain:
             found = str(value)[:40]
-            raise InputError(
-                f"{file.path.name}: llama.{key}: expected {plain[0]}, got {found}: not a plain Llama"
-            )
+            raise InputError(f"{file.path.name}: llama.{key}", f"{plain[0]}", f"{found}: not a plain Llama")
 
 
 def _scaling(file: GgufFile) -> dict[str, Any]:
@@ -127,13 +124,11 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
         factor = _number(file, "rope.scaling.factor", 1.0)
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     if kind not in (None, "none"):
-        raise InputError(
-            f"{file.path.name}: rope.scaling.type: expected linear or none, got {str(kind)[:40]!r}"
-        )
+        raise InputError(f"{file.path.name}: rope.scaling.type", "linear or none", f"{str(kind)[:40]!r}")
     if "rope_freqs.weight" not in file.tensors:
         return {}
     if file.tensors["rope_freqs.weight"].kind != "F32":
-        raise InputError(f"{file.path.name}: rope_freqs.weight: expected F32")
+        raise InputError(f"{file.path.name}: rope_freqs.weight", "F32")
     factors = floats_of("F32", file.read("rope_freqs.weight"))
     return {"rope_scaling": {**SCALED_ROPE, "factor": float(np.round(factors.max(), 3))}}
 
@@ -144,9 +139,7 @@ def _check_rope(file: GgufFile, config: ModelConfig) -> None:
         found = floats_of("F32", file.read("rope_freqs.weight"))
         expected = rope_factors(config)
         if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
-            raise InputError(
-                f"{file.path.name}: rope_freqs.weight: expected the factors of Llama 3.1 and 3.2"
-            )
+            raise InputError(f"{file.path.name}: rope_freqs.weight", "the factors of Llama 3.1 and 3.2")
 
 
 def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
@@ -156,13 +149,13 @@ def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
         found = file.tensors.get(gguf_name(tensor))
         if found is None or found.shape != shape:
             had = "none" if found is None else f"{found.shape}"
-            raise InputError(f"{file.path.name}: {gguf_name(tensor)}: expected {shape}, got {had}")
+            raise InputError(f"{file.path.name}: {gguf_name(tensor)}", f"{shape}", f"{had}")
         if len(shape) == 1 and found.kind not in STORED:
-            raise InputError(f"{file.path.name}: {gguf_name(tensor)}: expected floats, got {found.kind}")
+            raise InputError(f"{file.path.name}: {gguf_name(tensor)}", "floats", f"{found.kind}")
     known = {gguf_name(tensor) for tensor in tensors} | {"rope_freqs.weight"}
     for name in file.tensors:
         if name not in known:
-            raise InputError(f"{file.path.name}: {name[:80]!r}: expected a Llama's tensors alone")
+            raise InputError(f"{file.path.name}: {name[:80]!r}", "a Llama's tensors alone")
 
 
 def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progress: Progress) -> None:
@@ -186,19 +179,13 @@ def _write_tokenizer(file: GgufFile, directory: Path) -> None:
     values, name = file.values, file.path.name
     tokens, kinds = values["tokenizer.ggml.tokens"], values.get("tokenizer.ggml.token_type")
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
-        raise InputError(f"{name}: tokenizer.ggml.token_type: expected a number for each token")
+        raise InputError(f"{name}: tokenizer.ggml.token_type", "a number for each token")
     bos, eos = (_token(values.get(f"tokenizer.ggml.{one}_token_id"), tokens) for one in ("bos", "eos"))
     settings = {"bos_token": bos, "eos_token": eos}
     if values.get("tokenizer.ggml.model") == "llama":
         scores = values.get("tokenizer.ggml.scores")
-        if (
-            not isinstance(scores, np.ndarray)
-            or len(scores) != len(tokens)
-            or tokens[:3] != ["<unk>", "<s>", "</s>"]
-        ):
-            raise InputError(
-                f"{name}: tokenizer.ggml.scores: expected one for each token, and Llama 2's first three"
-            )
+        if not isinstance(scores, np.ndarray) or len(scores) != len(tokens) or tokens[:3] != ["<unk>", "<s>", "</s>"]:
+            raise InputError(f"{name}: tokenizer.ggml.scores", "one for each token, and Llama 2's first three")
         pieces = list(zip(tokens, (float(score) for score in scores), strict=True))
         flags = {key: values.get(f"tokenizer.ggml.{key}", True) is not False for key in _FLAGS}
         special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
@@ -206,12 +193,13 @@ def _write_tokenizer(file: GgufFile, directory: Path) -> None:
         return write_tokenizer(made, {**settings, "add_bos_token": flags[_FLAGS[0]]}, directory)
     merges, split = values.get("tokenizer.ggml.merges"), values.get("tokenizer.ggml.pre")
     if values.get("tokenizer.ggml.model") != "gpt2" or split not in _SPLITS or not isinstance(merges, list):
-        raise InputError(f"{name}: tokenizer.ggml.pre: expected one of {', '.join(_SPLITS)} with merges, got "
-                         f"{str(split)[:40]!r}")  # fmt: skip
+        raise InputError(
+            f"{name}: tokenizer.ggml.pre", f"one of {', '.join(_SPLITS)} with merges", f"{str(split)[:40]!r}"
+        )
     pairs = [tuple(merge.split(" ")) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if any(len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys() for pair in pairs):
-        raise InputError(f"{name}: tokenizer.ggml.merges: expected pairs of tokens that make a token")
+        raise InputError(f"{name}: tokenizer.ggml.merges", "pairs of tokens that make a token")
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
     adds = bos if values.get("tokenizer.ggml.add_bos_token", True) else None
     made = byte_level(vocabulary, [(a, b) for a, b in pairs], _SPLITS[split], special, adds)  # type: ignore[misc]
@@ -225,13 +213,13 @@ def _token(number: Any, tokens: list[str]) -> str | None:
 def _integer(file: GgufFile, key: str, default: int | None = None) -> int:
     value = file.values.get(f"llama.{key}", default)
     if type(value) is not int or value < 1:
-        raise InputError(f"{file.path.name}: llama.{key}: expected a whole number, got {str(value)[:40]!r}")
+        raise InputError(f"{file.path.name}: llama.{key}", "a whole number", f"{str(value)[:40]!r}")
     return value
 
 
 def _number(file: GgufFile, key: str, default: float) -> float:
     value = file.values.get(f"llama.{key}", default)
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{file.path.name}: llama.{key}: expected a number, got {str(value)[:40]!r}")
+        raise InputError(f"{file.path.name}: llama.{key}", "a number", f"{str(value)[:40]!r}")
     # what was written as float32 gets its shortest decimal back, as config.json has it
     return float(str(np.float32(value)))

@@ -57,9 +57,7 @@ def _explain(name: str, error: Exception) -> LlamitaError:
     if isinstance(error, out_of_reach):
         offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        return RunError(
-            f"{name}: no such directory, not in the hub's cache, and {why}; try a local directory"
-        )
+        return RunError(f"{name}: no such directory, not in the hub's cache, and {why}; try a local directory")
     return RunError(f"{name}: download failed: {_first_line(error)}; try again")
 
 

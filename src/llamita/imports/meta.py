@@ -23,20 +23,12 @@ from llamita.imports.tokenizers import Converted, convert_tokenizer
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, hf_order, meta_name
 from llamita.models.names import expected_tensors
-from llamita.models.packed_writer import (
-    copy_companions,
-    find_companions,
-    plan_shards,
-    write_json,
-    write_shards,
-)
+from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
 from llamita.system.files import read_json
 from llamita.system.progress import Progress
 
 PARAMS = "params.json"
-_APART = (
-    "Its adapters lie apart; without them it is not the model that was trained: run both with `--adapter`."
-)
+_APART = "Its adapters lie apart; without them it is not the model that was trained: run both with `--adapter`."
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
 _DTYPES = {torch.bfloat16: ("BF16", torch.int16, "<u2"), torch.float16: ("F16", torch.int16, "<f2"),
            torch.float32: ("F32", torch.int32, "<f4")}  # fmt: skip
@@ -69,16 +61,14 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         _write_floats(parts, values, directory, progress)
         return Imported()
     if len(parts) > 1:
-        raise InputError(f"{source}: expected a quantized release in one file, got {len(parts)}")
+        raise InputError(f"{source}", "a quantized release in one file", f"{len(parts)}")
     model = meta_quantized.MetaQuantized(source, files, params, values, parts[0])
     adapter = model.adapter()
     taken = take_over(model, directory, progress, None if adapter is None else _APART)
     return Imported(taken, adapter, layers=model.config.layers)
 
 
-def _write_floats(
-    parts: list[dict[str, Tensor]], values: dict[str, Any], directory: Path, progress: Progress
-) -> None:
+def _write_floats(parts: list[dict[str, Tensor]], values: dict[str, Any], directory: Path, progress: Progress) -> None:
     """Weights and config.json of a float checkpoint."""
     config = ModelConfig.from_hf(values)
     tensors = expected_tensors(config)
@@ -86,7 +76,7 @@ def _write_floats(
     known = {*names.values(), "rope.freqs", *(["output.weight"] if config.tied else [])}
     for name in parts[0]:
         if name not in known:
-            raise InputError(f"consolidated.00.pth: {name[:80]!r}: expected a Llama's tensors alone")
+            raise InputError(f"consolidated.00.pth: {name[:80]!r}", "a Llama's tensors alone")
     kind = _DTYPES[parts[0][names["model.norm.weight"]].dtype]
     shards = plan_shards({tensor: {tensor: (kind[0], shape)} for tensor, shape in tensors.items()})
 
@@ -143,21 +133,19 @@ def _check_names(params: dict[str, Any], parts: list[dict[str, Tensor]], known: 
     """See that nothing is there that would change the model and is not known here."""
     for name in params:
         if name not in known:
-            raise InputError(f"{PARAMS}: {name[:40]!r}: expected Llama's keys ({', '.join(known)})")
+            raise InputError(f"{PARAMS}: {name[:40]!r}", f"Llama's keys ({', '.join(known)})")
     for name in ("dim", "n_layers", "n_heads"):
         if type(params.get(name)) is not int or params[name] < 1:
-            raise InputError(f"{PARAMS}: {name}: expected a whole number, got {params.get(name)!r}")
+            raise InputError(f"{PARAMS}: {name}", "a whole number", f"{params.get(name)!r}")
     if not {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "norm.weight"} <= parts[0].keys():
-        raise InputError("consolidated.00.pth: expected Meta's names of a Llama's weights, got others")
+        raise InputError("consolidated.00.pth", "Meta's names of a Llama's weights", "others")
     norm = parts[0]["norm.weight"].dtype  # which says what the whole checkpoint is stored in
     if norm not in _DTYPES:
-        raise InputError(f"consolidated.00.pth: norm.weight: expected floats, got {norm}")
+        raise InputError("consolidated.00.pth: norm.weight", "floats", f"{norm}")
     for number, part in enumerate(parts):
         if part.keys() != parts[0].keys():
             other = sorted(part.keys() ^ parts[0].keys())[0]
-            raise InputError(
-                f"consolidated.{number:02}.pth: expected the names of the first part, got {other[:80]}"
-            )
+            raise InputError(f"consolidated.{number:02}.pth", "the names of the first part", f"{other[:80]}")
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -173,13 +161,12 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # Torch's loader fails in a dozen ways
         why = " ".join(str(error).split())[:120]
-        raise InputError(f"{path.name}: expected a file of torch.save with tensors alone: {why}") from None
+        raise InputError(f"{path.name}", f"a file of torch.save with tensors alone: {why}") from None
     if not isinstance(state, dict) or not state:
-        raise InputError(f"{path.name}: expected tensors by name, got {type(state).__name__}")
+        raise InputError(f"{path.name}", "tensors by name", f"{type(state).__name__}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor, path):
-            raise InputError(f"{path.name}: {str(name)[:60]!r}: expected a plain tensor of floats, as it "
-                             "lies in the file")  # fmt: skip
+            raise InputError(f"{path.name}: {str(name)[:60]!r}", "a plain tensor of floats, as it lies in the file")
     return state
 
 
@@ -194,13 +181,13 @@ def _is_plain(tensor: Tensor, path: Path) -> bool:
 def _check_archive(path: Path) -> None:
     """See that what lies in a file takes no more memory than the file."""
     if not zipfile.is_zipfile(path):  # of Torch before 1.6, whose tensors cannot be mapped
-        raise InputError(f"{path.name}: expected a file of torch.save, got another; is it truncated?")
+        raise InputError(f"{path.name}", "a file of torch.save", "another", "is it truncated?")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if any(one.compress_type != zipfile.ZIP_STORED for one in members) or (
         sum(one.file_size for one in members) > path.stat().st_size
     ):
-        raise InputError(f"{path.name}: expected what torch.save stores, got something that was compressed")
+        raise InputError(f"{path.name}", "what torch.save stores", "something that was compressed")
 
 
 def _joined(
@@ -210,13 +197,13 @@ def _joined(
     """A tensor of all parts, with its rows in Hugging Face's order, as bits of its type."""
     lacking = [f"consolidated.{i:02}.pth" for i, part in enumerate(parts) if name not in part]
     if lacking:
-        raise InputError(f"{lacking[0]}: expected {name}, found none")
+        raise InputError(f"{lacking[0]}", f"{name}", "none")
     pieces = [part[name] for part in parts]
     if any(piece.dtype not in _DTYPES or _DTYPES[piece.dtype] != kind for piece in pieces):
-        raise InputError(f"{name}: expected {kind[0]} as the others, got {pieces[0].dtype}")
+        raise InputError(f"{name}", f"{kind[0]} as the others", f"{pieces[0].dtype}")
     whole = _whole(pieces, name, shape)
     if tuple(whole.shape) != shape:
-        raise InputError(f"{name}: expected {shape} of {len(parts)} parts, got {tuple(whole.shape)}")
+        raise InputError(f"{name}", f"{shape} of {len(parts)} parts", f"{tuple(whole.shape)}")
     order = hf_order(tensor, config)
     whole = whole if order is None else whole[torch.from_numpy(order)]
     return whole.contiguous().view(kind[1]).numpy().view(kind[2])
@@ -226,12 +213,10 @@ def _whole(pieces: list[Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     if len(pieces) == 1 or len(shape) == 1:  # vectors are in every part
         return pieces[0]
     if any(piece.ndim != 2 for piece in pieces):
-        raise InputError(f"{name}: expected a matrix, got {tuple(pieces[0].shape)}")
+        raise InputError(f"{name}", "a matrix", f"{tuple(pieces[0].shape)}")
     by_columns = any(part in name for part in _BY_COLUMNS)
     if name.startswith("tok_embeddings"):  # Llama 2 cuts it by columns, Llama 3 by rows
         by_columns = len(pieces[0]) == shape[0]
     if math.prod(pieces[0].shape) * len(pieces) != math.prod(shape):
-        raise InputError(
-            f"{name}: expected {shape} in {len(pieces)} parts, got {tuple(pieces[0].shape)} in each"
-        )
+        raise InputError(f"{name}", f"{shape} in {len(pieces)} parts", f"{tuple(pieces[0].shape)} in each")
     return torch.cat(pieces, dim=int(by_columns))

@@ -43,9 +43,8 @@ class MetaQuantized:
     form = "Meta's quantized release"
 
     def __init__(
-        self, path: Path, files: list[Path], params: dict[str, Any], hf_config: dict[str, Any],
-        state: dict[str, Tensor],
-    ) -> None:  # fmt: skip
+        self, path: Path, files: list[Path], params: dict[str, Any], hf_config: dict[str, Any], state: dict[str, Tensor]
+    ) -> None:
         self.path, self.files, self._state, self._params = path, files, state, params
         self.hf_config = {**hf_config, "tie_word_embeddings": "output.weight" not in state}
         self.config = ModelConfig.from_hf(self.hf_config)
@@ -53,24 +52,23 @@ class MetaQuantized:
         known = self._known()
         strange = sorted(name for name in state if name not in known)
         if strange:
-            raise InputError(f"consolidated.00.pth: {strange[0][:80]!r}: expected a Llama's tensors alone")
+            raise InputError(f"consolidated.00.pth: {strange[0][:80]!r}", "a Llama's tensors alone")
 
     def _rotations(self, arguments: Any) -> tuple[Rotations, tuple[str, ...]]:
         """What is left to do at run time, and what is in the weights already."""
-        if (
-            not isinstance(arguments, dict)
-            or arguments.get("scheme") != SCHEME
-            or set(arguments) - _ARGUMENTS
-        ):
-            raise InputError(f"params.json: quantization_args: expected the scheme {SCHEME} and "
-                             f"{', '.join(sorted(_ARGUMENTS))}, got {str(arguments)[:80]}")  # fmt: skip
+        if not isinstance(arguments, dict) or arguments.get("scheme") != SCHEME or set(arguments) - _ARGUMENTS:
+            raise InputError(
+                "params.json: quantization_args",
+                f"the scheme {SCHEME} and {', '.join(sorted(_ARGUMENTS))}",
+                f"{str(arguments)[:80]}",
+            )
         if not arguments.get("spinquant"):
             return Rotations(), ()
         size = self.config.intermediate_size
         if factor(size)[0] > 1:
-            raise InputError(f"params.json: spinquant: expected w2's inputs a power of two, got {size}")
+            raise InputError("params.json: spinquant", "w2's inputs a power of two", f"{size}")
         if any(".adaptor." in name for name in self._state):  # there they read what R4 has rotated
-            raise InputError("params.json: expected SpinQuant or adapters, got a release with both")
+            raise InputError("params.json", "SpinQuant or adapters", "a release with both")
         return Rotations(("R4",), size), ("R1", "R2")
 
     def _known(self) -> set[str]:
@@ -99,11 +97,9 @@ class MetaQuantized:
             return values if order is None else values[order]
         scales = to_f32(_bits(self._tensor(f"{base}scales"), f"{base}scales"))
         if f"{base}zeros" in self._state and bool(self._state[f"{base}zeros"].any()):
-            raise InputError(f"{base}zeros: expected symmetric weights, got zero points")
+            raise InputError(f"{base}zeros", "symmetric weights", "zero points")
         if codes.ndim != 2 or len(scales) != len(codes):
-            raise InputError(
-                f"{base}weight: expected a matrix with scales for its rows, got {tuple(codes.shape)}"
-            )
+            raise InputError(f"{base}weight", "a matrix with scales for its rows", f"{tuple(codes.shape)}")
         values, scales = codes.numpy(), scales.reshape(len(scales), -1)
         if order is not None and len(order) == len(values):
             values, scales = values[order], scales[order]
@@ -124,11 +120,11 @@ class MetaQuantized:
         if not names and arguments is None:
             return None
         if not names:
-            raise InputError("params.json: lora_args: expected adapters among the weights, found none")
+            raise InputError("params.json: lora_args", "adapters among the weights", "none")
         scale = arguments.get("scale") if isinstance(arguments, dict) else None
         rank = arguments.get("rank") if isinstance(arguments, dict) else None
         if not isinstance(scale, int | float) or isinstance(scale, bool) or type(rank) is not int:
-            raise InputError(f"params.json: lora_args: expected rank and scale, got {str(arguments)[:80]}")
+            raise InputError("params.json: lora_args", "rank and scale", f"{str(arguments)[:80]}")
         return StoredAdapter({name: self._pair(name, rank) for name in names}, rank, float(scale))
 
     def _adapter(self, name: str) -> str:
@@ -138,14 +134,15 @@ class MetaQuantized:
         down, up = (_bits(self._tensor(f"{self._adapter(name)}{part}.weight"), name) for part in "AB")
         rows, columns = linear_names(self.config)[name]
         if down.shape != (rank, columns) or up.shape != (rows, rank):
-            raise InputError(f"{self._adapter(name)}A: expected {(rank, columns)} and {(rows, rank)}, got "
-                             f"{down.shape} and {up.shape}")  # fmt: skip
+            raise InputError(
+                f"{self._adapter(name)}A", f"{(rank, columns)} and {(rows, rank)}", f"{down.shape} and {up.shape}"
+            )
         order = hf_order(f"{name}.weight", self.config)
         return down, up if order is None else up[order]
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._state:
-            raise InputError(f"consolidated.00.pth: expected {name}, found none")
+            raise InputError("consolidated.00.pth", f"{name}", "none")
         return self._state[name]
 
 
@@ -157,6 +154,6 @@ def _base(name: str) -> str:
 def _bits(tensor: Tensor, name: str) -> np.ndarray:
     """A tensor of floats as NumPy has them; bf16 as its bits."""
     if tensor.dtype not in _BITS:
-        raise InputError(f"{name}: expected floats, got {tensor.dtype}")
+        raise InputError(f"{name}", "floats", f"{tensor.dtype}")
     view, dtype = _BITS[tensor.dtype]
     return tensor.contiguous().view(view).numpy().view(dtype)

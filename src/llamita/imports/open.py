@@ -46,21 +46,18 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
     path = Path(name)
     if os.path.exists(name):  # not Path.exists, which raises for a name that is too long
         if not os.path.isdir(name) and form_of(path) is None:
-            raise InputError(f"{name}: expected a model directory, got a file")
+            raise InputError(f"{name}", "a model directory", "a file")
     elif not str(name):
-        raise InputError(
-            "model: expected a model directory, 'embedded' or a hub name like owner/model, got ''"
-        )
+        raise InputError("model", "a model directory, 'embedded' or a hub name like owner/model", "''")
     elif not is_hub_name(name):
-        raise InputError(f"{name}: expected a model directory, 'embedded' or a hub name like owner/model")
+        raise InputError(f"{name}", "a model directory, 'embedded' or a hub name like owner/model")
     else:
         path = import_module("llamita.imports.hub").download(name)
     if form_of(path) is not None:
         return converted(path, progress, note)
     if has(path, "model.pte") and not has(path, "config.json"):
         raise InputError(
-            f"{name}: expected a model, got an ExecuTorch program, which is not read back; "
-            "try what it was exported from"
+            f"{name}", "a model", "an ExecuTorch program, which is not read back", "try what it was exported from"
         )
     return path
 

@@ -98,9 +98,7 @@ class Imported:
     layers: int = 0
 
 
-def take_over(
-    model: CodedModel, directory: Path, progress: Progress = None, remark: str | None = None
-) -> Taken:
+def take_over(model: CodedModel, directory: Path, progress: Progress = None, remark: str | None = None) -> Taken:
     """Write a packed directory.
 
     Args:
@@ -125,9 +123,7 @@ def take_over(
     else:
         hf_config = model.hf_config
     scheme = scheme_of(found)
-    taken = Taken(
-        scheme, _float_layers(model.form, found), sum(f.changed for f in found.values()), model.activations()
-    )
+    taken = Taken(scheme, _float_layers(model.form, found), sum(f.changed for f in found.values()), model.activations())
     _write_weights(model, config, scheme, directory, progress)
     write_config(directory, hf_config, scheme, model.rotations)
     write_bytes(directory / "README.md", _card(model, config, taken, directory, remark).encode())
@@ -141,11 +137,11 @@ def _matrix(model: CodedModel, name: str, shape: tuple[int, int]) -> Coded | np.
     matrix = model.matrix(name)
     have = matrix.shape if isinstance(matrix, np.ndarray) else matrix.codes.shape
     if have != shape:
-        raise InputError(f"{name}: expected {shape}, got {have}")
+        raise InputError(f"{name}", f"{shape}", f"{have}")
     if isinstance(matrix, Coded):
         rows, groups = matrix.scales.shape if matrix.scales.ndim == 2 else (0, 0)
         if rows != shape[0] or not groups or shape[1] % groups:
-            raise InputError(f"{name}: expected scales for {shape[0]} rows, got {matrix.scales.shape}")
+            raise InputError(f"{name}", f"scales for {shape[0]} rows", f"{matrix.scales.shape}")
     return matrix
 
 
@@ -222,9 +218,7 @@ def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
         yield values[start : start + _ROWS]
 
 
-def _tensors(
-    model: CodedModel, name: str, scheme: QuantScheme, dtypes: dict[str, str]
-) -> dict[str, np.ndarray]:
+def _tensors(model: CodedModel, name: str, scheme: QuantScheme, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
     """A module's tensors by name."""
     if name in dtypes:
         values = as_stored(model.vector(name), dtypes[name])

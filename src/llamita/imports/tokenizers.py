@@ -79,12 +79,12 @@ def _from_json(source: Path) -> Converted:
     try:
         tokenizer = Tokenizer.from_buffer(read_bytes(source, "tokenizer.json"))
     except Exception as error:  # the library has no class of its own for it
-        raise InputError(f"tokenizer.json: expected a tokenizer, got {str(error)[:80]}") from None
+        raise InputError("tokenizer.json", "a tokenizer", f"{str(error)[:80]}") from None
     tokens = [settings.get("bos_token"), settings.get("eos_token")]
     names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
     bos, eos = (tokenizer.token_to_id(name) if isinstance(name, str) else None for name in names)
     if bos is None or eos is None:
-        raise InputError(f"tokenizer_config.json: expected two tokens, bos and eos, got {names}")
+        raise InputError("tokenizer_config.json", "two tokens, bos and eos", f"{names}")
     return Converted(tokenizer.get_vocab_size(), bos, (eos,), tokenizer.token_to_id(_BOS) is not None)
 
 
@@ -99,7 +99,7 @@ def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
     """Llama 3's: a line for each piece, base64 of its bytes and its rank."""
     ranks = dict(_ranks(data))
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise InputError(f"{FILE}: expected ranks from 0 on and a piece for every byte, got others")
+        raise InputError(f"{FILE}", "ranks from 0 on and a piece for every byte", "others")
     merges = []
     for token, rank in ranks.items():
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -120,9 +120,8 @@ def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def byte_level(
-    vocabulary: dict[str, int], merges: list[tuple[str, str]], words: str | None, special: list[str],
-    bos: str | None,
-) -> Tokenizer:  # fmt: skip
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], words: str | None, special: list[str], bos: str | None
+) -> Tokenizer:
     """A BPE of bytes, as Llama 3 and GPT-2 have it.
 
     Args:
@@ -145,30 +144,29 @@ def _with_special(tokenizer: Tokenizer, special: Sequence[str], bos: str | None)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     if bos is not None:
         number = tokenizer.token_to_id(bos)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, number)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
     return tokenizer
 
 
 def _check_merges(merges: int) -> None:
     if merges > _MOST_MERGES:
-        raise InputError(f"{FILE}: expected at most {_MOST_MERGES:,} ways to make a piece of two, got more")
+        raise InputError(f"{FILE}", f"at most {_MOST_MERGES:,} ways to make a piece of two", "more")
 
 
 def _ranks(data: bytes) -> Iterator[tuple[bytes, int]]:
     lines = data.splitlines()
     if len(lines) > _MOST_PIECES:
-        raise InputError(f"{FILE}: expected at most {_MOST_PIECES} pieces, got {len(lines)}")
+        raise InputError(f"{FILE}", f"at most {_MOST_PIECES} pieces", f"{len(lines)}")
     for number, line in enumerate(lines, 1):
         try:
             piece, rank = line.split()
             found = base64.b64decode(piece, validate=True), int(rank)
         except (ValueError, binascii.Error):
-            raise InputError(f"{FILE}: line {number}: expected base64 and a rank, as Llama 3's has them, or "
-                             "SentencePiece's model") from None  # fmt: skip
+            raise InputError(
+                f"{FILE}: line {number}", "base64 and a rank, as Llama 3's has them, or SentencePiece's model"
+            ) from None
         if not 0 < len(found[0]) <= _LONGEST_PIECE:
-            raise InputError(f"{FILE}: line {number}: expected a piece of 1 to {_LONGEST_PIECE} bytes")
+            raise InputError(f"{FILE}: line {number}", f"a piece of 1 to {_LONGEST_PIECE} bytes")
         yield found
 
 
@@ -176,9 +174,7 @@ def _from_sentencepiece(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
     """Llama 2's: pieces with scores."""
     pieces = list(_pieces(data))
     if len(pieces) < 259 or [piece for piece, _ in pieces[:3]] != ["<unk>", "<s>", "</s>"]:
-        raise InputError(
-            f"{FILE}: expected the pieces <unk>, <s>, </s> and 256 bytes first, as Llama 2's has them"
-        )
+        raise InputError(f"{FILE}", "the pieces <unk>, <s>, </s> and 256 bytes first, as Llama 2's has them")
     settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     return with_scores(pieces), settings
 
@@ -199,14 +195,12 @@ def with_scores(
     merges = []
     for piece in vocabulary:
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        merges += [
-            (-score[piece], vocabulary[a], vocabulary[b], a, b) for a, b in pairs if a in score and b in score
-        ]
+        merges += [(-score[piece], vocabulary[a], vocabulary[b], a, b) for a, b in pairs if a in score and b in score]
         _check_merges(len(merges))
     merges.sort(key=lambda merge: merge[:3])
-    tokenizer = Tokenizer(models.BPE(
-        vocabulary, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
-    ))  # fmt: skip
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     spaces: Any = normalizers.Replace(" ", _SPACE)
     prefix = [normalizers.Prepend(_SPACE)] if adds_space else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, spaces])
@@ -229,25 +223,19 @@ def _pieces(data: bytes) -> Iterator[tuple[str, float]]:
                 kind = dict(_fields(value)).get(3, _UNIGRAM)
                 if kind != _BPE:
                     named = "a Unigram model" if kind == _UNIGRAM else f"kind {kind}"
-                    raise InputError(f"{FILE}: expected SentencePiece's BPE, as Llama 2's, got {named}")
+                    raise InputError(f"{FILE}", "SentencePiece's BPE, as Llama 2's", f"{named}")
             if field != 1 or not isinstance(value, bytes):
                 continue
             count += 1
             parts = dict(_fields(value))
             text, score = parts.get(1), parts.get(2, bytes(4))
-            if (
-                not isinstance(text, bytes)
-                or not isinstance(score, bytes)
-                or not 0 < len(text) <= _LONGEST_PIECE
-            ):
-                raise InputError(f"{FILE}: piece {count}: expected a text of at most {_LONGEST_PIECE} bytes")
+            if not isinstance(text, bytes) or not isinstance(score, bytes) or not 0 < len(text) <= _LONGEST_PIECE:
+                raise InputError(f"{FILE}: piece {count}", f"a text of at most {_LONGEST_PIECE} bytes")
             yield text.decode(), struct.unpack("<f", score)[0]
             if count > _MOST_PIECES:
-                raise InputError(f"{FILE}: expected at most {_MOST_PIECES} pieces")
+                raise InputError(f"{FILE}", f"at most {_MOST_PIECES} pieces")
     except (IndexError, KeyError, ValueError, struct.error):
-        raise InputError(
-            f"{FILE}: piece {count + 1}: expected SentencePiece's model, got a damaged one"
-        ) from None
+        raise InputError(f"{FILE}: piece {count + 1}", "SentencePiece's model", "a damaged one") from None
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:

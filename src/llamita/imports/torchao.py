@@ -53,32 +53,25 @@ class Torchao(ModuleFiles):
         bits = _BITS.get(str(notes.get("target_dtype", {}).get("_data")))
         how = notes.get("activation_quantization")
         if bits is None or how not in (None, _PER_TOKEN):
-            raise InputError(f"{name}: expected int4 or int8 codes, activations {_PER_TOKEN}, got "
-                             f"{str(notes)[:120]}")  # fmt: skip
+            raise InputError(f"{name}", f"int4 or int8 codes, activations {_PER_TOKEN}", f"{str(notes)[:120]}")
         if name != EMBEDDING:  # no activation meets it
             self._dynamic[name] = how is not None
         codes = self.part(name, "_weight_qdata", ("I8",))
         scales = self.scales(name, "_weight_scale")
         zeros = self.part(name, "_weight_zero_point", ("I8", "I32", "F32"))
         if zeros.size != scales.size or np.any(zeros):
-            raise InputError(f"{name}: expected a zero point of 0 for each scale, got others")
+            raise InputError(f"{name}", "a zero point of 0 for each scale", "others")
         if codes.ndim != 2 or notes.get("block_size") != [1, codes.shape[1] // scales.shape[1]]:
-            raise InputError(
-                f"{name}: block_size: expected [1, inputs of a scale], got {notes.get('block_size')}"
-            )
+            raise InputError(f"{name}: block_size", "[1, inputs of a scale]", f"{notes.get('block_size')}")
         return Coded(codes, scales, bits)
 
     def _notes(self, name: str) -> dict[str, Any]:
         """What the file says of a weight."""
         text = self.metadata(f"{name}.weight")
-        found = (
-            parse_json(text.encode(errors="replace"), f"{name}: torchao's notes")
-            if isinstance(text, str)
-            else {}
-        )
+        found = parse_json(text.encode(errors="replace"), f"{name}: torchao's notes") if isinstance(text, str) else {}
         notes = found.get("_data")
         if found.get("_type") != _TYPE or not isinstance(notes, dict):
-            raise InputError(f"{name}: expected torchao's {_TYPE}, got {str(found.get('_type'))[:60]!r}")
+            raise InputError(f"{name}", f"torchao's {_TYPE}", f"{str(found.get('_type'))[:60]!r}")
         if not isinstance(notes.get("target_dtype"), dict):
-            raise InputError(f"{name}: target_dtype: expected a type's name")
+            raise InputError(f"{name}: target_dtype", "a type's name")
         return notes

@@ -98,9 +98,7 @@ class Block:
         self.name = f"model.layers.{index}"
         with torch.device("meta"):  # the weights follow: nothing is drawn, nothing takes memory twice
             self.layer: Any = LlamaDecoderLayer(config, 0).eval()
-        self.linears: dict[str, Any] = {
-            name: self.layer.get_submodule(name) for step in STEPS for name in step
-        }
+        self.linears: dict[str, Any] = {name: self.layer.get_submodule(name) for step in STEPS for name in step}
         for name, linear in self.linears.items():
             self.set_weight(name, _weight(source, f"{self.name}.{name}"))
             bias = bias_of(source, f"{self.name}.{name}")

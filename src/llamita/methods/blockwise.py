@@ -108,9 +108,7 @@ class TuneBlock(Protocol):
     def __call__(self, block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[str, Rounded]: ...
 
 
-Streams = dict[
-    str, Tensor
-]  # "quantized", and "float" where a method compares with it; (samples, length, hidden)
+Streams = dict[str, Tensor]  # "quantized", and "float" where a method compares with it; (samples, length, hidden)
 
 
 @dataclass
@@ -143,16 +141,14 @@ def begin(
         InputError: no calibration, or weights that are not finite.
     """
     if setup.calibration is None:
-        raise InputError("--calibration: expected a text, got none; try --calibration self")
+        raise InputError("--calibration", "a text", "none", "try --calibration self")
     torch.set_num_threads(_native.threads())
     # Measured energies replace the expected ones, which would take a pass over all weights.
     expects = method is None or scheme.scale_rule != "weighted"
     to_nearest = rtn.begin(source, scheme if expects else replace(scheme, scale_rule="search"))
     run = _Run(source, scheme, setup, method, tune, to_nearest)
     with torch.no_grad():
-        store = _round_blocks(
-            run, torch_processes.own_rows(torch.from_numpy(setup.calibration.tokens)).numpy()
-        )
+        store = _round_blocks(run, torch_processes.own_rows(torch.from_numpy(setup.calibration.tokens)).numpy())
     coarse = [name for name in linear_names(source.config) if scheme.kind(name).bits == 4]
     return lambda name: _rows(source, store, name) if name in coarse else to_nearest(name)
 
@@ -254,9 +250,8 @@ def _set_weights(block: Block, rounded: dict[str, Rounded]) -> None:
 
 
 def _measure(
-    step: int, blocks: dict[str, Block], before: Streams, middle: Streams, weights: dict[str, Tensor],
-    needs_cross: bool,
-) -> Layers:  # fmt: skip
+    step: int, blocks: dict[str, Block], before: Streams, middle: Streams, weights: dict[str, Tensor], needs_cross: bool
+) -> Layers:
     """What the layers of this step see; `middle` matters from step 2 on."""
     outputs, inputs = next(iter(weights.values())).shape
     layers = Layers(weights, torch.zeros(inputs, inputs))
@@ -289,8 +284,9 @@ def _round_layers(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> d
         found = method.round_layers(replace(layers, weights=own, residual=residual), scheme)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         raise InputError(
-            f"{next(iter(layers.weights))}: expected inputs whose products can be factored; try more "
-            "--samples, or a larger --set gptq.damping or qronos.ridge"
+            f"{next(iter(layers.weights))}",
+            "inputs whose products can be factored",
+            hint="try more --samples, or a larger --set gptq.damping or qronos.ridge",
         ) from None
 
     def whole(rows: np.ndarray, name: str) -> np.ndarray:

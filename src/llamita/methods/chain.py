@@ -21,10 +21,7 @@ from llamita.system.extras import load_optional
 RoundModule = Callable[[str], Iterator[Any]]  # a module's name to its rounded rows, in pieces
 
 # transform(source, setup) -> a source of the same function
-TRANSFORMS = {
-    "equalize": "llamita.methods.equalize:transform",
-    "spinquant": "llamita.methods.spinquant:transform",
-}
+TRANSFORMS = {"equalize": "llamita.methods.equalize:transform", "spinquant": "llamita.methods.spinquant:transform"}
 # rtn, trained: begin(source, scheme) -> RoundModule
 # others: method(settings) -> `methods.calibrated.LayerMethod`
 METHODS = {
@@ -36,10 +33,10 @@ METHODS = {
 TUNINGS = {"tune": "llamita.methods.tune:tune_block"}  # see `methods.calibrated.TuneBlock`
 # What a preset stands for beside its scheme, with settings: round to nearest where it is not here.
 PRESET_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
+    "llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0})
 }
 OFFLINE_METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # the same where nothing may run online
-    "llamita": ("equalize+qronos+tune", {"tune.rate": 0}),
+    "llamita": ("equalize+qronos+tune", {"tune.rate": 0})
 }
 _RULES = {
     "torchao": "the largest weight of the group over 7.5 (torchao's formula)",
@@ -117,17 +114,17 @@ def parse_chain(text: str) -> Chain:
     for name in names:
         if name not in _STAGES:
             known = ", ".join([*METHODS, *TRANSFORMS, *TUNINGS])
-            raise InputError(f"--method: expected one of {known}, or several joined by +, got {name!r}")
+            raise InputError("--method", f"one of {known}, or several joined by +", f"{name!r}")
     for before, after in pairwise(names):
         if _STAGES[before] == _STAGES[after]:
             both = ", ".join(METHODS) if before in METHODS else before
-            raise InputError(f"--method: expected at most one of {both}, got {text!r}")
+            raise InputError("--method", f"at most one of {both}", f"{text!r}")
     ordered = sorted(names, key=lambda name: _STAGES[name])
     if ordered != names:
-        raise InputError(f"--method: expected another order, got {text!r}; try {'+'.join(ordered)}")
+        raise InputError("--method", "another order", f"{text!r}", f"try {'+'.join(ordered)}")
     rounding = next((name for name in names if name in METHODS), "rtn")
     if rounding == "trained" and len(names) > 1:
-        raise InputError(f"--method: expected trained alone, as its codes are fixed, got {text!r}")
+        raise InputError("--method", "trained alone, as its codes are fixed", f"{text!r}")
     tuning = next((name for name in names if name in TUNINGS), None)
     return Chain(tuple(name for name in names if name in TRANSFORMS), rounding, tuning)
 
@@ -156,8 +153,10 @@ def check(chain: Chain, settings: dict[str, Any], config: ModelConfig) -> None:
             if name.split(".")[0] != chain.tuning
         ]
         raise InputError(
-            f"--method {chain}: expected a single process for {chain.tuning}, got {processes.world()}; "
-            f"try --method {replace(chain, tuning=None)}{''.join(kept)}"
+            f"--method {chain}",
+            f"a single process for {chain.tuning}",
+            f"{processes.world()}",
+            f"try --method {replace(chain, tuning=None)}{''.join(kept)}",
         )
     _entry(chain.rounding, METHODS[chain.rounding])
     if chain.is_blockwise:

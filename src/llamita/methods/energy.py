@@ -88,9 +88,7 @@ def check_energy(name: str, piece: np.ndarray, first_row: int, energy: np.ndarra
     """Refuse weights whose energy is not a number: NaN or infinity, or squares beyond float32."""
     if not np.isfinite(energy).all():
         check_finite(f"{name}.weight", piece, first_row)
-        raise InputError(
-            f"{name}.weight: expected weights whose squares fit float32; the checkpoint is damaged"
-        )
+        raise InputError(f"{name}.weight", "weights whose squares fit float32", hint="the checkpoint is damaged")
 
 
 def _column_energy(source: FloatSource, name: str) -> F32:

@@ -17,9 +17,7 @@ from llamita.models.transformed import F64, Change, ModuleChange, TransformedSou
 from llamita.models.weights import FloatSource
 from llamita.numerics.affine import to_f32
 
-_BALANCE = (
-    0.75  # 1 makes all columns equal, 0 all activations; chosen by measurement (docs/reference/methods.md)
-)
+_BALANCE = 0.75  # 1 makes all columns equal, 0 all activations; chosen by measurement (docs/reference/methods.md)
 
 
 def transform(source: FloatSource, setup: Setup) -> TransformedSource:
@@ -30,7 +28,7 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
     """
     numbers_of(setup.settings, "equalize", {})
     if source.rotations.names:
-        raise InputError("--method: expected equalize before spinquant, got it after; try equalize+spinquant")
+        raise InputError("--method", "equalize before spinquant", "it after", "try equalize+spinquant")
     energies = input_energies(source)
     changes: dict[str, ModuleChange] = {}
     for layer in range(source.config.layers):

@@ -34,9 +34,7 @@ def round_layers(layers: Layers, scheme: QuantScheme, settings: Numbers) -> dict
     return round_target(layers, weights, scheme, settings)
 
 
-def round_target(
-    layers: Layers, target: Tensor, scheme: QuantScheme, settings: Numbers
-) -> dict[str, Rounded]:  # fmt: skip
+def round_target(layers: Layers, target: Tensor, scheme: QuantScheme, settings: Numbers) -> dict[str, Rounded]:
     """Codes and scales nearest to `target` (all outputs, inputs), one matrix above the other."""
     scales = search_scales(target, layers.hessian.diagonal(), scheme)
     damping, sweeps = settings["damping"], int(settings["sweeps"])
@@ -53,15 +51,11 @@ def search_scales(weights: Tensor, energy: Tensor, scheme: QuantScheme) -> np.nd
     """Scales (outputs, groups) float32 by the scheme's rule, squared errors weighted by measured energies."""
     rule = rule_of(scheme)
     importance = (energy / energy.mean()).clamp(min=_LEAST).float().numpy() if rule == "search" else None
-    _, scales, _ = _native.round_weights(
-        np.ascontiguousarray(weights.numpy()), 4, scheme.group_size, rule, importance
-    )
+    _, scales, _ = _native.round_weights(np.ascontiguousarray(weights.numpy()), 4, scheme.group_size, rule, importance)
     return scales
 
 
-def round_columns(
-    target: Tensor, scales: Tensor, hessian: Tensor, damping: float, sweeps: int = 0
-) -> Tensor:  # fmt: skip
+def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: float, sweeps: int = 0) -> Tensor:
     """Codes int8 (outputs, inputs) of least error by GPTQ's greedy rule, inputs of most energy first.
 
     Args:

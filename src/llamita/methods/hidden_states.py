@@ -80,9 +80,7 @@ class Store:
             return torch.from_numpy(values)
         return torch.empty(self._shape).copy_(torch.from_numpy(values))  # in memory aligned as ever
 
-    def keep(
-        self, index: int, after: dict[str, Tensor], layers: dict[str, tuple[np.ndarray, np.ndarray]]
-    ) -> None:
+    def keep(self, index: int, after: dict[str, Tensor], layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Block `index` is done: the streams behind it, and packed codes and scales of its layers by name."""
         if self._directory is None:
             self._layers |= layers

@@ -44,10 +44,10 @@ def learn(
         InputError: there is no calibration text, or groups of weights that do not fit.
     """
     if setup.calibration is None:
-        raise InputError("spinquant: expected calibration text, got none; try --set spinquant.steps=0")
+        raise InputError("spinquant", "calibration text", "none", "try --set spinquant.steps=0")
     inputs = sorted({columns for _, columns in source.config.linear_shapes().values()})
     if settings.weights and any(columns % settings.weights for columns in inputs):
-        raise InputError(f"spinquant.weights: expected a divisor of {inputs}, got {settings.weights}")
+        raise InputError("spinquant.weights", f"a divisor of {inputs}", f"{settings.weights}")
     torch.set_num_threads(_native.threads())
     torch_processes.join()  # before Accelerate does, which would leave either CPU or GPU without sums
     accelerator = Accelerator()
@@ -171,11 +171,7 @@ class _Model:
     """The source, and its loss as a function of R1 and R2: {"r1": (hidden, hidden), "r2": (layers, d, d)}."""
 
     def __init__(
-        self,
-        source: FloatSource,
-        matrices: RotationMatrices,
-        settings: SpinQuantSettings,
-        device: torch.device,
+        self, source: FloatSource, matrices: RotationMatrices, settings: SpinQuantSettings, device: torch.device
     ) -> None:
         self._config, self._settings, self._device = source.config, settings, device
         self._dtype = getattr(torch, settings.dtype)
@@ -231,8 +227,7 @@ class _Model:
 
         n = rounded(_norm(x, config.norm_eps))
         q, k, v = (
-            linear(f"self_attn.{name}_proj", n).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-            for name in "qkv"
+            linear(f"self_attn.{name}_proj", n).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for name in "qkv"
         )  # (samples, heads, length, head_dim)
         q, k = (_rotary(t, *rotary) for t in (q, k))
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -241,9 +236,7 @@ class _Model:
         inner = functional.silu(linear("mlp.gate_proj", n)) * linear("mlp.up_proj", n)
         return x + linear("mlp.down_proj", rounded(self._online(inner)))
 
-    def _rotated(
-        self, layer: _Layer, name: str, r1: Tensor | None, r2: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _rotated(self, layer: _Layer, name: str, r1: Tensor | None, r2: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a layer under the rotations, as `spinquant.rotated` merges them."""
         weight, bias, d = layer.weights[name], layer.biases[name], self._config.head_dim
         if name in ("self_attn.o_proj", "mlp.down_proj"):

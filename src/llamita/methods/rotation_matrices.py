@@ -78,10 +78,8 @@ def _block_changes(source: FloatSource, matrices: RotationMatrices, layer: int) 
         "self_attn.o_proj": ModuleChange(inputs=values, outputs=stream),
         "mlp.gate_proj": ModuleChange(inputs=mlp),
         "mlp.up_proj": ModuleChange(inputs=mlp),
-        "mlp.down_proj": ModuleChange(
-            inputs=(fast_hadamard,) if matrices.r4_size else (), outputs=stream
-        ),
-    }  # fmt: skip
+        "mlp.down_proj": ModuleChange(inputs=(fast_hadamard,) if matrices.r4_size else (), outputs=stream),
+    }
     return {f"{block}.{name}": change for name, change in changes.items() if change != ModuleChange()}
 
 

@@ -40,9 +40,7 @@ def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
     return lambda name: _round_module(source, scheme, name, importance.get(name))
 
 
-def _round_module(
-    source: Checkpoint, scheme: QuantScheme, name: str, importance: F32 | None
-) -> Iterator[RoundedRows]:
+def _round_module(source: Checkpoint, scheme: QuantScheme, name: str, importance: F32 | None) -> Iterator[RoundedRows]:
     """The rows of a linear layer or table in int4 groups, or in int8 per channel, in pieces.
 
     Raises:

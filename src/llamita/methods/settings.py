@@ -63,23 +63,21 @@ class SpinQuantSettings:
 
     def __post_init__(self) -> None:
         if not self.online and not self.names and replace(self, online=True).names == ("R4",):
-            raise InputError(
-                "spinquant.rotations: expected R1 or R2 with --no-online, got R4 alone, which runs online"
-            )
+            raise InputError("spinquant.rotations", "R1 or R2 with --no-online", "R4 alone, which runs online")
         if not self.names or self.names != tuple(name for name in NAMES if name in self.names):
-            raise InputError(f"spinquant.rotations: expected some of R1,R2,R4, got {self.rotations!r}")
+            raise InputError("spinquant.rotations", "some of R1,R2,R4", f"{self.rotations!r}")
         for name, least in (("steps", 0), ("batch", 1), ("weights", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise InputError(f"spinquant.{name}: expected a whole number from {least}, got {value!r}")
+                raise InputError(f"spinquant.{name}", f"a whole number from {least}", f"{value!r}")
         if not isinstance(self.lr, int | float) or not 0 < self.lr < float("inf"):
-            raise InputError(f"spinquant.lr: expected a positive number, got {self.lr!r}")
+            raise InputError("spinquant.lr", "a positive number", f"{self.lr!r}")
         for name, known in (("loss", LOSSES), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in known:
-                raise InputError(f"spinquant.{name}: expected one of {', '.join(known)}, got {value!r}")
+                raise InputError(f"spinquant.{name}", f"one of {', '.join(known)}", f"{value!r}")
         if not isinstance(self.online, bool):
-            raise InputError(f"spinquant.online: expected true or false, got {self.online!r}")
+            raise InputError("spinquant.online", "true or false", f"{self.online!r}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,11 +144,11 @@ class TuneSettings:
         for name, least in (("steps", 1), ("samples", 1), ("held_out", 2), ("checks", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise InputError(f"--set tune.{name}: expected an integer of at least {least}, got {value!r}")
+                raise InputError(f"--set tune.{name}", f"an integer of at least {least}", f"{value!r}")
         for name, most in (("rate", 50.0), ("scale_rate", 50.0), ("spread", 1.0)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
-                raise InputError(f"--set tune.{name}: expected a number from 0 to {most:g}, got {value!r}")
+                raise InputError(f"--set tune.{name}", f"a number from 0 to {most:g}", f"{value!r}")
 
     @property
     def descents(self) -> tuple[float, ...]:
@@ -167,7 +165,7 @@ def check(methods: Collection[str], settings: dict[str, Any]) -> None:
     known = settable(methods)
     for name in settings:
         if name.partition(".")[0] not in known:
-            raise InputError(f"--set {name}: expected a setting of {', '.join(known)}")
+            raise InputError(f"--set {name}", f"a setting of {', '.join(known)}")
     for method in known:
         kind = KINDS[method]
         if isinstance(kind, dict):
@@ -178,9 +176,7 @@ def check(methods: Collection[str], settings: dict[str, Any]) -> None:
 
 def settable(methods: Collection[str]) -> list[str]:
     """Those whose settings these methods read."""
-    return list(
-        dict.fromkeys(read for name in methods for read in READ_BY.get(name, (name,)) if read in KINDS)
-    )
+    return list(dict.fromkeys(read for name in methods for read in READ_BY.get(name, (name,)) if read in KINDS))
 
 
 def settings_of(kind: type[S], method: str, settings: dict[str, Any]) -> S:
@@ -201,9 +197,9 @@ def numbers_of(settings: dict[str, Any], method: str, defaults: Numbers) -> Numb
     given = _own(settings, method, defaults)
     for name, value in given.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise InputError(f"--set {method}.{name}: expected a number of at least 0, got {value!r}")
+            raise InputError(f"--set {method}.{name}", "a number of at least 0", f"{value!r}")
         if type(defaults[name]) is int and value != int(value):
-            raise InputError(f"--set {method}.{name}: expected a whole number, got {value!r}")
+            raise InputError(f"--set {method}.{name}", "a whole number", f"{value!r}")
     return {name: float(given.get(name, default)) for name, default in defaults.items()}
 
 
@@ -213,7 +209,7 @@ def _own(settings: dict[str, Any], method: str, known: Collection[str]) -> dict[
     for name in own:
         if name not in known:
             choices = f"one of {', '.join(known)}" if known else f"no settings of {method}, which has none"
-            raise InputError(f"--set {method}.{name}: expected {choices}")
+            raise InputError(f"--set {method}.{name}", f"{choices}")
     return own
 
 

@@ -66,9 +66,9 @@ def parse_settings(texts: Iterable[str], methods: Collection[str]) -> dict[str, 
         name, equals, value = text.partition("=")
         method, dot, rest = name.partition(".")
         if not (equals and dot and rest):
-            raise InputError(f"--set: expected METHOD.NAME=VALUE, such as spinquant.steps=0, got {text!r}")
+            raise InputError("--set", "METHOD.NAME=VALUE, such as spinquant.steps=0", f"{text!r}")
         if method not in methods:
-            raise InputError(f"--set {text}: expected a setting of {', '.join(methods)}, got one of {method}")
+            raise InputError(f"--set {text}", f"a setting of {', '.join(methods)}", f"one of {method}")
         try:
             settings[name] = json.loads(value)
         except ValueError:

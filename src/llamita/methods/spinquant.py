@@ -35,7 +35,7 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
     """
     settings = settings_of(SpinQuantSettings, "spinquant", setup.settings)
     if source.rotations.names:
-        raise InputError("--method: expected spinquant once, got a model that is rotated already")
+        raise InputError("--method", "spinquant once", "a model that is rotated already")
     matrices = random_rotations(source, settings, setup.seed)
     if settings.learns:
         matrices = learner()(source, matrices, settings, setup)

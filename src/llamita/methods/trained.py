@@ -29,24 +29,19 @@ def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
     """
     if not isinstance(source, Checkpoint) or not has(source.path, SCALES):
         raise InputError(
-            f"--method trained: expected {SCALES} beside the weights, as finetune leaves it; "
-            "try another method"
+            "--method trained", f"{SCALES} beside the weights, as finetune leaves it", hint="try another method"
         )
     scales = TensorFile(member(source.path, SCALES))
     return lambda name: _round_module(source, scheme, scales, name)
 
 
-def _round_module(
-    source: Checkpoint, scheme: QuantScheme, scales: TensorFile, name: str
-) -> Iterator[RoundedRows]:
+def _round_module(source: Checkpoint, scheme: QuantScheme, scales: TensorFile, name: str) -> Iterator[RoundedRows]:
     kind, weights = scheme.kind(name), source.weight(name)
     groups = weights.shape[1] // (kind.group_size or weights.shape[1])
     found = scales.tensors.get(name)
     if found is None or found.shape != (len(weights), groups):
         had = "none" if found is None else f"{found.shape}"
-        raise InputError(
-            f"{SCALES}: {name}: expected {(len(weights), groups)}, got {had}; try training's preset"
-        )
+        raise InputError(f"{SCALES}: {name}", f"{(len(weights), groups)}", f"{had}", "try training's preset")
     given = _checked(scales.read(name), name, scheme)
     for start, piece in pieces_of(weights):
         check_finite(f"{name}.weight", piece, start)
@@ -55,13 +50,11 @@ def _round_module(
 
 def _checked(scales: np.ndarray, name: str, scheme: QuantScheme) -> np.ndarray:
     """Scales as every scheme has them: finite, normal, positive, on its grid."""
-    is_good = scales.dtype == np.float32 and bool(
-        np.isfinite(scales).all() and (scales >= SMALLEST_NORMAL).all()
-    )
+    is_good = scales.dtype == np.float32 and bool(np.isfinite(scales).all() and (scales >= SMALLEST_NORMAL).all())
     if is_good and scheme.scale_dtype == "bfloat16":
         is_good = np.array_equal(bf16_to_f32(f32_to_bf16(scales)), scales)
     if not is_good:
-        raise InputError(f"{SCALES}: {name}: expected positive numbers in {scheme.scale_dtype}, got others")
+        raise InputError(f"{SCALES}: {name}", f"positive numbers in {scheme.scale_dtype}", "others")
     return scales
 
 

@@ -97,9 +97,7 @@ def _draws(samples: int, count: int, random: np.random.Generator) -> Iterator[np
         order = order[count:]
 
 
-def _descend(
-    block: RoundedBlock, layers: list["_Layer"], drawn: np.ndarray, step: int, settings: TuneSettings
-) -> None:
+def _descend(block: RoundedBlock, layers: list["_Layer"], drawn: np.ndarray, step: int, settings: TuneSettings) -> None:
     """One step of Adam (Kingma and Ba 2014, arXiv 1412.6980) on all places and scales."""
     picked = torch.from_numpy(drawn)
     device = layers[0].places.device

@@ -17,9 +17,7 @@ _POLICIES = {
 }
 _GUIDE = "https://www.llama.com/responsible-use-guide/"
 _VERSION = re.compile(r"(?i)\bllama[ _-]?(2|3(?:[._][123])?)(?![\d.]*\d)")
-_LICENCE_KEY = re.compile(
-    r"^(license|license_name|license_link|language):[^\n]*(?:\n- [^\n]*)*$", re.MULTILINE
-)
+_LICENCE_KEY = re.compile(r"^(license|license_name|license_link|language):[^\n]*(?:\n- [^\n]*)*$", re.MULTILINE)
 _FARTHER = """
 The method moves weights away from the nearest code on purpose, to make up in one for what is lost in
 others: these errors can be larger although the model is better.
@@ -118,9 +116,7 @@ def _licence_notes(facts: CardFacts) -> str:
     version = llama_version(facts)
     policy = _POLICIES.get(version or "3.2", _POLICIES["3.2"])
     if version is None:
-        opening = (
-            "If the base model is, or derives from, one of Meta's Llama models, these terms hold here too:"
-        )
+        opening = "If the base model is, or derives from, one of Meta's Llama models, these terms hold here too:"
     else:
         base = f"The base model is, or derives from, Meta's Llama {version}"
         opening = f"**Built with Llama.** {base}; its terms hold here:"

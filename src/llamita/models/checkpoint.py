@@ -19,9 +19,7 @@ from llamita.numerics.rotations import Rotations
 from llamita.system.files import has, member, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_IGNORED = re.compile(
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-)  # old checkpoints; recomputed
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # old checkpoints; recomputed
 _MOST_NAMED = 3  # tensors named in one message
 
 
@@ -34,14 +32,14 @@ def open_tensor_files(directory: Path) -> tuple[dict[str, TensorFile], dict[str,
     if has(directory, INDEX):
         index = read_json(directory, INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
-            raise InputError(f"{INDEX}: weight_map: expected tensor names with their files")
+            raise InputError(f"{INDEX}: weight_map", "tensor names with their files")
         names = sorted({str(file) for file in index.values()})
         if any(not file.endswith(".safetensors") for file in names):
-            raise InputError(f"{INDEX}: weight_map: expected names of .safetensors files")
+            raise InputError(f"{INDEX}: weight_map", "names of .safetensors files")
     elif has(directory, SINGLE):
         index, names = None, [SINGLE]
     else:
-        raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, found {_other_weights(directory)}")
+        raise InputError(f"{directory}", f"{SINGLE} or {INDEX}", f"{_other_weights(directory)}")
     # member first: TensorFile would take the directory from a name like ../other/model.safetensors
     files = {file: TensorFile(member(directory, file)) for file in names}
     where = {tensor: file for file in names for tensor in files[file].tensors}
@@ -76,19 +74,23 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         if has(path, "adapter_config.json") and not has(path, "config.json"):
-            raise InputError(f"{path}: expected a model, got adapters; try --adapter {path} with their base")
+            raise InputError(f"{path}", "a model", "adapters", f"try --adapter {path} with their base")
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()
         if self.hf_config["model_type"] == "llamita":
             raise InputError(
-                f"{path}: llamita.json: expected beside packed weights, found none; "
-                "try copying the directory again, whole, or its float source"
+                f"{path}: llamita.json",
+                "beside packed weights",
+                "none",
+                "try copying the directory again, whole, or its float source",
             )
         if self.hf_config.get("quantization_config") is not None:
             raise InputError(
-                f"{path}: config.json: quantization_config: expected a float model, got "
-                f"{_method(self.hf_config['quantization_config'])}; try its source"
+                f"{path}: config.json: quantization_config",
+                "a float model",
+                f"{_method(self.hf_config['quantization_config'])}",
+                "try its source",
             )
         self.files, self._where = open_tensor_files(path)
         self._check()
@@ -103,24 +105,22 @@ class Checkpoint:
         for name, shape in expected.items():
             info = self.info(name)
             if info.dtype not in FLOAT_DTYPES:
-                raise InputError(
-                    f"{name}: dtype: expected one of {', '.join(FLOAT_DTYPES)}, got {info.dtype}"
-                )
+                raise InputError(f"{name}: dtype", f"one of {', '.join(FLOAT_DTYPES)}", f"{info.dtype}")
             if info.shape != shape:
-                raise InputError(f"{name}: shape: expected {shape} from config.json, got {info.shape}")
+                raise InputError(f"{name}: shape", f"{shape} from config.json", f"{info.shape}")
 
     def _check_tied_head(self) -> None:
         """Some tools write the tied head a second time; a different one would be silently lost."""
         table, head = self._read("model.embed_tokens.weight"), self._read("lm_head.weight")
         same = table.shape == head.shape and table.dtype == head.dtype
-        for start in range(
-            0, len(table) if same and table.ndim == 2 else 0, 1024
-        ):  # rows: a few MB at a time
+        for start in range(0, len(table) if same and table.ndim == 2 else 0, 1024):  # rows: a few MB at a time
             same = same and np.array_equal(table[start : start + 1024], head[start : start + 1024])
         if not same:
             raise InputError(
-                "lm_head.weight: expected the embedding again (tie_word_embeddings is true), got other "
-                "values; try tie_word_embeddings: false in config.json"
+                "lm_head.weight",
+                "the embedding again (tie_word_embeddings is true)",
+                "other values",
+                "try tie_word_embeddings: false in config.json",
             )
 
     def info(self, tensor: str) -> TensorInfo:
@@ -129,7 +129,7 @@ class Checkpoint:
 
     def _read(self, tensor: str) -> np.ndarray:
         if tensor not in self._where:
-            raise InputError(f"{tensor}: expected in {self.path}, found none")
+            raise InputError(f"{tensor}", f"in {self.path}", "none")
         return self.files[self._where[tensor]].read(tensor)
 
     def weight(self, name: str) -> np.ndarray:
@@ -163,7 +163,7 @@ def check_names(expected: set[str], found: set[str], hint: str) -> None:
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing:
         try_this = f"; {hint}" if missing[0].startswith("lm_head") else ""
-        raise InputError(f"{_some(missing)}: expected by config.json, missing from the files{try_this}")
+        raise InputError(f"{_some(missing)}", f"by config.json, missing from the files{try_this}")
     if extra:
         raise InputError(f"{_some(extra)}: unexpected for the architecture in config.json")
 

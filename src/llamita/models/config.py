@@ -7,7 +7,7 @@ pass in a way the engine does not know is refused, never ignored.
 from dataclasses import dataclass
 from typing import Any
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 
 ARCHITECTURES = ("llama", "mistral", "llamita")  # values of model_type
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
@@ -87,24 +87,17 @@ class ModelConfig:
                 and that the engine does not know.
         """
         if not isinstance(values, dict):
-            raise InputError(f"config.json: expected an object, got {type(values).__name__}")
+            raise InputError("config.json", "an object", f"{type(values).__name__}")
         if values.get("model_type") not in ARCHITECTURES:
             known, found = ", ".join(ARCHITECTURES), values.get("model_type")
-            raise InputError(f"config.json: model_type: expected one of {known}, got {found!r}")
+            raise InputError("config.json: model_type", f"one of {known}", f"{found!r}")
         for key, required in _MUST_BE.items():
             if values.get(key, required) not in (required, None):
-                raise InputError(
-                    f"config.json: {key}: expected {required!r}, got {values[key]!r}: not a plain Llama"
-                )
-        hidden, heads = (
-            _count(values, "hidden_size", limit=_LARGEST_WIDTH),
-            _count(values, "num_attention_heads"),
-        )
+                raise InputError(f"config.json: {key}", f"{required!r}", f"{values[key]!r}: not a plain Llama")
+        hidden, heads = (_count(values, "hidden_size", limit=_LARGEST_WIDTH), _count(values, "num_attention_heads"))
         kv_heads = _count(values, "num_key_value_heads", heads)
         if heads % kv_heads:
-            raise InputError(
-                f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}"
-            )
+            raise InputError("config.json: num_key_value_heads", f"a divisor of {heads}", f"{kv_heads}")
         head_dim = _count(values, "head_dim", hidden // heads or None, limit=_LARGEST_HEAD)
         context = _count(values, "max_position_embeddings")
         rope = _rope(values, context)
@@ -151,44 +144,41 @@ class ModelConfig:
 def _check_shapes(heads: int, head_dim: int, context: int, rope: RopeConfig) -> None:
     """What no key says alone."""
     if head_dim % 2:
-        raise InputError(f"config.json: head_dim: expected an even number, got {head_dim}")
+        raise InputError("config.json: head_dim", "an even number", f"{head_dim}")
     if head_dim == 2 and rope.kind == "dynamic":  # its exponent is head_dim / (head_dim - 2)
-        raise InputError("config.json: head_dim: expected at least 4 with dynamic rope_scaling, got 2")
+        raise InputError("config.json: head_dim", "at least 4 with dynamic rope_scaling", "2")
     if heads * head_dim > _LARGEST_WIDTH:  # the inputs of o_proj
         raise InputError(
-            f"config.json: num_attention_heads: expected at most {_LARGEST_WIDTH} values in all heads, "
-            f"got {heads} of {head_dim}"
+            "config.json: num_attention_heads",
+            f"at most {_LARGEST_WIDTH} values in all heads",
+            f"{heads} of {head_dim}",
         )
     if context > _LARGEST_CONTEXT:
-        raise InputError(
-            f"config.json: rope_scaling: expected at most {_LARGEST_CONTEXT} tokens of context, got {context}"
-        )
+        raise InputError("config.json: rope_scaling", f"at most {_LARGEST_CONTEXT} tokens of context", f"{context}")
 
 
 def _rope(values: dict[str, Any], context: int) -> RopeConfig:
     """Both spellings: transformers 5 `rope_parameters`; before it, `rope_theta` and `rope_scaling`."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise InputError(f"config.json: rope_scaling: expected an object, got {type(scaling).__name__}")
+        raise InputError("config.json: rope_scaling", "an object", f"{type(scaling).__name__}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise InputError(f"config.json: rope_scaling: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+        raise InputError("config.json: rope_scaling", f"one of {', '.join(ROPE_TYPES)}", f"{kind!r}")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError("config.json: partial_rotary_factor: expected 1.0; the engine rotates whole heads")
+        raise InputError("config.json: partial_rotary_factor", "1.0", hint="the engine rotates whole heads")
     theta = _number(values, "rope_theta", 1, _LARGEST_THETA, default=10000.0)
     theta = _number(scaling, "rope_theta", 1, _LARGEST_THETA, default=theta)
     if kind == "default":
         return RopeConfig(theta=theta)
     if "factor" not in scaling:
-        raise InputError(f"config.json: rope_scaling: expected a factor with type {kind!r}, got none")
+        raise InputError("config.json: rope_scaling", f"a factor with type {kind!r}", "none")
     factor = _number(scaling, "factor", 1, _LARGEST_FACTOR)  # below 1 it would shorten the context
     if kind != "llama3":
         return RopeConfig(theta=theta, kind=kind, factor=factor, original_context=context)
     low, high = (_number(scaling, f"{end}_freq_factor", *_TURNS_RANGE) for end in ("low", "high"))
     if low >= high:
-        raise InputError(
-            f"config.json: high_freq_factor: expected more than low_freq_factor {low}, got {high}"
-        )
+        raise InputError("config.json: high_freq_factor", f"more than low_freq_factor {low}", f"{high}")
     return RopeConfig(
         theta=theta,
         kind=kind,
@@ -204,27 +194,21 @@ def _count(values: dict[str, Any], key: str, default: int | None = None, limit: 
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-        raise InputError(
-            f"config.json: {key}: expected a positive integer up to {limit}, got {repr(value)[:40]}"
-        )
+        raise InputError(f"config.json: {key}", f"a positive integer up to {limit}", shown(value, 40))
     return value
 
 
-def _number(
-    values: dict[str, Any], key: str, smallest: float, largest: float, default: float | None = None
-) -> float:
+def _number(values: dict[str, Any], key: str, smallest: float, largest: float, default: float | None = None) -> float:
     value = values.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not smallest <= value <= largest:
-        raise InputError(
-            f"config.json: {key}: expected a number from {smallest:g} to {largest:g}, got {repr(value)[:40]}"
-        )
+        raise InputError(f"config.json: {key}", f"a number from {smallest:g} to {largest:g}", shown(value, 40))
     return float(value)
 
 
 def _flag(values: dict[str, Any], key: str) -> bool:
     value = values.get(key, False)
     if not isinstance(value, bool):
-        raise InputError(f"config.json: {key}: expected true or false, got {value!r}")
+        raise InputError(f"config.json: {key}", "true or false", f"{value!r}")
     return value
 
 
@@ -237,5 +221,5 @@ def _tokens(value: object) -> tuple[int, ...]:
     """Llama 3 gives a list of end tokens, Llama 2 one."""
     tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens):
-        raise InputError(f"config.json: token ids: expected whole numbers, got {value!r}")
+        raise InputError("config.json: token ids", "whole numbers", f"{value!r}")
     return tuple(tokens)

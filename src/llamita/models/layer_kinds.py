@@ -45,8 +45,10 @@ def keep_float(config: ModelConfig, scheme: QuantScheme, patterns: Iterable[str]
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise InputError(
-                f"--keep-float: expected a pattern of module names, got {pattern!r}, which matches none; "
-                f"{_hint(config, pattern, names)}"
+                "--keep-float",
+                "a pattern of module names",
+                f"{pattern!r}, which matches none",
+                f"{_hint(config, pattern, names)}",
             )
         found |= dict.fromkeys(matched, "float")
     return with_layers(scheme, found)

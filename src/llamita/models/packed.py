@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.models.checkpoint import check_names, open_tensor_files
 from llamita.models.config import ModelConfig
 from llamita.models.names import EMBEDDING, HEAD, TRANSFORM, linear_names, table_names, vector_names
@@ -40,10 +40,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name to (dtype, shape), as `
 
 
 def layout(
-    config: ModelConfig,
-    scheme: QuantScheme,
-    float_dtype: Callable[[str], str],
-    transform: str | None = None,
+    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], transform: str | None = None
 ) -> dict[str, Tensors]:
     """Every tensor of a packed model, by module, in the order in which they are made.
 
@@ -58,9 +55,9 @@ def layout(
     shapes = table_names(config) | linear_names(config)
     for name in scheme.layers:
         if name not in shapes:
-            raise InputError(f"scheme: layers: expected names of this model's layers, got {name[:80]!r}")
+            raise InputError("scheme: layers", "names of this model's layers", f"{name[:80]!r}")
     if scheme.kind(EMBEDDING).bits == 4:
-        raise InputError(f"{EMBEDDING}: expected w8 or float, got {scheme.kind(EMBEDDING).name}")
+        raise InputError(f"{EMBEDDING}", "w8 or float", f"{scheme.kind(EMBEDDING).name}")
     scale = _SCALE_DTYPE[scheme.scale_dtype]
     modules: dict[str, Tensors] = {}
     for name, shape in shapes.items():
@@ -84,7 +81,7 @@ def _rounded_tensors(name: str, shape: tuple[int, int], kind: LayerKind, scale: 
     if columns % kind.group_size:
         fitting = [g for g in (256, 128, 64, 32) if columns % g == 0]
         try_this = f"try --group-size {fitting[0]}" if fitting else "no group size fits this model"
-        raise InputError(f"{name}: expected inputs in groups of {kind.group_size}, got {columns}; {try_this}")
+        raise InputError(f"{name}", f"inputs in groups of {kind.group_size}", f"{columns}", f"{try_this}")
     return {
         f"{name}.weight_shape": ("I64", (2,)),
         f"{name}.weight_packed": ("I32", (rows, columns // CODES_PER_WORD)),
@@ -176,20 +173,16 @@ class PackedModel:
         self.metadata = read_metadata(path)
         config = read_bytes(path, "config.json")
         if hashlib.sha256(config).hexdigest() != self.metadata["files"].get("config.json", {}).get("sha256"):
-            raise InputError(
-                f"{path}: config.json: differs from the one that was written; try `llamita verify`"
-            )
+            raise InputError(f"{path}: config.json: differs from the one that was written; try `llamita verify`")
         self.hf_config = parse_json(config, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme = QuantScheme.from_dict(self.metadata["scheme"])
         if self.metadata["format"] < format_of(self.scheme):
-            raise InputError(
-                f"{METADATA}: format: expected {format_of(self.scheme)} with layers in the scheme"
-            )
+            raise InputError(f"{METADATA}: format", f"{format_of(self.scheme)} with layers in the scheme")
         self.files, self._where = open_tensor_files(path)
         for name in self.files:
             if name not in self.metadata["files"]:
-                raise InputError(f"{name}: expected among the files in {METADATA}; try `llamita verify`")
+                raise InputError(f"{name}", f"among the files in {METADATA}", hint="try `llamita verify`")
         self.rotations = Rotations.from_list(self.metadata["rotations"])
         self._check()
         self.rotations = self._read_rotations()
@@ -201,23 +194,19 @@ class PackedModel:
 
         assert self.scheme is not None
         is_transformed = "R1" in self.rotations.names and self.config.tied
-        modules = layout(
-            self.config, self.scheme, stored_dtype, stored_dtype(TRANSFORM) if is_transformed else None
-        )
+        modules = layout(self.config, self.scheme, stored_dtype, stored_dtype(TRANSFORM) if is_transformed else None)
         expected = {name: tensor for tensors in modules.values() for name, tensor in tensors.items()}
         check_names(set(expected), set(self._where), "is tie_word_embeddings right?")
         for name, tensor in expected.items():
             info = self.files[self._where[name]].tensors[name]
             if (info.dtype, info.shape) != tensor:
-                raise InputError(f"{name}: expected {tensor[0]} {tensor[1]}, got {info.dtype} {info.shape}")
+                raise InputError(f"{name}", f"{tensor[0]} {tensor[1]}", f"{info.dtype} {info.shape}")
 
     def _read_rotations(self) -> Rotations:
         """The rotations with the head's transform, all of them found to be ones that can be run."""
         size, inputs = self.rotations.r4_size, self.config.intermediate_size
         if size is not None and size != inputs:
-            raise InputError(
-                f"{METADATA}: rotations: R4: size: expected {inputs}, the inputs of down_proj, got {size}"
-            )
+            raise InputError(f"{METADATA}: rotations: R4: size", f"{inputs}, the inputs of down_proj", f"{size}")
         if size is not None:
             factor(size)
         if TRANSFORM not in self._where:
@@ -228,7 +217,7 @@ class PackedModel:
 
     def _read(self, tensor: str) -> np.ndarray:
         if tensor not in self._where:
-            raise InputError(f"{tensor}: expected in {self.path}, found none")
+            raise InputError(f"{tensor}", f"in {self.path}", "none")
         return self.files[self._where[tensor]].read(tensor)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
@@ -238,7 +227,7 @@ class PackedModel:
             packed = self._read(f"{name}.weight_packed")
             shape = (packed.shape[0], packed.shape[1] * CODES_PER_WORD)
             if tuple(self._read(f"{name}.weight_shape")) != shape:
-                raise InputError(f"{name}.weight_shape: expected {shape}; the file is damaged")
+                raise InputError(f"{name}.weight_shape", f"{shape}", hint="the file is damaged")
             return Int4Weight(packed, self._scales(name), kind.group_size)
         if kind.bits:
             return Int8Weight(self._read(f"{name}.weight"), self._scales(name).reshape(-1))
@@ -249,16 +238,14 @@ class PackedModel:
         scales = self._read(f"{name}.weight_scale")
         bits = scales if scales.dtype == np.uint16 else scales.view(np.uint32) >> 16
         if bits.size and not (bits.min() >= _SMALLEST_NORMAL_BITS and bits.max() <= _LARGEST_BITS):
-            raise InputError(
-                f"{name}.weight_scale: expected finite, normal, positive scales; the file is damaged"
-            )
+            raise InputError(f"{name}.weight_scale", "finite, normal, positive scales", hint="the file is damaged")
         return scales
 
     def vector(self, name: str) -> np.ndarray:
         """(length,) float32."""
         vector = to_f32(self._read(name))
         if not np.isfinite(vector).all():
-            raise InputError(f"{name}: expected finite values; the file is damaged")
+            raise InputError(f"{name}", "finite values", hint="the file is damaged")
         return vector
 
     def close(self) -> None:
@@ -277,16 +264,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     values = parse_json(data, METADATA)
     version = values.get("format")
     if type(version) is not int or version < 1:
-        raise InputError(f"{METADATA}: format: expected {FORMAT}, got {repr(version)[:40]}")
+        raise InputError(f"{METADATA}: format", f"{FORMAT}", shown(version, 40))
     if version > FORMAT:
-        raise InputError(f"{METADATA}: format: expected at most {FORMAT}, got {version}; try a newer llamita")
+        raise InputError(f"{METADATA}: format", f"at most {FORMAT}", f"{version}", "try a newer llamita")
     if not self_hash_holds(data):
         raise InputError(f"{path}: {METADATA}: differs from the one that was written; try `llamita verify`")
     if set(values) != KEYS:
-        raise InputError(f"{METADATA}: expected the keys {sorted(KEYS)}, got {repr(sorted(values))[:400]}")
+        raise InputError(f"{METADATA}", f"the keys {sorted(KEYS)}", shown(sorted(values), 400))
     Rotations.from_list(values["rotations"])
     if not is_file_table(values["files"]):
-        raise InputError(f"{METADATA}: files: expected names with size and sha256")
+        raise InputError(f"{METADATA}: files", "names with size and sha256")
     if not _is_provenance(values):
         raise InputError(
             f"{METADATA}: source, error, method or float_layers: not as docs/reference/packed-model.md has them"
@@ -295,9 +282,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         if name.endswith(".safetensors"):
             size = member(path, name).stat().st_size
             if size != record["size"]:
-                raise InputError(
-                    f"{path / name}: expected {record['size']} bytes, got {size}; try copying it again"
-                )
+                raise InputError(f"{path / name}", f"{record['size']} bytes", f"{size}", "try copying it again")
     return values
 
 

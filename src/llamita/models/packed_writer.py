@@ -88,9 +88,7 @@ class PackedWriter:
     def finish(self) -> None:
         """Check that every tensor came, and write the index if there are several files."""
         if self._todo or self._order or self._waiting:
-            raise ValueError(
-                f"expected more tensors: {(self._order or list(self._waiting) or self._todo)[0]}"
-            )
+            raise ValueError(f"expected more tensors: {(self._order or list(self._waiting) or self._todo)[0]}")
         if len(self._shards) > 1:
             weight_map = {tensor: file for file, tensors in self._shards.items() for tensor in tensors}
             total = sum(tensor_bytes(tensors) for tensors in self._shards.values())
@@ -216,6 +214,5 @@ def find_companions(source: Path) -> dict[str, str]:
 def copy_companions(source: Path, directory: Path, names: dict[str, str]) -> FileTable:
     """Copy tokenizer, chat template, licence, use policy and attribution; the card by another name."""
     return {
-        new: write_bytes(directory / new, read_bytes(source, name, _LARGEST_COMPANION))
-        for name, new in names.items()
+        new: write_bytes(directory / new, read_bytes(source, name, _LARGEST_COMPANION)) for name, new in names.items()
     }

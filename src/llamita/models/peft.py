@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.models.config import ModelConfig
 from llamita.models.packed_writer import write_json
@@ -21,9 +21,7 @@ from llamita.system.files import has, member, read_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_RANK = 4096
 _LARGEST_ALPHA = 1e6
-_NAME = re.compile(
-    r"base_model\.model\.model\.layers\.([0-9]{1,5})\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight"
-)
+_NAME = re.compile(r"base_model\.model\.model\.layers\.([0-9]{1,5})\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight")
 _PLAIN: dict[str, Any] = {  # settings that change what is computed, and where they do not
     "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
     "alpha_pattern": {}, "layer_replication": None, "lora_bias": False, "trainable_token_indices": None,
@@ -56,7 +54,7 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
     """
     if not has(path, CONFIG):
         there = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
-        raise InputError(f"{path}: expected a directory with {CONFIG}, as PEFT writes adapters, got {there}")
+        raise InputError(f"{path}", f"a directory with {CONFIG}, as PEFT writes adapters", f"{there}")
     settings = read_json(path, CONFIG)
     rank, scaling = _check_settings(settings, path)
     file = TensorFile(member(path, WEIGHTS))
@@ -65,25 +63,27 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
     for tensor, info in file.tensors.items():
         match = _NAME.fullmatch(tensor)
         if match is None or match[2] not in shapes or int(match[1]) >= config.layers:
-            raise InputError(f"{path}: {tensor[:100]!r}: expected adapters of this model's linear layers")
+            raise InputError(f"{path}: {tensor[:100]!r}", "adapters of this model's linear layers")
         rows, columns = shapes[match[2]]
         expected = (rank, columns) if match[3] == "A" else (rows, rank)
         if info.dtype not in FLOAT_DTYPES or info.shape != expected:
             raise InputError(
-                f"{path}: {tensor}: expected floats {expected}, got {info.dtype} {info.shape}; "
-                "is this an adapter of another model?"
+                f"{path}: {tensor}",
+                f"floats {expected}",
+                f"{info.dtype} {info.shape}",
+                "is this an adapter of another model?",
             )
         values = file.read(tensor)
         check_finite(tensor, values)
         pair = found.setdefault(f"model.layers.{int(match[1])}.{match[2]}", {})
         if match[3] in pair:  # with and without the adapter's name
-            raise InputError(f"{path}: {WEIGHTS}: expected {tensor} once, got it twice")
+            raise InputError(f"{path}: {WEIGHTS}", f"{tensor} once", "it twice")
         pair[match[3]] = values
     if not found:
-        raise InputError(f"{path}: {WEIGHTS}: expected adapters, got none")
+        raise InputError(f"{path}: {WEIGHTS}", "adapters", "none")
     for module, pair in found.items():
         if len(pair) != 2:
-            raise InputError(f"{path}: {module}: expected both lora_A and lora_B")
+            raise InputError(f"{path}: {module}", "both lora_A and lora_B")
     pairs = {module: (pair["A"], pair["B"]) for module, pair in found.items()}
     return StoredAdapter(pairs, rank, scaling)
 
@@ -91,21 +91,26 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
 def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
     """The rank, and what B·A·x is multiplied by."""
     if settings.get("peft_type") != "LORA":
-        raise InputError(f"{path}: {CONFIG}: peft_type: expected LORA, got {settings.get('peft_type')!r}")
+        raise InputError(f"{path}: {CONFIG}: peft_type", "LORA", f"{settings.get('peft_type')!r}")
     for name, plain in _PLAIN.items():
         value = settings.get(name, plain)
         if value != plain and value is not None:
-            raise InputError(f"{path}: {CONFIG}: {name}: expected {plain!r}, got {repr(value)[:60]}; "
-                             "try merging it into its base with PEFT")  # fmt: skip
+            raise InputError(
+                f"{path}: {CONFIG}: {name}", f"{plain!r}", shown(value, 60), "try merging it into its base with PEFT"
+            )
     begins = settings.get("init_lora_weights", True)
     if begins not in (True, False, "gaussian", "orthogonal", "eva"):  # others change the base, too
-        raise InputError(f"{path}: {CONFIG}: init_lora_weights: expected true, got {repr(begins)[:60]}; "
-                         "try converting it to plain LoRA with PEFT")  # fmt: skip
+        raise InputError(
+            f"{path}: {CONFIG}: init_lora_weights",
+            "true",
+            shown(begins, 60),
+            "try converting it to plain LoRA with PEFT",
+        )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
-        raise InputError(f"{path}: {CONFIG}: r: expected 1 to {_LARGEST_RANK}, got {rank!r}")
+        raise InputError(f"{path}: {CONFIG}: r", f"1 to {_LARGEST_RANK}", f"{rank!r}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= _LARGEST_ALPHA:
-        raise InputError(f"{path}: {CONFIG}: lora_alpha: expected a number, got {alpha!r}")
+        raise InputError(f"{path}: {CONFIG}: lora_alpha", "a number", f"{alpha!r}")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -122,9 +127,7 @@ def write_adapter(adapter: StoredAdapter, base: str, layers: int, directory: Pat
         for part, values in zip("AB", pair, strict=True):
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = values
     order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # each at a multiple of its size
-    writer = TensorWriter(
-        directory / WEIGHTS, {n: (stored_dtype(tensors[n]), tensors[n].shape) for n in order}
-    )
+    writer = TensorWriter(directory / WEIGHTS, {n: (stored_dtype(tensors[n]), tensors[n].shape) for n in order})
     try:
         for name in order:
             writer.write(name, tensors[name])

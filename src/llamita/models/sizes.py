@@ -60,7 +60,7 @@ def make_plan(
     shapes = table_names(config) | linear_names(config)
     rounded = [rows * columns for name, (rows, columns) in shapes.items() if scheme.kind(name).bits]
     if not rounded:
-        raise InputError("--keep-float: expected patterns that leave something to round, got all layers")
+        raise InputError("--keep-float", "patterns that leave something to round", "all layers")
     return Plan(
         source_bytes=float_bytes(config, float_dtype) if source_bytes is None else source_bytes,
         tensor_bytes=sum(tensor_bytes(tensors) for tensors in modules.values()),
@@ -80,6 +80,4 @@ def _why_float(name: str, scheme: QuantScheme) -> str:
 
 def float_bytes(config: ModelConfig, float_dtype: Callable[[str], str]) -> int:
     """Bytes of the float model's tensors, which are stored in these dtypes."""
-    return tensor_bytes(
-        {name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()}
-    )
+    return tensor_bytes({name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()})

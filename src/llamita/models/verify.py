@@ -33,9 +33,7 @@ def verify(path: Path, progress: Progress = None) -> Report:
     """
     mark = METADATA if has(path, METADATA) else EXPORTED_MARK
     if not has(path, mark):
-        raise InputError(
-            f"{path}: {METADATA}: expected a directory that llamita made, found none; try quantize"
-        )
+        raise InputError(f"{path}: {METADATA}", "a directory that llamita made", "none", "try quantize")
     try:
         data = read_bytes(path, mark)
         files = parse_json(data, mark).get("files")

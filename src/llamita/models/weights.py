@@ -141,9 +141,7 @@ def check_finite(name: str, array: np.ndarray, first_row: int = 0) -> None:
         if bad.any():
             row, column = (int(i) for i in np.argwhere(bad)[0])
             place = f"row {first_row + start + row}, column {column}"
-            raise InputError(
-                f"{name}: expected finite weights, got NaN or infinity at {place}; the checkpoint is damaged"
-            )
+            raise InputError(f"{name}", "finite weights", f"NaN or infinity at {place}", "the checkpoint is damaged")
 
 
 def _not_finite(array: np.ndarray) -> np.ndarray:

@@ -149,9 +149,7 @@ def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32, npt.NDArray
     return codes.astype(np.int8), scales, zero_points.astype(np.int32)
 
 
-def dequantize(
-    codes: npt.NDArray[np.int8], scales: Array, zero_points: npt.NDArray[np.int32] | None = None
-) -> F32:
+def dequantize(codes: npt.NDArray[np.int8], scales: Array, zero_points: npt.NDArray[np.int32] | None = None) -> F32:
     """(codes - zero point) · scale in float32: of weights (scales per group or channel) or activations.
 
     Args:

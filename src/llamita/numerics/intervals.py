@@ -26,9 +26,7 @@ class Interval:
     high: float
 
 
-def mean_interval(
-    values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = SEED
-) -> Interval:
+def mean_interval(values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """The mean of values in the order of their tokens, with its block bootstrap interval.
 
     Args:
@@ -63,9 +61,7 @@ def _block_sums(values: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]
     return np.add.reduceat(values, starts), counts.astype(np.float64)
 
 
-def _resampled_means(
-    sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator
-) -> np.ndarray:
+def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Means of as many blocks as there are, drawn with replacement: (resamples,)."""
     means = np.empty(resamples)
     step = max(1, _DRAWN_AT_ONCE // sums.size)

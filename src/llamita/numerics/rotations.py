@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 
 NAMES = ("R1", "R2", "R4")  # in the order in which they are listed
 
@@ -32,15 +32,15 @@ class Rotations:
 
     def __post_init__(self) -> None:
         if self.names != tuple(name for name in NAMES if name in self.names):
-            raise InputError(f"rotations: expected some of {', '.join(NAMES)}, got {', '.join(self.names)}")
+            raise InputError("rotations", f"some of {', '.join(NAMES)}", f"{', '.join(self.names)}")
         has_size = type(self.r4_size) is int and self.r4_size > 0
         if has_size != ("R4" in self.names) or not (has_size or self.r4_size is None):
-            raise InputError(f"rotations: R4: size: expected a length with R4 alone, got {self.r4_size!r}")
+            raise InputError("rotations: R4: size", "a length with R4 alone", f"{self.r4_size!r}")
         transform = self.head_transform
         if transform is not None and (
             "R1" not in self.names or transform.ndim != 2 or transform.shape[0] != transform.shape[1]
         ):
-            raise InputError(f"rotations: expected a square transform with R1, got {transform.shape}")
+            raise InputError("rotations", "a square transform with R1", f"{transform.shape}")
 
     @property
     def is_online(self) -> bool:
@@ -56,7 +56,7 @@ class Rotations:
     def from_list(cls, values: Any, head_transform: np.ndarray | None = None) -> "Rotations":
         """From the list of `llamita.json`; whatever is not known raises InputError."""
         if not isinstance(values, list):
-            raise InputError(f"rotations: expected a list, got {repr(values)[:80]}")
+            raise InputError("rotations", "a list", shown(values))
         size = None
         for value in values:
             keys = {"name", "size"} if isinstance(value, dict) and value.get("name") == "R4" else {"name"}

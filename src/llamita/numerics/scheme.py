@@ -38,7 +38,7 @@ KINDS = {kind.name: kind for kind in _ALL_KINDS}
 def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not any(type(value) is type(a) and value == a for a in allowed):  # 32.0 and True are not 32 and 1
         choices = ", ".join(str(a) for a in allowed)
-        raise InputError(f"{name}: expected one of {choices}, got {value!r}")
+        raise InputError(f"{name}", f"one of {choices}", f"{value!r}")
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,15 @@ class QuantScheme:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isprintable():
-            raise InputError(f"scheme: name: expected text, got {self.name!r}")
+            raise InputError("scheme: name", "text", f"{self.name!r}")
         _expect("group_size", self.group_size, GROUP_SIZES)
         _expect("scale_rule", self.scale_rule, (*SCALE_RULES, GIVEN))
         _expect("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _expect("table_bits", self.table_bits, (8, None))
         if self.scale_rule not in ("torchao", GIVEN) and self.scale_dtype != "bfloat16":
-            raise InputError(
-                f"scale_dtype: expected bfloat16 with scales '{self.scale_rule}', got {self.scale_dtype}"
-            )
+            raise InputError("scale_dtype", f"bfloat16 with scales '{self.scale_rule}'", f"{self.scale_dtype}")
         if not isinstance(self.layers, dict):
-            raise InputError(f"layers: expected module names with kinds, got {type(self.layers).__name__}")
+            raise InputError("layers", "module names with kinds", f"{type(self.layers).__name__}")
         for name, kind in self.layers.items():
             _expect(f"layers: {str(name)[:_LONGEST_NAME]!r}", kind, tuple(KINDS))
         changed = {name: kind for name, kind in self.layers.items() if kind != self._usual(name)}
@@ -102,7 +100,7 @@ class QuantScheme:
         expected = set(cls.__dataclass_fields__)
         if not isinstance(values, dict) or {*values, "layers"} != expected:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise InputError(f"scheme: expected the keys {sorted(expected)}, got {found}")
+            raise InputError("scheme", f"the keys {sorted(expected)}", f"{found}")
         return cls(**values)
 
 
@@ -144,5 +142,5 @@ def choose_scheme(preset: str, group_size: int | None = None) -> QuantScheme | N
     if preset != FLOAT:
         return make_scheme(preset, group_size)
     if group_size is not None:
-        raise InputError("--group-size: expected with a preset that rounds, got --preset none")
+        raise InputError("--group-size", "with a preset that rounds", "--preset none")
     return None

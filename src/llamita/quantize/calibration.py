@@ -68,16 +68,12 @@ def load_calibration(
         RunError: the data set cannot be had, or the package that reads it is missing.
     """
     least_samples = processes.world()  # one for each
-    for option, value, least in (
-        ("--samples", samples, least_samples),
-        ("--length", length, 2),
-        ("--seed", seed, 0),
-    ):
+    for option, value, least in (("--samples", samples, least_samples), ("--length", length, 2), ("--seed", seed, 0)):
         if value < least:
-            raise InputError(f"{option}: expected at least {least}, got {value}")
+            raise InputError(f"{option}", f"at least {least}", f"{value}")
     if length > source.config.context:
         limit = f"{source.config.context} tokens, the model's context"
-        raise InputError(f"--length: expected at most {limit}, got {length}")
+        raise InputError("--length", f"at most {limit}", f"{length}")
     if name in (SELF, SELF_FAST):
         tokens = _own_text(name, source, (samples, length), seed, progress, work)
     else:
@@ -119,9 +115,7 @@ def _own_text(
     return collectives.all_sum(tokens)
 
 
-def draw_windows(
-    stream: np.ndarray, samples: int, length: int, seed: int, bos: int | None, name: str
-) -> np.ndarray:
+def draw_windows(stream: np.ndarray, samples: int, length: int, seed: int, bos: int | None, name: str) -> np.ndarray:
     """Random windows that share no token, in the order of the text: int32 (samples, length).
 
     The stream (tokens,) is cut into pieces from a random offset, and as many as wanted are drawn; each
@@ -134,8 +128,10 @@ def draw_windows(
     spare = len(stream) - samples * piece
     if spare < 0:
         raise InputError(
-            f"{name}: expected at least {samples * piece:,} tokens for {samples} windows of {length}, got "
-            f"{len(stream):,}; try a longer text, or fewer (--samples) or shorter ones (--length)"
+            f"{name}",
+            f"at least {samples * piece:,} tokens for {samples} windows of {length}",
+            f"{len(stream):,}",
+            "try a longer text, or fewer (--samples) or shorter ones (--length)",
         )
     random = np.random.default_rng(seed)
     offset = int(random.integers(min(piece, spare + 1)))
@@ -153,14 +149,16 @@ def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progr
     if progress:
         progress(f"reading {name}", 0, 1)
     if os.path.isdir(name):
-        raise InputError(f"--calibration: expected a text file, got a directory at {name}")
+        raise InputError("--calibration", "a text file", f"a directory at {name}")
     if os.path.exists(name):
         return _join(tokenizer, _file_documents(Path(name)), None)
     if _HUB_NAME.fullmatch(name) and not name.endswith(_FILE_NAMES):
         return _join(tokenizer, load_optional(HUB, _NO_DATASETS)(name, seed), needed * _SPARE)
     raise InputError(
-        "--calibration: expected 'self', 'self-fast', a text file, or a data set's name like owner/name, "
-        f"got {name!r}; there is no such file"
+        "--calibration",
+        "'self', 'self-fast', a text file, or a data set's name like owner/name",
+        f"{name!r}",
+        "there is no such file",
     )
 
 
@@ -186,5 +184,5 @@ def _file_documents(path: Path) -> list[str]:
 def _text_of(values: dict[str, Any], where: str) -> str:
     text = values.get("text")
     if not isinstance(text, str):
-        raise InputError(f'{where}: expected an object with a string "text"')
+        raise InputError(f"{where}", 'an object with a string "text"')
     return text

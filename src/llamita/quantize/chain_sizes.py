@@ -11,9 +11,8 @@ from llamita.numerics.scheme import QuantScheme
 
 
 def plan_chain(
-    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], chain: Chain,
-    settings: dict[str, Any],
-) -> Plan:  # fmt: skip
+    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], chain: Chain, settings: dict[str, Any]
+) -> Plan:
     """As `make_plan`, for what the chain's transforms make of a model of this shape."""
     changed, transform = chain.shape(config, settings)
 

@@ -26,13 +26,7 @@ _BACKWARD = 2  # times the work of going forward
 
 
 def estimate(
-    plan: Plan,
-    scheme: QuantScheme,
-    config: ModelConfig,
-    chain: Chain,
-    setup: Setup,
-    samples: int,
-    length: int,
+    plan: Plan, scheme: QuantScheme, config: ModelConfig, chain: Chain, setup: Setup, samples: int, length: int
 ) -> tuple[float, float]:
     """Seconds and bytes of memory to expect of `quantize` here, writing calibration text not counted.
 
@@ -125,8 +119,7 @@ def _blocks_work(config: ModelConfig, chain: Chain, tokens: int) -> float:
         total += 2 * passes * rows * columns * tokens
         if chain.rounding != "rtn":
             total += 4 * rows * columns * columns  # the loop once, a sweep three times
-    for inputs in (config.hidden_size, config.heads * config.head_dim, config.hidden_size,
-                   config.intermediate_size):  # fmt: skip
+    for inputs in (config.hidden_size, config.heads * config.head_dim, config.hidden_size, config.intermediate_size):
         if chain.rounding != "rtn":
             total += (3 if compares else 1) * inputs * inputs * tokens + inputs**3
     return total * config.layers

@@ -129,8 +129,10 @@ def check_size(size: int, least: int) -> None:
     """Raise InputError where no weight files are so small."""
     if size < least:
         raise InputError(
-            f"--max-size: expected at least {least:,} bytes, the smallest weight files of all, got {size:,}; "
-            "try a preset with smaller tables, or less --keep-float"
+            "--max-size",
+            f"at least {least:,} bytes, the smallest weight files of all",
+            f"{size:,}",
+            "try a preset with smaller tables, or less --keep-float",
         )
 
 
@@ -246,11 +248,7 @@ def candidates(source: Checkpoint, scheme: QuantScheme) -> dict[str, list[str]]:
 
 
 def measure_options(
-    source: Checkpoint,
-    scheme: QuantScheme,
-    meter: Meter,
-    progress: Progress = None,
-    rounding: Rounding = RoundedSource,
+    source: Checkpoint, scheme: QuantScheme, meter: Meter, progress: Progress = None, rounding: Rounding = RoundedSource
 ) -> tuple[float, dict[str, list[Option]]]:
     """The loss with int8 everywhere, and of each layer its options with what each adds to that.
 
@@ -363,9 +361,7 @@ def _smallest(run: _Run, options: Options, max_loss: float) -> dict[str, Option]
         sizes.append(sizes[-1] + after.size - before.size)
     finest = run.loss(mixed_scheme(run.scheme, allocate(options, sizes[-1]))).value
     if finest > max_loss:
-        raise InputError(
-            f"--max-loss: expected at least {finest:.2g}, what int8 loses on this text, got {max_loss:g}"
-        )
+        raise InputError("--max-loss", f"at least {finest:.2g}, what int8 loses on this text", f"{max_loss:g}")
     low, high = 0, len(sizes) - 1  # the state at `high` is small enough in loss
     while low < high:
         middle = (low + high) // 2

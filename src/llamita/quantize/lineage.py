@@ -23,8 +23,10 @@ def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
     changed = changed_channels(source)
     if changed and not all(is_trained_beside(source, path) for path in adapters):
         raise InputError(
-            f"adapters: expected a model whose channels are those of its source, got one changed by "
-            f"{' and '.join(changed)}; try quantize --method qronos+tune --set tune.rate=0"
+            "adapters",
+            "a model whose channels are those of its source",
+            f"one changed by {' and '.join(changed)}",
+            "try quantize --method qronos+tune --set tune.rate=0",
         )
 
 

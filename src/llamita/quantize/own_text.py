@@ -40,8 +40,10 @@ class Writer:
         self._tokenizer = Tokenizer(source.path, source.config)
         if self._tokenizer.bos_token_id is None:
             raise InputError(
-                f"{source.path}: bos_token: expected one for the model to begin its text with, "
-                "got none; try --calibration FILE"
+                f"{source.path}: bos_token",
+                "one for the model to begin its text with",
+                "none",
+                "try --calibration FILE",
             )
         self._config, self._length, self._seed = source.config, length, seed
         self._model = Model(source.config, load_weights(source))
@@ -56,10 +58,7 @@ class Writer:
             RunError: logits that are not finite: broken weights.
         """
         caches = _caches(self._config, len(places), self._length)
-        rows = [
-            _Row(place, self._length, self._seed, self._tokenizer, self._config.vocab_size)
-            for place in places
-        ]
+        rows = [_Row(place, self._length, self._seed, self._tokenizer, self._config.vocab_size) for place in places]
         waiting, writing = deque(rows), list[_Row]()
         while waiting or writing:
             while waiting and caches:

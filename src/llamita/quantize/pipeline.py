@@ -37,12 +37,7 @@ from llamita.models.packed_writer import (
     write_metadata,
 )
 from llamita.models.sizes import Plan, make_plan
-from llamita.models.weights import (
-    FloatSource,
-    as_stored,
-    check_finite,
-    transform_dtype,
-)
+from llamita.models.weights import FloatSource, as_stored, check_finite, transform_dtype
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.rounded import stored_scales
@@ -128,9 +123,7 @@ def _plan(changed: Checkpoint, scheme: QuantScheme, shard_bytes: int, source_byt
     )
 
 
-def _card(
-    source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, setup: Setup, summary: Summary
-) -> bytes:
+def _card(source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, setup: Setup, summary: Summary) -> bytes:
     plan = summary.plan
     return model_card(
         CardFacts(
@@ -189,7 +182,7 @@ def source_names(source: FloatSource, name: str) -> tuple[str, str]:
     try:
         recorded.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{recorded!r}: expected a path in UTF-8; try renaming the directory") from None
+        raise InputError(f"{recorded!r}", "a path in UTF-8", hint="try renaming the directory") from None
     return recorded, shown
 
 

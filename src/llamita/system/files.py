@@ -43,21 +43,19 @@ def member(directory: Path, name: object) -> Path:
         RunError: the file may not be read.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or not name.isprintable():
-        raise InputError(f"{directory.name}: expected the name of a file in this directory, got {name!r}")
+        raise InputError(f"{directory.name}", "the name of a file in this directory", f"{name!r}")
     path = directory / name
     try:
         real, root = path.resolve(strict=True), directory.resolve(strict=True)
         is_file = stat.S_ISREG(real.stat().st_mode)
     except FileNotFoundError:
-        raise InputError(f"{path}: expected a file, found none; try downloading it again") from None
+        raise InputError(f"{path}", "a file", "none", "try downloading it again") from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of symlinks
         raise RunError(f"{path}: cannot be read: {error}") from None
     if real.parent != root and not _is_hub_blob(real, root):
-        raise InputError(
-            f"{path}: expected a file of this directory, got a link to {real}; try copying it here"
-        )
+        raise InputError(f"{path}", "a file of this directory", f"a link to {real}", "try copying it here")
     if not is_file:
-        raise InputError(f"{path}: expected a regular file")
+        raise InputError(f"{path}", "a regular file")
     return path
 
 
@@ -93,7 +91,7 @@ def read_bytes(directory: Path, name: str, limit: int = LARGEST_JSON) -> bytes:
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > limit:
-        raise InputError(f"{name}: expected at most {limit} bytes")
+        raise InputError(f"{name}", f"at most {limit} bytes")
     return data
 
 
@@ -106,14 +104,14 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
-        raise InputError(f"{where}: expected JSON, got one nested too deeply") from None
+        raise InputError(f"{where}", "JSON", "one nested too deeply") from None
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, " if b"\n" in data else ""
-        raise InputError(f"{where}: expected valid JSON: {error.msg} at {at}column {error.colno}") from None
+        raise InputError(f"{where}", f"valid JSON: {error.msg} at {at}column {error.colno}") from None
     except ValueError as error:  # also UnicodeDecodeError
-        raise InputError(f"{where}: expected valid JSON: {error}") from None
+        raise InputError(f"{where}", f"valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")
+        raise InputError(f"{where}", "a JSON object", f"{type(value).__name__}")
     return value
 
 
@@ -144,13 +142,13 @@ def read_text(path: Path, limit: int) -> str:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise InputError(f"{path}: expected at most {limit:,} bytes, got {size:,}; try a part of it")
+            raise InputError(f"{path}", f"at most {limit:,} bytes", f"{size:,}", "try a part of it")
         return path.read_bytes().decode()
     except OSError as error:
         kind = InputError if isinstance(error, FileNotFoundError) else RunError
         raise kind(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8, got a stray byte at {error.start}") from None
+        raise InputError(f"{path}", "UTF-8", f"a stray byte at {error.start}") from None
 
 
 def json_lines(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:

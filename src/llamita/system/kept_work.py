@@ -43,11 +43,14 @@ def kept_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) 
     try:
         _take(lock, work)
         if any(work.iterdir()) and not any(path.name.startswith(_SETTINGS) for path in work.iterdir()):
-            raise InputError(f"{work}: expected what llamita left there, got other files; try another --out")
+            raise InputError(f"{work}", "what llamita left there", "other files", "try another --out")
         if not (may_discard or _is_of(work, settings)) and _finished(work):
-            raise InputError(f"{work}: expected what a run with these settings and data left, got another "
-                             "run's; try its settings again, another --out, or --overwrite, which starts anew"
-                             )  # fmt: skip
+            raise InputError(
+                f"{work}",
+                "what a run with these settings and data left",
+                "another run's",
+                "try its settings again, another --out, or --overwrite, which starts anew",
+            )
         _prepare(work, settings)
         try:
             yield work
@@ -106,7 +109,7 @@ def _take(lock: int, work: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunError(f"{work}: expected to be alone here, got another run; try another --out") from None
+        raise RunError(f"{work}", "to be alone here", "another run", "try another --out") from None
     except OSError:  # a file system without locks
         pass
 

@@ -36,5 +36,5 @@ def share(count: int) -> range:
 def _number(name: str, default: int, least: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
-        raise InputError(f"{name}: expected a whole number of at least {least}, got {text!r}; try torchrun")
+        raise InputError(f"{name}", f"a whole number of at least {least}", f"{text!r}", "try torchrun")
     return int(text)

@@ -30,11 +30,9 @@ _PATIENCE = 30.0  # seconds; another run holds the lock while it renames and rem
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
     """Raise InputError if `out` cannot be made: it exists, or its parent does not, or it holds the source."""
     if not out.name or out.name == "..":
-        raise InputError(f"--out: expected the name of a new directory, got {str(out)!r}")
+        raise InputError("--out", "the name of a new directory", f"{str(out)!r}")
     if not out.parent.is_dir():
-        raise InputError(
-            f"--out: expected an existing directory to write into, got {out.parent}; try mkdir -p"
-        )
+        raise InputError("--out", "an existing directory to write into", f"{out.parent}", "try mkdir -p")
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -46,18 +44,19 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
 
 
 def _is_ours(directory: Path) -> bool:
-    return any(
-        (directory / mark).is_file()
-        for mark in (MARK, TRAINED_MARK, MERGED_MARK, IMPORTED_MARK, EXPORTED_MARK)
-    )
+    return any((directory / mark).is_file() for mark in (MARK, TRAINED_MARK, MERGED_MARK, IMPORTED_MARK, EXPORTED_MARK))
 
 
 def check_space(out: Path, needed: int) -> None:
     """Raise RunError if the disk of `out` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise RunError(f"{out}: expected {needed / 1e6:,.0f} MB free on its disk, got {free / 1e6:,.0f} MB; "
-                       "try another disk")  # fmt: skip
+        raise RunError(
+            f"{out}",
+            f"{needed / 1000000.0:,.0f} MB free on its disk",
+            f"{free / 1000000.0:,.0f} MB",
+            "try another disk",
+        )
 
 
 @contextmanager
@@ -108,7 +107,7 @@ def _alone(parent: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() - began > _PATIENCE:
                     raise RunError(
-                        f"{parent}: expected to be alone here, got another program's lock; try again later"
+                        f"{parent}", "to be alone here", "another program's lock", "try again later"
                     ) from None
                 time.sleep(0.05)
             except OSError:  # a file system without locks

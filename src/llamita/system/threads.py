@@ -21,7 +21,7 @@ def use_threads(count: int | None) -> int:
     except ValueError as error:
         raise InputError(str(error)) from None
     except TypeError:  # what the binding says of a number outside of size_t
-        raise InputError(f"threads: expected 1 to 1024, got {count}") from None
+        raise InputError("threads", "1 to 1024", f"{count}") from None
     except (RuntimeError, MemoryError) as error:
         raise RunError(str(error) or "threads: expected to start them, got too little memory") from None
 

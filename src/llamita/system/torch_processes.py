@@ -63,7 +63,7 @@ def join(patience: float = _PATIENCE) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=patience))
     except (RuntimeError, ValueError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError(f"torchrun: expected the processes to find each other, got: {line}") from None
+        raise RunError("torchrun", f"the processes to find each other, got: {line}") from None
 
 
 @contextmanager
@@ -79,5 +79,5 @@ def told_when_lost(advice: str) -> Iterator[None]:
         if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise RunError(
-            f"torchrun: expected every process to go on, got one that ended or no longer answers; {advice}"
+            "torchrun", "every process to go on", "one that ended or no longer answers", f"{advice}"
         ) from None

@@ -39,9 +39,7 @@ _LARGEST_INDENT = 16  # of JSON, a level
 _REFUSED_METHODS = {"encode", "maketrans", "to_bytes", "translate"}  # lead to sizes that nobody counts
 _PADDED = {"center", "ljust", "rjust", "zfill", "expandtabs"}  # methods of a text with a width
 # Filters that multiply what they get, none of them of use in a conversation.
-_REFUSED_FILTERS = (
-    "batch", "center", "filesizeformat", "pprint", "slice", "urlize", "wordwrap", "xmlattr",
-)  # fmt: skip
+_REFUSED_FILTERS = ("batch", "center", "filesizeformat", "pprint", "slice", "urlize", "wordwrap", "xmlattr")
 # A width of five digits or from an argument, in the style of printf.
 _WIDE = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{5,}|\d*\.(\*|\d{5,}))")
 
@@ -51,15 +49,13 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         if len(source) > _LARGEST_TEMPLATE:
-            raise InputError(
-                f"chat template: expected at most {_LARGEST_TEMPLATE} letters, got {len(source)}"
-            )
+            raise InputError("chat template", f"at most {_LARGEST_TEMPLATE} letters", f"{len(source)}")
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = _environment().from_string(source)
         except Exception as error:  # the compiler can fail in many ways: depth, size of numbers
             text = " ".join(str(error).split())
-            raise InputError(f"chat template: expected a Jinja template, got {text}") from None
+            raise InputError("chat template", "a Jinja template", f"{text}") from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as one text, special tokens written out, open for the assistant's turn.
@@ -93,7 +89,7 @@ def find_template(directory: Path) -> str | None:
         try:
             return read_bytes(directory, "chat_template.jinja", _LARGEST_TEMPLATE).decode()
         except UnicodeDecodeError as error:
-            raise InputError(f"chat_template.jinja: expected UTF-8, got {error}") from None
+            raise InputError("chat_template.jinja", "UTF-8", f"{error}") from None
     template = read_settings(directory, "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, each named; the one for plain conversations is "default"
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -109,22 +105,20 @@ def read_template(directory: Path) -> str:
     """
     template = find_template(directory)
     if template is None:
-        raise InputError(
-            f"{directory}: expected a chat template, got none; try `llamita generate`: a base model"
-        )
+        raise InputError(f"{directory}", "a chat template", "none", "try `llamita generate`: a base model")
     return template
 
 
 def _plain(message: Message) -> Message:
     """A copy whose content is one string, as templates of text models expect it."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise InputError(f"messages: expected objects with a role and a content, got {message!r}")
+        raise InputError("messages", "objects with a role and a content", f"{message!r}")
     content = message.get("content")
     if isinstance(content, list):
         parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
         content = "".join(parts) if all(isinstance(p, str) for p in parts) else None  # type: ignore[arg-type]
     if not isinstance(content, str):
-        raise InputError(f"messages: content: expected a text, got {message.get('content')!r}")
+        raise InputError("messages: content", "a text", f"{message.get('content')!r}")
     return {**message, "content": content}
 
 
@@ -346,9 +340,7 @@ def _to_json(
     style += [len(part) for part in separators or ()]
     if max(style) > _LARGEST_INDENT:
         raise jinja2.TemplateError(f"tojson: expected at most {_LARGEST_INDENT} characters of indent")
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     pieces, length = [], 0
     for piece in encoder.iterencode(_bounded(value)):  # what indents add is known only here
         pieces.append(piece)

@@ -51,7 +51,7 @@ def _read(path: str, configuration: str | None, name: str, seed: int | None) -> 
     # streamed unless it is read whole: of a large data set, only what is looked at is downloaded
     for row in _rows(path, configuration, name, seed, is_streamed=seed is not None):
         if not isinstance(row.get("text"), str):
-            raise InputError(f'{name}: expected a column "text", got {", ".join(row)}; try another data set')
+            raise InputError(f"{name}", 'a column "text"', f"{', '.join(row)}", "try another data set")
         yield row["text"]
 
 
@@ -66,8 +66,9 @@ def _rows(
     except ValueError as error:  # no such configuration or split; the message names those there are
         raise InputError(f"{name}: {_first_line(error)}") from None
     except OSError as error:  # the hub's own errors are among these
-        raise RunError(f"{name}: expected a data set that the hub or its cache has: {_first_line(error)}; "
-                       "try a file") from None  # fmt: skip
+        raise RunError(
+            f"{name}", f"a data set that the hub or its cache has: {_first_line(error)}", hint="try a file"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -83,9 +83,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"text: expected valid UTF-8, got a stray byte at character {error.start}"
-            ) from None
+            raise InputError("text", "valid UTF-8", f"a stray byte at character {error.start}") from None
         ids = self._encode(text, add_special_tokens=False)
         wanted = self.adds_bos if add_bos is None else add_bos
         if wanted and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
@@ -126,7 +124,7 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < self._id_limit:
                 largest, found = self._id_limit - 1, repr(token)[:40]
-                raise InputError(f"bos and eos token ids: expected 0 to {largest}, got {found}")
+                raise InputError("bos and eos token ids", f"0 to {largest}", f"{found}")
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with _one_line("tokenizer.json"):
@@ -174,7 +172,7 @@ def read_settings(directory: Path, name: str) -> dict[str, Any]:
 def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     if not has(directory, "tokenizer.json"):
         found = "tokenizer.model alone" if has(directory, "tokenizer.model") else "none"
-        raise InputError(f"{directory}: expected tokenizer.json, got {found}; {_CONVERT.format(directory)}")
+        raise InputError(f"{directory}", "tokenizer.json", f"{found}", f"{_CONVERT.format(directory)}")
     path = member(directory, "tokenizer.json")
     with _one_line(str(path)):
         inner = tokenizers.Tokenizer.from_file(str(path))
@@ -217,7 +215,7 @@ def _piece_reader(inner: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     if "ByteFallback" in kinds or "Metaspace" in kinds:
         return _sentencepiece_bytes
     found = ", ".join(kinds) or "none"
-    raise InputError(f"tokenizer.json: decoder: expected ByteLevel, ByteFallback or Metaspace, got {found}")
+    raise InputError("tokenizer.json: decoder", "ByteLevel, ByteFallback or Metaspace", f"{found}")
 
 
 def _strips_leading_space(steps: list[dict[str, Any]]) -> bool:

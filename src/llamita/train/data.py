@@ -72,10 +72,14 @@ def load_data(
         InputError: an unknown task, a bad record, or nothing to learn.
     """
     if task is not None and task not in TASKS:
-        raise InputError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}")
+        raise InputError("--task", f"one of {', '.join(TASKS)}", f"{task!r}")
     if recipe.length > source.config.context:
-        raise InputError(f"length: expected at most {source.config.context} tokens, the model's context, "
-                         f"got {recipe.length}; try --set length=N")  # fmt: skip
+        raise InputError(
+            "length",
+            f"at most {source.config.context} tokens, the model's context",
+            f"{recipe.length}",
+            "try --set length=N",
+        )
     tokenizer = Tokenizer(source.path, source.config)
     template = _template(source, tokenizer)
     told = [conversation(record, task) for record in read_data(name, limit)]
@@ -87,8 +91,7 @@ def load_data(
     bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
     kept, note = fitting(examples, recipe.length, bos)
     if not kept:
-        raise InputError(f"{name}: expected examples to learn from, got none"
-                         f"{f': {note}; try --set length=N' if note else ''}")  # fmt: skip
+        raise InputError(f"{name}", "examples to learn from", f"none{f': {note}; try --set length=N' if note else ''}")
     learned, measured = _divide(kept, recipe.held_out, seed)
     pad = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
     rows, held_out = pack(learned, recipe.length, pad), pack(measured, recipe.length, pad)
@@ -135,7 +138,11 @@ def _divide(examples: list[T], share: float, seed: int, option: str = "--data") 
     """Those that are learned, and a share of them, drawn by the seed, that is only measured."""
     count = 0 if share == 0 else max(_LEAST_HELD_OUT, round(share * len(examples)))
     if count >= len(examples):
-        raise InputError(f"{option}: expected more than {count} examples, {count} of them to be held out, "
-                         f"got {len(examples)}; try more data, or --set held_out=0")  # fmt: skip
+        raise InputError(
+            f"{option}",
+            f"more than {count} examples, {count} of them to be held out",
+            f"{len(examples)}",
+            "try more data, or --set held_out=0",
+        )
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]

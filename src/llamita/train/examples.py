@@ -100,8 +100,10 @@ def _pieces(conversation: Conversation, template: ChatTemplate | None) -> list[t
         after = template.render(turns[: i + 1], add_generation_prompt=False)
         if not before.startswith(done) or not after.startswith(before):
             raise InputError(
-                f"{conversation.place}: turn {i + 1}: expected a chat template that leaves earlier turns as "
-                "they are, got another text; try a record for each turn"
+                f"{conversation.place}: turn {i + 1}",
+                "a chat template that leaves earlier turns as they are",
+                "another text",
+                "try a record for each turn",
             )
         pieces += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after

@@ -33,15 +33,7 @@ from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
 from llamita.train.sharding import keep, restore, take_whole
 from llamita.train.start import start
-from llamita.train.trainer import (
-    Begin,
-    Patience,
-    RowTrainer,
-    Tell,
-    check_reporter,
-    config_of,
-    preference_config,
-)
+from llamita.train.trainer import Begin, Patience, RowTrainer, Tell, check_reporter, config_of, preference_config
 
 _DONE = "stage-{}.safetensors"  # what a finished stage leaves in the work directory
 
@@ -118,7 +110,7 @@ def train(job: Job) -> Trained:
         InputError: nothing to learn from, or a model that training cannot have.
     """
     if not len(job.rows.ids):
-        raise InputError("--data: expected something to learn, got nothing; see what was left out above")
+        raise InputError("--data", "something to learn", "nothing", "see what was left out above")
     job.recipe.check_steps(len(job.rows.ids), len(job.pairs))
     check_reporter(job.report_to)
     if job.logs is not None:

@@ -114,9 +114,7 @@ def check_targets(source: MergedSource, out: Path, overwrite: bool) -> None:
         check_target(out, overwrite, kept)
 
 
-def merge_float(
-    source: MergedSource, name: str, out: Path, overwrite: bool = False, progress: Progress = None
-) -> None:
+def merge_float(source: MergedSource, name: str, out: Path, overwrite: bool = False, progress: Progress = None) -> None:
     """Write a float checkpoint: every tensor in its base's dtype, and what lies beside the base's.
 
     Memory is that of one tensor.
@@ -190,7 +188,7 @@ def written_text(source: MergedSource, progress: Progress = None) -> str:
     """
     llm = load(source.path, adapters={_BESIDE: source.adapter})
     if llm.tokenizer.bos_token_id is None:
-        raise InputError(f"{source.path}: bos_token: expected one to begin a text with; try --text FILE")
+        raise InputError(f"{source.path}: bos_token", "one to begin a text with", hint="try --text FILE")
     length, texts, tokens = min(_LENGTH, llm.context - 1), list[str](), 0
     while tokens < _TOKENS and len(texts) < _MOST_TEXTS:
         if progress:

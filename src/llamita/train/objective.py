@@ -40,9 +40,7 @@ def loss_sum(logits: Tensor, labels: Tensor, teacher: Tensor | None, distill: fl
     return torch.stack(losses).sum(), torch.stack(crossed).sum()
 
 
-def _chunk_loss(
-    logits: Tensor, targets: Tensor, teacher: Tensor | None, distill: float
-) -> tuple[Tensor, Tensor]:
+def _chunk_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, distill: float) -> tuple[Tensor, Tensor]:
     log_probabilities = functional.log_softmax(logits.float(), -1)
     cross = functional.nll_loss(log_probabilities, targets, reduction="sum")
     if teacher is None or distill == 0:

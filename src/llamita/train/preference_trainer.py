@@ -84,6 +84,4 @@ def score(logits: Tensor, labels: Tensor) -> Scored:
         "mean_logits": mean,
         "is_top1": is_best,
     }
-    return Scored(
-        {n: values.new_zeros(picked.shape).masked_scatter(picked, values) for n, values in found.items()}
-    )
+    return Scored({n: values.new_zeros(picked.shape).masked_scatter(picked, values) for n, values in found.items()})

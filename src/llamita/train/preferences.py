@@ -45,12 +45,11 @@ def read_pairs(
     """
     pairs = [_pair(record, tokenizer, template) for record in records]
     if not pairs:
-        raise InputError("--preferences: expected pairs of answers, got no records")
+        raise InputError("--preferences", "pairs of answers", "no records")
     kept = [pair for pair in pairs if pair.length <= length]
     if not kept:
         raise InputError(
-            f"--preferences: expected pairs of at most {length} tokens, got none of {len(pairs)}; "
-            "try --set length=N"
+            "--preferences", f"pairs of at most {length} tokens", f"none of {len(pairs)}", "try --set length=N"
         )
     long = [pair.place for pair in pairs if pair.length > length]
     if not long:
@@ -61,16 +60,14 @@ def read_pairs(
 
 def _pair(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> Pair:
     before = _turns(record, "prompt", "user") if "prompt" in record.values else ()
-    answered = [
-        tokenize(Conversation(record.place, turns), tokenizer, template) for turns in _answers(record, before)
-    ]
+    answered = [tokenize(Conversation(record.place, turns), tokenizer, template) for turns in _answers(record, before)]
     starts = [_answer_start(example.is_learned) for example in answered]
     prompts = [example.ids[:start].tolist() for example, start in zip(answered, starts, strict=True)]
     if prompts[0] != prompts[1]:
-        raise InputError(f"{record.place}: expected the same conversation before both answers, got two")
+        raise InputError(f"{record.place}", "the same conversation before both answers", "two")
     chosen, rejected = (e.ids[start:].tolist() for e, start in zip(answered, starts, strict=True))
     if chosen == rejected:
-        raise InputError(f"{record.place}: expected two answers that differ, got one twice")
+        raise InputError(f"{record.place}", "two answers that differ", "one twice")
     return Pair(record.place, prompts[0], chosen, rejected)
 
 
@@ -80,11 +77,11 @@ def _answers(record: Record, before: tuple[Turn, ...]) -> Iterator[tuple[Turn, .
         turns = list(_turns(record, name, "assistant"))
         begins = bool(before) and turns[: len(before)] == list(before)
         if before and not begins and len(turns) > 1:
-            raise InputError(f"{record.place}: {name}: expected an answer, or the turns of prompt before it")
+            raise InputError(f"{record.place}: {name}", "an answer, or the turns of prompt before it")
         whole = tuple(turns) if begins else (*before, *turns)
         last = turns[-1]
         if len(whole) == 1 or last["role"] != "assistant" or not last["content"].strip():
-            raise InputError(f"{record.place}: {name}: expected the assistant's answer to a prompt")
+            raise InputError(f"{record.place}: {name}", "the assistant's answer to a prompt")
         yield whole
 
 

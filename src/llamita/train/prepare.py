@@ -38,8 +38,7 @@ def prepare(model: Any, rounded: ModelSource, floats: FloatSource | None = None)
     """
     rotations = Rotations() if floats is None else floats.rotations
     if set(rotations.names) - {"R4"}:
-        raise InputError(f"start: expected no rotation but R4, got {', '.join(rotations.names)}; "
-                         "try --set start=llamita")  # fmt: skip
+        raise InputError("start", "no rotation but R4", f"{', '.join(rotations.names)}", "try --set start=llamita")
     if floats is not None:
         _take(model, floats)
     switch, online = Switch(), online_transform(rotations)
@@ -78,9 +77,7 @@ def _take(model: Any, floats: FloatSource) -> None:
     """The weights of a source of the same shape; of a tied head, those of the embedding."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = (
-                floats.vector(name) if parameter.ndim == 1 else floats.weight(name.removesuffix(".weight"))
-            )
+            values = floats.vector(name) if parameter.ndim == 1 else floats.weight(name.removesuffix(".weight"))
             parameter.copy_(torch.from_numpy(np.array(to_f32(values))))
 
 

@@ -76,12 +76,9 @@ class Stage:
         for name, least, most in _RANGES:
             _number(name, getattr(self, name), least, most)
         if self.batch % self.micro_batch:
-            raise InputError(
-                f"batch: expected a multiple of micro_batch, {self.micro_batch}, got {self.batch}"
-            )
+            raise InputError("batch", f"a multiple of micro_batch, {self.micro_batch}", f"{self.batch}")
         if self.prefers and (self.train != "adapters" or self.distill or self.fake_quant_after):
-            raise InputError("objective: preferences: expected train: adapters beside it, no distill and "
-                             "no fake_quant_after")  # fmt: skip
+            raise InputError("objective: preferences", "train: adapters beside it, no distill and no fake_quant_after")
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -90,9 +87,9 @@ class Stage:
             or not self.targets
             or any(target not in LINEARS for target in self.targets)
         ):
-            raise InputError(f"targets: expected some of {', '.join(LINEARS)}, got {self.targets!r}")
+            raise InputError("targets", f"some of {', '.join(LINEARS)}", f"{self.targets!r}")
         if type(self.quantized) is not bool:
-            raise InputError(f"quantized: expected true or false, got {self.quantized!r}")
+            raise InputError("quantized", "true or false", f"{self.quantized!r}")
 
     @property
     def prefers(self) -> bool:
@@ -131,7 +128,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise InputError("stages: expected one at least, got none")
+            raise InputError("stages", "one at least", "none")
         _one_of("preset", self.preset, tuple(PRESETS))
         if self.group_size is not None:
             _one_of("group_size", self.group_size, GROUP_SIZES)
@@ -139,22 +136,21 @@ class Recipe:
         _number("held_out", self.held_out, 0.0, 0.5)
         _integer("evaluate_every", self.evaluate_every, 0)
         if self.evaluate_every and not self.held_out:
-            raise InputError("evaluate_every: expected held_out beside it, got none")
+            raise InputError("evaluate_every", "held_out beside it", "none")
         _integer("save_every", self.save_every, 1)
         if self.patience is not None:
             _integer("patience", self.patience, 1)
             if not self.evaluate_every:
-                raise InputError("patience: expected evaluate_every beside it, got none")
+                raise InputError("patience", "evaluate_every beside it", "none")
         self._check_order()
 
     def _check_order(self) -> None:
         kinds = [stage.train for stage in self.stages]
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (before.train != "weights" and not after.prefers) or before.prefers:
-                raise InputError(f"stages: expected adapters once and, but for preferences, last, got "
-                                 f"{', '.join(kinds)}")  # fmt: skip
+                raise InputError("stages", "adapters once and, but for preferences, last", f"{', '.join(kinds)}")
             if before.quantized and not after.quantized:
-                raise InputError("stages: expected quantized stages last, got a float one behind them")
+                raise InputError("stages", "quantized stages last", "a float one behind them")
 
     def without_preferences(self) -> "Recipe":
         """The stages that need none."""
@@ -171,8 +167,10 @@ class Recipe:
             steps = stage.count_steps(pairs if stage.prefers else rows)
             if stage.quantized and stage.fake_quant_after >= steps:
                 raise InputError(
-                    f"stage {number}: fake_quant_after: expected less than its {steps} steps, "
-                    f"got {stage.fake_quant_after}; try --set {number}.fake_quant_after=0"
+                    f"stage {number}: fake_quant_after",
+                    f"less than its {steps} steps",
+                    f"{stage.fake_quant_after}",
+                    f"try --set {number}.fake_quant_after=0",
                 )
 
     @property
@@ -211,27 +209,27 @@ def read_recipe(name: str) -> Recipe:
         data = path.read_bytes()
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise InputError(f"--recipe: expected {names}, or a YAML file, got {name}") from None
+        raise InputError("--recipe", f"{names}, or a YAML file", f"{name}") from None
     except OSError as error:
         raise RunError(f"{name}: cannot be read: {error.strerror}") from None
     if len(data) > _LARGEST:
-        raise InputError(f"{name}: expected at most {_LARGEST} bytes, got {len(data)}")
+        raise InputError(f"{name}", f"at most {_LARGEST} bytes", f"{len(data)}")
     try:
         values = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: expected YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{name}", f"YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(values, name)
 
 
 def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
     """A recipe from plain values. Raises InputError, naming `where`."""
     if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
-        raise InputError(f"{where}: expected settings with a list of stages")
+        raise InputError(f"{where}", "settings with a list of stages")
     stages = []
     for number, stage in enumerate(values["stages"], 1):
         place = f"{where}: stage {number}"
         if not isinstance(stage, dict):
-            raise InputError(f"{place}: expected settings, got {stage!r}")
+            raise InputError(f"{place}", "settings", f"{stage!r}")
         stages.append(_made(Stage, stage, place))
     return _made(Recipe, values | {"stages": tuple(stages)}, where)
 
@@ -250,11 +248,11 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
         name, equals, value = text.partition("=")
         number, dot, rest = name.partition(".")
         if not equals:
-            raise InputError(f"--set: expected NAME=VALUE, such as learning_rate=1e-4, got {text!r}")
+            raise InputError("--set", "NAME=VALUE, such as learning_rate=1e-4", f"{text!r}")
         stages = whole["stages"]
         if dot:
             if not number.isdecimal() or not 1 <= int(number) <= len(stages):
-                raise InputError(f"--set {text}: expected a stage from 1 to {len(stages)}, got {number!r}")
+                raise InputError(f"--set {text}", f"a stage from 1 to {len(stages)}", f"{number!r}")
             name, stages = rest, [stages[int(number) - 1]]
         try:
             read = yaml.safe_load(value)
@@ -263,7 +261,7 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
         known = [field.name for field in fields(Stage)]
         if name not in known and (dot or name not in whole):
             names = known if dot else [*(n for n in whole if n != "stages"), *known]
-            raise InputError(f"--set: expected settings among {', '.join(names)}, got {name!r}")
+            raise InputError("--set", f"settings among {', '.join(names)}", f"{name!r}")
         if not dot and name in whole and name != "stages":
             whole[name] = read
         else:
@@ -277,7 +275,7 @@ def _made(kind: Any, values: dict[str, Any], where: str) -> Any:
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:
-            raise InputError(f"{where}: expected settings among {', '.join(known)}, got {name!r}")
+            raise InputError(f"{where}", f"settings among {', '.join(known)}", f"{name!r}")
     if isinstance(values.get("targets"), list):
         values = values | {"targets": tuple(values["targets"])}
     for name in _FRACTIONS:  # YAML 1.1 takes 1e-4, without a point, for text
@@ -299,14 +297,14 @@ def _is_number(text: str) -> bool:
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if not any(type(value) is type(one) and value == one for one in allowed):
-        raise InputError(f"{name}: expected {', '.join(map(str, allowed))}, got {value!r}")
+        raise InputError(f"{name}", f"{', '.join(map(str, allowed))}", f"{value!r}")
 
 
 def _integer(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
-        raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        raise InputError(f"{name}", f"a whole number of at least {least}", f"{value!r}")
 
 
 def _number(name: str, value: object, least: float, most: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+        raise InputError(f"{name}", f"a number from {least:g} to {most:g}", f"{value!r}")

@@ -47,7 +47,7 @@ def read_data(name: str, limit: int | None = None) -> Iterator[Record]:
     path = Path(name)
     if path.exists() or path.suffix in _FILES or not _HUB_NAME.fullmatch(name):
         if path.is_dir():
-            raise InputError(f"{name}: expected a file, got a directory; try one of its files")
+            raise InputError(f"{name}", "a file", "a directory", "try one of its files")
         records = read_records(path)
     else:
         rows = load_optional(HUB, _NO_DATASETS)(name)
@@ -67,9 +67,7 @@ def read_records(path: Path) -> Iterator[Record]:
         RunError: it cannot be read.
     """
     if path.suffix in _TABLES:
-        raise InputError(
-            f"{path}: expected {', '.join(_FILES)}, got {path.suffix}; try saving it as JSON lines"
-        )
+        raise InputError(f"{path}", f"{', '.join(_FILES)}", f"{path.suffix}", "try saving it as JSON lines")
     text = read_text(path, LARGEST_FILE).removeprefix("\ufeff")  # which Windows puts before UTF-8
     if path.suffix == ".jsonl":
         yield from (Record(place, values) for place, values in json_lines(text, path.name))
@@ -85,15 +83,15 @@ def _json_records(path: Path, text: str) -> Iterator[Record]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got {error}") from None
+        raise InputError(f"{path}", "JSON", f"{error}") from None
     if isinstance(values, dict) and isinstance(values.get("data"), list):
         yield from _squad_records(path, values["data"])
         return
     if not isinstance(values, list):
-        raise InputError(f"{path}: expected a list of objects, got {type(values).__name__}")
+        raise InputError(f"{path}", "a list of objects", f"{type(values).__name__}")
     for number, value in enumerate(values, 1):
         if not isinstance(value, dict):
-            raise InputError(f"{path}: item {number}: expected an object, got {type(value).__name__}")
+            raise InputError(f"{path}: item {number}", "an object", f"{type(value).__name__}")
         yield Record(f"{path.name}: item {number}", value)
 
 
@@ -111,15 +109,11 @@ def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
                     answers = [str(answer["text"]) for answer in item["answers"]]
                     if item.get("is_impossible"):
                         answers = [UNANSWERABLE]
-                    values = {
-                        "context": paragraph["context"],
-                        "question": item["question"],
-                        "answers": answers,
-                    }
+                    values = {"context": paragraph["context"], "question": item["question"], "answers": answers}
                     yield Record(f"{path.name}: question {number}", values | {"answer": answers[0]})
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(
-            f"{path}: question {number + 1}: expected SQuAD's form (paragraphs, qas, answers), got {error!r}"
+            f"{path}: question {number + 1}", "SQuAD's form (paragraphs, qas, answers)", f"{error!r}"
         ) from None
 
 
@@ -133,5 +127,5 @@ def _tsv_records(path: Path, text: str) -> Iterator[Record]:
             columns = tuple(cell.strip().lower() for cell in row)
             continue
         if len(row) < len(_COLUMNS):
-            raise InputError(f"{path}: line {number}: expected two columns or more, got {len(row)}")
+            raise InputError(f"{path}: line {number}", "two columns or more", f"{len(row)}")
         yield Record(f"{path.name}: line {number}", dict(zip(columns, row, strict=False)))

@@ -82,8 +82,7 @@ def _make(order: Order, base: dict[str, Any], work: Path, progress: Progress) ->
 
 def _disk_bytes(order: Order) -> int:
     """What training may write at most: in float32, three checkpoints of weights and Adam's two moments."""
-    weights = sum(4 * math.prod(info.shape) for file in order.source.files.values()
-                  for info in file.tensors.values())  # fmt: skip
+    weights = sum(4 * math.prod(info.shape) for file in order.source.files.values() for info in file.tensors.values())
     trains_all = any(stage.train == "weights" for stage in order.recipe.stages)
     return weights * 10 if trains_all else weights
 
@@ -125,18 +124,14 @@ def _save(trained: Trained, order: Order, work: Path, record: dict[str, Any]) ->
         _write_record(directory, record)
         save_adapters(trained.model, str(out), directory)
         _save_packed(trained.model.unload(), order, work, record)  # the other follows at once
-    return (f"a 4-bit model and, in {beside}, adapters",
-            f"llamita generate {out} --prompt TEXT --adapter {beside}")  # fmt: skip
+    return (f"a 4-bit model and, in {beside}, adapters", f"llamita generate {out} --prompt TEXT --adapter {beside}")
 
 
 def _save_float(trained: Trained, order: Order, record: dict[str, Any], directory: Path) -> tuple[str, str]:
     _write_record(directory, record)
     if order.recipe.has_adapters:
         save_adapters(trained.model, order.name, directory)
-        return (
-            "adapters, in PEFT's form",
-            f"llamita generate {order.name} --prompt TEXT --adapter {order.out}",
-        )
+        return ("adapters, in PEFT's form", f"llamita generate {order.name} --prompt TEXT --adapter {order.out}")
     save_float(trained.model, order.source, directory)
     return "a float checkpoint", f"llamita quantize {order.out} -o {order.out}-4bit"
 

@@ -41,12 +41,11 @@ def parse_start(text: str) -> tuple[Chain, dict[str, Any]]:
     except InputError as error:
         raise InputError(str(error).replace("--method", "start", 1)) from None
     if chain.learns(settings):
-        raise InputError(f"start: expected no learned rotations, got {text}; try --set start=llamita")
+        raise InputError("start", "no learned rotations", f"{text}", "try --set start=llamita")
     return chain, settings
 
 
-def start(source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: str, setup: Setup,
-          place: Path) -> Start:  # fmt: skip
+def start(source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: str, setup: Setup, place: Path) -> Start:
     """The source transformed and rounded by a chain of methods; several processes do it together.
 
     Args:
@@ -65,14 +64,17 @@ def start(source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: s
         return Start(RoundedSource(floats, scheme, rounding, setup), floats)
     rows = 0 if setup.calibration is None else len(setup.calibration.tokens)
     if rows < processes.world():
-        raise InputError(f"--data: expected a row for each of {processes.world()} processes, "
-                         f"to begin with {method}, got {rows}; try fewer processes")  # fmt: skip
+        raise InputError(
+            "--data",
+            f"a row for each of {processes.world()} processes, to begin with {method}",
+            f"{rows}",
+            "try fewer processes",
+        )
     packed = place / "packed"
     if not collectives.agreed(packed.exists()):
         if processes.rank() == 0:
             place.mkdir(exist_ok=True)
-            quantize(floats, str(origin.path), packed, scheme, rounding, setup, origin=origin,
-                     progress=setup.progress)  # fmt: skip
+            quantize(floats, str(origin.path), packed, scheme, rounding, setup, origin=origin, progress=setup.progress)
         else:
             take_part(floats, scheme, rounding, setup)
         collectives.wait()

@@ -48,8 +48,10 @@ def conversation(record: Record, task: str | None) -> Conversation:
         return Conversation(record.place, text=_text(record, "text"))
     columns = ", ".join(list(record.values)[:8])
     raise InputError(
-        f"{record.place}: expected messages, prompt and completion, instruction and output, or text, "
-        f"got {columns}; try --task {'|'.join(TASKS)}"
+        f"{record.place}",
+        "messages, prompt and completion, instruction and output, or text",
+        f"{columns}",
+        f"try --task {'|'.join(TASKS)}",
     )
 
 
@@ -62,15 +64,15 @@ def _text(record: Record, *names: str) -> str:
         if value is not None or (name in record.values and len(names) == 1):
             found = "an empty text" if isinstance(value, str) else type(value).__name__
             found = "null" if value is None else found
-            raise InputError(f"{record.place}: {name}: expected a text, got {found}")
+            raise InputError(f"{record.place}: {name}", "a text", f"{found}")
     columns = ", ".join(list(record.values)[:8])
-    raise InputError(f"{record.place}: expected the column {' or '.join(names)}, got {columns}")
+    raise InputError(f"{record.place}", f"the column {' or '.join(names)}", f"{columns}")
 
 
 def _optional(record: Record, name: str) -> str:
     value = record.values.get(name, "")
     if not isinstance(value, str):
-        raise InputError(f"{record.place}: {name}: expected a text, got {type(value).__name__}")
+        raise InputError(f"{record.place}: {name}", "a text", f"{type(value).__name__}")
     return value.strip()
 
 
@@ -81,27 +83,22 @@ def read_turns(record: Record, name: str) -> tuple[Turn, ...]:
         not isinstance(turns, list)
         or not turns
         or not all(
-            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
-            for t in turns
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
         )
     ):
-        raise InputError(f"{record.place}: {name}: expected objects with the texts role and content")
+        raise InputError(f"{record.place}: {name}", "objects with the texts role and content")
     for turn in turns:
         if turn["role"] not in _ROLES:
-            raise InputError(
-                f"{record.place}: {name}: role: expected {', '.join(_ROLES)}, got {turn['role'][:40]!r}"
-            )
+            raise InputError(f"{record.place}: {name}: role", f"{', '.join(_ROLES)}", f"{turn['role'][:40]!r}")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
 def _of_messages(record: Record) -> Conversation:
     turns = read_turns(record, "messages")
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise InputError(f"{record.place}: messages: expected a turn of the assistant to learn, got none")
+        raise InputError(f"{record.place}: messages", "a turn of the assistant to learn", "none")
     if turns[-1]["role"] != "assistant":
-        raise InputError(
-            f"{record.place}: messages: expected the assistant's turn last, got {turns[-1]['role']}"
-        )
+        raise InputError(f"{record.place}: messages", "the assistant's turn last", f"{turns[-1]['role']}")
     return Conversation(record.place, turns, answers=(turns[-1]["content"],))
 
 

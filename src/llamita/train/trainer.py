@@ -40,9 +40,8 @@ class RowTrainer(SFTTrainer):
     """
 
     def __init__(
-        self, *args: Any, batch: int, teacher: Any = None, distill: float = 0.0, shards: bool = False,
-        **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self, *args: Any, batch: int, teacher: Any = None, distill: float = 0.0, shards: bool = False, **kwargs: Any
+    ) -> None:
         self._batch, self._teacher, self._distill, self._shards = batch, teacher, distill, shards
         self._trained_tokens = 0  # by this process
         super().__init__(*args, **kwargs)
@@ -55,11 +54,7 @@ class RowTrainer(SFTTrainer):
                 shard(teacher, self.args.device)
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch: its share of the step's mean over learned tokens."""
         labels = inputs["labels"]
@@ -217,8 +212,10 @@ class Tell(TrainerCallback):
             found = (logs or {}).get(name, 0.0)
             if not math.isfinite(found):
                 raise InputError(
-                    f"training: expected a finite loss, got {found} at step {state.global_step}; "
-                    "try --set learning_rate= with a smaller one"
+                    "training",
+                    "a finite loss",
+                    f"{found} at step {state.global_step}",
+                    "try --set learning_rate= with a smaller one",
                 )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -239,8 +236,9 @@ def check_reporter(name: str) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         install = "; try pip install " + name if "install" in str(error) else ""
-        raise InputError(f"--report-to: expected what transformers can report to, got {name}: "
-                         f"{' '.join(str(error).split())}{install}") from None  # fmt: skip
+        raise InputError(
+            "--report-to", "what transformers can report to", f"{name}: {' '.join(str(error).split())}{install}"
+        ) from None
 
 
 def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
@@ -260,9 +258,7 @@ def preference_config(recipe: Recipe, stage: Stage, pairs: int, seed: int, work:
         return DPOConfig(**_settings(recipe, stage, pairs, seed, work, report_to), beta=stage.beta)
 
 
-def _settings(
-    recipe: Recipe, stage: Stage, count: int, seed: int, work: Path, report_to: str
-) -> dict[str, Any]:
+def _settings(recipe: Recipe, stage: Stage, count: int, seed: int, work: Path, report_to: str) -> dict[str, Any]:
     """For `count` rows or pairs."""
     steps = stage.count_steps(count)
     has_gpu = torch.cuda.is_available()
