@@ -218,7 +218,7 @@ TORCH_SIDE = {
     "export.torchao": ("torch", "torchao", "transformers"),
     "export.meta": ("torch",),
     "export.in_peft": ("torch", "peft", "transformers"),
-}
+}  # fmt: skip
 EXTRAS = {"plot": ("matplotlib",)}  # lean, but with a package that only an extra installs
 TORCH_PACKAGES = (
     "torch", "torchao", "transformers", "lm_eval", "datasets", "accelerate", "peft", "trl", "executorch",

@@ -23,7 +23,9 @@ class RotatedCheckpoint(Checkpoint):
         transform_dtype: of the head's transform, "F32" or "BF16"; it is there with R1 and tied tables.
     """
 
-    def __init__(self, path: Path, names: tuple[str, ...] = ("R1", "R4"), transform_dtype: str = "F32") -> None:
+    def __init__(
+        self, path: Path, names: tuple[str, ...] = ("R1", "R4"), transform_dtype: str = "F32"
+    ) -> None:
         super().__init__(path)
         hidden, inputs = self.config.hidden_size, self.config.intermediate_size
         self._r1, self._r4 = np.eye(hidden), None

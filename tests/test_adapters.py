@@ -11,13 +11,12 @@ from tiny import make_checkpoint, write_file
 
 import llamita
 from llamita import _native as ops
-from llamita.engine.adapters import FUSED, prepare_adapter
+from llamita.engine.adapters import CONFIG, FUSED, WEIGHTS, load_adapter
 from llamita.engine.requests import Generation
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.peft import CONFIG, WEIGHTS, read_adapter
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
@@ -58,7 +57,7 @@ def test_a_layers_part_is_that_of_its_formula(model: Path, tmp_path: Path, isa: 
     del isa
     config = Checkpoint(model).config
     path = make_adapter(tmp_path / "a", model)
-    adapter = prepare_adapter("a", read_adapter(path, config), config)
+    adapter = load_adapter("a", path, config)
     stored = {name: bf16_to_f32(v).astype(np.float64) for name, v in _tensors(path).items()}
     random = np.random.default_rng(1)
     for fused, names in FUSED.items():
@@ -79,11 +78,7 @@ def test_a_layers_part_is_that_of_its_formula(model: Path, tmp_path: Path, isa: 
 
 
 def test_every_instruction_set_gives_the_same_bits(model: Path, tmp_path: Path) -> None:
-    adapter = prepare_adapter(
-        "a",
-        read_adapter(make_adapter(tmp_path / "a", model, rank=5), Checkpoint(model).config),
-        Checkpoint(model).config,
-    )
+    adapter = load_adapter("a", make_adapter(tmp_path / "a", model, rank=5), Checkpoint(model).config)
     random = np.random.default_rng(0)
     before = ops.isa()
     for fused, low_rank in adapter.blocks[0].items():
@@ -190,7 +185,9 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
     for method, told in (("equalize", "equalize"), ("spinquant", "R1 and R2")):
         out = tmp_path / method
         settings = {} if method == "equalize" else {"spinquant.rotations": "R1,R2", "spinquant.steps": 0}
-        quantize(Checkpoint(model), str(model), out, make_scheme("llama3.2"), method, Setup(settings=settings))
+        quantize(
+            Checkpoint(model), str(model), out, make_scheme("llama3.2"), method, Setup(settings=settings)
+        )
         with pytest.raises(InputError, match=f"changed by {told}; try quantize"):
             llamita.load(out, adapters=adapters)
 
@@ -208,17 +205,19 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
         ({"lora_alpha": "much"}, "lora_alpha: expected a number, got 'much'"),
     ],
 )
-def test_what_is_not_known_is_refused(model: Path, tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+def test_what_is_not_known_is_refused(
+    model: Path, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
     path = make_adapter(tmp_path / "a", model, **settings)
     with pytest.raises(InputError, match=told):
-        prepare_adapter("a", read_adapter(path, Checkpoint(model).config), Checkpoint(model).config)
+        load_adapter("a", path, Checkpoint(model).config)
 
 
 def test_rank_stabilized_adapters_have_their_own_scaling(model: Path, tmp_path: Path) -> None:
     config = Checkpoint(model).config
     for use, expected in ((False, 2.0), (True, 4.0)):  # alpha 8 over 4, over √4
         path = make_adapter(tmp_path / str(use), model, use_rslora=use)
-        assert prepare_adapter("a", read_adapter(path, config), config).blocks[0]["qkv"].scaling == expected
+        assert load_adapter("a", path, config).blocks[0]["qkv"].scaling == expected
 
 
 def test_broken_adapters_are_refused(model: Path, tmp_path: Path) -> None:
@@ -231,12 +230,16 @@ def test_broken_adapters_are_refused(model: Path, tmp_path: Path) -> None:
         (path / WEIGHTS).unlink()
         write_file(path / WEIGHTS, changed, "BF16")
         with pytest.raises(InputError) as caught:
-            prepare_adapter("a", read_adapter(path, config), config)
+            load_adapter("a", path, config)
         return str(caught.value)
 
-    assert "q_proj: expected both lora_A and lora_B" in refused({n: t for n, t in tensors.items() if n != name})
+    assert "q_proj: expected both lora_A and lora_B" in refused(
+        {n: t for n, t in tensors.items() if n != name}
+    )
     assert "expected adapters, got none" in refused({})
-    assert "expected adapters of this model's linear layers" in refused({**tensors, "lm_head.weight": tensors[name]})
+    assert "expected adapters of this model's linear layers" in refused(
+        {**tensors, "lm_head.weight": tensors[name]}
+    )
     assert "layers.9" in refused({**tensors, name.replace("layers.0", "layers.9"): tensors[name]})
     again = name.replace(".weight", ".default.weight")
     assert "once, got it twice" in refused({**tensors, again: tensors[name]})
@@ -249,13 +252,28 @@ def test_commands_take_an_adapter(model: Path, tmp_path: Path, capsys: pytest.Ca
     path = make_adapter(tmp_path / "a", model)
     texts = []
     for options in ((), ("--adapter", path)):
-        command = ("generate", model, "--prompt", "hello", "--greedy", "--max-tokens", "8", "--json", *options)
+        command = (
+            "generate",
+            model,
+            "--prompt",
+            "hello",
+            "--greedy",
+            "--max-tokens",
+            "8",
+            "--json",
+            *options,
+        )
         assert run(*command) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
-    expected = llamita.load(model, adapters={"x": path}).generate("hello", greedy=True, max_tokens=8, adapter="x")
+    expected = llamita.load(model, adapters={"x": path}).generate(
+        "hello", greedy=True, max_tokens=8, adapter="x"
+    )
     assert texts[1] == expected.text != texts[0]
     assert run("generate", model, "--prompt", "hello", "--adapter", tmp_path / "none") == 2
-    assert "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none" in one_line(capsys)
+    assert (
+        "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none"
+        in one_line(capsys)
+    )
 
 
 def test_an_unknown_name_is_told(model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from llamita.numerics.affine import (
     to_f32,
 )
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
 
 
 def awkward_weights(rows: int = 24, columns: int = 512, seed: int = 0) -> np.ndarray:
@@ -55,7 +57,10 @@ def test_int4_groups_are_bit_equal_to_torchao(group_size: int, seed: int) -> Non
     linear.weight = torch.nn.Parameter(torch.from_numpy(w.copy()))
     model: Any = torch.nn.Sequential(linear)
     quantize_(
-        model, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(group_size))
+        model,
+        Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=PerGroup(group_size)
+        ),
     )
     expected_codes = model[0].weight.qdata.numpy()
     expected_scales = model[0].weight.scale.numpy()
@@ -162,7 +167,9 @@ def test_search_finds_the_best_of_all_bf16_scales(bits: int, qmax: int) -> None:
             candidates = every[(every >= largest / (2 * qmax + 2)) & (every <= largest / qmax)]
             assert len(candidates) > 128
 
-            def error(s: np.ndarray, row: np.ndarray = row, factors: np.ndarray | None = factors) -> np.ndarray:
+            def error(
+                s: np.ndarray, row: np.ndarray = row, factors: np.ndarray | None = factors
+            ) -> np.ndarray:
                 q = np.clip(np.rint(row / s[:, None]), -qmax - 1, qmax)
                 e = (row - q * s[:, None]) ** 2
                 return (e if factors is None else e * factors).sum(axis=1)
@@ -173,8 +180,14 @@ def test_search_finds_the_best_of_all_bf16_scales(bits: int, qmax: int) -> None:
 def test_search_beats_the_plain_rules() -> None:
     w = np.random.default_rng(3).normal(0, 0.02, (64, 1024)).astype(np.float32)
     energy = (w.astype(np.float64) ** 2).sum()
-    for group_size, plain, searched in ((32, 9.02e-3, 7.42e-3), (128, 12.33e-3, 10.21e-3), (256, 14.14e-3, 11.0e-3)):
-        error = {rule: round_weights(w, 4, group_size, rule)[2].sum() / energy for rule in ("torchao", "search")}
+    for group_size, plain, searched in (
+        (32, 9.02e-3, 7.42e-3),
+        (128, 12.33e-3, 10.21e-3),
+        (256, 14.14e-3, 11.0e-3),
+    ):
+        error = {
+            rule: round_weights(w, 4, group_size, rule)[2].sum() / energy for rule in ("torchao", "search")
+        }
         assert error["torchao"] == pytest.approx(plain, rel=0.02)  # published in the field for normal weights
         assert error["search"] == pytest.approx(searched, rel=0.02)
 

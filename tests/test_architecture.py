@@ -226,14 +226,20 @@ def test_native_files_are_small() -> None:
 def test_only_the_command_line_prints(module: str) -> None:
     for node in ast.walk(tree_of(MODULES[module])):
         if isinstance(node, ast.Call):
-            assert called_name(node) not in ("print", "sys.stdout.write", "sys.stderr.write"), f"line {node.lineno}"
+            assert called_name(node) not in ("print", "sys.stdout.write", "sys.stderr.write"), (
+                f"line {node.lineno}"
+            )
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """The `llamita ...` lines of a page's code blocks, as arguments."""
     for block in re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if line.startswith(("llamita ", "$ llamita ", "make ")) else []
+            words = (
+                shlex.split(line, comments=True)
+                if line.startswith(("llamita ", "$ llamita ", "make "))
+                else []
+            )
             if words:
                 yield words[1:] if words[0] == "$" else words
 

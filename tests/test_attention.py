@@ -21,7 +21,9 @@ def frequencies(dim: int) -> np.ndarray:
 
 
 def random_qkv(tokens: int, heads: int, kv_heads: int, dim: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((tokens, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+    return (
+        np.random.default_rng(seed).standard_normal((tokens, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+    )
 
 
 def new_cache(kv_heads: int, dim: int, capacity: int, dtype: str = "f32") -> _native.KVCache:
@@ -37,7 +39,12 @@ def step(batch: _native.Batch, qkv: np.ndarray, heads: int, width: int, layer: i
 
 def in_chunks(cache: _native.KVCache, qkv: np.ndarray, heads: int, width: int, chunk: int) -> np.ndarray:
     pieces = [
-        step(_native.Batch([(cache, start, len(qkv[start : start + chunk]))]), qkv[start : start + chunk], heads, width)
+        step(
+            _native.Batch([(cache, start, len(qkv[start : start + chunk]))]),
+            qkv[start : start + chunk],
+            heads,
+            width,
+        )
         for start in range(0, len(qkv), chunk)
     ]
     return np.concatenate(pieces)
@@ -102,7 +109,9 @@ def test_what_lies_beyond_a_token_is_never_read(isa: str, dtype: str) -> None:
     qkv = random_qkv(140, heads, kv_heads, dim)
     clean = in_chunks(new_cache(kv_heads, dim, 140, dtype), qkv, heads, width, 140)
     cache = new_cache(kv_heads, dim, 140, dtype)
-    step(_native.Batch([(cache, 0, 140)]), np.full_like(qkv, np.nan), heads, width)  # leftovers of another text
+    step(
+        _native.Batch([(cache, 0, 140)]), np.full_like(qkv, np.nan), heads, width
+    )  # leftovers of another text
     np.testing.assert_array_equal(in_chunks(cache, qkv, heads, width, 9), clean)
 
 
@@ -181,7 +190,13 @@ def test_a_copied_prefix_goes_on_as_the_original(dtype: str, tokens: int) -> Non
     source, copy = new_cache(kv_heads, dim, 150, dtype), new_cache(kv_heads, dim, 160, dtype)
     whole = [step(_native.Batch([(source, 0, 150)]), qkv, heads, width, layer) for layer in (0, 1)]
     for layer in (0, 1):
-        step(_native.Batch([(copy, 0, 160)]), np.full((160, qkv.shape[1]), np.nan, np.float32), heads, width, layer)
+        step(
+            _native.Batch([(copy, 0, 160)]),
+            np.full((160, qkv.shape[1]), np.nan, np.float32),
+            heads,
+            width,
+            layer,
+        )
     copy.copy_prefix(source, tokens)
     for layer in (0, 1):
         rest = step(_native.Batch([(copy, tokens, 150 - tokens)]), qkv[tokens:], heads, width, layer)
@@ -204,10 +219,16 @@ def test_a_copied_prefix_leaves_later_positions_alone() -> None:
 
 CACHE = new_cache(2, 16, 20)
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "full": (lambda: _native.Batch([(CACHE, 15, 6)]), r"sequences: expected at most 20 positions, got 15 \+ 6"),
+    "full": (
+        lambda: _native.Batch([(CACHE, 15, 6)]),
+        r"sequences: expected at most 20 positions, got 15 \+ 6",
+    ),
     "start": (lambda: _native.Batch([(CACHE, 21, 0)]), "expected at most 20 positions"),
     "twice": (lambda: _native.Batch([(CACHE, 0, 1), (CACHE, 1, 1)]), "expected each cache once"),
-    "shapes": (lambda: _native.Batch([(CACHE, 0, 1), (new_cache(1, 16, 20), 0, 1)]), "expected caches of one shape"),
+    "shapes": (
+        lambda: _native.Batch([(CACHE, 0, 1), (new_cache(1, 16, 20), 0, 1)]),
+        "expected caches of one shape",
+    ),
     "layer": (
         lambda: step(_native.Batch([(CACHE, 0, 1)]), random_qkv(1, 2, 2, 16), 2, 32, 2),
         "layer: expected below 2",
@@ -228,10 +249,22 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: _native.KVCache(1, 1, 64, 2**64 - 1, "f32", frequencies(64)),
         r"KVCache: expected up to \d+ layers \* kv_heads \* capacity, got 1 \* 1 \* 18446744073709551615",
     ),
-    "size": (lambda: _native.KVCache(2**20, 2**16, 64, 2**20, "f16", frequencies(64)), "KVCache: expected up to"),
-    "layers": (lambda: _native.KVCache(2**63, 2, 64, 128, "f16", frequencies(64)), "KVCache: expected up to"),
-    "kv_heads": (lambda: _native.KVCache(1, 2**62, 64, 128, "f16", frequencies(64)), "kv_heads: expected up to 65536"),
-    "odd": (lambda: _native.KVCache(1, 1, 15, 8, "f32", frequencies(16)), "head_dim: expected an even number"),
+    "size": (
+        lambda: _native.KVCache(2**20, 2**16, 64, 2**20, "f16", frequencies(64)),
+        "KVCache: expected up to",
+    ),
+    "layers": (
+        lambda: _native.KVCache(2**63, 2, 64, 128, "f16", frequencies(64)),
+        "KVCache: expected up to",
+    ),
+    "kv_heads": (
+        lambda: _native.KVCache(1, 2**62, 64, 128, "f16", frequencies(64)),
+        "kv_heads: expected up to 65536",
+    ),
+    "odd": (
+        lambda: _native.KVCache(1, 1, 15, 8, "f32", frequencies(16)),
+        "head_dim: expected an even number",
+    ),
     "dtype": (
         lambda: _native.KVCache(1, 1, 16, 8, "f64", frequencies(16)),
         "dtype: expected 'f32', 'f16' or 'int8', got 'f64'",
@@ -256,7 +289,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: CACHE.copy_prefix(new_cache(2, 16, 30), 21),
         "tokens: expected at most 20, got 21",
     ),
-    "frequencies": (lambda: _native.KVCache(1, 1, 16, 8, "f32", frequencies(8)), r"inv_freq: expected float32 \(8,\)"),
+    "frequencies": (
+        lambda: _native.KVCache(1, 1, 16, 8, "f32", frequencies(8)),
+        r"inv_freq: expected float32 \(8,\)",
+    ),
 }
 
 

@@ -13,16 +13,22 @@ from tiny import make_checkpoint
 from llamita.commands.selection import parse_size
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.imports.open import resolve
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, linear_names, resolve
 from llamita.models.layer_kinds import keep_float, with_layers
-from llamita.models.names import linear_names
 from llamita.models.packed import PackedModel
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify
 from llamita.numerics.scheme import GROUP_SIZES, QuantScheme, make_scheme
-from llamita.quantize.layer_choice import Goal, Meter, Option, allocate, candidates, measure_options, select
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.layer_choice import (
+    Goal,
+    Meter,
+    Option,
+    allocate,
+    candidates,
+    measure_options,
+    select,
+)
+from llamita.quantize.pipeline import RoundedSource
 from llamita.text.tokenizer import Tokenizer
 
 HELD_OUT = Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt"
@@ -201,7 +207,9 @@ def test_mistakes_take_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_counts_what_stays_float(tmp_path: Path, tiny: Checkpoint, capsys: pytest.CaptureFixture) -> None:
+def test_a_plan_counts_what_stays_float(
+    tmp_path: Path, tiny: Checkpoint, capsys: pytest.CaptureFixture
+) -> None:
     sizes = []
     for patterns in ((), ("--keep-float", "*.down_proj")):
         assert run("quantize", tmp_path / "src", "--dry-run", "--json", *patterns) == 0
@@ -209,7 +217,9 @@ def test_a_plan_counts_what_stays_float(tmp_path: Path, tiny: Checkpoint, capsys
     assert sizes[1] > sizes[0]
 
 
-def test_inspect_and_evaluate_show_the_kinds(tmp_path: Path, tiny: Checkpoint, capsys: pytest.CaptureFixture) -> None:
+def test_inspect_and_evaluate_show_the_kinds(
+    tmp_path: Path, tiny: Checkpoint, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
     assert run("quantize", tmp_path / "src", "-o", out, "--keep-float", "*.down_proj") == 0
     capsys.readouterr()
@@ -230,6 +240,8 @@ def test_single_layers_are_measured_with_the_method(tmp_path: Path, tiny: Checkp
     predicted = []
     for method in ("rtn", "gptq"):
         out = tmp_path / method
-        assert run("quantize", tmp_path / "src", "-o", out, *text, "--max-size", size, "--method", method) == 0
+        assert (
+            run("quantize", tmp_path / "src", "-o", out, *text, "--max-size", size, "--method", method) == 0
+        )
         predicted.append(PackedModel(out).metadata["settings"]["auto.predicted_loss"])
     assert predicted[1] != predicted[0]

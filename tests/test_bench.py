@@ -31,8 +31,8 @@ from llamita.bench.shapes import find_shape
 from llamita.bench.speed import decode, measure_speed, prefill
 from llamita.bench.work import Work, cache_bytes_per_token, count_work
 from llamita.bench.worker import ModelSpec, Worker, serve
+from llamita.engine.llm import load
 from llamita.errors import InputError, RunError
-from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.numerics.scheme import make_scheme
@@ -147,7 +147,9 @@ def test_a_result_above_its_limit_shows_a_weak_probe(limits: Limits, text: str) 
     rows = fractions(WORK, RUNS, SETTINGS, [limits] * 3, limits, is_quantized=True)
     (remark,) = mark_weak("tiny", rows)
     assert re.fullmatch(f"tiny: {text}.*probe was too weak", remark)
-    weak = {"prefill", "prefill_with_attention"} if remark.startswith("tiny: prefill") else {"decode", "batch"}
+    weak = (
+        {"prefill", "prefill_with_attention"} if remark.startswith("tiny: prefill") else {"decode", "batch"}
+    )
     marked = {what for what, row in rows.items() if row["fraction"] is None}
     assert marked <= weak
     assert remark.split(": ")[1] in marked
@@ -240,7 +242,11 @@ def test_a_float_model_counts_the_weights_that_it_uses_in_place(tmp_path: Path) 
     ("request_", "code", "text"),
     [
         (load_request(ModelSpec("/no/such/model", None)), 2, "expected a model directory"),
-        (load_request(ModelSpec("embedded", None), kv_dtype="f8"), 2, "kv_dtype (--kv-cache): expected one of"),
+        (
+            load_request(ModelSpec("embedded", None), kv_dtype="f8"),
+            2,
+            "kv_dtype (--kv-cache): expected one of",
+        ),
         (load_request(ModelSpec("embedded", None), context=10**6), 2, "context: expected 1 to"),
         ({"do": "limits", "threads": 5000, "probe_bytes": 2**22}, 2, "threads: expected 1 to 1024"),
     ],
@@ -253,7 +259,11 @@ def test_a_worker_answers_with_errors(request_: dict[str, object], code: int, te
 
 def test_what_a_model_will_need_is_known_before_it_is_made(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "src")
-    specs = [ModelSpec(None, "8b", make_scheme("llama3.2")), ModelSpec(None, "8b"), ModelSpec(str(source), None)]
+    specs = [
+        ModelSpec(None, "8b", make_scheme("llama3.2")),
+        ModelSpec(None, "8b"),
+        ModelSpec(str(source), None),
+    ]
     requests = [{**load_request(spec), "do": "needs"} for spec in specs]
     for request in requests:
         del request["threads"]

@@ -18,10 +18,9 @@ import llamita
 import llamita.numerics.packing
 from llamita import _native
 from llamita.errors import InputError, RunError
-from llamita.imports.open import resolve
 from llamita.methods.chain import begin, parse_chain
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, resolve
 from llamita.models.layer_kinds import keep_float
 from llamita.models.packed import PackedModel
 from llamita.models.verify import verify
@@ -30,8 +29,7 @@ from llamita.numerics.hadamard import fast_hadamard
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.calibration import load_calibration
-from llamita.quantize.pipeline import quantize
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource, quantize
 from llamita.system.kept_work import kept_work
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
@@ -73,7 +71,9 @@ def test_blocks_one_after_the_other_are_the_model_of_transformers(tmp_path: Path
         rotary = blocks.rotary_tables(config, tokens.shape[1])
         states = blocks.embed(source, tokens, None)
         for index in range(source.config.layers):
-            assert torch.equal(states, expected[index]) or torch.allclose(states, expected[index], atol=1e-5, rtol=1e-5)
+            assert torch.equal(states, expected[index]) or torch.allclose(
+                states, expected[index], atol=1e-5, rtol=1e-5
+            )
             states = blocks.Block(source, config, index, rotary)(states)
         final = model.model.norm(states)
     torch.testing.assert_close(final, expected[-1], atol=1e-5, rtol=1e-4)
@@ -103,7 +103,17 @@ def test_a_chain_from_end_to_end(tmp_path: Path, method: str) -> None:
     make_checkpoint(tmp_path / "src")
     (tmp_path / "text").write_text(TEXT[:4000])
     out = tmp_path / "out"
-    options = ("--calibration", tmp_path / "text", "--samples", "4", "--length", "64", "--threads", "1", "--json")
+    options = (
+        "--calibration",
+        tmp_path / "text",
+        "--samples",
+        "4",
+        "--length",
+        "64",
+        "--threads",
+        "1",
+        "--json",
+    )
     assert run("quantize", tmp_path / "src", "-o", out, "--method", method, *options) == 0
     assert verify(out).problems == []
     metadata = json.loads((out / "llamita.json").read_text())
@@ -133,7 +143,8 @@ def test_the_rounded_stream_is_what_the_engine_computes(kept: tuple[str, ...]) -
     states = blocks.embed(source, tokens[None], scheme)
     with torch.no_grad():
         for index in range(source.config.layers):
-            floats = [n for n in source.config.linear_shapes() if not scheme.kind(f"model.layers.{index}.{n}").bits]
+            floats = [n for n in source.config.linear_shapes()
+                      if not scheme.kind(f"model.layers.{index}.{n}").bits]  # fmt: skip
             block = blocks.Block(source, config, index, rotary, fakequant.quantize_activations, floats=floats)
             for name in set(block.linears) - set(floats):
                 weight: Any = rounded.weight(f"{block.name}.{name}")

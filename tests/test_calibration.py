@@ -72,7 +72,9 @@ def test_documents_follow_each_other_without_knowing_of_each_other(model: Path) 
         assert row[at + 1] == np.searchsorted(upto, random.random() * upto[-1], side="right")
 
 
-def test_neither_threads_nor_rows_at_once_change_a_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_threads_nor_rows_at_once_change_a_token(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = write(model, 5)
     monkeypatch.setattr(own_text, "ROWS_AT_ONCE", 2)
     np.testing.assert_array_equal(write(model, 5), expected)
@@ -84,7 +86,9 @@ def test_neither_threads_nor_rows_at_once_change_a_token(model: Path, monkeypatc
     assert (write(model, 5, seed=1) != expected).any(axis=1).all()
 
 
-def test_text_that_was_kept_is_not_written_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_was_kept_is_not_written_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = load_calibration("self", model, 5, LENGTH).tokens
     monkeypatch.setattr(own_text, "ROWS_AT_ONCE", 2)
     write, written = own_text.Writer.write, list[range]()
@@ -259,7 +263,9 @@ class TestHub:
         with pytest.raises(RunError, match="owner/name: expected a data set"):
             load_calibration("owner/name", model, 1, 4)
 
-    def test_wikitext_is_one_document(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_wikitext_is_one_document(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "train.jsonl").write_text('{"text": " = A = "}\n{"text": "b"}\n')
         monkeypatch.setattr(self.hub_texts, "WIKITEXT", (str(tmp_path), None))
         assert list(self.hub_texts.documents("wikitext", 0)) == [" = A = \n\nb"]

@@ -63,7 +63,11 @@ LLAMA31 = """{{- bos_token }}
 def test_renders_as_transformers_does(template: str, is_open: bool) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="compares with transformers")
     expected, _ = utils.render_jinja_template(
-        conversations=[CHAT], chat_template=template, add_generation_prompt=is_open, bos_token="<s>", eos_token="</s>"
+        conversations=[CHAT],
+        chat_template=template,
+        add_generation_prompt=is_open,
+        bos_token="<s>",
+        eos_token="</s>",
     )
     ours = ChatTemplate(template, bos_token="<s>", eos_token="</s>")
     assert ours.render(CHAT, add_generation_prompt=is_open) == expected[0]
@@ -72,7 +76,8 @@ def test_renders_as_transformers_does(template: str, is_open: bool) -> None:
 def test_llama3_text_in_full() -> None:
     text = ChatTemplate(LLAMA3, bos_token="<B>").render([{"role": "user", "content": " Hi "}])
     assert text == (
-        "<B><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "<B><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
 
 
@@ -95,7 +100,12 @@ def test_the_date_is_at_hand() -> None:
         {"chat_template.jinja": "yes", "tokenizer_config.json": json.dumps({"chat_template": "no"})},
         {
             "tokenizer_config.json": json.dumps(
-                {"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]}
+                {
+                    "chat_template": [
+                        {"name": "tool_use", "template": "no"},
+                        {"name": "default", "template": "yes"},
+                    ]
+                }
             )
         },
     ],
@@ -107,7 +117,8 @@ def test_where_a_template_is_found(tmp_path: Path, settings: dict[str, str]) -> 
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"tokenizer_config.json": "{}"}, {"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}]
+    "settings",
+    [{}, {"tokenizer_config.json": "{}"}, {"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}],
 )
 def test_a_base_model_without_a_template_is_refused(tmp_path: Path, settings: dict[str, str]) -> None:
     for name, text in settings.items():
@@ -143,8 +154,10 @@ GROWING = [
     "{% set x = 10 ** 10000000 %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns.x }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns }}",
     "{% set ns = namespace(x=9) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(40) %}"
     "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",

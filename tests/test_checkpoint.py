@@ -17,11 +17,15 @@ from llamita.errors import InputError, RunError
 from llamita.formats.safetensors import TensorFile
 from llamita.imports import hub
 from llamita.imports.hub import PATTERNS
-from llamita.imports.open import resolve
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import (
+    Checkpoint,
+    check_finite,
+    linear_names,
+    resolve,
+    table_names,
+    vector_names,
+)
 from llamita.models.config import ModelConfig
-from llamita.models.names import linear_names, table_names, vector_names
-from llamita.models.weights import bias_of, check_finite
 from llamita.numerics.affine import f32_to_bf16
 from llamita.system.files import is_companion, parse_json
 
@@ -50,17 +54,19 @@ def test_every_tensor_comes_as_it_was_written(tmp_path: Path, family: str, dtype
         assert found.shape == expected[f"{name}.weight"].shape
     for name in vector_names(source.config):
         np.testing.assert_allclose(source.vector(name), expected[name], rtol=tolerance, atol=1e-6)
-    bias = bias_of(source, "model.layers.0.self_attn.q_proj")
+    bias = source.bias("model.layers.0.self_attn.q_proj")
     assert bias is not None
-    np.testing.assert_allclose(bias, expected["model.layers.0.self_attn.q_proj.bias"], rtol=tolerance, atol=1e-6)
+    np.testing.assert_allclose(
+        bias, expected["model.layers.0.self_attn.q_proj.bias"], rtol=tolerance, atol=1e-6
+    )
     source.close()
 
 
 def test_without_biases_there_are_none(tmp_path: Path) -> None:
     source = Checkpoint(make_checkpoint(tmp_path))
-    assert bias_of(source, "model.layers.1.mlp.down_proj") is None
-    assert bias_of(source, "model.embed_tokens") is None
-    assert bias_of(source, "lm_head") is None
+    assert source.bias("model.layers.1.mlp.down_proj") is None
+    assert source.bias("model.embed_tokens") is None
+    assert source.bias("lm_head") is None
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
@@ -87,14 +93,28 @@ def test_a_tied_head_written_twice_must_be_the_embedding(tmp_path: Path) -> None
     [
         (lambda t: t.pop("model.norm.weight"), "model.norm.weight: expected by config.json, missing"),
         (lambda t: t.pop("lm_head.weight"), "tie_word_embeddings"),
-        (lambda t: t.update({"model.extra.weight": np.zeros(4, np.uint16)}), "model.extra.weight: unexpected"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": np.zeros(256, np.uint16)}), "up_proj.bias: unexpected"),
-        (lambda t: t.update({"model.norm.weight": np.zeros(64, np.uint16)}), r"model.norm.weight: shape: .*\(128,\)"),
-        (lambda t: t.update({"model.norm.weight": np.zeros((128, 1), np.uint16)}), "model.norm.weight: shape"),
+        (
+            lambda t: t.update({"model.extra.weight": np.zeros(4, np.uint16)}),
+            "model.extra.weight: unexpected",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.bias": np.zeros(256, np.uint16)}),
+            "up_proj.bias: unexpected",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(64, np.uint16)}),
+            r"model.norm.weight: shape: .*\(128,\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros((128, 1), np.uint16)}),
+            "model.norm.weight: shape",
+        ),
         (lambda t: [t.pop(n) for n in list(t) if ".1." in n], "and 6 more"),
     ],
 )
-def test_tensors_that_do_not_fit_the_architecture_are_named(tmp_path: Path, change: Any, message: str) -> None:
+def test_tensors_that_do_not_fit_the_architecture_are_named(
+    tmp_path: Path, change: Any, message: str
+) -> None:
     make_checkpoint(tmp_path, "llama3")
     tensors = bf16_tensors("llama3")
     change(tensors)
@@ -124,7 +144,9 @@ def test_other_dtypes_are_refused(tmp_path: Path, dtype: str) -> None:
         ("tie_word_embeddings", False, "lm_head"),
     ],
 )
-def test_configurations_that_do_not_fit_are_refused(tmp_path: Path, key: str, value: Any, message: str) -> None:
+def test_configurations_that_do_not_fit_are_refused(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
     make_checkpoint(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text()) | {key: value}
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -167,11 +189,23 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../model.safetensors", "/etc/passwd", "x/../y.safetensors", "..", "", "a\0.safetensors", 7, None, "config.json"],
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "x/../y.safetensors",
+        "..",
+        "",
+        "a\0.safetensors",
+        7,
+        None,
+        "config.json",
+    ],
 )
 def test_an_index_may_not_lead_out_of_the_directory(tmp_path: Path, name: Any) -> None:
     index = sharded(tmp_path / "model")
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model" / "model-00001-of-00002.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(
+        (tmp_path / "model" / "model-00001-of-00002.safetensors").read_bytes()
+    )
     index["weight_map"]["model.norm.weight"] = name
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError):
@@ -181,7 +215,9 @@ def test_an_index_may_not_lead_out_of_the_directory(tmp_path: Path, name: Any) -
 def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path: Path) -> None:
     index = sharded(tmp_path)
     files = sorted(set(index["weight_map"].values()))
-    index["weight_map"]["model.norm.weight"] = next(f for f in files if f != index["weight_map"]["model.norm.weight"])
+    index["weight_map"]["model.norm.weight"] = next(
+        f for f in files if f != index["weight_map"]["model.norm.weight"]
+    )
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"model\.norm\.weight"):
         Checkpoint(tmp_path)
@@ -292,7 +328,9 @@ ANSWER = Mock(headers={}, request=None)  # of a server; its class belongs to the
         (errors.HFValidationError("bad name"), "no such model"),
     ],
 )
-def test_each_failure_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+def test_each_failure_of_the_hub_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise error
 

@@ -272,7 +272,9 @@ def test_a_picture_that_fails_loses_no_figure(
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib: pip install '.[plot]'")
 @pytest.mark.parametrize("more", [(), ("--baseline", "bf16", "--batch", "2")])
-def test_the_picture_is_a_png(capsys: pytest.CaptureFixture[str], tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_the_picture_is_a_png(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, more: tuple[str, ...]
+) -> None:
     results(capsys, "embedded", "--plot", tmp_path / "a.png", *more)
     assert_nothing_is_left(tmp_path, "a.png")
     data = (tmp_path / "a.png").read_bytes()

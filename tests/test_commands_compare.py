@@ -49,7 +49,9 @@ def values_of(capsys, *arguments: object) -> dict:
 
 
 def test_tables(root, capsys):
-    assert run("compare", "g128", "g32", "--text", "text.txt", "--top", 2, "--prompt", "The \x1b[31mrain") == 0
+    assert (
+        run("compare", "g128", "g32", "--text", "text.txt", "--top", 2, "--prompt", "The \x1b[31mrain") == 0
+    )
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     header = next(line for line in lines if "g128" in line)
@@ -111,7 +113,17 @@ def test_a_prompt_from_stdin(capsys, monkeypatch):
 
 
 def test_the_embedded_text_is_the_default_for_models_with_its_tokenizer(capsys):
-    arguments = ("embedded:arm", "embedded:llama3.2", "--limit", 1, "--max-seq-len", 64, "--max-tokens", 4, "--json")
+    arguments = (
+        "embedded:arm",
+        "embedded:llama3.2",
+        "--limit",
+        1,
+        "--max-seq-len",
+        64,
+        "--max-tokens",
+        4,
+        "--json",
+    )
     assert run("compare", *arguments) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["text"] == "embedded text"

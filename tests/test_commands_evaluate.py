@@ -15,7 +15,9 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
 
-SENTENCE = "The rain fell in torrents, except at occasional intervals, when it was checked by a gust of wind. "
+SENTENCE = (
+    "The rain fell in torrents, except at occasional intervals, when it was checked by a gust of wind. "
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,17 @@ def test_json_has_every_number_and_nothing_else(root, capsys):
 
 
 def test_limit_and_length_bound_the_chunks(root, capsys):
-    options = ("--text", root / "text.txt", "--limit", 2, "--max-seq-len", 100, "--json", "--baseline", "none")
+    options = (
+        "--text",
+        root / "text.txt",
+        "--limit",
+        2,
+        "--max-seq-len",
+        100,
+        "--json",
+        "--baseline",
+        "none",
+    )
     values = json.loads(run(capsys, root / "g128", *options)[1])
     assert [m["text"]["tokens"] for m in values["models"]] == [198]
     assert values["models"][0]["text"]["kl"] is None

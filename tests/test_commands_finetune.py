@@ -66,7 +66,9 @@ def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_pat
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_full_makes_a_checkpoint_that_quantize_takes(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_full_makes_a_checkpoint_that_quantize_takes(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "out"
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, *FAST) == 0
     shown = capsys.readouterr()
@@ -77,9 +79,13 @@ def test_full_makes_a_checkpoint_that_quantize_takes(model: Path, data: Path, tm
     assert re.search(r"stage 1: training loss \d\.\d+ to \d\.\d+.*, held out \d", shown.err)
     made, given = Checkpoint(out), Checkpoint(model)
     assert made.hf_config == given.hf_config
-    kinds = [{n: t.dtype for file in one.files.values() for n, t in file.tensors.items()} for one in (made, given)]
+    kinds = [
+        {n: t.dtype for file in one.files.values() for n, t in file.tensors.items()} for one in (made, given)
+    ]
     assert kinds[0] == kinds[1]
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "loss.svg").stat().st_mode & 0o777}
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {
+        (out / "loss.svg").stat().st_mode & 0o777
+    }
     training = json.loads((out / "llamita_training.json").read_text("utf-8"))
     assert training["losses"][0] != training["losses"][1]
     assert (out / "loss.svg").read_text("utf-8").startswith("<svg")
@@ -88,7 +94,9 @@ def test_full_makes_a_checkpoint_that_quantize_takes(model: Path, data: Path, tm
     assert run("finetune", model, "--data", data, "--method", "full", "-o", out, "--overwrite", *FAST) == 0
 
 
-def test_without_held_out_examples_nothing_is_measured(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_without_held_out_examples_nothing_is_measured(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     options = ("--data", data, *FAST, "--set", "held_out=0", "-o", tmp_path / "out")
     assert run("finetune", model, *options) == 0
     assert "Held-out" not in capsys.readouterr().out
@@ -106,7 +114,9 @@ def test_lora_makes_adapters_that_peft_reads(model: Path, data: Path, tmp_path: 
     assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2 * 7
 
 
-def test_qat_lora_makes_a_packed_model_and_adapters(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_qat_lora_makes_a_packed_model_and_adapters(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "out"
     options = ("--data", data, "--method", "qat-lora", *FAST, "--set", "2.learning_rate=1e-2")
     assert run("finetune", model, *options, "-o", out, "--json") == 0
@@ -138,7 +148,10 @@ def test_a_teacher_is_not_replaced(model: Path, data: Path, tmp_path: Path, caps
     ("options", "told"),
     [
         (("--method", "magic"), "--method: expected one of lora, full, qat, qat-lora"),
-        (("--recipe", "nothing"), "--recipe: expected llama3.2-qat-lora, lora, qat, sft, or a YAML file"),
+        (
+            ("--recipe", "nothing"),
+            "--recipe: expected llama3.2-qat-lora, lora, qat, sft, or a YAML file",
+        ),
         (("--task", "cooking"), "--task: expected one of translation"),
         (("--task", "translation"), "data.jsonl: line 1: expected the column source or sentence"),
         (("--preset", "llama3.2"), "--preset, --group-size: expected with a method that gives a 4-bit model"),
@@ -193,7 +206,9 @@ def test_an_adapter_of_another_model_is_told(model: Path, data: Path, tmp_path: 
     assert "was trained on another model" in capsys.readouterr().err
 
 
-def test_adapters_stand_by_what_training_began_with(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_adapters_stand_by_what_training_began_with(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     """Equalized channels fit the adapters that were trained beside them, and no others."""
     out = tmp_path / "out"
     options = ("--data", data, "--method", "qat-lora", *FAST, "--set", "start=equalize")

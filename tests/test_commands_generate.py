@@ -63,7 +63,9 @@ def test_stop_and_seed_reach_the_engine() -> None:
     free, again = (json.loads(run(*arguments, "--seed", "4").stdout) for _ in range(2))
     assert free["text"] == again["text"]
     word = free["text"].split()[3]
-    stopped = json.loads(run(*arguments, "--seed", "4", "--stop", word, "--stop", "zzz", "--threads", "1").stdout)
+    stopped = json.loads(
+        run(*arguments, "--seed", "4", "--stop", word, "--stop", "zzz", "--threads", "1").stdout
+    )
     assert stopped["finish_reason"] == "stop"
     assert free["text"].startswith(stopped["text"])
     assert word not in stopped["text"]
@@ -88,7 +90,11 @@ def test_speculation_can_be_turned_off_and_changes_no_text() -> None:
         (("--prompt", "x", "--stop", ""), b"", "stop"),
         (("--prompt", "x", "--max-tokens", "0"), b"", "max_tokens"),
         (("--prompt", "x", "--speculate", "-1"), b"", "speculate"),
-        (("--prompt", "x", "--preset", "nope"), b"", "--preset: expected one of arm, llama3.2, llamita, none"),
+        (
+            ("--prompt", "x", "--preset", "nope"),
+            b"",
+            "--preset: expected one of arm, llama3.2, llamita, none",
+        ),
         (("--prompt", "x", "--context", "5000"), b"", "context"),
     ],
 )

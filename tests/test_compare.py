@@ -15,13 +15,18 @@ from llamita.errors import InputError
 from llamita.evaluate import layers
 from llamita.evaluate.compare import Interval, compare, is_noise, to_values
 from llamita.evaluate.contenders import first_float, open_contenders
-from llamita.evaluate.layers import first_tokens, origin_of, rotation_between, watch_layers, weight_errors
+from llamita.evaluate.layers import (
+    first_tokens,
+    origin_of,
+    rotation_between,
+    watch_layers,
+    weight_errors,
+)
 from llamita.evaluate.scores import Contender, score_text, score_tokens
-from llamita.imports.open import open_source
 from llamita.models import dequantized
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import PackedModel
+from llamita.models.packed import PackedModel, open_source
 from llamita.numerics import affine
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.scheme import make_scheme
@@ -75,7 +80,8 @@ def test_differences_are_those_of_the_means_and_equal_models_differ_by_noise(com
 
 
 @pytest.mark.parametrize(
-    ("interval", "noise"), [((1, 0.5, 2), False), ((-1, -2, -0.5), False), ((1, -0.5, 2), True), ((0, 0, 0), True)]
+    ("interval", "noise"),
+    [((1, 0.5, 2), False), ((-1, -2, -0.5), False), ((1, -0.5, 2), True), ((0, 0, 0), True)],
 )
 def test_noise_is_an_interval_that_holds_zero(interval, noise):
     assert is_noise(Interval(*interval)) == noise
@@ -119,8 +125,12 @@ def test_watching_a_step_changes_no_bit_and_shows_what_its_layers_read(root, isa
         other = llm.new_sequence(400)
         logits = model.step([(other, ids)], rows).copy()
         np.testing.assert_array_equal(model._head(views[-1][0], None), logits)
-        np.testing.assert_array_equal(model.step([(cache, next_id)]).copy(), model.step([(other, next_id)]).copy())
-        for (before, _), (after, inputs), block in zip(views[:-1], views[1:], model.weights.blocks, strict=True):
+        np.testing.assert_array_equal(
+            model.step([(cache, next_id)]).copy(), model.step([(other, next_id)]).copy()
+        )
+        for (before, _), (after, inputs), block in zip(
+            views[:-1], views[1:], model.weights.blocks, strict=True
+        ):
             assert tuple(inputs) == LINEAR_INPUTS
             norm = _rmsnorm(before, block.attention_norm, llm.config.norm_eps)
             np.testing.assert_allclose(inputs["qkv"], norm, rtol=1e-4, atol=1e-5)
@@ -155,7 +165,9 @@ def test_a_float_block_is_the_sum_of_what_its_layers_make_of_their_inputs(root):
             expected = _rmsnorm(middle, norm, llm.config.norm_eps)
             np.testing.assert_allclose(view.inputs["gate_up"], expected, rtol=1e-3, atol=1e-4)
             gate, up = (view.inputs["gate_up"] @ weights[f"mlp.{n}_proj"].T for n in ("gate", "up"))
-            np.testing.assert_allclose(view.inputs["down"], gate / (1 + np.exp(-gate)) * up, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(
+                view.inputs["down"], gate / (1 + np.exp(-gate)) * up, rtol=1e-3, atol=1e-4
+            )
             after = middle + view.inputs["down"] @ weights["mlp.down_proj"].T
             np.testing.assert_allclose(view.stream, after, rtol=1e-3, atol=1e-4)
         before = view.stream.copy()
@@ -177,7 +189,8 @@ def test_stream_errors_are_means_over_tokens_and_peaks_largest_values(root, monk
     errors, largest = [], None
     for chunk in chunks:
         streams = [
-            [view.stream.copy() for view in c.llm.model.watch([(c.llm.new_sequence(100), chunk)])] for c in contenders
+            [view.stream.copy() for view in c.llm.model.watch([(c.llm.new_sequence(100), chunk)])]
+            for c in contenders
         ]
         base, own = (np.array(s, np.float64) for s in streams)  # (layers + 1, tokens, hidden)
         errors.append(np.square(own - base).sum(axis=2) / np.square(base).sum(axis=2))

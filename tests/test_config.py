@@ -51,7 +51,9 @@ def test_linear_shapes_add_up_to_the_published_size() -> None:
     config = ModelConfig.from_hf(LLAMA_32_1B)
     linear = config.layers * sum(o * i for o, i in config.linear_shapes().values())
     norms = (2 * config.layers + 1) * config.hidden_size
-    assert linear + norms + config.vocab_size * config.hidden_size == 1_235_814_400  # Meta's model card: 1.23B
+    assert (
+        linear + norms + config.vocab_size * config.hidden_size == 1_235_814_400
+    )  # Meta's model card: 1.23B
 
 
 def test_both_spellings_of_rope_agree() -> None:
@@ -62,7 +64,12 @@ def test_both_spellings_of_rope_agree() -> None:
 
 def test_llama_2_defaults() -> None:
     values = {k: LLAMA_32_1B[k] for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
-    values |= {"num_hidden_layers": 2, "num_attention_heads": 16, "max_position_embeddings": 4096, "eos_token_id": 2}
+    values |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 2,
+    }
     config = ModelConfig.from_hf(values)
     assert (config.kv_heads, config.head_dim, config.rope.theta) == (16, 128, 10000.0)
     assert config.eos_token_ids == (2,)
@@ -98,7 +105,10 @@ def test_stretched_context(kind: str) -> None:
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"eos_token_id": "</s>"}, "token ids"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"intermediate_size": 65792}, "intermediate_size"),
         ({"hidden_size": 65552}, "hidden_size"),
         ({"head_dim": 2048}, "head_dim"),

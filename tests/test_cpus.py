@@ -95,7 +95,9 @@ def test_what_is_no_quota_limits_nothing(tmp_path: Path, files: dict[str, str]) 
 
 
 @pytest.mark.skipif(USABLE < 2, reason="one processor")
-@pytest.mark.skipif(not os.access("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", os.W_OK), reason="no cgroup to write")
+@pytest.mark.skipif(
+    not os.access("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", os.W_OK), reason="no cgroup to write"
+)
 def test_a_real_quota_holds() -> None:
     group = GROUPS / f"llamita-test-{os.getpid()}"
     group.mkdir()

@@ -37,7 +37,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict
     directory = tmp_path_factory.mktemp("exported")
     packed = packed_model(directory)
     assert run("export", packed, "--to", "executorch", "-o", directory / "out", "--context", "64") == 0
-    return (packed, directory / "out", json.loads((directory / "out" / "llamita_export.json").read_text("utf-8")))
+    return (
+        packed,
+        directory / "out",
+        json.loads((directory / "out" / "llamita_export.json").read_text("utf-8")),
+    )
 
 
 def test_a_program_holds_the_integers_and_computes_as_the_engine(
@@ -50,7 +54,9 @@ def test_a_program_holds_the_integers_and_computes_as_the_engine(
     assert proof["kl"] < 1e-3
     assert proof["noise"] < 2 * proof["own_noise"]
     assert proof["tokens"] == 64
-    assert {path.name for path in out.iterdir()} >= {"model.pte", "tokenizer.json", "README.md", "llamita_export.json"}
+    assert {path.name for path in out.iterdir()} >= {
+        "model.pte", "tokenizer.json", "README.md", "llamita_export.json"
+    }  # fmt: skip
     assert json.loads((out / "llamita_export.json").read_text("utf-8"))["target"] == "executorch"
     assert "64 tokens" in (out / "README.md").read_text("utf-8")
     held = data_hashes(out / "model.pte")
@@ -146,7 +152,7 @@ def test_adapters_go_along_unmerged(tmp_path: Path) -> None:
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
     from test_adapters import make_adapter
 
-    from llamita.models.peft import read_adapter
+    from llamita.engine.adapters import read_adapter
 
     packed = PackedModel(packed_model(tmp_path))
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model")
@@ -187,7 +193,8 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [("llama31", ()), ("llama32", ("--method", "spinquant", "--set", "spinquant.steps=0"))]
+    ("family", "options"),
+    [("llama31", ()), ("llama32", ("--method", "spinquant", "--set", "spinquant.steps=0"))],
 )
 def test_a_static_program_computes_what_the_engine_does(tmp_path: Path, family: str, options: Any) -> None:
     """A token at a time, in plain operators, R4 among them."""
@@ -208,8 +215,8 @@ def test_a_program_with_float_activations_is_the_float_model(tmp_path: Path) -> 
     import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
     from tiny import write_tensors
 
+    from llamita.models.checkpoint import expected_tensors
     from llamita.models.dequantized import DequantizedSource
-    from llamita.models.names import expected_tensors
 
     packed = PackedModel(packed_model(tmp_path, "llama31"))
     program, floats = make_program(packed, 64, is_static=True, activations=None), DequantizedSource(packed)

@@ -11,9 +11,9 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita.formats.safetensors import TensorFile
+from llamita.models.checkpoint import Int4Weight
 from llamita.models.foreign_names import pair_order
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.packing import unpack_int4
 
@@ -127,7 +127,8 @@ def test_executorchs_own_model_computes_with_metas_form(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
     params = json.loads((tmp_path / "out" / "params.json").read_text("utf-8"))
     group_size = params.pop("quantization_args")["group_size"]
-    arguments = ModelArgs(**params, use_kv_cache=False, generate_full_logits=True, max_seq_len=64, max_context_len=64)
+    arguments = ModelArgs(**params, use_kv_cache=False, generate_full_logits=True, max_seq_len=64,
+                          max_context_len=64)  # fmt: skip
     model = construct_transformer(arguments)
     model = transforms.transform_output_linear_for_pre_quantization(model, state, dtype=torch.float32)
     model = transforms.transform_linear_for_pre_quantization(model, state, group_size, torch.float32)

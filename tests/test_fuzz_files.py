@@ -24,17 +24,13 @@ from tiny import make_checkpoint
 from llamita.bench.plan import describe
 from llamita.commands.inspect import facts
 from llamita.errors import LlamitaError
-from llamita.imports.open import open_source
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.names import linear_names, table_names, vector_names
-from llamita.models.packed import PackedModel
+from llamita.models.checkpoint import Checkpoint, linear_names, table_names, vector_names
+from llamita.models.packed import PackedModel, open_source
 from llamita.models.packed_writer import write_metadata
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify
-from llamita.models.weights import bias_of
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 CASES = 2000
 BATCHES = 8
@@ -64,7 +60,10 @@ def alarm() -> Iterator[None]:
     def ring(_signal: int, _frame: object) -> None:
         raise Hang
 
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, MOST_SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, LONGEST_WAIT)}
+    timers = {
+        signal.ITIMER_PROF: (signal.SIGPROF, MOST_SECONDS),
+        signal.ITIMER_REAL: (signal.SIGALRM, LONGEST_WAIT),
+    }
     before = {number: signal.signal(number, ring) for number, _ in timers.values()}
     for timer, (_, seconds) in timers.items():
         signal.setitimer(timer, seconds)
@@ -151,7 +150,9 @@ def mutate_header(directory: Path, rng: random.Random) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     text = to_text(mutate_value(header, rng), rng)
-    size = rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63]) if rng.randrange(8) == 0 else len(text)
+    size = (
+        rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63]) if rng.randrange(8) == 0 else len(text)
+    )
     path.write_bytes(struct.pack("<Q", size) + text + data[8 + length :])
 
 
@@ -248,7 +249,7 @@ def use(directory: Path) -> None:
     source = open_source(directory)
     for name in [*table_names(source.config), *linear_names(source.config)]:
         source.weight(name)
-        bias_of(source, name)
+        source.bias(name)
     for name in vector_names(source.config):
         source.vector(name)
     if isinstance(source, Checkpoint):

@@ -22,7 +22,7 @@ from tiny import make_checkpoint
 
 from llamita.errors import LlamitaError
 from llamita.imports.forms import convert
-from llamita.imports.open import open_source
+from llamita.models.packed import open_source
 
 torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
 

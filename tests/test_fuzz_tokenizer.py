@@ -39,7 +39,9 @@ def sentencepiece_like() -> dict[str, Any]:
         "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
         "vocab": vocab, "merges": [["a", "b"]],
     }  # fmt: skip
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = {
+        "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
+    }  # fmt: skip
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": t, **special} for i, t in enumerate(["<unk>", "<s>", "</s>"])],

@@ -18,10 +18,9 @@ from llamita.formats.gguf_blocks import floats_of
 from llamita.imports.forms import convert
 from llamita.imports.gguf import _ends
 from llamita.imports.tokenizers import with_scores
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.models.foreign_names import gguf_name, pair_order, rope_factors
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight, Int8Weight, bias_of
 from llamita.numerics.affine import dequantize, f32_to_bf16, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.text.tokenizer import Tokenizer
@@ -51,7 +50,9 @@ def small(path: Path) -> Path:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     file = GgufFile(small(tmp_path / "a.gguf"))
-    assert {key: file.values[key] for key in "abcde"} == {"a": 3, "b": 1.5, "c": True, "d": "text", "e": ["x", "yy"]}
+    assert {key: file.values[key] for key in "abcde"} == {
+        "a": 3, "b": 1.5, "c": True, "d": "text", "e": ["x", "yy"]
+    }  # fmt: skip
     np.testing.assert_array_equal(file.values["f"], [0, 1, 2])
     assert file.tensors["two"].shape == (2, 64)
     np.testing.assert_array_equal(file.read("two").ravel(), np.arange(136))
@@ -87,7 +88,9 @@ def test_a_damaged_file_is_one_typed_error(tmp_path: Path) -> None:
         (24, "<Q", 1 << 60, "expected a text of at most"),
     ],
 )
-def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path, at: int, form: str, value: Any, told: str) -> None:
+def test_sizes_are_checked_before_memory_is_taken(
+    tmp_path: Path, at: int, form: str, value: Any, told: str
+) -> None:
     path = small(tmp_path / "a.gguf")
     data = bytearray(path.read_bytes())
     struct.pack_into(form, data, at, value)
@@ -154,10 +157,16 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> No
     assert "scales rounded, by 0.0" in shown.err
     for wrong, told in (
         ((model, "--to", "gguf", *out), "expected a quantized directory, got a float model"),
-        ((tmp_path / "arm", "--to", "nothing", *out), "--to: expected one of executorch, adapters, compressed-tensors"),
+        (
+            (tmp_path / "arm", "--to", "nothing", *out),
+            "--to: expected one of executorch, adapters, compressed-tensors",
+        ),
         ((tmp_path / "arm", "--to", "gguf"), "--out: expected the directory to make"),
         ((tmp_path / "arm", "--to", "gguf", *out), "exists; try --overwrite"),
-        ((tmp_path / "arm", "--to", "gguf", "-o", tmp_path / "b", "--context", "64"), "--context: gguf takes none"),
+        (
+            (tmp_path / "arm", "--to", "gguf", "-o", tmp_path / "b", "--context", "64"),
+            "--context: gguf takes none",
+        ),
     ):
         assert run("export", *wrong) == 2
         assert told in one_line(capsys)
@@ -173,7 +182,9 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> No
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}},
     ],
 )  # fmt: skip
-def test_tokenizers_that_split_otherwise_are_refused(tmp_path: Path, capsys: Any, change: dict[str, Any]) -> None:
+def test_tokenizers_that_split_otherwise_are_refused(
+    tmp_path: Path, capsys: Any, change: dict[str, Any]
+) -> None:
     model = model_of(tmp_path)
     tokenizer = json.loads((model / "tokenizer.json").read_text("utf-8"))
     (model / "tokenizer.json").write_text(json.dumps(tokenizer | change), "utf-8")
@@ -212,7 +223,7 @@ def test_biases_go_with_their_rows(tmp_path: Path) -> None:
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
     assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
     packed, file = PackedModel(tmp_path / "packed"), GgufFile(tmp_path / "out" / "model.gguf")
-    bias = bias_of(packed, "model.layers.1.self_attn.q_proj")
+    bias = packed.bias("model.layers.1.self_attn.q_proj")
     assert bias is not None
     ordered = bias[pair_order(len(bias), packed.config.heads)]
     np.testing.assert_array_equal(file.read("blk.1.attn_q.bias").view("<f4"), ordered)
@@ -294,7 +305,9 @@ def test_q6_k_is_as_its_definition_has_it() -> None:
 
 def test_special_tokens_and_flags_of_llama_2s_kind_hold() -> None:
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{b:02X}>", 0.0) for b in range(256))]
-    pieces += [(text, -float(i)) for i, text in enumerate(["\u2581", "a", "b", "<|im|>", "<", "|", "i", "m", ">"])]
+    pieces += [
+        (text, -float(i)) for i, text in enumerate(["\u2581", "a", "b", "<|im|>", "<", "|", "i", "m", ">"])
+    ]
     plain = with_scores(pieces, ["<unk>", "<s>", "</s>", "<|im|>"], None, False)
     assert plain.encode("a<|im|>b").tokens == ["a", "<|im|>", "b"]
     assert plain.decode(plain.encode("a b").ids) == "a b"
@@ -318,7 +331,11 @@ def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
         ("tokenizer.ggml.pre", "odd", "tokenizer.ggml.pre: expected one of gpt-2"),
         ("tokenizer.ggml.tokens", ["a"], "token_embd.weight: expected \\(1, 128\\)"),
         ("llama.embedding_length", 1.5, "llama.embedding_length: expected a whole number"),
-        ("llama.rope.dimension_count", 8, "llama.rope.dimension_count: expected 32, got 8: not a plain"),
+        (
+            "llama.rope.dimension_count",
+            8,
+            "llama.rope.dimension_count: expected 32, got 8: not a plain",
+        ),
         ("llama.attention.scale", 0.5, "llama.attention.scale: expected 0.0, got 0.5"),
         ("llama.attention.causal", False, "llama.attention.causal: expected True"),
         ("llama.logit_scale", ["x"], "llama.logit_scale: expected 1.0"),
@@ -330,7 +347,9 @@ def test_a_file_that_is_no_llama_is_told(tmp_path: Path, key: str, value: Any, t
     assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
     file = GgufFile(tmp_path / "out" / "model.gguf")
     tensors = {name: (tensor.kind, tensor.shape) for name, tensor in file.tensors.items()}
-    write_gguf(tmp_path / "b.gguf", {**file.values, key: value}, tensors, ((n, file.read(n)) for n in tensors))
+    write_gguf(
+        tmp_path / "b.gguf", {**file.values, key: value}, tensors, ((n, file.read(n)) for n in tensors)
+    )
     (tmp_path / "b").mkdir()
     with pytest.raises(InputError, match=told):
         convert(tmp_path / "b.gguf", tmp_path / "b")

@@ -71,7 +71,9 @@ def loss(weights: np.ndarray, codes: np.ndarray, scales: np.ndarray, hessian: np
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("leaf", [1, 7, 32, 1000])
 @pytest.mark.parametrize("damping", [0.01, 0.1])
-def test_codes_are_the_textbooks(monkeypatch: pytest.MonkeyPatch, seed: int, leaf: int, damping: float) -> None:
+def test_codes_are_the_textbooks(
+    monkeypatch: pytest.MonkeyPatch, seed: int, leaf: int, damping: float
+) -> None:
     monkeypatch.setattr(gptq, "_LEAF", leaf)
     weights, x = problem(seed=seed)
     hessian = hessian_of(x)
@@ -101,7 +103,11 @@ def test_errors_are_in_the_order_that_is_known() -> None:
     assert found["search"] < found["torchao"] < 0.5 * nearest
     _, plain, _ = round_weights(weights, 4, GROUP, "search")
     codes = gptq.round_columns(
-        torch.from_numpy(weights), torch.from_numpy(plain), layers.hessian, GPTQ["damping"], int(GPTQ["sweeps"])
+        torch.from_numpy(weights),
+        torch.from_numpy(plain),
+        layers.hessian,
+        GPTQ["damping"],
+        int(GPTQ["sweeps"]),
     )
     assert found["search"] < loss(weights, codes.numpy(), plain, hessian)
 
@@ -220,7 +226,9 @@ def test_settings_that_make_no_sense(settings: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("panel", [16, 1024])
-def test_statistics_are_the_means_over_all_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+def test_statistics_are_the_means_over_all_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, panel: int
+) -> None:
     monkeypatch.setattr(calibrated, "_PANEL", panel)
     monkeypatch.setattr(calibrated, "BATCH_TOKENS", 64)
     source = Checkpoint(make_checkpoint(tmp_path))

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from llamita.errors import InputError
-from llamita.numerics.hadamard import core_signs, factor, fast_hadamard, fast_hadamard_inverse, hadamard_matrix
+from llamita.numerics.hadamard import (
+    core_signs,
+    factor,
+    fast_hadamard,
+    fast_hadamard_inverse,
+    hadamard_matrix,
+)
 
 # What Llamas need: intermediate and hidden sizes of Llama 2, 3, TinyLlama, and head sizes.
 SIZES = {64: 1, 128: 1, 8192: 1, 768: 12, 3072: 12, 5120: 20, 14336: 28, 28672: 28, 13824: 108, 11008: 172,

@@ -21,7 +21,23 @@ torch: Any = pytest.importorskip("torch", reason=_NEEDS)
 harness: Any = pytest.importorskip("llamita.evaluate.lm_eval", reason=_NEEDS)
 
 MAX_SEQ_LEN = 64  # short, so that every text takes several windows and long prompts are cut
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "black", "birds", ",", "then", "slept", "."]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "two",
+    "black",
+    "birds",
+    ",",
+    "then",
+    "slept",
+    ".",
+]
 SAME = 1e-4  # relative; float32 in another order
 
 
@@ -67,7 +83,9 @@ def requests(*arguments: tuple) -> list[Any]:
 
 
 def test_rolling_loglikelihoods(ours, theirs):
-    asked = requests(*[(t,) for t in ["x", *texts(3, 5), *texts(3, 100), "a" * MAX_SEQ_LEN, "b" * (MAX_SEQ_LEN + 1)]])
+    asked = requests(
+        *[(t,) for t in ["x", *texts(3, 5), *texts(3, 100), "a" * MAX_SEQ_LEN, "b" * (MAX_SEQ_LEN + 1)]]
+    )
     got, want = ours.loglikelihood_rolling(asked), theirs.loglikelihood_rolling(asked, disable_tqdm=True)
     assert got == pytest.approx(want, rel=SAME)
 
@@ -162,9 +180,9 @@ def test_tasks_end_to_end(checkpoint, theirs, tmp_path):
         "wikitext": 4, "tiny_choice": 11, "tiny_write": 4}  # fmt: skip
     with harness._local_task(pages) as folder:
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-        results = lm_eval.simple_evaluate(model=theirs, tasks=names, task_manager=manager, limit=11, log_samples=False)[
-            "results"
-        ]
+        results = lm_eval.simple_evaluate(
+            model=theirs, tasks=names, task_manager=manager, limit=11, log_samples=False
+        )["results"]
     for name, scores in found.items():
         for metric, value in scores.metrics.items():
             assert value == pytest.approx(results[name][f"{metric},none"], rel=SAME), (name, metric)
@@ -188,7 +206,9 @@ def test_unknown_tasks_and_data_out_of_reach_are_one_line(checkpoint, tmp_path, 
     llm = llamita.load(checkpoint)
     with pytest.raises(InputError, match="expected a task of LM Eval, got 'no_such_task'"):
         harness.run_tasks([llm], ["no_such_task"])
-    path = write_task(tmp_path, "lost", [{"page": "x"}], output_type="loglikelihood_rolling", doc_to_target="{{page}}")
+    path = write_task(
+        tmp_path, "lost", [{"page": "x"}], output_type="loglikelihood_rolling", doc_to_target="{{page}}"
+    )
     (tmp_path / "lost.jsonl").unlink()
     with pytest.raises(RunError, match=r"--tasks .*lost.yaml: cannot be had") as caught:
         harness.run_tasks([llm], [path])

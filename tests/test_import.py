@@ -15,11 +15,9 @@ from tiny import make_checkpoint
 import llamita
 from llamita.errors import InputError
 from llamita.imports.forms import convert
-from llamita.imports.open import resolve
 from llamita.imports.tokenizers import Converted, convert_tokenizer
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, expected_tensors, resolve
 from llamita.models.foreign_names import heads_of, meta_name, pair_order
-from llamita.models.names import expected_tensors
 from llamita.text.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
@@ -113,7 +111,9 @@ class Evil:
         return os.system, ("touch evil-was-here",)
 
 
-def test_nothing_in_a_file_is_run(model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_in_a_file_is_run(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = as_meta(model, tmp_path / "meta")
     torch.save({"norm.weight": Evil()}, source / "consolidated.00.pth")
@@ -211,14 +211,19 @@ def test_what_import_made_it_replaces(model: Path, tmp_path: Path) -> None:
 def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -> None:
     for arguments, told in (
         ((model, "-o", tmp_path / "out"), "got a float checkpoint; try llamita quantize"),
-        ((tmp_path / "none", "-o", tmp_path / "out"), "with Meta's consolidated.*.pth and params.json, or of"),
+        (
+            (tmp_path / "none", "-o", tmp_path / "out"),
+            "with Meta's consolidated.*.pth and params.json, or of",
+        ),
         ((model,), "--out: expected the directory to make"),
     ):
         assert run("import", *arguments) == 2
         assert told in one_line(capsys)
 
 
-@pytest.mark.parametrize(("spec", "told"), [(b"", "a Unigram model"), (b"\x18\x04", "kind 4"), (b"\x18\x02", "")])
+@pytest.mark.parametrize(
+    ("spec", "told"), [(b"", "a Unigram model"), (b"\x18\x04", "kind 4"), (b"\x18\x02", "")]
+)
 def test_other_kinds_of_sentencepiece_are_refused(tmp_path: Path, spec: bytes, told: str) -> None:
     from test_fuzz_imports import sentencepiece
 

@@ -12,10 +12,8 @@ from test_import_quantized import export, tensors_of, write_file
 from tiny import make_checkpoint
 
 from llamita.formats.safetensors import TensorFile
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.names import linear_names
+from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight
 from llamita.numerics.affine import dequantize, f32_to_bf16, round_weights, to_f32
 from llamita.numerics.packing import pack_int4, unpack_int4
 
@@ -65,7 +63,9 @@ def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> Non
     for name, expected in weights.items():
         weight = packed.weight(name)
         assert isinstance(weight, Int4Weight)
-        assert weight.group_size == {32: 32, 128: 128, -1: 256 if expected.shape[1] == 256 else 128}[group_size]
+        assert (
+            weight.group_size == {32: 32, 128: 128, -1: 256 if expected.shape[1] == 256 else 128}[group_size]
+        )
         np.testing.assert_array_equal(dequantize(unpack_int4(weight.packed), weight.scales), expected)
     np.testing.assert_array_equal(packed.weight("lm_head"), Checkpoint(model).weight("lm_head"))
 
@@ -84,7 +84,9 @@ def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> Non
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_other_kinds_of_gptq_are_refused(tmp_path: Path, capsys: Any, changes: dict[str, Any], told: str) -> None:
+def test_other_kinds_of_gptq_are_refused(
+    tmp_path: Path, capsys: Any, changes: dict[str, Any], told: str
+) -> None:
     model = make_checkpoint(tmp_path / "model", "llama3")
     as_gptq(model, tmp_path / "gptq", 32, **changes)
     file = TensorFile(tmp_path / "gptq" / "model.safetensors")
@@ -137,8 +139,9 @@ def test_what_compressed_tensors_itself_wrote(tmp_path: Path, strategy: str, dyn
                            "dynamic": True} if dynamic else None,
     )  # fmt: skip
     config = ct.quantization.QuantizationConfig(
-        config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized", quantization_status="compressed"
-    )
+        config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized",
+        quantization_status="compressed",
+    )  # fmt: skip
     (tmp_path / "ct").mkdir()
     write_file(tmp_path / "ct" / "model.safetensors", tensors)
     values = json.loads((model / "config.json").read_text())
@@ -178,7 +181,11 @@ def test_what_torchao_itself_wrote(tmp_path: Path) -> None:
     [
         (("format",), "marlin-24", "format: expected pack-quantized"),
         (("config_groups", "group_0", "weights", "symmetric"), False, "weights: symmetric: expected True"),
-        (("config_groups", "group_0", "weights", "actorder"), "group", "actorder: expected inputs in"),
+        (
+            ("config_groups", "group_0", "weights", "actorder"),
+            "group",
+            "actorder: expected inputs in",
+        ),
         (("config_groups", "group_0", "input_activations", "dynamic"), False, "input_activations: dynamic"),
         (("config_groups",), [], "config_groups: expected groups by name"),
         (("kv_cache_scheme",), {"num_bits": 8}, "expected weights alone"),

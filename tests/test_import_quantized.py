@@ -16,8 +16,7 @@ import llamita
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.imports.codes import Coded, find_kinds, with_positive_scales
-from llamita.imports.open import resolve
-from llamita.models.checkpoint import Checkpoint, open_tensor_files
+from llamita.models.checkpoint import Checkpoint, open_tensor_files, resolve
 from llamita.models.packed import PackedModel
 from llamita.models.verify import verify
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
@@ -201,8 +200,14 @@ def test_adapters_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"layers.0.attention.q_norm.weight": (128,)}, "'layers.0.attention.q_norm.weight': expected a Llama's"),
-        ({"output.adaptor.A.weight": (4, 9), "output.adaptor.B.weight": (9, 4)}, "'output.adaptor.A.weight'"),
+        (
+            {"layers.0.attention.q_norm.weight": (128,)},
+            "'layers.0.attention.q_norm.weight': expected a Llama's",
+        ),
+        (
+            {"output.adaptor.A.weight": (4, 9), "output.adaptor.B.weight": (9, 4)},
+            "'output.adaptor.A.weight'",
+        ),
         ({"layers.0.attention.wq.adaptor.B.weight": (128, 4)}, "'layers.0.attention.wq.adaptor.B.weight'"),
         ({"layers.0.attention.wq.weight": (128, 128)}, "'layers.0.attention.wq.scales'"),
     ],

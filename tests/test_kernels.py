@@ -67,7 +67,9 @@ def test_w4_equals_its_specification(isa: str, tokens: int, rows: int, columns: 
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 5, 17, 23])
-@pytest.mark.parametrize(("columns", "group_size"), [(8, 8), (24, 24), (40, 8), (120, 40), (1032, 1032), (4112, 2056)])
+@pytest.mark.parametrize(
+    ("columns", "group_size"), [(8, 8), (24, 24), (40, 8), (120, 40), (1032, 1032), (4112, 2056)]
+)
 def test_w4_groups_of_any_multiple_of_eight(isa: str, tokens: int, columns: int, group_size: int) -> None:
     codes, factors = int4(40, columns), scales(40, columns // group_size)
     acts = quantized(normal(tokens, columns))
@@ -108,8 +110,12 @@ def test_more_tokens_than_stay_in_cache(isa: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8, 17, 64])
-@pytest.mark.parametrize(("rows", "columns", "group_size"), [(48, 64, 32), (40, 4160, 32), (16, 256, 256), (5, 8, 8)])
-def test_gated_rows_give_their_products(isa: str, tokens: int, rows: int, columns: int, group_size: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"), [(48, 64, 32), (40, 4160, 32), (16, 256, 256), (5, 8, 8)]
+)
+def test_gated_rows_give_their_products(
+    isa: str, tokens: int, rows: int, columns: int, group_size: int
+) -> None:
     gate, up = int4(rows, columns), int4(rows, columns)
     factors = [scales(rows, columns // group_size) for _ in range(2)]
     acts, bias = quantized(normal(tokens, columns)), normal(2 * rows)
@@ -139,7 +145,9 @@ def test_a_token_of_zeros_and_a_group_of_zeros(isa: str) -> None:
 def test_rows_of_several_matrices_are_one_above_the_other(isa: str) -> None:
     codes, factors = int4(57, 256), scales(57, 8)
     pieces = [slice(0, 5), slice(5, 40), slice(40, 57)]
-    stacked = _native.pack_w4([_native.codes_to_packed(codes[p]) for p in pieces], [factors[p] for p in pieces], 32)
+    stacked = _native.pack_w4(
+        [_native.codes_to_packed(codes[p]) for p in pieces], [factors[p] for p in pieces], 32
+    )
     acts = quantized(normal(7, 256))
     np.testing.assert_array_equal(linear(stacked, acts, 7), linear(pack_w4(codes, factors), acts, 7))
 
@@ -233,7 +241,9 @@ def test_swiglu(isa: str, columns: int) -> None:
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (9, 33), (35, 512), (64, 2056)])
 def test_float_weights(isa: str, dtype: str, rows: int, columns: int) -> None:
-    w = {"f32": lambda a: a, "f16": lambda a: a.astype(np.float16), "bf16": f32_to_bf16}[dtype](normal(rows, columns))
+    w = {"f32": lambda a: a, "f16": lambda a: a.astype(np.float16), "bf16": f32_to_bf16}[dtype](
+        normal(rows, columns)
+    )
     weights = _native.wrap_float([w[: rows // 2], w[rows // 2 :]])
     assert (weights.kind, weights.rows, weights.nbytes) == (dtype, rows, 0)
     x, bias = normal(64, columns), normal(rows)
@@ -312,7 +322,9 @@ def test_no_tokens_are_no_work(isa: str) -> None:
 
 def _import_with(**variables: str) -> subprocess.CompletedProcess[str]:
     code = "from llamita import _native as n; print(n.isa(), n.threads())"
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True
+    )
 
 
 def test_environment_chooses_instruction_set_and_threads() -> None:

@@ -19,7 +19,7 @@ from llamita.errors import InputError, RunError
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource
 
 PROMPT = "Once upon a time"
 BOS, END, TURN_END = 256, 257, 258  # of the tiny checkpoints, whose other tokens are bytes
@@ -43,7 +43,9 @@ class Script:
         self._tokens = tokens
         self._prompt = 0  # its length, known with its last token
 
-    def step(self, sequences: Any, rows: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def step(
+        self, sequences: Any, rows: np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         ((cache, ids),) = sequences
         cache.length += len(ids)
         assert cache.length <= cache.capacity
@@ -253,7 +255,9 @@ def test_a_stream_never_cuts_a_character(tiny: LLM) -> None:
 def test_bytes_that_are_not_utf8_become_replacements(tiny: LLM) -> None:
     letters = tiny.tokenizer.encode("a", add_bos=False)
     lead = tiny.tokenizer.encode("中", add_bos=False)[0]
-    pieces, generation = pieces_of(scripted(tiny, [*letters, lead, *letters, lead]).stream("x", max_tokens=10))
+    pieces, generation = pieces_of(
+        scripted(tiny, [*letters, lead, *letters, lead]).stream("x", max_tokens=10)
+    )
     assert generation.text == "a\ufffda\ufffd"
     assert pieces == ["a", "\ufffda", "\ufffd"]
     generation = scripted(tiny, [*letters, lead]).generate("x", max_tokens=2)  # cut inside a character

@@ -23,7 +23,9 @@ def root_with(root: Path, *files: dict[str, str]) -> Path:
 
 def limit(group: str, limit: int, used: int) -> dict[str, str]:
     names = ("limit_in_bytes", "usage_in_bytes") if "/memory" in group else ("max", "current")
-    return {f"{group}/memory.{name}": f"{size * MB}\n" for name, size in zip(names, (limit, used), strict=True)}
+    return {
+        f"{group}/memory.{name}": f"{size * MB}\n" for name, size in zip(names, (limit, used), strict=True)
+    }
 
 
 def test_without_limits_it_is_what_the_machine_has(tmp_path: Path) -> None:
@@ -62,7 +64,9 @@ def test_the_tightest_of_several_limits_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("files", "group", "prefix"), [(V2, JOB, ""), (V1, JOB_V1, "total_")])
-def test_pages_of_files_can_be_had_back(tmp_path: Path, files: dict[str, str], group: str, prefix: str) -> None:
+def test_pages_of_files_can_be_had_back(
+    tmp_path: Path, files: dict[str, str], group: str, prefix: str
+) -> None:
     stat = f"anon 5\n{prefix}inactive_file {30 * MB}\n{prefix}active_file {10 * MB}\n"
     root = root_with(tmp_path, FREE, files, limit(group, 300, 100), {f"{group}/memory.stat": stat})
     assert free_memory(root) == 240 * MB

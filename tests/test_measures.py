@@ -41,7 +41,10 @@ def test_translations_and_summaries_are_scored_by_their_libraries() -> None:
 def test_the_loss_is_over_the_answers_tokens(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
     llm, tokenizer = llamita.load(path), Tokenizer(path, Checkpoint(path).config)
-    told = [conversation(Record(f"{i}", {"source": f"go {i}", "target": f"va {i}"}), "translation") for i in range(3)]
+    told = [
+        conversation(Record(f"{i}", {"source": f"go {i}", "target": f"va {i}"}), "translation")
+        for i in range(3)
+    ]
     measured = [(tokenize(one, tokenizer, None), one) for one in told]
     found = score(llm, "translation", measured, limit=2)
     losses = []

@@ -11,18 +11,15 @@ from test_adapters import PROMPT, make_adapter
 from tiny import make_checkpoint, write_file
 
 import llamita
+from llamita.engine.adapters import CONFIG, WEIGHTS
 from llamita.engine.llm import LLM
 from llamita.formats.safetensors import TensorFile, TensorWriter
-from llamita.imports.open import open_source, resolve
-from llamita.loading import open_adapters
 from llamita.methods.setup import Setup
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, expected_tensors, resolve
 from llamita.models.dequantized import DequantizedSource
 from llamita.models.layer_kinds import with_layers
-from llamita.models.names import expected_tensors
-from llamita.models.packed import PackedModel
-from llamita.models.peft import CONFIG, WEIGHTS
-from llamita.models.weights import as_stored
+from llamita.models.packed import PackedModel, open_source
+from llamita.models.transformed import as_stored
 from llamita.numerics.affine import bf16_to_f32, to_f32
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
@@ -54,7 +51,9 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     ("family", "dtype", "shards", "changed"),
     [("llama32", "F32", 1, {}), ("llama2", "BF16", 2, {"attention_bias": True}), ("llama3", "F16", 1, {})],
 )
-def test_a_float_model_is_pefts(tmp_path: Path, family: str, dtype: str, shards: int, changed: dict[str, Any]) -> None:
+def test_a_float_model_is_pefts(
+    tmp_path: Path, family: str, dtype: str, shards: int, changed: dict[str, Any]
+) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     base = make_checkpoint(tmp_path / "model", family, dtype=dtype, shards=shards, **changed)
@@ -71,7 +70,9 @@ def test_a_float_model_is_pefts(tmp_path: Path, family: str, dtype: str, shards:
         np.testing.assert_allclose(found, expected, rtol=precision, atol=1e-6, err_msg=name)
         differing = np.count_nonzero(found != expected) / found.size
         assert dtype == "F32" or differing < 0.01, name  # all but the ones halfway
-    moved = to_f32(ours.weight("model.layers.0.mlp.up_proj")) - to_f32(before.weight("model.layers.0.mlp.up_proj"))
+    moved = to_f32(ours.weight("model.layers.0.mlp.up_proj")) - to_f32(
+        before.weight("model.layers.0.mlp.up_proj")
+    )
     assert np.abs(moved).max() > 0.01
 
 
@@ -98,13 +99,15 @@ def test_a_merged_checkpoint_has_all_that_its_base_has(model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("preset", "online"), [("llama3.2", False), ("arm", False), ("llama3.2", True)])
-def test_what_is_rounded_again_is_the_function_of_both(model: Path, tmp_path: Path, preset: str, online: bool) -> None:
+def test_what_is_rounded_again_is_the_function_of_both(
+    model: Path, tmp_path: Path, preset: str, online: bool
+) -> None:
     """Dequantized weights and adapter in one matrix, under R4, too: what float engines make of either."""
     method, settings = ("spinquant", {"spinquant.rotations": "R4"}) if online else ("rtn", {})
     base = packed(model, tmp_path / "base", preset, method, **settings)
     adapter = make_adapter(tmp_path / "a", model)
     source = merged_source(base, adapter)
-    apart = LLM(DequantizedSource(PackedModel(base)), adapters=open_adapters(PackedModel(base), {"a": adapter}))
+    apart = LLM(DequantizedSource(PackedModel(base)), adapters={"a": adapter})
     beside = apart.logits(PROMPT, adapter="a")
     assert relative_error(LLM(source).logits(PROMPT), beside) < 1e-5
     assert relative_error(apart.logits(PROMPT), beside) > 0.1
@@ -202,14 +205,20 @@ def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -
     for arguments, told in (
         ((model, adapter), "--out: expected the directory to make, got none"),
         ((model, tmp_path / "none", "-o", out), "expected a directory with adapter_config.json"),
-        ((model, other, "-o", out), "mlp.gate_proj.lora_B.weight: expected floats (256, 4), got BF16 (512, 4)"),
+        (
+            (model, other, "-o", out),
+            "mlp.gate_proj.lora_B.weight: expected floats (256, 4), got BF16 (512, 4)",
+        ),
         ((changed, adapter, "-o", out), "changed by equalize"),
         ((model, adapter, "-o", adapter, "--overwrite"), "holds the source"),
         ((model, adapter, "-o", out, "--method", "gptq"), "--method: expected with a quantized BASE"),
         ((base, adapter, "-o", out, "--method", "spinquant+gptq"), "--method: expected a method that rounds"),
         ((base, adapter, "-o", out, "--method", "magic"), "--method: expected one of rtn"),
         ((base, adapter, "-o", out, "--calibration", "x"), "--calibration: expected a method that looks at"),
-        ((base, adapter, "-o", out, "--text", tmp_path / "no.txt"), "--text: expected a text file, found none"),
+        (
+            (base, adapter, "-o", out, "--text", tmp_path / "no.txt"),
+            "--text: expected a text file, found none",
+        ),
         ((base, adapter, "-o", out, "--text", tmp_path / "short.txt"), "--text: expected at least 2 tokens"),
         (("/nowhere", adapter, "-o", out), "/nowhere"),
     ):

@@ -21,7 +21,9 @@ def lines() -> list[str]:
     """Lines of the development data, half of them stories and the like, half of them WikiText."""
     found = []
     for folder in ("text", "wikitext2"):
-        files = sorted(path for path in (DATA / folder).glob("*") if path.suffix in (".txt", ".raw", ".tokens"))
+        files = sorted(
+            path for path in (DATA / folder).glob("*") if path.suffix in (".txt", ".raw", ".tokens")
+        )
         own = [line for path in files for line in path.read_text("utf-8").split("\n") if line.strip()]
         found += own[:: max(1, len(own) // (LINES // 2))][: LINES // 2]
     if len(found) < LINES:

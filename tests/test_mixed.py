@@ -10,20 +10,16 @@ from test_packed import _fake_quantize, assert_same_weight, float_weight, needs_
 from tiny import make_checkpoint
 
 from llamita.bench.random_weights import RandomSource
-from llamita.engine.llm import LLM
+from llamita.engine.llm import LLM, load
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError
-from llamita.loading import load
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names, table_names
 from llamita.models.layer_kinds import count_kinds, describe_groups, describe_kinds, keep_float, with_layers
-from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel, quantization_config
 from llamita.models.sizes import make_plan
-from llamita.models.weights import Int4Weight
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.quantize.pipeline import quantize
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 BLOCK = "model.layers.0"
 MIX = {
@@ -102,7 +98,9 @@ def test_unknown_kinds_are_refused(layers: Any) -> None:
         (["lm_head", "*.0.*.k_proj"], ["lm_head", f"{BLOCK}.self_attn.k_proj"]),
     ],
 )
-def test_patterns_keep_what_they_match(tmp_path: Path, patterns: list[str], expected: list[str] | None) -> None:
+def test_patterns_keep_what_they_match(
+    tmp_path: Path, patterns: list[str], expected: list[str] | None
+) -> None:
     config = Checkpoint(make_checkpoint(tmp_path / "src", "llama3")).config
     if expected is None:
         expected = [name for name in linear_names(config) if name.startswith("model.layers.1.")]
@@ -222,7 +220,9 @@ def test_random_weights_have_mixed_schemes(tmp_path: Path) -> None:
 @needs_transformers
 @pytest.mark.parametrize("family", ["llama32", "llama3"])
 @pytest.mark.parametrize("preset", ["arm", "llama3.2"])
-def test_transformers_opens_a_mixed_directory_and_computes_the_same(tmp_path: Path, preset: str, family: str) -> None:
+def test_transformers_opens_a_mixed_directory_and_computes_the_same(
+    tmp_path: Path, preset: str, family: str
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

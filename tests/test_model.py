@@ -24,7 +24,10 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3.1": ("llama31", {}),
     "llama 3.2, tied": ("llama32", {}),
     "tinyllama, grouped heads": ("tinyllama", {}),
-    "linear rope": ("llama2", {"max_position_embeddings": SHORT, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "linear rope": (
+        "llama2",
+        {"max_position_embeddings": SHORT, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    ),
     "dynamic rope": (
         "llama2",
         {"max_position_embeddings": SHORT, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
@@ -36,7 +39,13 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide heads": ("llama3", {"head_dim": 64}),
     "odd sizes": (
         "llama3",
-        {"hidden_size": 104, "head_dim": 26, "intermediate_size": 184, "num_hidden_layers": 3, "vocab_size": 331},
+        {
+            "hidden_size": 104,
+            "head_dim": 26,
+            "intermediate_size": 184,
+            "num_hidden_layers": 3,
+            "vocab_size": 331,
+        },
     ),
     "many heads to one": ("llama3", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}),
     "large epsilon": ("llama3", {"rms_norm_eps": 0.1}),
@@ -86,7 +95,9 @@ def test_the_embedded_model_is_that_of_transformers() -> None:
 def test_keys_and_values_in_fewer_bits_change_little(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama3", dtype="F32")
     ids = random_ids(320)
-    bytewise, halves, whole = (llamita.load(tmp_path, kv_dtype=kv).logits(ids) for kv in ("int8", "f16", "f32"))
+    bytewise, halves, whole = (
+        llamita.load(tmp_path, kv_dtype=kv).logits(ids) for kv in ("int8", "f16", "f32")
+    )
     assert 0 < relative_difference(halves, whole) < 5e-3
     assert relative_difference(halves, whole) < relative_difference(bytewise, whole) < 5e-2
 
@@ -110,7 +121,9 @@ ROPES = {
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("length", [100, 300])
-def test_rotary_frequencies_are_those_of_transformers(kind: str, theta: float, head_dim: int, length: int) -> None:
+def test_rotary_frequencies_are_those_of_transformers(
+    kind: str, theta: float, head_dim: int, length: int
+) -> None:
     """To two units in the last place: Torch's vectorized power is itself off by one."""
     theirs, ours = ROPES[kind]
     config = transformers.LlamaConfig(

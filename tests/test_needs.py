@@ -9,10 +9,9 @@ from command import one_line, run
 from tiny import make_checkpoint
 
 from llamita.bench.plan import describe_shape
-from llamita.imports.open import resolve
 from llamita.methods.chain import parse_chain
 from llamita.methods.setup import Setup
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, resolve
 from llamita.quantize.cost import expected_memory, expected_work
 
 pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
@@ -87,7 +86,10 @@ def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None
     config = describe_shape("1b")[1].config
 
     def needs(method: str, **settings: float) -> tuple[float, float]:
-        chain, setup = (parse_chain(method), Setup(settings={k.replace("_", "."): v for k, v in settings.items()}))
+        chain, setup = (
+            parse_chain(method),
+            Setup(settings={k.replace("_", "."): v for k, v in settings.items()}),
+        )
         return expected_work(config, chain, setup, 64, 512), expected_memory(config, chain, setup, 64, 512)
 
     work, memory = needs("qronos")
@@ -142,8 +144,9 @@ def test_tuning_takes_one_process_and_says_so_first(
     monkeypatch.delattr("llamita.quantize.own_text.Writer")
     source = make_checkpoint(tmp_path / "src")
     assert run("quantize", source, "-o", tmp_path / "out", "--preset", "llamita") == 2
-    assert "expected a single process for tune, got 2; try --method equalize+spinquant+qronos --set " in one_line(
-        capsys
+    assert (
+        "expected a single process for tune, got 2; try --method equalize+spinquant+qronos --set "
+        in one_line(capsys)
     )
 
 
@@ -236,9 +239,20 @@ def test_the_card_of_a_calibrated_model_says_what_its_errors_mean(tmp_path: Path
 
 
 @pytest.mark.parametrize("options", [(), ("--no-online",)])
-def test_a_size_heeds_what_rotations_add(tmp_path: Path, text: Path, capsys: Any, options: tuple[str, ...]) -> None:
+def test_a_size_heeds_what_rotations_add(
+    tmp_path: Path, text: Path, capsys: Any, options: tuple[str, ...]
+) -> None:
     source = make_checkpoint(tmp_path / "src")
-    chosen = ("--method", "spinquant", "--set", "spinquant.steps=0", *options, "--json", "-o", tmp_path / "out")
+    chosen = (
+        "--method",
+        "spinquant",
+        "--set",
+        "spinquant.steps=0",
+        *options,
+        "--json",
+        "-o",
+        tmp_path / "out",
+    )
     few = ("--calibration", text, "--samples", "2", "--length", "16")
     assert run("quantize", source, "-o", tmp_path / "out", *chosen, *few, "--max-size", "345KB") == 0
     made = json.loads(capsys.readouterr().out)

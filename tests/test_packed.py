@@ -12,17 +12,20 @@ import safetensors.numpy
 from tiny import CONFIGS, make_checkpoint
 
 from llamita.errors import InputError
-from llamita.imports.open import open_source
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.names import linear_names, table_names, vector_names
-from llamita.models.packed import KEYS, PackedModel, self_hash_holds
+from llamita.models.checkpoint import (
+    Checkpoint,
+    Int4Weight,
+    Int8Weight,
+    linear_names,
+    table_names,
+    vector_names,
+)
+from llamita.models.packed import KEYS, PackedModel, open_source, self_hash_holds
 from llamita.models.packed_writer import write_metadata
-from llamita.models.weights import Int4Weight, Int8Weight, bias_of
 from llamita.numerics.affine import dequantize, quantize_activations, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 needs_transformers = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("transformers", "compressed_tensors")),
@@ -74,7 +77,9 @@ def float_weight(weight: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(("preset", "dtype"), [("arm", "F32"), ("llama3.2", "BF16"), ("llamita", "F16")])
-def test_directory_and_rounding_on_the_fly_are_the_same(tmp_path: Path, preset: str, family: str, dtype: str) -> None:
+def test_directory_and_rounding_on_the_fly_are_the_same(
+    tmp_path: Path, preset: str, family: str, dtype: str
+) -> None:
     group_size = 32 if family == "tinyllama" else None  # 352 inputs of down_proj
     out = pack(tmp_path, preset, group_size, family=family, dtype=dtype, attention_bias=True, mlp_bias=True)
     packed = PackedModel(out)
@@ -89,7 +94,7 @@ def test_directory_and_rounding_on_the_fly_are_the_same(tmp_path: Path, preset: 
     for name in vector_names(packed.config):
         np.testing.assert_array_equal(packed.vector(name), checkpoint.vector(name))
     np.testing.assert_array_equal(
-        bias_of(packed, "model.layers.1.mlp.down_proj"), bias_of(rounded, "model.layers.1.mlp.down_proj")
+        packed.bias("model.layers.1.mlp.down_proj"), rounded.bias("model.layers.1.mlp.down_proj")
     )
     assert isinstance(open_source(out), PackedModel)
 
@@ -150,7 +155,13 @@ def test_small_files_travel_along(tmp_path: Path) -> None:
     assert names == copied | made
     assert (tmp_path / "out" / "SOURCE_README.md").read_text() == "the README.md"
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in ("Built with Llama", "llama.com/llama3_2/use-policy", "responsible-use-guide", "llama3.2", "int4"):
+    for text in (
+        "Built with Llama",
+        "llama.com/llama3_2/use-policy",
+        "responsible-use-guide",
+        "llama3.2",
+        "int4",
+    ):
         assert text in card
 
 
@@ -215,7 +226,11 @@ def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str
 def test_a_scheme_that_the_tensors_contradict_is_refused(tmp_path: Path) -> None:
     out = pack(tmp_path)
     scheme = json.loads((out / "llamita.json").read_text())["scheme"]
-    for change in ({"group_size": 64}, {"scale_dtype": "float32", "scale_rule": "torchao"}, {"table_bits": None}):
+    for change in (
+        {"group_size": 64},
+        {"scale_dtype": "float32", "scale_rule": "torchao"},
+        {"table_bits": None},
+    ):
         reseal(out, scheme=scheme | change)
         with pytest.raises(InputError, match="expected"):
             open_source(out)

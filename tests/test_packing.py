@@ -37,7 +37,9 @@ def test_first_code_has_the_lowest_bits() -> None:
     assert pack_int4(codes)[0, 0] == np.uint32(0xF6543210).astype(np.int32)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors not installed"
+)
 def test_words_equal_those_of_compressed_tensors() -> None:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32

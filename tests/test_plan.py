@@ -12,15 +12,16 @@ from tiny import CONFIGS, make_checkpoint
 from llamita import cli
 from llamita.bench import plan
 from llamita.bench.plan import Described, Machine, describe, estimate_all
+from llamita.engine.llm import load
 from llamita.errors import InputError
 from llamita.imports import hub
-from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.sizes import make_plan
 from llamita.numerics.scheme import PRESETS, make_scheme
 from llamita.quantize.pipeline import quantize
 
-MACHINE = Machine(bandwidth=20e9, int8_rate=200e9, memory=8 * 10**9, memory_free=10**9, threads=2, cache=2**25)
+MACHINE = Machine(bandwidth=20e9, int8_rate=200e9, memory=8 * 10**9, memory_free=10**9, threads=2,
+                  cache=2**25)  # fmt: skip
 LLAMA_1B = {
     **CONFIGS["llama32"], "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "head_dim": 64, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -48,7 +49,9 @@ def test_a_config_alone_gives_the_bytes_that_quantize_writes(
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
     assert made.file_bytes == sum(written.values())
     assert made.files == sorted(written)
-    headers = sum(int.from_bytes((tmp_path / "out" / name).read_bytes()[:8], "little") + 8 for name in written)
+    headers = sum(
+        int.from_bytes((tmp_path / "out" / name).read_bytes()[:8], "little") + 8 for name in written
+    )
     assert made.tensor_bytes == sum(written.values()) - headers
     begin = int.from_bytes((source / "model.safetensors").read_bytes()[:8], "little") + 8
     assert made.source_bytes == (source / "model.safetensors").stat().st_size - begin
@@ -177,7 +180,9 @@ def test_the_command_measures_this_machine(
     assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2"]
 
 
-def test_a_published_shape_needs_no_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_shape_needs_no_files(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda: MACHINE)
     cli.main(["plan", "--shape", "1b", "--preset", "llama3.2", "--json"])
     values = json.loads(capsys.readouterr().out)
@@ -193,7 +198,9 @@ def test_the_speeds_of_small_models_are_said_to_be_rough(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for cache, rough in ((2**30, True), (1, False)):
-        monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda c=cache: replace(MACHINE, cache=c))
+        monkeypatch.setattr(
+            "llamita.commands.plan.measure_machine", lambda c=cache: replace(MACHINE, cache=c)
+        )
         cli.main(["plan", "embedded", "--preset", "arm"])
         assert ("its speeds are rough" in capsys.readouterr().err) is rough
 
@@ -210,7 +217,9 @@ def test_the_command_prints_estimates_as_such(
 
 
 def test_inspect_shows_float_and_packed_models(tmp_path: Path, capsys: Any) -> None:
-    quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "the-source", tmp_path / "out", make_scheme("arm"))
+    quantize(
+        Checkpoint(make_checkpoint(tmp_path / "src")), "the-source", tmp_path / "out", make_scheme("arm")
+    )
     cli.main(["inspect", str(tmp_path / "src"), "--json"])
     before = json.loads(capsys.readouterr().out)
     cli.main(["inspect", str(tmp_path / "out"), "--json"])

@@ -21,7 +21,8 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-BEFORE = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+BEFORE = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"},
+          {"role": "user", "content": "b"}]  # fmt: skip
 
 
 def said(text: str) -> list[dict[str, str]]:
@@ -82,7 +83,10 @@ def test_a_prompt_that_the_conversations_begin_with_stands_there_once(tokenizer:
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "here: expected two answers that differ"),
         ({"chosen": "a", "rejected": "b"}, "here: chosen: expected the assistant's answer to a prompt"),
         ({"chosen": [*BEFORE, *said("a")], "rejected": [BEFORE[0], *said("b")]}, "the same conversation"),
-        ({"prompt": "p", "chosen": "a", "rejected": BEFORE}, "here: rejected: expected an answer, or the turns"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": BEFORE},
+            "here: rejected: expected an answer, or the turns",
+        ),
         ({"prompt": "p", "chosen": said(" "), "rejected": "a"}, "here: chosen: expected the assistant's"),
     ],
 )

@@ -153,7 +153,9 @@ def test_kept_caches_give_way_to_running_ones(directory: Path) -> None:
     expect(llm, ids_of(0, 100), 0)
 
 
-def test_what_a_prompt_takes_over_does_not_give_way_to_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_prompt_takes_over_does_not_give_way_to_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block = make(directory).new_sequence(BLOCK).nbytes
     llm = make(directory, cache_memory=3 * block, prefix_cache=3 * block)
     ids = ids_of(0, 200)
@@ -195,7 +197,9 @@ def test_by_default_a_whole_context_is_kept(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("blocks", [3, 5])
-def test_live_caches_stay_within_the_memory(directory: Path, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_caches_stay_within_the_memory(
+    directory: Path, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Running, kept, and those of streams that are over but still referred to: what they have written."""
     llm, live = make(directory), weakref.WeakSet()
     block = llm.new_sequence(BLOCK).nbytes

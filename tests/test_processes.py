@@ -12,13 +12,16 @@ from command import assert_nothing_is_left, run
 from tiny import make_checkpoint
 
 from llamita.errors import InputError
+from llamita.models.checkpoint import Int4Weight
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight
 from llamita.system import processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OPTIONS = ("--samples", "5", "--length", "48", "--group-size", "32")
-METHODS = {"qronos": (), "spinquant+gptq": ("--set", "spinquant.steps=3", "--set", "spinquant.batch=2")}
+METHODS = {
+    "qronos": (),
+    "spinquant+gptq": ("--set", "spinquant.steps=3", "--set", "spinquant.batch=2"),
+}
 
 
 def started_together(count: int, *arguments: object) -> list[tuple[int, str, str]]:

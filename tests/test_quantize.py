@@ -36,7 +36,9 @@ def test_every_preset_with_every_rule(source: Path, tmp_path: Path, preset: str,
     assert verify(tmp_path / "out").problems == []
     model = PackedModel(tmp_path / "out")
     assert model.scheme == make_scheme(preset, None, scales)
-    stored = {info.dtype for f in model.files.values() for n, info in f.tensors.items() if n.endswith("_scale")}
+    stored = {
+        info.dtype for f in model.files.values() for n, info in f.tensors.items() if n.endswith("_scale")
+    }
     assert stored == {"F32" if preset == "arm" and scales == "torchao" else "BF16"}
 
 
@@ -49,7 +51,9 @@ def test_search_is_better_than_torchao_and_weighted_lies_between(source: Path, t
     assert errors["search"] < errors["weighted"] < errors["torchao"]
 
 
-def test_json_output_is_the_whole_of_stdout(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_the_whole_of_stdout(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("quantize", source, "-o", tmp_path / "out", "--json", "--threads", "1") == 0
     values = json.loads(capsys.readouterr().out)
     assert values["ratio"] == values["tensor_bytes"] / values["source_bytes"]
@@ -93,7 +97,9 @@ def test_a_float_table_and_norms_keep_their_dtype(tmp_path: Path) -> None:
         file = TensorFile(tmp_path / f"out-{dtype}" / "model.safetensors")
         for name in ("model.embed_tokens.weight", "model.norm.weight"):
             assert file.tensors[name].dtype == dtype
-        np.testing.assert_array_equal(file.read("model.embed_tokens.weight"), checkpoint.weight("model.embed_tokens"))
+        np.testing.assert_array_equal(
+            file.read("model.embed_tokens.weight"), checkpoint.weight("model.embed_tokens")
+        )
 
 
 # ---- expected energy -----------------------------------------------------------------------------
@@ -165,13 +171,18 @@ def test_importance_grows_with_what_earlier_layers_write(tmp_path: Path) -> None
     [
         (("--preset", "q4"), "--preset: expected one of arm, llama3.2, llamita"),
         (("--group-size", "48"), "--group-size: expected one of 32, 64, 128, 256"),
-        (("--group-size", "256"), "model.layers.0.self_attn.q_proj: expected inputs in groups of 256, got 128"),
+        (
+            ("--group-size", "256"),
+            "model.layers.0.self_attn.q_proj: expected inputs in groups of 256, got 128",
+        ),
         (("--method", "magic"), "--method: expected one of rtn"),
         (("--scales", "guess"), "--scales: expected one of"),
         (("--threads", "0"), "threads"),
     ],
 )
-def test_options_that_make_no_sense(source: Path, tmp_path: Path, capsys: Any, options: Any, message: str) -> None:
+def test_options_that_make_no_sense(
+    source: Path, tmp_path: Path, capsys: Any, options: Any, message: str
+) -> None:
     assert run("quantize", source, "-o", tmp_path / "out", *options) == 2
     assert message in one_line(capsys)
     assert_nothing_is_left(tmp_path)
@@ -214,10 +225,16 @@ def test_a_quantized_source_is_refused(source: Path, tmp_path: Path, capsys: Any
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
     "tensor",
-    ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"],
+    [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+    ],
 )
 @pytest.mark.parametrize("preset", ["arm", "llama3.2"])
-def test_weights_that_are_not_finite(tmp_path: Path, capsys: Any, preset: str, tensor: str, value: float) -> None:
+def test_weights_that_are_not_finite(
+    tmp_path: Path, capsys: Any, preset: str, tensor: str, value: float
+) -> None:
     make_checkpoint(tmp_path / "src", dtype="F32")
     info = TensorFile(tmp_path / "src" / "model.safetensors").tensors[tensor]
     with (tmp_path / "src" / "model.safetensors").open("r+b") as file:
@@ -248,7 +265,9 @@ def test_weights_beyond_all_reason(tmp_path: Path, capsys: Any) -> None:
         lambda d: (d / "model-00001-of-00002.safetensors").write_bytes(b"\xff" * 4096),
         lambda d: (d / "config.json").unlink(),
         lambda d: (d / "config.json").write_text("{"),
-        lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"llama"', '"gpt2"')),
+        lambda d: (d / "config.json").write_text(
+            (d / "config.json").read_text().replace('"llama"', '"gpt2"')
+        ),
         lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"silu"', '"gelu"')),
         lambda d: (d / "model.safetensors.index.json").write_text("[]"),
         lambda d: (d / "LICENSE").symlink_to("/etc/passwd"),
@@ -284,8 +303,12 @@ def test_a_licence_that_cannot_be_copied_is_told_before_rounding(
     assert_nothing_is_left(tmp_path, "src")
 
 
-@pytest.mark.parametrize("name", ["own/model", "./own/model/", "own/../own/model", "own/link", "own/embedded"])
-def test_a_directory_is_recorded_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["own/model", "./own/model/", "own/../own/model", "own/link", "own/embedded"]
+)
+def test_a_directory_is_recorded_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Else own/model, looked for from elsewhere, would be a stranger's model on the hub."""
     make_checkpoint(tmp_path / "own" / "model")
     for link in ("link", "embedded"):

@@ -11,9 +11,8 @@ from llamita.bench.random_weights import RandomSource
 from llamita.bench.shapes import SHAPES, find_shape
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
+from llamita.models.checkpoint import Int4Weight, Int8Weight, expected_tensors, linear_names, table_names
 from llamita.models.config import ModelConfig
-from llamita.models.names import expected_tensors, linear_names, table_names
-from llamita.models.weights import Int4Weight, Int8Weight, bias_of
 from llamita.numerics.affine import bf16_to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import PRESETS, make_scheme
@@ -36,10 +35,10 @@ def test_a_random_model_runs(family: str, preset: str | None) -> None:
 def test_biases_are_there_where_the_architecture_has_them() -> None:
     config = ModelConfig.from_hf({**CONFIGS["llama32"], "attention_bias": True})
     source = RandomSource(config, None, "random")
-    bias = bias_of(source, "model.layers.0.self_attn.k_proj")
+    bias = source.bias("model.layers.0.self_attn.k_proj")
     assert bias is not None
     assert bias.tolist() == [0.0] * 64
-    assert bias_of(source, "model.layers.0.mlp.up_proj") is None
+    assert source.bias("model.layers.0.mlp.up_proj") is None
 
 
 def test_weights_have_the_deviation_that_llama_begins_with() -> None:
@@ -90,7 +89,8 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         RandomSource(config, make_scheme("arm"), "random")
 
 
-@pytest.mark.parametrize(("shape", "weights"), [("1b", 1_235_814_400), ("3b", 3_212_749_824), ("8b", 8_030_261_248)])
+@pytest.mark.parametrize(("shape", "weights"), [("1b", 1_235_814_400), ("3b", 3_212_749_824),
+                                                ("8b", 8_030_261_248)])  # fmt: skip
 def test_shapes_have_the_published_numbers_of_weights(shape: str, weights: int) -> None:
     _, config = find_shape(shape)
     tensors = expected_tensors(ModelConfig.from_hf(config))

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import llamita
-from llamita.imports.open import resolve
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))
@@ -41,7 +40,14 @@ def timing(round_: int, name: str, prefill: float, decode: float, **changes: Any
 
 
 def record_of(timings: list[dict[str, Any]]) -> dict[str, Any]:
-    entry = {"label": "ours", "weights": "4-bit", "size_bytes": 1, "version": "1", "settings": {}, "work": WORK}
+    entry = {
+        "label": "ours",
+        "weights": "4-bit",
+        "size_bytes": 1,
+        "version": "1",
+        "settings": {},
+        "work": WORK,
+    }
     contenders = {name: {**entry, "label": name} for name in {t["contender"] for t in timings}}
     machine = {"cpu": "a CPU", "threads": 2, "isa": "scalar"}
     return {
@@ -109,13 +115,17 @@ def test_written_records_read_back_and_render(tmp_path: Path) -> None:
 def test_two_records_of_a_day_have_headings_of_their_own() -> None:
     runs = [timing(1, "llamita-g128", 1.0, 2.0)]
     later = {**record_of(runs), "started": "2020-01-02T05:06Z"}
-    headings = [x for x in render_results.render([record_of(runs), later]).splitlines() if x.startswith("## ")]
+    headings = [
+        x for x in render_results.render([record_of(runs), later]).splitlines() if x.startswith("## ")
+    ]
     assert headings == [f"## a CPU, 2 threads, scalar, 2020-01-02 {time} UTC" for time in ("05:06", "03:04")]
 
 
 def test_the_page_claims_no_more_than_the_record_holds() -> None:
     """Runs by row, whose settings were tried, who is absent and why."""
-    timings = [timing(i, "llamacpp-q4_0", 1.0, 2.0) for i in (1, 2, 3)] + [timing(1, "llamita-g128", 1.0, 2.0)]
+    timings = [timing(i, "llamacpp-q4_0", 1.0, 2.0) for i in (1, 2, 3)] + [
+        timing(1, "llamita-g128", 1.0, 2.0)
+    ]
     timings.append({**timing(1, "llamacpp-bf16", 1.0, 1.0), "case": "8192"})
     record = record_of(timings)
     record["failures"] = {"openvino-int4": "it ended", "llamacpp-q4_0": "memory"}

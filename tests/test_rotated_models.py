@@ -18,16 +18,14 @@ from llamita.bench.work import count_work
 from llamita.commands.inspect import facts
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.names import TRANSFORM, linear_names, table_names
-from llamita.models.packed import PackedModel
+from llamita.models.checkpoint import Checkpoint, linear_names, table_names
+from llamita.models.packed import TRANSFORM, PackedModel
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 R1, R4, BOTH = ("R1",), ("R4",), ("R1", "R4")
 IDS = np.random.default_rng(3).integers(0, 320, 90)
@@ -53,7 +51,9 @@ def pack(folder: Path, names: tuple[str, ...] = BOTH, preset: str = "llama3.2", 
 
 
 @pytest.mark.parametrize("names", [R1, R4, BOTH])
-@pytest.mark.parametrize(("family", "inputs"), [("llama32", 256), ("llama3", 256), ("llama32", 192), ("llama3", 352)])
+@pytest.mark.parametrize(
+    ("family", "inputs"), [("llama32", 256), ("llama3", 256), ("llama32", 192), ("llama3", 352)]
+)
 def test_rotations_leave_the_function_as_it_was(
     tmp_path: Path, family: str, inputs: int, names: tuple[str, ...]
 ) -> None:
@@ -165,8 +165,10 @@ def test_sizes_and_work_count_the_transform(tmp_path: Path) -> None:
         ([], "lm_head.transform: unexpected"),
         ("R1", "rotations: expected a list"),
     ],
-)
-def test_rotations_that_cannot_be_run_are_refused_by_name(tmp_path: Path, rotations: Any, message: str) -> None:
+)  # fmt: skip
+def test_rotations_that_cannot_be_run_are_refused_by_name(
+    tmp_path: Path, rotations: Any, message: str
+) -> None:
     out = pack(tmp_path)
     reseal(out, rotations=rotations)
     with pytest.raises(InputError, match=message):

@@ -33,7 +33,12 @@ def test_what_is_not_known_is_refused(values: object) -> None:
 
 @pytest.mark.parametrize(
     ("names", "size", "transform"),
-    [(("R4",), None, None), (("R1",), 64, None), (("R2",), None, np.eye(4)), (("R1",), None, np.ones((2, 3)))],
+    [
+        (("R4",), None, None),
+        (("R1",), 64, None),
+        (("R2",), None, np.eye(4)),
+        (("R1",), None, np.ones((2, 3))),
+    ],
 )
 def test_what_does_not_fit_together_is_refused(
     names: tuple[str, ...], size: int | None, transform: np.ndarray | None

@@ -40,14 +40,18 @@ def weights(rows: int, columns: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("columns", "group_size"), [(256, 32), (256, 128), (80, 40), (75, 15), (77, 77), (3, 1)])
+@pytest.mark.parametrize(
+    ("columns", "group_size"), [(256, 32), (256, 128), (80, 40), (75, 15), (77, 77), (3, 1)]
+)
 def test_equal_to_its_twin(isa: str, rule: str, bits: int, columns: int, group_size: int) -> None:
     assert_equal_to_twin(weights(24, columns), bits, group_size, rule)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("narrow", [f32_to_bf16, lambda w: w.astype(np.float16)], ids=["bf16", "f16"])
-def test_narrow_weights_are_widened_first(isa: str, rule: str, narrow: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_narrow_weights_are_widened_first(
+    isa: str, rule: str, narrow: Callable[[np.ndarray], np.ndarray]
+) -> None:
     w = weights(20, 192)
     w[3:5] = 1  # out of range of float16
     assert_equal_to_twin(narrow(w), 4, 64, rule)

@@ -9,8 +9,7 @@ from tiny import make_checkpoint
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
 from llamita.methods import energy, rtn
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.names import linear_names, table_names
+from llamita.models.checkpoint import Checkpoint, linear_names, table_names
 from llamita.numerics.affine import round_weights
 from llamita.numerics.scheme import make_scheme
 
@@ -32,7 +31,9 @@ def rounded(source: Checkpoint, name: str, preset: str, scales: str) -> tuple[np
         ("llama3.2", "search", "search"),
     ],
 )
-def test_codes_and_scales_are_those_of_the_specification(tmp_path: Path, preset: str, scales: str, rule: str) -> None:
+def test_codes_and_scales_are_those_of_the_specification(
+    tmp_path: Path, preset: str, scales: str, rule: str
+) -> None:
     source, scheme = Checkpoint(make_checkpoint(tmp_path)), make_scheme(preset, None, scales)
     modules = dict.fromkeys(linear_names(source.config), (4, scheme.group_size))
     if scheme.table_bits:
@@ -45,7 +46,9 @@ def test_codes_and_scales_are_those_of_the_specification(tmp_path: Path, preset:
 
 
 @pytest.mark.parametrize("scales", ["search", "weighted"])
-def test_the_size_of_the_pieces_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scales: str) -> None:
+def test_the_size_of_the_pieces_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scales: str
+) -> None:
     source = Checkpoint(make_checkpoint(tmp_path))
     whole = rounded(source, NAME, "llama3.2", scales)
     for chunk in (1, 1000, 5000):

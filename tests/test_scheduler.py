@@ -202,7 +202,9 @@ def test_sequences_that_do_not_fit_wait_and_those_that_never_will_are_refused(di
     assert all(name in str(caught.value) for name in ("--max-tokens", "--context", "--kv-cache int8"))
 
 
-@pytest.mark.parametrize("options", [{"max_sequences": 0}, {"cache_memory": 0}, {"prefix_cache": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"max_sequences": 0}, {"cache_memory": 0}, {"prefix_cache": -1}], ids=str
+)
 def test_impossible_limits_are_refused(directory: Path, options: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         make(directory, **options)

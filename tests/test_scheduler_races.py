@@ -100,7 +100,9 @@ def test_an_interrupted_submission_leaves_no_request(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("is_marked", [False, True])
-def test_an_interrupt_after_the_end_is_no_error(llm: LLM, is_marked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_after_the_end_is_no_error(
+    llm: LLM, is_marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Generation is there; whether the sequence is marked as over or not yet."""
     original, fail = _Sequence.finish, once(interrupt)
 

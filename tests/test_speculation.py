@@ -258,7 +258,9 @@ def test_spikes_count_little_and_refusals_are_forgiven() -> None:
     assert slow.best_length(1, [(1, 0.5)]) == 0
 
 
-def test_drafting_stops_where_it_costs_too_much_and_comes_back(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafting_stops_where_it_costs_too_much_and_comes_back(
+    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every draft is right. First each row costs two steps more, then nothing."""
     add, cost = StepTimes.add, {"row": 2.0}
     monkeypatch.setattr(StepTimes, "add", lambda self, n, _: add(self, n, 1.0 + cost["row"] * (n - 1)))

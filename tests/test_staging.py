@@ -33,7 +33,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_places_that_cannot_be_written(source: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").touch()
-    for out, code in ((tmp_path / "file" / "out", 2), (tmp_path / "no" / "such" / "out", 2), (Path("/proc/out"), 1)):
+    for out, code in (
+        (tmp_path / "file" / "out", 2),
+        (tmp_path / "no" / "such" / "out", 2),
+        (Path("/proc/out"), 1),
+    ):
         assert run("quantize", source, "-o", out) == code
         assert str(out.parent) in one_line(capsys)
     if os.geteuid():  # root may write anywhere
@@ -80,7 +84,9 @@ def test_a_limit_on_file_size_leaves_nothing(source: Path, tmp_path: Path, limit
 @contextlib.contextmanager
 def small_disk(where: Path, size: str) -> Iterator[Path]:
     where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], capture_output=True
+    ).returncode:
         pytest.skip("a small file system can be mounted by root alone")
     try:
         yield where
@@ -89,7 +95,9 @@ def small_disk(where: Path, size: str) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
-def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    source: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with small_disk(tmp_path / "disk", "128k") as disk:
         assert run("quantize", source, "-o", disk / "out") == 1
         assert "free on its disk" in one_line(capsys)
@@ -150,7 +158,9 @@ def test_a_run_that_is_alive_keeps_its_directory(source: Path, tmp_path: Path) -
         shutil.rmtree(tmp_path / "out")
 
 
-def test_a_model_moved_aside_by_a_killed_overwrite_comes_back(source: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_model_moved_aside_by_a_killed_overwrite_comes_back(
+    source: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "out"
     assert run("quantize", source, "-o", out, "--json") == 0
     out.rename(tmp_path / ".out.replaced-123")

@@ -11,9 +11,9 @@ transformers = pytest.importorskip("transformers", reason="the twin is made with
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from stress_embedded import calibration_tokens, fold_norms, stress  # noqa: E402
 
+from llamita.engine.llm import load  # noqa: E402
 from llamita.evaluate.scores import Contender, score_text  # noqa: E402
-from llamita.imports.open import resolve  # noqa: E402
-from llamita.loading import load
+from llamita.models.checkpoint import resolve  # noqa: E402
 
 EXACT = 1e-6  # nats a token: FP32 stores what float64 computed
 TOKENS = 1024
@@ -35,7 +35,9 @@ def make_twin(embedded: tuple[Path, str], parts: set[str], out: Path) -> Path:
 
 
 @pytest.mark.parametrize("parts", [{"basis"}, {"pairs"}, {"basis", "pairs"}], ids=["basis", "pairs", "both"])
-def test_same_function_but_harder_to_round(embedded: tuple[Path, str], parts: set[str], tmp_path: Path) -> None:
+def test_same_function_but_harder_to_round(
+    embedded: tuple[Path, str], parts: set[str], tmp_path: Path
+) -> None:
     path, text = embedded
     twin = make_twin(embedded, parts, tmp_path / "twin")
     contenders = [

@@ -49,7 +49,12 @@ def test_the_safetensors_package_reads_what_we_write(tmp_path: Path) -> None:
 
 
 def test_we_read_what_the_safetensors_package_writes(tmp_path: Path) -> None:
-    extra = {**TENSORS, "scalar": np.array(3.5), "empty": np.zeros((0, 4), np.float16), "flag": np.array([True])}
+    extra = {
+        **TENSORS,
+        "scalar": np.array(3.5),
+        "empty": np.zeros((0, 4), np.float16),
+        "flag": np.array([True]),
+    }
     safetensors.numpy.save_file(extra, tmp_path / "x.safetensors", metadata={"format": "np"})
     file = TensorFile(tmp_path / "x.safetensors")
     assert file.tensors.keys() == extra.keys()
@@ -58,9 +63,15 @@ def test_we_read_what_the_safetensors_package_writes(tmp_path: Path) -> None:
     file.close()
 
 
-@given(st.lists(st.tuples(st.sampled_from(["F32", "BF16", "I8"]), st.integers(1, 5), st.integers(1, 5)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["F32", "BF16", "I8"]), st.integers(1, 5), st.integers(1, 5)), max_size=5
+    )
+)
 @settings(max_examples=30, deadline=None)
-def test_what_is_written_in_pieces_is_read_as_a_whole(tmp_path_factory: pytest.TempPathFactory, shapes: list) -> None:
+def test_what_is_written_in_pieces_is_read_as_a_whole(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list
+) -> None:
     rng = np.random.default_rng(0)
     shapes = sorted(shapes, key=lambda s: ["F32", "BF16", "I8"].index(s[0]))  # keeps every tensor aligned
     declared = {f"t{i}": (dtype, (rows, columns)) for i, (dtype, rows, columns) in enumerate(shapes)}
@@ -71,7 +82,9 @@ def test_what_is_written_in_pieces_is_read_as_a_whole(tmp_path_factory: pytest.T
         for row in range(len(array)):
             writer.write(name, array[row : row + 1])
     assert writer.finish() == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert path.stat().st_size == writer.size == header_bytes(declared) + sum(a.nbytes for a in arrays.values())
+    assert (
+        path.stat().st_size == writer.size == header_bytes(declared) + sum(a.nbytes for a in arrays.values())
+    )
     file = TensorFile(path)
     for name, array in arrays.items():
         np.testing.assert_array_equal(file.read(name), array)
@@ -129,7 +142,9 @@ def test_a_tensor_that_is_not_aligned_is_copied(tmp_path: Path) -> None:
         (b'{"a":' * 100_000, b"", "deeply"),
     ],
 )
-def test_a_header_that_breaks_a_rule_is_refused(tmp_path: Path, header: Any, data: bytes, message: str) -> None:
+def test_a_header_that_breaks_a_rule_is_refused(
+    tmp_path: Path, header: Any, data: bytes, message: str
+) -> None:
     path = raw(tmp_path / "x.safetensors", header, data)
     with pytest.raises(InputError, match=message) as error:
         TensorFile(path)

@@ -20,8 +20,9 @@ def work(): n.swiglu(x, out)
 
 def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
-    )
+        [sys.executable, "-c", program], env={**os.environ, **variables}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
 
 
 def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from real_tokenizers import write_llama2, write_llama3
 from tiny import make_checkpoint
 
 from llamita.errors import InputError
-from llamita.imports.open import resolve
+from llamita.models.checkpoint import resolve
 from llamita.models.config import ModelConfig
 from llamita.text.tokenizer import Detokenizer, Tokenizer, _one_line, _sentencepiece_bytes
 
@@ -163,7 +163,9 @@ def test_ids_without_a_token_are_silent(llama3: Path) -> None:
         ({"tokenizer.json": '{"model": {"type": "Nonsense"}}'}, "tokenizers library"),
     ],
 )
-def test_a_missing_or_broken_tokenizer_is_one_clear_line(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+def test_a_missing_or_broken_tokenizer_is_one_clear_line(
+    tmp_path: Path, files: dict[str, str], expected: str
+) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=expected) as error:
@@ -209,7 +211,9 @@ Panic.__name__ = "PanicException"
 @pytest.mark.parametrize(
     ("raised", "expected"), [(Panic("a\nb"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
-def test_a_panic_is_an_error_and_an_interrupt_is_not(raised: BaseException, expected: type[BaseException]) -> None:
+def test_a_panic_is_an_error_and_an_interrupt_is_not(
+    raised: BaseException, expected: type[BaseException]
+) -> None:
     with pytest.raises(expected) as error, _one_line("here"):
         raise raised
     assert "\n" not in str(error.value)

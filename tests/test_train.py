@@ -11,15 +11,14 @@ from tiny import make_checkpoint
 import llamita
 from llamita.errors import InputError
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint
+from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import bf16_to_f32
 from llamita.numerics.affine import dequantize as dequantized
 from llamita.numerics.affine import quantize_activations as activations
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource
 from llamita.train.examples import IGNORED, Windows
 from llamita.train.recipe import Recipe, Stage, change, parse_recipe
 
@@ -78,7 +77,9 @@ def test_a_layer_computes_what_its_codes_and_the_rounded_input_say() -> None:
     assert codes.min() >= -8
     assert codes.max() <= 7
     a, a_scales, zeros = activations(x)
-    expected = dequantized(a, a_scales, zeros).astype(np.float64) @ dequantized(codes, scales).astype(np.float64).T
+    expected = (
+        dequantized(a, a_scales, zeros).astype(np.float64) @ dequantized(codes, scales).astype(np.float64).T
+    )
     found = layer(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -213,7 +214,8 @@ def test_training_in_float_lowers_the_loss_and_saves_a_checkpoint(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("family", "start"), [("llama3", "rtn"), ("llama32", "rtn"), ("llama3", "llamita"), ("llama32", "llamita")]
+    ("family", "start"),
+    [("llama3", "rtn"), ("llama32", "rtn"), ("llama3", "llamita"), ("llama32", "llamita")],
 )
 def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
     tmp_path: Path, family: str, start: str
@@ -242,7 +244,9 @@ def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
     with torch.no_grad():
         expected = trained.model.eval()(input_ids=torch.from_numpy(ids)).logits[0].numpy()
     found = llamita.load(out).logits([int(i) for i in ids[0]])
-    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()  # one activation may round the other way
+    assert (
+        np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    )  # one activation may round the other way
 
 
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +278,9 @@ def test_rounding_begins_after_the_given_steps(tmp_path: Path) -> None:
     late = finetune.train(job_of(path, tmp_path / "late", recipe_of(quantized=True, fake_quant_after=3)))
     plain = finetune.train(job_of(path, tmp_path / "plain", recipe_of()))
     losses = [[row["loss"] for row in run.history if "loss" in row] for run in (late, plain)]
-    np.testing.assert_allclose(losses[0][:3], losses[1][:3], rtol=0.02)  # weights beyond the last code begin at it
+    np.testing.assert_allclose(
+        losses[0][:3], losses[1][:3], rtol=0.02
+    )  # weights beyond the last code begin at it
     assert losses[0][3] != pytest.approx(losses[1][3], abs=1e-4)  # rounded
     with pytest.raises(InputError, match="fake_quant_after: expected less than its 4 steps, got 4"):
         finetune.train(job_of(path, tmp_path / "never", recipe_of(quantized=True, fake_quant_after=4)))
@@ -300,7 +306,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("llamita.train.trainer.loss_sum", poisoned)
     job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
-    with pytest.raises(InputError, match="expected a finite loss, got nan at step 1; try --set learning_rate="):
+    with pytest.raises(
+        InputError, match="expected a finite loss, got nan at step 1; try --set learning_rate="
+    ):
         finetune.train(job)
 
 

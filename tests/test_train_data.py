@@ -35,7 +35,10 @@ def written(path: Path, text: str) -> Path:
 def test_json_lines_are_records_named_by_their_line(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", '{"text": "é\u2028x"}\n\n{"text": "b"}\n')
     found = list(read_records(path))
-    assert [(r.place, r.values["text"]) for r in found] == [("a.jsonl: line 1", "é\u2028x"), ("a.jsonl: line 3", "b")]
+    assert [(r.place, r.values["text"]) for r in found] == [
+        ("a.jsonl: line 1", "é\u2028x"),
+        ("a.jsonl: line 3", "b"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +236,9 @@ def test_long_texts_are_divided_and_every_token_is_learned(bos: int | None) -> N
     assert note == "1 of 1 examples are texts of more than 8 tokens: divided (a.txt)"
     assert max(len(e.ids) for e in kept) == 8
     parts = [list(map(int, e.ids)) for e in kept]
-    assert [t for part in parts for t in (part if bos is None else part[1:])] == list(range(1 + (bos or 0), 21))
+    assert [t for part in parts for t in (part if bos is None else part[1:])] == list(
+        range(1 + (bos or 0), 21)
+    )
     if bos:
         assert all(part[0] == bos for part in parts)
 

@@ -21,7 +21,9 @@ def test_weights_gradients_and_moments_are_sixteen_bytes_a_weight() -> None:
 
 
 def test_adapters_need_a_quarter_and_a_teacher_more() -> None:
-    full, adapters = (change(read_recipe(name), ["length=2", "batch=1", "micro_batch=1"]) for name in ("sft", "lora"))
+    full, adapters = (
+        change(read_recipe(name), ["length=2", "batch=1", "micro_batch=1"]) for name in ("sft", "lora")
+    )
     assert 0.25 < gigabytes("llama-3.2-3b", adapters) / gigabytes("llama-3.2-3b", full) < 0.30
     alone, taught = (change(read_recipe("qat"), [f"distill={share}"]) for share in (0, 0.5))
     more = gigabytes("llama-3.2-3b", taught) - gigabytes("llama-3.2-3b", alone)
@@ -30,6 +32,8 @@ def test_adapters_need_a_quarter_and_a_teacher_more() -> None:
 
 def test_rounding_and_longer_rows_need_more() -> None:
     plain, rounded = read_recipe("sft"), change(read_recipe("qat"), ["distill=0"])
-    assert gigabytes("llama-3.2-1b", rounded, on_gpu=False) > gigabytes("llama-3.2-1b", plain, on_gpu=False) + 4
+    assert (
+        gigabytes("llama-3.2-1b", rounded, on_gpu=False) > gigabytes("llama-3.2-1b", plain, on_gpu=False) + 4
+    )
     longer = change(plain, ["length=2048"])
     assert gigabytes("llama-3.2-1b", longer) > gigabytes("llama-3.2-1b", plain) + 6  # logits above all

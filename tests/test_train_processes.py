@@ -160,7 +160,18 @@ def test_two_processes_with_parts_go_on_where_one_was_stopped(
 def test_a_mistake_is_told_once(model: Path, data: Path, tmp_path: Path) -> None:
     code, out, err = finished(
         started(
-            2, "-m", "llamita", "finetune", model, "--data", data, "-o", tmp_path / "out", *SMALL, "--set", "rank=0"
+            2,
+            "-m",
+            "llamita",
+            "finetune",
+            model,
+            "--data",
+            data,
+            "-o",
+            tmp_path / "out",
+            *SMALL,
+            "--set",
+            "rank=0",
         )
     )
     assert code != 0
@@ -228,7 +239,12 @@ def test_each_process_holds_half_and_what_is_kept_is_whole(model: Path, tmp_path
 @pytest.fixture
 def third_of_three(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment that torchrun gives the last of three processes."""
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "0"}.items():
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": "3",
+        "RANK": "2",
+        "LOCAL_RANK": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
 
@@ -245,8 +261,9 @@ def third_of_three(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ],
 )  # fmt: skip
 def test_what_several_processes_cannot_do_is_refused(
-    model: Path, data: Path, tmp_path: Path, capsys: Any, third_of_three: Any, options: tuple[str, ...], told: str
-) -> None:
+    model: Path, data: Path, tmp_path: Path, capsys: Any, third_of_three: Any,
+    options: tuple[str, ...], told: str,
+) -> None:  # fmt: skip
     assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 2
     assert told in one_line(capsys)
 

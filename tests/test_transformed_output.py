@@ -9,18 +9,15 @@ import pytest
 from command import one_line, run
 from tiny import make_checkpoint
 
-from llamita.engine.llm import LLM
+from llamita.engine.llm import LLM, load
 from llamita.errors import InputError
-from llamita.imports.open import open_source
-from llamita.loading import load
 from llamita.methods.chain import parse_chain, transform
 from llamita.methods.setup import Setup, parse_settings
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed import METADATA
+from llamita.models.packed import METADATA, open_source
 from llamita.numerics.affine import to_f32
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource, quantize
 
 OFFLINE = {"spinquant.steps": 0, "spinquant.online": False}
 TOKENS = np.arange(40, dtype=np.int32) * 7 % 300
@@ -65,7 +62,8 @@ def test_the_command_records_settings(tmp_path: Path, capsys: Any) -> None:
     assert values["method"] == "equalize"
     assert run("verify", tmp_path / "out", "--json") == 0
     capsys.readouterr()
-    assert run("quantize", source, "-o", tmp_path / "two", "--set", "equalize.rate=1", "--method", "equalize") == 2
+    assert run("quantize", source, "-o", tmp_path / "two", "--set", "equalize.rate=1", "--method",
+               "equalize") == 2  # fmt: skip
     assert "equalize.rate: expected no settings" in one_line(capsys)
     assert run("quantize", source, "-o", tmp_path / "two", "--no-online") == 2
     assert "expected a method with spinquant, got rtn" in one_line(capsys)

@@ -14,14 +14,12 @@ import torch
 from torch_forward import logits_of
 
 from llamita.errors import InputError
-from llamita.imports.open import resolve
 from llamita.methods import equalize, learn_rotations, spinquant
 from llamita.methods.online import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.transformed import TransformedSource
-from llamita.models.weights import FloatSource
+from llamita.models.checkpoint import Checkpoint, resolve
+from llamita.models.transformed import FloatSource, TransformedSource, rotations_of
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import fast_hadamard
 
@@ -63,7 +61,7 @@ def assert_same_function(source: FloatSource, changed: FloatSource) -> None:
 def test_rotations_keep_the_function(tmp_path: Path, name: str, rotations: str) -> None:
     source = model(tmp_path, name)
     rotated = spinquant.transform(source, setup_of(steps=0, rotations=rotations))
-    assert rotated.rotations.names == tuple(rotations.split(","))
+    assert rotations_of(rotated).names == tuple(rotations.split(","))
     down = "model.layers.0.mlp.down_proj"
     changed = not np.array_equal(to_f32(rotated.weight(down)), to_f32(source.weight(down)))
     assert changed == (rotations != "R2")
@@ -74,8 +72,8 @@ def test_rotations_keep_the_function(tmp_path: Path, name: str, rotations: str) 
 def test_without_online_operations_a_plain_llama_is_left(tmp_path: Path, name: str) -> None:
     source = model(tmp_path, name)
     rotated = spinquant.transform(source, setup_of(steps=0, online=False))
-    assert not rotated.rotations.is_online
-    assert rotated.rotations.names == ("R1", "R2")
+    assert not rotations_of(rotated).is_online
+    assert rotations_of(rotated).names == ("R1", "R2")
     assert not rotated.config.tied
     assert rotated.hf_config["tie_word_embeddings"] is False
     assert rotated.info("lm_head.weight").shape == source.info("model.embed_tokens.weight").shape
@@ -86,7 +84,7 @@ def test_tied_tables_stay_tied(tmp_path: Path) -> None:
     source = model(tmp_path, "tied")
     rotated = spinquant.transform(source, setup_of(steps=0))
     assert rotated.config.tied
-    transform = rotated.rotations.head_transform
+    transform = rotations_of(rotated).head_transform
     assert transform is not None
     np.testing.assert_allclose(transform, transform.T, atol=1e-6)
     gamma = source.vector("model.norm.weight")
@@ -193,13 +191,17 @@ def test_sizes_without_a_hadamard_matrix_are_refused_by_name(tmp_path: Path) -> 
 # ---- learning ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("tied", "float32"), ("biases", "float32"), ("tied", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("tied", "float32"), ("biases", "float32"), ("tied", "bfloat16")]
+)
 def test_learned_rotations_are_rotations_and_lower_the_loss(tmp_path: Path, name: str, dtype: str) -> None:
     source = model(tmp_path, name)
     tokens = tokens_of(source, samples=4, length=32)
     settings = {"steps": 6, "batch": 4, "loss": "kl", "weights": 32, "lr": 0.1, "dtype": dtype}
     first = spinquant.random_rotations(source, SpinQuantSettings(), 0)
-    learned = learn_rotations.learn(source, first, SpinQuantSettings(**settings), setup_of(tokens=tokens, **settings))
+    learned = learn_rotations.learn(
+        source, first, SpinQuantSettings(**settings), setup_of(tokens=tokens, **settings)
+    )
     assert learned.r1 is not None
     assert learned.r2 is not None
     np.testing.assert_allclose(learned.r1 @ learned.r1.T, np.eye(source.config.hidden_size), atol=1e-12)

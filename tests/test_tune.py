@@ -15,7 +15,7 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.affine import bf16_to_f32, dequantize, f32_to_bf16
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource
 
 torch = pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
 pytest.importorskip("transformers", reason="calibrated methods are on the Torch side")

@@ -17,13 +17,11 @@ import llamita
 from llamita import _native
 from llamita.engine import model as model_module
 from llamita.engine.llm import LLM
-from llamita.imports.open import resolve
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.weights import Int4Weight, Int8Weight
+from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight, resolve
 from llamita.numerics.affine import to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.rounded import RoundedSource
+from llamita.quantize.pipeline import RoundedSource
 
 torch = pytest.importorskip("torch", reason="the oracle is a fake-quantized Torch model")
 transformers = pytest.importorskip("transformers", reason="the oracle is a fake-quantized Torch model")

@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llamita.formats.safetensors import TensorWriter
+from llamita.models.checkpoint import linear_names, table_names, vector_names
 from llamita.models.config import ModelConfig
-from llamita.models.names import linear_names, table_names, vector_names
 from llamita.numerics.affine import f32_to_bf16
 
 _COMMON = {

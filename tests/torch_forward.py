@@ -9,8 +9,8 @@ from llamita.methods import rtn
 from llamita.methods.activations import quantize_activations
 from llamita.methods.blocks import Block, llama_config, rotary_tables
 from llamita.methods.online import online_transform
-from llamita.models.names import linear_names
-from llamita.models.weights import FloatSource
+from llamita.models.checkpoint import linear_names
+from llamita.models.transformed import FloatSource, rotations_of
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
 
@@ -34,7 +34,7 @@ class _Rounded:
 
 def logits_of(source: FloatSource, tokens: np.ndarray, scheme: QuantScheme | None = None) -> torch.Tensor:
     """float32 (samples, length, vocab) of tokens (samples, length)."""
-    config, rotations = source.config, source.rotations
+    config, rotations = source.config, rotations_of(source)
     model: Any = source if scheme is None else _Rounded(source, scheme)
     activations = None if scheme is None else quantize_activations
     llama = llama_config(config)
