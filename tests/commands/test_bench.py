@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 from command import assert_nothing_is_left, one_line, run
-from tiny import CONFIGS, make_checkpoint
+from packed_models import pack
+from tiny import CONFIGS
 
 from llamita import _native
 from llamita.bench import run as bench_run
 from llamita.bench import shapes
 from llamita.bench.worker import _State
 from llamita.commands import bench as command
-from llamita.models.checkpoint import Checkpoint
-from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
 
 QUICK = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2")
 METRICS = {"prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds", "load_seconds",
@@ -33,9 +31,7 @@ def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    source = make_checkpoint(tmp_path / "src")
-    quantize(Checkpoint(source), "src", tmp_path / "out", make_scheme("llama3.2"))
-    return tmp_path / "out"
+    return pack(tmp_path)
 
 
 def results(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 from command import one_line, run
+from packed_models import write_base_and_packed
 from tiny import make_checkpoint
 
 from llamita import cli
 from llamita.errors import InputError, RunError
 from llamita.evaluate.report import check_target, write
-from llamita.models.checkpoint import Checkpoint
-from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
 
 SENTENCE = "The rain fell in torrents, except at occasional intervals. "
 HOSTILE = "<script>alert(1)<script>&\"'\x1b[31m"  # a directory may have this name
@@ -27,10 +25,7 @@ VOID = {"meta", "line", "rect", "path"}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A float model, two quantized ones, one of them with a hostile name, and a text."""
-    root = tmp_path_factory.mktemp("compare")
-    source = make_checkpoint(root / "base")
-    for group in (128, 32):
-        quantize(Checkpoint(source), str(source), root / f"g{group}", make_scheme("arm", group))
+    root = write_base_and_packed(tmp_path_factory.mktemp("compare"), "arm")
     shutil.copytree(root / "g32", root / HOSTILE)
     (root / "text.txt").write_text(SENTENCE * 10)
     return root

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_checkpoint
+from command import run as run_command
+from packed_models import write_base_and_packed
 
-from llamita import cli
 from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
@@ -23,21 +23,14 @@ SENTENCE = (
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A float model, two quantized ones and a text."""
-    root = tmp_path_factory.mktemp("evaluate")
-    source = make_checkpoint(root / "base")
-    for group in (128, 32):
-        quantize(Checkpoint(source), str(source), root / f"g{group}", make_scheme("arm", group))
+    root = write_base_and_packed(tmp_path_factory.mktemp("evaluate"), "arm")
     (root / "text.txt").write_text(SENTENCE * 12)
     return root
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `llamita evaluate`."""
-    code = 0
-    try:
-        cli.main(["evaluate", *map(str, arguments)])
-    except SystemExit as error:
-        code = int(error.code or 0)
+    code = run_command("evaluate", *arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

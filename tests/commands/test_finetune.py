@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import one_line, run
+from jsonl import write_jsonl
 from tiny import make_checkpoint
 
 import llamita
@@ -28,9 +29,7 @@ def data(tmp_path: Path) -> Path:
     """Forty short examples, and one that is too long."""
     lines = [{"prompt": f"say {i}", "completion": f"{i} {i}"} for i in range(40)]
     lines.append({"prompt": "long " * 40, "completion": "x"})
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    return path
+    return write_jsonl(tmp_path / "data.jsonl", lines)
 
 
 def test_a_dry_run_shows_data_and_steps(model: Path, data: Path, capsys: Any) -> None:

@@ -6,44 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_files import LINEARS, PROMPT, make_adapter, read_adapter_tensors, replace_adapter_tensors
 from command import one_line, run
-from tiny import make_checkpoint, write_file
+from tiny import make_checkpoint
 
 import llamita
 from llamita import _native as ops
-from llamita.engine.adapters import CONFIG, FUSED, WEIGHTS, load_adapter
+from llamita.engine.adapters import FUSED, load_adapter
 from llamita.engine.requests import Generation
 from llamita.errors import InputError
-from llamita.formats.safetensors import TensorFile
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
-from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
+from llamita.numerics.affine import bf16_to_f32
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
-
-LINEARS = [name for names in FUSED.values() for name in names]
-PROMPT = list(range(2, 40))
-
-
-def make_adapter(
-    directory: Path, model: Path, seed: int = 0, rank: int = 4, targets: list[str] = LINEARS, **settings: Any
-) -> Path:
-    """Random adapters of BF16 for a tiny model, in PEFT's form."""
-    config, random = Checkpoint(model).config, np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(config.layers):
-        for name in targets:
-            rows, columns = config.linear_shapes()[name]
-            prefix = f"base_model.model.model.layers.{layer}.{name}"
-            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-                values = random.normal(0, 0.1, shape).astype(np.float32)
-                tensors[f"{prefix}.lora_{part}.weight"] = f32_to_bf16(values)
-    directory.mkdir()
-    plain = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "task_type": "CAUSAL_LM",
-             "target_modules": sorted({name.split(".")[1] for name in targets})}  # fmt: skip
-    (directory / CONFIG).write_text(json.dumps(plain | settings))
-    write_file(directory / WEIGHTS, tensors, "BF16")
-    return directory
 
 
 @pytest.fixture
@@ -58,7 +34,7 @@ def test_a_layers_part_is_that_of_its_formula(model: Path, tmp_path: Path, isa: 
     config = Checkpoint(model).config
     path = make_adapter(tmp_path / "a", model)
     adapter = load_adapter("a", path, config)
-    stored = {name: bf16_to_f32(v).astype(np.float64) for name, v in _tensors(path).items()}
+    stored = {name: bf16_to_f32(v).astype(np.float64) for name, v in read_adapter_tensors(path).items()}
     random = np.random.default_rng(1)
     for fused, names in FUSED.items():
         shapes = [config.linear_shapes()[name] for name in names]
@@ -114,11 +90,6 @@ def test_outputs_beside_an_adapters_stay_as_they_are(dtype: type, rows: int) -> 
     np.testing.assert_allclose(out[:, 2 : 2 + rows], 7.0 + added, rtol=1e-5, atol=1e-5)
     assert (out[:, :2] == 7.0).all()
     assert (out[:, 2 + rows :] == 7.0).all()
-
-
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    file = TensorFile(path / WEIGHTS)
-    return {name: file.read(name) for name in file.tensors}
 
 
 @pytest.mark.parametrize("targets", [LINEARS, ["self_attn.v_proj", "mlp.up_proj"]])
@@ -223,12 +194,11 @@ def test_rank_stabilized_adapters_have_their_own_scaling(model: Path, tmp_path: 
 def test_broken_adapters_are_refused(model: Path, tmp_path: Path) -> None:
     config = Checkpoint(model).config
     path = make_adapter(tmp_path / "a", model)
-    tensors = _tensors(path)
+    tensors = read_adapter_tensors(path)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
     def refused(changed: dict[str, np.ndarray]) -> str:
-        (path / WEIGHTS).unlink()
-        write_file(path / WEIGHTS, changed, "BF16")
+        replace_adapter_tensors(path, changed)
         with pytest.raises(InputError) as caught:
             load_adapter("a", path, config)
         return str(caught.value)

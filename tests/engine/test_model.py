@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distances import relative_error
 from tiny import make_checkpoint
 
 import llamita
@@ -61,10 +62,6 @@ def oracle(directory: Path, ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
-def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
 def random_ids(vocab_size: int, count: int = TOKENS) -> np.ndarray:
     return np.random.default_rng(1).integers(0, vocab_size, count)
 
@@ -75,7 +72,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, family, dtype="F32", **overrides)
     llm = llamita.load(tmp_path)
     ids = random_ids(llm.config.vocab_size)
-    assert relative_difference(llm.logits(ids), oracle(tmp_path, ids)) <= TOLERANCE
+    assert relative_error(llm.logits(ids), oracle(tmp_path, ids)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -83,13 +80,13 @@ def test_half_precision_weights_are_taken_as_they_are(dtype: str, tmp_path: Path
     make_checkpoint(tmp_path, "llama32", dtype=dtype, attention_bias=True, shards=3)
     llm = llamita.load(tmp_path)
     ids = random_ids(llm.config.vocab_size, 40)
-    assert relative_difference(llm.logits(ids), oracle(tmp_path, ids)) <= TOLERANCE
+    assert relative_error(llm.logits(ids), oracle(tmp_path, ids)) <= TOLERANCE
 
 
 def test_the_embedded_model_is_that_of_transformers() -> None:
     llm = llamita.load("embedded")
     ids = np.array(llm.tokenizer.encode("Once upon a time there was a dog. " * 20))
-    assert relative_difference(llm.logits(ids), oracle(llm.path, ids)) <= TOLERANCE
+    assert relative_error(llm.logits(ids), oracle(llm.path, ids)) <= TOLERANCE
 
 
 def test_keys_and_values_in_fewer_bits_change_little(tmp_path: Path) -> None:
@@ -98,8 +95,8 @@ def test_keys_and_values_in_fewer_bits_change_little(tmp_path: Path) -> None:
     bytewise, halves, whole = (
         llamita.load(tmp_path, kv_dtype=kv).logits(ids) for kv in ("int8", "f16", "f32")
     )
-    assert 0 < relative_difference(halves, whole) < 5e-3
-    assert relative_difference(halves, whole) < relative_difference(bytewise, whole) < 5e-2
+    assert 0 < relative_error(halves, whole) < 5e-3
+    assert relative_error(halves, whole) < relative_error(bytewise, whole) < 5e-2
 
 
 ROPES = {

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import Watched, ids_of, plain
+from generations import Watched, endless, ids_of, plain
 from tiny import make_checkpoint
 
-import llamita
 from llamita.engine import scheduler
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM
@@ -22,9 +21,7 @@ ROPE = {"rope_type": "dynamic", "factor": 4.0}
 
 
 def make(directory: Path, **options: Any) -> LLM:
-    llm = llamita.load(directory, preset="llama3.2", **options)
-    llm.tokenizer.eos_token_ids = ()
-    return llm
+    return endless(directory, preset="llama3.2", **options)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import mutate_value, outcome
+from distances import relative_error
+from packed_models import assert_same_weight, pack_rotated, reseal
 from rotated import RotatedCheckpoint
-from test_fuzz_files import mutate_value, outcome
-from test_packed import assert_same_weight, reseal
 from tiny import make_checkpoint
 
 from llamita.bench.plan import describe
@@ -25,7 +26,7 @@ from llamita.models.verify import verify
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import RoundedSource, quantize
+from llamita.quantize.pipeline import RoundedSource
 
 R1, R4, BOTH = ("R1",), ("R4",), ("R1", "R4")
 IDS = np.random.default_rng(3).integers(0, 320, 90)
@@ -34,17 +35,6 @@ TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order make 2e-
 
 def logits(source: Any, **options: Any) -> np.ndarray:
     return LLM(source, **options).logits(IDS)
-
-
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def pack(folder: Path, names: tuple[str, ...] = BOTH, preset: str = "llama3.2", family: str = "llama32",
-         **checkpoint: Any) -> Path:  # fmt: skip
-    source = RotatedCheckpoint(make_checkpoint(folder / "src", family, **checkpoint), names)
-    quantize(source, "src", folder / "out", make_scheme(preset))
-    return folder / "out"
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -61,11 +51,11 @@ def test_rotations_leave_the_function_as_it_was(
     rotated = RotatedCheckpoint(tmp_path, names)
     assert rotated.rotations.is_online == ("R4" in names or family == "llama32")
     expected = logits(Checkpoint(tmp_path))
-    assert difference(logits(rotated), expected) < TOLERANCE
+    assert relative_error(logits(rotated), expected) < TOLERANCE
     without = RotatedCheckpoint(tmp_path, names)
     without.rotations = Rotations()
     if rotated.rotations.is_online:  # the test can fail
-        assert difference(logits(without), expected) > 0.01
+        assert relative_error(logits(without), expected) > 0.01
 
 
 @pytest.mark.parametrize("preset", ["llama3.2", "arm"])
@@ -73,14 +63,14 @@ def test_quantized_they_stay_near(tmp_path: Path, preset: str) -> None:
     make_checkpoint(tmp_path, "llama32", dtype="F32")
     rotated, scheme = RotatedCheckpoint(tmp_path), make_scheme(preset)
     expected = logits(Checkpoint(tmp_path))
-    plain = difference(logits(RoundedSource(Checkpoint(tmp_path), scheme)), expected)
-    assert difference(logits(RoundedSource(rotated, scheme)), expected) < 2 * plain
+    plain = relative_error(logits(RoundedSource(Checkpoint(tmp_path), scheme)), expected)
+    assert relative_error(logits(RoundedSource(rotated, scheme)), expected) < 2 * plain
 
 
 def test_a_transform_in_bf16_changes_little(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama32", dtype="F32")
     whole, halves = (logits(RotatedCheckpoint(tmp_path, R1, dtype)) for dtype in ("F32", "BF16"))
-    assert 0 < difference(halves, whole) < 5e-3
+    assert 0 < relative_error(halves, whole) < 5e-3
 
 
 def test_chunks_and_company_change_no_bit(tmp_path: Path) -> None:
@@ -111,7 +101,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("preset", "names"), [("llama3.2", BOTH), ("arm", R1), ("llama3.2", R4)])
 def test_what_is_written_is_read(tmp_path: Path, preset: str, names: tuple[str, ...]) -> None:
-    out = pack(tmp_path, names, preset)
+    out = pack_rotated(tmp_path, names, preset)
     packed, checkpoint = PackedModel(out), RotatedCheckpoint(tmp_path / "src", names)
     rounded = RoundedSource(checkpoint, make_scheme(preset))
     assert packed.rotations == rounded.rotations == checkpoint.rotations
@@ -129,21 +119,21 @@ def test_what_is_written_is_read(tmp_path: Path, preset: str, names: tuple[str, 
 
 def test_a_transform_may_be_stored_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamita.quantize.pipeline.stored_rotations", lambda rotations: rotations)
-    found = PackedModel(pack(tmp_path, R1)).rotations.head_transform
+    found = PackedModel(pack_rotated(tmp_path, R1)).rotations.head_transform
     assert found is not None
     np.testing.assert_array_equal(found, RotatedCheckpoint(tmp_path / "src", R1).rotations.head_transform)
     assert found.dtype == np.float32
 
 
 def test_merged_rotations_alone_leave_a_plain_llama(tmp_path: Path) -> None:
-    out = pack(tmp_path, R1, "arm", "llama3")
+    out = pack_rotated(tmp_path, R1, "arm", "llama3")
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
     assert PackedModel(out).rotations == Rotations(R1)
     assert TRANSFORM not in (out / "model.safetensors").read_bytes()[:20_000].decode("latin1")
 
 
 def test_sizes_and_work_count_the_transform(tmp_path: Path) -> None:
-    out = pack(tmp_path, R1)
+    out = pack_rotated(tmp_path, R1)
     packed, model = PackedModel(out), describe(str(out))
     assert (model.transform, packed.scheme) == ("BF16", model.scheme)
     assert packed.scheme
@@ -169,7 +159,7 @@ def test_sizes_and_work_count_the_transform(tmp_path: Path) -> None:
 def test_rotations_that_cannot_be_run_are_refused_by_name(
     tmp_path: Path, rotations: Any, message: str
 ) -> None:
-    out = pack(tmp_path)
+    out = pack_rotated(tmp_path)
     reseal(out, rotations=rotations)
     with pytest.raises(InputError, match=message):
         PackedModel(out)
@@ -177,17 +167,17 @@ def test_rotations_that_cannot_be_run_are_refused_by_name(
 
 
 def test_a_transform_is_expected_with_r1_and_tied_tables(tmp_path: Path) -> None:
-    out = pack(tmp_path, R4)
+    out = pack_rotated(tmp_path, R4)
     reseal(out, rotations=[{"name": "R1"}, {"name": "R4", "size": 256}])
     with pytest.raises(InputError, match=r"lm_head.transform: expected by .* missing"):
         PackedModel(out)
 
 
 def test_a_size_without_a_matrix_is_refused(tmp_path: Path) -> None:
-    out = pack(tmp_path, (), intermediate_size=32 * 9)  # 36 · 8
+    out = pack_rotated(tmp_path, (), intermediate_size=32 * 9)  # 36 · 8
     reseal(out, rotations=[{"name": "R4", "size": 288}])
     assert PackedModel(out).rotations.r4_size == 288
-    out = pack(tmp_path / "2", (), intermediate_size=32 * 257)  # 1028 · 8: a matrix too large
+    out = pack_rotated(tmp_path / "2", (), intermediate_size=32 * 257)  # 1028 · 8: a matrix too large
     reseal(out, rotations=[{"name": "R4", "size": 8224}])
     with pytest.raises(InputError, match="8224"):
         PackedModel(out)
@@ -195,7 +185,7 @@ def test_a_size_without_a_matrix_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [('"BF16"', '"I32" '), ("[128,128]", "[64, 256]"), ("nan", "nan")])
 def test_a_damaged_transform_is_refused(tmp_path: Path, change: tuple[str, str]) -> None:
-    out = pack(tmp_path, R1)
+    out = pack_rotated(tmp_path, R1)
     path = out / "model.safetensors"
     data = path.read_bytes()
     if change[0] == "nan":
@@ -218,7 +208,7 @@ def test_a_damaged_transform_is_refused(tmp_path: Path, change: tuple[str, str])
 
 
 def test_random_mutations_of_rotations_are_read_or_refused(tmp_path: Path) -> None:
-    out, refused = pack(tmp_path), 0
+    out, refused = pack_rotated(tmp_path), 0
     read: list[PackedModel] = []
     right = json.loads((out / "llamita.json").read_text())["rotations"]
     for case in range(200):

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import RecordingSampler, Watched, finish, ids_of, plain
+from generations import RecordingSampler, Watched, endless, finish, ids_of, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_checkpoint
 
-import llamita
 from llamita.engine import scheduler
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, Generation
@@ -37,9 +36,7 @@ def llm(directory: Path) -> LLM:
 
 
 def make(directory: Path, **options: Any) -> LLM:
-    llm = llamita.load(directory, preset="llama3.2", context=CONTEXT, **options)
-    llm.tokenizer.eos_token_ids = ()  # every generation as long as it is asked to be
-    return llm
+    return endless(directory, preset="llama3.2", context=CONTEXT, **options)
 
 
 def running(llm: LLM) -> int:

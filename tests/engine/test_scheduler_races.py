@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import Watched, finish, ids_of, plain
+from generations import Watched, endless, finish, ids_of, plain
 from tiny import make_checkpoint
 
-import llamita
 from llamita.engine import scheduler
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampling
@@ -26,9 +25,7 @@ from llamita.errors import RunError
 
 @pytest.fixture
 def llm(tmp_path: Path) -> LLM:
-    llm = llamita.load(make_checkpoint(tmp_path, "llama32", eos_token_id=319), preset="llama3.2")
-    llm.tokenizer.eos_token_ids = ()
-    return llm
+    return endless(make_checkpoint(tmp_path, "llama32", eos_token_id=319), preset="llama3.2")
 
 
 def once(call: Callable[[], Any]) -> Callable[[], None]:

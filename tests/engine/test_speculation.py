@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import Chain, Watched, plain
+from generations import Chain, Watched, endless, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_checkpoint
@@ -28,9 +28,7 @@ def embedded() -> LLM:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> LLM:
-    llm = llamita.load(make_checkpoint(tmp_path, "llama32"))
-    llm.tokenizer.eos_token_ids = ()
-    return llm
+    return endless(make_checkpoint(tmp_path, "llama32"))
 
 
 @pytest.fixture

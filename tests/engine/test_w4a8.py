@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distances import mean_kl
 from tiny import make_checkpoint
 
 import llamita
@@ -216,18 +217,6 @@ def fake_quantized(source: RoundedSource) -> Any:
             if isinstance(module, torch.nn.Linear) and not isinstance(weight, np.ndarray):
                 module.__class__ = FakeQuantized
     return model
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-
-
-def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p || q) in nats, mean over the tokens, from logits."""
-    log_p, log_q = log_softmax(p), log_softmax(q)
-    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("preset", ["llama3.2", "arm", "llamita"])

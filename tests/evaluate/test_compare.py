@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_rotated_models import pack
-from tiny import make_checkpoint, random_tensors, write_tensors
+from packed_models import pack_rotated, write_base_and_packed
+from tiny import make_checkpoint, random_tensors, replace_tensors
 
 import llamita
 from llamita import _native
@@ -41,10 +41,7 @@ PROMPT = "It was"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A float model, two quantized versions of it and a copy of one."""
-    root = tmp_path_factory.mktemp("compare")
-    source = make_checkpoint(root / "base")
-    for group in (128, 32):
-        quantize(Checkpoint(source), str(source), root / f"g{group}", make_scheme("llama3.2", group))
+    root = write_base_and_packed(tmp_path_factory.mktemp("compare"), "llama3.2")
     shutil.copytree(root / "g32", root / "copy")
     return root
 
@@ -139,7 +136,7 @@ def test_watching_a_step_changes_no_bit_and_shows_what_its_layers_read(root, isa
 
 @pytest.mark.parametrize("is_rotated", [False, True])
 def test_what_a_quantized_block_rounded_is_what_is_shown(root, isa, tmp_path, is_rotated):
-    llm = llamita.load(pack(tmp_path, ("R1", "R4")) if is_rotated else root / "g32")
+    llm = llamita.load(pack_rotated(tmp_path) if is_rotated else root / "g32")
     ids = np.arange(77, dtype=np.int32)
     for view in llm.model.watch([(llm.new_sequence(100), ids)]):
         buffers = llm.model._buffers.first(len(ids))
@@ -210,7 +207,6 @@ def test_stream_errors_are_means_over_tokens_and_peaks_largest_values(root, monk
 def rotated(directory: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray]:
     """A checkpoint with the function of `base`, norms in its weights and its residual stream rotated by R."""
     make_checkpoint(directory, tie_word_embeddings=False)
-    (directory / "model.safetensors").unlink()
     values = read_json(directory, "config.json")
     config = ModelConfig.from_hf(values)
     tied = random_tensors(ModelConfig.from_hf({**values, "tie_word_embeddings": True}))
@@ -233,7 +229,7 @@ def rotated(directory: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray
     for name in stored:
         if name.endswith("norm.weight"):
             stored[name] = np.ones(config.hidden_size)
-    write_tensors(directory, {n: x.astype(np.float32) for n, x in stored.items()}, "F32")
+    replace_tensors(directory, {n: x.astype(np.float32) for n, x in stored.items()}, "F32")
     return directory, turn
 
 

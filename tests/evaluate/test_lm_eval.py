@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jsonl import write_jsonl
 from tiny import make_checkpoint
 from tokenizers import Tokenizer, processors
 
@@ -148,8 +149,7 @@ def test_refuses_what_it_cannot_do(ours):
 
 def write_task(folder: Path, name: str, documents: list[dict[str, Any]], **settings: Any) -> str:
     """A task of LM Eval over local data; the path of its YAML file."""
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(d) + "\n" for d in documents))
+    data = write_jsonl(folder / f"{name}.jsonl", documents)
     task = {"task": name, "dataset_path": "json", "test_split": "test", **settings}
     task["dataset_kwargs"] = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
     (folder / f"{name}.yaml").write_text(json.dumps(task))

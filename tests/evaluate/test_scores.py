@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distances import log_softmax
 from tiny import make_checkpoint
 
 import llamita
@@ -46,12 +47,6 @@ class TableModel:
 
 def contenders(*models: Any, baseline: bool = True) -> list[Contender]:
     return [Contender(f"m{i}", model, baseline and i == 0) for i, model in enumerate(models)]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def by_formula(models: list[Any], ids: np.ndarray, length: int) -> list[dict[str, float]]:

@@ -1,16 +1,14 @@
 """WikiText's test split: the hub's 62 pages and the literature's text, from either copy of the file."""
 
-import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from places import DATA
 
 from llamita.errors import InputError
 from llamita.evaluate import wikitext
 
-DATA = Path(os.environ.get("LLAMITA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 REAL = DATA / "wikitext2" / "wiki.test.raw"
 needs_file = pytest.mark.skipif(not REAL.exists(), reason="needs wiki.test.raw: set LLAMITA_DATA")
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_files import make_adapter, read_adapter_tensors, replace_adapter_tensors
 from command import one_line, run
-from tiny import make_checkpoint
+from packed_models import pack_by_command
+from tiny import llama3_rope
 
 import llamita
-from llamita.formats.safetensors import TensorFile
 from llamita.models.checkpoint import Int4Weight
 from llamita.models.foreign_names import pair_order
 from llamita.models.packed import PackedModel
@@ -24,18 +25,9 @@ pytest.importorskip("compressed_tensors", reason="these forms are read by compre
 from llamita.train import finetune  # noqa: E402
 from llamita.train.prepare import prepare  # noqa: E402
 
-SCALED = {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}  # fmt: skip
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 FORMS = [("hf",), ("torchao",), ("compressed-tensors",), ("compressed-tensors", "--flavor", "vllm-cpu"),
          ("compressed-tensors", "--flavor", "vllm-gpu")]  # fmt: skip
-
-
-def packed_model(directory: Path, family: str = "llama32", *options: object, **overrides: Any) -> Path:
-    """A tiny model, quantized."""
-    model = make_checkpoint(directory / "model", family, **overrides)
-    assert run("quantize", model, "-o", directory / "packed", *options) == 0
-    return directory / "packed"
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama32"])
@@ -43,7 +35,7 @@ def packed_model(directory: Path, family: str = "llama32", *options: object, **o
 def test_transformers_opens_it_with_the_same_weights(
     tmp_path: Path, capsys: Any, form: tuple[str, ...], family: str
 ) -> None:
-    packed = packed_model(tmp_path, family)
+    packed = pack_by_command(tmp_path, family)
     capsys.readouterr()
     assert run("export", packed, "--to", *form, "-o", tmp_path / "out", "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -59,7 +51,7 @@ def test_transformers_opens_it_with_the_same_weights(
 
 
 def test_a_float_embedding_beside_an_int8_head(tmp_path: Path, capsys: Any) -> None:
-    packed = packed_model(tmp_path, "llama3", "--keep-float", "model.embed_tokens")
+    packed = pack_by_command(tmp_path, "llama3", "--keep-float", "model.embed_tokens")
     capsys.readouterr()
     assert run("export", packed, "--to", "compressed-tensors", "-o", tmp_path / "out", "--json") == 0
     proof = json.loads(capsys.readouterr().out)["proof"]
@@ -69,7 +61,7 @@ def test_a_float_embedding_beside_an_int8_head(tmp_path: Path, capsys: Any) -> N
 def test_logits_are_those_of_our_layers(tmp_path: Path) -> None:
     """compressed-tensors in transformers, against the fake-quantized layers that training has."""
     transformers = pytest.importorskip("transformers")
-    packed = packed_model(tmp_path)
+    packed = pack_by_command(tmp_path)
     assert run("export", packed, "--to", "compressed-tensors", "-o", tmp_path / "out") == 0
     reference = finetune.load_float(tmp_path / "model")
     prepare(reference, PackedModel(packed))
@@ -82,8 +74,8 @@ def test_logits_are_those_of_our_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama2", "llama31", "llama32"])
 def test_metas_form_has_the_codes_in_its_order(tmp_path: Path, family: str) -> None:
-    scaled: dict[str, Any] = {} if family == "llama2" else SCALED
-    packed = PackedModel(packed_model(tmp_path, family, **scaled))
+    scaled: dict[str, Any] = {} if family == "llama2" else {"rope_scaling": llama3_rope(32.0)}
+    packed = PackedModel(pack_by_command(tmp_path, family, **scaled))
     assert run("export", packed.path, "--to", "meta", "-o", tmp_path / "out") == 0
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
     params = json.loads((tmp_path / "out" / "params.json").read_text("utf-8"))
@@ -122,7 +114,7 @@ def test_executorchs_own_model_computes_with_metas_form(tmp_path: Path) -> None:
     from executorch.examples.models.llama.model_args import ModelArgs
     from executorch.examples.models.llama.source_transformation import pre_quantization as transforms
 
-    packed = packed_model(tmp_path, "llama31", **SCALED)
+    packed = pack_by_command(tmp_path, "llama31", rope_scaling=llama3_rope(32.0))
     assert run("export", packed, "--to", "meta", "-o", tmp_path / "out") == 0
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
     params = json.loads((tmp_path / "out" / "params.json").read_text("utf-8"))
@@ -146,8 +138,8 @@ def test_executorchs_own_model_computes_with_metas_form(tmp_path: Path) -> None:
 
 
 def test_what_a_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None:
-    r4 = packed_model(tmp_path, "llama32", "--method", "spinquant", "--set", "spinquant.rotations=R4")
-    biased = packed_model(tmp_path / "other", "llama3", attention_bias=True)
+    r4 = pack_by_command(tmp_path, "llama32", "--method", "spinquant", "--set", "spinquant.rotations=R4")
+    biased = pack_by_command(tmp_path / "other", "llama3", attention_bias=True)
     capsys.readouterr()
     for source, form, told in (
         (r4, ("hf",), "--to hf: expected a model that needs no rotation at run time, got R4"),
@@ -162,9 +154,7 @@ def test_what_a_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None
 
 
 def test_adapters_go_along_in_metas_form(tmp_path: Path) -> None:
-    from test_adapters import make_adapter
-
-    packed = packed_model(tmp_path, "llama3")
+    packed = pack_by_command(tmp_path, "llama3")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", rank=4)
     assert run("export", packed, "--to", "meta", "-o", tmp_path / "out", "--adapter", adapter) == 0
     state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
@@ -178,9 +168,7 @@ def test_adapters_go_along_in_metas_form(tmp_path: Path) -> None:
 def test_adapters_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
     """Rank-stabilized, named, of some layers: PEFT loads what comes out, with the same values and scale."""
     pytest.importorskip("peft", reason="what loads adapters")
-    from test_adapters import make_adapter
-
-    packed = packed_model(tmp_path, "llama3")
+    packed = pack_by_command(tmp_path, "llama3")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", rank=4, use_rslora=True,
                            targets=["self_attn.q_proj", "mlp.down_proj"])  # fmt: skip
     capsys.readouterr()
@@ -200,15 +188,10 @@ def test_adapters_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
 def test_adapters_of_some_layers_alone(tmp_path: Path, capsys: Any) -> None:
     """PEFT would make new ones for the others, were they not named one by one."""
     pytest.importorskip("peft", reason="what loads adapters")
-    from test_adapters import make_adapter
-    from tiny import write_file
-
-    packed = packed_model(tmp_path, "llama3")
+    packed = pack_by_command(tmp_path, "llama3")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model")
-    file = TensorFile(adapter / "adapter_model.safetensors")
-    first = {name: file.read(name).copy() for name in file.tensors if ".layers.0." in name}
-    (adapter / "adapter_model.safetensors").unlink()
-    write_file(adapter / "adapter_model.safetensors", first, "BF16")
+    tensors = read_adapter_tensors(adapter)
+    replace_adapter_tensors(adapter, {name: tensors[name].copy() for name in tensors if ".layers.0." in name})
     capsys.readouterr()
     assert run("export", packed, "--to", "adapters", "--adapter", adapter, "-o", tmp_path / "out") == 0
     shown = capsys.readouterr()
@@ -217,7 +200,7 @@ def test_adapters_of_some_layers_alone(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_what_was_exported_is_verified(tmp_path: Path, capsys: Any) -> None:
-    packed = packed_model(tmp_path)
+    packed = pack_by_command(tmp_path)
     assert run("export", packed, "--to", "hf", "-o", tmp_path / "out") == 0
     capsys.readouterr()
     assert run("verify", tmp_path / "out") == 0

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_files import make_adapter
 from command import one_line, run
-from tiny import make_checkpoint
+from packed_models import pack_by_command
+from tiny import make_checkpoint, replace_tensors
 
 import llamita
 from llamita.models.packed import PackedModel
@@ -24,18 +26,11 @@ from llamita.export.runtime import run as run_program  # noqa: E402
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 
-def packed_model(directory: Path, family: str = "llama32", *options: object, **overrides: Any) -> Path:
-    """A tiny model, quantized."""
-    model = make_checkpoint(directory / "model", family, **overrides)
-    assert run("quantize", model, "-o", directory / "packed", *options) == 0
-    return directory / "packed"
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
     """A packed model, its program, and what was recorded of it; made once, as it takes seconds."""
     directory = tmp_path_factory.mktemp("exported")
-    packed = packed_model(directory)
+    packed = pack_by_command(directory)
     assert run("export", packed, "--to", "executorch", "-o", directory / "out", "--context", "64") == 0
     return (
         packed,
@@ -60,7 +55,7 @@ def test_a_program_holds_the_integers_and_computes_as_the_engine(
     assert json.loads((out / "llamita_export.json").read_text("utf-8"))["target"] == "executorch"
     assert "64 tokens" in (out / "README.md").read_text("utf-8")
     held = data_hashes(out / "model.pte")
-    other = packed_model(tmp_path / "other", seed=1)  # other weights: the comparison can fail
+    other = pack_by_command(tmp_path / "other", seed=1)  # other weights: the comparison can fail
     assert not any(codes in held for _, codes, _ in rounded_hashes(PackedModel(other)))
     damaged = bytearray((out / "model.pte").read_bytes())
     damaged[-100] ^= 1  # in the data of the last layer
@@ -136,7 +131,7 @@ def test_the_program_computes_what_the_engine_does(tmp_path: Path, family: str, 
     """In eager Torch: architectures, rotations, float tables."""
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 
-    packed = packed_model(tmp_path, family, *options)
+    packed = pack_by_command(tmp_path, family, *options)
     program = make_program(PackedModel(packed), 64)
     with torch.no_grad():
         found = [program(torch.tensor([IDS[:5]]), torch.tensor([0]))]
@@ -150,11 +145,10 @@ def test_the_program_computes_what_the_engine_does(tmp_path: Path, family: str, 
 def test_adapters_go_along_unmerged(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-    from test_adapters import make_adapter
 
     from llamita.engine.adapters import read_adapter
 
-    packed = PackedModel(packed_model(tmp_path))
+    packed = PackedModel(pack_by_command(tmp_path))
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model")
     with torch.no_grad():
         plain, beside = (
@@ -169,7 +163,7 @@ def test_adapters_go_along_unmerged(tmp_path: Path) -> None:
 def test_an_int4_embedding_is_near_the_int8_one(tmp_path: Path) -> None:
     import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
 
-    packed = PackedModel(packed_model(tmp_path))
+    packed = PackedModel(pack_by_command(tmp_path))
     ids = torch.tensor([IDS])
     wide, narrow = (make_program(packed, 64, None, bits).model.embed_tokens(ids) for bits in (8, 4))
     error = ((wide - narrow) ** 2).sum() / (wide**2).sum()
@@ -177,7 +171,7 @@ def test_an_int4_embedding_is_near_the_int8_one(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = packed_model(tmp_path)
+    packed = pack_by_command(tmp_path)
     monkeypatch.delenv("QNN_SDK_ROOT", raising=False)
     capsys.readouterr()
     for options, code, told in (
@@ -200,7 +194,7 @@ def test_a_static_program_computes_what_the_engine_does(tmp_path: Path, family: 
     """A token at a time, in plain operators, R4 among them."""
     import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
 
-    packed = packed_model(tmp_path, family, *options)
+    packed = pack_by_command(tmp_path, family, *options)
     program = make_program(PackedModel(packed), 64, is_static=True)
     with torch.no_grad():
         found = [program(torch.tensor([[token]]), torch.tensor([i])) for i, token in enumerate(IDS)]
@@ -213,20 +207,18 @@ def test_a_static_program_computes_what_the_engine_does(tmp_path: Path, family: 
 def test_a_program_with_float_activations_is_the_float_model(tmp_path: Path) -> None:
     """As Core ML and others get it: the weights multiplied out, and nothing rounded."""
     import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
-    from tiny import write_tensors
 
     from llamita.models.checkpoint import expected_tensors
     from llamita.models.dequantized import DequantizedSource
 
-    packed = PackedModel(packed_model(tmp_path, "llama31"))
+    packed = PackedModel(pack_by_command(tmp_path, "llama31"))
     program, floats = make_program(packed, 64, is_static=True, activations=None), DequantizedSource(packed)
     model = make_checkpoint(tmp_path / "floats", "llama31", dtype="F32")
-    (model / "model.safetensors").unlink()
     values = {}
     for name, shape in expected_tensors(packed.config).items():
         is_vector = len(shape) == 1
         values[name] = np.array(floats.vector(name) if is_vector else floats.weight(name[: -len(".weight")]))
-    write_tensors(model, values, "F32")
+    replace_tensors(model, values, "F32")
     with torch.no_grad():
         rows = [program(torch.tensor([[token]]), torch.tensor([i])) for i, token in enumerate(IDS)]
         found = torch.cat(rows)
@@ -240,7 +232,7 @@ def test_other_backends_take_the_whole_model_but_its_embedding(
 ) -> None:
     from executorch.exir._serialize._program import deserialize_pte_binary
 
-    packed = packed_model(tmp_path)
+    packed = pack_by_command(tmp_path)
     capsys.readouterr()
     arguments = ("export", packed, "--to", "executorch", "--backend", backend, "--context", "64")
     assert run(*arguments, "-o", tmp_path / "out") == 0

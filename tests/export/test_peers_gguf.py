@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from command import run
+from places import ROOT
 
 import llamita
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import formats
 
 TOKENS = 400

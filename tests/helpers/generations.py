@@ -2,13 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+import llamita
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampler, Sampling
 from llamita.engine.scheduler import Stream
+
+
+def endless(model: Path, **options: Any) -> LLM:
+    """Load a model without end tokens: every generation is as long as it is asked to be."""
+    llm = llamita.load(model, **options)
+    llm.tokenizer.eos_token_ids = ()
+    return llm
 
 
 def plain(

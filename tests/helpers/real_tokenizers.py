@@ -1,20 +1,20 @@
 """Meta's tokenizer models as tokenizer.json, made on the fly from the development data."""
 
-import os
 from pathlib import Path
 
 import pytest
+from places import DATA
 
 from llamita.imports.tokenizers import FILE, convert_tokenizer
 
-DATA = Path(os.environ.get("LLAMITA_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tokenizers"
+TOKENIZERS = DATA / "tokenizers"
 
 
 def model_file(name: str) -> Path:
     """The file of this name, or skip the test."""
-    if not (DATA / name).exists():
-        pytest.skip(f"needs {name}: set LLAMITA_DATA (looked in {DATA})")
-    return DATA / name
+    if not (TOKENIZERS / name).exists():
+        pytest.skip(f"needs {name}: set LLAMITA_DATA (looked in {TOKENIZERS})")
+    return TOKENIZERS / name
 
 
 def write_llama3(directory: Path) -> Path:

@@ -28,6 +28,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama32": {**_COMMON, "rope_scaling": {**_LLAMA3_ROPE, "factor": 32.0}, "tie_word_embeddings": True},
     "tinyllama": {**_COMMON, "num_key_value_heads": 1, "rope_theta": 10000.0, "intermediate_size": 352},
 }
+# Options of `make_checkpoint` that make a model of one layer, for tests that read thousands of them
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+                         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
 _CAST = {"BF16": f32_to_bf16, "F16": lambda x: x.astype(np.float16), "F32": lambda x: x}
 _CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -60,6 +63,14 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
+def llama3_rope(factor: float) -> dict[str, Any]:
+    """Return Llama 3's rope_scaling as it is published, with 8,192 positions before scaling.
+
+    The families above have 64; other formats assume 8,192.
+    """
+    return {**_LLAMA3_ROPE, "factor": factor, "original_max_position_embeddings": 8192}
+
+
 def write_tensors(directory: Path, tensors: dict[str, np.ndarray], dtype: str, shards: int = 1) -> None:
     """Write model.safetensors, or that many shards with their index."""
     names = list(tensors)
@@ -74,6 +85,12 @@ def write_tensors(directory: Path, tensors: dict[str, np.ndarray], dtype: str, s
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def replace_tensors(directory: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    """Write these tensors in place of the checkpoint's model.safetensors."""
+    (directory / "model.safetensors").unlink()
+    write_tensors(directory, tensors, dtype)
 
 
 def write_file(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:

@@ -10,24 +10,18 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command import run
-from test_fuzz_files import alarm, mutate_value, to_text
-from test_gguf import model_of
-from test_import import as_meta
-from test_import_libraries import as_gptq
-from tiny import make_checkpoint
+from damage import mutate_value, outcome, to_text
+from foreign_models import as_gptq, as_meta, make_gguf_checkpoint, sentencepiece_model
+from tiny import SMALL, make_checkpoint
 
-from llamita.errors import LlamitaError
 from llamita.imports.forms import convert
 from llamita.models.packed import open_source
 
-torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
+pytest.importorskip("torch", reason="Meta's files are read by torch.load")
 
-SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
-                         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
 MOST_MEMORY = 64 << 20  # bytes beside the files'
 WEIGHTS = "model.safetensors"
 Mutation = Callable[[bytes, random.Random], bytes]
@@ -89,17 +83,6 @@ def change_lines(data: bytes, rng: random.Random) -> bytes:
     return b"".join(lines)
 
 
-def sentencepiece(pieces: int) -> bytes:
-    """A model of SentencePiece's BPE kind: <unk>, <s>, </s>, bytes, then pairs."""
-    texts = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    texts += [chr(97 + i % 26) * (1 + i // 26) for i in range(pieces - len(texts))]
-    model = b""
-    for rank, text in enumerate(texts):
-        field = b"\x0a" + bytes([len(text.encode())]) + text.encode() + b"\x15" + struct.pack("<f", -rank)
-        model += b"\x0a" + bytes([len(field)]) + field
-    return model
-
-
 def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
     """A model of a kind: the source, the file of it that is to be damaged, and how."""
     if kind in ("pth", "params.json", "tiktoken", "quantized pth"):
@@ -116,9 +99,9 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
     if kind == "sentencepiece":
         model = make_checkpoint(directory / "model", "llama2", vocab_size=300, **SMALL)
         source = as_meta(model, directory / "there")
-        (source / "tokenizer.model").write_bytes(sentencepiece(300))
+        (source / "tokenizer.model").write_bytes(sentencepiece_model(300))
         return source, "tokenizer.model", flip
-    model = model_of(directory, "llama3", **SMALL)
+    model = make_gguf_checkpoint(directory, "llama3", **SMALL)
     if kind == "gptq":
         as_gptq(model, directory / "there")
         return directory / "there", WEIGHTS, change_header
@@ -158,13 +141,9 @@ def test_what_is_damaged_is_one_typed_error(tmp_path: Path, kind: str, cases: in
 def refusal(source: Path, out: Path, case: int) -> str | None:
     """What is said of a model that is refused."""
     try:
-        with alarm():
-            convert(source, out)
-    except LlamitaError as error:
-        return str(error)
+        return outcome(lambda path: convert(source, path), out)
     except Exception as problem:
         raise AssertionError(f"case {case}") from problem
-    return None
 
 
 def fresh(directory: Path) -> Path:

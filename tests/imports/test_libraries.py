@@ -1,54 +1,23 @@
 """GPTQ's checkpoints, and those of compressed-tensors and torchao that these libraries wrote themselves."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from command import one_line, run
-from test_import_quantized import export, tensors_of, write_file
+from foreign_models import as_gptq, export, write_arrays
+from packed_models import tensors_of
 from tiny import make_checkpoint
 
 from llamita.formats.safetensors import TensorFile
 from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names
 from llamita.models.packed import PackedModel
 from llamita.numerics.affine import dequantize, f32_to_bf16, round_weights, to_f32
-from llamita.numerics.packing import pack_int4, unpack_int4
+from llamita.numerics.packing import unpack_int4
 
 # ---- GPTQ ----------------------------------------------------------------------------------------
-
-
-def as_gptq(source: Path, directory: Path, group_size: int = 32, **changes: Any) -> dict[str, np.ndarray]:
-    """A checkpoint as AutoGPTQ writes it, from rounding to nearest; the expected float weights by module."""
-    checkpoint, config = Checkpoint(source), json.loads((source / "config.json").read_text())
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": True, "desc_act": False,
-                "checkpoint_format": "gptq", **changes}  # fmt: skip
-    zero = 7 if settings["checkpoint_format"] == "gptq" else 8
-    tensors, weights = {}, {}
-    for name in linear_names(checkpoint.config):
-        values = to_f32(checkpoint.weight(name))
-        size = values.shape[1] if group_size < 0 else group_size
-        codes, scales, _ = round_weights(values, 4, size, "torchao")
-        scales = scales.astype(np.float16)  # as it is stored
-        weights[name] = dequantize(codes, scales.astype(np.float32))
-        tensors[f"{name}.qweight"] = pack_int4(np.ascontiguousarray(codes)).T.copy()
-        tensors[f"{name}.scales"] = np.ascontiguousarray(scales.T)
-        tensors[f"{name}.qzeros"] = pack_int4(np.full((scales.shape[1], len(codes)), zero - 8, np.int8))
-        tensors[f"{name}.g_idx"] = (np.arange(values.shape[1]) // size).astype(np.int32)
-        tensors[f"{name}.bias"] = np.zeros(len(codes), np.float16)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = np.array(checkpoint.weight(name.removesuffix(".weight")))
-    for name in checkpoint.files["model.safetensors"].tensors:
-        if name.endswith("norm.weight"):
-            tensors[name] = checkpoint.stored_vector(name).copy()
-    directory.mkdir()
-    write_file(directory / "model.safetensors", tensors)
-    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, directory)
-    return weights
 
 
 @pytest.mark.parametrize(("group_size", "version"), [(32, "gptq"), (128, "gptq_v2"), (-1, "gptq")])
@@ -103,7 +72,7 @@ def test_other_kinds_of_gptq_are_refused(
     if "bias" in changes:
         tensors[f"{name}.bias"][3] = 0.5
     (tmp_path / "gptq" / "model.safetensors").unlink()
-    write_file(tmp_path / "gptq" / "model.safetensors", tensors)
+    write_arrays(tmp_path / "gptq" / "model.safetensors", tensors)
     assert run("import", tmp_path / "gptq", "-o", tmp_path / "out") == 2
     assert told in one_line(capsys)
     assert not (tmp_path / "out").exists()
@@ -143,7 +112,7 @@ def test_what_compressed_tensors_itself_wrote(tmp_path: Path, strategy: str, dyn
         quantization_status="compressed",
     )  # fmt: skip
     (tmp_path / "ct").mkdir()
-    write_file(tmp_path / "ct" / "model.safetensors", tensors)
+    write_arrays(tmp_path / "ct" / "model.safetensors", tensors)
     values = json.loads((model / "config.json").read_text())
     values["quantization_config"] = config.model_dump(mode="json")
     (tmp_path / "ct" / "config.json").write_text(json.dumps(values))

@@ -1,7 +1,5 @@
 """Meta's own checkpoints: the same model as its Hugging Face form, one file or several, and nothing run."""
 
-import base64
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -10,59 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 from command import one_line, run
-from tiny import make_checkpoint
+from foreign_models import as_meta, sentencepiece_model, write_ranks
+from tiny import llama3_rope, make_checkpoint
 
 import llamita
 from llamita.errors import InputError
 from llamita.imports.forms import convert
 from llamita.imports.tokenizers import Converted, convert_tokenizer
 from llamita.models.checkpoint import Checkpoint, expected_tensors, resolve
-from llamita.models.foreign_names import heads_of, meta_name, pair_order
 from llamita.text.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
 
-SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
-BY_COLUMNS = ("o_proj", "down_proj")
-
-
-def write_ranks(directory: Path) -> None:
-    """A tokenizer.model of Llama 3's kind: bytes alone, and a merge."""
-    pieces = [*(bytes([byte]) for byte in range(256)), b"ab", b"cd"]
-    lines = [base64.b64encode(piece).decode() + f" {rank}" for rank, piece in enumerate(pieces)]
-    (directory / "tokenizer.model").write_text("\n".join(lines) + "\n")
-
-
-def as_meta(source: Path, directory: Path, parts: int = 1, cuts_columns: bool = False, **params: Any) -> Path:
-    """A checkpoint as Meta releases it, cut in parts."""
-    checkpoint, config = Checkpoint(source), Checkpoint(source).config
-    directory.mkdir(parents=True)
-    states: list[dict[str, Any]] = [{} for _ in range(parts)]
-    for tensor in expected_tensors(config):
-        module = tensor.removesuffix(".weight")
-        is_vector = len(expected_tensors(config)[tensor]) == 1
-        bits = checkpoint.stored_vector(tensor) if is_vector else checkpoint.weight(module)
-        values = torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
-        heads = heads_of(module, config)
-        values = values if heads is None else values[torch.from_numpy(pair_order(len(values), heads))]
-        by_columns = module.endswith(BY_COLUMNS) or (module == "model.embed_tokens" and cuts_columns)
-        pieces = [values] * parts if is_vector else values.chunk(parts, dim=int(by_columns))
-        for state, piece in zip(states, pieces, strict=True):
-            state[meta_name(tensor)] = piece.clone()
-    for i, state in enumerate(states):
-        torch.save(state, directory / f"consolidated.{i:02}.pth")
-    known = {"dim": config.hidden_size, "n_layers": config.layers, "n_heads": config.heads,
-             "n_kv_heads": config.kv_heads, "norm_eps": config.norm_eps, "rope_theta": config.rope.theta,
-             "vocab_size": config.vocab_size, "use_scaled_rope": config.rope.kind == "llama3"}  # fmt: skip
-    (directory / "params.json").write_text(json.dumps(known | params))
-    write_ranks(directory)
-    return directory
-
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "model", "llama31", vocab_size=514, rope_scaling=SCALED)
+    return make_checkpoint(tmp_path / "model", "llama31", vocab_size=514, rope_scaling=llama3_rope(8.0))
 
 
 @pytest.mark.parametrize(("parts", "cuts_columns"), [(1, False), (2, False), (2, True)])
@@ -225,9 +186,7 @@ def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -
     ("spec", "told"), [(b"", "a Unigram model"), (b"\x18\x04", "kind 4"), (b"\x18\x02", "")]
 )
 def test_other_kinds_of_sentencepiece_are_refused(tmp_path: Path, spec: bytes, told: str) -> None:
-    from test_fuzz_imports import sentencepiece
-
-    model = sentencepiece(300) + b"\x12" + bytes([len(spec)]) + spec  # trainer_spec, in it model_type
+    model = sentencepiece_model(300) + b"\x12" + bytes([len(spec)]) + spec  # trainer_spec, in it model_type
     (tmp_path / "tokenizer.model").write_bytes(model)
     if told:
         with pytest.raises(InputError, match=f"expected SentencePiece's BPE, as Llama 2's, got {told}"):

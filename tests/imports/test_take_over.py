@@ -7,48 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_files import make_adapter, read_adapter_tensors
 from command import one_line, run
-from test_gguf import model_of
-from test_import import write_ranks
-from tiny import make_checkpoint
+from foreign_models import export, make_gguf_checkpoint, write_ranks
+from packed_models import tensors_of
+from tiny import llama3_rope, make_checkpoint
 
 import llamita
 from llamita.errors import InputError
-from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.imports.codes import Coded, find_kinds, with_positive_scales
-from llamita.models.checkpoint import Checkpoint, open_tensor_files, resolve
+from llamita.models.checkpoint import Checkpoint, resolve
 from llamita.models.packed import PackedModel
 from llamita.models.verify import verify
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 FORMS = ["compressed-tensors", "torchao", "meta", "gguf"]
-SCALED = {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}  # fmt: skip
-
-
-def tensors_of(directory: Path) -> dict[str, tuple[Any, ...]]:
-    """Type, shape and bytes of every tensor."""
-    files, where = open_tensor_files(directory)
-    found = {name: files[file].tensors[name] for name, file in where.items()}
-    return {n: (i.dtype, i.shape, files[where[n]].read(n).tobytes()) for n, i in found.items()}
-
-
-def export(packed: Path, form: str, out: Path, *options: object) -> Path:
-    """What `import` takes of a packed directory in another form."""
-    pytest.importorskip("torch", reason="most forms are written by Torch")
-    assert run("export", packed, "--to", form, "-o", out, *options) == 0
-    return out / "model.gguf" if form == "gguf" else out
-
-
-def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file of these arrays; uint16 is bf16."""
-    names = {"<i4": "I32", "<i8": "I64", "|i1": "I8", "<f2": "F16", "<f4": "F32", "<u2": "BF16"}
-    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
-    writer = TensorWriter(path, {n: (names[tensors[n].dtype.str], tensors[n].shape) for n in order})
-    for name in order:
-        writer.write(name, tensors[name])
-    writer.finish()
 
 
 # ---- round trips ---------------------------------------------------------------------------------
@@ -68,8 +42,8 @@ def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
 def test_a_packed_model_comes_back_with_identical_tensors(
     tmp_path: Path, form: str, family: str, options: tuple[str, ...]
 ) -> None:
-    scaled: dict[str, Any] = SCALED if family in ("llama31", "llama32") else {}
-    model = model_of(tmp_path, family, **scaled)
+    scaled: dict[str, Any] = {"rope_scaling": llama3_rope(32.0)} if family in ("llama31", "llama32") else {}
+    model = make_gguf_checkpoint(tmp_path, family, **scaled)
     if form == "gguf" and "arm" in options:
         pytest.skip("GGUF has scales in float16: rounded there, on request")
     assert run("quantize", model, "-o", tmp_path / "packed", *options) == 0
@@ -104,9 +78,7 @@ def test_mixed_kinds_come_back(tmp_path: Path) -> None:
 
 
 def test_what_was_imported_is_like_any_packed_model(tmp_path: Path, capsys: Any) -> None:
-    from test_adapters import make_adapter
-
-    model = model_of(tmp_path, "llama3")
+    model = make_gguf_checkpoint(tmp_path, "llama3")
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
     source, back = export(tmp_path / "packed", "gguf", tmp_path / "there"), tmp_path / "back"
     capsys.readouterr()
@@ -178,8 +150,6 @@ def test_metas_spinquant_release(tmp_path: Path) -> None:
 
 def test_adapters_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path, capsys: Any) -> None:
     """R1 and R2 are in its weights, and nothing but `spinquant` says so."""
-    from test_adapters import make_adapter
-
     model = make_checkpoint(tmp_path / "model", "llama3")
     adapter = make_adapter(tmp_path / "adapter", model)
     options = ("--method", "spinquant", "--set", "spinquant.steps=0")
@@ -236,8 +206,6 @@ def changed_params(source: Path, **changes: Any) -> None:
 
 def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its adapters become a directory of their own, and are never left out in silence."""
-    from test_adapters import make_adapter
-
     monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
     model = make_checkpoint(tmp_path / "model", "llama3")
     adapter = make_adapter(tmp_path / "adapter", model, rank=8)
@@ -250,8 +218,8 @@ def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
     assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "packed")
     assert "Its adapters lie apart" in (tmp_path / "back" / "README.md").read_text("utf-8")
     beside = tmp_path / "back-adapter"
-    found, given = (tensors_of_adapter(one) for one in (beside, adapter))
-    assert found == given
+    found, given = (read_adapter_tensors(one) for one in (beside, adapter))
+    assert {n: t.tobytes() for n, t in found.items()} == {n: t.tobytes() for n, t in given.items()}
     engines = [llamita.load(base, adapters={"a": one})
                for base, one in ((tmp_path / "back", beside), (tmp_path / "packed", adapter))]  # fmt: skip
     first, second = (one.logits(IDS, adapter="a") for one in engines)
@@ -268,8 +236,6 @@ def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
 
 def test_adapters_that_are_there_are_not_replaced(tmp_path: Path, capsys: Any) -> None:
     """OUT-adapter was not named by the user, and may be what finetune has left."""
-    from test_adapters import make_adapter
-
     model = make_checkpoint(tmp_path / "model", "llama3")
     adapter = make_adapter(tmp_path / "adapter", model)
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
@@ -285,11 +251,6 @@ def test_adapters_that_are_there_are_not_replaced(tmp_path: Path, capsys: Any) -
     for options in ((), ("--overwrite",)):
         assert run("import", source, "-o", tmp_path / "out", *options) == 0
         assert (tmp_path / "out-adapter" / "adapter_config.json").exists()
-
-
-def tensors_of_adapter(directory: Path) -> dict[str, bytes]:
-    file = TensorFile(directory / "adapter_model.safetensors")
-    return {name: file.read(name).tobytes() for name in file.tensors}
 
 
 # ---- values --------------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """Meta's two tokenizers after conversion, against the libraries that they were made for, on real text."""
 
 import base64
-import os
 from pathlib import Path
 
 import pytest
+from places import DATA
 from real_tokenizers import model_file, write_llama2, write_llama3
 
 from llamita.imports.tokenizers import WORDS
 from llamita.text.tokenizer import Tokenizer
 
-DATA = Path(os.environ.get("LLAMITA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 LINES = 10_000
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
            "<|eom_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>"]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import assert_nothing_is_left, one_line, run
+from places import HELD_OUT
 from tiny import make_checkpoint
 
 import llamita
@@ -38,7 +39,7 @@ blocks = pytest.importorskip("llamita.methods.blocks")
 calibrated = pytest.importorskip("llamita.methods.blockwise")
 fakequant = pytest.importorskip("llamita.methods.activations")
 
-TEXT = (Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt").read_text("utf-8")
+TEXT = HELD_OUT.read_text("utf-8")
 
 
 @pytest.fixture(autouse=True)

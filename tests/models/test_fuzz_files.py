@@ -4,26 +4,23 @@ Mutations know the structure: safetensors headers, index, config.json and llamit
 value (and sealed again, so that the hash does not stop them at the door), data by bits, files as a whole.
 """
 
-import copy
 import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import WEIRD, mutate_value, outcome, to_text
 from rotated import RotatedCheckpoint
-from tiny import make_checkpoint
+from tiny import SMALL, make_checkpoint
 
 from llamita.bench.plan import describe
 from llamita.commands.inspect import facts
-from llamita.errors import LlamitaError
 from llamita.models.checkpoint import Checkpoint, linear_names, table_names, vector_names
 from llamita.models.packed import PackedModel, open_source
 from llamita.models.packed_writer import write_metadata
@@ -34,99 +31,10 @@ from llamita.quantize.pipeline import RoundedSource, quantize
 
 CASES = 2000
 BATCHES = 8
-MOST_SECONDS = 2  # of this process's time for one action; they take milliseconds
-LONGEST_WAIT = 120  # seconds by the clock: for an action that waits, on a machine that is busy
-SMALL: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-}  # fmt: skip
-
-WEIRD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 31, 32, 33, 64, 127, 128, 255, 256, 2**31 - 1, 2**31, 2**32,
-    2**53, 2**63, 2**64, 10**30, -(2**63), 0.0, 0.5, -1.0, 1e-45, 1e308, 64.0, "", "x", "float32", "BF16",
-    "I8", "../../etc/passwd", "a\nb", "\x1b[31m", "é", "\ud800", "a" * 5000, [], [0], [1, 2], [64, 64],
-    [-1, 4], ["x"], [[]], {}, {"a": 1}, {"": None}, "model.safetensors", "config.json", ".", "..",
-]  # fmt: skip
-
-
-class Hang(BaseException):
-    """Not an Exception, which the library might take for one of its own."""
-
-
-@contextmanager
-def alarm() -> Iterator[None]:
-    """A hang becomes a failure, be it busy or waiting."""
-
-    def ring(_signal: int, _frame: object) -> None:
-        raise Hang
-
-    timers = {
-        signal.ITIMER_PROF: (signal.SIGPROF, MOST_SECONDS),
-        signal.ITIMER_REAL: (signal.SIGALRM, LONGEST_WAIT),
-    }
-    before = {number: signal.signal(number, ring) for number, _ in timers.values()}
-    for timer, (_, seconds) in timers.items():
-        signal.setitimer(timer, seconds)
-    try:
-        yield
-    finally:
-        for timer in timers:
-            signal.setitimer(timer, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+TINY: dict[str, Any] = {**SMALL, "vocab_size": 64}
 
 
 # ---- mutations of values -------------------------------------------------------------------------
-
-
-def mutate_value(value: Any, rng: random.Random) -> Any:
-    """Change one place somewhere within a JSON value: replace, remove, add, rename, exchange or nudge."""
-    value = copy.deepcopy(value)
-    parents = list(_containers(value))
-    parent = rng.choice(parents)
-    keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
-    if not keys:
-        return rng.choice(WEIRD)
-    key, action = rng.choice(keys), rng.randrange(7)
-    if action == 0:
-        del parent[key]
-    elif action == 1 and isinstance(parent, dict):
-        parent[str(rng.choice(WEIRD))] = parent[key]
-    elif action == 2 and isinstance(parent, dict):
-        parent[str(rng.choice(WEIRD))] = parent.pop(key)
-    elif action == 3 and isinstance(parent[key], int | float):
-        parent[key] += rng.choice([-1, 1, 8, -8, 2**32, parent[key]])
-    elif action == 4:
-        other = rng.choice(keys)
-        parent[key], parent[other] = parent[other], parent[key]
-    elif action == 5:
-        parent[key] = copy.deepcopy(rng.choice(parents))
-    else:
-        parent[key] = rng.choice(WEIRD)
-    return value
-
-
-def _containers(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict | list):
-        yield value
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _containers(item)
-
-
-def to_text(value: Any, rng: random.Random) -> bytes:
-    """JSON, now and then broken as text."""
-    data = json.dumps(value).encode()
-    kind = rng.randrange(12)
-    if kind == 0 and data:
-        place = rng.randrange(len(data))
-        return data[:place] + bytes([rng.randrange(256)]) + data[place + 1 :]
-    if kind == 1:
-        return data[: rng.randrange(len(data) + 1)]
-    if kind == 2:
-        return data.replace(b": 1", b": NaN").replace(b": 0", b": 1e999")
-    if kind == 3:
-        return b"[" * 3000 + data
-    return data
 
 
 # ---- mutations of files --------------------------------------------------------------------------
@@ -234,8 +142,8 @@ def reseal(directory: Path) -> None:
 def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Float and packed, in one file and in shards, tied and untied, with biases, rotated."""
     root = tmp_path_factory.mktemp("originals")
-    single = make_checkpoint(root / "single", "llama32", **SMALL)
-    sharded = make_checkpoint(root / "sharded", "llama3", dtype="F16", shards=2, attention_bias=True, **SMALL)
+    single = make_checkpoint(root / "single", "llama32", **TINY)
+    sharded = make_checkpoint(root / "sharded", "llama3", dtype="F16", shards=2, attention_bias=True, **TINY)
     for directory in (single, sharded):
         (directory / "tokenizer.json").unlink()
     quantize(Checkpoint(single), "single", root / "tables", make_scheme("llama3.2"))
@@ -265,16 +173,6 @@ def look(directory: Path) -> None:
     model = describe(str(directory))
     scheme = model.scheme or make_scheme("llama3.2")
     make_plan(model.config, scheme, model.float_dtype, transform=model.transform)
-
-
-def outcome(action: Callable[[Path], Any], directory: Path) -> str | None:
-    """The message with which the action refused, None if it did not."""
-    with alarm():
-        try:
-            action(directory)
-        except LlamitaError as error:
-            return str(error)
-    return None
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

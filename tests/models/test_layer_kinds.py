@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_packed import _fake_quantize, assert_same_weight, float_weight, needs_transformers, reseal
+from packed_models import (
+    assert_same_weight,
+    fake_quantize_input,
+    float_weight,
+    needs_transformers,
+    pack,
+    reseal,
+)
 from tiny import make_checkpoint
 
 from llamita.bench.random_weights import RandomSource
@@ -37,12 +44,6 @@ MIX = {
 
 def mixed(preset: str = "llama3.2", more: dict[str, str] | None = None) -> QuantScheme:
     return with_layers(make_scheme(preset, 32), MIX | (more or {}))
-
-
-def pack(tmp_path: Path, scheme: QuantScheme, **checkpoint: Any) -> Path:
-    source = Checkpoint(make_checkpoint(tmp_path / "src", **checkpoint))
-    quantize(source, "src", tmp_path / "out", scheme)
-    return tmp_path / "out"
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_transformers_opens_a_mixed_directory_and_computes_the_same(
             module: Any = exact.get_submodule(name)
             module.weight.copy_(torch.from_numpy(expected))
             if scheme.kind(name).bits:
-                module.register_forward_pre_hook(_fake_quantize)
+                module.register_forward_pre_hook(fake_quantize_input)
         expected = exact(ids).logits
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     ours = load(out, kv_dtype="f32").logits(ids[0].numpy())

@@ -1,7 +1,6 @@
 """The packed directory: what is written is read, sealed, sharded, and opened by transformers or refused."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,68 +8,28 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from packed_models import (
+    assert_same_weight,
+    fake_quantize_input,
+    float_weight,
+    needs_transformers,
+    pack,
+    reseal,
+)
 from tiny import CONFIGS, make_checkpoint
 
 from llamita.errors import InputError
 from llamita.models.checkpoint import (
     Checkpoint,
     Int4Weight,
-    Int8Weight,
     linear_names,
     table_names,
     vector_names,
 )
 from llamita.models.packed import KEYS, PackedModel, open_source, self_hash_holds
-from llamita.models.packed_writer import write_metadata
-from llamita.numerics.affine import dequantize, quantize_activations, to_f32
-from llamita.numerics.packing import unpack_int4
+from llamita.numerics.affine import to_f32
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import RoundedSource, quantize
-
-needs_transformers = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("transformers", "compressed_tensors")),
-    reason="transformers or compressed-tensors is not installed",
-)
-
-
-def pack(tmp_path: Path, preset: str = "llama3.2", group_size: int | None = None, shard_bytes: int = 10**9,
-         **checkpoint: Any) -> Path:  # fmt: skip
-    source = Checkpoint(make_checkpoint(tmp_path / "src", **checkpoint))
-    quantize(source, "src", tmp_path / "out", make_scheme(preset, group_size), shard_bytes=shard_bytes)
-    return tmp_path / "out"
-
-
-def reseal(directory: Path, **changes: Any) -> None:
-    """Change llamita.json (config.json's record always) and give it the right hash of itself."""
-    values = json.loads((directory / "llamita.json").read_text()) | changes
-    del values["self_sha256"]
-    config = (directory / "config.json").read_bytes()
-    if isinstance(values.get("files"), dict):
-        values["files"]["config.json"] = {"size": len(config), "sha256": hashlib.sha256(config).hexdigest()}
-    (directory / "llamita.json").unlink()
-    write_metadata(directory, values)
-
-
-def assert_same_weight(found: Any, expected: Any) -> None:
-    assert type(found) is type(expected)
-    if isinstance(expected, Int4Weight):
-        assert found.group_size == expected.group_size
-        np.testing.assert_array_equal(found.packed, expected.packed)
-        np.testing.assert_array_equal(found.scales, expected.scales)
-    elif isinstance(expected, Int8Weight):
-        np.testing.assert_array_equal(found.codes, expected.codes)
-        np.testing.assert_array_equal(found.scales, expected.scales)
-    else:
-        np.testing.assert_array_equal(found, expected)
-    assert getattr(found, "scales", np.zeros(0, np.float32)).dtype in (np.uint16, np.float32)
-
-
-def float_weight(weight: Any) -> np.ndarray:
-    """The weights that a quantized module stands for, float32."""
-    if isinstance(weight, Int4Weight):
-        return dequantize(unpack_int4(weight.packed), weight.scales)
-    return dequantize(weight.codes, weight.scales) if isinstance(weight, Int8Weight) else to_f32(weight)
-
 
 # ---- what is written is read ---------------------------------------------------------------------
 
@@ -313,18 +272,10 @@ def test_transformers_opens_an_arm_directory_and_computes_the_same(
         for name in linear_names(packed.config):
             module: Any = exact.get_submodule(name)
             module.weight.copy_(torch.from_numpy(float_weight(packed.weight(name))))
-            module.register_forward_pre_hook(_fake_quantize)
+            module.register_forward_pre_hook(fake_quantize_input)
         expected = exact(ids).logits
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert (unquantized - expected).abs().max() > 1e-2 * expected.abs().max()  # it is quantized at all
-
-
-def _fake_quantize(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    import torch
-
-    x = arguments[0].numpy()
-    rows = x.reshape(-1, x.shape[-1])
-    return (torch.from_numpy(dequantize(*quantize_activations(rows)).reshape(x.shape)), *arguments[1:])
 
 
 @needs_transformers

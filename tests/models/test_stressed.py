@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
 torch = pytest.importorskip("torch", reason="the twin is made with Torch")
 transformers = pytest.importorskip("transformers", reason="the twin is made with transformers")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 from stress_embedded import calibration_tokens, fold_norms, stress  # noqa: E402
 
 from llamita.engine.llm import load  # noqa: E402

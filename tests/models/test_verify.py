@@ -6,22 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import make_checkpoint
+from packed_models import pack
 
 from llamita import cli
 from llamita.errors import InputError
-from llamita.models.checkpoint import Checkpoint
 from llamita.models.verify import verify
-from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("verify")
-    source = Checkpoint(make_checkpoint(root / "src", "llama3"))
-    quantize(source, "src", root / "out", make_scheme("llama3.2"), shard_bytes=100_000)
-    return root / "out"
+    return pack(tmp_path_factory.mktemp("verify"), family="llama3", shard_bytes=100_000)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_up_root import write_root
 
 from llamita import _native
 
@@ -14,14 +15,6 @@ CPUS = sorted(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else 
 USABLE = _native.usable_cpus()
 GROUPS = Path("/sys/fs/cgroup/cpu")  # version 1
 several = pytest.mark.skipif(len(CPUS) < 2, reason="one processor")
-
-
-def write(root: Path, files: dict[str, str]) -> str:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return str(root)
 
 
 def siblings(cpu: int, text: str) -> dict[str, str]:
@@ -48,14 +41,14 @@ def test_hardware_threads_of_a_core_count_once(tmp_path: Path, form: str) -> Non
     text = form.format(*CPUS[:2])
     if "-" in form and CPUS[1] != CPUS[0] + 1:
         pytest.skip("no neighbours")
-    root = write(tmp_path, {**siblings(CPUS[0], text), **siblings(CPUS[1], text)})
-    assert _native.usable_cpus(root) == len(CPUS) - 1
+    root = write_root(tmp_path, siblings(CPUS[0], text), siblings(CPUS[1], text))
+    assert _native.usable_cpus(str(root)) == len(CPUS) - 1
 
 
 def test_a_sibling_that_may_not_be_used_does_not_count(tmp_path: Path) -> None:
     other = next(cpu for cpu in range(1023) if cpu not in CPUS)
-    root = write(tmp_path, siblings(CPUS[0], f"{other},{CPUS[0]}\n"))
-    assert _native.usable_cpus(root) == len(CPUS)
+    root = write_root(tmp_path, siblings(CPUS[0], f"{other},{CPUS[0]}\n"))
+    assert _native.usable_cpus(str(root)) == len(CPUS)
 
 
 V2 = {"proc/self/cgroup": "0::/box/job\n", "sys/fs/cgroup/box/job/cpu.max": "max 100000\n"}
@@ -76,7 +69,7 @@ ONE_V1 = {"cpu.cfs_quota_us": "100000\n", "cpu.cfs_period_us": "100000\n"}
     ],
 )
 def test_the_least_quota_on_the_way_to_the_root_holds(tmp_path: Path, files: dict[str, str]) -> None:
-    assert _native.usable_cpus(write(tmp_path, files)) == 1
+    assert _native.usable_cpus(str(write_root(tmp_path, files))) == 1
 
 
 @pytest.mark.parametrize(
@@ -91,7 +84,7 @@ def test_the_least_quota_on_the_way_to_the_root_holds(tmp_path: Path, files: dic
     ],
 )  # fmt: skip
 def test_what_is_no_quota_limits_nothing(tmp_path: Path, files: dict[str, str]) -> None:
-    assert _native.usable_cpus(write(tmp_path, files)) == len(CPUS)
+    assert _native.usable_cpus(str(write_root(tmp_path, files))) == len(CPUS)
 
 
 @pytest.mark.skipif(USABLE < 2, reason="one processor")

@@ -1,18 +1,17 @@
 """Every native operation on every instruction set of this machine, against NumPy; integers bit for bit."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kernel_specs as spec
 import numpy as np
 import pytest
+from programs import run_program
 
 from llamita import _native
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16, quantize_activations, to_f32
 
+PRINT_SETTINGS = "from llamita import _native as n; print(n.isa(), n.threads())"
 rng = np.random.default_rng(0)
 
 
@@ -320,17 +319,11 @@ def test_no_tokens_are_no_work(isa: str) -> None:
 # ---- choice of instruction set, probes -----------------------------------------------------------
 
 
-def _import_with(**variables: str) -> subprocess.CompletedProcess[str]:
-    code = "from llamita import _native as n; print(n.isa(), n.threads())"
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True
-    )
-
-
 def test_environment_chooses_instruction_set_and_threads() -> None:
     assert _native.available_isas()[-1] == "scalar"
-    assert _import_with(LLAMITA_ISA="scalar", LLAMITA_THREADS="3").stdout.split() == ["scalar", "3"]
-    assert "LLAMITA_ISA: expected an instruction set" in _import_with(LLAMITA_ISA="mmx").stderr
+    chosen = run_program(PRINT_SETTINGS, LLAMITA_ISA="scalar", LLAMITA_THREADS="3")
+    assert chosen.stdout.split() == ["scalar", "3"]
+    assert "LLAMITA_ISA: expected an instruction set" in run_program(PRINT_SETTINGS, LLAMITA_ISA="mmx").stderr
     with pytest.raises(ValueError, match=r"isa: expected .* got 'mmx'; try one of .*scalar"):
         _native.set_isa("mmx")
     with pytest.raises(ValueError, match="threads: expected 1 to"):

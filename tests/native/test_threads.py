@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from programs import run_program
 
 from llamita import _native
 from llamita.errors import InputError
@@ -18,15 +19,8 @@ def work(): n.swiglu(x, out)
 """
 
 
-def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **variables}, capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
-
-
 def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return run(f"from llamita.cli import main; main({list(arguments)!r})", **variables)
+    return run_program(f"from llamita.cli import main; main({list(arguments)!r})", **variables)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -47,7 +41,7 @@ work()
 print(n.threads(), out.min() > 0)
 """
     )
-    result = run(program)
+    result = run_program(program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("threads: expected to start 1024, got ")
     assert result.stdout.splitlines()[1] == "2 True"
@@ -77,7 +71,7 @@ work()
 print("done")
 """
     )
-    result = run(program)
+    result = run_program(program)
     assert result.stdout == "done\n", result.stderr
 
 
@@ -85,7 +79,7 @@ print("done")
 def test_a_wrong_environment_fails_on_first_use(value: str) -> None:
     program = ONE_OPERATION + "for use in (n.threads, lambda: n.set_threads(2), work):\n"
     program += "    try: use()\n    except ValueError as error: print(error)\n"
-    lines = run(program, LLAMITA_THREADS=value).stdout.splitlines()
+    lines = run_program(program, LLAMITA_THREADS=value).stdout.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("LLAMITA_THREADS: expected 1 to 1024, got ") for line in lines)
 

@@ -109,14 +109,6 @@ def test_activations_are_bit_equal_to_torchao() -> None:
 # ---- native kernels ------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest):
-    before = _native.isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
-
-
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rule", ["torchao", "torchao_bf16", "search", "weighted"])
 @pytest.mark.parametrize("bits", [4, 8])

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import typer
 from layers import EXTRAS, LAYERS, LEAN, NESTED, ONLY_IN, SIBLINGS, TORCH_PACKAGES, TORCH_SIDE
+from places import ROOT
 from typer.core import TyperGroup
 
 from llamita import cli
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "llamita"
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -4,8 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("mutations", ROOT / "tools" / "mutations.py")
 assert SPEC
 assert SPEC.loader

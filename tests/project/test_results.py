@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import ROOT
 
 import llamita
 from llamita.models.checkpoint import Checkpoint, resolve
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
 import peers
 import protocol
 import records

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from command import one_line, run
+from places import HELD_OUT
 from tiny import make_checkpoint
 
 from llamita.bench.plan import describe_shape
@@ -15,7 +16,7 @@ from llamita.models.checkpoint import Checkpoint, resolve
 from llamita.quantize.cost import expected_memory, expected_work
 
 pytest.importorskip("torch", reason="calibrated methods are on the Torch side")
-TEXT = (Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt").read_text("utf-8")
+TEXT = HELD_OUT.read_text("utf-8")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import one_line, run
+from places import HELD_OUT
 from tiny import make_checkpoint
 
 from llamita.commands.selection import parse_size
@@ -30,8 +31,6 @@ from llamita.quantize.layer_choice import (
 )
 from llamita.quantize.pipeline import RoundedSource
 from llamita.text.tokenizer import Tokenizer
-
-HELD_OUT = Path(__file__).parents[1] / "src" / "llamita" / "embedded" / "heldout.txt"
 
 
 def tokens_of(source: Checkpoint, samples: int = 2, length: int = 64) -> np.ndarray:

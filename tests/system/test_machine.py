@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from made_up_root import write_root
 
 from llamita.system.machine import free_memory, usable_memory
 
@@ -11,14 +12,6 @@ V2 = {"proc/self/cgroup": "0::/box/job\n"}
 V1 = {"proc/self/cgroup": "9:cpu:/other\n4:memory:/box/job\n0::/\n"}
 FREE = {"proc/meminfo": f"MemTotal: 999999 kB\nMemAvailable: {500 * 1024} kB\n"}
 JOB, JOB_V1 = "sys/fs/cgroup/box/job", "sys/fs/cgroup/memory/box/job"
-
-
-def root_with(root: Path, *files: dict[str, str]) -> Path:
-    for name, text in [pair for some in files for pair in some.items()]:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
 
 
 def limit(group: str, limit: int, used: int) -> dict[str, str]:
@@ -32,7 +25,7 @@ def test_without_limits_it_is_what_the_machine_has(tmp_path: Path) -> None:
     everything = usable_memory(tmp_path)
     assert everything > 400 * MB
     assert free_memory(tmp_path) == everything  # nothing tells what is free
-    root = root_with(tmp_path, FREE, V2, {f"{JOB}/memory.max": "max\n", f"{JOB}/memory.current": "123\n"})
+    root = write_root(tmp_path, FREE, V2, {f"{JOB}/memory.max": "max\n", f"{JOB}/memory.current": "123\n"})
     assert usable_memory(root) == everything
     assert free_memory(root) == min(everything, 500 * MB)
 
@@ -51,14 +44,14 @@ def test_without_limits_it_is_what_the_machine_has(tmp_path: Path) -> None:
 def test_a_limit_on_the_way_to_the_root_holds_less_what_is_used(
     tmp_path: Path, files: dict[str, str], group: str
 ) -> None:
-    root = root_with(tmp_path, FREE, files, limit(group, 300, 100))
+    root = write_root(tmp_path, FREE, files, limit(group, 300, 100))
     assert usable_memory(root) == 300 * MB
     assert free_memory(root) == 200 * MB
 
 
 def test_the_tightest_of_several_limits_holds(tmp_path: Path) -> None:
     """The outer group allows more, but has less left."""
-    root = root_with(tmp_path, FREE, V2, limit(JOB, 200, 20), limit("sys/fs/cgroup/box", 300, 250))
+    root = write_root(tmp_path, FREE, V2, limit(JOB, 200, 20), limit("sys/fs/cgroup/box", 300, 250))
     assert usable_memory(root) == 200 * MB
     assert free_memory(root) == 50 * MB
 
@@ -68,11 +61,11 @@ def test_pages_of_files_can_be_had_back(
     tmp_path: Path, files: dict[str, str], group: str, prefix: str
 ) -> None:
     stat = f"anon 5\n{prefix}inactive_file {30 * MB}\n{prefix}active_file {10 * MB}\n"
-    root = root_with(tmp_path, FREE, files, limit(group, 300, 100), {f"{group}/memory.stat": stat})
+    root = write_root(tmp_path, FREE, files, limit(group, 300, 100), {f"{group}/memory.stat": stat})
     assert free_memory(root) == 240 * MB
 
 
 def test_other_groups_and_full_ones(tmp_path: Path) -> None:
-    root = root_with(tmp_path, FREE, V2, limit("sys/fs/cgroup/elsewhere", 100, 1))
+    root = write_root(tmp_path, FREE, V2, limit("sys/fs/cgroup/elsewhere", 100, 1))
     assert free_memory(root) == min(usable_memory(root), 500 * MB)
-    assert free_memory(root_with(tmp_path, limit(JOB, 100, 101))) == 0
+    assert free_memory(write_root(tmp_path, limit(JOB, 100, 101))) == 0

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from places import HELPERS
 from tiny import write_tokenizer
 
 from llamita.errors import InputError
@@ -105,7 +106,8 @@ def main(directory: Path) -> None:
 
 def test_damaged_tokenizers(tmp_path: Path) -> None:
     command = [sys.executable, __file__, str(tmp_path)]
-    environment = {**os.environ, "RUST_BACKTRACE": "0"}
+    path = os.pathsep.join([str(HELPERS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "RUST_BACKTRACE": "0", "PYTHONPATH": path.rstrip(os.pathsep)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, env=environment)
     assert done.returncode == 0, f"after {done.stdout[-40:]}: {done.stderr[-2000:]}"
     counts = json.loads(done.stdout.splitlines()[-1])

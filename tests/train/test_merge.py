@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_files import PROMPT, make_adapter, replace_adapter_tensors
 from command import assert_nothing_is_left, one_line, run
-from test_adapters import PROMPT, make_adapter
-from tiny import make_checkpoint, write_file
+from distances import relative_error
+from tiny import make_checkpoint
 
 import llamita
 from llamita.engine.adapters import CONFIG, WEIGHTS
@@ -41,10 +42,6 @@ def merged_source(base: Path, adapter: Path) -> MergedSource:
 def packed(model: Path, out: Path, preset: str = "llama3.2", method: str = "rtn", **settings: Any) -> Path:
     quantize(Checkpoint(model), str(model), out, make_scheme(preset), method, Setup(settings=settings))
     return out
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -232,8 +229,7 @@ def test_weights_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "a", model, lora_alpha=10**6)
     file = TensorFile(adapter / WEIGHTS)
     large = {name: np.full(info.shape, 0x4300, np.uint16) for name, info in file.tensors.items()}  # 128
-    (adapter / WEIGHTS).unlink()
-    write_file(adapter / WEIGHTS, large, "BF16")
+    replace_adapter_tensors(adapter, large)
     with pytest.raises(llamita.InputError, match="expected finite weights"):
         merge_float(merged_source(model, adapter), "m", tmp_path / "out")
     assert_nothing_is_left(tmp_path, "model", "a")

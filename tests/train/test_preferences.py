@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import one_line, run
+from jsonl import write_jsonl
 from tiny import make_checkpoint
 
 from llamita.errors import InputError
@@ -127,12 +128,9 @@ FAST = ("--set", "steps=2", "--set", "batch=4", "--set", "micro_batch=2", "--set
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """Forty examples, forty pairs."""
-    data, pairs = tmp_path / "data.jsonl", tmp_path / "pairs.jsonl"
-    lines = [{"prompt": f"say {i}", "completion": f"{i} {i}"} for i in range(40)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    lines = [{"prompt": f"say {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
-    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    return data, pairs
+    examples = [{"prompt": f"say {i}", "completion": f"{i} {i}"} for i in range(40)]
+    pairs = [{"prompt": f"say {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    return write_jsonl(tmp_path / "data.jsonl", examples), write_jsonl(tmp_path / "pairs.jsonl", pairs)
 
 
 def test_three_stages_learn_what_is_preferred(

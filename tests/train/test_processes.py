@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from command import assert_nothing_is_left, one_line, run
+from jsonl import write_jsonl
 from tiny import make_checkpoint
 
 torch = pytest.importorskip("torch", reason="training is on the Torch side")
@@ -37,9 +38,7 @@ def model(tmp_path: Path) -> Path:
 def data(tmp_path: Path) -> Path:
     """Fifty examples of many lengths: rows that two processes cannot share evenly."""
     lines = [{"prompt": f"say {i} " * (1 + i % 3), "completion": f"{i} " * (1 + i % 5)} for i in range(50)]
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    return path
+    return write_jsonl(tmp_path / "data.jsonl", lines)
 
 
 def started(count: int, *arguments: object) -> subprocess.Popen[str]:
