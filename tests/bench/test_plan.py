@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed_models import pack
 from tiny import CONFIGS, make_checkpoint
 
 from llamita import cli
@@ -42,16 +43,13 @@ def test_a_config_alone_gives_the_bytes_that_quantize_writes(
 ) -> None:
     group_size = 32 if family == "tinyllama" else None
     scheme = make_scheme(preset, group_size)
-    source = make_checkpoint(tmp_path / "src", family, dtype=dtype)
-    quantize(Checkpoint(source), "src", tmp_path / "out", scheme, shard_bytes=100_000)
+    source, out = tmp_path / "src", pack(tmp_path, scheme, None, 100_000, family=family, dtype=dtype)
     model = describe(str(source / "config.json"))
     made = make_plan(model.config, scheme, model.float_dtype, shard_bytes=100_000)
-    written = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    written = {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
     assert made.file_bytes == sum(written.values())
     assert made.files == sorted(written)
-    headers = sum(
-        int.from_bytes((tmp_path / "out" / name).read_bytes()[:8], "little") + 8 for name in written
-    )
+    headers = sum(int.from_bytes((out / name).read_bytes()[:8], "little") + 8 for name in written)
     assert made.tensor_bytes == sum(written.values()) - headers
     begin = int.from_bytes((source / "model.safetensors").read_bytes()[:8], "little") + 8
     assert made.source_bytes == (source / "model.safetensors").stat().st_size - begin
@@ -140,7 +138,7 @@ def test_a_short_context_is_planned_for_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_packed_model_is_planned_for_by_itself(tmp_path: Path) -> None:
-    quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "src", tmp_path / "out", make_scheme("arm"))
+    pack(tmp_path, "arm")
     (estimate,) = estimate_all(describe(str(tmp_path / "out")), MACHINE)
     assert estimate.name == "arm"
     assert estimate.file_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size

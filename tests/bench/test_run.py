@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed_models import pack
 from tiny import CONFIGS, make_checkpoint
 
 from llamita.bench.report import (
@@ -33,10 +34,8 @@ from llamita.bench.work import Work, cache_bytes_per_token, count_work
 from llamita.bench.worker import ModelSpec, Worker, serve
 from llamita.engine.llm import load
 from llamita.errors import InputError, RunError
-from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.numerics.scheme import make_scheme
-from llamita.quantize.pipeline import quantize
 from llamita.system import machine
 
 WORK = Work(linear=1000, head=300, attention=4, weight_bytes=800, cache_bytes=10)
@@ -212,11 +211,10 @@ def load_request(spec: ModelSpec, **options: object) -> dict[str, object]:
 
 
 def test_a_worker_loads_and_runs_what_it_is_asked_for(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "src")
-    quantize(Checkpoint(source), "src", tmp_path / "out", make_scheme("llama3.2"))
-    packed = load_request(ModelSpec(str(tmp_path / "out"), None))
-    rounded = load_request(ModelSpec(str(source), None, make_scheme("llama3.2")))
-    alike = load_request(ModelSpec(str(tmp_path / "out"), None, make_scheme("llama3.2"), random=True))
+    out = pack(tmp_path)
+    packed = load_request(ModelSpec(str(out), None))
+    rounded = load_request(ModelSpec(str(tmp_path / "src"), None, make_scheme("llama3.2")))
+    alike = load_request(ModelSpec(str(out), None, make_scheme("llama3.2"), random=True))
     run = [{"do": "prefill", "tokens": 16, "capacity": 24}, {"do": "decode", "tokens": 8},
            {"do": "decode", "tokens": 8, "batch": 3}, {"do": "memory"}]  # fmt: skip
     found = [ask(request, *run) for request in (packed, rounded, alike)]

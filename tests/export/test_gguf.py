@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from command import one_line, run
 from foreign_models import make_gguf_checkpoint
+from packed_models import float_weight
 from tiny import random_tensors, replace_tensors
 
 from llamita.export.source import module_names
@@ -16,8 +17,7 @@ from llamita.formats.gguf_blocks import floats_of
 from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.models.foreign_names import gguf_name, pair_order
 from llamita.models.packed import PackedModel
-from llamita.numerics.affine import dequantize, f32_to_bf16, to_f32
-from llamita.numerics.packing import unpack_int4
+from llamita.numerics.affine import f32_to_bf16, to_f32
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3", "llama31", "llama32"])
@@ -33,8 +33,7 @@ def test_every_weight_is_carried_exactly(tmp_path: Path, family: str, group_size
         read = floats_of(file.tensors[found].kind, file.read(found))
         assert isinstance(weight, Int4Weight | Int8Weight)
         assert file.tensors[found].kind == ("Q4_0" if isinstance(weight, Int4Weight) else "Q8_0")
-        codes = unpack_int4(weight.packed) if isinstance(weight, Int4Weight) else np.asarray(weight.codes)
-        expected = dequantize(codes, weight.scales)
+        expected = float_weight(weight)
         if name.endswith(("q_proj", "k_proj")):
             heads = packed.config.heads if name.endswith("q_proj") else packed.config.kv_heads
             half = len(expected) // heads // 2

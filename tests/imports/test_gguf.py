@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from command import run
 from foreign_models import make_gguf_checkpoint, write_small_gguf
+from packed_models import float_weight
 from tiny import llama3_rope
 
 from llamita.errors import InputError
@@ -18,8 +19,6 @@ from llamita.imports.gguf import _ends
 from llamita.imports.tokenizers import with_scores
 from llamita.models.checkpoint import Checkpoint, Int4Weight, Int8Weight
 from llamita.models.packed import PackedModel
-from llamita.numerics.affine import dequantize
-from llamita.numerics.packing import unpack_int4
 from llamita.text.tokenizer import Tokenizer
 
 
@@ -57,9 +56,8 @@ def test_a_file_with_scales_of_either_sign_becomes_a_float_checkpoint(
     for name in module_names(packed):
         weight = packed.weight(name)
         assert isinstance(weight, Int4Weight | Int8Weight)
-        codes = unpack_int4(weight.packed) if isinstance(weight, Int4Weight) else np.asarray(weight.codes)
         sign = -1 if isinstance(weight, Int4Weight) else 1
-        expected = sign * dequantize(codes, weight.scales)
+        expected = sign * float_weight(weight)
         np.testing.assert_array_equal(again.weight(name), expected, err_msg=name)
     texts = ["Once upon a time", "naïve — 1234567", "a  b\n\nc", "it's <|eot_id|> x"]
     for text in texts:

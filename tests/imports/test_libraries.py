@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from command import one_line, run
 from foreign_models import as_gptq, export, write_arrays
-from packed_models import tensors_of
+from packed_models import float_weight, tensors_of
 from tiny import make_checkpoint
 
 from llamita.formats.safetensors import TensorFile
 from llamita.models.checkpoint import Checkpoint, Int4Weight, linear_names
 from llamita.models.packed import PackedModel
 from llamita.numerics.affine import dequantize, f32_to_bf16, round_weights, to_f32
-from llamita.numerics.packing import unpack_int4
 
 # ---- GPTQ ----------------------------------------------------------------------------------------
 
@@ -35,7 +34,7 @@ def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> Non
         assert (
             weight.group_size == {32: 32, 128: 128, -1: 256 if expected.shape[1] == 256 else 128}[group_size]
         )
-        np.testing.assert_array_equal(dequantize(unpack_int4(weight.packed), weight.scales), expected)
+        np.testing.assert_array_equal(float_weight(weight), expected)
     np.testing.assert_array_equal(packed.weight("lm_head"), Checkpoint(model).weight("lm_head"))
 
 
@@ -121,7 +120,7 @@ def test_what_compressed_tensors_itself_wrote(tmp_path: Path, strategy: str, dyn
     for name, expected in weights.items():
         weight = packed.weight(name)
         assert isinstance(weight, Int4Weight)
-        np.testing.assert_array_equal(dequantize(unpack_int4(weight.packed), weight.scales), expected)
+        np.testing.assert_array_equal(float_weight(weight), expected)
 
 
 def test_what_torchao_itself_wrote(tmp_path: Path) -> None:

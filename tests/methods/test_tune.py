@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed_models import float_weight
 from tiny import make_checkpoint
 
 from llamita import _native
@@ -12,8 +13,7 @@ from llamita.errors import InputError
 from llamita.methods.settings import TuneSettings, settings_of
 from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
-from llamita.numerics.affine import bf16_to_f32, dequantize, f32_to_bf16
-from llamita.numerics.packing import unpack_int4
+from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.quantize.pipeline import RoundedSource
 
@@ -202,11 +202,7 @@ def test_a_chain_tunes_every_block(tmp_path: Path, method: str) -> None:
     after = RoundedSource(source, SCHEME, method, setup)
     for layer in range(source.config.layers):
         name = f"model.layers.{layer}.mlp.down_proj"
-        one, other = (_values(model.weight(name)) for model in (before, after))
+        one, other = (float_weight(model.weight(name)) for model in (before, after))
         if method == "tune":  # after gptq its own result may stay the best
             assert (one != other).any()
         assert np.abs(one - other).max() < 0.1
-
-
-def _values(weight: Any) -> np.ndarray:
-    return dequantize(unpack_int4(weight.packed), weight.scales)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign_models import make_gguf_checkpoint
-from tiny import llama3_rope
+from tiny import llama3_rope, make_checkpoint
 
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import pair_order, rope_factors
@@ -17,7 +16,7 @@ def test_rows_go_where_neighbours_are_rotated() -> None:
 
 def test_frequencies_are_divided_as_llama_31_does(tmp_path: Path) -> None:
     values = {"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": llama3_rope(8.0)}
-    config = Checkpoint(make_gguf_checkpoint(tmp_path, "llama31", **values)).config
+    config = Checkpoint(make_checkpoint(tmp_path, "llama31", **values)).config
     factors = rope_factors(config)
     assert factors[0] == 1.0  # turns often: left alone
     assert factors[-1] == pytest.approx(config.rope.factor)  # turns seldom: stretched

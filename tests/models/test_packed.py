@@ -214,10 +214,10 @@ def test_packed_weights_without_llamita_json_say_what_is_missing(tmp_path: Path)
 
 def test_packed_weights_that_are_plain_compressed_tensors_are_read_as_that(tmp_path: Path) -> None:
     """With float tables and nothing to do at run time, config.json alone says what they are."""
-    quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "src", tmp_path / "out", make_scheme("arm"))
-    written = open_source(tmp_path / "out").weight("model.layers.0.mlp.up_proj")
-    (tmp_path / "out" / "llamita.json").unlink()
-    again = open_source(tmp_path / "out").weight("model.layers.0.mlp.up_proj")
+    out = pack(tmp_path, "arm")
+    written = open_source(out).weight("model.layers.0.mlp.up_proj")
+    (out / "llamita.json").unlink()
+    again = open_source(out).weight("model.layers.0.mlp.up_proj")
     assert isinstance(written, Int4Weight)
     assert isinstance(again, Int4Weight)
     np.testing.assert_array_equal(again.packed, written.packed)

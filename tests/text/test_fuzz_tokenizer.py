@@ -106,8 +106,8 @@ def main(directory: Path) -> None:
 
 def test_damaged_tokenizers(tmp_path: Path) -> None:
     command = [sys.executable, __file__, str(tmp_path)]
-    path = os.pathsep.join([str(HELPERS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = {**os.environ, "RUST_BACKTRACE": "0", "PYTHONPATH": path.rstrip(os.pathsep)}
+    path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "RUST_BACKTRACE": "0", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, env=environment)
     assert done.returncode == 0, f"after {done.stdout[-40:]}: {done.stderr[-2000:]}"
     counts = json.loads(done.stdout.splitlines()[-1])
