@@ -32,7 +32,15 @@ WHEEL_PLATFORMS = ["manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinu
 
 # What each of qemu's processors has: the newest, one with dot products alone, one with neither
 PROCESSORS = {"max": "neon-i8mm neon-dotprod scalar", "neoverse-n1": "neon-dotprod scalar", "cortex-a53": "scalar"}
-TESTS = ["kernels", "hadamard_kernels", "attention", "rounding", "native_errors", "threads", "adapters"]
+TESTS = [
+    "native/test_kernels.py",
+    "native/test_hadamard_kernels.py",
+    "native/test_attention.py",
+    "native/test_rounding.py",
+    "native/test_errors.py",
+    "native/test_threads.py",
+    "engine/test_adapters.py",
+]
 # Not the scalar kernels by themselves: the same C++ as everywhere, and slow here; others compare with it.
 # Not what qemu does not do: forks beside threads, limits of memory. Not commands that reach no kernel.
 SELECTION = "not [scalar and not fork and not cannot_start and not commands_say_it"
@@ -206,7 +214,7 @@ def main() -> int:
     build_module()
     check_detection()
     check_whole_model()
-    selected = ["-k", SELECTION, *(f"tests/test_{name}.py" for name in TESTS)]
+    selected = ["-k", SELECTION, *(f"tests/{name}" for name in TESTS)]
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or selected)]
     return subprocess.run(command, cwd=ROOT).returncode
 

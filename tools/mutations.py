@@ -67,18 +67,18 @@ MUTATIONS = [
 
 # Where a broken kernel shows first; the rest of the suite follows.
 FIRST = [
-    "test_kernels.py",
-    "test_hadamard_kernels.py",
-    "test_rounding.py",
-    "test_attention.py",
-    "test_affine.py",
-    "test_evaluate.py",
-    "test_model.py",
-    "test_speculation.py",
-    "test_gptq.py",
-    "test_transforms.py",
+    "native/test_kernels.py",
+    "native/test_hadamard_kernels.py",
+    "native/test_rounding.py",
+    "native/test_attention.py",
+    "numerics/test_affine.py",
+    "evaluate/test_scores.py",
+    "engine/test_model.py",
+    "engine/test_speculation.py",
+    "methods/test_gptq.py",
+    "methods/test_transforms.py",
 ]
-NOT_RUN = "tests/test_mutations.py"  # fails on every changed tree: it looks for the text as it was
+NOT_RUN = "tests/project/test_mutations.py"  # fails on every changed tree: it looks for the text as it was
 
 
 def build(tree: Path, folder: Path) -> None:

@@ -27,7 +27,12 @@ MEMORY = Sanitizer(
     "address,undefined",
     ("libasan.so", "libubsan.so", "libstdc++.so"),
     {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # Python's own leaks
-    ("tests/test_kernels.py", "tests/test_hadamard_kernels.py", "tests/test_rounding.py", "tests/test_attention.py"),
+    (
+        "tests/native/test_kernels.py",
+        "tests/native/test_hadamard_kernels.py",
+        "tests/native/test_rounding.py",
+        "tests/native/test_attention.py",
+    ),
 )
 
 # A race ends the process with code 66: pytest's own, or a test's program, whose code the test looks at.
@@ -37,9 +42,9 @@ THREAD = Sanitizer(
     "thread",
     ("libtsan.so", "libstdc++.so"),
     {"TSAN_OPTIONS": "halt_on_error=1 die_after_fork=0 detect_deadlocks=0 report_signal_unsafe=0"},
-    ("tests/test_threads.py", "tests/test_stress_threads.py",
-     "tests/test_kernels.py::test_calls_from_several_threads_do_not_disturb_each_other",
-     "tests/test_kernels.py::test_instruction_sets_and_threads_give_the_same_bits"),
+    ("tests/native/test_threads.py", "tests/native/test_stress_threads.py",
+     "tests/native/test_kernels.py::test_calls_from_several_threads_do_not_disturb_each_other",
+     "tests/native/test_kernels.py::test_instruction_sets_and_threads_give_the_same_bits"),
 )  # fmt: skip
 
 

@@ -1,0 +1,177 @@
+"""The scheduler where threads and interrupts come at the worst moment: forced, not waited for."""
+
+import gc
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from generations import Watched, endless, finish, ids_of, plain
+from tiny import make_checkpoint
+
+from llamita.engine import scheduler
+from llamita.engine.llm import LLM, Generation
+from llamita.engine.sampler import Sampling
+from llamita.engine.scheduler import Scheduler, _Sequence
+from llamita.errors import RunError
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> LLM:
+    return endless(make_checkpoint(tmp_path, "llama32", eos_token_id=319), preset="llama3.2")
+
+
+def once(call: Callable[[], Any]) -> Callable[[], None]:
+    """`call` at the first time, nothing from then on."""
+    calls = [call]
+
+    def run() -> None:
+        if calls:
+            calls.pop()()
+
+    return run
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_end_that_comes_between_two_looks_is_seen(llm: LLM) -> None:
+    """The stream's reader finds no event; before its next look another reader's step ends the sequence."""
+    streams = [llm.stream(ids_of(i, 20), max_tokens=1, greedy=True) for i in range(2)]
+    step = once(lambda: finish(streams[1]))
+
+    class Events(deque):
+        def __bool__(self) -> bool:
+            found = len(self) > 0
+            step()
+            return found
+
+    streams[0]._sequence.events = Events()
+    assert finish(streams[0]).token_ids == plain(llm, ids_of(0, 20), 1, Sampling(0.0))[0]
+
+
+def test_an_interrupted_sweep_leaves_nobody_asleep(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, wait = threading.Event(), llm.scheduler._changed.wait
+    monkeypatch.setattr(llm.scheduler._changed, "wait", lambda: (waits.set(), wait()))  # the lock is held
+    sweep, fail = Scheduler._sweep, once(interrupt)
+    monkeypatch.setattr(Scheduler, "_sweep", lambda self: (fail(), sweep(self)))
+    streams = [llm.stream(ids_of(i, 20), max_tokens=5, greedy=True, speculate=0) for i in range(2)]
+    found: list[Generation] = []
+    other = threading.Thread(target=lambda: found.append(finish(streams[1])), daemon=True)
+
+    def meddle(count: int, *_: Any) -> None:
+        if count == 1:
+            other.start()
+            assert waits.wait(60)
+
+    Watched(llm, meddle)
+    with pytest.raises(KeyboardInterrupt):
+        list(streams[0])
+    other.join(60)
+    assert not other.is_alive()
+    assert found[0].token_ids == plain(llm, ids_of(1, 20), 5, Sampling(0.0))[0]
+
+
+def test_an_interrupted_submission_leaves_no_request(llm: LLM) -> None:
+    class Queue(deque):
+        def append(self, item: Any) -> None:
+            super().append(item)
+            interrupt()
+
+    llm.scheduler._waiting = Queue()
+    with pytest.raises(KeyboardInterrupt):
+        llm.stream(ids_of(0, 20), max_tokens=50)
+    gc.collect()
+    llm.scheduler._waiting = deque(llm.scheduler._waiting)
+    watched = Watched(llm)
+    llm.generate(ids_of(1, 20), max_tokens=3, speculate=0)
+    assert [len(step) for step in watched.steps] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_an_interrupt_after_the_end_is_no_error(llm: LLM, is_marked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Generation is there; whether the sequence is marked as over or not yet."""
+    original, fail = _Sequence.finish, once(interrupt)
+
+    def ends(sequence: _Sequence) -> None:
+        original(sequence)
+        sequence.is_over = is_marked
+        fail()
+        sequence.is_over = True
+
+    monkeypatch.setattr(_Sequence, "finish", ends)
+    stream = llm.stream(ids_of(0, 20), max_tokens=3, greedy=True)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    *_, generation = stream
+    assert isinstance(generation, Generation)
+    assert generation.token_ids == plain(llm, ids_of(0, 20), 3, Sampling(0.0))[0]
+    assert not llm.scheduler._running()
+
+
+def test_a_sequence_that_a_sweep_missed_is_not_computed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep after a failed draw is interrupted: the next step meets a sequence without a cache."""
+
+    def meddle(count: int, _sequences: Any, logits: np.ndarray) -> None:
+        if count == 3:
+            logits[0] = np.nan
+
+    sweeps = iter(range(1000))
+    sweep = Scheduler._sweep
+    monkeypatch.setattr(Scheduler, "_sweep", lambda self: interrupt() if next(sweeps) == 2 else sweep(self))
+    Watched(llm, meddle)
+    streams = [llm.stream(ids_of(i, 20), max_tokens=8, greedy=True, speculate=0) for i in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        list(streams[1])
+    assert finish(streams[1]).token_ids == plain(llm, ids_of(1, 20), 8, Sampling(0.0))[0]
+    with pytest.raises(RunError, match="logits"):
+        list(streams[0])
+
+
+def interrupted_at(place: int, call: Callable[[], Any]) -> bool:
+    """Run `call` with an interrupt at one of the places in the scheduler where Python lets one in.
+
+    These are the beginnings of functions and the ends of calls to C. False if there are fewer places.
+    """
+    places = count()
+
+    def watch(frame: FrameType, event: str, _argument: Any) -> None:
+        is_here = frame.f_code.co_filename in (scheduler.__file__, threading.__file__)
+        if is_here and event in ("call", "c_return") and next(places) == place:
+            interrupt()
+
+    sys.setprofile(watch)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def test_after_an_interrupt_at_any_place_other_threads_go_on(llm: LLM) -> None:
+    ids = ids_of(1, 20)
+    expected = plain(llm, ids, 2, Sampling(0.0))[0]
+    place = 0
+    while True:
+        stream = llm.stream(ids_of(0, 20), max_tokens=2, greedy=True)
+        if not interrupted_at(place, lambda stream=stream: list(stream)):
+            break
+        found: list[Generation] = []
+        generate = partial(llm.generate, ids, max_tokens=2, greedy=True)
+        other = threading.Thread(target=lambda found=found, run=generate: found.append(run()), daemon=True)
+        other.start()
+        other.join(60)
+        assert found, place
+        assert found[0].token_ids == expected
+        place += 1
+    assert place > 50

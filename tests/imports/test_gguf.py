@@ -1,0 +1,110 @@
+"""GGUF files as float checkpoints: their values, tokens and ends, and files that are no Llama."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import run
+from foreign_models import make_gguf_checkpoint, write_small_gguf
+from packed_models import float_weight
+from tiny import llama3_rope
+
+from llamita.errors import InputError
+from llamita.export.source import module_names
+from llamita.formats.gguf import GgufFile, write_gguf
+from llamita.imports.forms import convert
+from llamita.imports.gguf import _ends
+from llamita.imports.tokenizers import with_scores
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight, Int8Weight
+from llamita.text.tokenizer import Tokenizer
+
+
+def negated(source: Path, out: Path) -> Path:
+    """The file with the sign of every scale of Q4_0 turned: some codes are -8, so that none can be kept."""
+    file = GgufFile(source)
+    tensors = {name: (tensor.kind, tensor.shape) for name, tensor in file.tensors.items()}
+
+    def data() -> Iterator[tuple[str, np.ndarray]]:
+        for name, (kind, _) in tensors.items():
+            values = file.read(name).copy()
+            if kind == "Q4_0":
+                values.reshape(-1, 18)[:, 1] ^= 0x80  # the upper byte of the scale
+            yield name, values
+
+    write_gguf(out, file.values, tensors, data())
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama31", "llama32"])
+def test_a_file_with_scales_of_either_sign_becomes_a_float_checkpoint(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the very values of the packed model, its tokens, and its configuration."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    scaled = {"rope_scaling": llama3_rope(8.0)} if family != "llama2" else {}
+    model = make_gguf_checkpoint(tmp_path, family, **scaled)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    file = negated(tmp_path / "out" / "model.gguf", tmp_path / "negated.gguf")
+    assert run("import", file, "-o", tmp_path / "again") == 0
+    packed, again = PackedModel(tmp_path / "packed"), Checkpoint(tmp_path / "again")
+    assert again.config.rope == packed.config.rope
+    assert again.config.tied == packed.config.tied
+    for name in module_names(packed):
+        weight = packed.weight(name)
+        assert isinstance(weight, Int4Weight | Int8Weight)
+        sign = -1 if isinstance(weight, Int4Weight) else 1
+        expected = sign * float_weight(weight)
+        np.testing.assert_array_equal(again.weight(name), expected, err_msg=name)
+    texts = ["Once upon a time", "naïve — 1234567", "a  b\n\nc", "it's <|eot_id|> x"]
+    for text in texts:
+        assert Tokenizer(again.path).encode(text) == Tokenizer(model).encode(text)
+    assert run("quantize", file, "-o", tmp_path / "third") == 0  # every command takes the file itself
+
+
+def test_special_tokens_and_flags_of_llama_2s_kind_hold() -> None:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{b:02X}>", 0.0) for b in range(256))]
+    pieces += [(text, -float(i)) for i, text in enumerate(["\u2581", "a", "b", "<|im|>", "<", "|", "i", "m", ">"])]
+    plain = with_scores(pieces, ["<unk>", "<s>", "</s>", "<|im|>"], None, False)
+    assert plain.encode("a<|im|>b").tokens == ["a", "<|im|>", "b"]
+    assert plain.decode(plain.encode("a b").ids) == "a b"
+    usual = with_scores(pieces)
+    assert usual.encode("a").tokens == ["<s>", "\u2581", "a"]
+
+
+def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
+    file = GgufFile(write_small_gguf(tmp_path / "a.gguf"))
+    file.values["tokenizer.ggml.eos_token_id"] = 1
+    tokens = ["a", "</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    assert _ends(file, tokens) == [1, 2, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("general.architecture", "bert", "general.architecture: expected llama, got 'bert'"),
+        ("llama.block_count", 3, "blk.2.attn_q.weight: expected"),
+        ("llama.rope.scaling.type", "yarn", "rope.scaling.type: expected linear or none, got 'yarn'"),
+        ("tokenizer.ggml.pre", "odd", "tokenizer.ggml.pre: expected one of gpt-2"),
+        ("tokenizer.ggml.tokens", ["a"], "token_embd.weight: expected \\(1, 128\\)"),
+        ("llama.embedding_length", 1.5, "llama.embedding_length: expected a whole number"),
+        ("llama.rope.dimension_count", 8, "llama.rope.dimension_count: expected 32, got 8: not a plain"),
+        ("llama.attention.scale", 0.5, "llama.attention.scale: expected 0.0, got 0.5"),
+        ("llama.attention.causal", False, "llama.attention.causal: expected True"),
+        ("llama.logit_scale", ["x"], "llama.logit_scale: expected 1.0"),
+    ],
+)
+def test_a_file_that_is_no_llama_is_told(tmp_path: Path, key: str, value: Any, told: str) -> None:
+    model = make_gguf_checkpoint(tmp_path, rope_scaling=llama3_rope(8.0))
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    file = GgufFile(tmp_path / "out" / "model.gguf")
+    tensors = {name: (tensor.kind, tensor.shape) for name, tensor in file.tensors.items()}
+    write_gguf(tmp_path / "b.gguf", {**file.values, key: value}, tensors, ((n, file.read(n)) for n in tensors))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match=told):
+        convert(tmp_path / "b.gguf", tmp_path / "b")

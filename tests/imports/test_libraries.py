@@ -1,0 +1,171 @@
+"""GPTQ's checkpoints, and those of compressed-tensors and torchao that these libraries wrote themselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import one_line, run
+from foreign_models import as_gptq, export, write_arrays
+from packed_models import float_weight, tensors_of
+from tiny import make_checkpoint
+
+from llamita.formats.safetensors import TensorFile
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import linear_names
+from llamita.models.packed import PackedModel
+from llamita.models.weights import Int4Weight
+from llamita.numerics.affine import dequantize, f32_to_bf16, round_weights, to_f32
+
+# ---- GPTQ ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("group_size", "version"), [(32, "gptq"), (128, "gptq_v2"), (-1, "gptq")])
+def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    weights = as_gptq(model, tmp_path / "gptq", group_size, checkpoint_format=version)
+    assert run("import", tmp_path / "gptq", "-o", tmp_path / "out") == 0
+    assert "made for float activations" in capsys.readouterr().err
+    packed = PackedModel(tmp_path / "out")
+    assert packed.scheme is not None
+    assert packed.scheme.scale_dtype == "float32"  # float16 has more digits than bf16
+    for name, expected in weights.items():
+        weight = packed.weight(name)
+        assert isinstance(weight, Int4Weight)
+        assert weight.group_size == {32: 32, 128: 128, -1: 256 if expected.shape[1] == 256 else 128}[group_size]
+        np.testing.assert_array_equal(float_weight(weight), expected)
+    np.testing.assert_array_equal(packed.weight("lm_head"), Checkpoint(model).weight("lm_head"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"bits": 8}, "bits: expected 4, got 8"),
+        ({"desc_act": True, "no_order": True}, "g_idx: expected beside desc_act"),
+        ({"few_zeros": True}, "qzeros: expected the zero point of symmetric weights"),
+        ({"sym": False}, "sym: expected True"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format: expected gptq or gptq_v2, got 'marlin'"),
+        ({"order": True}, "g_idx: expected inputs in their own order"),
+        ({"zeros": True}, "qzeros: expected the zero point of symmetric weights"),
+        ({"bias": True}, "bias: expected none by config.json"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_kinds_of_gptq_are_refused(tmp_path: Path, capsys: Any, changes: dict[str, Any], told: str) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    as_gptq(model, tmp_path / "gptq", 32, **changes)
+    file = TensorFile(tmp_path / "gptq" / "model.safetensors")
+    tensors = {name: file.read(name).copy() for name in file.tensors}
+    name = "model.layers.1.mlp.up_proj"
+    if "order" in changes:
+        tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"][::-1].copy()
+    if "zeros" in changes:
+        tensors[f"{name}.qzeros"][0, 0] += 1
+    if "no_order" in changes:
+        tensors.pop(f"{name}.g_idx")
+    if "few_zeros" in changes:
+        tensors[f"{name}.qzeros"] = tensors[f"{name}.qzeros"][:1].copy()
+    if "bias" in changes:
+        tensors[f"{name}.bias"][3] = 0.5
+    (tmp_path / "gptq" / "model.safetensors").unlink()
+    write_arrays(tmp_path / "gptq" / "model.safetensors", tensors)
+    assert run("import", tmp_path / "gptq", "-o", tmp_path / "out") == 2
+    assert told in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- compressed-tensors and torchao, by these libraries themselves ---------------------------------
+
+
+@pytest.mark.parametrize(("strategy", "dynamic"), [("group", False), ("channel", False), ("group", True)])
+def test_what_compressed_tensors_itself_wrote(tmp_path: Path, strategy: str, dynamic: bool) -> None:
+    """W4A16 and W4A8, packed by the library."""
+    torch = pytest.importorskip("torch", reason="compressed-tensors packs with Torch")
+    ct = pytest.importorskip("compressed_tensors", reason="the library that writes them")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    checkpoint, tensors, weights = Checkpoint(model), {}, {}
+    for name in linear_names(checkpoint.config):
+        values = to_f32(checkpoint.weight(name))
+        size = 64 if strategy == "group" else values.shape[1]
+        codes, scales, _ = round_weights(values, 4, size, "torchao_bf16")
+        weights[name] = dequantize(codes, scales)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(torch.from_numpy(codes), 4).numpy()
+        tensors[f"{name}.weight_scale"] = f32_to_bf16(scales)
+        tensors[f"{name}.weight_shape"] = np.array(codes.shape, np.int64)
+    for name in checkpoint.files["model.safetensors"].tensors:
+        if f"{name.removesuffix('.weight')}" not in weights:
+            tensors[name] = checkpoint.files["model.safetensors"].read(name).copy()
+    arguments = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": strategy}
+    scheme = ct.quantization.QuantizationScheme(
+        targets=["Linear"], weights={**arguments, **({"group_size": 64} if strategy == "group" else {})},
+        input_activations={"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token",
+                           "dynamic": True} if dynamic else None,
+    )  # fmt: skip
+    config = ct.quantization.QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized", quantization_status="compressed"
+    )
+    (tmp_path / "ct").mkdir()
+    write_arrays(tmp_path / "ct" / "model.safetensors", tensors)
+    values = json.loads((model / "config.json").read_text())
+    values["quantization_config"] = config.model_dump(mode="json")
+    (tmp_path / "ct" / "config.json").write_text(json.dumps(values))
+    assert run("import", tmp_path / "ct", "-o", tmp_path / "out") == 0
+    packed = PackedModel(tmp_path / "out")
+    for name, expected in weights.items():
+        weight = packed.weight(name)
+        assert isinstance(weight, Int4Weight)
+        np.testing.assert_array_equal(float_weight(weight), expected)
+
+
+def test_what_torchao_itself_wrote(tmp_path: Path) -> None:
+    """Its scheme of 8da4w: the same codes and scales as our `--scales torchao` has of the same weights."""
+    torch = pytest.importorskip("torch", reason="torchao needs it")
+    transformers = pytest.importorskip("transformers", reason="saves torchao's tensors")
+    torchao = pytest.importorskip("torchao", reason="the library that writes them")
+    model = make_checkpoint(tmp_path / "model", "llama3", dtype="F32")
+    ao = torchao.quantization
+    groups = {"weight_dtype": torch.int4, "weight_granularity": ao.PerGroup(128)}
+    how = ao.Int8DynamicActivationIntxWeightConfig(**groups)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(
+        model, quantization_config=transformers.TorchAoConfig(how), dtype=torch.float32
+    )
+    loaded.save_pretrained(tmp_path / "there")
+    assert run("import", tmp_path / "there", "-o", tmp_path / "taken") == 0
+    assert run("quantize", model, "-o", tmp_path / "ours", "--preset", "arm") == 0
+    taken, ours = tensors_of(tmp_path / "taken"), tensors_of(tmp_path / "ours")
+    assert {name: values for name, values in taken.items() if "layers" in name} == {
+        name: values for name, values in ours.items() if "layers" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (("format",), "marlin-24", "format: expected pack-quantized"),
+        (("config_groups", "group_0", "weights", "symmetric"), False, "weights: symmetric: expected True"),
+        (("config_groups", "group_0", "weights", "actorder"), "group", "actorder: expected inputs in"),
+        (("config_groups", "group_0", "input_activations", "dynamic"), False, "input_activations: dynamic"),
+        (("config_groups",), [], "config_groups: expected groups by name"),
+        (("kv_cache_scheme",), {"num_bits": 8}, "expected weights alone"),
+        (("quant_method",), "awq", "quant_method: expected compressed-tensors, gptq, torchao, got 'awq'"),
+    ],
+    ids=str,
+)
+def test_other_kinds_of_compressed_tensors_are_refused(
+    tmp_path: Path, capsys: Any, path: tuple[str, ...], value: Any, told: str
+) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    source = export(tmp_path / "packed", "compressed-tensors", tmp_path / "there")
+    config = json.loads((source / "config.json").read_text())
+    at = config["quantization_config"]
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    (source / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert run("import", source, "-o", tmp_path / "out") == 2
+    assert told in one_line(capsys)
