@@ -1,66 +1,32 @@
-"""What holds the tree together: layers, two sides with one border, no unsafe loading, small files."""
+"""What every file of the tree keeps: absolute imports, small files, no code loaded from data, a lean side without Torch."""
 
 import ast
 import os
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
-import pytest
-import typer
-from layers import EXTRAS, LAYERS, LEAN, NESTED, ONLY_IN, SIBLINGS, TORCH_PACKAGES, TORCH_SIDE
 from places import ROOT
-from typer.core import TyperGroup
+from source_tree import MODULES, PACKAGE, TORCH_PACKAGES, entries_of, imports_of, torch_side, tree_of
 
 from llamita import cli
 
-PACKAGE = ROOT / "src" / "llamita"
-MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path.stem != "__init__"
-}
 FOLDERS = ("src", "tests", "tools", "examples", "benchmarks")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-QUIET = [m for m in MODULES if not m.startswith("commands.") and m not in ("cli", "console")]
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_DOCSTRING = 400, 50, 8  # lines
-LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
-
-@lru_cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text("utf-8"), str(path))
-
-
-def imports_of(path: Path) -> Iterator[str]:
-    """Full names of all that a file imports, wherever in it; relative imports begin with a dot."""
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-def own_imports(path: Path) -> set[str]:
-    """Modules of the package that a file imports, as LAYERS names them."""
-    found = set()
-    for name in imports_of(path):
-        parts = name.split(".")
-        if parts[0] == "llamita" and parts[1:]:
-            longest = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
-            found.update([m for m in longest if m in LAYER][:1])
-    return found
-
-
-def foreign_imports(path: Path) -> set[str]:
-    """Packages of others that a file imports, the standard library aside."""
-    packages = {name.split(".")[0] for name in imports_of(path)}
-    return packages - sys.stdlib_module_names - {"llamita", "__future__"}
+# Imports inside functions, each with its reason.
+BACKEND = "a backend's packages and SDK are there or not, whatever the others are"
+RUNTIME = "the process that runs a program has the runtime, not the one that asks for it"
+NESTED = {
+    "export.partitioners._xnnpack": BACKEND,
+    "export.partitioners._vulkan": BACKEND,
+    "export.partitioners._coreml": BACKEND,
+    "export.partitioners._qnn": BACKEND,
+    "export.partitioners._mediatek": BACKEND,
+    "export.runtime._load": RUNTIME,
+}
 
 
 def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -69,61 +35,30 @@ def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
             yield node
 
 
-def test_every_module_has_its_layer() -> None:
-    listed = set(LAYER) - {"_native"}
-    assert set(MODULES) - listed == set(), "add new modules to tests/layers.py"
-    optional = {m for m in listed if m.startswith("commands.")}  # commands come and go
-    assert listed - set(MODULES) <= optional
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_downward(module: str) -> None:
-    for other in own_imports(MODULES[module]):
-        is_sibling = LAYER[other] == LAYER[module] and other in SIBLINGS.get(module, ())
-        assert LAYER[other] < LAYER[module] or is_sibling, f"{module} (layer {LAYER[module]}) imports {other}"
-
-
-def test_siblings_are_no_circle_and_all_used() -> None:
-    for module, others in SIBLINGS.items():
-        for other in others:
-            assert module not in SIBLINGS.get(other, ()), (module, other)
-            assert other in own_imports(MODULES[module]), f"{module} no longer imports {other}"
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_are_absolute_and_at_the_top(module: str) -> None:
-    assert not [name for name in imports_of(MODULES[module]) if name.startswith(".")]
-    for function in functions_of(MODULES[module]):
-        nested = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
-        assert not nested or f"{module}.{function.name}" in NESTED
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_packages_of_others_are_imported_where_they_belong(module: str) -> None:
-    allowed = {*LEAN, *TORCH_SIDE.get(module, ()), *EXTRAS.get(module, ())}
-    for package in foreign_imports(MODULES[module]):
-        assert package in allowed, f"{module} imports {package}"
-        assert module in ONLY_IN.get(package, (module,)), f"{module} imports {package}"
+def test_imports_are_absolute_and_at_the_top() -> None:
+    assert not [(m, name) for m, path in MODULES.items() for name in imports_of(path) if name.startswith(".")]
+    nested = {
+        f"{module}.{function.name}"
+        for module, path in MODULES.items()
+        for function in functions_of(path)
+        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(function))
+    }
+    assert nested == set(NESTED)
 
 
 def test_entries_of_registries_exist() -> None:
-    entry = re.compile(r"llamita\.([\w.]+?)(?<!\.json)(?::(\w+))?")
     found = 0
     for path in [PACKAGE / "__init__.py", *MODULES.values()]:
-        for node in ast.walk(tree_of(path)):
-            value = node.value if isinstance(node, ast.Constant) else None
-            match = entry.fullmatch(value) if isinstance(value, str) else None
-            if match:
-                assert match[1] in MODULES, f"{path.name}: {match[0]}"
-                names = {function.name for function in functions_of(MODULES[match[1]])}
-                assert match[2] is None or match[2] in names, f"{path.name}: {match[0]}"
-                found += 1
+        for module, name in entries_of(path):
+            assert module in MODULES, f"{path.name}: {module}"
+            assert name in {None, *(function.name for function in functions_of(MODULES[module]))}, f"{module}:{name}"
+            found += 1
     assert found >= len(cli.COMMANDS)
 
 
 BLOCKED = f"""
 import sys
-BLOCKED = {TORCH_PACKAGES!r}
+BLOCKED = {sorted(TORCH_PACKAGES)!r}
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:
@@ -143,7 +78,8 @@ def run_blocked(program: str, folder: Path) -> str:
 
 
 def test_lean_modules_import_without_torch(tmp_path: Path) -> None:
-    lean = [f"llamita.{module}" for module in MODULES if module not in {*TORCH_SIDE, *EXTRAS}]
+    has_matplotlib = {"bench.roofline"}  # lean, but with a package that only an extra installs
+    lean = [f"llamita.{module}" for module in MODULES if module not in torch_side() | has_matplotlib]
     program = f"import importlib\nfor name in {lean!r}: importlib.import_module(name)\n"
     run_blocked(program + "assert not set(BLOCKED) & set(sys.modules)\nprint('done')", tmp_path)
 
@@ -181,90 +117,37 @@ def keyword_of(call: ast.Call, name: str) -> object:
     return values[0].value if values and isinstance(values[0], ast.Constant) else None
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_loads_code_from_data(path: Path) -> None:
-    assert not {name.split(".")[0] for name in imports_of(path)} & UNSAFE_MODULES
-    for node in ast.walk(tree_of(path)):
-        if not isinstance(node, ast.Call):
+def faults_of(path: Path) -> Iterator[str]:
+    """Yield what a file does to load code from data, or to run a shell."""
+    if {name.split(".")[0] for name in imports_of(path)} & UNSAFE_MODULES:
+        yield f"{path.relative_to(ROOT)}: imports of {sorted(UNSAFE_MODULES)}"
+    for call in ast.walk(tree_of(path)):
+        if not isinstance(call, ast.Call):
             continue
-        name = called_name(node)
-        where = f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
-        assert name not in UNSAFE_CALLS, where
-        if name.endswith("torch.load"):
-            assert keyword_of(node, "weights_only") is True, where
-        assert keyword_of(node, "allow_pickle") is not True, where
-        assert keyword_of(node, "trust_remote_code") is not True, where
-        assert keyword_of(node, "shell") is not True, where
-        assert name not in ("yaml.load", "os.system"), where
+        name = called_name(call)
+        unsafe = name in UNSAFE_CALLS or name in ("yaml.load", "os.system")
+        unsafe |= name.endswith("torch.load") and keyword_of(call, "weights_only") is not True
+        unsafe |= any(keyword_of(call, key) is True for key in ("allow_pickle", "trust_remote_code", "shell"))
+        if unsafe:
+            yield f"{path.relative_to(ROOT)}:{call.lineno}: {name}"
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_are_small(path: Path) -> None:
-    lines = len(path.read_text("utf-8").splitlines())
-    assert lines < LONGEST_FILE
-    if not path.is_relative_to(ROOT / "src"):
-        return
-    for function in functions_of(path):
-        assert function.end_lineno is not None
-        length = function.end_lineno - function.lineno + 1
-        assert length < LONGEST_FUNCTION, f"{function.name}: {length} lines"
+def test_nothing_loads_code_from_data() -> None:
+    assert not [fault for path in SCRIPTS for fault in faults_of(path)]
 
 
-@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
-def test_modules_say_what_they_are_in_a_few_lines(path: Path) -> None:
-    docstring = ast.get_docstring(tree_of(path))
-    assert docstring
-    assert len(docstring.splitlines()) <= LONGEST_DOCSTRING
+def test_files_and_functions_are_small() -> None:
+    files = [*SCRIPTS, *(ROOT / "native").rglob("*.*")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in files}
+    assert not {name: lines for name, lines in lengths.items() if lines >= LONGEST_FILE}
+    assert not [
+        (path.stem, function.name)
+        for path in MODULES.values()
+        for function in functions_of(path)
+        if (function.end_lineno or 0) - function.lineno + 1 >= LONGEST_FUNCTION
+    ]
 
 
-def test_native_files_are_small() -> None:
-    for path in (ROOT / "native").rglob("*.*"):
-        assert len(path.read_text("utf-8").splitlines()) < LONGEST_FILE, path.name
-
-
-@pytest.mark.parametrize("module", QUIET)
-def test_only_the_command_line_prints(module: str) -> None:
-    for node in ast.walk(tree_of(MODULES[module])):
-        if isinstance(node, ast.Call):
-            assert called_name(node) not in ("print", "sys.stdout.write", "sys.stderr.write"), f"line {node.lineno}"
-
-
-def commands_in(text: str) -> Iterator[list[str]]:
-    """The `llamita ...` lines of a page's code blocks, as arguments."""
-    for block in re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if line.startswith(("llamita ", "$ llamita ", "make ")) else []
-            if words:
-                yield words[1:] if words[0] == "$" else words
-
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of_the_pages_exist(page: Path) -> None:
-    """Names and options, as the parsers see them; nothing is run."""
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M))
-    for words in commands_in(page.read_text("utf-8")):
-        if words[0] == "make":
-            assert words[1] in targets, words
-        else:
-            group = typer.main.get_command(cli._make_app(words[1:]))
-            assert isinstance(group, TyperGroup)
-            command = group.get_command(group.make_context("llamita", words[1:]), words[1])
-            assert command is not None, words
-            command.make_context(words[1], words[2:])
-
-
-def test_the_readme_shows_the_commands_that_matter() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    shown = {words[1] for words in commands_in(text)}
-    assert {"demo", "test", "quantize", "chat", "evaluate"} <= shown
-    assert len(text.splitlines()) <= 60  # one screen
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+def test_modules_say_what_they_are_in_a_few_lines() -> None:
+    docstrings = {module: ast.get_docstring(tree_of(path)) or "" for module, path in MODULES.items()}
+    assert not [m for m, text in docstrings.items() if not 0 < len(text.splitlines()) <= LONGEST_DOCSTRING]
