@@ -59,7 +59,7 @@ MUTATIONS = [
     ("src/llamita/methods/qronos.py", "missing += residual * layers.residual",
      "missing -= residual * layers.residual", "qronos: the sign of the residual stream's correction"),
     ("src/llamita/methods/equalize.py", "(log - log.mean()) / 2", "log - log.mean()", "equalize: energies are squares"),
-    ("src/llamita/methods/spinquant.py", "r1.T @ (gamma[:, None] * r1)", "r1 @ (gamma[:, None] * r1.T)",
+    ("src/llamita/methods/rotation_matrices.py", "r1.T @ (gamma[:, None] * r1)", "r1 @ (gamma[:, None] * r1.T)",
      "spinquant: the head's transform, the other way round"),
     ("src/llamita/evaluate/scores.py", "losses[rows] = np.log(total) - shifted", "losses[rows] = total - shifted", "perplexity: the normalizer"),
 ]  # fmt: skip

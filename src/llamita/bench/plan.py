@@ -24,7 +24,7 @@ from llamita.models.packed import METADATA, PackedModel
 from llamita.models.sizes import Plan, float_bytes, make_plan
 from llamita.models.weights import FLOAT_DTYPES, transform_dtype
 from llamita.numerics.scheme import PRESETS, QuantScheme
-from llamita.system.files import has, read_json
+from llamita.system.files import exists_in, read_json
 from llamita.system.machine import free_memory, last_level_cache, usable_memory
 from llamita.system.threads import use_threads
 
@@ -91,7 +91,7 @@ def describe(name: str) -> Described:
         file = import_module("llamita.imports.hub").download_file(name, "config.json")
         return _from_config(read_json(file.parent, file.name), name)
     path = resolve(name)
-    if not any(has(path, file) for file in (METADATA, SINGLE, INDEX)):
+    if not any(exists_in(path, file) for file in (METADATA, SINGLE, INDEX)):
         return _from_config(read_json(path, "config.json"), "config.json")
     source = open_source(path)
     assert isinstance(source, Checkpoint | PackedModel)

@@ -20,7 +20,7 @@ from llamita.imports.open import resolve
 from llamita.models.packed import METADATA
 from llamita.numerics.scheme import FLOAT, choose_scheme
 from llamita.system.extras import load_optional
-from llamita.system.files import has
+from llamita.system.files import exists_in
 from llamita.system.threads import remark
 from llamita.text.printable import megabytes
 
@@ -98,7 +98,7 @@ def _model(src: str | None, shape: str | None, preset: str | None, group_size: i
                          "bench: expected a model or --shape, got neither; try --shape 1b")  # fmt: skip
     if shape is not None:
         shape, _ = find_shape(shape)
-    elif has(resolve(str(src)), METADATA):
+    elif exists_in(resolve(str(src)), METADATA):
         if preset not in (None, FLOAT) or group_size:
             raise InputError("--preset, --group-size", "a float model", f"{src}, which is quantized")
         return ModelSpec(src, None)

@@ -17,7 +17,7 @@ from llamita.evaluate.scores import CHUNK_TOKENS, Contender, embedded_text, read
 from llamita.imports.open import resolve
 from llamita.models.layer_kinds import describe_groups
 from llamita.numerics.intervals import Interval
-from llamita.system.files import has, read_bytes
+from llamita.system.files import exists_in, read_bytes
 from llamita.text.printable import megabytes, printable
 
 _PROMPT_WORDS = 8  # of the text, where no prompt is given
@@ -100,7 +100,7 @@ def _default_text(contenders: list[Contender]) -> str:
     embedded = resolve("embedded")
     for contender in contenders:
         path = contender.llm.path
-        if not has(path, _TOKENIZER) or read_bytes(path, _TOKENIZER) != read_bytes(embedded, _TOKENIZER):
+        if not exists_in(path, _TOKENIZER) or read_bytes(path, _TOKENIZER) != read_bytes(embedded, _TOKENIZER):
             raise InputError(
                 "--text",
                 "a file",

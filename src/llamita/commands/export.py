@@ -18,7 +18,7 @@ from llamita.export.targets import TARGETS, writer_of
 from llamita.imports.open import open_source
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import write_bytes
-from llamita.system.files import flush_path, has, sha256_file
+from llamita.system.files import exists_in, flush_path, sha256_file
 from llamita.system.machine import MemoryWatch
 from llamita.system.staging import EXPORTED_MARK, check_target, staged
 from llamita.system.threads import use_threads
@@ -137,7 +137,7 @@ def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[st
     """README.md, where the form has none of its own, and llamita_export.json with the hash of every file."""
     if record["proof"] is not None or "opened_by" in record:
         record["unchecked"] = None
-    if not has(directory, CARD):
+    if not exists_in(directory, CARD):
         card = plain_card(packed, TARGETS[to].form, TARGETS[to].following, _verdict(record))
         write_bytes(directory / CARD, card.encode())
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}

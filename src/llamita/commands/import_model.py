@@ -18,7 +18,7 @@ from llamita.imports.take_over import Imported
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed_writer import write_json
 from llamita.models.peft import write_adapter
-from llamita.system.files import has
+from llamita.system.files import exists_in
 from llamita.system.staging import IMPORTED_MARK, TRAINED_MARK, check_target, staged
 
 _Source = Annotated[
@@ -73,7 +73,7 @@ def _beside(out: Path, overwrite: bool, source: Path) -> Path | None:
     if not has_adapters(source):
         return None
     beside = out.with_name(f"{out.name}-adapter")
-    if beside.exists() and (not has(beside, IMPORTED_MARK) or has(beside, TRAINED_MARK)):
+    if beside.exists() and (not exists_in(beside, IMPORTED_MARK) or exists_in(beside, TRAINED_MARK)):
         raise InputError(f"--out: {beside}, where the adapters of this release go, is another; try another name")
     check_target(beside, overwrite, source)
     return beside

@@ -42,7 +42,7 @@ from llamita.quantize.cost import estimate
 from llamita.quantize.layer_choice import Selection, finished_loss
 from llamita.quantize.pipeline import Summary, quantize, take_part
 from llamita.system import processes
-from llamita.system.files import has
+from llamita.system.files import exists_in
 from llamita.system.kept_work import has_kept_work, kept_work
 from llamita.system.progress import Progress
 from llamita.system.staging import check_target
@@ -151,7 +151,7 @@ def _open(src: str, out: Path, overwrite: bool) -> Checkpoint:
     """The float model, once it is known that OUT can be made: before a text is written."""
     convert_first(src)
     path = resolve(src)
-    if has(path, METADATA):
+    if exists_in(path, METADATA):
         raise InputError(f"{src}", "a float model", "one that llamita has quantized", "try its source")
     if processes.rank() == 0:
         check_target(out, overwrite, path)

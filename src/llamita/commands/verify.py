@@ -11,7 +11,7 @@ from llamita.errors import InputError
 from llamita.imports.detect import form_of
 from llamita.imports.open import resolve
 from llamita.models.verify import verify
-from llamita.system.files import has
+from llamita.system.files import exists_in
 from llamita.system.staging import EXPORTED_MARK
 from llamita.text.printable import megabytes
 
@@ -28,7 +28,7 @@ def command(
     Example: llamita verify my-model
     """
     path = Path(directory)
-    if not has(path, EXPORTED_MARK):  # what is exported is checked as it is, never converted first
+    if not exists_in(path, EXPORTED_MARK):  # what is exported is checked as it is, never converted first
         if form_of(path) is not None:
             raise InputError(
                 f"{directory}",

@@ -17,7 +17,7 @@ from llamita.imports.open import resolve
 from llamita.loading import load
 from llamita.models.packed import METADATA, read_metadata
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.system.files import has, member, sha256_file
+from llamita.system.files import exists_in, safe_path, sha256_file
 from llamita.system.progress import Progress
 
 NO_BASELINE = "none"
@@ -78,7 +78,7 @@ def first_float(sources: Sequence[str]) -> str | None:
     """The first of these models that is float and stays so."""
     for source in sources:
         model = _parse(source)
-        if model.scheme is None and not has(model.path, METADATA):
+        if model.scheme is None and not exists_in(model.path, METADATA):
             return source
     return None
 
@@ -93,14 +93,14 @@ def _parse(source: str) -> _Model:
     except InputError as error:
         raise InputError(f"{source}", f"SRC:PRESET or SRC:PRESET:GROUP: {error}") from None
     path = resolve(match[1])
-    if has(path, METADATA):
+    if exists_in(path, METADATA):
         raise InputError(f"{source}", "a float model before the preset", "one that is quantized")
     return _Model(path, scheme, match[1])
 
 
 def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: Progress) -> str | None:
     """What the quantized models were made from, by the name under which it is found."""
-    packed = {s: m.path for s, m in zip(sources, models, strict=True) if has(m.path, METADATA)}
+    packed = {s: m.path for s, m in zip(sources, models, strict=True) if exists_in(m.path, METADATA)}
     name = _recorded_source(packed, progress) if packed else None
     for source, model in zip(sources, models, strict=True):
         if model.scheme is None:
@@ -134,7 +134,7 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
     for i, (file, sha256) in enumerate(record["files"].items()):
         if progress:
             progress(f"checking {name}", i, len(record["files"]))
-        if not has(path, file) or sha256_file(member(path, file)) != sha256:
+        if not exists_in(path, file) or sha256_file(safe_path(path, file)) != sha256:
             raise InputError(
                 f"{path / file}", f"the file that {first} was made from", "another", "try --baseline SRC, or none"
             )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError, RunError, shown
-from llamita.system.files import LARGEST_JSON, member, parse_json
+from llamita.system.files import LARGEST_JSON, parse_json, safe_path
 
 # NumPy has no bf16 and no float8: their bits.
 DTYPES = {
@@ -51,7 +51,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = member(path.parent, path.name)
+        self.path = safe_path(path.parent, path.name)
         try:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size

@@ -19,7 +19,7 @@ from llamita.models.packed_writer import copy_companions, find_companions
 from llamita.models.weights import FLOAT_DTYPES
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
-from llamita.system.files import has, member, read_json
+from llamita.system.files import exists_in, read_json, safe_path
 from llamita.system.progress import Progress
 
 _IGNORED = ".rotary_emb.inv_freq"  # of old checkpoints; recomputed
@@ -56,8 +56,8 @@ class ModuleFiles:
         self.hf_config = values
         self.config = ModelConfig.from_hf(values)
         self._files, self._where = open_tensor_files(path)
-        self.files = [member(path, name) for name in ("config.json", *self._files)]
-        self.files += [member(path, INDEX)] if has(path, INDEX) else []
+        self.files = [safe_path(path, name) for name in ("config.json", *self._files)]
+        self.files += [safe_path(path, INDEX)] if exists_in(path, INDEX) else []
         vectors = vector_names(self.config)
         self._parts: dict[str, dict[str, str]] = {}  # module to its tensors by their last names
         for tensor in self._where:

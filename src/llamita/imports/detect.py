@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import LlamitaError
-from llamita.system.files import has, member, read_json
+from llamita.system.files import exists_in, read_json, safe_path
 
 META, GGUF = "meta", "gguf"
 COMPRESSED_TENSORS, GPTQ, TORCHAO = "compressed-tensors", "gptq", "torchao"
@@ -18,10 +18,10 @@ def form_of(source: Path) -> str | None:
     """The form of a model that is converted before use; None for ours, float checkpoints, anything else."""
     if gguf_of(source) is not None:
         return GGUF
-    if not source.is_dir() or any(has(source, name) for name in _OURS):
+    if not source.is_dir() or any(exists_in(source, name) for name in _OURS):
         return None
-    if not has(source, "config.json"):
-        return META if has(source, "params.json") else None
+    if not exists_in(source, "config.json"):
+        return META if exists_in(source, "params.json") else None
     method = quantization_of(source).get("quant_method")
     return method if isinstance(method, str) and method in _METHODS else None
 
@@ -30,7 +30,7 @@ def gguf_of(source: Path) -> Path | None:
     """The GGUF file that this is, or that a directory has as its only one, as `export` leaves it."""
     if source.is_dir():
         files = list(source.glob("*.gguf"))
-        return files[0] if len(files) == 1 and not has(source, "config.json") else None
+        return files[0] if len(files) == 1 and not exists_in(source, "config.json") else None
     if not source.is_file():
         return None
     try:
@@ -49,7 +49,7 @@ def quantization_of(source: Path) -> dict[str, Any]:
     try:
         values = read_json(source, "config.json")
         found = values.get("quantization_config")
-        if found is None and has(source, _OLD_GPTQ):
+        if found is None and exists_in(source, _OLD_GPTQ):
             found = {"quant_method": GPTQ, **read_json(source, _OLD_GPTQ)}
     except LlamitaError:  # told by what opens it next
         return {}
@@ -61,13 +61,13 @@ def files_of(source: Path) -> list[Path]:
     gguf = gguf_of(source)
     if gguf is not None:
         return [gguf]
-    if has(source, "params.json") and not has(source, "config.json"):
-        tokenizer = "tokenizer.model" if has(source, "tokenizer.model") else "tokenizer.json"
+    if exists_in(source, "params.json") and not exists_in(source, "config.json"):
+        tokenizer = "tokenizer.model" if exists_in(source, "tokenizer.model") else "tokenizer.json"
         weights = sorted(path.name for path in source.glob("consolidated.*.pth"))
         names = [*weights, "params.json", tokenizer]
     else:
         names = ["config.json", *sorted(path.name for path in source.glob("*.safetensors"))]
-    return [member(source, name) for name in names]
+    return [safe_path(source, name) for name in names]
 
 
 def has_adapters(source: Path) -> bool:

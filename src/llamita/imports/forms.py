@@ -6,7 +6,7 @@ from llamita.errors import InputError
 from llamita.imports import detect
 from llamita.imports.take_over import Imported
 from llamita.system.extras import load_optional
-from llamita.system.files import has
+from llamita.system.files import exists_in
 from llamita.system.progress import Progress
 
 # convert(source, directory, progress) -> Imported
@@ -48,22 +48,22 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
 
 def _expected(source: Path) -> str:
     """What can be imported, and what is there instead."""
-    if has(source, "llamita.json"):
+    if exists_in(source, "llamita.json"):
         return "expected another tool's model, got a packed directory, which every command takes as it is"
     method = detect.quantization_of(source).get("quant_method") if source.is_dir() else None
     if method is not None:
         known = ", ".join((detect.COMPRESSED_TENSORS, detect.GPTQ, detect.TORCHAO))
         return f"config.json: quant_method: expected {known}, got {repr(method)[:40]}; try its float source"
-    if has(source, "config.json"):
+    if exists_in(source, "config.json"):
         return "expected another tool's model, got a float checkpoint; try llamita quantize"
     return f"{_KNOWN}, got {_what(source)}"
 
 
 def _what(source: Path) -> str:
     """What is there that cannot be imported, and what to try."""
-    if has(source, "adapter_config.json"):
+    if exists_in(source, "adapter_config.json"):
         return f"adapters; try --adapter {source} with their base"
-    if has(source, "model.pte"):
+    if exists_in(source, "model.pte"):
         return "an ExecuTorch program, which is not read back"
     if source.suffix in (".pth", ".safetensors", ".json"):
         return f"a file of one; try its directory, {source.parent}"

@@ -11,7 +11,7 @@ from llamita.imports.detect import form_of
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import METADATA, PackedModel
 from llamita.models.weights import ModelSource
-from llamita.system.files import has
+from llamita.system.files import exists_in
 from llamita.system.progress import Progress
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -24,7 +24,7 @@ def open_source(name: str | Path, progress: Progress = None, note: Note = None) 
         InputError, RunError: see `resolve`, `PackedModel` and `Checkpoint`.
     """
     path = resolve(name, progress, note)
-    return PackedModel(path) if has(path, METADATA) else Checkpoint(path)
+    return PackedModel(path) if exists_in(path, METADATA) else Checkpoint(path)
 
 
 def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> Path:
@@ -40,7 +40,7 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
     """
     if str(name) == "embedded":
         directory = Path(__file__).parents[1] / "embedded"
-        if not has(directory, "config.json"):
+        if not exists_in(directory, "config.json"):
             raise RunError("embedded: this installation has no embedded model; try installing llamita again")
         return directory
     path = Path(name)
@@ -55,7 +55,7 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
         path = import_module("llamita.imports.hub").download(name)
     if form_of(path) is not None:
         return converted(path, progress, note)
-    if has(path, "model.pte") and not has(path, "config.json"):
+    if exists_in(path, "model.pte") and not exists_in(path, "config.json"):
         raise InputError(
             f"{name}", "a model", "an ExecuTorch program, which is not read back", "try what it was exported from"
         )

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llamita.errors import InputError
-from llamita.system.files import has, read_bytes, read_json
+from llamita.system.files import exists_in, read_bytes, read_json
 
 FILE = "tokenizer.model"
 _LARGEST = 32 << 20  # bytes of a tokenizer.model; Llama 3's has 2.2 MB
@@ -59,7 +59,7 @@ def convert_tokenizer(source: Path, directory: Path) -> Converted:
     Raises:
         InputError: the file is missing, too large, or of neither kind.
     """
-    if not has(source, FILE) and has(source, "tokenizer.json"):
+    if not exists_in(source, FILE) and exists_in(source, "tokenizer.json"):
         return _from_json(source)
     data = read_bytes(source, FILE, _LARGEST)
     is_llama3 = data[:1] != b"\n"  # the first field of SentencePiece's message

@@ -16,7 +16,7 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.weights import check_finite
 from llamita.numerics.affine import SMALLEST_NORMAL, bf16_to_f32, codes_at, f32_to_bf16, to_f32
 from llamita.numerics.scheme import QuantScheme
-from llamita.system.files import has, member
+from llamita.system.files import exists_in, safe_path
 
 SCALES = "training_scales.safetensors"
 
@@ -27,11 +27,11 @@ def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
     Raises:
         InputError: the source was not trained so, or for another scheme.
     """
-    if not isinstance(source, Checkpoint) or not has(source.path, SCALES):
+    if not isinstance(source, Checkpoint) or not exists_in(source.path, SCALES):
         raise InputError(
             "--method trained", f"{SCALES} beside the weights, as finetune leaves it", hint="try another method"
         )
-    scales = TensorFile(member(source.path, SCALES))
+    scales = TensorFile(safe_path(source.path, SCALES))
     return lambda name: _round_module(source, scheme, scales, name)
 
 

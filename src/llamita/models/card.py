@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llamita.errors import LlamitaError
 from llamita.numerics.scheme import QuantScheme
-from llamita.system.files import has, read_bytes
+from llamita.system.files import exists_in, read_bytes
 
 _POLICIES = {
     "2": "https://ai.meta.com/llama/use-policy/",
@@ -144,6 +144,6 @@ def llama_version(facts: CardFacts) -> str | None:
 def _text(directory: Path, name: str) -> str:
     """A text file of the source, empty where there is none that can be read."""
     try:
-        return read_bytes(directory, name).decode(errors="replace") if has(directory, name) else ""
+        return read_bytes(directory, name).decode(errors="replace") if exists_in(directory, name) else ""
     except LlamitaError:
         return ""

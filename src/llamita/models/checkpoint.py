@@ -16,7 +16,7 @@ from llamita.models.names import expected_tensors
 from llamita.models.weights import FLOAT_DTYPES, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
-from llamita.system.files import has, member, read_json
+from llamita.system.files import exists_in, read_json, safe_path
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # old checkpoints; recomputed
@@ -29,19 +29,19 @@ def open_tensor_files(directory: Path) -> tuple[dict[str, TensorFile], dict[str,
     Raises:
         InputError: no such file, a bad index, or an index that disagrees with the files.
     """
-    if has(directory, INDEX):
+    if exists_in(directory, INDEX):
         index = read_json(directory, INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise InputError(f"{INDEX}: weight_map", "tensor names with their files")
         names = sorted({str(file) for file in index.values()})
         if any(not file.endswith(".safetensors") for file in names):
             raise InputError(f"{INDEX}: weight_map", "names of .safetensors files")
-    elif has(directory, SINGLE):
+    elif exists_in(directory, SINGLE):
         index, names = None, [SINGLE]
     else:
         raise InputError(f"{directory}", f"{SINGLE} or {INDEX}", f"{_other_weights(directory)}")
     # member first: TensorFile would take the directory from a name like ../other/model.safetensors
-    files = {file: TensorFile(member(directory, file)) for file in names}
+    files = {file: TensorFile(safe_path(directory, file)) for file in names}
     where = {tensor: file for file in names for tensor in files[file].tensors}
     if sum(len(file.tensors) for file in files.values()) != len(where):
         raise InputError(f"{INDEX}: a tensor lies in two files")
@@ -73,7 +73,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if has(path, "adapter_config.json") and not has(path, "config.json"):
+        if exists_in(path, "adapter_config.json") and not exists_in(path, "config.json"):
             raise InputError(f"{path}", "a model", "adapters", f"try --adapter {path} with their base")
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)

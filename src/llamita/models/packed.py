@@ -25,7 +25,7 @@ from llamita.numerics.hadamard import factor
 from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import KINDS, LayerKind, QuantScheme
-from llamita.system.files import member, parse_json, read_bytes
+from llamita.system.files import parse_json, read_bytes, safe_path
 
 METADATA = "llamita.json"
 FORMAT = 2  # 2: the scheme has overrides for some layers; all else is written as 1
@@ -280,7 +280,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     for name, record in values["files"].items():
         if name.endswith(".safetensors"):
-            size = member(path, name).stat().st_size
+            size = safe_path(path, name).stat().st_size
             if size != record["size"]:
                 raise InputError(f"{path / name}", f"{record['size']} bytes", f"{size}", "try copying it again")
     return values

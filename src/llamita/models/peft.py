@@ -16,7 +16,7 @@ from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.models.config import ModelConfig
 from llamita.models.packed_writer import write_json
 from llamita.models.weights import FLOAT_DTYPES, check_finite, stored_dtype
-from llamita.system.files import has, member, read_json
+from llamita.system.files import exists_in, read_json, safe_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_RANK = 4096
@@ -52,12 +52,12 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
             shape.
         RunError: a file cannot be read.
     """
-    if not has(path, CONFIG):
+    if not exists_in(path, CONFIG):
         there = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
         raise InputError(f"{path}", f"a directory with {CONFIG}, as PEFT writes adapters", f"{there}")
     settings = read_json(path, CONFIG)
     rank, scaling = _check_settings(settings, path)
-    file = TensorFile(member(path, WEIGHTS))
+    file = TensorFile(safe_path(path, WEIGHTS))
     found: dict[str, dict[str, np.ndarray]] = {}
     shapes = config.linear_shapes()
     for tensor, info in file.tensors.items():

@@ -8,7 +8,7 @@ from typing import Any
 from llamita.errors import InputError, LlamitaError
 from llamita.models.names import linear_names, table_names, vector_names
 from llamita.models.packed import METADATA, PackedModel, is_file_table, self_hash_holds
-from llamita.system.files import has, member, parse_json, read_bytes, sha256_file
+from llamita.system.files import exists_in, parse_json, read_bytes, safe_path, sha256_file
 from llamita.system.progress import Progress
 from llamita.system.staging import EXPORTED_MARK
 
@@ -31,8 +31,8 @@ def verify(path: Path, progress: Progress = None) -> Report:
     Raises:
         InputError: the directory has no llamita.json.
     """
-    mark = METADATA if has(path, METADATA) else EXPORTED_MARK
-    if not has(path, mark):
+    mark = METADATA if exists_in(path, METADATA) else EXPORTED_MARK
+    if not exists_in(path, mark):
         raise InputError(f"{path}: {METADATA}", "a directory that llamita made", "none", "try quantize")
     try:
         data = read_bytes(path, mark)
@@ -57,10 +57,10 @@ def verify(path: Path, progress: Progress = None) -> Report:
 
 
 def _check_file(path: Path, name: str, record: dict[str, Any]) -> list[str]:
-    if not has(path, name):
+    if not exists_in(path, name):
         return [f"{name}: missing"]
     try:
-        size = member(path, name).stat().st_size
+        size = safe_path(path, name).stat().st_size
         if size != record["size"]:
             return [f"{name}: expected {record['size']} bytes, got {size}"]
         if sha256_file(path / name) != record["sha256"]:

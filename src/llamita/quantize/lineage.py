@@ -8,7 +8,7 @@ from llamita.errors import InputError
 from llamita.methods.chain import PRESET_METHODS
 from llamita.models.packed import PackedModel
 from llamita.models.weights import ModelSource
-from llamita.system.files import has, read_json
+from llamita.system.files import exists_in, read_json
 from llamita.system.staging import TRAINED_MARK
 
 _TRAINING = ("data", "recipe", "seed")  # what makes a training what it is
@@ -43,7 +43,7 @@ def changed_channels(source: ModelSource) -> list[str]:
 
 def is_made_for(source: ModelSource, adapter: Path) -> bool | None:
     """Whether an adapter was trained on this model or on its float source; None where nothing tells."""
-    if not isinstance(source, PackedModel) or not has(adapter, TRAINED_MARK):
+    if not isinstance(source, PackedModel) or not exists_in(adapter, TRAINED_MARK):
         return None
     record = read_json(adapter, TRAINED_MARK)
     if _is_quantized(record):
@@ -54,7 +54,7 @@ def is_made_for(source: ModelSource, adapter: Path) -> bool | None:
 
 def is_trained_beside(source: ModelSource, adapter: Path) -> bool:
     """Whether an adapter was trained beside the very codes of this model."""
-    if not isinstance(source, PackedModel) or not has(adapter, TRAINED_MARK):
+    if not isinstance(source, PackedModel) or not exists_in(adapter, TRAINED_MARK):
         return False
     record, settings = read_json(adapter, TRAINED_MARK), source.metadata["settings"]
     return _is_quantized(record) and all(record.get(key) == settings.get(key) for key in _TRAINING)

@@ -32,7 +32,7 @@ def flush_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def member(directory: Path, name: object) -> Path:
+def safe_path(directory: Path, name: object) -> Path:
     """The path of a regular file that lies directly in `directory`.
 
     A symlink may lead within the directory, or from a hub cache's snapshot to its blobs; any other could
@@ -67,7 +67,7 @@ def _is_hub_blob(real: Path, root: Path) -> bool:
     return real.is_relative_to(model / "blobs") or real.is_relative_to(model.parent / "blobs")
 
 
-def has(directory: Path, name: str) -> bool:
+def exists_in(directory: Path, name: str) -> bool:
     """Whether the directory lists this name, be it readable or not."""
     return os.path.lexists(directory / name)
 
@@ -84,7 +84,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 def read_bytes(directory: Path, name: str, limit: int = LARGEST_JSON) -> bytes:
     """A whole small file of the directory."""
-    path = member(directory, name)
+    path = safe_path(directory, name)
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)

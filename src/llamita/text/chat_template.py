@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from llamita.errors import InputError
-from llamita.system.files import has, read_bytes
+from llamita.system.files import exists_in, read_bytes
 from llamita.text.tokenizer import read_settings
 
 Message = dict[str, Any]  # {"role": str, "content": str or [{"type": "text", "text": str}, ...]}
@@ -85,7 +85,7 @@ def find_template(directory: Path) -> str | None:
     Raises:
         InputError: the file is no text.
     """
-    if has(directory, "chat_template.jinja"):
+    if exists_in(directory, "chat_template.jinja"):
         try:
             return read_bytes(directory, "chat_template.jinja", _LARGEST_TEMPLATE).decode()
         except UnicodeDecodeError as error:

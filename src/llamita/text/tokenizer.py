@@ -18,7 +18,7 @@ import tokenizers
 
 from llamita.errors import InputError
 from llamita.models.config import ModelConfig
-from llamita.system.files import has, member, read_json
+from llamita.system.files import exists_in, read_json, safe_path
 
 _CONVERT = 'try `AutoTokenizer.from_pretrained("{0}").save_pretrained("{0}")` of transformers to make one'
 _ID_LIMIT = 2**32  # the library's ids are 32 bits
@@ -166,14 +166,14 @@ class Detokenizer:
 
 def read_settings(directory: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file that a model may lack: {} then."""
-    return read_json(directory, name) if has(directory, name) else {}
+    return read_json(directory, name) if exists_in(directory, name) else {}
 
 
 def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
-    if not has(directory, "tokenizer.json"):
-        found = "tokenizer.model alone" if has(directory, "tokenizer.model") else "none"
+    if not exists_in(directory, "tokenizer.json"):
+        found = "tokenizer.model alone" if exists_in(directory, "tokenizer.model") else "none"
         raise InputError(f"{directory}", "tokenizer.json", f"{found}", f"{_CONVERT.format(directory)}")
-    path = member(directory, "tokenizer.json")
+    path = safe_path(directory, "tokenizer.json")
     with _one_line(str(path)):
         inner = tokenizers.Tokenizer.from_file(str(path))
         inner.no_truncation()  # a length limit left in the file would cut prompts without a word
