@@ -1,4 +1,4 @@
-"""What every file of the tree keeps: absolute imports, small files, no code loaded from data, a lean side without Torch."""
+"""What every file keeps: absolute imports, small size, no code loaded from data, a lean side without Torch."""
 
 import ast
 import os
