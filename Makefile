@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # What an installed llamita is made of: when one of these changes, it is installed anew.
 SOURCES := $(shell find src native -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-all test-arm lint types format native-checks mutations clean help
+.PHONY: demo test test-all test-lowest test-arm lint types format native-checks mutations clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -18,10 +18,15 @@ demo: $(VENV)/.lean  ## the main job on the embedded model, with the lean instal
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev   ## the whole default suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10
 
 test-all: $(VENV)/.dev  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+test-lowest:     ## the lean side's tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt $(PIP_FLAGS) . pytest hypothesis
+	$(VENV)-lowest/bin/python -m pytest -q --durations=10
 
 test-arm: $(VENV)/.dev  ## the tests of kernels on Arm's instruction sets, cross-compiled, under qemu
 	$(BIN)/python tools/arm.py $(ARM_FLAGS)
@@ -45,7 +50,7 @@ mutations: $(VENV)/.dev      ## break a dozen lines by hand, one at a time, and 
 	$(BIN)/python tools/mutations.py
 
 clean:           ## remove everything that make built
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-lowest build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,10 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
-from typer.exceptions import TyperException
 
 from llamita import __version__
 from llamita.commands import console
@@ -45,6 +44,9 @@ SUMMARIES = {
     "bench": "Measure speed, size and memory, beside the limits of this machine.",
 }
 
+# The base of what Typer raises for wrong options: its own class, in older versions Click's.
+_BASES = typer.BadParameter.__mro__
+_UsageError = cast(type[Exception], _BASES[_BASES.index(Exception) - 1])
 _INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
 
 
@@ -59,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
-    except TyperException as error:
-        console.print_error(error.format_message())
+    except _UsageError as error:
+        console.print_error(cast(Any, error).format_message())
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         console.print_error("interrupted")

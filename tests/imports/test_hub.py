@@ -22,7 +22,7 @@ ANSWER = Mock(headers={}, request=None)  # of a server; its class belongs to the
         (errors.GatedRepoError("403\nmore", response=ANSWER), "gated; accept its licence at"),
         (errors.RepositoryNotFoundError("404\nmore", response=ANSWER), "no such model"),
         (errors.LocalEntryNotFoundError("no\nentry"), "not in the hub's cache"),
-        (errors.RevisionResolutionError("no\nrevision"), "not in the hub's cache"),
+        (hub._NO_REVISION("no\nrevision"), "not in the hub's cache"),
         (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
         (RuntimeError("the downloader's own"), "download failed: the downloader's own"),
         (ConnectionError("no route"), "not in the hub's cache"),

@@ -18,6 +18,9 @@ def _any_case(pattern: str) -> str:
     return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern)
 
 
+# Older versions of the library lack these two; there, a more general error takes their place.
+_NO_FILE = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError)
+_NO_REVISION = getattr(errors, "RevisionResolutionError", errors.LocalEntryNotFoundError)
 # Float weights and what travels with them; not other formats, nor the *.pth beside Meta's own.
 PATTERNS = (
     "config.json", "llamita.json", "model*.safetensors", "model.safetensors.index.json", "README.md",
@@ -51,9 +54,9 @@ def _explain(name: str, error: Exception) -> LlamitaError:
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return RunError(f"{name}: no such directory, and the hub has no such model that you may see; "
                         "check the name, or run `hf auth login` if it is private")  # fmt: skip
-    if isinstance(error, errors.RemoteEntryNotFoundError):
+    if isinstance(error, _NO_FILE) and not isinstance(error, errors.LocalEntryNotFoundError):
         return RunError(f"{name}: the hub's model lacks a file: {_first_line(error)}")
-    out_of_reach = errors.LocalEntryNotFoundError | errors.RevisionResolutionError | ConnectionError
+    out_of_reach = errors.LocalEntryNotFoundError | _NO_REVISION | ConnectionError
     if isinstance(error, out_of_reach):
         offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
