@@ -107,8 +107,8 @@ def _absent(case: str, rows: dict[str, Any], record: dict[str, Any]) -> list[str
             why = "not run with this prompt"
         else:
             why = "failed, see below" if name in record["failures"] else "left out of this run"
-        missing.append(f"{contender.label} ({why})")
-    return ["", f"Not in this table: {'; '.join(missing)}."] if missing else []
+        missing.append(f"- {contender.label} ({why})")
+    return ["", "Not in this table:", "", *missing] if missing else []
 
 
 def _label(name: str, record: dict[str, Any]) -> str:

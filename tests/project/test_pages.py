@@ -52,3 +52,19 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+LONGEST_LINE, LONGEST_ON_README = 200, 120  # characters of a sentence, which has a line of its own
+
+
+def prose_of(page: Path) -> list[str]:
+    """Return the lines of a page outside code blocks and tables, the targets of links left out."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    lines = [re.sub(r"\]\([^)]*\)", "]", line) for line in text.splitlines()]
+    return [line for line in lines if not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sentences_are_short_and_on_lines_of_their_own(page: Path) -> None:
+    longest = LONGEST_ON_README if page.name == "README.md" else LONGEST_LINE
+    assert not [line for line in prose_of(page) if len(line) > longest]

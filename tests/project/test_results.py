@@ -124,11 +124,11 @@ def test_the_page_claims_no_more_than_the_record_holds() -> None:
     assert "| llamacpp-q4_0 | 0 | 3 |" in page
     assert "| llamita-g128 | 0 | 1 |" in page
     assert "Default settings, no others tried: llama.cpp Q4_0; llama.cpp BF16." in page
-    first, second = (line for line in page.splitlines() if line.startswith("Not in this table"))
-    assert "llama.cpp Q4_K_S (left out of this run)" in first
-    assert "OpenVINO int4, groups of 128 (failed, see below)" in first
-    assert "llama.cpp Q4_0" not in first
-    assert "transformers FP32 (not run with this prompt)" in second
+    first, second = (part.partition("\n\n|")[0].splitlines() for part in page.split("Not in this table:\n\n")[1:])
+    assert "- llama.cpp Q4_K_S (left out of this run)" in first
+    assert "- OpenVINO int4, groups of 128 (failed, see below)" in first
+    assert not [line for line in first if line.startswith("- llama.cpp Q4_0 ")]
+    assert "- transformers FP32 (not run with this prompt)" in second
     assert "llama.cpp Q4_0 failed in a later run: memory" in page
     assert "fastest settings" not in page
     record["tuning"] = {"llamacpp-bf16": {"best": "flash", "prefill_and_decode_seconds": {"flash": [[1, 2]]}}}
