@@ -91,7 +91,7 @@ def trained_tokens(out: Path) -> int:
     return sum(row.get("trained_tokens", 0) for row in history(out))
 
 
-@pytest.mark.parametrize("sharding", [(), ("--shard",)])
+@pytest.mark.parametrize("sharding", [(), pytest.param(("--shard",), marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_learns(
     model: Path, data: Path, tmp_path: Path, sharding: tuple[str, ...]
 ) -> None:
@@ -109,6 +109,7 @@ def test_two_processes_learn_what_one_learns(
     assert trained_tokens(tmp_path / "two-adapter") >= trained_tokens(tmp_path / "one-adapter") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", [(), ("--shard",)])
 def test_one_process_goes_on_where_two_were_killed(
     model: Path, data: Path, tmp_path: Path, sharding: tuple[str, ...]
@@ -132,6 +133,7 @@ def test_one_process_goes_on_where_two_were_killed(
     assert not kept.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_with_parts_go_on_where_one_was_stopped(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +158,7 @@ def test_two_processes_with_parts_go_on_where_one_was_stopped(
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(model: Path, data: Path, tmp_path: Path) -> None:
     code, out, err = finished(
         started(
@@ -172,11 +175,11 @@ import copy
 import sys
 from pathlib import Path
 import torch
-from llamita.system import processes
+from llamita.system import collectives
 from llamita.train.finetune import load_float
 from llamita.train.sharding import keep, optimizer_state, restore, restore_optimizer, shard
 
-processes.join(60)
+collectives.join(60)
 models = [load_float(Path(sys.argv[1])) for _ in range(2)]
 with torch.no_grad():
     for parameter in models[1].parameters():
@@ -188,7 +191,7 @@ for model in models:
 held = sum(p.to_local().numel() for p in models[0].parameters())
 assert held == sum(p.numel() for p in models[0].parameters()) / 2, held
 keep(models[0], Path(sys.argv[2]))
-processes.wait()
+collectives.wait()
 restore(models[1], Path(sys.argv[2]))
 ids = torch.arange(12)[None]
 for _ in range(2):
@@ -198,7 +201,7 @@ for _ in range(2):
 state = [optimizer_state(optimizers[0])]
 torch.distributed.broadcast_object_list(state)
 keep(models[0], Path(sys.argv[2]))
-processes.wait()
+collectives.wait()
 restore(models[1], Path(sys.argv[2]))
 restore_optimizer(optimizers[1], copy.deepcopy(state[0]))
 losses = []
@@ -210,6 +213,7 @@ assert losses[0] == losses[1], losses
 """
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_and_what_is_kept_is_whole(model: Path, tmp_path: Path) -> None:
     """Weights and Adam's moments, kept and restored, give the same next step."""
     (tmp_path / "parts.py").write_text(PARTS)
