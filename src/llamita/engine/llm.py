@@ -25,7 +25,8 @@ from llamita.engine.requests import (
     find_adapter,
 )
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
+from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler
+from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError, shown
 from llamita.models.weights import ModelSource
@@ -202,7 +203,7 @@ class LLM:
         return check_request(ids, continues, self.context, recommended, options, started, self.adapters)
 
     def _submit(self, request: Request) -> Stream:
-        return self.scheduler.submit(request, Answer(request, self.tokenizer))
+        return Stream(self.scheduler, request, Answer(request, self.tokenizer))
 
     def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> Limits:
         """Checked limits, with what is known of memory in place of None."""
