@@ -228,9 +228,9 @@ def test_commands_take_an_adapter(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none" in one_line(capsys)
 
 
-def test_an_unknown_name_is_told(model: Path, tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused(model: Path, tmp_path: Path) -> None:
     llm = llamita.load(model, adapters={"a": make_adapter(tmp_path / "a", model)})
     with pytest.raises(InputError, match="adapter: expected one of a, got 'b'"):
         llm.generate(PROMPT, adapter="b")
-    with pytest.raises(InputError, match="expected one of none, as the model was loaded without, got 'a'"):
+    with pytest.raises(InputError, match="expected none, because the model was loaded without, got 'a'"):
         llamita.load(model).logits(PROMPT, adapter="a")
