@@ -22,6 +22,7 @@ from llamita.engine.requests import (
     check_names,
     check_prompt,
     check_request,
+    check_whole,
     find_adapter,
 )
 from llamita.engine.sampler import Sampling
@@ -220,13 +221,9 @@ class LLM:
         whole = block * (whole_blocks(self.context) // BLOCK)
         cache_memory = memory // 2 if cache_memory is None else cache_memory
         prefix_cache = min(whole, memory // 8) if prefix_cache is None else prefix_cache
-        for name, value, least in (
-            ("max_sequences", sequences, 1),
-            ("cache_memory", cache_memory, 1),
-            ("prefix_cache", prefix_cache, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(name, f"a whole number of at least {least}", shown(value))
+        check_whole("max_sequences", sequences, 1)
+        check_whole("cache_memory", cache_memory, 1)
+        check_whole("prefix_cache", prefix_cache, 0)
         return Limits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:

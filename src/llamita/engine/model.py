@@ -40,12 +40,13 @@ class _Views(NamedTuple):
 
 
 class BlockView(NamedTuple):
-    """The activations of a block. The arrays are valid until the next block runs."""
+    """The activations of a block, valid until the next block runs.
 
-    stream: np.ndarray  # the residual stream after it (tokens, hidden)
-    inputs: dict[
-        str, np.ndarray
-    ]  # by LINEAR_INPUTS, before rounding: float32 (tokens, columns); none for the embedding
+    `inputs` are those of the linear layers, by LINEAR_INPUTS and before rounding; there are none for the embedding.
+    """
+
+    stream: np.ndarray  # the residual stream after the block (tokens, hidden)
+    inputs: dict[str, np.ndarray]  # float32 (tokens, columns)
 
 
 class Model:

@@ -136,9 +136,8 @@ def check_request(
     """
     max_tokens = options.get("max_tokens", DEFAULT_MAX_TOKENS)
     speculate = options.get("speculate", DEFAULT_SPECULATE)
-    for name, value, least in (("max_tokens", max_tokens, 1), ("speculate", speculate, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(name, f"a whole number of at least {least}", shown(value))
+    check_whole("max_tokens", max_tokens, 1)
+    check_whole("speculate", speculate, 0)
     stop = options.get("stop", ())
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stop):
@@ -155,6 +154,12 @@ def check_request(
         adapter=find_adapter(options.get("adapter"), adapters),
         started=started,
     )
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise InputError for anything but a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(name, f"a whole number of at least {least}", shown(value))
 
 
 def find_adapter(name: object, adapters: Mapping[str, Adapter]) -> Adapter | None:
