@@ -215,7 +215,7 @@ template <size_t T>
   const size_t lines = (part.lines + part.groups - 1) / part.groups;
   const bool ends = part.lines > 0 && part.ends(a);
   for (size_t g = 0; g < part.groups; g++, scales += kPanelRows, start++) {
-    fetch_next(part, g * lines, (g + 1) * lines);  // a few at a time, because only so many misses can be pending
+    fetch_next(part, g * lines, (g + 1) * lines);  // a few at a time, because pending misses are limited
     if (ends && g < T) fetch_output(a, part.panel, t + g);
     Dots<T> dot;
 #pragma GCC unroll 8

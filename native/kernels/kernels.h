@@ -52,7 +52,7 @@ struct FloatLinear {
   bool accumulate;
 };
 
-// out[t, n] += sum_r x[t, r] * w[n, r]; w lies in panels of kLanes outputs, each (rank, kLanes)
+// out[t, n] += sum_r x[t, r] * w[n, r]; w is stored in panels of kLanes outputs, each (rank, kLanes)
 struct LowRankUp {
   const void* w;  // of `dtype`
   Dtype dtype;

@@ -18,7 +18,7 @@ from llamita.engine.llm import LLM, Generation
 from llamita.engine.prefixes import BLOCK
 from llamita.engine.requests import Answer
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Limits, Scheduler
+from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Scheduler, SequenceLimits
 from llamita.engine.sequence import SequenceState
 from llamita.engine.speculation import StepTimes
 from llamita.errors import InputError, RunError
@@ -38,7 +38,7 @@ def llm(directory: Path) -> LLM:
 
 
 def make(directory: Path, **options: Any) -> LLM:
-    return endless(directory, preset="llama3.2", context=CONTEXT, **options)
+    return endless(directory, scheme="llama3.2", context=CONTEXT, **options)
 
 
 def running(llm: LLM) -> int:
@@ -75,7 +75,7 @@ def test_arrivals_chunks_and_cancellations_change_nothing(
 ) -> None:
     llm = shared
     probe = SequenceCache(llm.config, 128, llm.kv_dtype, 128)
-    limits = Limits(sequences, 2**30, kept * probe.nbytes // 128, llm.kv_dtype, CONTEXT)
+    limits = SequenceLimits(sequences, 2**30, kept * probe.nbytes // 128, llm.kv_dtype, CONTEXT)
     llm.scheduler = Scheduler(llm.model, limits)
     share, flips = {"always": 1.0, "rarely": 0.0, "sometimes": 0.5}[pays], np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -304,7 +304,7 @@ def test_an_error_ends_its_own_sequence_alone(llm: LLM) -> None:
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_step_is_done_again(llm: LLM, step: int, error: type[BaseException]) -> None:
-    """The model has taken in the tokens, the scheduler has not seen the logits."""
+    """Interrupt when the model has computed the tokens and the scheduler has not seen the logits."""
 
     def meddle(count: int, _sequences: Any, _logits: np.ndarray) -> None:
         if count == step:
@@ -357,7 +357,7 @@ def test_closing_ends_a_stream_at_once(llm: LLM) -> None:
 
 
 def test_closing_from_another_thread_ends_the_wait(llm: LLM) -> None:
-    """One thread waits in a step of its own, one for the first thread's; both are cancelled meanwhile."""
+    """One thread runs a step and another waits for that step; both are cancelled meanwhile."""
     in_step, go_on = threading.Event(), threading.Event()
 
     def meddle(count: int, _sequences: Any, _logits: np.ndarray) -> None:

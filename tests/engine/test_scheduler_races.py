@@ -28,11 +28,11 @@ WATCHED = {module.__file__ for module in (scheduler, sequence, stream, threading
 
 @pytest.fixture
 def llm(tmp_path: Path) -> LLM:
-    return endless(make_checkpoint(tmp_path, "llama32", eos_token_id=319), preset="llama3.2")
+    return endless(make_checkpoint(tmp_path, "llama32", eos_token_id=319), scheme="llama3.2")
 
 
 def once(call: Callable[[], Any]) -> Callable[[], None]:
-    """`call` at the first time, nothing from then on."""
+    """Return a function that runs `call` the first time and does nothing from then on."""
     calls = [call]
 
     def run() -> None:

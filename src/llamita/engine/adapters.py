@@ -40,7 +40,7 @@ class Adapter:
 Span = tuple[slice, Adapter]  # tokens of a step, and their adapter
 
 
-def apply(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.ndarray) -> None:
+def add_adapters(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.ndarray) -> None:
     """Add the adapters' products of x (tokens, inputs) to out (tokens, outputs)."""
     for tokens, adapter in spans:
         adapted = adapter.blocks[layer].get(fused)

@@ -26,7 +26,7 @@ from llamita.engine.requests import (
     find_adapter,
 )
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler
+from llamita.engine.scheduler import PREFILL_CHUNK, Scheduler, SequenceLimits
 from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError, shown
@@ -214,7 +214,7 @@ class LLM:
     def _submit(self, request: Request) -> Stream:
         return Stream(self.scheduler, request, Answer(request, self.tokenizer))
 
-    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> Limits:
+    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> SequenceLimits:
         """Return checked limits, with shares of the usable memory in place of None."""
         memory = usable_memory()
         block = self.new_sequence(BLOCK).nbytes
@@ -224,7 +224,7 @@ class LLM:
         check_whole("max_sequences", sequences, 1)
         check_whole("cache_memory", cache_memory, 1)
         check_whole("prefix_cache", prefix_cache, 0)
-        return Limits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
+        return SequenceLimits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
         """Return the token ids of a prompt, and whether the answer continues its text."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llamita import _native as ops
-from llamita.engine.adapters import Span, apply
+from llamita.engine.adapters import Span, add_adapters
 from llamita.engine.kv_cache import SequenceCache
-from llamita.engine.weights import Block, Linear, ModelWeights
+from llamita.engine.weights import BlockWeights, Linear, ModelWeights
 from llamita.models.config import ModelConfig
 
 LINEAR_INPUTS = ("qkv", "attention_out", "gate_up", "down")  # the fused linear layers; each reads one input
@@ -112,26 +112,26 @@ class Model:
         ops.embed(self.weights.embedding, ids, buffers.x)
         return batch, buffers
 
-    def _block(self, block: Block, layer: int, batch: ops.Batch, b: _Views, spans: Sequence[Span]) -> None:
+    def _block(self, block: BlockWeights, layer: int, batch: ops.Batch, b: _Views, spans: Sequence[Span]) -> None:
         # T tokens, C hidden, Q = heads * head_dim, K = kv_heads * head_dim, I intermediate
         eps, heads = self.config.norm_eps, self.config.heads
         _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden, bool(spans))  # x (T, C) -> hidden (T, C)
         _linear(block.qkv, b.hidden, b.qkv)  # (T, C) -> qkv (T, Q + 2 * K)
-        apply(spans, layer, "qkv", b.hidden.floats, b.qkv)
+        add_adapters(spans, layer, "qkv", b.hidden.floats, b.qkv)
         ops.rope_and_cache(batch, layer, b.qkv, heads)  # rotates q in place; k, v (T, kv_heads, head_dim) to the caches
         ops.attention(batch, layer, b.qkv, heads, b.attended.floats)  # q and the caches -> attended (T, Q)
         if block.attention_out.takes_codes:
             ops.quantize(b.attended.floats, b.attended.codes)
         _linear(block.attention_out, b.attended, b.x, accumulate=True)  # x (T, C) += (T, Q) @ (Q, C)
-        apply(spans, layer, "attention_out", b.attended.floats, b.x)
+        add_adapters(spans, layer, "attention_out", b.attended.floats, b.x)
         _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden, bool(spans))  # x (T, C) -> hidden (T, C)
         _gate_up(block, layer, b, spans)  # (T, C) -> inner (T, I)
-        apply(spans, layer, "down", b.inner.floats, b.x)
+        add_adapters(spans, layer, "down", b.inner.floats, b.x)
         _rotate(block, self.weights.down_rotation, b.inner)  # (T, I) -> (T, I)
         _linear(block.down, b.inner, b.x, accumulate=True)  # x (T, C) += (T, I) @ (I, C)
 
     def _linear_inputs(
-        self, block: Block, layer: int, x: np.ndarray, b: _Views, spans: Sequence[Span]
+        self, block: BlockWeights, layer: int, x: np.ndarray, b: _Views, spans: Sequence[Span]
     ) -> dict[str, np.ndarray]:
         """Return the inputs of the linear layers of the block that has just run; x is the stream before it.
 
@@ -140,7 +140,7 @@ class Model:
         qkv, gate_up = np.empty_like(x), np.empty_like(x)
         ops.rmsnorm(x, block.attention_norm, self.config.norm_eps, qkv)
         _linear(block.attention_out, b.attended, x, accumulate=True)
-        apply(spans, layer, "attention_out", b.attended.floats, x)
+        add_adapters(spans, layer, "attention_out", b.attended.floats, x)
         ops.rmsnorm(x, block.mlp_norm, self.config.norm_eps, gate_up)
         down = b.inner.floats
         if self.weights.down_rotation and block.down.takes_codes:  # else it was rotated in place
@@ -197,17 +197,17 @@ def _norm(
         ops.quantize(out.floats, out.codes)
 
 
-def _gate_up(block: Block, layer: int, b: _Views, spans: Sequence[Span]) -> None:
+def _gate_up(block: BlockWeights, layer: int, b: _Views, spans: Sequence[Span]) -> None:
     """Compute silu(gate) · up, in floats."""
     if block.gate_up.is_gated:
         _linear(block.gate_up, b.hidden, b.inner.floats)
         return
     _linear(block.gate_up, b.hidden, b.gate_up)
-    apply(spans, layer, "gate_up", b.hidden.floats, b.gate_up)
+    add_adapters(spans, layer, "gate_up", b.hidden.floats, b.gate_up)
     ops.swiglu(b.gate_up, b.inner.floats)
 
 
-def _rotate(block: Block, rotation: ops.Hadamard | None, inner: _Operand) -> None:
+def _rotate(block: BlockWeights, rotation: ops.Hadamard | None, inner: _Operand) -> None:
     """Turn `inner` into what the down projection takes: rotated if there is a rotation, as floats or codes."""
     if not block.down.takes_codes:
         if rotation:

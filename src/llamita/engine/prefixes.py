@@ -20,7 +20,7 @@ class Prefix(NamedTuple):
     ids: np.ndarray  # int32 (tokens,)
     cache: SequenceCache
     declared_length: int  # its rotary frequencies were made for this length
-    positions: int  # it has taken memory for so many
+    positions: int  # it has taken memory for this many
 
     @property
     def adapter(self) -> Adapter | None:

@@ -101,9 +101,9 @@ class Sampler:
 
 
 def _position(probabilities: np.ndarray, uniform: float) -> int:
-    """Where a number from [0, 1) falls among probabilities that stand side by side.
+    """Return the index of the first probability whose running sum exceeds a number from [0, 1).
 
-    Many are first added up in blocks: NumPy sums several times faster than it makes running sums.
+    Many are first summed in blocks, because NumPy sums several times faster than it computes running sums.
     """
     blocks = np.arange(0, len(probabilities), _BLOCK)
     first = 0
@@ -115,7 +115,7 @@ def _position(probabilities: np.ndarray, uniform: float) -> int:
         first = int(blocks[block])
     cumulative = np.cumsum(probabilities[first : first + _BLOCK])
     at = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return first + min(at, len(cumulative) - 1)  # a product can round up to the whole sum
+    return first + min(at, len(cumulative) - 1)  # `uniform * cumulative[-1]` can round up to the whole sum
 
 
 def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:

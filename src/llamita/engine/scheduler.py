@@ -24,7 +24,7 @@ MIXED_CHUNK = 64  # the same in a step with running generations, which wait for 
 
 
 @dataclass(frozen=True)
-class Limits:
+class SequenceLimits:
     """Bounds for the sequences of a scheduler.
 
     Attributes:
@@ -43,7 +43,7 @@ class Limits:
     context: int
 
 
-class Part(NamedTuple):
+class StepPart(NamedTuple):
     """A sequence's share of a step."""
 
     sequence: SequenceState
@@ -58,7 +58,7 @@ class Scheduler:
         model: runs the steps.
     """
 
-    def __init__(self, model: Model, limits: Limits) -> None:
+    def __init__(self, model: Model, limits: SequenceLimits) -> None:
         self.model = model
         self._limits = limits
         config = model.config
@@ -146,18 +146,18 @@ class Scheduler:
                             self._changed.notify_all()
         return bool(self._waiting or self._running())
 
-    def _schedule(self) -> list[Part]:
-        """Let waiting sequences in and choose what the next step takes in."""
+    def _schedule(self) -> list[StepPart]:
+        """Let waiting sequences in; return the parts of the next step."""
         if self._waiting:
             self._admit()
         self._draft()
         parts = []
         for s in self._decoding:
             if not s.is_over:  # an over one may have no cache: an interrupted sweep leaves it here
-                parts.append(Part(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
+                parts.append(StepPart(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
         return parts + self._plan_prompts(MIXED_CHUNK if self._decoding else PREFILL_CHUNK)
 
-    def _run(self, parts: list[Part]) -> np.ndarray:
+    def _run(self, parts: list[StepPart]) -> np.ndarray:
         """Run the model; return the logits of all parts, one after the other: (rows, vocab)."""
         rows, tokens = [], 0
         for part in parts:
@@ -180,7 +180,7 @@ class Scheduler:
             self._times.add(len(rows), seconds)
         return logits
 
-    def _deliver(self, parts: list[Part], logits: np.ndarray, began: float) -> None:
+    def _deliver(self, parts: list[StepPart], logits: np.ndarray, began: float) -> None:
         """Give each sequence its rows of logits to draw from."""
         first = 0
         for sequence, _, rows in parts:
@@ -246,8 +246,8 @@ class Scheduler:
             for s in self._decoding:
                 s.drafted = min(s.drafted, length)
 
-    def _plan_prompts(self, budget: int) -> list[Part]:
-        """Take prompts in, in order of arrival, up to `budget` tokens."""
+    def _plan_prompts(self, budget: int) -> list[StepPart]:
+        """Return the prompts' parts of the next step, in order of arrival, with up to `budget` tokens."""
         parts = []
         for s in self._prompts:
             if not budget:
@@ -257,7 +257,7 @@ class Scheduler:
             if not s.is_begun:
                 found, shared = self._find_prefix(s)
                 if self._is_longer_prefix_coming(s, shared):
-                    continue  # it waits, those behind it need not
+                    continue  # it waits for that, but those behind it need not wait
                 try:
                     self._begin(s, found, shared)
                 except RunError as error:
@@ -265,7 +265,7 @@ class Scheduler:
                     continue
             start = s.settle()
             stop = min(s.count, start + budget)
-            parts.append(Part(s, s.ids[start:stop], int(stop == s.count)))
+            parts.append(StepPart(s, s.ids[start:stop], int(stop == s.count)))
             budget -= stop - start
         return parts
 

@@ -11,7 +11,7 @@ DECODE_ROWS = 16  # rows of a decoding step, with drafts: up to here each more c
 _KEEP = 0.9  # the old value's share of a moving average
 _TRUSTED = 3  # a time counts after this many measurements: the first ones fault pages in
 _MARGIN = 1.05  # drafts must raise tokens per second by this factor, because drafting and comparing take time, too
-_SPIKE = 2.0  # a measurement counts as at most so many times the estimate: the rest was other work of the machine
+_SPIKE = 2.0  # a measurement counts for at most this many times the estimate: the rest was other work of the machine
 _FORGIVE = 0.998  # each refusal lowers a time by 0.2 %, so one that is 50 % too high is retried after about 200
 
 

@@ -43,7 +43,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockWeights:
     """The weights of one transformer block."""
 
     attention_norm: np.ndarray  # float32 (hidden,)
@@ -59,7 +59,7 @@ class ModelWeights:
     """All weights of a model. With tied tables the head is the embedding."""
 
     embedding: _native.Weights
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockWeights, ...]
     norm: np.ndarray  # float32 (hidden,)
     head: Linear
     down_rotation: _native.Hadamard | None  # R4, applied to the inputs of down projections
@@ -94,7 +94,7 @@ def load_weights(source: ModelSource, gated: bool = True) -> ModelWeights:
 
 
 def down_rotation(inputs: int) -> _native.Hadamard:
-    """Return R4 for down projections of so many inputs, whose weights hold the inverse transform."""
+    """Return R4 for down projections of this many inputs, whose weights hold the inverse transform."""
     core, _ = factor(inputs)
     return _native.Hadamard(inputs, core_signs(core) if core > 1 else None)
 
@@ -114,7 +114,7 @@ def load_head(source: ModelSource) -> Linear:
     return _linear(source, {"lm_head": shape}, has_bias=False)
 
 
-def load_block(source: ModelSource, index: int, gated: bool = True) -> Block:
+def load_block(source: ModelSource, index: int, gated: bool = True) -> BlockWeights:
     """Read one transformer block; errors as in `load_weights`."""
     config, prefix = source.config, f"model.layers.{index}"
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
@@ -122,7 +122,7 @@ def load_block(source: ModelSource, index: int, gated: bool = True) -> Block:
     def fused(*names: str, gated: bool = False) -> Linear:
         return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated)
 
-    return Block(
+    return BlockWeights(
         attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
         qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         attention_out=fused("self_attn.o_proj"),
