@@ -68,7 +68,7 @@ Array::Array(nb::handle object, const char* name, const char* types, std::initia
            expected(types, shape) + ", got something else; try np.ascontiguousarray");
   }
   view_.reset(raw);
-  if (raw->format[0] == 'q') raw->format = const_cast<char*>("l");  // both are 64 bits where we run
+  if (raw->format[0] == 'q') raw->format = const_cast<char*>("l");  // both are 64 bits on our platforms
   bool fits = std::strlen(raw->format) == 1 && std::strchr(types, raw->format[0]) != nullptr &&
               static_cast<size_t>(raw->ndim) == shape.size();
   for (size_t i = 0; fits && i < shape.size(); i++) {

@@ -1,4 +1,4 @@
-// NumPy arrays as the operations see them: the buffer protocol, with every dtype and shape checked by name.
+// Views of NumPy arrays by the buffer protocol. Every dtype and shape is checked, with the argument's name in errors.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -12,17 +12,17 @@ namespace llamita {
 
 namespace nb = nanobind;
 
-constexpr size_t kAny = SIZE_MAX;  // a length that is not prescribed
+constexpr size_t kAny = SIZE_MAX;  // any length is allowed
 
 [[noreturn]] inline void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
 
-// A macro, so that the text is only made where it is needed: making it took longer than most operations on one token.
+// A macro, so that the text is made only on failure: making it took longer than most operations on one token.
 #define REQUIRE(condition, what)    \
   do {                              \
     if (!(condition)) refuse(what); \
   } while (false)
 
-// A view of an array's memory; holds on to the array. To be made and destroyed with the GIL held.
+// A view of an array's memory, which keeps the array alive. Make and destroy it with the GIL held.
 class Array {
  public:
   // types: the dtypes allowed, as buffer formats: f float32, e float16, H uint16, b int8, i int32, l int64

@@ -1,4 +1,4 @@
-// LowRank, an adapter of one layer or of several that read the same input, and its operation.
+// LowRank, an adapter of one layer or of several fused layers, and its operation.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -11,7 +11,7 @@ namespace {
 
 using namespace nb::literals;
 
-// Both factors and the arrays they point into
+// Both factors, and the arrays that they point into
 struct HeldLowRank {
   LowRank adapter;
   std::vector<Array> held;
@@ -24,7 +24,7 @@ Dtype dtype_of(const Array& a) {
   return a.type() == 'H' ? Dtype::bf16 : Dtype::f32;
 }
 
-using Up = std::tuple<nb::handle, size_t, size_t>;  // panels, the first of its outputs, how many they are
+using Up = std::tuple<nb::handle, size_t, size_t>;  // panels, first output, number of outputs
 
 HeldLowRank new_low_rank(const std::vector<nb::handle>& downs, const std::vector<Up>& ups, size_t outputs,
                          float scaling) {

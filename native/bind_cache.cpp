@@ -16,14 +16,14 @@ using namespace nb::literals;
 
 constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kMaxHeads = 65536;
-// layers * kv_heads * tokens of a cache: keys and values of 4 bytes each stay far from the end of size_t
+// The most layers * kv_heads * tokens of a cache, so that sizes in bytes stay far below SIZE_MAX.
 constexpr size_t kMaxEntries = SIZE_MAX / 2 / (2 * sizeof(float) * kMaxHeadDim);
 
 const std::array<std::string, 3> kDtypes{"f32", "f16", "int8"};  // in the order of CacheDtype
 
 std::string text(size_t number) { return std::to_string(number); }
 
-// By division, as the product may wrap
+// Compares quotients, because the product may overflow.
 void check_size(size_t layers, size_t kv_heads, size_t capacity) {
   REQUIRE(layers >= 1 && kv_heads >= 1 && capacity >= 1, "KVCache: expected at least one layer, head and token");
   REQUIRE(kv_heads <= kMaxHeads, "kv_heads: expected up to " + text(kMaxHeads) + ", got " + text(kv_heads));
@@ -84,7 +84,7 @@ Batch new_batch(const nb::list& list) {
   return Batch(std::move(sequences));
 }
 
-// Checks what both operations share; returns the number of floats in a row of qkv
+// Checks the arguments that both operations share; returns the number of floats in a row of qkv.
 size_t check_step(const Batch& batch, size_t layer, size_t heads) {
   if (batch.sequences.empty()) return kAny;
   const KVCache& cache = *batch.sequences.front().cache;

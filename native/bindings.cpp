@@ -1,4 +1,4 @@
-// The Python module: checks everything, releases the GIL, calls the operations.
+// The Python module: checks all arguments, releases the GIL, calls the operations.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -21,7 +21,7 @@ namespace {
 
 using namespace nb::literals;
 
-// Weights and the arrays they point into
+// Weights, and the arrays that they point into
 struct HeldWeights {
   Weights weights;
   std::vector<Array> held;
@@ -37,7 +37,7 @@ Dtype dtype_of(const Array& a) {
   return a.type() == 'H' ? Dtype::bf16 : Dtype::f32;
 }
 
-constexpr std::string_view kRules[] = {"torchao", "torchao_bf16", "search"};  // as in Rule
+constexpr std::string_view kRules[] = {"torchao", "torchao_bf16", "search"};  // in the order of Rule
 
 std::string text(size_t number) { return std::to_string(number); }
 
@@ -147,8 +147,8 @@ nb::object codes_to_packed_array(nb::handle codes) {
   return nb::cast(packed.array);
 }
 
-// A float32 array in huge pages: the rows of a step lie far apart, and a page each is more than the processor's table
-// of pages holds.
+// A float32 array in huge pages. Its rows are far apart: with small pages they would need more entries than the
+// processor's table of pages (TLB) has.
 nb::object new_buffer(size_t rows, size_t columns) {
   REQUIRE(columns >= 1 && rows <= SIZE_MAX / sizeof(float) / columns / 2, "rows, columns: expected a size that exists");
   auto memory = std::make_unique<Memory>(rows * columns * sizeof(float), Pages::huge);
@@ -156,10 +156,10 @@ nb::object new_buffer(size_t rows, size_t columns) {
   return nb::cast(nb::ndarray<nb::numpy, float>(memory.release()->data(), {rows, columns}, owner));
 }
 
-// A transform with its signs
+// A transform, and the signs that it points into
 struct HeldHadamard {
   size_t columns, outer;
-  std::vector<float> signs;  // none where outer is 1
+  std::vector<float> signs;  // empty if outer is 1
   Hadamard transform() const {
     const float factor = static_cast<float>(1 / std::sqrt(static_cast<double>(columns)));
     return {columns, outer, signs.empty() ? nullptr : signs.data(), factor};

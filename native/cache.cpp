@@ -11,8 +11,9 @@ namespace llamita {
 namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
-constexpr size_t kWorthHuge = size_t{1} << 21;  // bytes of a block of all layers: a sequence touches no less
-constexpr size_t kItemTiles = 32;               // tiles of query rows of one head that a thread takes at a time
+// Caches get huge pages from this size of a block of all layers on, because a sequence touches at least one block.
+constexpr size_t kWorthHuge = size_t{1} << 21;
+constexpr size_t kItemTiles = 32;  // tiles of query rows of one head that a thread takes at a time
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
@@ -21,7 +22,7 @@ HeadShape shape_of(const Batch& batch, size_t heads) {
   return {heads, cache.kv_heads, cache.head_dim};
 }
 
-// Pairs (i, i + dim / 2) turned by the angle of i, as Hugging Face lays heads out
+// Rotates pairs (i, i + dim / 2) by angle i, in the head layout of Hugging Face.
 void rotate(const float* x, const float* cos, const float* sin, size_t dim, float* out) {
   const size_t half = dim / 2;
   for (size_t i = 0; i < half; i++) {
@@ -31,14 +32,14 @@ void rotate(const float* x, const float* cos, const float* sin, size_t dim, floa
   }
 }
 
-// Position p of a block: lane p % 16 of its tile
+// Writes a key of a block: position p is lane p % 16 of its tile.
 template <class T>
 void scatter_key(const T* key, size_t dim, size_t position, uint8_t* keys) {
   T* lane = reinterpret_cast<T*>(keys) + position / kKeyTile * dim * kKeyTile + position % kKeyTile;
   for (size_t d = 0; d < dim; d++) lane[d * kKeyTile] = key[d];
 }
 
-// Of one head at one position of a block. scratch: a head in int8, and what `quantize` sums up
+// Writes one head at one position of a block. scratch: room for a head in int8 and for the sums of `quantize`.
 void cache_head(const KVCache& cache, const float* key, const float* value, size_t position, uint8_t* block,
                 uint8_t* scratch) {
   const Kernels& k = kernels();
@@ -66,8 +67,8 @@ void cache_head(const KVCache& cache, const float* key, const float* value, size
   }
 }
 
-// What a head's queries and keys pass before they meet: an orthogonal transform of both leaves their products as they
-// were, and spreads what few dimensions hold over all, for codes of one scale (R3).
+// R3, the run-time rotation of queries and keys. An orthogonal transform of both does not change their products. It
+// spreads the large values of a few dimensions over all, which suits int8 codes with one scale.
 Hadamard head_transform(size_t dim) {
   return {dim, 1, nullptr, static_cast<float>(1 / std::sqrt(static_cast<double>(dim)))};
 }
@@ -85,10 +86,10 @@ void cache_token(const KVCache& cache, size_t layer, size_t position, const floa
 }
 
 struct Item {
-  size_t sequence, head, first, last;  // query rows of a key/value head
+  size_t sequence, head, first, last;  // query rows [first, last) of a key/value head
 };
 
-// The longest first: what is left to the end is short
+// The longest items come first, so that the last ones to end are short.
 std::vector<Item> attention_items(const Batch& batch, const HeadShape& shape, size_t most) {
   std::vector<Item> items;
   for (size_t s = 0; s < batch.sequences.size(); s++) {
@@ -125,7 +126,7 @@ uint8_t* KVCache::block(size_t index, size_t layer, size_t head) const {
   return memory.data() + index * block_stride() + layer * layer_stride() + head * block_bytes;
 }
 
-// Whole blocks of all layers and heads at once, then of the last block each head's positions
+// Copies whole blocks of all layers and heads at once, then each head's positions of the last block.
 void KVCache::copy_prefix(const KVCache& source, size_t tokens) {
   const size_t whole = tokens / kKeyBlock, rest = tokens % kKeyBlock;
   parallel_for(whole, 1, 0, [&](size_t begin, size_t end, uint8_t*) {
@@ -148,7 +149,7 @@ void KVCache::copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, 
   std::memcpy(values(to), source.values(from), count * value_stride * element());
   from = source.keys(from), to = keys(to);
   std::memcpy(to, from, count / kKeyTile * tile_bytes);
-  for (size_t d = 0; d < head_dim && lanes > 0; d++) {  // of the last tile the first lanes
+  for (size_t d = 0; d < head_dim && lanes > 0; d++) {  // the first lanes of the last tile
     const size_t offset = count / kKeyTile * tile_bytes + d * kKeyTile * element();
     std::memcpy(to + offset, from + offset, lanes * element());
   }

@@ -9,9 +9,9 @@
 
 namespace llamita {
 
-// Blocks of kKeyBlock positions (kernels.h), (blocks, layers, kv_heads): what belongs to the first tokens lies
-// together, so that huge pages can be used and still come only as tokens are written. Keys in tiles of 16 positions, so
-// that a vector holds the scores of 16 keys.
+// Blocks of kKeyBlock positions (kernels.h) in the order (blocks, layers, kv_heads). So the data of the first tokens is
+// contiguous, and even huge pages are taken only as tokens are written. Keys are in tiles of 16 positions, so that a
+// vector holds the scores of 16 keys.
 struct KVCache {
   KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity, CacheDtype dtype,
           std::vector<float> inv_freq, float rope_scaling);
@@ -20,16 +20,16 @@ struct KVCache {
   uint8_t* values(uint8_t* block) const { return keys(block) + kKeyBlock * head_dim * element(); }
   size_t layer_stride() const { return kv_heads * block_bytes; }
   size_t block_stride() const { return layers * layer_stride(); }
-  // Positions [0, tokens) of every layer and head; source: another cache of this shape, dtype and rotation
+  // Copies positions [0, tokens) of every layer and head. source: another cache of this shape, dtype and rotation.
   void copy_prefix(const KVCache& source, size_t tokens);
-  bool is_transformed() const { return dtype == CacheDtype::i8 && std::has_single_bit(head_dim); }  // keys
+  bool is_transformed() const { return dtype == CacheDtype::i8 && std::has_single_bit(head_dim); }  // R3
   size_t element() const { return dtype == CacheDtype::i8 ? 1 : dtype == CacheDtype::f16 ? 2 : 4; }
   size_t nbytes() const { return memory.taken(); }
 
   void copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, size_t count);
 
   size_t layers, kv_heads, head_dim, capacity;
-  size_t value_stride;  // head_dim in whole vectors
+  size_t value_stride;  // head_dim rounded up to whole vectors
   CacheDtype dtype;
   size_t block_bytes;
   std::vector<float> inv_freq;  // (head_dim / 2,)
@@ -40,12 +40,12 @@ struct KVCache {
 struct Sequence {
   std::shared_ptr<KVCache> cache;
   size_t start, count;  // positions [start, start + count)
-  size_t first = 0;     // of its tokens among the batch's
+  size_t first = 0;     // index of its first token in the batch
 };
 
 // Tokens of several sequences, one after the other.
 struct Batch {
-  explicit Batch(std::vector<Sequence> sequences);  // of caches of one shape; bounds checked by the bindings
+  explicit Batch(std::vector<Sequence> sequences);  // with caches of one shape; the bindings check bounds
 
   std::vector<Sequence> sequences;
   size_t tokens = 0;

@@ -1,4 +1,4 @@
-// AArch64: what the operating system says that the processor has.
+// AArch64: asks the operating system which features the processor has.
 #include "dispatch.h"
 
 #if defined(__linux__)
@@ -15,7 +15,7 @@ struct Features {
 };
 
 #if defined(__linux__)
-Features detect() {  // bits of the kernel's interface, by number: headers older than the processor lack their names
+Features detect() {  // by number: old headers lack the names of these bits
   constexpr unsigned long kDotProduct = 1ul << 20, kInt8Matrix = 1ul << 13;  // in AT_HWCAP, in AT_HWCAP2
   return {(getauxval(AT_HWCAP) & kDotProduct) != 0, (getauxval(AT_HWCAP2) & kInt8Matrix) != 0};
 }
@@ -35,7 +35,7 @@ Features detect() { return {}; }
 std::vector<const Kernels*> supported_kernels() {
   static const Features features = detect();
   std::vector<const Kernels*> list;
-  if (features.dotprod && features.i8mm) list.push_back(&neon_i8mm_kernels);  // whose file uses sdot, too
+  if (features.dotprod && features.i8mm) list.push_back(&neon_i8mm_kernels);  // its file uses sdot, too
   if (features.dotprod) list.push_back(&neon_dotprod_kernels);
   list.push_back(&scalar_kernels);
   return list;

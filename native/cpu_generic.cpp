@@ -1,4 +1,4 @@
-// Any machine without its own instruction-set files.
+// A machine without instruction-set files: only the portable kernels.
 #include "dispatch.h"
 
 namespace llamita {

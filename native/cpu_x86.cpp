@@ -1,4 +1,4 @@
-// x86-64: what the processor has (CPUID) and what the operating system saves on a switch (XGETBV).
+// x86-64: asks which features the processor has (CPUID) and which registers the system saves on a switch (XGETBV).
 #include <cpuid.h>
 
 #include "dispatch.h"

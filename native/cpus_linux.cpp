@@ -1,5 +1,5 @@
-// Linux: the cores this process may run on (a second hardware thread of a core adds nothing to full vector units),
-// no more than the quotas of processor time of its cgroup and of those around it.
+// Linux: counts the cores that this process may use, at most the processors that the quotas of its cgroups grant.
+// A core's second hardware thread does not count, because it adds nothing to busy vector units.
 #include <sched.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace llamita {
 namespace {
 
-// Whether `cpu` is the first of its core's hardware threads that this process may use.
+// True if `cpu` is the first of its core's hardware threads that this process may use.
 bool leads_core(const std::string& root, int cpu, const cpu_set_t& allowed) {
   std::ifstream file(root + "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
   int first, last;
@@ -25,10 +25,10 @@ bool leads_core(const std::string& root, int cpu, const cpu_set_t& allowed) {
   return true;
 }
 
-// Whole processors that one cgroup's files grant (version 2, then 1); SIZE_MAX without a quota
+// Returns the whole processors that one cgroup's files grant (version 2, then 1), SIZE_MAX without a quota.
 size_t quota_of(const std::string& group) {
   double limit = 0, period = 0;
-  if (!(std::ifstream(group + "/cpu.max") >> limit >> period)) {  // "max 100000" is no number, and no limit
+  if (!(std::ifstream(group + "/cpu.max") >> limit >> period)) {  // "max 100000" does not parse: no limit
     std::ifstream(group + "/cpu.cfs_quota_us") >> limit;
     std::ifstream(group + "/cpu.cfs_period_us") >> period;
   }
@@ -38,8 +38,8 @@ size_t quota_of(const std::string& group) {
 
 bool names_cpu(const std::string& controllers) { return ("," + controllers + ",").find(",cpu,") != std::string::npos; }
 
-// The least quota on the way from the process's cgroup to the root: any of them may have one. In a container whose
-// path is the host's, the path leads nowhere, but its own cgroup is mounted as the root.
+// Returns the least quota from the process's cgroup up to the root: each level may have one. In a container the path
+// may be the host's and not exist; then only the root is read, where the container's cgroup is mounted.
 size_t quota(const std::string& root) {
   size_t least = SIZE_MAX;
   std::ifstream file(root + "/proc/self/cgroup");

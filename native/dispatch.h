@@ -1,4 +1,4 @@
-// The instruction sets that this machine can run, best first, and the one in use.
+// The instruction sets that this machine can run, best first, and the chosen one.
 #pragma once
 #include <string>
 #include <vector>
@@ -8,7 +8,7 @@
 namespace llamita {
 
 std::vector<const Kernels*> supported_kernels();  // cpu_x86.cpp, cpu_arm.cpp or cpu_generic.cpp
-// cpus_linux.cpp or cpus_generic.cpp. root: what /proc and /sys are looked for in.
+// cpus_linux.cpp or cpus_generic.cpp. root: the folder that contains /proc and /sys.
 size_t usable_cpus(const std::string& root = "");
 
 const Kernels& kernels();

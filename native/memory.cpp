@@ -13,7 +13,7 @@ constexpr size_t kHugePage = size_t{1} << 21;
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
-// Bytes that come in huge pages, of memory of so many
+// Returns how many of the bytes come in huge pages.
 size_t huge_bytes(size_t bytes, Pages pages) {
   return pages == Pages::huge ? (bytes + kHugePage / 2) / kHugePage * kHugePage : 0;
 }
@@ -38,7 +38,7 @@ Memory::Memory(size_t bytes, Pages pages) : size_(bytes) {
     data_ += (kHugePage - reinterpret_cast<uintptr_t>(data_) % kHugePage) % kHugePage;
     advise(data_, huge, true);
   }
-  if (taken_ > huge) advise(data_ + huge, taken_ - huge, false);  // where every mapping gets huge pages unasked
+  if (taken_ > huge) advise(data_ + huge, taken_ - huge, false);  // some systems give every mapping huge pages
 }
 
 Memory::~Memory() {

@@ -1,4 +1,4 @@
-// Memory straight from the operating system: page-aligned, zero, and taken a page at a time, when it is first touched.
+// Memory from the operating system: page-aligned, zero, and taken page by page when first touched.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace llamita {
 
-// Huge pages (2 MB) spare walks through page tables, but the first byte that is touched takes all of one: what is left
-// at the end gets one if it fills half of it, else small pages.
+// Huge pages (2 MB) save walks through page tables, but touching one byte takes the whole page. So the rest at the end
+// gets a huge page only if it fills half of it, else small pages.
 enum class Pages { small, huge };
 
 class Memory {
@@ -24,7 +24,7 @@ class Memory {
 
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
-  size_t taken() const { return taken_; }  // bytes, in whole pages, once all of it was touched
+  size_t taken() const { return taken_; }  // bytes in whole pages, once all of them are touched
 
  private:
   void swap(Memory& other) noexcept {

@@ -10,17 +10,17 @@
 namespace llamita {
 namespace {
 
-constexpr size_t kRowWork = 16384;  // elements that are worth waking a thread for
+constexpr size_t kRowWork = 16384;  // elements that make waking a thread worth it
 
 size_t grain(size_t columns) { return std::max<size_t>(1, kRowWork / std::max<size_t>(columns, 1)); }
 
-// Panels worth a chunk: some 64 KB of weights, or as much computing
+// Returns the panels of a chunk: about 64 KB of weights, or as much arithmetic.
 size_t panel_grain(size_t tokens, size_t columns) {
   return std::max<size_t>(1, 4096 / (std::max<size_t>(columns, 1) * std::min<size_t>(tokens, 4)));
 }
 
-// Tokens that meet a part of a panel while it is in cache: few enough for the codes that they need of it to stay
-// there too, and, of that many, equal blocks: a multiple of 12, which is whole tiles of 3 and of 6 tokens.
+// Returns how many tokens use a part of a panel while it is in cache. They are few enough for their codes to stay in
+// cache, too. Blocks are equal, and multiples of 12, which makes whole tiles of 3 and of 6 tokens.
 size_t token_block(size_t tokens, size_t columns) {
   constexpr size_t kMultiple = 12, kCodes = 640 * 1024;
   const size_t most = std::max<size_t>(48, kCodes / std::min(columns, kChunkInputs));
@@ -100,7 +100,7 @@ void linear_quantized(const Weights& weights, Activations& acts, const Output& o
   const Kernels& k = kernels();
   const bool w4 = weights.kind == Kind::w4;
   const int32_t* starts = acts.starts(weights.group_size, weights.groups, w4 ? 8 : 128);
-  const size_t columns = w4 ? weights.columns : weights.group_size;  // w8: padded to whole steps
+  const size_t columns = w4 ? weights.columns : weights.group_size;  // of w8 with the padding to whole steps
   const size_t chunk = std::max(weights.group_size, kChunkInputs), outputs = weights.outputs();
   const size_t block = token_block(acts.tokens, columns);
   for (size_t t = 0; t < acts.tokens; t += block) {
@@ -141,12 +141,12 @@ void linear_float(const Weights& weights, const float* x, size_t tokens, const O
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(weights.kind);
   const size_t row_bytes = weights.columns * (dtype == Dtype::f32 ? 4 : 2);
-  constexpr size_t kBlock = 8;  // rows that kernels like to have together
+  constexpr size_t kBlock = 8;  // kernels compute rows in groups of this size
   const size_t scratch_bytes = k.float_scratch_rows * (weights.columns + kLanes) * sizeof(float);
   parallel_for((weights.rows + kBlock - 1) / kBlock, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
     size_t first = begin * kBlock, start = 0;
     const size_t last = std::min(end * kBlock, weights.rows);
-    for (const Part& part : weights.parts) {  // the piece of [first, last) that lies in this part
+    for (const Part& part : weights.parts) {  // the piece of [first, last) in this part
       const size_t stop = std::min(last, start + part.rows);
       if (first < stop) {
         const void* w = static_cast<const uint8_t*>(part.data) + (first - start) * row_bytes;
@@ -168,7 +168,7 @@ void low_rank(const LowRank& a, const float* x, size_t tokens, float* out) {
   std::vector<float> t(tokens * inner);
   linear_float(a.down, x, tokens, {t.data(), nullptr, false});
   for (float& value : t) value *= a.scaling;
-  std::vector<size_t> starts;  // of each part's panels among all
+  std::vector<size_t> starts;  // index of each part's first panel
   size_t panels = 0;
   for (const LowRankPart& part : a.ups) {
     starts.push_back(panels);

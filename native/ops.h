@@ -1,5 +1,5 @@
-// The engine's operations: kernels of the chosen instruction set, spread over the threads. Shapes are checked by the
-// bindings. Work is cut so that results do not depend on the number of threads.
+// The engine's operations: kernels of the chosen instruction set, run by all threads. The bindings check shapes. Work
+// is divided so that results do not depend on the number of threads.
 #pragma once
 #include "kernels/kernels.h"
 #include "pack.h"
@@ -21,14 +21,14 @@ struct Output {
 void linear_quantized(const Weights& weights, Activations& acts, const Output& output);
 void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output);
 
-// B of an adapter, in panels, for outputs [first, first + count); it reads rank inner values, the first at `inner`
+// B of an adapter, in panels, for outputs [first, first + count). It reads `rank` inner values from `inner` on.
 struct LowRankPart {
   const void* panels;
   Dtype dtype;
   size_t rank, count, first, inner;
 };
 struct LowRank {
-  Weights down;  // every part's A, one above the other
+  Weights down;  // the A of all parts, stacked
   std::vector<LowRankPart> ups;
   size_t outputs;
   float scaling;
@@ -41,7 +41,7 @@ struct RoundedRows {
   float* scales;
   double* squared_error;
 };
-// The first row with NaN or infinity, or `rows`
+// Returns the first row with NaN or infinity, or `rows` if there is none.
 size_t round_weights(const void* w, Dtype dtype, size_t rows, const Rounding& rounding, const RoundedRows& out);
 
 double read_bandwidth(size_t bytes);  // GB/s

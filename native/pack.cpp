@@ -1,13 +1,13 @@
 // The order of quantized weights in memory: panels of 32 rows, 64-byte aligned, the same for every instruction set.
 //
 // w4, for each group: 32 scales (f32 or bf16), then for each step of 8 inputs 128 bytes, 4 per row. Byte j of a row
-// holds code + 8 of input j in the low nibble and of input 4 + j in the high one: masking, or shifting and masking, a
-// vector gives the four consecutive inputs per row that a dot-product instruction wants.
+// holds code + 8 of input j in the low nibble and of input 4 + j in the high one. Masking a vector, or shifting and
+// masking it, then gives four consecutive inputs per row, the operand of a dot-product instruction.
 // w8: for each step of 4 inputs 128 bytes, 4 per row, code + 128.
 //
 // Gated w4 weights: the rows of a panel are 16 gates, then the 16 rows that they gate.
 //
-// One stream then brings everything a panel needs. Rows beyond the last have code 0 and scale 0.
+// So a panel is one stream of memory. Rows beyond the last have code 0 and scale 0.
 #include "pack.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace {
 constexpr size_t kLineWords = 16;  // words of a row copied at a time: a cache line of the source
 constexpr size_t kStepBytes = 4 * kPanelRows;
 
-// n0..n7 (lowest first) to n0 n4 n1 n5 n2 n6 n3 n7: byte j is n[j] | n[4 + j] << 4
+// Reorders nibbles n0..n7 (lowest first) to n0 n4 n1 n5 n2 n6 n3 n7: byte j becomes n[j] | n[4 + j] << 4.
 uint32_t interleave(uint32_t word) {
   uint32_t low = word & 0xffffu, high = word >> 16;
   low = (low | low << 8) & 0x00ff00ffu;
@@ -39,10 +39,10 @@ uint32_t sum_bytes(uint32_t word) {
 
 uint32_t sum_nibbles(uint32_t word) { return sum_bytes((word & 0x0f0f0f0fu) + (word >> 4 & 0x0f0f0f0fu)); }
 
-// Words of 32 rows, transposed: what one step of a panel holds lies together, so that what follows is vectorized.
+// Words of 32 rows, transposed: the words of one step are contiguous, so that the compiler vectorizes loops over them.
 using Words = uint32_t[kLineWords][kPanelRows];
 
-// Words [first, first + count) of each row; rows[r]: `bytes` bytes or null. What is missing reads as `fill`.
+// Copies words [first, first + count) of each row. rows[r]: `bytes` bytes or null. Missing words become `fill`.
 void gather(const void* const* rows, size_t bytes, size_t first, size_t count, uint32_t fill, Words& words) {
   for (size_t r = 0; r < kPanelRows; r++) {
     uint32_t line[kLineWords];
@@ -73,7 +73,7 @@ bool on_bf16_grid(const Part& part, size_t groups) {
   return low == 0;
 }
 
-// The scales of one packed row; without data (beyond the last row) they are 0.
+// The scales of one packed row. Without data, beyond the last row, they are 0.
 struct ScaleRow {
   const void* data = nullptr;
   bool bf16 = false;
@@ -91,7 +91,7 @@ struct ScaleRow {
   }
 };
 
-// Where the words and scales of a row are
+// Finds the words and scales of a row; null if it is beyond the last.
 void find_row(const std::vector<Part>& parts, size_t row, const Weights& w, const void*& words, ScaleRow& scales) {
   words = nullptr;
   for (const Part& part : parts) {
@@ -104,7 +104,7 @@ void find_row(const std::vector<Part>& parts, size_t row, const Weights& w, cons
   }
 }
 
-// The row that is packed as row r of a panel; w.rows where there is none
+// Returns the row that is packed as row r of a panel, w.rows if there is none.
 size_t row_of(const Weights& w, size_t panel, size_t r) {
   if (!w.gated) return std::min(panel * kPanelRows + r, w.rows);
   const size_t output = panel * kLanes + r % kLanes;
@@ -151,7 +151,7 @@ void pack_panel(const std::vector<Part>& parts, Weights& w, size_t panel, uint32
   }
 }
 
-// columns: without the padding of w.columns to whole steps
+// columns: without the padding to whole steps that w.columns has
 void pack_panel_w8(const int8_t* codes, Weights& w, size_t columns, size_t panel) {
   const size_t steps = w.columns / 4;
   uint8_t* base = w.panels.data() + panel * w.panel_stride;
@@ -221,7 +221,7 @@ Weights wrap_float(std::vector<Part> parts, size_t columns, Kind kind) {
 Activations::Activations(size_t max_tokens, size_t columns)
     : max_tokens(max_tokens),
       columns(columns),
-      stride((columns + 63) / 64 * 64 + 64),  // one line more: a power of two would meet in the same cache sets
+      stride((columns + 63) / 64 * 64 + 64),  // one line more: rows a power of two apart would share cache sets
       sums_stride((columns + kSumInputs - 1) / kSumInputs),
       memory(max_tokens * stride, Pages::huge),
       scales(max_tokens),
@@ -243,7 +243,7 @@ void Activations::add_up(size_t token) {
 
 const int32_t* Activations::starts(size_t group_size, size_t groups, int32_t offset) {
   start.resize(tokens * groups);
-  const bool whole = group_size % kSumInputs == 0 || groups == 1;  // else from the codes themselves
+  const bool whole = group_size % kSumInputs == 0 || groups == 1;  // else add up the codes
   for (size_t t = 0; t < tokens; t++)
     for (size_t g = 0; g < groups; g++) {
       const size_t first = g * group_size, last = std::min(first + group_size, columns);

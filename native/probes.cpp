@@ -1,4 +1,4 @@
-// What the hardware can do at most, measured by loops that do nothing else: the best of several, over all threads.
+// Measures the limits of the hardware by loops that do nothing else: the best of several, over all threads.
 #include <algorithm>
 #include <chrono>
 #include <cstring>

@@ -1,7 +1,7 @@
-// A job's chunks are dealt to the threads in runs of neighbours, so that each streams through memory of its own. A
-// thread takes its run from the front; when that is used up it takes from the back of another's. A run is one word, the
-// job's number and the chunks left in it, changed by compare-and-swap: a thread that wakes late finds nothing to do and
-// nobody waits for it, for the caller waits for chunks, not for threads.
+// Each thread gets a run of neighbouring chunks of a job, so that it streams through its own part of memory. It takes
+// chunks from the front of its run, then from the back of other runs. A run is one word: the job's number and the
+// chunks left. Threads change it by compare-and-swap. The caller waits for chunks, not for threads, so nobody waits for
+// a thread that wakes late and finds nothing to do.
 #include "threads.h"
 
 #include <pthread.h>
@@ -23,10 +23,10 @@
 namespace llamita {
 namespace {
 
-constexpr int kSpins = 2000;             // some 30 to 100 microseconds: longer than the pause between two operations
-constexpr size_t kChunksPerThread = 32;  // so that a thread that is interrupted costs little of its share
+constexpr int kSpins = 2000;             // about 30 to 100 microseconds: longer than the pause between two operations
+constexpr size_t kChunksPerThread = 32;  // many, so that others can take over most of an interrupted thread's share
 
-// Chunks [first, last) of a job that nobody has taken yet
+// Chunks [first, last) of a job, which no thread has taken yet
 struct Run {
   uint32_t job;
   uint16_t first, last;
@@ -55,7 +55,7 @@ struct Job {
 
 class Pool {
  public:
-  // Delegates, so that the destructor joins the threads already started when one more cannot be.
+  // Delegates, so that the destructor joins the threads already started if another one cannot be.
   explicit Pool(size_t count) : Pool() {
     scratch_ = std::vector<Memory>(count);
     runs_ = std::vector<SharedRun>(count);
@@ -101,8 +101,8 @@ class Pool {
     signal_.notify_all();
   }
 
-  // A chunk of the thread's own run, else of another's. Once one is taken the job cannot end, nor job_ change, before
-  // it is done.
+  // Takes and does a chunk of the thread's own run, else of another run. A taken chunk keeps the job from ending, and
+  // job_ from changing, until it is done.
   bool take_chunk(size_t thread) {
     for (size_t i = 0; i < size(); i++) {
       std::atomic<uint64_t>& shared = runs_[(thread + i) % size()].word;
@@ -144,7 +144,7 @@ class Pool {
   std::vector<SharedRun> runs_;
   std::vector<std::thread> workers_;
   Job job_{};
-  uint32_t number_ = 0;  // of the job
+  uint32_t number_ = 0;  // of the current job
   alignas(64) std::atomic<uint32_t> done_{0};
   alignas(64) std::atomic<uint32_t> signal_{0};
   std::atomic<bool> stop_{false};
@@ -155,12 +155,12 @@ struct Shared {
   std::unique_ptr<Pool> pool;  // made on first use
 };
 
-// Never destroyed: threads that wait must not be joined while the process ends.
+// Never destroyed: waiting threads must not be joined while the process ends.
 Shared* shared = new Shared;
-size_t chosen = 0;  // the pool's threads, 0 before anybody asked
+size_t chosen = 0;  // number of threads, 0 until one is first needed
 
-// A forked child has none of the workers, and whoever held the lock is not there to release it. What the parent
-// shared is leaked: its threads cannot be joined.
+// A forked child has no workers, and a thread that held the lock does not exist there to release it. The parent's pool
+// is leaked in the child, because its threads cannot be joined.
 void renew_in_child() { shared = new Shared; }
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, renew_in_child);
@@ -180,7 +180,7 @@ size_t default_threads() {
   return checked(*end || count < 1 ? 0 : static_cast<size_t>(count), "LLAMITA_THREADS", text);
 }
 
-// The three below want the lock held.
+// Call the next three with the lock held.
 size_t choice() {
   if (chosen == 0) chosen = default_threads();
   return chosen;

@@ -1,4 +1,4 @@
-// A static pool: parallel_for hands out chunks of a range to the threads that are awake, the caller among them.
+// A static pool of threads: parallel_for divides a range into chunks for the threads that are awake, with the caller.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace llamita {
 
-// Whatever starts the pool throws std::invalid_argument (LLAMITA_THREADS or count is not 1 to kMaxThreads) or
+// Whatever starts the pool can throw std::invalid_argument (LLAMITA_THREADS or count is not 1 to kMaxThreads) or
 // std::runtime_error (the system refuses a thread; the pool stays as it was).
 size_t threads();
 void set_threads(size_t count);
@@ -15,11 +15,11 @@ constexpr size_t kMaxThreads = 1024;
 
 using Task = void (*)(const void* context, size_t begin, size_t end, uint8_t* scratch) noexcept;
 
-// grain: items that one chunk should have at least. Each thread gets `scratch_bytes` of its own, 64-byte aligned.
-// Throws as threads() does, and std::bad_alloc, before anything has run; tasks themselves cannot throw.
+// grain: the least items of a chunk. Each thread gets `scratch_bytes` bytes, 64-byte aligned.
+// Throws as threads() does, and std::bad_alloc, before any task runs; tasks cannot throw.
 void parallel_run(size_t items, size_t grain, size_t scratch_bytes, Task task, const void* context);
 
-// f(begin, end, scratch)
+// Calls f(begin, end, scratch) for each chunk.
 template <class F>
 void parallel_for(size_t items, size_t grain, size_t scratch_bytes, const F& f) {
   parallel_run(

@@ -48,7 +48,7 @@ MUTATIONS = [
      "torchao's scale: 7 for 7.5"),
     ("src/llamita/engine/kv_cache.py", "(turns - np.float32(low)) / np.float32(high - low)",
      "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
-    ("src/llamita/engine/scheduler.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
+    ("src/llamita/engine/sequence.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
      "speculation: what follows a refused draft is kept"),
     ("src/llamita/methods/gptq.py", "descending=True, stable=True", "descending=False, stable=True",
      "gptq: inputs of least energy first"),

@@ -1,5 +1,5 @@
-// AVX2 with FMA and F16C. 4-bit weights: vpmaddubsw never saturates (2 * 15 * 128 = 3840), and 8 of its results fit
-// 16 bits. 8-bit weights would: they are widened to 16 bits, even and odd inputs apart.
+// AVX2 with FMA and F16C. With 4-bit weights vpmaddubsw never saturates (2 * 15 * 128 = 3840), and 8 of its results fit
+// 16 bits. With 8-bit weights it would, so these are widened to 16 bits, even and odd inputs separately.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -16,7 +16,7 @@ namespace {
 constexpr size_t kFusedTokens = 4, kFusedTile = 4, kUnpackedTile = 6,
                  kByteTile = 2;  // tokens whose sums fit into the registers
 
-// sums += w (unsigned) * x (signed), pairs of products in 16 bits. In assembly: GCC 12 copies the sums around.
+// sums += w (unsigned) * x (signed), pairs of products in 16 bits. In assembly, because GCC 12 copies the sums.
 void multiply_add(__m256i& sums, __m256i w, __m256i x) {
   __m256i products;
   __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(w), "x"(x));
@@ -26,7 +26,7 @@ __m256i widen_sums(__m256i sums, __m256i dot) {  // 16 sums of 16 bits into 8 of
   return _mm256_add_epi32(dot, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
 }
 
-// What T tokens have summed so far for the 32 rows of a panel
+// Sums so far of T tokens for the 32 rows of a panel
 template <size_t T>
 struct Sums {
   __m256 acc[T][kVectors];
@@ -68,7 +68,7 @@ void nibbles(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride) 
     __m256i part[T];
     for (auto& p : part) p = _mm256_setzero_si256();
 #pragma GCC unroll 1
-    for (size_t s = 0; s < kSteps; s++) {  // unrolled, GCC keeps too much in registers
+    for (size_t s = 0; s < kSteps; s++) {  // not unrolled: GCC would run out of registers
       const __m256i both = load_bytes(w + s * kStep + v * 32);
       const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 4
@@ -82,7 +82,7 @@ void nibbles(Sums<T>& sums, const uint8_t* w, const int8_t* x, size_t x_stride) 
   }
 }
 
-// f.operator()<kSteps>() in runs of kMost steps, then one by one
+// Calls f.operator()<kSteps>() for runs of kMost steps, then one by one.
 template <size_t kMost, class F>
 void for_steps(size_t steps, F f) {
   for (; steps >= kMost; steps -= kMost) f.template operator()<kMost>();
@@ -114,7 +114,7 @@ void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
 // One group of unpacked nibbles (w: steps of 4 inputs, 128 bytes each) times T tokens, for 16 rows
 template <size_t T>
 void small_bytes(__m256i (&dot)[T][2], const uint8_t* w, const int8_t* x, size_t x_stride, size_t steps) {
-  constexpr size_t kMost = 8;  // steps that 16 bits can sum
+  constexpr size_t kMost = 8;  // steps whose sum fits 16 bits
   while (steps > 0) {
     const size_t count = steps < kMost ? steps : kMost;
     steps -= count;
@@ -192,7 +192,7 @@ void byte_tile(const QuantizedLinear& a, size_t panel, size_t t) {
 #include "panels.inc"
 
 // ---- probe -------------------------------------------------------------------------------------------------------
-// Multiply, add: what a product of nibbles needs at least. In assembly, or GCC keeps some sums on the stack.
+// Multiply and add, the least that a product of nibbles needs. In assembly, because GCC keeps some sums on the stack.
 template <size_t N>
 double probe(size_t iterations) {
   __m256i acc[N], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(1);

@@ -52,8 +52,8 @@ float max_lane(V a) {
   return tree(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
 }
 
-// Lane i is sum(a[i]): the same tree of halves for 16 vectors together. After the two steps over quarters,
-// quarter q of eight/four[j] belongs to vector j + 4 q (the order below), then the quarters are transposed.
+// Lane i is sum(a[i]), for 16 vectors at once, by the same tree of halves. After the two steps over quarters,
+// quarter q of eight/four[j] belongs to vector j + 4 q (the order below). Then the quarters are transposed.
 V sum_each(const V (&a)[kLanes]) {
   __m512 four[4];
   for (size_t j = 0; j < 4; j++) {
@@ -93,7 +93,7 @@ V swap_lanes(V a) {  // lane i: a's lane i ^ H
 }
 void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Tiles: how much is computed together, of 32 registers. Results do not depend on them.
+// Tiles: how much is computed together with 32 registers. Results do not depend on them.
 constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
 constexpr size_t kQueryRows = 6, kQueryTile = 24;
@@ -110,7 +110,7 @@ constexpr size_t kButterfly = 16;
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
 constexpr size_t kFusedTokens = 16, kFusedTile = 8;  // x 2 vectors: 16 integer accumulators, float ones in memory
 constexpr size_t kUnpackedTile = 7, kByteTile = 7;   // x 2 vectors: 14 integer and 14 float accumulators
-constexpr size_t kAhead = 16384;  // bytes of prefetch: a panel ends sooner than the memory behind it answers
+constexpr size_t kAhead = 16384;  // bytes ahead to prefetch: a panel is read faster than memory answers
 constexpr size_t kStep = 128;     // bytes of panel per 8 (w4) or 4 (w8) inputs: 2 vectors
 
 __m512i broadcast4(const int8_t* x) {
@@ -119,7 +119,7 @@ __m512i broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-// acc += w (unsigned) * x (signed), four at a time. GCC 12 copies the accumulator around its own intrinsic.
+// acc += w (unsigned) * x (signed), four at a time. In assembly: GCC 12 copies the accumulator around its intrinsic.
 __m512i dot4(__m512i acc, __m512i w, __m512i x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   return acc;
@@ -150,7 +150,7 @@ void nibble_step(Dots<T>& first, Dots<T>& second, const uint8_t* w, const int8_t
   }
 }
 
-// Few tokens: one pass over the stream of nibbles, which are prefetched as they are used up.
+// Few tokens: one pass over the stream of nibbles, with prefetch.
 template <size_t T>
 void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
   constexpr size_t kChains = T <= 2 ? 2 : 1;  // few tokens: two chains of sums hide vpdpbusd's latency
@@ -181,12 +181,12 @@ void fused_tile(const QuantizedLinear& a, size_t panel, size_t t) {
       acc[i][0] = fma({_mm512_cvtepi32_ps(dot[0][i][0])}, s0, acc[i][0]);
       acc[i][1] = fma({_mm512_cvtepi32_ps(dot[0][i][1])}, s1, acc[i][1]);
     }
-    if constexpr (kInMemory) __asm__ volatile("" : "+m"(acc));  // else GCC spills what is in the inner loop
+    if constexpr (kInMemory) __asm__ volatile("" : "+m"(acc));  // else GCC spills registers of the inner loop
   }
   finish_all<T>(a, t, panel, acc);
 }
 
-// kSteps steps of 4 inputs, unpacked, against T tokens
+// kSteps unpacked steps of 4 inputs times T tokens
 template <size_t T, size_t kSteps>
 void byte_steps(Dots<T>& dot, const uint8_t* w, const int8_t* x, size_t x_stride) {
 #pragma GCC unroll 8
@@ -204,8 +204,8 @@ void byte_steps(Dots<T>& dot, const uint8_t* w, const int8_t* x, size_t x_stride
 template <size_t T>
 using Sums = V[T][2];
 
-// Adds T tokens' products with unpacked groups. Loops of 8 steps keep the branches few: a wrong guess at each group's
-// end costs 4 %.
+// Adds the products of T tokens with unpacked groups. Loops of 8 steps keep branches few: a misprediction at the end of
+// each group costs 4 %.
 template <size_t T>
 [[gnu::always_inline]] inline void add_groups(const QuantizedLinear& a, const Unpacked& part, size_t t, Sums<T>& sums) {
   const uint8_t* w = part.bytes;
@@ -215,7 +215,7 @@ template <size_t T>
   const size_t lines = (part.lines + part.groups - 1) / part.groups;
   const bool ends = part.lines > 0 && part.ends(a);
   for (size_t g = 0; g < part.groups; g++, scales += kPanelRows, start++) {
-    fetch_next(part, g * lines, (g + 1) * lines);  // a few at a time: misses under way are limited
+    fetch_next(part, g * lines, (g + 1) * lines);  // a few at a time, because pending misses are limited
     if (ends && g < T) fetch_output(a, part.panel, t + g);
     Dots<T> dot;
 #pragma GCC unroll 8

@@ -6,7 +6,7 @@
 namespace llamita {
 namespace {
 
-// In assembly: GCC 12 copies the accumulator around its own intrinsic.
+// In assembly, because GCC 12 copies the accumulator around its intrinsic.
 __m256i dot4(__m256i sums, __m256i w, __m256i x) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(w), "x"(x));
   return sums;

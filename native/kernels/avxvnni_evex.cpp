@@ -1,5 +1,5 @@
-// The source of avxvnni.cpp with vpdpbusd in AVX-512's encoding: its stand-in on processors that have only that one, so
-// that all but the encoding of one instruction is tested there. Nothing else here needs AVX-512.
+// The source of avxvnni.cpp with vpdpbusd in AVX-512's encoding. Processors that have only that encoding test with it
+// all of avxvnni.cpp but the encoding of one instruction. Nothing else here needs AVX-512.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -7,7 +7,7 @@
 namespace llamita {
 namespace {
 
-// In assembly: GCC 12 copies the accumulator around its own intrinsic.
+// In assembly, because GCC 12 copies the accumulator around its intrinsic.
 __m256i dot4(__m256i sums, __m256i w, __m256i x) {
   __asm__("%{evex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(w), "x"(x));
   return sums;

@@ -1,30 +1,29 @@
-// What an instruction set provides: one table of pure functions (no allocation, no threads, no errors).
-// Plain structs and constants only: an inline function here, compiled with AVX-512 flags, could be the
-// copy that the linker keeps for every machine.
+// The table of pure functions (no allocation, no threads, no errors) that each instruction set provides.
+// Only plain structs and constants: an inline function here, compiled with AVX-512 flags, could be the copy that the
+// linker keeps for every machine.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 namespace llamita {
 
-constexpr size_t kPanelRows = 32;  // output rows that are stored, and computed, together
-constexpr size_t kLanes = 16;      // floats in a logical vector, on every instruction set
-constexpr size_t kSumInputs = 32;  // inputs per partial sum kept with quantized activations
-constexpr size_t kKeyBlock = 128;  // keys per online-softmax update
-constexpr size_t kKeyTile = 16;    // keys stored side by side
-constexpr size_t kChunkInputs =
-    2048;  // of a panel that are unpacked at a time, 64 KiB: a small part of the second-level cache
+constexpr size_t kPanelRows = 32;      // output rows that are stored and computed together
+constexpr size_t kLanes = 16;          // floats in a logical vector, on every instruction set
+constexpr size_t kSumInputs = 32;      // inputs per partial sum kept with quantized activations
+constexpr size_t kKeyBlock = 128;      // keys per online-softmax update
+constexpr size_t kKeyTile = 16;        // keys stored side by side
+constexpr size_t kChunkInputs = 2048;  // inputs of a panel unpacked at a time: 64 KiB, a small part of the L2 cache
 
 enum class Dtype : int { f32, f16, bf16 };
 
 // y[t, n] = x_scale[t] * (sum_g scale[n, g] * dot[t, n, g] - x_zero[t] * colsum[n]) + bias[n] (+ y[t, n])
 struct QuantizedLinear {
-  // weights: panels of kPanelRows rows, see pack.cpp for the layout
+  // weights: panels of kPanelRows rows; pack.cpp describes the layout
   const uint8_t* panels;
   size_t panel_stride;   // bytes
   const float* scales;   // w8 only: (panels * 32,)
   const float* colsum;   // (panels * 32,)
-  size_t rows, columns;  // columns: padded to whole steps (8 for w4, 4 for w8)
+  size_t rows, columns;  // columns with padding to whole steps (8 for w4, 4 for w8)
   size_t group_size, groups;
   bool bf16_scales;  // w4: the scales in the stream are bf16, else f32
   // activations
@@ -53,7 +52,7 @@ struct FloatLinear {
   bool accumulate;
 };
 
-// out[t, n] += sum_r x[t, r] * w[n, r]; w lies in panels of kLanes outputs, each (rank, kLanes)
+// out[t, n] += sum_r x[t, r] * w[n, r]; w is stored in panels of kLanes outputs, each (rank, kLanes)
 struct LowRankUp {
   const void* w;  // of `dtype`
   Dtype dtype;
@@ -80,14 +79,14 @@ struct Hadamard {
 
 enum class CacheDtype : int { f32, f16, i8 };
 
-// Of one head's positions in a block: a code stands for scale * (code - zero).
+// Scales and zero points of one head's positions in a block: a code means scale * (code - zero).
 struct Coding {
   float key_scales[kKeyBlock], value_scales[kKeyBlock];
   int8_t key_zeros[kKeyBlock], value_zeros[kKeyBlock];
 };
 
 // The query rows that share one key/value head: row i is token i / group, query head i % group of the head.
-// A block holds kKeyBlock positions: of i8 their Coding, then keys (tiles, head_dim, kKeyTile), then values
+// A block holds kKeyBlock positions: for i8 their Coding, then keys (tiles, head_dim, kKeyTile), then values
 // (kKeyBlock, value_stride).
 struct AttentionHead {
   const uint8_t* blocks;
@@ -103,7 +102,7 @@ struct AttentionHead {
   float scale;   // log2(e) / sqrt(head_dim)
 };
 
-// The scale: torchao's formula, the same rounded to bf16, or that of least squared error on the bf16 grid.
+// The rule for the scale: torchao's formula, the same rounded to bf16, or least squared error on the bf16 grid.
 enum class Rule : int { torchao, torchao_bf16, search };
 
 struct Rounding {
@@ -115,8 +114,8 @@ struct Rounding {
 
 struct Kernels {
   const char* name;
-  // Panels [first, last). scratch, 64-byte aligned: with n the larger of group_size and kChunkInputs, 32 * n bytes,
-  // n / 8 * 32 floats and tokens * 32 floats.
+  // Panels [first, last). scratch, 64-byte aligned: 32 * n bytes, n / 8 * 32 floats and tokens * 32 floats, where n is
+  // the larger of group_size and kChunkInputs.
   void (*linear_w4)(const QuantizedLinear&, size_t first, size_t last, uint8_t* scratch);
   void (*linear_w8)(const QuantizedLinear&, size_t first, size_t last);
   // scratch: float_scratch_rows * columns (rounded up to kLanes) floats
@@ -127,14 +126,14 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, size_t columns, float* out);
   // x and out may be the same. scratch: outer * kLanes floats
   void (*hadamard)(const float* x, const Hadamard&, float* scratch, float* out);
-  // Query rows [first, last). scratch, 64-byte aligned: for kKeyBlock positions and for each row head_dim +
-  // value_stride floats; for each row 2 * kLanes + 2, and query_rows * kKeyBlock.
+  // Query rows [first, last). scratch, 64-byte aligned, in floats: head_dim + value_stride for each of kKeyBlock
+  // positions and for each row, 2 * kLanes + 2 for each row, and query_rows * kKeyBlock.
   void (*attention)(const AttentionHead&, size_t first, size_t last, float* scratch);
-  size_t query_rows;  // rows that share one pass over the keys: at most kLanes
+  size_t query_rows;  // rows that share a pass over the keys, at most kLanes
   void (*to_f32)(const void* source, Dtype, size_t count, float* out);
   void (*to_f16)(const float* source, size_t count, uint16_t* out);
   void (*low_rank_up)(const LowRankUp&, size_t first, size_t last);  // panels [first, last)
-  // False if w holds NaN or infinity (nothing is written then). scratch: 2 * (group_size + kLanes) floats.
+  // Returns false, and writes nothing, if w holds NaN or infinity. scratch: 2 * (group_size + kLanes) floats.
   bool (*round_row)(const float* w, const Rounding&, float* scratch, int8_t* codes, float* scales,
                     double* squared_error);
   // Probes: multiply-adds done in registers only; a checksum of everything read.
@@ -147,7 +146,7 @@ constexpr int kProbeVariants = 3;
 extern const Kernels scalar_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avxvnni_kernels;
-extern const Kernels avxvnni_evex_kernels;  // stands in for avxvnni where it cannot run
+extern const Kernels avxvnni_evex_kernels;  // replaces avxvnni on processors that cannot run it
 extern const Kernels avx512vnni_kernels;
 extern const Kernels neon_dotprod_kernels;
 extern const Kernels neon_i8mm_kernels;

@@ -16,8 +16,8 @@ namespace {
 // clang-format on
 
 // ---- 4- and 8-bit weights ----------------------------------------------------------------------------------------
-// There is no dot product of unsigned with signed bytes: code + 128 is turned into the code, by its upper bit, and what
-// x_start makes up for is then not there.
+// There is no dot product of unsigned with signed bytes. So the upper bit turns code + 128 into the code, and sums
+// start at 0, without the correction in x_start.
 template <int kLane>
 int32x4_t dot_bytes(int32x4_t acc, uint8x16_t w, int8x8_t x) {
   return vdotq_lane_s32(acc, vreinterpretq_s8_u8(veorq_u8(w, vdupq_n_u8(0x80))), x, kLane);
@@ -32,11 +32,11 @@ int32x4_t probe_step(int32x4_t acc, uint8x16_t a, int8x16_t b) { return vdotq_s3
 #include "memory_sums.inc"
 // clang-format on
 
-constexpr size_t kUnpackedTile = 6;  // x 4 quads: 24 sums, 6 registers of codes, and the weights as they come
+constexpr size_t kUnpackedTile = 6;  // x 4 quads: 24 sums, 6 registers of codes, the rest for weights
 constexpr size_t kTileQuads = 4;
 
-// Unpacked, the two halves of a panel's rows lie one after the other in each group, so that a tile reads one stream:
-// (groups, 2 halves, steps of 4 inputs, 16 rows, 4 inputs).
+// Unpacked, the two halves of a panel's rows follow each other in each group, so that a tile reads one stream: (groups,
+// 2 halves, steps of 4 inputs, 16 rows, 4 inputs).
 const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups, uint8_t* bytes, float* scales) {
   const uint8x16_t low = vdupq_n_u8(15);
   const size_t half = kTileQuads * 4 * a.group_size;
@@ -56,7 +56,7 @@ const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups,
   return w;
 }
 
-// 16 rows and T tokens of one group; acc: (T, 32), its first of the 16 rows
+// 16 rows and T tokens of one group; acc: the first of the 16 rows in (T, 32)
 template <size_t T>
 void unpacked_half(const QuantizedLinear& a, const uint8_t* w, const float* scales, const int8_t* x,
                    const int32_t* start, float* acc) {

@@ -1,5 +1,5 @@
 // Arm with the int8 matrix extension (8.6, optional from 8.2). usmmla multiplies 2 rows of 8 unsigned bytes by 2
-// columns of 8 signed ones: 32 products an instruction, for prefill. usdot, unsigned by signed as on x86, serves 8-bit
+// columns of 8 signed ones: 32 products an instruction, for prefill. usdot, unsigned by signed as on x86, is for 8-bit
 // weights.
 #include <arm_neon.h>
 
@@ -34,11 +34,11 @@ int32x4_t probe_step(int32x4_t acc, uint8x16_t a, int8x16_t b) { return vusmmlaq
 
 constexpr size_t kUnpackedTile = 8;  // 4 pairs x 4 pairs of rows: 16 sums, 4 + 4 registers of operands
 constexpr size_t kBlockRows = 8, kRowPairs = kBlockRows / 2;
-constexpr size_t kSpan = 512;  // inputs whose codes are put into pairs at a time: 4 KiB of stack
+constexpr size_t kSpan = 512;  // inputs whose codes are paired at a time: 4 KiB of stack
 
-// A panel's step holds four inputs of each row, low nibbles, and the next four, high ones. Interleaving the two by 32
-// bits gives 8 consecutive inputs of one row, then of the next: the left operand of usmmla. The order is (groups, 4
-// blocks of 8 rows, steps of 8 inputs, 4 pairs of rows, 2 rows, 8 inputs): a tile reads one stream.
+// A panel's step holds four inputs of each row in low nibbles and the next four in high ones. Interleaving the two by
+// 32 bits gives 8 consecutive inputs of one row, then of the next: the left operand of usmmla. The order is (groups, 4
+// blocks of 8 rows, steps of 8 inputs, 4 pairs of rows, 2 rows, 8 inputs), so that a tile reads one stream.
 const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups, uint8_t* bytes, float* scales) {
   const uint8x16_t low = vdupq_n_u8(15);
   const size_t block = kBlockRows * a.group_size;
@@ -60,8 +60,8 @@ const uint8_t* unpack(const QuantizedLinear& a, const uint8_t* w, size_t groups,
   return w;
 }
 
-// Codes of two tokens side by side, eight each: the right operands, (inputs / 8, pairs, 2 tokens, 8 inputs). An odd
-// token is its own partner, whose sums nobody reads.
+// Pairs the codes of two tokens, eight each, into the right operands: (inputs / 8, pairs, 2 tokens, 8 inputs). An odd
+// token is paired with itself, and the second sums are not used.
 template <size_t T>
 void pair_up(const int8_t* x, size_t x_stride, size_t inputs, int8_t* pairs) {
   for (size_t k = 0; k < inputs; k += 8)
@@ -72,7 +72,7 @@ void pair_up(const int8_t* x, size_t x_stride, size_t inputs, int8_t* pairs) {
     }
 }
 
-// What usmmla sums: rows 2p and 2p + 1 of a block by tokens 2j and 2j + 1, row by row
+// The sums of usmmla: rows 2p and 2p + 1 of a block times tokens 2j and 2j + 1, row by row
 template <size_t T>
 struct Sums2x2 {
   static constexpr size_t kPairs = (T + 1) / 2;
@@ -102,7 +102,7 @@ int32x4_t quad_of(const Sums2x2<T>& sums, size_t i, size_t quad) {
   return i % 2 == 0 ? vuzp1q_s32(a, b) : vuzp2q_s32(a, b);
 }
 
-// A group's sums of one block begin at x_start, or where a span before this one left them
+// A group's sums of one block begin at x_start, or where the span before left them.
 template <size_t T>
 void begin_block(Sums2x2<T>& sums, const int32_t* start, size_t stride) {
 #pragma GCC unroll 4
@@ -132,7 +132,7 @@ void unpacked_group(const QuantizedLinear& a, const uint8_t* w, const float* sca
                     const int32_t* start, float* acc) {
   constexpr size_t kBlocks = kPanelRows / kBlockRows;
   alignas(16) int8_t pairs[Sums2x2<T>::kPairs * 2 * kSpan];
-  Sums2x2<T> waiting[kBlocks];  // sums of groups of several spans, between them
+  Sums2x2<T> waiting[kBlocks];  // sums between the spans of a group
   for (size_t k = 0; k < a.group_size; k += kSpan) {
     const size_t inputs = a.group_size - k < kSpan ? a.group_size - k : kSpan;
     pair_up<T>(x + k, a.x_stride, inputs, pairs);

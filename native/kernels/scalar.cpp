@@ -1,4 +1,4 @@
-// The specification: what every instruction set must compute, bit for bit. Plain C++ for any machine.
+// The specification of what every instruction set computes, bit for bit, in plain C++ for any machine.
 #include "kernels.h"
 
 namespace llamita {
@@ -40,7 +40,7 @@ V operator/(V a, V b) {
 V fma(V a, V b, V c) {
   return each([&](size_t i) { return __builtin_fmaf(a.f[i], b.f[i], c.f[i]); });
 }
-// Like the x86 instructions: the second operand if either is NaN.
+// Returns the second operand if either is NaN, as the x86 instructions do.
 V min(V a, V b) {
   return each([&](size_t i) { return a.f[i] < b.f[i] ? a.f[i] : b.f[i]; });
 }
@@ -112,7 +112,7 @@ uint16_t f32_to_f16(float x) {
   __builtin_memcpy(&magnitude, &bits, sizeof magnitude);
   if (bits < 0x38800000u)  // below 2^-14: whole multiples of 2^-24
     return static_cast<uint16_t>(sign | static_cast<uint16_t>(__builtin_rintf(magnitude * 0x1p24f)));
-  bits += 0xfffu + (bits >> 13 & 1u);  // half to even on the 13 bits that go
+  bits += 0xfffu + (bits >> 13 & 1u);  // half to even on the 13 dropped bits
   return static_cast<uint16_t>(sign | (bits - 0x38000000u) >> 13);
 }
 

@@ -1,4 +1,4 @@
-"""`python -m llamita`, which `torchrun -m llamita` rests on."""
+"""Runs the command line for `python -m llamita` and `torchrun -m llamita`."""
 
 from llamita.cli import main
 

@@ -38,18 +38,18 @@ def load(
     """Load a model: a checkpoint, a packed model, another tool's model, a hub name, or "embedded".
 
     Args:
-        path_or_name: what to load; a float model stays float unless a scheme is given.
-        scheme: round a float model to the nearest codes of this scheme while it loads; "none" and None leave it.
-        threads: 1 to 1024, of the kernels, for the whole process; by default all of the machine's.
-        context: tokens of a sequence at most; by default what the model was made for.
-        kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, "f16"
-            for a quantized one. "int8" takes little more than half the memory of "f16".
-        max_sequences: generations that run at once; more wait.
-        cache_memory: bytes for the keys and values of all sequences, each in whole blocks of 128 tokens;
-            by default half of the memory that the process may use.
-        prefix_cache: bytes of these to keep of ended sequences, for prompts that begin like them; by
-            default what one whole context takes, at most an eighth of the memory. 0 turns it off.
-        adapters: directories of low-rank adapters in PEFT's format, by the names that requests will give them.
+        path_or_name: a float model stays float unless a scheme is given.
+        scheme: round a float model to nearest by this scheme while it loads; "none" and None do not.
+        threads: 1 to 1024 threads for the kernels of the whole process; by default one for each usable core.
+        context: the most tokens of a sequence; by default the model's own context.
+        kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, else "f16".
+            "int8" takes little more than half the memory of "f16".
+        max_sequences: how many generations run at once; more wait.
+        cache_memory: bytes for the keys and values of all sequences, each in whole blocks of 128 tokens; by default
+            half of what the process may use.
+        prefix_cache: bytes of these to keep of ended sequences, for prompts that begin in the same way; by default
+            those of one whole context, at most an eighth of the memory; 0 turns it off.
+        adapters: directories of low-rank adapters in PEFT's format, by the names that requests give them.
         progress: gets how far the conversion of another tool's model is; see `system/progress.py`.
         preset: the former name of `scheme`.
 
@@ -57,13 +57,8 @@ def load(
         InputError, RunError: one line that says what is wrong.
     """
     use_threads(threads)
-    source = open_source(path_or_name, progress)
     scheme = preset if scheme is None else scheme
-    chosen = choose_scheme(scheme) if isinstance(scheme, str) else scheme
-    if chosen is not None:
-        if not isinstance(source, Checkpoint):
-            raise InputError("scheme", "a float model", f"{path_or_name}, which is quantized")
-        source = RoundedSource(source, chosen)
+    source = _rounded(open_source(path_or_name, progress), scheme, path_or_name)
     return LLM(
         source,
         context=context,
@@ -75,11 +70,20 @@ def load(
     )
 
 
+def _rounded(source: ModelSource, scheme: str | QuantScheme | None, name: str | Path) -> ModelSource:
+    scheme = choose_scheme(scheme) if isinstance(scheme, str) else scheme
+    if scheme is None:
+        return source
+    if not isinstance(source, Checkpoint):
+        raise InputError("scheme", "a float model", f"{name}, which is quantized")
+    return RoundedSource(source, scheme)
+
+
 def open_adapters(source: ModelSource, paths: Mapping[str, str | Path]) -> dict[str, Adapter]:
-    """Read adapters of a model, each a directory in PEFT's format, by the names that requests will give them.
+    """Read adapters of a model, each a directory in PEFT's format, by the names that requests give them.
 
     Raises:
-        InputError: an adapter is damaged, or was trained on a model with other channels than `source`.
+        InputError: an adapter is damaged, or was trained on a model whose channels are not those of `source`.
         RunError: a file cannot be read.
     """
     if paths:

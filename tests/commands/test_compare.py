@@ -263,4 +263,4 @@ def test_help_has_an_example(capsys):
     assert run("compare", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "llamita compare embedded:arm embedded:llamita --html report.html" in text
-    assert "compare" in cli.SUMMARIES
+    assert "compare" in cli.COMMANDS

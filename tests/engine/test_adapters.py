@@ -118,7 +118,7 @@ def test_a_float_model_with_an_adapter_is_pefts(model: Path, tmp_path: Path, tar
 
 def test_sequences_of_several_adapters_share_steps(model: Path, tmp_path: Path) -> None:
     paths = {name: make_adapter(tmp_path / name, model, seed) for seed, name in enumerate(("a", "b"))}
-    llm = llamita.load(model, preset="llama3.2", adapters=paths)
+    llm = llamita.load(model, scheme="llama3.2", adapters=paths)
     options: dict[str, Any] = {"max_tokens": 12, "greedy": True}
     alone = {name: llm.generate(PROMPT, adapter=name, **options).token_ids for name in (None, "a", "b")}
     assert len({tuple(ids) for ids in alone.values()}) == 3
@@ -142,7 +142,7 @@ def test_kept_keys_and_values_are_an_adapters_own(model: Path, tmp_path: Path) -
 
 
 def test_adapters_read_the_inputs_before_r4(model: Path, tmp_path: Path) -> None:
-    """R4 turns what down_proj reads, which an adapter of the source has to see as it was."""
+    """R4 rotates the inputs of down_proj, but an adapter of the source must get them unrotated."""
     pytest.importorskip("torch")
     path = make_adapter(tmp_path / "a", model, targets=["mlp.down_proj"])
     out = tmp_path / "rotated"
@@ -158,16 +158,16 @@ def test_adapters_read_the_inputs_before_r4(model: Path, tmp_path: Path) -> None
 def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     adapters = {"a": make_adapter(tmp_path / "a", model)}
-    for method, told in (("equalize", "equalize"), ("spinquant", "R1 and R2")):
+    for method, named in (("equalize", "equalize"), ("spinquant", "R1 and R2")):
         out = tmp_path / method
         settings = {} if method == "equalize" else {"spinquant.rotations": "R1,R2", "spinquant.steps": 0}
         quantize(Checkpoint(model), str(model), out, make_scheme("llama3.2"), method, Setup(settings=settings))
-        with pytest.raises(InputError, match=f"changed by {told}; try quantize"):
+        with pytest.raises(InputError, match=f"changed by {named}; try quantize"):
             llamita.load(out, adapters=adapters)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "named"),
     [
         ({"peft_type": "IA3"}, "peft_type: expected LORA, got 'IA3'"),
         ({"use_dora": True}, "use_dora: expected False, got True"),
@@ -179,9 +179,9 @@ def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) 
         ({"lora_alpha": "much"}, "lora_alpha: expected a number, got 'much'"),
     ],
 )
-def test_what_is_not_known_is_refused(model: Path, tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+def test_what_is_not_known_is_refused(model: Path, tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     path = make_adapter(tmp_path / "a", model, **settings)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=named):
         prepare_adapter("a", read_adapter(path, Checkpoint(model).config), Checkpoint(model).config)
 
 
@@ -228,9 +228,9 @@ def test_commands_take_an_adapter(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none" in one_line(capsys)
 
 
-def test_an_unknown_name_is_told(model: Path, tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused(model: Path, tmp_path: Path) -> None:
     llm = llamita.load(model, adapters={"a": make_adapter(tmp_path / "a", model)})
     with pytest.raises(InputError, match="adapter: expected one of a, got 'b'"):
         llm.generate(PROMPT, adapter="b")
-    with pytest.raises(InputError, match="expected one of none, as the model was loaded without, got 'a'"):
+    with pytest.raises(InputError, match="expected none, because the model was loaded without, got 'a'"):
         llamita.load(model).logits(PROMPT, adapter="a")

@@ -16,7 +16,7 @@ from llamita import _native
 from llamita.engine.llm import LLM
 
 TOKENS = 150  # past a block of 128 keys
-MODELS = {  # family, preset, kv_dtype, overrides
+MODELS = {  # family, scheme, kv_dtype, overrides
     "float32": ("llama31", None, "f32", {"dtype": "F32"}),
     "bfloat16, half cache": ("llama2", None, "f16", {"dtype": "BF16", "attention_bias": True}),
     "g32, int8 tables": ("llama32", "llama3.2", "f16", {"attention_bias": True, "mlp_bias": True}),
@@ -27,9 +27,9 @@ MODELS = {  # family, preset, kv_dtype, overrides
 
 @pytest.fixture(scope="module", params=MODELS)
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    family, preset, kv_dtype, overrides = MODELS[request.param]
+    family, scheme, kv_dtype, overrides = MODELS[request.param]
     directory = make_checkpoint(tmp_path_factory.mktemp("model"), family, **overrides)
-    return llamita.load(directory, preset=preset, kv_dtype=kv_dtype)
+    return llamita.load(directory, scheme=scheme, kv_dtype=kv_dtype)
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -110,7 +110,7 @@ def test_a_prefix_longer_than_its_source_is_refused(llm: LLM) -> None:
 
 
 def test_every_instruction_set_gives_the_same_logits(llm: LLM) -> None:
-    """More than the specification asks: the float kernels too take their sums in one order everywhere."""
+    """Check more than the specification asks: float kernels too take sums in the same order everywhere."""
     ids, before = random_ids(llm, 0, 30), _native.isa()
     try:
         results = []

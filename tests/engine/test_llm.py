@@ -13,7 +13,7 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita.engine.llm import LLM, PREFILL_CHUNK, Generation
-from llamita.engine.scheduler import Limits, Scheduler
+from llamita.engine.scheduler import Scheduler, SequenceLimits
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError, RunError
 from llamita.models.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ BOS, END, TURN_END = 256, 257, 258  # of the tiny checkpoints, whose other token
 
 @pytest.fixture(scope="module")
 def embedded() -> LLM:
-    return llamita.load("embedded", preset="llama3.2")
+    return llamita.load("embedded", scheme="llama3.2")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def tiny(tmp_path: Path) -> LLM:
 
 
 class Script:
-    """Stands for the forward pass: what comes after the prompt is the script, token by token."""
+    """Replaces the forward pass: after the prompt comes the script, token by token."""
 
     def __init__(self, tokens: list[int], config: ModelConfig) -> None:
         self.config = config
@@ -59,10 +59,10 @@ class Script:
 
 
 def scripted(llm: LLM, text: str | list[int], end: int = END) -> LLM:
-    """The model says this, then ends."""
+    """Make the model say this, then end."""
     tokens = llm.tokenizer.encode(text, add_bos=False) if isinstance(text, str) else text
     script: Any = Script([*tokens, end], llm.config)
-    limits = Limits(1, 2**30, 0, llm.kv_dtype, llm.context)
+    limits = SequenceLimits(1, 2**30, 0, llm.kv_dtype, llm.context)
     llm.model, llm.scheduler = script, Scheduler(script, limits)
     return llm
 
@@ -262,7 +262,7 @@ def test_bytes_that_are_not_utf8_become_replacements(tiny: LLM) -> None:
 
 @pytest.mark.parametrize("writer", [write_llama2, write_llama3])
 def test_real_tokenizers_stream_continuations(writer: Any, tiny: LLM, tmp_path: Path) -> None:
-    """Prompt and answer read as one text, SentencePiece's leading spaces included."""
+    """Prompt and answer form one text, also with SentencePiece's leading spaces."""
     writer(tmp_path)
     tiny.config = replace(tiny.config, vocab_size=128256, eos_token_ids=())
     text, begun = "Hello my 🦙 friend, 你好 and  bye", "Hello my"
@@ -339,14 +339,14 @@ def test_load_refuses(tmp_path: Path) -> None:
         ({"context": 513}, "context: expected 1 to 512"),
         ({"kv_dtype": "f64"}, r"kv_dtype \(--kv-cache\): expected one of f32, f16, int8, got 'f64'"),
         ({"threads": 0}, "threads"),
-        ({"preset": "nope"}, "--preset"),
+        ({"scheme": "nope"}, "--preset"),
     ]:
         with pytest.raises(InputError, match=expected):
             llamita.load(directory, **options)  # type: ignore[arg-type]
 
 
 def test_load_takes_a_scheme_and_a_shorter_context(tmp_path: Path) -> None:
-    llm = llamita.load(make_checkpoint(tmp_path), preset=make_scheme("arm", group_size=64), context=100)
+    llm = llamita.load(make_checkpoint(tmp_path), scheme=make_scheme("arm", group_size=64), context=100)
     assert llm.scheme is not None
     assert (llm.scheme.group_size, llm.context, llm.kv_dtype) == (64, 100, "f16")
     with pytest.raises(InputError, match="at most 100 tokens"):

@@ -45,7 +45,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def oracle(directory: Path, ids: np.ndarray) -> np.ndarray:
-    """Logits of transformers in float32: (tokens, vocab)."""
+    """Return the logits of transformers in float32: (tokens, vocab)."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
@@ -124,4 +124,4 @@ def test_rotary_frequencies_are_those_of_transformers(kind: str, theta: float, h
 def test_a_group_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "tinyllama")  # 352 inputs of down_proj: no multiple of 128
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj.*128.*352"):
-        llamita.load(tmp_path, preset="arm")
+        llamita.load(tmp_path, scheme="arm")

@@ -21,7 +21,7 @@ ROPE = {"rope_type": "dynamic", "factor": 4.0}
 
 
 def make(directory: Path, **options: Any) -> LLM:
-    return endless(directory, preset="llama3.2", **options)
+    return endless(directory, scheme="llama3.2", **options)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def llm(directory: Path) -> LLM:
 
 
 def expect(llm: LLM, ids: list[int], reused: int, count: int = 6) -> list[int]:
-    """Generate, having reused so many tokens, and get what a lone sequence gets; the tokens."""
+    """Generate and return tokens; `reused` prompt tokens are reused, and the result is that of a lone sequence."""
     generation = llm.generate(ids, max_tokens=count, temperature=1.0, seed=1, speculate=0)
     assert generation.timings.reused_tokens == reused
     assert generation.token_ids == plain(llm, ids, count, Sampling(1.0, seed=1))[0]
@@ -45,7 +45,7 @@ def expect(llm: LLM, ids: list[int], reused: int, count: int = 6) -> list[int]:
 def test_a_chat_goes_on_where_it_was(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(0, 40)
     answer = expect(llm, ids, 0)
-    monkeypatch.setattr(SequenceCache, "copy_prefix", None)  # the cache itself goes on
+    monkeypatch.setattr(SequenceCache, "copy_prefix", None)  # the cache itself is continued
     for turn in range(1, 4):
         known = len(ids) + len(answer) - 1  # the newest token was never taken in
         ids = [*ids, *answer, *ids_of(turn, 10)]
@@ -69,7 +69,7 @@ def test_the_same_prompt_again_computes_its_last_token(llm: LLM) -> None:
 
 
 def test_branches_keep_what_they_came_from(llm: LLM) -> None:
-    """A beginning that several go on from in their own ways is copied, and stays for the next."""
+    """A beginning that several sequences continue differently is copied, and stays for the next."""
     common = ids_of(0, 60)
     for seed in range(1, 5):
         expect(llm, common + ids_of(seed, 60), 0 if seed == 1 else 60)
@@ -157,7 +157,7 @@ def test_what_a_prompt_takes_over_does_not_give_way_to_it(directory: Path, monke
     answer = expect(llm, ids, 0)
     with monkeypatch.context() as patch:
         patch.setattr(SequenceCache, "copy_prefix", None)
-        expect(llm, [*ids, *answer, *ids_of(1, 10)], 205)  # two blocks beside two there is no room for
+        expect(llm, [*ids, *answer, *ids_of(1, 10)], 205)  # there is no room for two more blocks
         expect(llm, [*ids[:150], *ids_of(2, 10)], 150)  # nor can the rest of it stay for others
     expect(llm, [*ids[:150], *ids_of(3, 150)], 150)  # three blocks, and no capacity: copied, then gone
     assert llm.scheduler._kept.positions == 3 * BLOCK
@@ -177,7 +177,7 @@ def test_memory_that_a_cache_once_took_counts(llm: LLM) -> None:
     stream.close()
     assert llm.scheduler._kept.positions == 3 * BLOCK
     llm.scheduler.model = llm.model
-    stream = llm.stream([*ids[:240], 1], max_tokens=20, greedy=True, speculate=0)  # goes on in the same cache
+    stream = llm.stream([*ids[:240], 1], max_tokens=20, greedy=True, speculate=0)  # continues in the same cache
     next(stream)
     assert len(llm.scheduler._kept._kept) == 0
     stream.close()
@@ -193,7 +193,7 @@ def test_by_default_a_whole_context_is_kept(directory: Path) -> None:
 
 @pytest.mark.parametrize("blocks", [3, 5])
 def test_live_caches_stay_within_the_memory(directory: Path, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Running, kept, and those of streams that are over but still referred to: what they have written."""
+    """Count the written blocks of running and kept caches, and of ended streams that are still referred to."""
     llm, live = make(directory), weakref.WeakSet()
     block = llm.new_sequence(BLOCK).nbytes
     llm = make(directory, cache_memory=blocks * block, prefix_cache=blocks * block)

@@ -11,7 +11,7 @@ from llamita.errors import InputError
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return llamita.load("embedded", preset="none")  # the same as without a preset
+    return llamita.load("embedded", preset="none")  # the same as without a scheme, by its former name
 
 
 @pytest.mark.parametrize("prompt", [None, 5, ["a", "b"], [1, None], {"role": "user", "content": "x"}])

@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_checkpoint
 
-from llamita.engine import scheduler
+from llamita.engine import scheduler, sequence
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.prefixes import BLOCK
+from llamita.engine.requests import Answer
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Limits, Scheduler
+from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Scheduler, SequenceLimits
+from llamita.engine.sequence import SequenceState
 from llamita.engine.speculation import StepTimes
 from llamita.errors import InputError, RunError
 
@@ -36,7 +38,7 @@ def llm(directory: Path) -> LLM:
 
 
 def make(directory: Path, **options: Any) -> LLM:
-    return endless(directory, preset="llama3.2", context=CONTEXT, **options)
+    return endless(directory, scheme="llama3.2", context=CONTEXT, **options)
 
 
 def running(llm: LLM) -> int:
@@ -73,13 +75,13 @@ def test_arrivals_chunks_and_cancellations_change_nothing(
 ) -> None:
     llm = shared
     probe = SequenceCache(llm.config, 128, llm.kv_dtype, 128)
-    limits = Limits(sequences, 2**30, kept * probe.nbytes // 128, llm.kv_dtype, CONTEXT)
+    limits = SequenceLimits(sequences, 2**30, kept * probe.nbytes // 128, llm.kv_dtype, CONTEXT)
     llm.scheduler = Scheduler(llm.model, limits)
     share, flips = {"always": 1.0, "rarely": 0.0, "sometimes": 0.5}[pays], np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "PREFILL_CHUNK", chunks[0])
         patch.setattr(scheduler, "MIXED_CHUNK", chunks[1])
-        patch.setattr(scheduler, "Sampler", RecordingSampler)
+        patch.setattr(sequence, "Sampler", RecordingSampler)
         patch.setattr(StepTimes, "best_length", lambda *_: 5 if flips.random() < share else flips.integers(3))
         RecordingSampler.rows.clear()
         run_and_compare(llm, requests)
@@ -205,6 +207,74 @@ def test_impossible_limits_are_refused(directory: Path, options: dict[str, int])
         make(directory, **options)
 
 
+# A driver with a thread
+
+
+def state(llm: LLM, ids: list[int], **options: Any) -> SequenceState:
+    request = llm._check(ids, {"max_tokens": 8, "greedy": True, **options})  # type: ignore[typeddict-item]
+    return SequenceState(request, Answer(request, llm.tokenizer))
+
+
+def test_steps_say_whether_work_remains(llm: LLM) -> None:
+    prompts = [ids_of(seed, 20) for seed in range(3)]
+    watched = Watched(llm)
+    assert not llm.scheduler.step()
+    assert not watched.steps
+    states = [state(llm, ids, speculate=0) for ids in prompts]
+    for one in states:
+        llm.scheduler.submit(one)
+    assert [llm.scheduler.step() for _ in range(8)] == [True] * 7 + [False]
+    assert watched.steps == [[20] * 3, *[[1] * 3] * 7]
+    for one, ids in zip(states, prompts, strict=True):
+        assert isinstance(generation := one.events[-1], Generation)
+        assert generation.token_ids == plain(llm, ids, 8, Sampling(0.0))[0]
+
+
+def test_a_step_for_a_reader_who_has_an_event_runs_nothing(llm: LLM) -> None:
+    one, other = state(llm, ids_of(0, 20)), state(llm, ids_of(1, 20))
+    llm.scheduler.submit(one)
+    llm.scheduler.submit(other)
+    while not one.events:
+        assert llm.scheduler.step(one)
+    watched = Watched(llm)
+    assert llm.scheduler.step(one)
+    assert not watched.steps
+    llm.scheduler.cancel(other)
+    assert llm.scheduler.step()
+    assert [len(step) for step in watched.steps] == [1]
+
+
+def test_a_thread_steps_for_all_while_others_submit_and_cancel(llm: LLM) -> None:
+    expected = [plain(llm, ids_of(seed, 20), 8, Sampling(0.0))[0] for seed in range(4)]
+    is_closed, is_submitted = threading.Event(), threading.Event()
+
+    def drive() -> None:
+        is_last = False
+        while not is_last:
+            is_submitted.wait()
+            is_submitted.clear()
+            is_last = is_closed.is_set()
+            while llm.scheduler.step():
+                pass
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    states = [state(llm, ids_of(seed, 20)) for seed in range(4)]
+    long = state(llm, ids_of(9, 20), max_tokens=CONTEXT - 20)
+    for one in [long, *states]:
+        llm.scheduler.submit(one)
+        is_submitted.set()
+    llm.scheduler.cancel(long)
+    streamed = finish(llm.stream(ids_of(0, 20), max_tokens=8, greedy=True))  # its reader takes turns with the driver
+    is_closed.set()
+    is_submitted.set()
+    driver.join()
+    assert streamed.token_ids == expected[0]
+    assert [one.events[-1].token_ids for one in states] == expected  # type: ignore[union-attr]
+    assert not any(isinstance(event, Generation) for event in long.events)
+    assert running(llm) == 0
+
+
 # Ends before the end
 
 
@@ -234,7 +304,7 @@ def test_an_error_ends_its_own_sequence_alone(llm: LLM) -> None:
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_step_is_done_again(llm: LLM, step: int, error: type[BaseException]) -> None:
-    """The model has taken in the tokens, the scheduler has not seen the logits."""
+    """Interrupt when the model has computed the tokens and the scheduler has not seen the logits."""
 
     def meddle(count: int, _sequences: Any, _logits: np.ndarray) -> None:
         if count == step:
@@ -260,7 +330,7 @@ def test_an_interrupt_between_draws_ends_one_sequence(llm: LLM, monkeypatch: pyt
                 raise KeyboardInterrupt
             return super().choose(logits)
 
-    monkeypatch.setattr(scheduler, "Sampler", Interrupted)
+    monkeypatch.setattr(sequence, "Sampler", Interrupted)
     streams = [llm.stream(ids, max_tokens=8, greedy=True, speculate=0) for ids in prompts]
     with pytest.raises(KeyboardInterrupt):
         finish(streams[0])
@@ -287,7 +357,7 @@ def test_closing_ends_a_stream_at_once(llm: LLM) -> None:
 
 
 def test_closing_from_another_thread_ends_the_wait(llm: LLM) -> None:
-    """One thread waits in a step of its own, one for the first thread's; both are cancelled meanwhile."""
+    """One thread runs a step and another waits for that step; both are cancelled meanwhile."""
     in_step, go_on = threading.Event(), threading.Event()
 
     def meddle(count: int, _sequences: Any, _logits: np.ndarray) -> None:

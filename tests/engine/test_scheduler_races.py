@@ -16,20 +16,23 @@ import pytest
 from generations import Watched, endless, finish, ids_of, plain
 from tiny import make_checkpoint
 
-from llamita.engine import scheduler
+from llamita.engine import scheduler, sequence, stream
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import Scheduler, _Sequence
+from llamita.engine.scheduler import Scheduler
+from llamita.engine.sequence import SequenceState
 from llamita.errors import RunError
+
+WATCHED = {module.__file__ for module in (scheduler, sequence, stream, threading)}  # where interrupts are tried
 
 
 @pytest.fixture
 def llm(tmp_path: Path) -> LLM:
-    return endless(make_checkpoint(tmp_path, "llama32", eos_token_id=319), preset="llama3.2")
+    return endless(make_checkpoint(tmp_path, "llama32", eos_token_id=319), scheme="llama3.2")
 
 
 def once(call: Callable[[], Any]) -> Callable[[], None]:
-    """`call` at the first time, nothing from then on."""
+    """Return a function that runs `call` the first time and does nothing from then on."""
     calls = [call]
 
     def run() -> None:
@@ -99,15 +102,15 @@ def test_an_interrupted_submission_leaves_no_request(llm: LLM) -> None:
 @pytest.mark.parametrize("is_marked", [False, True])
 def test_an_interrupt_after_the_end_is_no_error(llm: LLM, is_marked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Generation is there; whether the sequence is marked as over or not yet."""
-    original, fail = _Sequence.finish, once(interrupt)
+    original, fail = SequenceState.finish, once(interrupt)
 
-    def ends(sequence: _Sequence) -> None:
+    def ends(sequence: SequenceState) -> None:
         original(sequence)
         sequence.is_over = is_marked
         fail()
         sequence.is_over = True
 
-    monkeypatch.setattr(_Sequence, "finish", ends)
+    monkeypatch.setattr(SequenceState, "finish", ends)
     stream = llm.stream(ids_of(0, 20), max_tokens=3, greedy=True)
     with pytest.raises(KeyboardInterrupt):
         list(stream)
@@ -144,7 +147,7 @@ def interrupted_at(place: int, call: Callable[[], Any]) -> bool:
     places = count()
 
     def watch(frame: FrameType, event: str, _argument: Any) -> None:
-        is_here = frame.f_code.co_filename in (scheduler.__file__, threading.__file__)
+        is_here = frame.f_code.co_filename in WATCHED
         if is_here and event in ("call", "c_return") and next(places) == place:
             interrupt()
 

@@ -23,7 +23,7 @@ PATTERN = [7, 8, 9, 10, 11]
 
 @pytest.fixture(scope="module")
 def embedded() -> LLM:
-    return llamita.load("embedded", preset="llama3.2")
+    return llamita.load("embedded", scheme="llama3.2")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loop(tokens: list[int]) -> np.ndarray:
-    """Probabilities of a text that goes round these tokens."""
+    """Return the probabilities of a text that repeats these tokens."""
     table = np.full((256, 256), 1e-9)
     for a, b in zip(tokens, tokens[1:] + tokens[:1], strict=True):
         table[a, b] = 1.0

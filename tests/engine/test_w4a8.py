@@ -30,12 +30,12 @@ torch = pytest.importorskip("torch", reason="the oracle is a fake-quantized Torc
 transformers = pytest.importorskip("transformers", reason="the oracle is a fake-quantized Torch model")
 
 TOLERANCE = 1e-5  # largest difference over largest output
-TIE = 1e-5  # how near to a half, relative, a value may lie whose code is off by one
+TIE = 1e-5  # a code may be off by one for a value this near to a half, relatively
 TEXT = "Once upon a time there was a little dog named Max. He loved to run in the park. " * 4
 
 
 class Recorder:
-    """Stands for `_native` in the forward pass: every call goes through, and its arguments are kept."""
+    """Replaces `_native` in the forward pass: passes every call on and keeps its arguments."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[Any], list[Any]]] = []  # name, arguments before and after
@@ -83,7 +83,7 @@ def rounded(path: Path | str, preset: str) -> RoundedSource:
 
 
 def matrices(llm: LLM, source: RoundedSource) -> dict[int, np.ndarray]:
-    """The float64 values of every native weight, by identity."""
+    """Return the float64 values of every native weight, by identity."""
     weights, found = llm.model.weights, {}
     head = "model.embed_tokens" if llm.config.tied else "lm_head"
     found[id(weights.head.parts[0].weights)] = dequantized(source.weight(head))
@@ -100,7 +100,7 @@ def matrices(llm: LLM, source: RoundedSource) -> dict[int, np.ndarray]:
 
 
 def quantize_like_torchao(x: Any) -> tuple[Any, Any, Any]:
-    """codes, scales, zero points per token, as torchao 0.18 computes them, in float32."""
+    """Return codes, scales and zero points per token, as torchao 0.18 computes them, in float32."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).smallest_normal)
     zero = (-128 - torch.round(low / scale)).clamp(-128, 127)
@@ -109,7 +109,7 @@ def quantize_like_torchao(x: Any) -> tuple[Any, Any, Any]:
 
 
 def check_codes(acts: tuple[np.ndarray, ...], x: Any) -> None:
-    """Codes equal those of x (float64) but where x lies at a half of its scale, and scales agree."""
+    """Check that codes equal those of x (float64), but for values at a half of the scale, and that scales agree."""
     codes, scales, zeros = acts
     expected, scale, zero = (t.numpy() for t in quantize_like_torchao(x.float()))
     np.testing.assert_allclose(scales, scale[:, 0], rtol=TIE)
@@ -147,7 +147,7 @@ def swiglu(gate_up: np.ndarray) -> Any:
 
 
 def check_attention(qkv: np.ndarray, out: np.ndarray, llm: LLM) -> None:
-    """From q, k, v as the projection gave them: rotate, attend, over a sequence that starts here."""
+    """Rotate q and k of the projection's output and attend, for a sequence that starts here."""
     config = llm.config
     tokens, dim = len(qkv), config.head_dim
     heads = torch.from_numpy(qkv).double().view(1, tokens, -1, dim).transpose(1, 2)
@@ -172,7 +172,7 @@ def test_every_operation_is_that_of_torch(
     family: str, preset: str, overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_checkpoint(tmp_path, family, **overrides)
-    llm = llamita.load(tmp_path, preset=preset, kv_dtype="f32")
+    llm = llamita.load(tmp_path, scheme=preset, kv_dtype="f32")
     values = matrices(llm, rounded(tmp_path, preset))
     ids = np.random.default_rng(0).integers(0, 256, 150)
     cache = llm.new_sequence(len(ids) + 1)
@@ -209,7 +209,7 @@ class FakeQuantized(torch.nn.Linear):
 
 
 def fake_quantized(source: RoundedSource) -> Any:
-    """transformers' Llama in float32 with the source's codes in every linear layer and table."""
+    """Return transformers' Llama in float32 with the source's codes in every linear layer and table."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -223,7 +223,7 @@ def fake_quantized(source: RoundedSource) -> Any:
 
 @pytest.mark.parametrize("preset", ["llama3.2", "arm", "llamita"])
 def test_end_to_end_the_distributions_agree(preset: str) -> None:
-    llm = llamita.load("embedded", preset=preset, kv_dtype="f32")
+    llm = llamita.load("embedded", scheme=preset, kv_dtype="f32")
     ids = np.array(llm.tokenizer.encode(TEXT))
     theirs = torch_logits(fake_quantized(rounded("embedded", preset)), ids)
     ours, floats = llm.logits(ids), llamita.load("embedded").logits(ids)
@@ -238,9 +238,9 @@ def torch_logits(model: Callable[..., Any], ids: np.ndarray) -> np.ndarray:
 
 
 def test_arm_is_what_torchao_makes() -> None:
-    """The whole other implementation: its own codes and scales, its own fake quantization of activations."""
+    """Compare with the whole other implementation: its codes, its scales, its fake quantization of activations."""
     quantization = pytest.importorskip("torchao.quantization", reason="the oracle is torchao")
-    llm = llamita.load("embedded", preset="arm", kv_dtype="f32")
+    llm = llamita.load("embedded", scheme="arm", kv_dtype="f32")
     ids = np.array(llm.tokenizer.encode(TEXT))
     model = transformers.AutoModelForCausalLM.from_pretrained(llm.path, dtype=torch.float32)
     floats = torch_logits(model, ids)

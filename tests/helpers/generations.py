@@ -10,7 +10,7 @@ import numpy as np
 import llamita
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampler, Sampling
-from llamita.engine.scheduler import Stream
+from llamita.engine.stream import Stream
 
 
 def endless(model: Path, **options: Any) -> LLM:

@@ -1,8 +1,7 @@
-"""Low-rank adapters beside a model's weights: y = W·x + s·B·(A·x) (LoRA, Hu et al. 2021, arXiv 2106.09685).
+"""Applies low-rank adapters next to a model's weights: y = W·x + s·B·(A·x) (LoRA, arXiv 2106.09685).
 
-Here they are not merged, so one copy of the quantized weights serves several, and a step may mix sequences of
-different ones. A and B are PEFT's own files, read as they are stored; x is the float input of a layer, not
-its int8 codes.
+They are not merged, so one copy of the quantized weights serves several adapters, and a step may mix sequences with
+different ones. A and B are read from PEFT's files as they are stored; x is a layer's float input, not its int8 codes.
 """
 
 from collections.abc import Sequence
@@ -15,34 +14,34 @@ from llamita.errors import InputError
 from llamita.models.config import ModelConfig
 from llamita.models.peft import StoredAdapter
 
-# The engine's linear layers, and those of a checkpoint that each is made of, in the order of its outputs.
+# Each linear layer of the engine, with the layers of a checkpoint that it fuses, in the order of its outputs.
 FUSED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention_out": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-_PANEL = 16  # outputs that are computed together: kLanes of native/kernels/kernels.h
+_PANEL = 16  # outputs computed together: kLanes of native/kernels/kernels.h
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Adapters of a whole model.
+    """An adapter in the engine's layout.
 
     Attributes:
-        name: what requests call it.
-        blocks: of every block, by the keys of FUSED; a layer that has none is missing.
+        name: the name that requests give it.
+        blocks: for every block its low-rank pairs by the keys of FUSED, without layers that are not adapted.
     """
 
     name: str
     blocks: tuple[dict[str, ops.LowRank], ...]
 
 
-Span = tuple[slice, Adapter]  # tokens of a step, and whose they are
+Span = tuple[slice, Adapter]  # tokens of a step, and their adapter
 
 
-def apply(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.ndarray) -> None:
-    """Add to out (tokens, outputs) what the adapters of a step make of x (tokens, inputs)."""
+def add_adapters(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.ndarray) -> None:
+    """Add the adapters' products of x (tokens, inputs) to out (tokens, outputs)."""
     for tokens, adapter in spans:
         adapted = adapter.blocks[layer].get(fused)
         if adapted is not None:
@@ -50,16 +49,16 @@ def apply(spans: Sequence[Span], layer: int, fused: str, x: np.ndarray, out: np.
 
 
 def prepare_adapter(name: str, stored: StoredAdapter, config: ModelConfig) -> Adapter:
-    """Return an adapter in the engine's layout; `name` is what requests call it.
+    """Bring an adapter into the engine's layout.
 
     Raises:
-        InputError: matrices that one operation computes together have different dtypes.
+        InputError: layers that are fused have matrices of different dtypes.
     """
     return Adapter(name, tuple(_block(config, layer, stored) for layer in range(config.layers)))
 
 
 def _block(config: ModelConfig, layer: int, stored: StoredAdapter) -> dict[str, ops.LowRank]:
-    """The adapters of one block."""
+    """Return the low-rank pairs of one block, by the keys of FUSED."""
     shapes, block = config.linear_shapes(), {}
     for fused, names in FUSED.items():
         outputs = 0
@@ -69,7 +68,7 @@ def _block(config: ModelConfig, layer: int, stored: StoredAdapter) -> dict[str, 
             if module in stored.pairs:
                 down, up = stored.pairs[module]
                 if downs and downs[0].dtype != down.dtype:
-                    raise InputError(f"{module}: lora_A", "its neighbours' dtype")
+                    raise InputError(f"{module}: lora_A", "the dtype of the layers that are fused with it")
                 downs.append(down)
                 ups.append((_panels(up), outputs, rows))
             outputs += rows
@@ -79,7 +78,7 @@ def _block(config: ModelConfig, layer: int, stored: StoredAdapter) -> dict[str, 
 
 
 def _panels(up: np.ndarray) -> np.ndarray:
-    """B (rows, rank) by 16 rows: (panels, rank, 16), zeros behind the last row."""
+    """Lay out B (rows, rank) in panels of 16 rows: (panels, rank, 16), with zeros after the last row."""
     rows, rank = up.shape
     whole = np.zeros((-(-rows // _PANEL) * _PANEL, rank), up.dtype)
     whole[:rows] = up

@@ -1,4 +1,4 @@
-"""The state of one sequence: its keys and values, how many tokens they stand for, its rotary frequencies."""
+"""The KV cache of one sequence: its keys and values, its length, its rotary frequencies."""
 
 import math
 
@@ -12,14 +12,14 @@ KV_DTYPES = ("f32", "f16", "int8")
 
 
 class SequenceCache:
-    """Keys and values of one sequence in every layer; native memory that grows as tokens come.
+    """Keys and values of one sequence in every layer, in native memory that grows as tokens come.
 
     Args:
-        config: the model's shapes.
-        capacity: tokens it may hold.
+        config: gives the shapes and the rotary frequencies.
+        capacity: the most tokens it can hold.
         kv_dtype: "f32", "f16", or "int8" with a scale and a zero point for each token and head.
-        declared_length: tokens the sequence is said to reach. Dynamic rotary scaling depends on it, and
-            it is fixed at the start so that the order of work cannot change a result.
+        declared_length: the length that the sequence may reach. Dynamic rotary scaling depends on it. It is fixed at
+            the start, so that the order of work cannot change a result.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, kv_dtype: str, declared_length: int) -> None:
@@ -29,17 +29,17 @@ class SequenceCache:
         )
         self.capacity = capacity
         self.length = 0
-        self.adapter: Adapter | None = None  # whose keys and values these are, set before the first step
+        self.adapter: Adapter | None = None  # used to compute the keys and values; set before the first step
 
     def copy_prefix(self, source: "SequenceCache", tokens: int) -> None:
-        """Begin with the first tokens of another sequence of the same model; what was here before goes.
+        """Replace the content by the first tokens of another sequence of the same model.
 
         Args:
-            source: of the same kv_dtype and, under dynamic rotary scaling, with the same frequencies.
-            tokens: up to source.length and this cache's capacity.
+            source: has the same kv_dtype and, under dynamic rotary scaling, the same frequencies.
+            tokens: at most source.length and this cache's capacity.
 
         Raises:
-            ValueError: the caches do not match, or tokens are too many.
+            ValueError: the caches do not match, or there are too many tokens.
         """
         if tokens > source.length:
             raise ValueError(f"tokens: expected at most {source.length}, got {tokens}")
@@ -48,15 +48,15 @@ class SequenceCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory reserved for keys and values of the whole capacity; what tokens filled may be less."""
+        """Bytes reserved for the whole capacity. Tokens so far may fill less."""
         return self.native.nbytes
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """Radians per position of each rotated pair: float32 (head_dim / 2,).
+    """Return the radians per position of each rotated pair: float32 (head_dim / 2,).
 
-    Every step is in float32 and in the order in which transformers takes it (`modeling_rope_utils.py`),
-    because an error in a frequency grows with the position. `length` matters for "dynamic" alone.
+    Every operation is in float32 and in the order of transformers (`modeling_rope_utils.py`), because an error in a
+    frequency grows with the position. `length` only matters for "dynamic".
     """
     return _SCALINGS[rope.kind](rope, head_dim, length)
 
@@ -72,12 +72,12 @@ def _default(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
 
 
 def _linear(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """Positions divided by the factor (position interpolation, arXiv 2306.15595)."""
+    """Divide positions by the factor (position interpolation, arXiv 2306.15595)."""
     return _base_frequencies(rope.theta, head_dim) / np.float32(rope.factor)
 
 
 def _dynamic(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """NTK-aware: past the trained context the base grows with the length of the sequence."""
+    """Let the base grow with the length of the sequence beyond the trained context (NTK-aware scaling)."""
     if length <= rope.original_context:
         return _base_frequencies(rope.theta, head_dim)
     stretch = np.float32(rope.factor) * np.float32(length) / np.float32(rope.original_context)
@@ -87,9 +87,9 @@ def _dynamic(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
 
 
 def _llama3(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """Llama 3.1: slow pairs are divided by the factor, fast ones left, those between interpolated."""
+    """Divide slow pairs by the factor, leave fast ones and interpolate between them (Llama 3.1)."""
     frequencies = _base_frequencies(rope.theta, head_dim)
-    # Torch divides a number by a tensor as number times reciprocal, here and two lines on.
+    # Torch divides a number by a tensor as number times reciprocal, here and for `turns`.
     wavelengths = np.float32(2 * math.pi) * (np.float32(1) / frequencies)  # positions per turn
     original, low, high = rope.original_context, rope.low_freq_factor, rope.high_freq_factor
     factor = np.float32(rope.factor)

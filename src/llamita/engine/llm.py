@@ -1,4 +1,4 @@
-"""A loaded model, as users of the library see it: ask it for logits or for text."""
+"""The loaded model that users of the library see. It gives logits and text."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,10 +22,12 @@ from llamita.engine.requests import (
     check_names,
     check_prompt,
     check_request,
+    check_whole,
     find_adapter,
 )
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import PREFILL_CHUNK, Limits, Scheduler, Stream
+from llamita.engine.scheduler import PREFILL_CHUNK, Scheduler, SequenceLimits
+from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError, shown
 from llamita.models.weights import ModelSource
@@ -33,18 +35,22 @@ from llamita.system.machine import usable_memory
 from llamita.text.chat_template import ChatTemplate, read_template
 from llamita.text.tokenizer import Tokenizer, read_settings
 
-MAX_SEQUENCES = 16  # that run at once: a step over more rows is no longer bound by reading the weights
+MAX_SEQUENCES = 16  # running at once: with more rows, reading the weights no longer limits a step
 
 
 def check_cache(source: ModelSource, context: int | None, kv_dtype: str | None) -> tuple[int, str]:
-    """Tokens of a sequence at most, and the type of keys and values; InputError for what cannot be."""
+    """Return the context and the type of keys and values, with defaults in place of None.
+
+    Raises:
+        InputError: the model does not allow the context, or the type is unknown.
+    """
     longest = source.config.context
     context = longest if context is None else context
     if not 0 < context <= longest:
-        raise InputError("context", f"1 to {longest} tokens", f"{context}", f"try {longest}, the model's own")
+        raise InputError("context", f"1 to {longest} tokens", f"{context}", f"try {longest}, the most that it allows")
     chosen = kv_dtype or ("f32" if source.scheme is None else "f16")
     if chosen not in KV_DTYPES:
-        raise InputError("kv_dtype (--kv-cache)", f"one of {', '.join(KV_DTYPES)}", f"{kv_dtype!r}")
+        raise InputError("kv_dtype (--kv-cache)", f"one of {', '.join(KV_DTYPES)}", shown(kv_dtype))
     return context, chosen
 
 
@@ -52,14 +58,14 @@ class LLM:
     """A loaded model. Sequences are independent: any number may run at once, from any thread.
 
     Attributes:
-        path: its directory.
-        config: its architecture.
-        scheme: how its weights are rounded, None for a float model.
-        context: tokens of a sequence at most.
-        kv_dtype: "f32", "f16" or "int8".
-        adapters: that requests may name.
-        model: the forward pass, for those who drive it themselves.
-        scheduler: what runs the generations, for those who bring requests of their own.
+        path: the model directory.
+        config: the architecture.
+        scheme: how the weights are rounded, None for a float model.
+        context: the most tokens of a sequence.
+        kv_dtype: the type of keys and values, "f32", "f16" or "int8".
+        adapters: the loaded adapters, by the names that requests give them.
+        model: the forward pass.
+        scheduler: runs the generations.
     """
 
     def __init__(
@@ -73,7 +79,7 @@ class LLM:
         prefix_cache: int | None = None,
         adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
-        """See `llamita.load` for the arguments; `adapters` are loaded ones, by name."""
+        """Load the weights. `llamita.load` explains the arguments; `adapters` are loaded already."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache)
@@ -88,18 +94,23 @@ class LLM:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The model's chat template, read on first use; InputError where it has none."""
+        """The model's chat template, read on first use.
+
+        Raises:
+            InputError: it has none.
+        """
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         return ChatTemplate(read_template(self.path), bos_token=bos, eos_token=eos)
 
     def logits(self, token_ids: TokenIds, adapter: str | None = None) -> np.ndarray:
-        """The logits that follow every token: float32 (tokens, vocab).
+        """Return the logits after every token: float32 (tokens, vocab).
 
         Args:
-            adapter: the name of one that the model was loaded with.
+            token_ids: at least one.
+            adapter: the name of an adapter that the model was loaded with.
 
         Raises:
-            InputError: no tokens, more than the context holds, or an id outside the vocabulary.
+            InputError: there are no tokens, too many for the context, or an id outside the vocabulary.
         """
         ids = self.check_ids(token_ids)
         logits = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
@@ -113,7 +124,7 @@ class LLM:
     def iter_logits(
         self, token_ids: TokenIds, chunk: int = PREFILL_CHUNK, adapter: str | None = None
     ) -> Iterator[np.ndarray]:
-        """The same logits in arrays of up to `chunk` rows, for vocabularies whose whole would be too much."""
+        """Yield the same logits in arrays of up to `chunk` rows, where all together would take too much memory."""
         ids = self.check_ids(token_ids)
         if chunk < 1:
             raise InputError("chunk", "at least 1", f"{chunk}")
@@ -122,38 +133,37 @@ class LLM:
         return self._iterate_logits(cache, ids, chunk)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
-        """What `stream` ends with."""
+        """Return the Generation that `stream` ends with."""
         return _last(self.stream(prompt, **options))
 
     def generate_many(
         self, prompts: Sequence[Prompt], *, adapters: Sequence[str | None] | None = None, **options: Unpack[Options]
     ) -> list[Generation]:
-        """Generate from many prompts together, in less time than one after the other; same results.
+        """Generate from many prompts together. The results are those of one after the other, in less time.
 
         Args:
-            prompts: any number, each as `stream` takes it.
-            adapters: the adapter of each prompt, where they differ.
-            options: of all of them.
+            prompts: any number, each as for `stream`.
+            adapters: the adapter of each prompt, if they differ.
+            options: for all prompts.
 
         Raises:
-            InputError: at once, before any text is made; it names the prompt by its place.
-            RunError: one of them failed; the others are given up.
+            InputError: a prompt, named by its place, or an option is at fault; no text has been generated.
+            RunError: a generation failed; the others are cancelled.
         """
         if isinstance(prompts, str):
             raise InputError("prompts", "several texts", "one", "try [text]")
         if not isinstance(prompts, Iterable):
             raise InputError("prompts", "several texts", shown(prompts), "try a list")
         if adapters is not None and (len(adapters) != len(prompts) or "adapter" in options):
-            raise InputError(
-                "adapters", f"one for each of {len(prompts)} prompts and no adapter for all", f"{len(adapters)}"
-            )
+            expected = f"one for each of {len(prompts)} prompts and no adapter for all"
+            raise InputError("adapters", expected, f"{len(adapters)}")
         requests = []
         for place, prompt in enumerate(prompts):
             own: Options = {} if adapters is None else {"adapter": adapters[place]}
             try:
                 requests.append(self._check(prompt, {**options, **own}))
             except InputError as error:
-                raise InputError(f"prompt {place} of {len(prompts)}, from 0: {error}") from None
+                raise error.within(f"prompt {place} of {len(prompts)}, from 0") from None
         streams = [self._submit(request) for request in requests]
         try:
             return [_last(stream) for stream in streams]
@@ -162,29 +172,29 @@ class LLM:
                 stream.close()
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """Continue a text, answer a conversation, or go on from token ids.
+        """Continue a text or token ids, or answer a conversation.
 
-        Streams share the steps of the model, whoever waits for them, in one thread or in several.
+        All streams share the steps of the model, whether one thread reads them or several.
 
         Args:
-            prompt: a text; messages, each with role and content; or token ids. Empty, it is the BOS token.
+            prompt: a text; messages, each with role and content; or token ids. An empty one becomes the BOS token.
             options: see `Options`.
 
         Returns:
-            An iterator over pieces of text, none of them empty or ending within a character, and at last
-            the whole Generation. Its `close` cancels, and so does dropping it.
+            An iterator over pieces of text and, at last, the whole Generation. No piece is empty or ends within a
+            character. Calling its `close` or dropping it cancels.
 
         Raises:
-            InputError: at once, and not on the first piece, where the prompt or an option is at fault.
+            InputError: the prompt or an option is at fault. It is raised by this call, not by the first piece.
         """
         return self._submit(self._check(prompt, options))
 
     def new_sequence(self, declared_length: int) -> SequenceCache:
-        """An empty sequence that may grow to this many tokens."""
+        """Return the empty cache of a sequence that may reach this many tokens."""
         return SequenceCache(self.config, declared_length, self.kv_dtype, declared_length)
 
     def check_ids(self, token_ids: TokenIds) -> np.ndarray:
-        """Token ids as int32 (tokens,), found to be within vocabulary and context."""
+        """Return token ids as int32 (tokens,); InputError if the vocabulary or the context does not allow them."""
         return check_ids(token_ids, self.config.vocab_size, self.context)
 
     def _iterate_logits(self, cache: SequenceCache, ids: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
@@ -194,7 +204,7 @@ class LLM:
             yield self.model.step([(cache, part)], np.arange(len(part)), out=logits)
 
     def _check(self, prompt: Prompt, options: Options) -> Request:
-        """A request from the caller's words."""
+        """Return a checked request; its time starts here."""
         started = time.perf_counter()
         check_names(options)
         ids, continues = self._prompt_ids(prompt)
@@ -202,43 +212,39 @@ class LLM:
         return check_request(ids, continues, self.context, recommended, options, started, self.adapters)
 
     def _submit(self, request: Request) -> Stream:
-        return self.scheduler.submit(request, Answer(request, self.tokenizer))
+        return Stream(self.scheduler, request, Answer(request, self.tokenizer))
 
-    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> Limits:
-        """Checked limits, with what is known of memory in place of None."""
+    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> SequenceLimits:
+        """Return checked limits, with shares of the usable memory in place of None."""
         memory = usable_memory()
         block = self.new_sequence(BLOCK).nbytes
         whole = block * (whole_blocks(self.context) // BLOCK)
         cache_memory = memory // 2 if cache_memory is None else cache_memory
         prefix_cache = min(whole, memory // 8) if prefix_cache is None else prefix_cache
-        for name, value, least in (
-            ("max_sequences", sequences, 1),
-            ("cache_memory", cache_memory, 1),
-            ("prefix_cache", prefix_cache, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name}", f"a whole number of at least {least}", f"{value!r}")
-        return Limits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
+        check_whole("max_sequences", sequences, 1)
+        check_whole("cache_memory", cache_memory, 1)
+        check_whole("prefix_cache", prefix_cache, 0)
+        return SequenceLimits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
-        """Token ids of a prompt, and whether it has text that the answer goes on from."""
+        """Return the token ids of a prompt, and whether the answer continues its text."""
         tokenizer = self.tokenizer
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             text = self.chat_template.render(prompt)
             ids = self.check_ids(tokenizer.encode(text, add_bos=False))
-            return ids, False  # an answer is a text of its own
+            return ids, False  # an answer begins a new text
         check_prompt(prompt)
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not np.size(ids):
             if tokenizer.bos_token_id is None:
-                raise InputError("prompt (--prompt)", "some text", "none, and the model has no BOS token")
+                raise InputError("prompt", "some text", "none", "the model has no BOS token to use instead")
             ids = [tokenizer.bos_token_id]
         ids = self.check_ids(ids)
         return ids, any(tokenizer.token_bytes(token) for token in ids.tolist())
 
 
 def _last(stream: Stream) -> Generation:
-    """The generation that a stream ends with."""
+    """Read a stream to its end and return the Generation."""
     *_, generation = stream
     assert isinstance(generation, Generation)
     return generation

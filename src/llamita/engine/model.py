@@ -1,8 +1,8 @@
-"""The forward pass of a Llama, over the fused native operations.
+"""The forward pass of a Llama, over fused native operations.
 
-One step takes several sequences, each with its own cache and any number of new tokens: prompt chunks and
-single tokens mixed. Their tokens stand one after the other in every array; only attention tells them
-apart. A layer costs ten native calls, whatever the number of tokens.
+One step takes several sequences, each with its cache and any number of new tokens: prompt chunks and single tokens
+mixed. All tokens follow each other in every array, and only attention separates the sequences. A layer costs ten
+native calls, whatever the number of tokens.
 """
 
 import threading
@@ -12,17 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 from llamita import _native as ops
-from llamita.engine.adapters import Span, apply
+from llamita.engine.adapters import Span, add_adapters
 from llamita.engine.kv_cache import SequenceCache
-from llamita.engine.weights import Block, Linear, ModelWeights
+from llamita.engine.weights import BlockWeights, Linear, ModelWeights
 from llamita.models.config import ModelConfig
 
-LINEAR_INPUTS = ("qkv", "attention_out", "gate_up", "down")  # linear layers that read the same
-Step = Sequence[tuple[SequenceCache, np.ndarray]]  # each sequence with its new token ids, int32 (tokens,)
+LINEAR_INPUTS = ("qkv", "attention_out", "gate_up", "down")  # the fused linear layers; each reads one input
+Step = Sequence[tuple[SequenceCache, np.ndarray]]  # the sequences with their new token ids, int32 (tokens,)
 
 
 class _Operand(NamedTuple):
-    """What a linear layer reads: float32 (tokens, columns), or its int8 codes, or both."""
+    """The input of a linear layer, float32 (tokens, columns) and its int8 codes, of which one or both are filled."""
 
     floats: np.ndarray
     codes: ops.Activations
@@ -33,44 +33,39 @@ class _Views(NamedTuple):
 
     x: np.ndarray  # the residual stream (tokens, hidden)
     qkv: np.ndarray  # (tokens, (heads + 2 * kv_heads) * head_dim)
-    gate_up: np.ndarray  # (tokens, 2 * intermediate), where their product does not come at once
-    hidden: _Operand
-    attended: _Operand
-    inner: _Operand
+    gate_up: np.ndarray  # (tokens, 2 * intermediate), used where the layer is not gated
+    hidden: _Operand  # (tokens, hidden)
+    attended: _Operand  # (tokens, heads * head_dim)
+    inner: _Operand  # (tokens, intermediate)
 
 
 class BlockView(NamedTuple):
-    """What passed a block; the arrays hold until the next one is run.
+    """The activations of a block, valid until the next block runs.
 
-    `inputs`, float32 (tokens, columns), are what its linear layers read, before that is rounded: by
-    LINEAR_INPUTS, and none after the embedding.
+    `inputs` are those of the linear layers, by LINEAR_INPUTS and before rounding; there are none for the embedding.
     """
 
-    stream: np.ndarray  # the residual stream after it (tokens, hidden)
-    inputs: dict[str, np.ndarray]
+    stream: np.ndarray  # the residual stream after the block (tokens, hidden)
+    inputs: dict[str, np.ndarray]  # float32 (tokens, columns)
 
 
 class Model:
-    """A Llama that computes logits; the state of sequences lives in their caches."""
+    """A Llama that computes logits. The state of a sequence is in its cache."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
         self.weights = weights
         self._buffers = _Buffers(config, capacity=1)
         self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
-        self._lock = threading.Lock()  # the buffers serve one step at a time
+        self._lock = threading.Lock()  # one step at a time uses the buffers
 
     def step(self, sequences: Step, rows: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """Take in new tokens and give the logits that follow some of them.
+        """Compute new tokens; return the logits that follow some of them, float32 (rows, vocab).
 
         Args:
-            sequences: token ids below the vocabulary size, as many as fit the caches; at least one each.
-            rows: which of the step's tokens to give logits for, none of them if empty; by default the
-                last of each sequence.
-            out: where to write, float32 (rows, vocab). By default a buffer that the next step overwrites.
-
-        Returns:
-            float32 (rows, vocab).
+            sequences: at least one token each, with ids below the vocabulary size, and no more than the caches hold.
+            rows: the step's tokens to return logits for, none if empty; by default the last of each sequence.
+            out: where to write the logits; by default a buffer that the next step overwrites.
         """
         counts = [len(ids) for _, ids in sequences]
         if rows is None:
@@ -82,9 +77,9 @@ class Model:
             return self._head(x[rows], out)
 
     def watch(self, sequences: Step) -> Iterator[BlockView]:
-        """Take in new tokens as `step` does, and show what passes: after the embedding, after each block.
+        """Compute new tokens, to the bit as `step` does, and yield a view after the embedding and after each block.
 
-        The bits are those of `step`. Other steps wait until the iteration is over or closed.
+        Other steps wait until the iteration ends or is closed.
         """
         counts = [len(ids) for _, ids in sequences]
         with self._lock:
@@ -99,7 +94,7 @@ class Model:
                 cache.length += count
 
     def _hidden_states(self, sequences: Step, counts: list[int]) -> np.ndarray:
-        """Run the blocks; the residual stream (tokens, hidden) after the last one."""
+        """Run all blocks; return the residual stream (tokens, hidden)."""
         batch, buffers = self._begin(sequences, counts)
         spans = _spans(sequences, counts)
         for layer, block in enumerate(self.weights.blocks):
@@ -107,7 +102,7 @@ class Model:
         return buffers.x
 
     def _begin(self, sequences: Step, counts: list[int]) -> tuple[ops.Batch, _Views]:
-        """What the blocks work on: the sequences, and buffers with the embedding in the residual stream."""
+        """Return the batch, and buffers with the embedding in the residual stream."""
         tokens = sum(counts)
         if tokens > self._buffers.capacity:
             self._buffers = _Buffers(self.config, capacity=tokens)
@@ -117,44 +112,45 @@ class Model:
         ops.embed(self.weights.embedding, ids, buffers.x)
         return batch, buffers
 
-    def _block(self, block: Block, layer: int, batch: ops.Batch, b: _Views, spans: Sequence[Span]) -> None:
+    def _block(self, block: BlockWeights, layer: int, batch: ops.Batch, b: _Views, spans: Sequence[Span]) -> None:
+        # T tokens, C hidden, Q = heads * head_dim, K = kv_heads * head_dim, I intermediate
         eps, heads = self.config.norm_eps, self.config.heads
-        _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden, bool(spans))
-        _linear(block.qkv, b.hidden, b.qkv)
-        apply(spans, layer, "qkv", b.hidden.floats, b.qkv)
-        ops.rope_and_cache(batch, layer, b.qkv, heads)
-        ops.attention(batch, layer, b.qkv, heads, b.attended.floats)
+        _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden, bool(spans))  # x (T, C) -> hidden (T, C)
+        _linear(block.qkv, b.hidden, b.qkv)  # (T, C) -> qkv (T, Q + 2 * K)
+        add_adapters(spans, layer, "qkv", b.hidden.floats, b.qkv)
+        ops.rope_and_cache(batch, layer, b.qkv, heads)  # rotates q in place; k, v (T, kv_heads, head_dim) to the caches
+        ops.attention(batch, layer, b.qkv, heads, b.attended.floats)  # q and the caches -> attended (T, Q)
         if block.attention_out.takes_codes:
             ops.quantize(b.attended.floats, b.attended.codes)
-        _linear(block.attention_out, b.attended, b.x, accumulate=True)
-        apply(spans, layer, "attention_out", b.attended.floats, b.x)
-        _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden, bool(spans))
-        _gate_up(block, layer, b, spans)
-        apply(spans, layer, "down", b.inner.floats, b.x)
-        _rotate(block, self.weights.down_rotation, b.inner)
-        _linear(block.down, b.inner, b.x, accumulate=True)
+        _linear(block.attention_out, b.attended, b.x, accumulate=True)  # x (T, C) += (T, Q) @ (Q, C)
+        add_adapters(spans, layer, "attention_out", b.attended.floats, b.x)
+        _norm(b.x, block.mlp_norm, eps, block.gate_up, b.hidden, bool(spans))  # x (T, C) -> hidden (T, C)
+        _gate_up(block, layer, b, spans)  # (T, C) -> inner (T, I)
+        add_adapters(spans, layer, "down", b.inner.floats, b.x)
+        _rotate(block, self.weights.down_rotation, b.inner)  # (T, I) -> (T, I)
+        _linear(block.down, b.inner, b.x, accumulate=True)  # x (T, C) += (T, I) @ (I, C)
 
     def _linear_inputs(
-        self, block: Block, layer: int, x: np.ndarray, b: _Views, spans: Sequence[Span]
+        self, block: BlockWeights, layer: int, x: np.ndarray, b: _Views, spans: Sequence[Span]
     ) -> dict[str, np.ndarray]:
-        """What the linear layers of a block read that has just run, from the stream x before it.
+        """Return the inputs of the linear layers of the block that has just run; x is the stream before it.
 
-        Norms that went straight to codes are computed again; x (tokens, hidden) is overwritten.
+        Norms are computed again, because `_norm` may have written codes alone. x (tokens, hidden) is overwritten.
         """
         qkv, gate_up = np.empty_like(x), np.empty_like(x)
         ops.rmsnorm(x, block.attention_norm, self.config.norm_eps, qkv)
         _linear(block.attention_out, b.attended, x, accumulate=True)
-        apply(spans, layer, "attention_out", b.attended.floats, x)
+        add_adapters(spans, layer, "attention_out", b.attended.floats, x)
         ops.rmsnorm(x, block.mlp_norm, self.config.norm_eps, gate_up)
         down = b.inner.floats
-        if self.weights.down_rotation and block.down.takes_codes:  # else it was rotated where it lies
+        if self.weights.down_rotation and block.down.takes_codes:  # else it was rotated in place
             down = np.empty_like(down)
             ops.hadamard(self.weights.down_rotation, b.inner.floats, down)
         inputs = (qkv, b.attended.floats, gate_up, down)
         return dict(zip(LINEAR_INPUTS, inputs, strict=True))
 
     def _head(self, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-        """Logits (rows, vocab) of final hidden states (rows, hidden), whose memory may be used on the way."""
+        """Return the logits (rows, vocab) of final hidden states x (rows, hidden), which may be overwritten."""
         if out is None:
             if len(self._logits) < len(x):
                 self._logits = np.empty((len(x), self.config.vocab_size), dtype=np.float32)
@@ -175,7 +171,7 @@ class Model:
 
 
 def _spans(sequences: Step, counts: list[int]) -> list[Span]:
-    """The tokens of a step that have adapters; neighbours of the same one together."""
+    """Return the tokens of a step that have adapters. Neighbouring sequences with the same one share a span."""
     spans: list[Span] = []
     start = 0
     for (cache, _), count in zip(sequences, counts, strict=True):
@@ -192,7 +188,7 @@ def _spans(sequences: Step, counts: list[int]) -> list[Span]:
 def _norm(
     x: np.ndarray, gamma: np.ndarray, eps: float, reader: Linear, out: _Operand, keeps_floats: bool = False
 ) -> None:
-    """RMSNorm, in the form that the layer which reads it takes, and in floats if they are to be kept."""
+    """Compute RMSNorm as floats, codes or both: as the layer `reader` takes it, and as floats if `keeps_floats`."""
     if not (reader.takes_floats or keeps_floats):
         ops.rmsnorm_quantize(x, gamma, eps, out.codes)
         return
@@ -201,18 +197,18 @@ def _norm(
         ops.quantize(out.floats, out.codes)
 
 
-def _gate_up(block: Block, layer: int, b: _Views, spans: Sequence[Span]) -> None:
-    """silu(gate) · up, in floats."""
+def _gate_up(block: BlockWeights, layer: int, b: _Views, spans: Sequence[Span]) -> None:
+    """Compute silu(gate) · up, in floats."""
     if block.gate_up.is_gated:
         _linear(block.gate_up, b.hidden, b.inner.floats)
         return
     _linear(block.gate_up, b.hidden, b.gate_up)
-    apply(spans, layer, "gate_up", b.hidden.floats, b.gate_up)
+    add_adapters(spans, layer, "gate_up", b.hidden.floats, b.gate_up)
     ops.swiglu(b.gate_up, b.inner.floats)
 
 
-def _rotate(block: Block, rotation: ops.Hadamard | None, inner: _Operand) -> None:
-    """What the down projection reads, rotated if it has to be, in the form that it takes."""
+def _rotate(block: BlockWeights, rotation: ops.Hadamard | None, inner: _Operand) -> None:
+    """Turn `inner` into what the down projection takes: rotated if there is a rotation, as floats or codes."""
     if not block.down.takes_codes:
         if rotation:
             ops.hadamard(rotation, inner.floats, inner.floats)
@@ -223,12 +219,12 @@ def _rotate(block: Block, rotation: ops.Hadamard | None, inner: _Operand) -> Non
 
 
 def _linear(linear: Linear, x: _Operand, out: np.ndarray, accumulate: bool = False) -> None:
-    """out (tokens, rows) = x · Wᵀ + bias, or out += that."""
+    """Compute out (tokens, rows) = x · Wᵀ + bias, or out += that with `accumulate`."""
     if len(linear.parts) == 1:
         part = linear.parts[0]
         ops.linear(part.weights, x.codes if part.is_quantized else x.floats, out, part.bias, accumulate)
         return
-    for part in linear.parts:  # q, k, v of different kinds: the columns of one token lie together
+    for part in linear.parts:  # q, k, v of different kinds, each with its columns of `out`
         columns = out[:, part.start : part.stop]
         whole = columns if len(out) == 1 else np.empty(columns.shape, dtype=np.float32)
         ops.linear(part.weights, x.codes if part.is_quantized else x.floats, whole, part.bias, False)
@@ -239,7 +235,7 @@ def _linear(linear: Linear, x: _Operand, out: np.ndarray, accumulate: bool = Fal
 class _Buffers:
     """Memory for steps of up to `capacity` tokens, taken once and used by every layer in turn.
 
-    A buffer that the model's kinds of weights never touch costs addresses alone: its pages never come.
+    A buffer that a model never touches costs only addresses, because the system gives pages on first use.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
@@ -253,7 +249,7 @@ class _Buffers:
         self._codes = [ops.Activations(capacity, width) for width in operands]
 
     def first(self, tokens: int) -> _Views:
-        """The first rows of every buffer."""
+        """Return the first rows of every buffer."""
         x, qkv, gate_up = (stream[:tokens] for stream in self._streams)
         pairs = zip(self._floats, self._codes, strict=True)
         return _Views(x, qkv, gate_up, *(_Operand(floats[:tokens], codes) for floats, codes in pairs))

@@ -1,4 +1,4 @@
-"""Caches of sequences that ended, kept for those that begin the same way."""
+"""Keeps the caches of ended sequences for sequences that begin in the same way."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,42 +10,41 @@ from llamita.engine.kv_cache import SequenceCache, rope_frequencies
 from llamita.models.config import RopeConfig
 
 SHORTEST = 16  # tokens worth sharing; fewer are computed about as fast
-BLOCK = 128  # positions that a cache takes memory for together: kKeyBlock of native/kernels/kernels.h
-_LOSS = 32  # tokens that a kept cache may lose when it is taken over
+BLOCK = 128  # a cache takes memory for this many positions at a time: kKeyBlock of native/kernels/kernels.h
+_LOSS = 32  # tokens that a kept cache may lose when another sequence continues in it
 
 
 class Prefix(NamedTuple):
-    """Tokens and the cache that holds them, of a sequence that runs or ended."""
+    """Tokens of a running or ended sequence, and its cache, which holds at least these."""
 
-    ids: np.ndarray  # int32 (tokens,), what the cache holds at least
+    ids: np.ndarray  # int32 (tokens,)
     cache: SequenceCache
-    declared_length: int  # that its rotary frequencies were made for
-    positions: int  # that the cache has taken memory for
+    declared_length: int  # its rotary frequencies were made for this length
+    positions: int  # it has taken memory for this many
 
     @property
     def adapter(self) -> Adapter | None:
-        """Whose keys and values it holds."""
+        """The adapter with which the keys and values were computed."""
         return self.cache.adapter
 
 
 def whole_blocks(tokens: int) -> int:
-    """Positions that a cache of so many tokens takes memory for."""
+    """Round tokens up to the positions that a cache takes memory for."""
     return -(-tokens // BLOCK) * BLOCK
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences share at their beginning."""
+    """Return how many tokens two sequences share at their beginning."""
     shorter = min(len(a), len(b))
     differs = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(differs[0]) if len(differs) else shorter
 
 
 class PrefixCache:
-    """Kept caches, least recently used first.
+    """The kept caches of one model, least recently used first.
 
     Args:
-        limit: positions that they may take together.
-        rope, head_dim: of the model.
+        limit: the most positions of all together.
     """
 
     def __init__(self, limit: int, rope: RopeConfig, head_dim: int) -> None:
@@ -55,11 +54,11 @@ class PrefixCache:
 
     @property
     def positions(self) -> int:
-        """How many the kept caches take."""
+        """The positions that all kept caches take memory for."""
         return sum(prefix.positions for prefix in self._kept)
 
     def keep(self, prefix: Prefix) -> None:
-        """Keep a cache that nobody writes to any more, in place of those that hold no more than it does."""
+        """Keep a cache that is not written to any more, and drop those whose tokens it holds too."""
         if len(prefix.ids) < SHORTEST or prefix.positions > self._limit:
             return
         shared = [self.shared(prefix, kept.ids, kept.declared_length, kept.adapter) for kept in self._kept]
@@ -70,14 +69,17 @@ class PrefixCache:
         self.shrink(self._limit)
 
     def shrink(self, positions: int) -> None:
-        """Drop the least recently used until the others take no more than this."""
+        """Drop the least recently used until the others take at most this many positions."""
         while self._kept and self.positions > positions:
             del self._kept[0]
 
     def find(
         self, ids: np.ndarray, declared_length: int, running: Iterable[Prefix], adapter: Adapter | None = None
     ) -> tuple[Prefix | None, int]:
-        """What shares the longest beginning with a sequence, kept or running, and the length of that."""
+        """Return the kept or running prefix with the longest common beginning, and the length of that.
+
+        None and 0 if nothing shares SHORTEST tokens.
+        """
         best, longest = None, SHORTEST - 1
         for prefix in (*reversed(self._kept), *running):
             length = self.shared(prefix, ids, declared_length, adapter)
@@ -86,11 +88,11 @@ class PrefixCache:
         return best, longest if best else 0
 
     def take(self, prefix: Prefix, tokens: int, declared_length: int, room: int) -> SequenceCache | None:
-        """The cache of a kept prefix for a sequence that begins with `tokens` of it, if it may be had.
+        """Take out the cache of a kept prefix, for a sequence that begins with `tokens` of it.
 
-        A cache without room, or with more memory than the sequence declares, is to be copied. So is one
-        with many more tokens, which another sequence may want, unless it could not stay anyway: `room`
-        is the positions that kept caches may take beside the sequence.
+        None if the cache has to be copied instead: it is not kept, it lacks capacity, it has taken more memory than
+        the sequence declares, or it would lose many tokens, which another sequence may want. The last does not
+        count if it could not stay anyway, in the `room` positions that kept caches may take besides the sequence.
         """
         at = next((i for i, kept in enumerate(self._kept) if kept is prefix), None)
         if at is None:
@@ -103,7 +105,7 @@ class PrefixCache:
         return None
 
     def shared(self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None = None) -> int:
-        """Tokens whose keys and values are those of a sequence with these ids, length and adapter, too."""
+        """Count the tokens whose keys and values serve a sequence with these ids, length and adapter, too."""
         if prefix.adapter is not adapter:
             return 0
         length = common_length(prefix.ids, ids)

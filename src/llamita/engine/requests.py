@@ -1,4 +1,4 @@
-"""What is asked of a model and what it answers: options, a checked request, text, timings."""
+"""Requests and their answers: options, checks, text, timings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,25 @@ import numpy as np
 from llamita.engine.adapters import Adapter
 from llamita.engine.sampler import Sampling
 from llamita.engine.stops import StopStrings
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.text.chat_template import Message
 from llamita.text.tokenizer import Detokenizer, Tokenizer
 
 TokenIds = Sequence[int] | np.ndarray
 Prompt = str | Sequence[Message] | TokenIds
 DEFAULT_MAX_TOKENS = 256
-DEFAULT_SPECULATE = 4  # a row more costs about a tenth of a step of one, and may bring a token
+DEFAULT_SPECULATE = 4  # each row more costs about a tenth of a one-row step, and may bring a token
 _SAMPLING = {field.name for field in fields(Sampling)}
 
 
 class Options(TypedDict, total=False):
-    """What `generate` and `stream` take beside the prompt.
+    """The options of `generate` and `stream`.
 
-    A sampling option that is not given comes from the model's `generation_config.json` if that asks for
-    sampling, else from `Sampling`, which says what each means.
+    A sampling option that is not given comes from the model's `generation_config.json` if that asks for sampling, else
+    from `Sampling`, which explains each.
     """
 
-    max_tokens: int  # 256 by default; the context ends a generation too, with finish_reason "context"
+    max_tokens: int  # 256 by default; a full context ends a generation too, with finish_reason "context"
     greedy: bool  # always the likeliest token; excludes temperature, top_k, top_p, min_p
     temperature: float | None
     top_k: int | None
@@ -37,31 +37,31 @@ class Options(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     seed: int | None
-    stop: Sequence[str]  # the text ends before the first of these
-    speculate: int  # tokens drafted from the text so far and verified together, 4 by default, 0 for none
-    adapter: str | None  # the name of one that the model was loaded with; none by default
+    stop: Sequence[str]  # the text ends before the first of these to occur
+    speculate: int  # the most tokens drafted from the text so far and verified together; 4 by default, 0 for none
+    adapter: str | None  # the name of an adapter that the model was loaded with; none by default
 
 
 @dataclass
 class Timings:
-    """Where the time of one generation went; what the caller does between two pieces does not count.
+    """The tokens and seconds of one generation, without the time that the caller takes between two pieces.
 
     A step that several generations share counts in full for each of them.
     """
 
     prompt_tokens: int
-    reused_tokens: int = 0  # of the prompt, taken over from another sequence
-    generated_tokens: int = 0  # the end token included
-    drafted_tokens: int = 0  # verified by speculation
-    accepted_tokens: int = 0  # of the drafted, those that were right
-    decode_steps: int = 0  # that the tokens after the first took
-    queue_seconds: float = 0.0  # from the call to the first step that took in a part of the prompt
+    reused_tokens: int = 0  # prompt tokens whose keys and values came from another sequence
+    generated_tokens: int = 0  # with the end token
+    drafted_tokens: int = 0  # tokens that speculation drafted and a step verified
+    accepted_tokens: int = 0  # drafted tokens that were right
+    decode_steps: int = 0  # steps for the tokens after the first
+    queue_seconds: float = 0.0  # from the call until a step takes in the beginning of the prompt
     prefill_seconds: float = 0.0  # for the prompt tokens that were not reused
     first_token_seconds: float = 0.0  # from the call to the first token
     decode_seconds: float = 0.0  # for the tokens after the first
 
     def note(self, drafted: int, accepted: int, started: float, began: float) -> None:
-        """Count a step that gave tokens: its drafts, when the call started, when the step began."""
+        """Count a step that gave tokens; the call `started` and the step `began` at these times."""
         now = time.perf_counter()
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
@@ -73,13 +73,13 @@ class Timings:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second, of those that were computed."""
+        """Prompt tokens per second, without the reused ones."""
         computed = self.prompt_tokens - self.reused_tokens
         return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """Generated tokens per second, without the first: that one comes from the prompt."""
+        """Generated tokens per second, without the first, which the prefill gives."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
@@ -88,10 +88,10 @@ class Generation:
     """A finished generation.
 
     Attributes:
-        text: what the model said, cut before a stop string.
-        token_ids: its tokens without the end token, those of a stop string included.
+        text: the answer, cut before a stop string.
+        token_ids: its tokens, with those of a stop string, without the end token.
         finish_reason: "stop" (end token or stop string), "length" (max_tokens) or "context" (it is full).
-        timings: where the time went.
+        timings: tokens and seconds.
     """
 
     text: str
@@ -102,42 +102,46 @@ class Generation:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: all that can be wrong with one has been found."""
+    """A request that has passed every check but that of memory, which the scheduler makes."""
 
     ids: np.ndarray  # int32 (tokens,)
-    continues: bool  # the answer goes on from the prompt's text
-    limit: int  # tokens to generate at most
-    limit_reason: str  # what it means to reach that
+    continues: bool  # the answer continues the prompt's text
+    limit: int  # the most tokens to generate
+    limit_reason: str  # the finish_reason when that is reached
     sampling: Sampling
     stop: tuple[str, ...]
-    speculate: int  # drafted tokens a step at most
+    speculate: int  # the most drafted tokens in a step
     adapter: Adapter | None
     started: float  # by time.perf_counter
 
     @property
     def declared_length(self) -> int:
-        """Tokens that the sequence may reach."""
+        """The most tokens of prompt and answer."""
         return len(self.ids) + self.limit
 
 
 def check_request(
-    ids: np.ndarray, continues: bool, context: int, recommended: Sampling, options: Options, started: float,
+    ids: np.ndarray,
+    continues: bool,
+    context: int,
+    recommended: Sampling,
+    options: Options,
+    started: float,
     adapters: Mapping[str, Adapter],
-) -> Request:  # fmt: skip
-    """A request from checked prompt ids, the caller's options, when the call began, and adapters by name.
+) -> Request:
+    """Return a request for prompt ids that are checked already, and options that are not.
 
     Raises:
-        InputError: an option is out of its range or at odds with another.
+        InputError: an option is out of its range or contradicts another.
     """
     max_tokens = options.get("max_tokens", DEFAULT_MAX_TOKENS)
     speculate = options.get("speculate", DEFAULT_SPECULATE)
-    for name, value, least in (("max_tokens", max_tokens, 1), ("speculate", speculate, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name}", f"a whole number of at least {least}", f"{value!r}")
+    check_whole("max_tokens", max_tokens, 1)
+    check_whole("speculate", speculate, 0)
     stop = options.get("stop", ())
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stop):
-        raise InputError("stop", "texts that are not empty", f"{list(stop)!r}")
+        raise InputError("stop", "texts that are not empty", shown(list(stop)))
     room = context - len(ids)
     return Request(
         ids=ids,
@@ -152,18 +156,28 @@ def check_request(
     )
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise InputError for anything but a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(name, f"a whole number of at least {least}", shown(value))
+
+
 def find_adapter(name: object, adapters: Mapping[str, Adapter]) -> Adapter | None:
-    """The adapter of this name, None for none; InputError where the model has none of this name."""
+    """Return the adapter of this name, None for None.
+
+    Raises:
+        InputError: the model was loaded without an adapter of this name.
+    """
     if name is None:
         return None
     if not isinstance(name, str) or name not in adapters:
-        known = ", ".join(adapters) or "none, as the model was loaded without"
-        raise InputError("adapter", f"one of {known}", f"{name!r}")
+        known = f"one of {', '.join(adapters)}" if adapters else "none, because the model was loaded without"
+        raise InputError("adapter", known, shown(name))
     return adapters[name]
 
 
 def check_names(options: Options) -> None:
-    """TypeError for an option that does not exist, as a function has it for its arguments."""
+    """Raise TypeError for an unknown option, as a function does for an unknown argument."""
     known = sorted(Options.__annotations__)
     for name in sorted(options.keys() - set(known)):
         near = get_close_matches(name, known, n=1)
@@ -171,30 +185,34 @@ def check_names(options: Options) -> None:
 
 
 def check_prompt(prompt: Any) -> None:
-    """InputError for what is neither a text nor a sequence of one kind of things."""
+    """Raise InputError for anything but a text or a sequence of token ids."""
     if isinstance(prompt, str | np.ndarray):
         return
     if isinstance(prompt, Sequence) and all(isinstance(part, int | np.integer) for part in prompt):
         return
-    several = isinstance(prompt, Sequence) and all(isinstance(part, str) for part in prompt)
-    hint = "; try generate_many for several texts" if several else ""
-    raise InputError("prompt", "a text, messages or token ids", f"{repr(prompt)[:80]}{hint}")
+    is_several = isinstance(prompt, Sequence) and all(isinstance(part, str) for part in prompt)
+    hint = "try generate_many for several texts" if is_several else None
+    raise InputError("prompt", "a text, messages or token ids", shown(prompt), hint)
 
 
 def check_ids(token_ids: TokenIds, vocab_size: int, context: int) -> np.ndarray:
-    """Token ids as int32 (tokens,), found to be within vocabulary and context."""
+    """Return token ids as int32 (tokens,).
+
+    Raises:
+        InputError: there is none, too many for the context, or one outside the vocabulary.
+    """
     try:
         ids = np.asarray(token_ids)
     except ValueError:  # a ragged list
         ids = np.empty((0, 0))
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
-        raise InputError("token ids", "one or more whole numbers", f"{str(token_ids)[:80]}")
+        raise InputError("token ids", "one or more whole numbers", shown(token_ids))
     if len(ids) > context:
         raise InputError(
             "prompt",
             f"at most {context} tokens, the context",
             f"{len(ids)}",
-            "try a shorter one, or a larger context (--context) where the model allows it",
+            "try a shorter one, or a larger context (--context) if the model allows it",
         )
     largest = vocab_size - 1
     wrong = np.flatnonzero((ids < 0) | (ids > largest))
@@ -205,21 +223,21 @@ def check_ids(token_ids: TokenIds, vocab_size: int, context: int) -> np.ndarray:
 
 
 def _sampling(recommended: Sampling, options: Options) -> Sampling:
-    """The model's recommendation with the caller's options in place of it."""
+    """Replace what the model recommends by the caller's options."""
     given: dict[str, Any] = {n: v for n, v in options.items() if n in _SAMPLING and v is not None}
     if not options.get("greedy"):
         return replace(recommended, **given)
     if extra := sorted(given.keys() - {"repetition_penalty", "seed"}):
-        raise InputError("greedy", f"without {', '.join(extra)}: it takes the likeliest token")
+        raise InputError("greedy", f"no {', '.join(extra)}, because it takes the likeliest token")
     return replace(recommended, temperature=0.0, **given)
 
 
 class Answer:
-    """Turns the tokens of one request into pieces of text, and knows when it is over.
+    """Turns the tokens of one request into pieces of text, and decides when it ends.
 
     Attributes:
-        timings: of the generation, kept by who computes it.
-        finish_reason: None while it goes on.
+        timings: the scheduler writes its seconds and steps.
+        finish_reason: None until the end.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
@@ -233,7 +251,7 @@ class Answer:
         self._pieces: list[str] = []
 
     def add(self, token: int) -> str:
-        """The text that may be shown after this token, "" for none."""
+        """Add a token; return the text that can be shown now, perhaps ""."""
         self.timings.generated_tokens += 1
         if token in self._ends:
             self.finish_reason = "stop"
@@ -248,7 +266,7 @@ class Answer:
         return piece
 
     def finish(self) -> tuple[str, Generation]:
-        """The last piece, "" for none, and the whole."""
+        """Return the last piece, perhaps "", and the whole."""
         piece = self._stops.add(self._detokenizer.finish()) + self._stops.finish()
         reason = "stop" if self._stops.found else self.finish_reason
         assert reason is not None

@@ -1,8 +1,7 @@
-"""From logits to the next token: greedy, or a draw from the distribution that the settings leave.
+"""Chooses the next token from logits: the likeliest, or a draw from the distribution that the settings leave.
 
-The steps, their order and their meaning at the edges are those of transformers' logits processors:
-repetition penalty, temperature, top-k, top-p, min-p, then the draw. All in NumPy, all a function of the
-logits, the tokens so far and the seed.
+Steps, order and edge cases are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
+min-p, then the draw. The result depends only on the logits, the tokens so far and the seed.
 """
 
 import math
@@ -11,25 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 
-_BLOCK = 64  # of numbers that are looked at together
-_PENALTIES = (0.01, 1e6)  # beyond, logits of trained models come near infinity in float32
-_COLDEST = 1e-30  # a temperature below this is greedy but for exact ties, and float32 could not divide by it
+_BLOCK = 64  # numbers whose maximum is taken together
+_PENALTIES = (0.01, 1e6)  # outside, logits of trained models come near infinity in float32
+_COLDEST = 1e-30  # a lower temperature is greedy but for exact ties, and float32 could not divide by it
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The settings by which the next token is chosen.
 
     Attributes:
         temperature: divides the logits; 0 means greedy.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens until their probabilities sum to this; 1 keeps all.
         min_p: keep tokens at least this likely relative to the likeliest; 0 keeps all.
-        repetition_penalty: divides the positive logits of tokens already in the text and multiplies
-            their negative ones (CTRL, arXiv 1909.05858), 0.01 to 1e6; 1 changes nothing.
-        seed: of the draws; None takes a new one each time.
+        repetition_penalty: divides the positive logits of tokens already in the text and multiplies their negative ones
+            (CTRL, arXiv 1909.05858), 0.01 to 1e6; 1 changes nothing.
+        seed: makes the draws repeatable; None takes a new one each time.
     """
 
     temperature: float = 0.8
@@ -56,12 +55,12 @@ class Sampling:
 
     @classmethod
     def from_generation_config(cls, values: dict[str, Any]) -> "Sampling":
-        """The settings that a model recommends in its `generation_config.json`, where it samples at all."""
+        """Return the settings of a model's `generation_config.json` if it asks for sampling, else the defaults."""
         if not values.get("do_sample"):
             return cls()
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         given = {n: values[n] for n in names if isinstance(values.get(n), int | float)}
-        # What the file leaves out does nothing, as in transformers (there top_k alone defaults to 50).
+        # A setting that is not in the file does nothing, as in transformers (where only top_k defaults to 50).
         return replace(cls(temperature=1.0, top_p=1.0), **given)
 
 
@@ -70,7 +69,7 @@ class Sampler:
 
     Args:
         sampling: the settings.
-        prompt: token ids that count as seen for the repetition penalty.
+        prompt: token ids to which the repetition penalty applies from the start.
         vocab_size: number of logits.
     """
 
@@ -81,14 +80,14 @@ class Sampler:
         self._seen[prompt] = True
 
     def choose(self, logits: np.ndarray) -> int:
-        """The next token, given its logits: float32 (vocab,), left as they are.
+        """Return the next token for its logits, float32 (vocab,), which are not changed.
 
         Raises:
-            RunError: no finite largest logit, as from broken weights.
+            RunError: the largest logit is not finite, because of broken weights.
         """
-        best = int(logits.argmax())  # NaN, where there is one, is the largest for argmax
+        best = int(logits.argmax())  # argmax takes a NaN for the largest
         if not math.isfinite(logits[best]):
-            raise RunError("logits", "finite values", f"{logits[best]} for token {best}: broken weights")
+            raise RunError("logits", "finite values", f"{logits[best]} for token {best}", "the weights are broken")
         if self._sampling.repetition_penalty != 1:
             logits = penalize(logits, np.flatnonzero(self._seen), self._sampling.repetition_penalty)
             best = int(logits.argmax())
@@ -102,9 +101,9 @@ class Sampler:
 
 
 def _position(probabilities: np.ndarray, uniform: float) -> int:
-    """Where a number from [0, 1) falls among probabilities that stand side by side.
+    """Return the index of the first probability whose running sum exceeds a number from [0, 1).
 
-    Many are first added up in blocks: NumPy sums several times faster than it makes running sums.
+    Many are first summed in blocks, because NumPy sums several times faster than it computes running sums.
     """
     blocks = np.arange(0, len(probabilities), _BLOCK)
     first = 0
@@ -116,11 +115,11 @@ def _position(probabilities: np.ndarray, uniform: float) -> int:
         first = int(blocks[block])
     cumulative = np.cumsum(probabilities[first : first + _BLOCK])
     at = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return first + min(at, len(cumulative) - 1)  # a product can round up to the whole sum
+    return first + min(at, len(cumulative) - 1)  # `uniform * cumulative[-1]` can round up to the whole sum
 
 
 def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """A copy of the logits with those of the seen tokens made less likely."""
+    """Return a copy of the logits in which seen tokens are less likely."""
     changed = logits.copy()
     values = changed[seen]
     changed[seen] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
@@ -128,17 +127,17 @@ def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens left to draw from, ascending, and their probabilities: float64, sum 1.
+    """Return the tokens left to draw from, ascending, and their probabilities: float64, sum 1.
 
-    Tokens go as early as it is known that they go, and sums alone are in float64: a full sort of 128,000
-    logits would take as long as a layer.
+    Tokens are dropped as early as possible, without sorting them all, and only sums are in float64: a full sort of
+    128,000 logits would take as long as a layer.
     """
-    with np.errstate(over="ignore"):  # to minus infinity, which is right
+    with np.errstate(over="ignore"):  # an overflow to minus infinity is right
         scores = logits - logits.max()  # the largest is 0
         scores /= np.float32(max(sampling.temperature, _COLDEST))
     tokens = None  # all of them
     if 0 < sampling.top_k < len(scores):
-        tokens = np.flatnonzero(scores >= _kth_largest(scores, sampling.top_k))  # ties too, as transformers
+        tokens = np.flatnonzero(scores >= _kth_largest(scores, sampling.top_k))  # with ties, as in transformers
         scores = scores[tokens]
     weights = np.exp(scores, out=scores)  # not yet divided by their sum; the largest is 1
     if sampling.top_p < 1:
@@ -153,7 +152,10 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
 
 
 def _kth_largest(scores: np.ndarray, k: int) -> np.ndarray:
-    """The k-th largest score. The k-th largest of blocks' maxima is no larger, and leaves few to look at."""
+    """Return the k-th largest score.
+
+    The k-th largest of the maxima of blocks is not larger, and few scores reach it, so only these are looked at.
+    """
     whole = len(scores) // _BLOCK * _BLOCK
     maxima = scores[:whole].reshape(-1, _BLOCK).max(axis=1)
     if len(maxima) >= k:
@@ -162,11 +164,11 @@ def _kth_largest(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, ascending, of the likeliest tokens that reach `top_p` together: at least one.
+    """Return the indices, ascending, of the likeliest tokens that reach `top_p` together, at least one.
 
-    From the least likely upwards, a token goes while the share up to it is at most 1 - top_p. So where all
-    tokens below a bound make no more than that share together, they go without being sorted: under
-    (1 - top_p) / count they always do, in most texts under a larger bound too.
+    From the least likely upwards, a token is dropped while the share up to it is at most 1 - top_p. If all tokens below
+    a bound have at most that share together, they are dropped without being sorted. For the bound (1 - top_p) / count
+    that is always so, and in most texts for a larger bound too.
     """
     total = weights.sum(dtype=np.float64)
     rest = (1 - top_p) * total
@@ -174,7 +176,7 @@ def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
         candidates = np.flatnonzero(weights > bound)
         if total - weights[candidates].sum(dtype=np.float64) <= rest:
             break
-    if not len(candidates):  # none is wanted, and no single one is large
+    if not len(candidates):  # top_p is 0, and no token exceeds the bound
         return np.array([weights.argmax()])
     ascending = np.sort(weights[candidates])
     upwards = total - ascending.sum(dtype=np.float64) + np.cumsum(ascending, dtype=np.float64)
@@ -187,4 +189,4 @@ def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
 
 def _expect(name: str, value: object, expected: str, is_right: bool) -> None:
     if not is_right:
-        raise InputError(f"{name}", f"{expected}", f"{value!r}")
+        raise InputError(name, expected, shown(value))

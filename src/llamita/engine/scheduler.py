@@ -1,7 +1,7 @@
 """Runs any number of generations through shared steps of the model.
 
 `docs/reference/engine.md`, "Scheduling and speculation", says what a step takes in and why. There is no thread here:
-whoever waits for a piece of text runs the next step for all, unless somebody else is at it.
+a driver calls `step`, either the readers of streams in turn (`stream.py`) or one thread of a server.
 """
 
 import threading
@@ -14,27 +14,26 @@ import numpy as np
 
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.model import Model
-from llamita.engine.prefixes import BLOCK, SHORTEST, Prefix, PrefixCache, whole_blocks
-from llamita.engine.requests import Answer, Generation, Request
-from llamita.engine.sampler import Sampler
-from llamita.engine.speculation import DECODE_ROWS, Drafter, StepTimes
+from llamita.engine.prefixes import BLOCK, SHORTEST, Prefix, PrefixCache
+from llamita.engine.sequence import SequenceState
+from llamita.engine.speculation import DECODE_ROWS, StepTimes
 from llamita.errors import InputError, RunError
 
-PREFILL_CHUNK = 256  # tokens a step: enough for the kernels' full speed, little memory for what lies between
-MIXED_CHUNK = 64  # beside running generations, which wait for the step to end
+PREFILL_CHUNK = 256  # prompt tokens in a step: enough for the kernels' full speed, small intermediate arrays
+MIXED_CHUNK = 64  # the same in a step with running generations, which wait for its end
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the sequences of a scheduler may take.
+class SequenceLimits:
+    """Bounds for the sequences of a scheduler.
 
     Attributes:
-        sequences: that run at once.
-        cache_memory: bytes of keys and values, of running sequences and kept ones together; each counts
-            in whole blocks of positions, as its cache takes memory.
-        prefix_memory: bytes of them that may be kept ones.
-        kv_dtype: of the caches.
-        context: tokens of a sequence at most.
+        sequences: how many run at once.
+        cache_memory: bytes of keys and values, of running sequences and kept caches together. Each counts in whole
+            blocks of positions, because its cache takes memory by blocks.
+        prefix_memory: how many of these bytes kept caches may take.
+        kv_dtype: the type of keys and values.
+        context: the most tokens of a sequence.
     """
 
     sequences: int
@@ -44,204 +43,95 @@ class Limits:
     context: int
 
 
-class Stream:
-    """An answer as it comes: an iterator over pieces of text and, at last, the Generation.
-
-    `close` cancels, at any time and from any thread; so does letting go of the stream.
-    """
-
-    def __init__(self, scheduler: "Scheduler", sequence: "_Sequence") -> None:
-        self._scheduler = scheduler
-        self._sequence = sequence
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> str | Generation:
-        sequence = self._sequence
-        while True:
-            is_over = sequence.is_over  # before the events: another thread may end it between
-            if sequence.events:
-                break
-            if is_over:
-                raise StopIteration
-            self._scheduler.advance(sequence)
-        event = sequence.events.popleft()
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    def close(self) -> None:
-        """Cancel what is not computed yet; the iterator ends after the pieces that are there."""
-        self._scheduler.cancel(self._sequence)
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Sequence:
-    """One generation's state. Its cache never counts for more than all tokens but the newest."""
-
-    cache: SequenceCache  # these four from `begin` on
-    ids: np.ndarray  # int32 (declared length,)
-    sampler: Sampler
-    drafter: Drafter | None
-
-    def __init__(self, request: Request, answer: Answer) -> None:
-        self.request = request
-        self.answer = answer
-        self.events: deque[str | Generation | Exception] = deque()
-        self.is_over = False  # no more events will come
-        self.is_begun = False  # and has a cache
-        self.is_decoding = False
-        self.count = len(request.ids)  # tokens known
-        self.drafted = 0  # tokens after these to verify in this step
-        self.positions = whole_blocks(request.declared_length)  # that it may take
-
-    def begin(self, cache: SequenceCache, taken: int, vocab_size: int) -> None:
-        """Take resources; `cache` may hold a beginning of the prompt, and `taken` positions' memory."""
-        request, timings = self.request, self.answer.timings
-        self.cache, self._taken = cache, taken
-        self.ids = np.empty(request.declared_length, dtype=np.int32)
-        self.ids[: self.count] = request.ids
-        self.sampler = Sampler(request.sampling, request.ids, vocab_size)
-        self.is_begun = True
-        timings.reused_tokens = cache.length
-        timings.queue_seconds = time.perf_counter() - request.started
-
-    def settle(self) -> int:
-        """Cut from the cache what no step is to build on: refused drafts, a step that was interrupted."""
-        self._taken = max(self._taken, whole_blocks(self.cache.length))
-        self.cache.length = min(self.cache.length, self.count - 1)
-        return self.cache.length
-
-    def prefix(self) -> Prefix:
-        """What the cache holds, for other sequences."""
-        return Prefix(self.ids[: self.settle()], self.cache, self.request.declared_length, self._taken)
-
-    def release(self) -> None:
-        """Let go of the cache: the caller's stream may live on."""
-        if self.is_begun:
-            self.is_begun = False
-            del self.cache
-
-    def take(self, logits: np.ndarray, began: float) -> None:
-        """Draw the next token from each row (rows, vocab), as long as the one before was the draft's."""
-        answer, pieces, drawn = self.answer, [], 0
-        for row in logits:
-            token = self.sampler.choose(row)
-            is_hit = self._append(token)
-            pieces.append(answer.add(token))
-            drawn += 1
-            if answer.finish_reason or not is_hit:
-                break
-        answer.timings.note(len(logits) - 1, drawn - 1, self.request.started, began)
-        self.events.extend(piece for piece in pieces if piece)
-        if answer.finish_reason:
-            self.finish()
-
-    def finish(self) -> None:
-        piece, generation = self.answer.finish()
-        self.events.extend((piece, generation) if piece else (generation,))
-        self.is_over = True
-
-    def fail(self, error: Exception) -> None:
-        """End with an error, unless the end is there already; what the cache holds is not to be trusted."""
-        if not self.is_over and Generation not in map(type, self.events):
-            self.events.append(error)
-        self.is_over = True
-        self.release()
-
-    def _append(self, token: int) -> bool:
-        """Add a token; whether it is the draft's."""
-        if not self.is_decoding:
-            self.drafter = Drafter(self.ids, self.count) if self.request.speculate else None
-            self.is_decoding = True
-        self.count += 1
-        if self.drafter:
-            return self.drafter.add(token)
-        self.ids[self.count - 1] = token
-        return False
-
-
-class _Part(NamedTuple):
+class StepPart(NamedTuple):
     """A sequence's share of a step."""
 
-    sequence: _Sequence
+    sequence: SequenceState
     ids: np.ndarray  # its next tokens, int32 (tokens,)
-    rows: int  # how many of them, the last ones, give logits: the newest known and the drafted
+    rows: int  # how many of them, from the end, give logits: the newest known token and the drafted ones
 
 
 class Scheduler:
-    """The sequences of one model, waiting and running.
+    """The waiting and running sequences of one model. `submit`, `cancel` and `step` may be called from any thread.
 
     Attributes:
-        model: what the steps are run on.
+        model: runs the steps.
     """
 
-    def __init__(self, model: Model, limits: Limits) -> None:
+    def __init__(self, model: Model, limits: SequenceLimits) -> None:
         self.model = model
         self._limits = limits
         config = model.config
         block = SequenceCache(config, BLOCK, limits.kv_dtype, BLOCK).nbytes
-        self._room = limits.cache_memory // block * BLOCK  # positions of all sequences, kept ones too
+        self._room = limits.cache_memory // block * BLOCK  # positions of all sequences and kept caches
         self._kept = PrefixCache(limits.prefix_memory // block * BLOCK, config.rope, config.head_dim)
         self._times = StepTimes()
         self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
-        self._waiting: deque[_Sequence] = deque()
-        self._prompts: list[_Sequence] = []  # that run and have no token yet, in order of arrival
-        self._decoding: list[_Sequence] = []  # that have one
-        self._lock = threading.RLock()  # guards the queue, and who steps; who does has the rest
-        self._changed = threading.Condition(self._lock)  # not for `with`, which is Python code here
+        self._waiting: deque[SequenceState] = deque()
+        self._prompts: list[SequenceState] = []  # running, without a token yet, in order of arrival
+        self._decoding: list[SequenceState] = []  # running, with a token
+        # The lock protects `_waiting` and `_is_stepping`. The thread that is stepping owns everything else.
+        self._lock = threading.RLock()
+        # Only wait and notify: `with` on a Condition runs Python code, where Ctrl-C could leave the lock taken.
+        self._changed = threading.Condition(self._lock)
         self._is_stepping = False
 
-    def submit(self, request: Request, answer: Answer) -> Stream:
-        """Queue a request; its answer comes as somebody waits for it.
+    def submit(self, sequence: SequenceState) -> None:
+        """Queue a sequence. Its events come as steps are run.
+
+        The caller must be able to cancel it even if this is interrupted, for it may be queued already.
 
         Raises:
             InputError: it can never fit the memory for keys and values.
         """
-        if request.declared_length > self._room:
+        declared = sequence.request.declared_length
+        if declared > self._room:
             raise InputError(
                 "max_tokens",
                 f"up to {self._room} tokens with the prompt, for which there is memory",
-                f"{request.declared_length}",
-                "try fewer (--max-tokens, --context), smaller keys and values (--kv-cache int8, in Python kv_dtype), or there more cache_memory",
+                f"{declared}",
+                "try fewer (--max-tokens, --context), int8 keys and values (--kv-cache int8, in Python kv_dtype) "
+                "or, in Python, more cache_memory",
             )
-        sequence = _Sequence(request, answer)
-        stream = Stream(self, sequence)  # first: what is queued must have somebody who can close it
-        if answer.finish_reason:  # no room for an answer
+        if sequence.answer.finish_reason:  # no room for an answer
             sequence.finish()
         else:
             with self._lock:
                 self._waiting.append(sequence)
-        return stream
 
-    def cancel(self, sequence: _Sequence) -> None:
-        """End a sequence; what its cache holds is kept for others."""
+    def cancel(self, sequence: SequenceState) -> None:
+        """End a sequence. Its cache is kept for others."""
         if sequence.is_over:
             return
         sequence.is_over = True
         with self._lock:
-            if not self._is_stepping:  # else who steps does it
+            if not self._is_stepping:  # else the thread that is stepping does it
                 self._sweep()
             self._changed.notify_all()
 
-    def advance(self, sequence: _Sequence) -> None:
-        """Run a step, or wait while another thread runs one, unless the sequence has an event or ended.
+    def step(self, reader: SequenceState | None = None) -> bool:
+        """Run one step of the model for all sequences; return whether work remains.
 
-        An interrupt can come wherever a function begins or returns, so that of all here only plain
-        assignments and the lock's own `with` are sure to happen.
+        A server's thread calls this while it returns True, and hands out the events after each call. It should be the
+        only one that steps. Where several threads do, they take turns: a call waits while another one runs.
+
+        Args:
+            reader: the sequence whose next event the caller waits for. If it has one or is over, now or after a wait,
+                no step is run.
         """
+        # An interrupt can come wherever a function begins or returns. Only plain assignments and the lock's own
+        # `with` are sure to happen.
         is_mine = False
         try:
             with self._lock:
-                while self._is_stepping and not sequence.events and not sequence.is_over:
+                while self._is_stepping and not _is_served(reader):
                     self._changed.wait()
-                if sequence.events or sequence.is_over:
-                    return
-                is_mine = self._is_stepping = True
-            self._step()
+                if not _is_served(reader):
+                    is_mine = self._is_stepping = True
+            if is_mine and (parts := self._schedule()):
+                began = time.perf_counter()
+                logits = self._run(parts)
+                self._deliver(parts, logits, began)
         finally:
             if is_mine:
                 try:
@@ -254,30 +144,21 @@ class Scheduler:
                         self._is_stepping = False
                         with self._lock:
                             self._changed.notify_all()
+        return bool(self._waiting or self._running())
 
-    def _sweep(self) -> None:
-        """Let go of the sequences that are over."""
-        over = [s for s in self._running() if s.is_over]
-        if not over:
-            return
-        self._prompts = [s for s in self._prompts if s not in over]
-        self._decoding = [s for s in self._decoding if s not in over]
-        for sequence in over:
-            if sequence.is_begun:
-                prefix = sequence.prefix()
-                self._kept.keep(prefix._replace(ids=prefix.ids.copy()))
-            sequence.release()
-
-    def _running(self) -> list[_Sequence]:
-        return self._decoding + self._prompts
-
-    def _step(self) -> None:
-        """One step of the model over whatever there is."""
+    def _schedule(self) -> list[StepPart]:
+        """Let waiting sequences in; return the parts of the next step."""
         if self._waiting:
             self._admit()
-        parts = self._plan()
-        if not parts:
-            return
+        self._draft()
+        parts = []
+        for s in self._decoding:
+            if not s.is_over:  # an over one may have no cache: an interrupted sweep leaves it here
+                parts.append(StepPart(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
+        return parts + self._plan_prompts(MIXED_CHUNK if self._decoding else PREFILL_CHUNK)
+
+    def _run(self, parts: list[StepPart]) -> np.ndarray:
+        """Run the model; return the logits of all parts, one after the other: (rows, vocab)."""
         rows, tokens = [], 0
         for part in parts:
             tokens += len(part.ids)
@@ -297,18 +178,18 @@ class Scheduler:
                     part.sequence.answer.timings.prefill_seconds += seconds
         else:
             self._times.add(len(rows), seconds)
-        self._hand_out(parts, logits, began)
+        return logits
 
-    def _hand_out(self, parts: list[_Part], logits: np.ndarray, began: float) -> None:
-        """Give each sequence its rows."""
+    def _deliver(self, parts: list[StepPart], logits: np.ndarray, began: float) -> None:
+        """Give each sequence its rows of logits to draw from."""
         first = 0
         for sequence, _, rows in parts:
             if rows and not sequence.is_over:
                 try:
                     sequence.take(logits[first : first + rows], began)
-                except Exception as error:  # its own: the others go on
+                except Exception as error:  # it ends this sequence alone
                     sequence.fail(error)
-                except BaseException:  # an interrupt with a token half taken
+                except BaseException:  # an interrupt, with a token half taken
                     sequence.fail(RunError("generation: interrupted"))
                     raise
             first += rows
@@ -317,8 +198,24 @@ class Scheduler:
             prompts = [s for s in self._prompts if not s.is_decoding]
             self._decoding, self._prompts = decoding, prompts  # no call between, so no interrupt
 
+    def _sweep(self) -> None:
+        """Let go of the sequences that are over."""
+        over = [s for s in self._running() if s.is_over]
+        if not over:
+            return
+        self._prompts = [s for s in self._prompts if s not in over]
+        self._decoding = [s for s in self._decoding if s not in over]
+        for sequence in over:
+            if sequence.is_begun:
+                prefix = sequence.prefix()
+                self._kept.keep(prefix._replace(ids=prefix.ids.copy()))
+            sequence.release()
+
+    def _running(self) -> list[SequenceState]:
+        return self._decoding + self._prompts
+
     def _admit(self) -> None:
-        """Let waiting sequences in, first come, first served; kept caches give way as they begin."""
+        """Let waiting sequences in, first come, first served. Kept caches give way only when one begins."""
         running = self._running()
         used, count = sum(s.positions for s in running), len(running)
         while self._waiting and count < self._limits.sequences:
@@ -332,27 +229,8 @@ class Scheduler:
             del self._waiting[0]
             used, count = used + sequence.positions, count + 1
 
-    def _plan(self) -> list[_Part]:
-        """What the next step takes in."""
-        self._draft()
-        parts = []
-        for s in self._decoding:
-            if not s.is_over:  # else it may have no cache, where an interrupt came in the way of the sweep
-                parts.append(_Part(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
-        budget = MIXED_CHUNK if self._decoding else PREFILL_CHUNK
-        for s in self._prompts:
-            if not budget:
-                break
-            if s.is_over or not (s.is_begun or self._begin(s)):
-                continue  # others need not wait for what it waits for
-            start = s.settle()
-            stop = min(s.count, start + budget)
-            parts.append(_Part(s, s.ids[start:stop], int(stop == s.count)))
-            budget -= stop - start
-        return parts
-
     def _draft(self) -> None:
-        """Draft as much as pays; beside a prompt the step has work enough without."""
+        """Draft as many tokens as pay. A step with a prompt drafts none: it has work enough."""
         sequences = len(self._decoding)
         most = 0 if self._prompts or not sequences else (DECODE_ROWS - sequences) // sequences
         drafts = []
@@ -368,19 +246,61 @@ class Scheduler:
             for s in self._decoding:
                 s.drafted = min(s.drafted, length)
 
-    def _begin(self, sequence: _Sequence) -> bool:
-        """Give a sequence its cache; False if it had better wait for what another one is taking in."""
-        request, config, adapter = sequence.request, self.model.config, sequence.request.adapter
-        ids, declared = request.ids[:-1], request.declared_length  # one is left, for the logits
-        found, shared, others = None, 0, [s for s in self._running() if s.is_begun]
-        if self._limits.prefix_memory:
-            found, shared = self._kept.find(ids, declared, [s.prefix() for s in others], adapter)
-            for other in others:
+    def _plan_prompts(self, budget: int) -> list[StepPart]:
+        """Return the prompts' parts of the next step, in order of arrival, with up to `budget` tokens."""
+        parts = []
+        for s in self._prompts:
+            if not budget:
+                break
+            if s.is_over:
+                continue
+            if not s.is_begun:
+                found, shared = self._find_prefix(s)
+                if self._is_longer_prefix_coming(s, shared):
+                    continue  # it waits for that, but those behind it need not wait
+                try:
+                    self._begin(s, found, shared)
+                except RunError as error:
+                    s.fail(error)
+                    continue
+            start = s.settle()
+            stop = min(s.count, start + budget)
+            parts.append(StepPart(s, s.ids[start:stop], int(stop == s.count)))
+            budget -= stop - start
+        return parts
+
+    def _begun(self) -> list[SequenceState]:
+        return [s for s in self._running() if s.is_begun]
+
+    def _find_prefix(self, sequence: SequenceState) -> tuple[Prefix | None, int]:
+        """Return the kept or running cache with the longest common beginning, and the length of that."""
+        if not self._limits.prefix_memory:
+            return None, 0
+        request, running = sequence.request, [s.prefix() for s in self._begun()]
+        ids = request.ids[:-1]  # the last one must be computed, for its logits
+        return self._kept.find(ids, request.declared_length, running, request.adapter)
+
+    def _is_longer_prefix_coming(self, sequence: SequenceState, shared: int) -> bool:
+        """Return whether a running prompt will soon share a beginning much longer than `shared`."""
+        if not self._limits.prefix_memory:
+            return False
+        request = sequence.request
+        for other in self._begun():
+            if not other.is_decoding:
                 whole = other.prefix()._replace(ids=other.request.ids)
-                coming = self._kept.shared(whole, ids, declared, adapter)
-                if not other.is_decoding and coming >= shared + SHORTEST:
-                    return False
-        room = self._room - sum(s.positions for s in others) - sequence.positions
+                coming = self._kept.shared(whole, request.ids[:-1], request.declared_length, request.adapter)
+                if coming >= shared + SHORTEST:
+                    return True
+        return False
+
+    def _begin(self, sequence: SequenceState, found: Prefix | None, shared: int) -> None:
+        """Give a sequence its cache, with the first `shared` tokens of `found`. Kept caches give way to it.
+
+        Raises:
+            RunError: there is no memory for it.
+        """
+        config, declared = self.model.config, sequence.request.declared_length
+        room = self._room - sum(s.positions for s in self._begun()) - sequence.positions
         cache, taken = None, 0
         if found and (cache := self._kept.take(found, shared, declared, room)):
             taken = found.positions
@@ -390,11 +310,13 @@ class Scheduler:
             try:
                 cache = SequenceCache(config, capacity, self._limits.kv_dtype, declared)
             except MemoryError:
-                sequence.fail(RunError("memory", f"room for keys and values of {capacity} tokens"))
-                return False
-            cache.adapter = adapter
-            if found:  # even where it just gave way: it is there until it has been copied
+                raise RunError("memory", f"room for keys and values of {capacity} tokens") from None
+            cache.adapter = sequence.request.adapter
+            if found:  # it can be copied even if it just gave way: `found` still holds it
                 cache.copy_prefix(found.cache, shared)
         cache.length = shared
         sequence.begin(cache, taken, config.vocab_size)
-        return True
+
+
+def _is_served(reader: SequenceState | None) -> bool:
+    return reader is not None and (bool(reader.events) or reader.is_over)

@@ -1,13 +1,13 @@
-"""Stop strings in a stream of text, found even where they are cut across pieces."""
+"""Finds stop strings in a stream of text, even across pieces."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; holds back what may be the beginning of one.
+    """Passes text on up to the first stop string, and holds back what may be the beginning of one.
 
     Attributes:
-        found: a stop string has come; nothing more is let through.
+        found: a stop string has come; no more text is passed on.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -16,7 +16,7 @@ class StopStrings:
         self._held = ""
 
     def add(self, text: str) -> str:
-        """The text that may be shown now."""
+        """Add text; return what can be shown now."""
         if not self._stops or self.found:
             return "" if self.found else text
         self._held += text
@@ -27,11 +27,11 @@ class StopStrings:
         return self._release(len(self._held) - self._open_length())
 
     def finish(self) -> str:
-        """What was held back, when no more text comes."""
+        """Return what was held back; no more text comes."""
         return "" if self.found else self._release(len(self._held))
 
     def _open_length(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
+        """Return the length of the longest end of the held text that a stop string begins with."""
         longest = min(len(self._held), max(map(len, self._stops)) - 1)
         return next((n for n in range(longest, 0, -1) if self._begins_stop(self._held[-n:])), 0)
 

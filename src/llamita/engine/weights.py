@@ -1,7 +1,7 @@
-"""From a source of weights to native ones, repacked once into the kernels' order.
+"""Repacks the weights of a model once, at load, into the order of the kernels.
 
-Layers that read the same input (q, k, v; gate, up) become one native layer, so that a token passes
-through four products a block instead of seven. Float weights stay where they are, on the mapped file.
+Layers that read the same input (q, k, v; gate, up) become one native layer, so that a block costs four products
+instead of seven. Float weights are not copied: they stay in the mapped file.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from llamita.numerics.hadamard import core_signs, factor
 
 @dataclass(frozen=True)
 class Part:
-    """Native weights of one kind that fill the columns `start` to `stop` of their layer's output.
+    """Native weights of one kind, which compute the columns `start` to `stop` of their layer's output.
 
-    Gated, they are all of their layer and fill the first half of these.
+    Gated weights are the only part of their layer and fill the first half of the columns.
     """
 
     weights: _native.Weights
     bias: np.ndarray | None  # float32 (stop - start,)
     start: int
     stop: int
-    is_quantized: bool  # whether it takes int8 activations
+    is_quantized: bool  # it takes int8 activations
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer, or several fused: a single part unless their kinds differ."""
+    """One linear layer or several fused ones, with a single part unless their kinds differ."""
 
     parts: tuple[Part, ...]
     takes_codes: bool  # some part takes int8 activations
@@ -38,13 +38,13 @@ class Linear:
 
     @property
     def is_gated(self) -> bool:
-        """Whether gate and up are one, and only silu(gate) · up comes out."""
+        """True if gate and up are one product, of which only silu(gate) · up comes out."""
         return self.parts[0].weights.gated
 
 
 @dataclass(frozen=True)
-class Block:
-    """One transformer block."""
+class BlockWeights:
+    """The weights of one transformer block."""
 
     attention_norm: np.ndarray  # float32 (hidden,)
     qkv: Linear
@@ -56,25 +56,24 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All weights of a model; with tied tables the head's are the embedding's."""
+    """All weights of a model. With tied tables the head is the embedding."""
 
     embedding: _native.Weights
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockWeights, ...]
     norm: np.ndarray  # float32 (hidden,)
     head: Linear
-    down_rotation: _native.Hadamard | None  # of what down projections read
-    head_transform: _native.Weights | None  # float (hidden, hidden), of what the head reads
+    down_rotation: _native.Hadamard | None  # R4, applied to the inputs of down projections
+    head_transform: _native.Weights | None  # float (hidden, hidden), applied to the inputs of the head
 
 
 def load_weights(source: ModelSource, gated: bool = True) -> ModelWeights:
-    """Read every weight and bring it into the kernels' form.
+    """Read and repack every weight.
 
     Args:
-        gated: let gate and up become one product, between whose parts and SwiGLU nothing can be added.
+        gated: compute gate, up and SwiGLU as one product. Then no adapter can add to gate or up.
 
     Raises:
-        InputError: a tensor whose shape is not the configuration's, or whose group size does not divide
-            its inputs.
+        InputError: a tensor does not have the configuration's shape, or its group size does not divide its inputs.
     """
     config = source.config
     tables = (config.vocab_size, config.hidden_size)
@@ -95,7 +94,7 @@ def load_weights(source: ModelSource, gated: bool = True) -> ModelWeights:
 
 
 def down_rotation(inputs: int) -> _native.Hadamard:
-    """R4: the transform of as many inputs, whose inverse is in every down projection."""
+    """Return R4 for down projections of this many inputs, whose weights hold the inverse transform."""
     core, _ = factor(inputs)
     return _native.Hadamard(inputs, core_signs(core) if core > 1 else None)
 
@@ -110,20 +109,20 @@ def _head_transform(source: ModelSource) -> _native.Weights | None:
 
 
 def load_head(source: ModelSource) -> Linear:
-    """The head, where it is not tied to the embedding; errors as in `load_weights`."""
+    """Read a head that is not tied to the embedding; errors as in `load_weights`."""
     shape = (source.config.vocab_size, source.config.hidden_size)
     return _linear(source, {"lm_head": shape}, has_bias=False)
 
 
-def load_block(source: ModelSource, index: int, gated: bool = True) -> Block:
-    """One transformer block; errors as in `load_weights`."""
+def load_block(source: ModelSource, index: int, gated: bool = True) -> BlockWeights:
+    """Read one transformer block; errors as in `load_weights`."""
     config, prefix = source.config, f"model.layers.{index}"
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
 
     def fused(*names: str, gated: bool = False) -> Linear:
         return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated)
 
-    return Block(
+    return BlockWeights(
         attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
         qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         attention_out=fused("self_attn.o_proj"),
@@ -136,10 +135,7 @@ def load_block(source: ModelSource, index: int, gated: bool = True) -> Block:
 def _linear(
     source: ModelSource, shapes: dict[str, tuple[int, int]], has_bias: bool = True, gated: bool = False
 ) -> Linear:
-    """The named layers as one: neighbours of the same kind are packed together.
-
-    Two int4 layers of the same kind are packed as gate and up if `gated`.
-    """
+    """Read the named layers as one. Neighbours of the same kind are packed together, as gate and up if `gated`."""
     groups: list[list[str]] = []
     kinds: list[tuple[object, ...]] = []
     weights = {}
@@ -166,7 +162,7 @@ def _linear(
 
 
 def _kind(name: str, weight: Int4Weight | Int8Weight | np.ndarray, shape: tuple[int, int]) -> tuple[object, ...]:
-    """What must agree for two layers to be packed together; the shape is checked on the way."""
+    """Check the shape of a weight; return what must be equal in layers that are packed together."""
     if isinstance(weight, Int4Weight):
         found = (weight.packed.shape[0], weight.packed.shape[1] * 8)  # 8 codes in an int32
         kind = ("int4", weight.group_size, weight.scales.dtype)
@@ -182,7 +178,7 @@ def _kind(name: str, weight: Int4Weight | Int8Weight | np.ndarray, shape: tuple[
     else:
         found, kind = weight.shape, ("float", weight.dtype)
     if found != shape:
-        raise InputError(f"{name}.weight", f"shape {shape} from config.json", f"{found}")
+        raise InputError(f"{name}.weight", f"shape {shape}, by config.json", f"{found}")
     return kind
 
 
