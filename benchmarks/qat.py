@@ -24,7 +24,8 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
 from llamita.train.data import Data, load_data
-from llamita.train.finetune import Job, quiet, train
+from llamita.train.finetune import quiet, train
+from llamita.train.job import FinetuneJob
 from llamita.train.measures import example_losses
 from llamita.train.recipe import Recipe, adapter_place, parse_recipe
 from llamita.train.save import save_adapters, save_float, save_packed
@@ -93,8 +94,7 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path,
     if begun.exists():
         for kept in begun.with_name(f"{begun.name}-work").glob("stage-1.*"):
             shutil.copy(kept, work)
-    calibration = data.calibration("data", 128)
-    trained = train(Job(source, recipe, data.rows, data.held_out, work, seed=seed, calibration=calibration))
+    trained = train(FinetuneJob(source, recipe, data, place, data_name="data", seed=seed), work)
     with quiet():
         if not recipe.is_quantized:
             partial = fresh(place.with_name(f"{place.name}-partial"))

@@ -20,8 +20,10 @@ from llamita.numerics.affine import quantize_activations as activations
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.rounded import RoundedSource
+from llamita.train.data import Data
 from llamita.train.examples import IGNORED, Windows
-from llamita.train.recipe import Recipe, Stage, change, parse_recipe
+from llamita.train.job import FinetuneJob
+from llamita.train.recipe import Recipe, Stage, change, parse_recipe, read_recipe
 
 torch = pytest.importorskip("torch", reason="training is on the Torch side")
 pytest.importorskip("trl", reason="training is on the Torch side")
@@ -49,10 +51,20 @@ def recipe_of(**values: Any) -> Recipe:
     return parse_recipe({"stages": [stage], "save_every": 2})
 
 
-def job_of(path: Path, work: Path, recipe: Recipe, **values: Any) -> finetune.Job:
-    """Of a tiny model."""
+def data_of(rows: Windows, held_out: Windows) -> Data:
+    """Rows as if they came from a file."""
+    return Data(rows, held_out, learned=len(rows.ids), measured=(), note=None, sha256="0" * 64)
+
+
+def job_of(path: Path, work: Path, recipe: Recipe, data: Data | None = None, **values: Any) -> FinetuneJob:
+    """A job on a tiny model; it trains in the directory `work`."""
     work.mkdir(exist_ok=True)
-    return finetune.Job(Checkpoint(path), recipe, rows_of(12), rows_of(3, seed=1), work, **values)
+    return FinetuneJob(Checkpoint(path), recipe, data or data_of(rows_of(12), rows_of(3, seed=1)), work, **values)
+
+
+def train(job: FinetuneJob) -> finetune.Trained:
+    """Train in the directory that `job_of` has made."""
+    return finetune.train(job, job.out)
 
 
 def codes_and_scales(weight: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -197,9 +209,9 @@ def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
 
 def test_training_in_float_lowers_the_loss_and_saves_a_checkpoint(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
-    job = job_of(path, tmp_path / "work", recipe_of(steps=8))
-    job.held_out = job.rows  # what is learned is measured: random rows have nothing in common
-    trained = finetune.train(job)
+    data = data_of(rows_of(12), rows_of(12))  # what is learned is measured: random rows have nothing in common
+    job = job_of(path, tmp_path / "work", recipe_of(steps=8), data)
+    trained = train(job)
     before, after = trained.held_out_losses
     assert after < before - 0.1
     (tmp_path / "out").mkdir()
@@ -220,12 +232,11 @@ def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
 ) -> None:
     path = make_checkpoint(tmp_path / "model", family)
     recipe = replace(recipe_of(quantized=True, distill=0.5), start=start)
-    calibration = Calibration("rows", "0" * 64, rows_of(8, 64).ids.astype(np.int32))
-    job = job_of(path, tmp_path / "work", recipe, calibration=calibration)
-    trained = finetune.train(job)
+    job = job_of(path, tmp_path / "work", recipe)
+    trained = train(job)
     scheme = finetune.scheme_of(job.recipe)
     out = tmp_path / "out"
-    save_packed(trained.model, job.source, "tiny", out, scheme, job.work, {}, overwrite=False)
+    save_packed(trained.model, job.source, "tiny", out, scheme, job.out, {}, overwrite=False)
     packed = PackedModel(out)
     assert packed.rotations.names == (("R4",) if start == "llamita" else ())
     changed = 0
@@ -248,7 +259,7 @@ def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_checkpoint(tmp_path / "model")
     recipe = replace(recipe_of(quantized=True, distill=0.5, steps=6), save_every=2)
-    whole = finetune.train(job_of(path, tmp_path / "whole", recipe))
+    whole = train(job_of(path, tmp_path / "whole", recipe))
 
     def stop(what: str, done: int, total: int) -> None:
         del what, total
@@ -256,35 +267,35 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune.train(job_of(path, tmp_path / "killed", recipe, progress=stop))
+        train(job_of(path, tmp_path / "killed", recipe, progress=stop))
     (tmp_path / "killed" / "stage-1" / "checkpoint-6").mkdir()  # cut short, without its state
     torn = tmp_path / "killed" / "stage-1" / "checkpoint-5"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"epoch": ')
-    again = finetune.train(job_of(path, tmp_path / "killed", recipe))
+    again = train(job_of(path, tmp_path / "killed", recipe))
     assert again.held_out_losses[-1] == whole.held_out_losses[-1]
     for name, parameter in again.model.named_parameters():
         assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
-    done = finetune.train(job_of(path, tmp_path / "killed", recipe))  # nothing left to do
+    done = train(job_of(path, tmp_path / "killed", recipe))  # nothing left to do
     assert done.held_out_losses == again.held_out_losses
 
 
 def test_rounding_begins_after_the_given_steps(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
-    late = finetune.train(job_of(path, tmp_path / "late", recipe_of(quantized=True, fake_quant_after=3)))
-    plain = finetune.train(job_of(path, tmp_path / "plain", recipe_of()))
+    late = train(job_of(path, tmp_path / "late", recipe_of(quantized=True, fake_quant_after=3)))
+    plain = train(job_of(path, tmp_path / "plain", recipe_of()))
     losses = [[row["loss"] for row in run.history if "loss" in row] for run in (late, plain)]
     np.testing.assert_allclose(losses[0][:3], losses[1][:3], rtol=0.02)  # weights beyond the last code begin at it
     assert losses[0][3] != pytest.approx(losses[1][3], abs=1e-4)  # rounded
     with pytest.raises(InputError, match="fake_quant_after: expected less than its 4 steps, got 4"):
-        finetune.train(job_of(path, tmp_path / "never", recipe_of(quantized=True, fake_quant_after=4)))
+        train(job_of(path, tmp_path / "never", recipe_of(quantized=True, fake_quant_after=4)))
 
 
 def test_adapters_learn_beside_a_model_that_stays(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
     recipe = recipe_of(train="adapters", quantized=True, targets=["q_proj", "down_proj"], rank=4, alpha=8)
     job = job_of(path, tmp_path / "work", recipe)
-    trained = finetune.train(job)
+    trained = train(job)
     moved = {n for n, p in trained.model.named_parameters() if p.requires_grad}
     assert len(moved) == 2 * 2 * 2
     assert all("lora_" in name for name in moved)
@@ -301,13 +312,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("llamita.train.trainer.loss_sum", poisoned)
     job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
     with pytest.raises(InputError, match="expected a finite loss, got nan at step 1; try --set learning_rate="):
-        finetune.train(job)
+        train(job)
 
 
 def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
     """Random rows are learned by heart, so that others only get worse."""
     recipe = replace(recipe_of(steps=40), evaluate_every=1, patience=3)
-    trained = finetune.train(job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe))
+    trained = train(job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe))
     by_step = {row["step"]: row["eval_loss"] for row in trained.history if "eval_loss" in row and row["step"]}
     losses = list(by_step.values())
     assert list(by_step) == list(range(1, len(losses) + 1))
@@ -317,10 +328,10 @@ def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
 
 
 def test_nothing_to_learn_is_told(tmp_path: Path) -> None:
-    job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
-    job.rows = rows_of(0)
+    nothing = data_of(rows_of(0), rows_of(3, seed=1))
+    job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of(), nothing)
     with pytest.raises(InputError, match="expected something to learn"):
-        finetune.train(job)
+        train(job)
 
 
 # ---- recipes --------------------------------------------------------------------------------------
@@ -339,6 +350,16 @@ def test_settings_change_a_recipe() -> None:
 def test_every_epoch_ends_with_what_is_left(rows: int, expected: int) -> None:
     stage = Stage(epochs=3, batch=16, micro_batch=4)
     assert stage.count_steps(rows) == expected
+
+
+def test_the_former_spelling_of_adapters_is_read(tmp_path: Path) -> None:
+    stage = {"steps": 2, "rank": 4}
+    expected = parse_recipe({"stages": [{"train": "adapters", **stage}]})
+    assert parse_recipe({"stages": [{"train": "adaptors", **stage}]}) == expected
+    (tmp_path / "mine.yaml").write_text("stages:\n  - train: adaptors\n    steps: 2\n    rank: 4\n")
+    assert read_recipe(str(tmp_path / "mine.yaml")) == expected
+    assert change(expected, ["train=adaptors"]) == expected
+    assert expected.to_dict()["stages"][0]["train"] == "adapters"
 
 
 def test_adapters_are_the_last_stage() -> None:

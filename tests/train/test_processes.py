@@ -144,12 +144,12 @@ def test_two_processes_with_parts_go_on_where_one_was_stopped(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Tell, "on_step_end", stop)
+        patch.setattr(trainer.ProgressReporter, "on_step_end", stop)
         assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 130
     two = ("finetune", model, "--data", data, "-o", tmp_path / "out", *options, "--shard")
     code, _, err = finished(started(2, "-m", "llamita", *two))
     assert code == 0, err
-    assert err.count("going on where an earlier run was") == 1
+    assert err.count("resuming an earlier run") == 1
     records = [json.loads((tmp_path / name / "llamita.json").read_text("utf-8")) for name in ("out", "whole")]
     found, expected = (record["settings"]["losses"] for record in records)
     assert found == pytest.approx(expected, rel=1e-5)  # the codes that one process chose were kept
@@ -172,11 +172,11 @@ import copy
 import sys
 from pathlib import Path
 import torch
-from llamita.system import processes
+from llamita.system import collectives
 from llamita.train.finetune import load_float
 from llamita.train.sharding import keep, optimizer_state, restore, restore_optimizer, shard
 
-processes.join(60)
+collectives.join(60)
 models = [load_float(Path(sys.argv[1])) for _ in range(2)]
 with torch.no_grad():
     for parameter in models[1].parameters():
@@ -188,7 +188,7 @@ for model in models:
 held = sum(p.to_local().numel() for p in models[0].parameters())
 assert held == sum(p.numel() for p in models[0].parameters()) / 2, held
 keep(models[0], Path(sys.argv[2]))
-processes.wait()
+collectives.wait()
 restore(models[1], Path(sys.argv[2]))
 ids = torch.arange(12)[None]
 for _ in range(2):
@@ -198,7 +198,7 @@ for _ in range(2):
 state = [optimizer_state(optimizers[0])]
 torch.distributed.broadcast_object_list(state)
 keep(models[0], Path(sys.argv[2]))
-processes.wait()
+collectives.wait()
 restore(models[1], Path(sys.argv[2]))
 restore_optimizer(optimizers[1], copy.deepcopy(state[0]))
 losses = []

@@ -25,8 +25,8 @@ from llamita.system.machine import MemoryWatch
 from llamita.system.staging import check_target
 from llamita.system.threads import use_threads
 from llamita.train.data import Data, load_data, with_preferences
+from llamita.train.job import FinetuneJob
 from llamita.train.memory import expected_memory
-from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adapter_place, change, read_recipe
 from llamita.train.start import parse_start
 from llamita.train.tasks import TASKS
@@ -107,8 +107,9 @@ def command(
         if dry_run or out is None:
             shards = processes.world() if shard else 1
             return _print_plan(found, chosen, source.config, shards, json) if is_first else None
-        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite, shard)
-        result = _train(load_optional(RUN, _LACKING), order, progress)
+        job = FinetuneJob(source, chosen, found, out, base, data, task, other, seed, report_to, overwrite, shard,
+                          progress)  # fmt: skip
+        result = _train(load_optional(RUN, _LACKING), job)
     if is_first:
         _print_result(out, result, json)
         _note_few_steps(found, chosen)
@@ -210,14 +211,14 @@ def _open_float(name: str, option: str) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> dict[str, Any]:
-    """Run the order, and say how long it took."""
-    if processes.rank() == 0 and has_kept_work(order.out):
-        or_not = ", if its settings were these" if order.overwrite else ""
-        console.note(f"{order.out}: going on where an earlier run was{or_not}")
+def _train(run: Callable[[FinetuneJob], dict[str, Any]], job: FinetuneJob) -> dict[str, Any]:
+    """Run the job and measure its time and memory."""
+    if processes.rank() == 0 and has_kept_work(job.out):
+        condition = " if its settings are the same" if job.overwrite else ""
+        console.note(f"{job.out}: resuming an earlier run{condition}")
     began, watch = time.perf_counter(), MemoryWatch()
     with watch:
-        result = run(order, progress)
+        result = run(job)
     return result | {"seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
 
 
@@ -262,15 +263,15 @@ def _note_few_steps(data: Data, recipe: Recipe) -> None:
                      "higher learning_rate")  # fmt: skip
 
 
-def _course(course: dict[str, Any]) -> str:
-    """How a stage went, in a line."""
-    rose = "; it rose: try a lower learning_rate" if course["last"] > course["first"] else ""
-    parts = [f"training loss {course['first']:.3f} to {course['last']:.3f}{rose}"]
-    if course["held_out"] is not None:
-        parts.append(f"held out {course['held_out']:.3f}")
-    if course["preferred"] is not None:
-        parts.append(f"{course['preferred']:.0%} of held-out pairs in order")
-    return f"stage {course['stage']}: {', '.join(parts)}"
+def _stage_line(stage: dict[str, Any]) -> str:
+    """Return a line with the losses of a stage, as `StageResult.to_dict` has them."""
+    rose = "; it rose: try a lower learning_rate" if stage["last"] > stage["first"] else ""
+    parts = [f"training loss {stage['first']:.3f} to {stage['last']:.3f}{rose}"]
+    if stage["held_out"] is not None:
+        parts.append(f"held out {stage['held_out']:.3f}")
+    if stage["preferred"] is not None:
+        parts.append(f"{stage['preferred']:.0%} of held-out pairs in order")
+    return f"stage {stage['stage']}: {', '.join(parts)}"
 
 
 def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
@@ -283,8 +284,8 @@ def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
     if rows:
         models = f"model, on {result['measured']:,} examples"
         console.print_table("Held-out examples", [models, "loss", *measures], rows)
-    for course in result["stages"]:
-        console.note(_course(course))
+    for stage in result["stages"]:
+        console.note(_stage_line(stage))
     rate = f"{result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else "nothing left to train"
     console.note(f"{rate}, {result['seconds']:,.0f} s, {result['memory_bytes'] / 1e6:,.0f} MB")
     console.note(f"try: {result['try']}")

@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 
 METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # and their recipes
 RECIPES = Path(__file__).parent / "recipes"
 TRAINS = ("weights", "adapters")
+_FORMER_TRAINS = {"adaptors": "adapters"}  # the former spelling, in recipes and records of earlier runs
 OBJECTIVES = ("answers", "preferences")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -229,8 +230,8 @@ def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
     for number, stage in enumerate(values["stages"], 1):
         place = f"{where}: stage {number}"
         if not isinstance(stage, dict):
-            raise InputError(f"{place}", "settings", f"{stage!r}")
-        stages.append(_made(Stage, stage, place))
+            raise InputError(place, "settings", shown(stage))
+        stages.append(_made(Stage, _renamed(stage), place))
     return _made(Recipe, values | {"stages": tuple(stages)}, where)
 
 
@@ -284,7 +285,12 @@ def _made(kind: Any, values: dict[str, Any], where: str) -> Any:
     try:
         return kind(**values)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise error.within(where) from None
+
+
+def _renamed(stage: dict[str, Any]) -> dict[str, Any]:
+    train = stage.get("train")
+    return stage | {"train": _FORMER_TRAINS[train]} if isinstance(train, str) and train in _FORMER_TRAINS else stage
 
 
 def _is_number(text: str) -> bool:

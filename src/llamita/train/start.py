@@ -39,7 +39,7 @@ def parse_start(text: str) -> tuple[Chain, dict[str, Any]]:
     try:
         chain = parse_chain(method)
     except InputError as error:
-        raise InputError(str(error).replace("--method", "start", 1)) from None
+        raise error.at("start") from None
     if chain.learns(settings):
         raise InputError("start", "no learned rotations", f"{text}", "try --set start=llamita")
     return chain, settings

@@ -167,8 +167,8 @@ def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
     return model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
 
 
-class Begin(TrainerCallback):
-    """Turns rounding on after a number of steps, also where a run goes on behind them."""
+class RoundingStart(TrainerCallback):
+    """Turns rounding on after a number of steps; a run that resumes later has it on at once."""
 
     def __init__(self, switch: Switch, after: int) -> None:
         self._switch, self._after = switch, after
@@ -193,8 +193,8 @@ class Patience(TrainerCallback):
             control.should_training_stop = True
 
 
-class Tell(TrainerCallback):
-    """Shows how far a run is, and ends one whose loss is no number."""
+class ProgressReporter(TrainerCallback):
+    """Reports the progress of a run, and ends a run whose loss is not finite."""
 
     def __init__(self, progress: Callable[[str, int, int], None] | None, tokens: int) -> None:
         self._progress, self._tokens = progress, tokens  # of a step, over all processes; 0 where they differ
@@ -241,7 +241,7 @@ def check_reporter(name: str) -> None:
         ) from None
 
 
-def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
+def answer_config(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
     """A stage's settings as transformers and TRL take them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
