@@ -1,4 +1,4 @@
-"""Training with rounding in the loop: what its layers compute, what is kept, what is converted."""
+"""Check training with rounding in the loop: what its layers compute, what is kept, what is converted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,25 +39,25 @@ LINEARS = [name for step in STEPS for name in step]
 
 
 def rows_of(count: int, length: int = 24, seed: int = 0) -> Windows:
-    """Random rows, two examples in each, all but the first tokens learned."""
+    """Return random rows, two examples in each; all but their first tokens are learned."""
     ids = np.random.default_rng(seed).integers(0, 256, (count, length))
     positions = np.tile(np.concatenate([np.arange(length // 2)] * 2), (count, 1))
     return Windows(ids, np.where(positions == 0, IGNORED, ids), positions)
 
 
 def recipe_of(**values: Any) -> Recipe:
-    """One stage of few steps."""
+    """Return a recipe of one stage of few steps."""
     stage = {"steps": 4, "batch": 4, "micro_batch": 2, "learning_rate": 1e-2, **values}
     return parse_recipe({"stages": [stage], "save_every": 2})
 
 
 def data_of(rows: Windows, held_out: Windows) -> Data:
-    """Rows as if they came from a file."""
+    """Return rows as if they came from a file."""
     return Data(rows, held_out, learned=len(rows.ids), measured=(), note=None, sha256="0" * 64)
 
 
 def job_of(path: Path, work: Path, recipe: Recipe, data: Data | None = None, **values: Any) -> FinetuneJob:
-    """A job on a tiny model; it trains in the directory `work`."""
+    """Return a job on a tiny model, which trains in the directory `work`."""
     work.mkdir(exist_ok=True)
     return FinetuneJob(Checkpoint(path), recipe, data or data_of(rows_of(12), rows_of(3, seed=1)), work, **values)
 
@@ -68,7 +68,7 @@ def train(job: FinetuneJob) -> finetune.Trained:
 
 
 def codes_and_scales(weight: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Of a packed weight: int8 (rows, columns), float32 (rows, groups)."""
+    """Return codes, int8 (rows, columns), and scales, float32 (rows, groups)."""
     if isinstance(weight, Int8Weight):
         scales = weight.scales if weight.scales.dtype == np.float32 else bf16_to_f32(weight.scales)
         return np.asarray(weight.codes), scales.reshape(-1, 1)
@@ -137,7 +137,7 @@ def test_an_embedding_rounds_the_rows_it_reads_and_passes_gradients() -> None:
 @pytest.mark.parametrize("family", ["llama2", "llama32"])
 @pytest.mark.parametrize("method", ["rtn", "qronos"])
 def test_a_prepared_model_has_the_codes_it_was_given(tmp_path: Path, family: str, method: str) -> None:
-    """Whatever method chose them; weights stay where they are if their nearest code is theirs."""
+    """Any method may have chosen them; weights stay where they are if their nearest code is theirs."""
     path = make_checkpoint(tmp_path / "model", family)
     tokens = rows_of(8, 64).ids.astype(np.int32)
     calibration = Calibration("rows", "0" * 64, tokens)
@@ -156,7 +156,7 @@ def test_a_prepared_model_has_the_codes_it_was_given(tmp_path: Path, family: str
         np.testing.assert_array_equal(codes_of(layer.weight, layer.scales, layer.bits), codes, err_msg=name)
     if method == "rtn":
         moved = [(p.detach() != before[name]).float().mean().item() for name, p in model.named_parameters()]
-        assert max(moved) < 0.05  # those beyond the last code alone
+        assert max(moved) < 0.05  # only those beyond the last code
 
 
 # ---- the loss -------------------------------------------------------------------------------------
@@ -227,9 +227,7 @@ def test_training_in_float_lowers_the_loss_and_saves_a_checkpoint(tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "start"), [("llama3", "rtn"), ("llama32", "rtn"), ("llama3", "llamita"), ("llama32", "llamita")]
 )
-def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
-    tmp_path: Path, family: str, start: str
-) -> None:
+def test_trained_codes_are_the_packed_models_and_both_compute_the_same(tmp_path: Path, family: str, start: str) -> None:
     path = make_checkpoint(tmp_path / "model", family)
     recipe = replace(recipe_of(quantized=True, distill=0.5), start=start)
     job = job_of(path, tmp_path / "work", recipe)
@@ -291,7 +289,7 @@ def test_rounding_begins_after_the_given_steps(tmp_path: Path) -> None:
         train(job_of(path, tmp_path / "never", recipe_of(quantized=True, fake_quant_after=4)))
 
 
-def test_adapters_learn_beside_a_model_that_stays(tmp_path: Path) -> None:
+def test_adapters_learn_while_the_model_stays(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
     recipe = recipe_of(train="adapters", quantized=True, targets=["q_proj", "down_proj"], rank=4, alpha=8)
     job = job_of(path, tmp_path / "work", recipe)
@@ -327,7 +325,7 @@ def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
     assert all(min(losses[i - 3 : i]) < min(losses[: i - 3]) for i in range(4, len(losses)))  # and not before
 
 
-def test_nothing_to_learn_is_told(tmp_path: Path) -> None:
+def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
     nothing = data_of(rows_of(0), rows_of(3, seed=1))
     job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of(), nothing)
     with pytest.raises(InputError, match="expected something to learn"):
@@ -364,12 +362,12 @@ def test_the_former_spelling_of_adapters_is_read(tmp_path: Path) -> None:
 
 def test_adapters_are_the_last_stage() -> None:
     for stages in (["adapters", "weights"], ["adapters", "adapters"]):
-        with pytest.raises(InputError, match="expected adapters once and, but for preferences, last"):
+        with pytest.raises(InputError, match="expected adapters once and, except for preferences, last"):
             parse_recipe({"stages": [{"train": train} for train in stages]})
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("batch", "expected NAME=VALUE"),
         ("2.batch=4", "expected a stage from 1 to 1, got '2'"),
@@ -381,9 +379,9 @@ def test_adapters_are_the_last_stage() -> None:
         ("targets=5", "targets: expected some of"),
         ("group_size=64.0", "group_size: expected 32, 64, 128, 256, got 64.0"),
         ("preset=none", "preset: expected arm, llama3.2, llamita"),
-        ("patience=2", "expected evaluate_every beside it"),
+        ("patience=2", "expected evaluate_every above 0, got 0"),
     ],
 )
-def test_a_wrong_setting_is_named(text: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_wrong_setting_is_named(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         change(recipe_of(), [text])

@@ -1,4 +1,4 @@
-"""`llamita finetune`: a model and data in; a tuned checkpoint, adapters or a 4-bit model out."""
+"""Fine-tune a model on data into a checkpoint, adapters or a 4-bit model: `llamita finetune`."""
 
 import os
 import time
@@ -12,7 +12,7 @@ import typer
 from llamita.commands import console
 from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
 from llamita.commands.sources import convert_first
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.imports.open import resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
@@ -33,7 +33,7 @@ from llamita.train.tasks import TASKS
 
 RUN = "llamita.train.run:run"
 _DEFAULT = "lora"  # of METHODS
-_FEW_STEPS = 20  # a note says when there are no more
+_FEW_STEPS = 20  # fewer steps than this give a note
 _LACKING = (
     "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' (in a checkout '.[torch]')"
 )
@@ -43,21 +43,21 @@ _Data = Annotated[str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, T
 _Preferences = Annotated[
     str | None, typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for a recipe's DPO stage.")
 ]
-_Task = Annotated[str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")]
-_Method = Annotated[str | None, typer.Option(help=f"What is trained: {', '.join(METHODS)}; {_DEFAULT} by default.")]
+_Task = Annotated[str | None, typer.Option(help=f"The kind of records: {', '.join(TASKS)}; by columns by default.")]
+_Method = Annotated[str | None, typer.Option(help=f"What to train: {', '.join(METHODS)}; {_DEFAULT} by default.")]
 _Recipe = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Every setting, in YAML, in place of --method.")]
 _Preset = Annotated[
     str | None, typer.Option(help=f"The scheme of a 4-bit result: {', '.join(PRESETS)}; the recipe's by default.")
 ]
 _Teacher = Annotated[
-    str | None, typer.Option(metavar="SRC", help="Whose answers a distilling stage learns; BASE by default.")
+    str | None, typer.Option(metavar="SRC", help="The float model that distilling stages learn from; BASE by default.")
 ]
 _Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A setting of the recipe, as learning_rate=1e-4; repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the recipe: learning_rate=1e-4; repeatable."),
 ]
-_Limit = Annotated[int | None, typer.Option(min=1, help="Records to read at most.")]
-_ReportTo = Annotated[str, typer.Option(help="As transformers takes it: none, tensorboard, wandb, ….")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Read at most this many records.")]
+_ReportTo = Annotated[str, typer.Option(help="Where transformers reports to: none, tensorboard, wandb, ….")]
 _Shard = Annotated[
     bool, typer.Option("--shard", help="Under torchrun: each process holds its part of the weights (FSDP2).")
 ]
@@ -116,20 +116,20 @@ def command(
 
 
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, *read: Path | None) -> None:
-    """See that what is made replaces nothing that is read, and leaves no adapters of an earlier OUT."""
+    """Check that OUT replaces nothing that is read, and that no adapters of an earlier OUT would remain."""
     if out is None:
         raise InputError("--out", "the directory to make", "none", "try -o NAME, or --dry-run")
     if not out.name:
-        raise InputError("--out", "a directory to make", f"{out}", "try -o NAME")
-    beside = adapter_place(out)
+        raise InputError("--out", "a directory to make", str(out), "try -o NAME")
+    adapters = adapter_place(out)
     has_two = recipe.is_quantized and recipe.has_adapters
     for path in read:
         check_target(out, overwrite, path)
         if has_two:
-            check_target(beside, overwrite, path)
-    if out.exists() and beside.exists() and not has_two:
-        raise InputError(f"--out: {beside} has the adapters of the {out.name} that would be replaced; "
-                         "try to remove it, or another name")  # fmt: skip
+            check_target(adapters, overwrite, path)
+    if out.exists() and adapters.exists() and not has_two:
+        problem = f"--out: {adapters} has the adapters of the {out.name} that would be replaced"
+        raise InputError(problem, hint="try removing it, or another name")
 
 
 def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path | None:
@@ -138,10 +138,9 @@ def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path 
     if not any(stage.distill for stage in recipe.stages):
         raise InputError("--teacher", "a stage that distils", "none", "try --set distill=0.5")
     teacher = _open_float(name, "--teacher")
-    if teacher.config.vocab_size != source.config.vocab_size:
-        raise InputError(
-            "--teacher", f"the {source.config.vocab_size:,} tokens of BASE", f"{teacher.config.vocab_size:,}"
-        )
+    expected, found = source.config.vocab_size, teacher.config.vocab_size
+    if found != expected:
+        raise InputError("--teacher", f"the {expected:,} tokens of BASE", f"{found:,}")
     return teacher.path
 
 
@@ -150,34 +149,30 @@ def _recipe(
     preferences: str | None,
 ) -> Recipe:  # fmt: skip
     if method is not None and method not in METHODS:
-        raise InputError("--method", f"one of {', '.join(METHODS)}", f"{method!r}")
+        raise InputError("--method", f"one of {', '.join(METHODS)}", shown(method))
     if method is not None and name is not None:
-        raise InputError("--recipe", "in place of --method", "both")
+        raise InputError("--recipe", "no --method", "both")
     if preset is not None and preset not in PRESETS:
-        raise InputError("--preset", f"one of {', '.join(PRESETS)}", f"{preset!r}")
+        raise InputError("--preset", f"one of {', '.join(PRESETS)}", shown(preset))
     if group_size is not None and group_size not in GROUP_SIZES:
-        raise InputError("--group-size", f"{', '.join(map(str, GROUP_SIZES))}", f"{group_size}")
+        raise InputError("--group-size", ", ".join(map(str, GROUP_SIZES)), str(group_size))
     recipe = _with_or_without(read_recipe(name or METHODS[method or _DEFAULT]), preferences)
     scheme = [f"preset={preset}"] if preset else []
     scheme += [f"group_size={group_size}"] if group_size else []
     changed = change(recipe, [*scheme, *settings])
     if scheme and not changed.is_quantized:
-        raise InputError(
-            "--preset, --group-size",
-            "with a method that gives a 4-bit model (qat)",
-            hint="try quantize on what this makes",
-        )
+        expected = "a method that makes a 4-bit model, such as qat"
+        raise InputError("--preset, --group-size", expected, hint="try quantize on the result")
     parse_start(changed.start)
     return changed
 
 
 def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
-    """A recipe's stages that there is data for."""
+    """Return the recipe without the stages that no data was given for."""
     if preferences is not None:
         if not recipe.prefers:
-            raise InputError(
-                "--preferences", "a recipe with a stage that learns from them", hint="try --recipe llama3.2-qat-lora"
-            )
+            expected = "a recipe with a stage that learns from them"
+            raise InputError("--preferences", expected, hint="try --recipe llama3.2-qat-lora")
         return recipe
     if all(stage.prefers for stage in recipe.stages):
         raise InputError("--preferences", "pairs of answers for this recipe", "none")
@@ -185,29 +180,26 @@ def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
 
 
 def _check_processes(recipe: Recipe, shard: bool) -> None:
-    (start, _), least = parse_start(recipe.start), min(stage.batch for stage in recipe.stages)
-    if least < processes.world():
-        raise InputError("batch", f"a row for each of {processes.world()} processes", f"{least}", "try fewer processes")
-    if start.tuning and processes.world() > 1:
-        raise InputError(
-            "start",
-            f"a single process for {start.tuning}",
-            f"{processes.world()}",
-            f"try --set start={replace(start, tuning=None)}",
-        )
-    if recipe.prefers and processes.world() > 1:
-        raise InputError("--preferences", "a single process", f"{processes.world()}", "try without torchrun")
-    if shard and processes.world() == 1:
+    world, (start, _) = processes.world(), parse_start(recipe.start)
+    least = min(stage.batch for stage in recipe.stages)
+    if least < world:
+        raise InputError("batch", f"a row for each of {world} processes", str(least), "try fewer processes")
+    if start.tuning and world > 1:
+        hint = f"try --set start={replace(start, tuning=None)}"
+        raise InputError("start", f"a single process for {start.tuning}", str(world), hint)
+    if recipe.prefers and world > 1:
+        raise InputError("--preferences", "a single process", str(world), "try without torchrun")
+    if shard and world == 1:
         raise InputError("--shard", "several processes", "one", "try torchrun --nproc-per-node N")
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(name, "").lower() == "true":
-            raise InputError(f"{name}", "accelerate to start processes and no more", hint="try --shard")
+            raise InputError(name, "accelerate to do nothing but start processes", hint="try --shard")
 
 
 def _open_float(name: str, option: str) -> Checkpoint:
     path = resolve(name)
     if (path / METADATA).exists():
-        raise InputError(f"{option}", "a float model", "a packed one", "try the one it was made from")
+        raise InputError(option, "a float model", "a packed one", "try the model that it was made from")
     return Checkpoint(path)
 
 
@@ -256,7 +248,7 @@ def _schedule(stage: Any, rows: int) -> str:
 
 
 def _note_few_steps(data: Data, recipe: Recipe) -> None:
-    """Say so where training will hardly change the model."""
+    """Print a note if training will hardly change the model."""
     steps = [stage.count_steps(len(data.rows.ids)) for stage in recipe.stages if not stage.prefers]
     if steps and max(steps) < _FEW_STEPS and all(stage.steps is None for stage in recipe.stages):
         console.note(f"few steps ({max(steps)}): little may be learned; try --set batch=4, more epochs or a "
