@@ -201,6 +201,11 @@ def test_adapters_fit_only_what_training_began_with(model: Path, data: Path, tmp
     capsys.readouterr()
     prompt = ("--prompt", "a", "--max-tokens", "1", "--adapter")
     assert run("generate", out, *prompt, tmp_path / "out-adapter") == 0
+    record = tmp_path / "out-adapter" / "llamita_training.json"
+    text = record.read_text("utf-8")
+    assert '"train": "adapters"' in text
+    record.write_text(text.replace('"train": "adapters"', '"train": "adaptors"'), "utf-8")  # the former spelling
+    assert run("generate", out, *prompt, tmp_path / "out-adapter") == 0
     capsys.readouterr()
     assert run("generate", out, *prompt, tmp_path / "float") == 2
     assert "expected a model whose channels are those of its source" in one_line(capsys)

@@ -256,7 +256,7 @@ def _note_few_steps(data: Data, recipe: Recipe) -> None:
 
 
 def _stage_line(stage: dict[str, Any]) -> str:
-    """Return a line with the losses of a stage, as `StageResult.to_dict` has them."""
+    """Return a line with the losses of a stage, which are those of `StageResult`."""
     rose = "; it rose: try a lower learning_rate" if stage["last"] > stage["first"] else ""
     parts = [f"training loss {stage['first']:.3f} to {stage['last']:.3f}{rose}"]
     if stage["held_out"] is not None:

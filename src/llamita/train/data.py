@@ -76,8 +76,7 @@ def load_data(
     if recipe.length > source.config.context:
         expected = f"at most {source.config.context} tokens, the model's context"
         raise InputError("length", expected, str(recipe.length), "try --set length=N")
-    tokenizer = Tokenizer(source.path, source.config)
-    template = _template(source, tokenizer)
+    tokenizer, template = _text_readers(source)
     conversations = [conversation(record, task) for record in read_data(name, limit)]
     examples = []
     for number, one in enumerate(conversations):
@@ -111,8 +110,7 @@ def with_preferences(
     Raises:
         InputError: a record is not a pair, or there are too few pairs.
     """
-    tokenizer = Tokenizer(source.path, source.config)
-    template = _template(source, tokenizer)
+    tokenizer, template = _text_readers(source)
     pairs, note = read_pairs(read_data(name, limit), tokenizer, template, recipe.length)
     learned, measured = _divide(pairs, recipe.held_out, seed, "--preferences")
     digest = hashlib.sha256(bytes.fromhex(data.sha256))
@@ -123,12 +121,12 @@ def with_preferences(
                    sha256=digest.hexdigest())  # fmt: skip
 
 
-def _template(source: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the model's chat template; None for a base model, which reads each turn on a line of its own."""
-    text = find_template(source.path)
+def _text_readers(source: Checkpoint) -> tuple[Tokenizer, ChatTemplate | None]:
+    """Return the model's tokenizer and chat template; a base model has none and reads each turn on its own line."""
+    tokenizer, text = Tokenizer(source.path, source.config), find_template(source.path)
     if text is None:
-        return None
-    return ChatTemplate(text, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        return tokenizer, None
+    return tokenizer, ChatTemplate(text, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
 def _divide(examples: list[T], share: float, seed: int, option: str = "--data") -> tuple[list[T], list[T]]:

@@ -1,7 +1,7 @@
 """Sum up the stages of a training from what was logged."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 _ENDS = 5  # steps; the first and the last loss are means of as many
@@ -22,10 +22,6 @@ class StageResult:
     last: float
     held_out: float | None
     preferred: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the values for JSON."""
-        return asdict(self)
 
 
 def _result(number: int, rows: list[dict[str, Any]]) -> StageResult:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _make(job: FinetuneJob, base: dict[str, Any], work: Path) -> dict[str, Any]:
     }  # fmt: skip
     with quiet(), writing(job.out):
         kind, hint = _save(trained, job, work, record)
-    stages = [result.to_dict() for result in stage_results(trained.history)]
+    stages = [asdict(result) for result in stage_results(trained.history)]
     return {"kind": kind, "try": hint, "losses": losses, "stages": stages,
             "tokens_per_second": trained.tokens_per_second}  # fmt: skip
 
