@@ -1,9 +1,9 @@
-"""What adapters cost in the engine: decoding and prompts with and without, in turn, on one model.
+"""Measure the time that adapters cost in the engine: prompts and decoding with and without them, in turn.
 
     python benchmarks/adapters.py MODEL --rank 16 --rounds 20
 
-MODEL is any directory that `llamita.load` takes; the adapters, of every linear layer, are random: what they
-hold does not change the time.
+MODEL is any directory that `llamita.load` takes. The adapters are of every linear layer and random, because their
+values do not change the time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PROMPT_TOKENS = 256
 
 
 def make_adapter(directory: Path, model: str, rank: int) -> Path:
-    """Random adapters of BF16, in PEFT's form."""
+    """Write random adapters in BF16, in PEFT's format."""
     config, random = open_source(model).config, np.random.default_rng(0)
     tensors = {}
     for layer in range(config.layers):
@@ -44,7 +44,7 @@ def make_adapter(directory: Path, model: str, rank: int) -> Path:
 
 
 def seconds_of(llm: LLM, adapter: str | None, tokens: int) -> tuple[float, float]:
-    """Of a prompt, and of a token after it, whose keys and values lie behind the prompt's."""
+    """Return the seconds of a prompt, and of each token after it."""
     cache = llm.new_sequence(PROMPT_TOKENS + tokens)
     cache.adapter = llm.adapters[adapter] if adapter else None
     ids = np.arange(PROMPT_TOKENS, dtype=np.int32)
@@ -73,7 +73,7 @@ def main() -> None:
         }
         kinds["asked for"] = (kinds["loaded with, not asked for"][0], "a")
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
-        for _ in range(arguments.rounds):  # in turn: what the machine does beside falls on all alike
+        for _ in range(arguments.rounds):  # in turn, so that other work on the machine slows all alike
             for name, (llm, adapter) in kinds.items():
                 times[name].append(seconds_of(llm, adapter, arguments.tokens))
     first = times["loaded without"]

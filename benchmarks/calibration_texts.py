@@ -1,9 +1,9 @@
-"""What the calibration text is worth: a table of docs/reference/methods.md, preset llamita on the embedded model.
+"""Compare calibration texts with preset llamita on the embedded model: a table of docs/reference/methods.md.
 
     python benchmarks/calibration_texts.py --text DIR --wikitext FILE
 
 DIR holds tinystories_train.txt, tinystories_valid.txt and children.txt, the kinds that the model has learned.
-The model quantized on each text is scored on stories and on books that no calibration has seen.
+The model is quantized on each text, and scored on stories and books that no calibration has seen.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Windows = dict[str, np.ndarray]  # by the text's name: (samples, LENGTH)
 
 
 def real_windows(source: Checkpoint, texts: dict[str, str], samples: int, seed: int) -> Windows:
-    """Windows of each text, and of stories and books by halves."""
+    """Return windows of each text, and of stories and books by halves."""
     tokenizer = Tokenizer(source.path, source.config)
 
     def draw(name: str, count: int) -> np.ndarray:
@@ -43,14 +43,14 @@ def real_windows(source: Checkpoint, texts: dict[str, str], samples: int, seed: 
 
 
 def rows(source: Checkpoint, texts: dict[str, str], samples: int, seed: int) -> Iterator[tuple[str, Calibration]]:
-    """Every calibration text with its name; the model's own first."""
+    """Return every calibration text with its name; the model's own first."""
     yield "self", load_calibration("self", source, samples, LENGTH, seed)
     for name, windows in real_windows(source, texts, samples, seed).items():
         yield name, Calibration(name, "", windows)
 
 
 def main() -> None:
-    """Print a line as each model is scored, then a Markdown table: KL from the float model, times 1000."""
+    """Print a line as each model is scored, then a Markdown table: KL divergence from the float model, times 1000."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="directory with the texts")
     parser.add_argument("--wikitext", type=Path, required=True, help="a part of WikiText-2's train split")
@@ -92,7 +92,7 @@ def _table(found: dict[tuple[str, int, str], list[np.ndarray]], groups: list[int
 
 
 def _figure(seeds: list[np.ndarray]) -> str:
-    """Mean over the seeds, its interval over the tokens, and the means of single seeds."""
+    """Return the mean over the seeds, its interval over the tokens, and the means of single seeds."""
     interval = mean_interval(np.mean(seeds, axis=0))
     spread = sorted(1e3 * kl.mean() for kl in seeds)
     half = 1e3 * (interval.high - interval.low) / 2

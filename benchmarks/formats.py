@@ -1,10 +1,10 @@
-"""A packed model through every form that `llamita export` writes: the parity table of docs/reference/other-formats.md.
+"""Export a packed model in every format and compare: the parity table of docs/reference/other-formats.md.
 
     python benchmarks/formats.py embedded-4bit --work DIR
 
-Each row is made by `llamita export --json`, whose proof runs the form in its own runtime or reader:
-ExecuTorch's, transformers', our own reader of GGUF. `--llamacpp PYTHON` names a Python that has
-llama-cpp-python, which then computes the row of GGUF.
+`llamita export --json` makes each row; its proof runs the result in its own runtime or reader: ExecuTorch's,
+transformers', our own reader of GGUF. `--llamacpp PYTHON` names a Python with llama-cpp-python, which then computes
+the row of GGUF.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import llamita
 from llamita.export.proof import own_tokens
 from llamita.models.checkpoint import open_tensor_files
 
-ROWS = {  # form: options, and what computes the proof
+ROWS = {  # format: options, and what computes the proof
     "executorch": ((), "ExecuTorch"),
     "compressed-tensors": ((), "transformers"),
     "compressed-tensors, vLLM on Arm": (("--flavor", "vllm-cpu"), "transformers"),
@@ -42,14 +42,14 @@ np.save(sys.argv[3], np.array(model.scores[: len(ids)]))
 
 
 def export(source: str, form: str, options: tuple[str, ...], out: Path) -> dict[str, Any]:
-    """What the command says of a form."""
+    """Export to a format; return the output of the command."""
     command = [sys.executable, "-m", "llamita", "export", source, "--to", form.split(",")[0], "-o", str(out),
                "--overwrite", "--json", *options]  # fmt: skip
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def in_llamacpp(python: str, source: str, out: Path, tokens: list[int] | None = None) -> dict[str, float]:
-    """KL, agreement and perplexities of llama.cpp and the engine on these tokens, or the proof's own.
+    """Compare llama.cpp and the engine on these tokens, by default those of the proof: KL, agreement, perplexities.
 
     Args:
         out: where `export --to gguf` has written.
@@ -67,13 +67,13 @@ def in_llamacpp(python: str, source: str, out: Path, tokens: list[int] | None = 
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities, float64."""
+    """Return the log-probabilities in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def round_trip(source: str, out: Path) -> str:
-    """Whether `llamita import` gives back the tensors that the packed model has, byte for byte."""
+    """Check whether `llamita import` gives back the tensors of the packed model, byte for byte."""
     there = out / "model.gguf" if (out / "model.gguf").exists() else out
     back = out.with_name(f"{out.name}-back")
     command = [sys.executable, "-m", "llamita", "import", str(there), "-o", str(back), "--overwrite", "--json"]
@@ -82,7 +82,7 @@ def round_trip(source: str, out: Path) -> str:
 
 
 def tensors_of(directory: Path) -> dict[str, tuple[Any, ...]]:
-    """Type, shape and bytes of every tensor."""
+    """Return type, shape and bytes of every tensor."""
     files, where = open_tensor_files(directory)
     found = {name: files[file].tensors[name] for name, file in where.items()}
     return {n: (i.dtype, i.shape, files[where[n]].read(n).tobytes()) for n, i in found.items()}
@@ -100,15 +100,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name, (options, by) in ROWS.items():
         out = arguments.work / name.replace(", ", "-").replace(" ", "-")
-        told = export(arguments.source, name, options, out)
-        proof = told["proof"] or {key: told[key] for key in ("equal_layers", "layers") if key in told}
+        output = export(arguments.source, name, options, out)
+        proof = output["proof"] or {key: output[key] for key in ("equal_layers", "layers") if key in output}
         if name == "gguf" and arguments.llamacpp:
             proof |= in_llamacpp(arguments.llamacpp, arguments.source, out)
         equal = f"{proof['equal_layers']} of {proof['layers']}" if "layers" in proof else "tested"
         kl = f"{proof['kl']:.5f} | {proof['top_1']:.1%}" if "kl" in proof else "| "
         shown_by = by if "kl" in proof else "not run"
         back = NO_WAY_BACK.get(name) or round_trip(arguments.source, out)
-        size = f"{told['bytes'] / 1e6:,.1f}"
+        size = f"{output['bytes'] / 1e6:,.1f}"
         print(f"| `{name}` | {shown_by} | {equal} | {kl} | {size} | {back} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What keys and values in fewer bits cost: perplexity and KL from the float model with an f32 cache.
+"""Measure the loss by a KV cache in fewer bits: perplexity, and KL divergence from the float model with an f32 cache.
 
 python benchmarks/kv_cache.py [MODEL] [--text FILE] [--chunks N]
 """
@@ -14,7 +14,7 @@ PRESET = "llama3.2"
 
 
 def main() -> None:
-    """Print a Markdown table; KL in nats a token times 1000."""
+    """Print a Markdown table; KL divergences are in nats a token, times 1000."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="embedded")
     parser.add_argument("--text", type=Path, help="by default the text that ships with llamita")

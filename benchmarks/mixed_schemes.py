@@ -1,4 +1,4 @@
-"""What choosing each layer's way to be stored wins over one group size of the same bytes.
+"""Compare a scheme for each layer with one group size for all, at the same bytes.
 
 python benchmarks/mixed_schemes.py --calibration FILE --text FILE [MODEL] [--preset NAME] [--characters N]
 """
@@ -21,12 +21,12 @@ from llamita.quantize.layer_choice import Meter, allocate, measure_options, mixe
 from llamita.quantize.rounded import RoundedSource
 from llamita.text.tokenizer import Tokenizer
 
-LENGTH = 512  # tokens that are seen at a time
-SAMPLES = 16  # of calibration text, of so many tokens each
+LENGTH = 512  # tokens of a sample
+SAMPLES = 16  # of calibration text
 
 
 def main() -> None:
-    """Print a Markdown table; KL from the float model in nats a token times 1000."""
+    """Print a Markdown table; KL divergences from the float model are in nats a token, times 1000."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="embedded")
     parser.add_argument("--calibration", type=Path, required=True, help="what the choice is made on")

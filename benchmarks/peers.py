@@ -1,11 +1,11 @@
-"""Time llamita beside llama.cpp, OpenVINO, ExecuTorch and transformers, in turn, on Llama 3.2 1B's shape.
+"""Time llamita and llama.cpp, OpenVINO, ExecuTorch and transformers, in turn, on Llama 3.2 1B's shape.
 
     python benchmarks/peers.py                          # everything: installs, makes models, 5 rounds
     python benchmarks/peers.py --resume --rounds 2 --only llamita-g128,llamacpp-q4_0
     python benchmarks/render_results.py                 # docs/results/speed.md from what was measured
 
-Every invocation begins a file in benchmarks/history or adds to one. Needs an idle machine, a package
-registry, a C++ compiler, 25 GB of disk and 20 GB of memory.
+Each call begins a file in benchmarks/history or adds to one. It needs an idle machine, a package registry, a C++
+compiler, 25 GB of disk and 20 GB of memory.
 """
 
 import argparse
@@ -24,26 +24,26 @@ from contenders import CASES, CONTENDERS
 
 ROOT = Path(__file__).parents[1]
 HISTORY = ROOT / "benchmarks" / "history"
-CHECK_PROMPT = 64  # tokens before the logits that engines are compared by
-REFERENCE = "llamita-bf16"  # whose logits the others' are compared with
+CHECK_PROMPT = 64  # tokens before the logits by which engines are compared
+REFERENCE = "llamita-bf16"  # the logits of the others are compared with its logits
 TUNING_CASE, TUNING_ROUNDS = "512", 3
 WARM_UP_PROMPT = 512  # tokens at most, for a case with a longer prompt
 
 
 class Race:
-    """The record of one run, and the processes that take part."""
+    """Holds the record of one run, and the processes that take part."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.limits = workers.start_limits(args.workdir, args.threads)
         self.path, self.record = self._open_record()
         self.running: dict[str, workers.Worker] = {}
-        self.last_limits: dict[str, Any] | None = None  # those of just now, if the last thing done was a run
+        self.last_limits: dict[str, Any] | None = None  # set only if a run came last
         if args.note and args.note not in self.record["notes"]:
             self.record["notes"].append(args.note)
 
     def _open_record(self) -> tuple[Path, dict[str, Any]]:
-        """The newest record of this machine, or an empty one."""
+        """Return the newest record of this machine, or an empty one."""
         machine = records.machine(self.limits.about["settings"]["isa"], self.args.threads)
         name = records.slug(machine["cpu"])
         if self.args.resume and (files := sorted(self.args.history.glob(f"*-{name}.json"))):
@@ -68,7 +68,7 @@ class Race:
         return path, record
 
     def enter(self, name: str) -> None:
-        """Start a contender and note what it is; a failure is noted instead."""
+        """Start a contender and record what it is, or its failure."""
         self.last_limits = None
         try:
             variant = self._variant(name)
@@ -98,11 +98,11 @@ class Race:
         return [case for case in self.args.cases if case in CONTENDERS[name].cases]
 
     def _variant(self, name: str) -> str:
-        """The fastest settings as --tune found them here, else the default ones."""
+        """Return the fastest settings that --tune has measured on this machine, else the default ones."""
         return self.record["tuning"].get(name, {}).get("best", next(iter(CONTENDERS[name].variants)))
 
     def tune(self, name: str) -> None:
-        """Find the fastest settings, unless there is no choice or the record has them."""
+        """Measure the fastest settings, unless there is no choice or the record has them."""
         if len(CONTENDERS[name].variants) > 1 and name not in self.record["tuning"]:
             try:
                 self.record["tuning"][name] = self._tune(name)
@@ -111,7 +111,7 @@ class Race:
             records.write(self.path, self.record)
 
     def _tune(self, name: str) -> dict[str, Any]:
-        """Seconds of every variant, in turn; the best has the least median of prompt and tokens together."""
+        """Return the seconds of every variant, in turn; the best has the least median of prompt plus tokens."""
         shape = CASES[TUNING_CASE]
         racers: dict[str, workers.Worker] = {}
         seconds: dict[str, list[list[float]]] = {variant: [] for variant in CONTENDERS[name].variants}
@@ -131,7 +131,7 @@ class Race:
         return {"best": best, "prefill_and_decode_seconds": seconds}
 
     def check(self) -> None:
-        """Hold every engine's logits against the reference: all must have computed the same model."""
+        """Compare every engine's logits with the reference: all must have computed the same model."""
         shown: dict[str, list[float]] = {}
         for name in sorted(self.running, key=lambda name: name != REFERENCE):
             try:
@@ -145,7 +145,7 @@ class Race:
                 entry["logits_correlation"] = round(statistics.correlation(shown[REFERENCE], shown[name]), 5)
 
     def round(self, number: int) -> None:
-        """Every contender once in every case."""
+        """Run every contender once in every case."""
         for case in self.args.cases:
             for name in [name for name in self.running if case in CONTENDERS[name].cases]:
                 try:

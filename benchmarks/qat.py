@@ -1,13 +1,12 @@
-"""What training with rounding in the loop wins back, on the embedded model: the table of docs/guide/finetune.md.
+"""Measure what training with rounding in the loop wins back: the table of docs/guide/finetune.md.
 
     python benchmarks/qat.py --data pairs.tsv --task translation --work DIR --seeds 0,1,2
 
-With every seed the embedded model is trained by the same stages, steps and learning rates on the same data,
-in float and with rounding in every step: all weights (float, qat); the same, then adapters of rank 16 beside
-them (float-lora, which are merged in the end; qat-lora). What rounding costs is the loss of the float result
-rounded to nearest less that of the float result itself; `won back` is the share of it that a model does not
-lose. All models run in the engine, on examples that none has learned. Intervals are of the bootstrap over
-examples, paired, and over seeds.
+With every seed the embedded model is trained in float and with rounding in every step, by the same stages, steps and
+learning rates on the same data: all weights (float, qat), then also adapters of rank 16 (float-lora, merged in the
+end; qat-lora). The cost of rounding is the loss of the float result rounded to nearest, less that of the float result.
+`won back` is the share of it that a model does not lose. All models run in the engine, on examples that none has
+learned. Intervals are of the paired bootstrap over examples and seeds.
 """
 
 import argparse
@@ -24,34 +23,33 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
 from llamita.train.data import Data, load_data
-from llamita.train.finetune import Job, quiet, train
+from llamita.train.finetune import quiet, train
+from llamita.train.job import FinetuneJob
 from llamita.train.measures import example_losses
 from llamita.train.recipe import Recipe, adapter_place, parse_recipe
 from llamita.train.save import save_adapters, save_float, save_packed
 
 DRAWS = 2000
 Losses = dict[str, list[np.ndarray]]  # of every example, by model
-
-
-PAIRS = {"float": "qat", "float-lora": "qat-lora"}  # trained alike
-CHAINS: dict[str, tuple[str, dict[str, Any]]] = {  # to nearest; the best of docs/results/quality.md at equal size
+PAIRS = {"float": "qat", "float-lora": "qat-lora"}  # each pair is trained alike
+CHAINS: dict[str, tuple[str, dict[str, Any]]] = {  # to nearest, and the best of docs/results/quality.md at equal size
     "rtn": ("rtn", {}),
     "preset llamita": ("equalize+spinquant+qronos+tune", {"spinquant.rotations": "R4", "tune.rate": 0}),
 }
 
 
 def fresh(path: Path) -> Path:
-    """An empty directory."""
+    """Make an empty directory."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> Losses:
-    """Losses of all models of a seed."""
+    """Return the losses of all models of a seed."""
     source = Checkpoint(resolve("embedded"))
     recipes = recipes_of(arguments)
-    data = load_data(arguments.data, arguments.task, source, recipes["float"], 0)  # held out: the same always
+    data = load_data(arguments.data, arguments.task, source, recipes["float"], 0)  # the same are held out for all seeds
     found: Losses = {}
     for base, rounded in PAIRS.items():
         ends = {base: f"-{seed}", rounded: f"-{arguments.start}-{seed}"}
@@ -71,7 +69,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> Losses:
 
 
 def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
-    """What is trained, without a teacher: the base knows nothing of the task."""
+    """Return the recipes; none has a teacher, because the base knows nothing of the task."""
     weights = {"steps": arguments.steps, "learning_rate": arguments.rate}
     adapters = {"train": "adapters", "steps": arguments.lora_steps, "learning_rate": arguments.lora_rate}
     stages = {"float": [weights], "float-lora": [weights, adapters]}
@@ -88,13 +86,12 @@ def recipes_of(arguments: argparse.Namespace) -> dict[str, Recipe]:
 
 
 def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path, begun: Path) -> None:
-    """Train and save a model, whose first stage that of the one at `begun` may be."""
+    """Train and save a model; take the first stage from the model at `begun`, if that exists."""
     work = fresh(place.with_name(f"{place.name}-work"))
     if begun.exists():
         for kept in begun.with_name(f"{begun.name}-work").glob("stage-1.*"):
             shutil.copy(kept, work)
-    calibration = data.calibration("data", 128)
-    trained = train(Job(source, recipe, data.rows, data.held_out, work, seed=seed, calibration=calibration))
+    trained = train(FinetuneJob(source, recipe, data, place, data_name="data", seed=seed), work)
     with quiet():
         if not recipe.is_quantized:
             partial = fresh(place.with_name(f"{place.name}-partial"))
@@ -111,14 +108,14 @@ def make(source: Checkpoint, data: Data, recipe: Recipe, seed: int, place: Path,
 
 
 def losses_of(data: Data, place: Path) -> list[np.ndarray]:
-    """Of every held-out example, in the engine."""
-    beside = adapter_place(place)
-    llm = load(place, adapters={"a": beside} if beside.exists() else {})
-    return example_losses(llm, [one for one, _ in data.measured], "a" if beside.exists() else None)
+    """Return the losses of every held-out example, computed in the engine."""
+    adapters = adapter_place(place)
+    llm = load(place, adapters={"a": adapters} if adapters.exists() else {})
+    return example_losses(llm, [one for one, _ in data.measured], "a" if adapters.exists() else None)
 
 
 def interval(seeds: list[Losses], base: str, name: str) -> tuple[float, float, float]:
-    """What a model wins back of what rounding costs `base`, with a 95 % interval over examples and seeds."""
+    """Return the share of the cost of rounding `base` that a model wins back, with its 95 % interval."""
     random = np.random.default_rng(0)
     sums = [{model: np.array([one.sum() for one in losses]) for model, losses in found.items()} for found in seeds]
 

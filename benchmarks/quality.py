@@ -1,11 +1,11 @@
-"""Measure what every method loses, on the embedded model and its stressed twins: docs/results/quality.md.
+"""Measure the loss by every method on the embedded model and its stressed twins: docs/results/quality.md.
 
     python benchmarks/quality.py --text DIR                  # everything; a stopped run resumes
     python benchmarks/quality.py --text DIR --twins plain --groups 32 --seeds 0 --rows gptq,qronos
     python benchmarks/quality.py --text DIR --render         # the page from finished cells
 
-DIR holds tinystories_train.txt (calibration on real text), tinystories_valid.txt (what is scored, seen by
-no calibration). Every cell of the tables runs in its own process; its record stays in --work.
+DIR holds tinystories_train.txt (calibration on real text) and tinystories_valid.txt (scored; no calibration has seen
+it). Every cell of the tables runs in its own process; its record stays in --work.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/random_checkpoint.py DIRECTORY [--layers 16]
 
-Speed, memory and size do not depend on what the weights are, so this stands in for the gated original.
-Needs about 100 MB of memory. The tokenizer knows bytes and three special tokens.
+Speed, memory and size do not depend on the values of weights, so this replaces the gated original.
+It needs about 100 MB of memory. The tokenizer knows bytes and three special tokens.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def write_checkpoint(directory: Path, layers: int, seed: int) -> None:
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
-    """Normal weights in pieces of rows; norms of one."""
+    """Yield normal weights in pieces of rows; norms are one."""
     writer = TensorWriter(path, {name: ("BF16", shape) for name, shape in shapes.items()})
     for name, shape in shapes.items():
         if len(shape) == 1:
@@ -65,7 +65,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.G
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Ids 0 to 255 are bytes; the special tokens have the ids that config.json names, fillers between."""
+    """Write a tokenizer: ids 0 to 255 are bytes, special tokens have the ids of config.json, fillers are in between."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate(alphabet)}
     vocab |= {f"<|filler_{i}|>": i for i in range(len(vocab), min(SPECIAL.values()))}

@@ -1,4 +1,4 @@
-"""What rotations cost at run time: steps with R4, with the head's transform and without, in turns.
+"""Measure the time that rotations cost: steps with R4, with the head's transform, and without, in turn.
 
 python benchmarks/rotations.py MODEL [--rounds N] [--threads N] [--prompt-tokens N]
 """
@@ -20,7 +20,7 @@ from llamita.numerics.affine import f32_to_bf16
 
 
 def variants(llm: LLM) -> dict[str, Model]:
-    """The model as it is, and with what rotations add: outputs change, speed is that of a rotated model."""
+    """Return the model as it is, and with each rotation added: outputs change, speed is that of a rotated model."""
     weights, hidden = llm.model.weights, llm.config.hidden_size
     plain = replace(weights, down_rotation=None, head_transform=None)
     dense = np.random.default_rng(0).standard_normal((hidden, hidden), np.float32) / np.float32(hidden)
@@ -34,7 +34,7 @@ def variants(llm: LLM) -> dict[str, Model]:
 
 
 def time_in_turns(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action in every round; the first, which takes memory, is left out."""
+    """Return the seconds of each action in every round, without the first round, which allocates memory."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(rounds + 1):
         for name in actions if turn % 2 else reversed(actions):
@@ -46,7 +46,7 @@ def time_in_turns(actions: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def stepper(llm: LLM, model: Model, prompt: np.ndarray, new: np.ndarray) -> Callable[[], object]:
-    """Takes in `new` after the prompt, again and again."""
+    """Return an action that takes in `new` after the prompt, again and again."""
     cache = llm.new_sequence(len(prompt) + len(new))
     if len(prompt):
         model.step([(cache, prompt)])

@@ -1,4 +1,4 @@
-"""Relative mean squared error of each scale rule on a Gaussian matrix: the table of docs/reference/numerics.md.
+"""Measure the error of each scale rule on a Gaussian matrix: the table of docs/reference/numerics.md.
 
 python benchmarks/scale_rules.py
 """

@@ -1,7 +1,7 @@
-"""What batching, prefix reuse and speculation bring on this machine: `python benchmarks/serving.py MODEL`.
+"""Measure what batching, prefix reuse and speculation gain here: `python benchmarks/serving.py MODEL`.
 
-The text of the speculation rows is a loop, its logits replaced after real steps of the model: every draft is
-right, so this is the most that speculation can bring. All figures are medians of interleaved runs.
+For the speculation rows, logits are replaced after real steps of the model, so that its text is a loop. Every draft
+is right, so this is the most that speculation can gain. All figures are medians of interleaved runs.
 """
 
 import argparse
@@ -20,7 +20,7 @@ LOOP = list(range(100, 132))
 
 
 class Looped:
-    """The model, whose text goes round LOOP."""
+    """Runs the model, but returns logits whose text repeats LOOP."""
 
     def __init__(self, llm: LLM) -> None:
         self.config = llm.config
@@ -36,7 +36,7 @@ class Looped:
 
 
 def step_seconds(llm: LLM, rows: int) -> float:
-    """A step of so many rows of one sequence, after 64 tokens."""
+    """Return the seconds of a step with `rows` rows of one sequence, after 64 tokens."""
     cache, ids = llm.new_sequence(64 + rows), np.arange(64, dtype=np.int32)
     llm.model.step([(cache, ids)], np.arange(0))
     began = time.perf_counter()
@@ -45,7 +45,7 @@ def step_seconds(llm: LLM, rows: int) -> float:
 
 
 def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The median of each, after a round that warms up."""
+    """Return the median of each action, after a round that warms up."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
@@ -54,7 +54,7 @@ def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str,
 
 
 def together(llm: LLM, count: int, tokens: int) -> float:
-    """Decoded tokens a second of so many sequences, their prompts aside."""
+    """Return the decoded tokens a second of `count` sequences, without their prompts."""
     prompts = [LOOP[i:] for i in range(count)]  # all of them fit one step
     found = llm.generate_many(prompts, max_tokens=tokens, greedy=True, speculate=0)
     return sum(g.timings.decode_rate for g in found)
@@ -65,7 +65,7 @@ def looped(llm: LLM, tokens: int, speculate: int) -> Generation:
 
 
 def first_token(llm: LLM, known: int, new: int) -> float:
-    """Seconds to the first token of a prompt of which a part is known."""
+    """Return the seconds to the first token of a prompt of which a part is known."""
     ids = np.random.default_rng(time.perf_counter_ns()).integers(2, 4000, known + new)
     if known:
         llm.generate(ids[:known], max_tokens=1)

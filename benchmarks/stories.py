@@ -1,4 +1,4 @@
-"""TinyStories as text: its files mark the end of a story by a word that no model reads in use."""
+"""Read TinyStories as text, without the mark at the end of each story, which no model reads in use."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ _MARK = "<|endoftext|>"
 
 
 def read_stories(path: Path) -> str:
-    """The stories of a file, a blank line between them instead of the mark.
+    """Return the stories of a file, with a blank line between them instead of the mark.
 
-    Left in, the mark is eight tokens of markup after every story, which the embedded model has never read:
-    a calibration on such a file learns it, own text lacks it. With it qronos lost 20 % more after own text
+    The mark would be eight tokens after every story, which the embedded model has never read. A calibration on such
+    a file learns them, but the model's own text lacks them. With it qronos lost 20 % more after own text
     than after such a file (groups of 32, scored on such a file); without it, in both, 6 %.
     """
     stories = path.read_text("utf-8").split(_MARK)
@@ -18,7 +18,7 @@ def read_stories(path: Path) -> str:
 
 
 def write_stories(path: Path, out: Path) -> Path:
-    """`read_stories` in a file; one that is there already is left alone, as others may be reading it."""
+    """Write `read_stories` to a file; keep a file that exists, because other processes may be reading it."""
     text = read_stories(path)
     if not out.exists() or out.read_text("utf-8") != text:
         partial = out.with_name(f"{out.name}.partial")

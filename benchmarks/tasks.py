@@ -1,10 +1,9 @@
-"""Three tasks from data to a 4-bit model, as a user runs them: the table of docs/guide/finetune.md.
+"""Run three tasks from data to a 4-bit model, as a user does: the table of docs/guide/finetune.md.
 
     python benchmarks/tasks.py --data FOLDER --work DIR
 
-For each task: `llamita finetune embedded --method full`, then `--method qat` on what it gave, in groups of
-256. `kept` is the share of what tuning gained on held-out examples, in nats a learned token, that the 4-bit
-model has.
+For each task: `llamita finetune embedded --method full`, then `--method qat` on the result, in groups of 256.
+`kept` is the share of the gain by tuning that the 4-bit model keeps, on held-out examples, in nats a learned token.
 FOLDER holds eng_fra.tsv (Tatoeba), xquad_en.json (XQuAD) and instructions.json (records as Alpaca's).
 """
 
@@ -24,25 +23,25 @@ BATCH = 2048  # tokens of a step
 
 
 def finetune(base: str, out: Path, task: str, data: Path, options: list[str]) -> dict[str, Any]:
-    """What `llamita finetune --json` says; kept beside OUT, so that a run goes on where one was stopped."""
-    told = out.with_suffix(".json")
-    if not told.exists():
+    """Return the output of `llamita finetune --json`; keep it next to OUT, so that a stopped run resumes."""
+    record = out.with_suffix(".json")
+    if not record.exists():
         command = [sys.executable, "-m", "llamita", "finetune", base, "--data", str(data), "--task", task,
                    "-o", str(out), "--overwrite", "--json", *options]  # fmt: skip
-        partial = told.with_suffix(".partial")
+        partial = record.with_suffix(".partial")
         ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         partial.write_text(ran.stdout, "utf-8")
-        partial.rename(told)
-    return json.loads(told.read_text("utf-8"))
+        partial.rename(record)
+    return json.loads(record.read_text("utf-8"))
 
 
 def settings(**values: Any) -> list[str]:
-    """As the command takes them."""
+    """Return the settings as options of the command."""
     return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
 
 
 def run_task(task: str, folder: Path, work: Path) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     name, length, epochs = TASKS[task]
     common = {"length": length, "batch": BATCH // length, "micro_batch": BATCH // length, "held_out": 0.1}
     tuned = finetune(

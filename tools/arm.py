@@ -2,10 +2,9 @@
 
     python tools/arm.py [--or-skip] [pytest arguments]
 
-Everything lies in build/arm: an Arm Python from the distribution's own packages (unpacked, not installed),
-its packages from the registry as constraints.txt pins them, the module. For Debian or Ubuntu on another
-processor; as root it installs qemu and the compiler. --or-skip: where something cannot be had, say so in a
-line and succeed.
+Everything is in build/arm: an Arm Python from the distribution's own packages (unpacked, not installed), its packages
+from the registry as constraints.txt pins them, and the module. It needs Debian or Ubuntu on another processor; as
+root it installs qemu and the compiler. With --or-skip it prints a line and succeeds if something cannot be had.
 """
 
 import os
@@ -23,14 +22,14 @@ SYSROOT, SITE, TREE, PYTHON = BUILD / "sysroot", BUILD / "site", BUILD / "tree",
 
 HOST_PACKAGES = {"qemu-aarch64": "qemu-user", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
 ARM_PACKAGES = ["python3", "libpython3-dev", "libstdc++6"]
-ARCHIVES = {  # distribution: where its Arm packages are, and who signs them
+ARCHIVES = {  # distribution: the address of its Arm packages, and their keyring
     "debian": ("http://deb.debian.org/debian", "main", "debian-archive-keyring.gpg"),
     "ubuntu": ("http://ports.ubuntu.com/ubuntu-ports", "main universe", "ubuntu-archive-keyring.gpg"),
 }
 TEST_PACKAGES = ["pytest", "hypothesis", "nanobind"]
 WHEEL_PLATFORMS = ["manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64"]
 
-# What each of qemu's processors has: the newest, one with dot products alone, one with neither
+# Features of qemu's processors: the newest, one with only dot products, one with neither
 PROCESSORS = {"max": "neon-i8mm neon-dotprod scalar", "neoverse-n1": "neon-dotprod scalar", "cortex-a53": "scalar"}
 TESTS = [
     "native/test_kernels.py",
@@ -41,8 +40,8 @@ TESTS = [
     "native/test_threads.py",
     "engine/test_adapters.py",
 ]
-# Not the scalar kernels by themselves: the same C++ as everywhere, and slow here; others compare with it.
-# Not what qemu does not do: forks beside threads, limits of memory. Not commands that reach no kernel.
+# Left out: the scalar kernels alone (the same C++ as everywhere, and slow here; other tests compare with them),
+# what qemu does not do (forks together with threads, limits of memory), and commands that reach no kernel.
 SELECTION = "not [scalar and not fork and not cannot_start and not commands_say_it"
 DIGEST = """
 import hashlib, llamita
@@ -58,11 +57,11 @@ main("generate embedded --prompt Once --greedy --preset llama3.2 --max-tokens 24
 
 
 class Unavailable(Exception):
-    """Something that this machine cannot have; the text says what and what to try."""
+    """Something is missing on this machine; the text says what, and what to try."""
 
 
 def run(command: list[str], needed: str) -> None:
-    """Runs a step of the set-up; of its output only an error appears, in one line."""
+    """Run a step of the set-up; print nothing of its output but an error, in one line."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         lines = result.stdout.strip().splitlines() or [f"exit status {result.returncode}"]
@@ -82,7 +81,7 @@ def host_tools() -> None:
 
 
 def apt(*arguments: str) -> list[str]:
-    """apt-get for Arm packages, with lists and archives of its own: the system's are not touched."""
+    """Return an apt-get command for Arm packages; its lists and archives are separate from the system's."""
     release = platform.freedesktop_os_release()
     archive = ARCHIVES.get(release["ID"])
     if not archive:
@@ -105,7 +104,7 @@ def apt(*arguments: str) -> list[str]:
 
 
 def arm_python() -> None:
-    """An Arm Python and its headers, and a script that runs it under qemu as if it were this machine's."""
+    """Make an Arm Python with its headers, and a script that runs it under qemu as if it were this machine's."""
     if not (SYSROOT / "usr/bin/python3").exists():
         run(apt("update"), "the list of Arm packages")
         download = ["install", "-y", "--no-install-recommends", "--download-only", *ARM_PACKAGES]
@@ -128,7 +127,7 @@ def arm_python() -> None:
 
 
 def python_packages() -> None:
-    """What the lean side and the tests import, as wheels for the Arm Python."""
+    """Install the packages that the lean side and the tests import, as wheels for the Arm Python."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [
         line for line in project["optional-dependencies"]["dev"] if line.split("==")[0] in TEST_PACKAGES
@@ -146,7 +145,7 @@ def python_packages() -> None:
 
 
 def build_module() -> None:
-    """The native module, beside a copy of the package: the folder of sources keeps this machine's own."""
+    """Compile the native module into a copy of the package: the source folder keeps this machine's own."""
     tools = os.environ | {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
     build = BUILD / "cmake"
     settings = {
@@ -167,7 +166,7 @@ def build_module() -> None:
 
 
 def output(python: Path | str, program: str, **variables: str) -> str:
-    """What a Python program prints."""
+    """Return the output of a Python program."""
     environment = {**os.environ, **variables}
     result = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -182,7 +181,7 @@ def check(what: str, found: str, expected: str) -> None:
 
 
 def check_detection() -> None:
-    """Every processor is offered what it has, best first."""
+    """Check that every processor is offered its instruction sets, the best first."""
     program = "from llamita import _native; print(*_native.available_isas())"
     for processor, expected in PROCESSORS.items():
         found = output(PYTHON, program, LLAMITA_ARM_CPU=processor)
@@ -190,7 +189,7 @@ def check_detection() -> None:
 
 
 def check_whole_model() -> None:
-    """The embedded model computes the very logits of this machine, and tells the same story."""
+    """Check that the embedded model computes exactly this machine's logits, and tells the same story."""
     for what, program in (("logits", DIGEST), ("story", GENERATE)):
         expected = output(sys.executable, program)
         for isa in ("neon-dotprod", "neon-i8mm"):

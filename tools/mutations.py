@@ -3,8 +3,8 @@
     python tools/mutations.py                # all; about a minute each
     python tools/mutations.py --only 3 7     # some
 
-Works on a copy of the tree: the copy is changed, built and tested, then restored. Exits with 1 if a
-mutation survives. A suite that cannot fail proves nothing.
+It works on a copy of the tree: the copy is changed, built and tested, then restored. It exits with 1 if a mutation
+survives. A suite that cannot fail proves nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 VNNI = "native/kernels/avx512vnni.cpp"
 
-# File, the text that occurs in it exactly once, what it becomes, and what that breaks.
+# File, a text that occurs in it exactly once, its replacement, and what that breaks.
 # ruff: noqa: E501  the lines of this table are the code that they quote
 MUTATIONS = [
     (VNNI, "const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);",
@@ -65,7 +65,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-# Where a broken kernel shows first; the rest of the suite follows.
+# A broken kernel shows here first; the rest of the suite follows.
 FIRST = [
     "native/test_kernels.py",
     "native/test_hadamard_kernels.py",
@@ -82,7 +82,7 @@ NOT_RUN = "tests/project/test_mutations.py"  # fails on every changed tree: it l
 
 
 def build(tree: Path, folder: Path) -> None:
-    """Compile the native module of `tree` and put it beside its Python files."""
+    """Compile the native module of `tree` and put it next to its Python files."""
     if not (folder / "build.ninja").exists():
         run(["cmake", "-S", str(tree), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"])
     run(["cmake", "--build", str(folder)])
@@ -102,7 +102,7 @@ def first_failure(tree: Path) -> str | None:
 
 
 def run_tests(tree: Path, files: list[str]) -> str | None:
-    """The first of these tests that fails, or None."""
+    """Return the first of these tests that fails, or None."""
     # The tree goes first on the path, and finders of an editable installation are kept out.
     program = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__];"

@@ -36,7 +36,7 @@ MEMORY = Sanitizer(
 )
 
 # A race ends the process with code 66: pytest's own, or a test's program, whose code the test looks at.
-# die_after_fork: else a child that was forked beside other threads may start none.
+# die_after_fork: otherwise a child that was forked while other threads ran could start none.
 # detect_deadlocks: NumPy's and Python's own locks are not ours to judge.
 THREAD = Sanitizer(
     "thread",
@@ -49,7 +49,7 @@ THREAD = Sanitizer(
 
 
 def build(sanitizer: Sanitizer, folder: Path) -> Path:
-    """Compile the module into a copy of the package under `folder`; the package."""
+    """Compile the module into a copy of the package under `folder`; return the copy."""
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
                  f"-DLLAMITA_SANITIZE={sanitizer.flags}",
                  f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
@@ -63,7 +63,7 @@ def build(sanitizer: Sanitizer, folder: Path) -> Path:
 
 
 def runtime(names: tuple[str, ...]) -> str:
-    """Python itself is not instrumented: the sanitizer's runtime must be there before it starts."""
+    """Return the sanitizer's runtime to preload, because Python itself is not instrumented."""
     return ":".join(
         subprocess.run(["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in names

@@ -39,7 +39,7 @@ def fold_norms(model: LlamaForCausalLM) -> None:
 
 
 def residual_covariance(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Second moments (hidden, hidden) of what the norms read, each token scaled to unit mean square."""
+    """Return the second moments (hidden, hidden) of what the norms read, each token scaled to unit mean square."""
     hidden = model.config.hidden_size
     total = torch.zeros(hidden, hidden, dtype=torch.float64)
 
@@ -83,7 +83,7 @@ def scale_pairs(model: LlamaForCausalLM) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         up = scales(attention.v_proj.out_features)  # (kv_heads * head_dim,)
         attention.v_proj.weight.data *= up[:, None]
-        # Each kv head serves `groups` query heads, whose columns of o_proj stand one after the other.
+        # Each kv head serves `groups` query heads, whose columns of o_proj are next to each other.
         shared = up.view(config.num_key_value_heads, 1, -1).expand(-1, groups, -1).reshape(-1)
         attention.o_proj.weight.data /= shared
         up = scales(mlp.up_proj.out_features)
@@ -92,14 +92,14 @@ def scale_pairs(model: LlamaForCausalLM) -> None:
 
 
 def calibration_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The beginning of a text as (windows, tokens)."""
+    """Return the beginning of a text as (windows, tokens)."""
     tokens = tokenizer(text[: 8 * SAMPLE_TOKENS], return_tensors="pt").input_ids[:, :SAMPLE_TOKENS]
     window = min(tokens.shape[1], SAMPLE_WINDOW)
     return tokens[:, : tokens.shape[1] // window * window].reshape(-1, window)
 
 
 def stress(model: LlamaForCausalLM, tokens: torch.Tensor, parts: set[str]) -> LlamaForCausalLM:
-    """The twin with the given parts ("basis", "pairs"); `model` is changed in place."""
+    """Return the twin with the given parts ("basis", "pairs"); `model` is changed in place."""
     model.double()
     if "basis" in parts:
         fold_norms(model)

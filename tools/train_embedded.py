@@ -2,8 +2,8 @@
 
     python tools/train_embedded.py --text DIR --out build/embedded --steps 2700
 
-`DIR` holds tinystories_train.txt, tinystories_valid.txt, children.txt and general.txt. The run is a
-function of the seed and of `--steps`; it saves itself every few minutes and goes on where it stopped.
+`DIR` holds tinystories_train.txt, tinystories_valid.txt, children.txt and general.txt. The seed and `--steps` decide
+the result. The run saves itself every few minutes and resumes where it stopped.
 Recipe: Muon for the matrices (Jordan et al., 2024), AdamW for the rest; a constant learning rate, then
 a linear decay over the last sixth; windows of 256 tokens, the last 5 % of the steps with 2,048.
 """
@@ -45,7 +45,7 @@ class Recipe:
 
 
 def split_documents(text: str) -> tuple[list[str], list[str]]:
-    """Documents for training, and every 50th held out."""
+    """Return documents for training, and every 50th one held out."""
     paragraphs = text.split("\n\n")
     documents, current = [], ""
     for paragraph in paragraphs:
@@ -58,7 +58,7 @@ def split_documents(text: str) -> tuple[list[str], list[str]]:
 
 
 def read_corpus(folder: Path) -> tuple[list[list[str]], dict[str, list[str]]]:
-    """Training documents by source, and held-out documents by source."""
+    """Return training documents by source, and held-out documents by source."""
 
     def stories(name: str) -> list[str]:
         return [s.strip() for s in (folder / name).read_text("utf-8").split("<|endoftext|>") if s.strip()]
@@ -70,7 +70,7 @@ def read_corpus(folder: Path) -> tuple[list[list[str]], dict[str, list[str]]]:
 
 
 def train_tokenizer(documents: list[str], out: Path) -> Tokenizer:
-    """Byte-level BPE of 4,096 tokens in Hugging Face form."""
+    """Train a byte-level BPE of 4,096 tokens, in Hugging Face's format."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def train_tokenizer(documents: list[str], out: Path) -> Tokenizer:
         single=f"{SPECIAL[BOS]} $A", special_tokens=[(SPECIAL[BOS], BOS)]
     )
     tokenizer.save(str(out / "tokenizer.json"))
-    # The model is a plain language model: its chat template only puts the turns one after the other.
+    # The model is a plain language model: its chat template only joins the turns.
     template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     (out / "tokenizer_config.json").write_text(
         json.dumps(
@@ -105,7 +105,7 @@ def train_tokenizer(documents: list[str], out: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """One stream of token ids: every document between its BOS and EOS."""
+    """Return one stream of token ids: every document between its BOS and EOS."""
     stream: list[int] = []
     for encoding in tokenizer.encode_batch(documents):
         stream += [*encoding.ids, EOS]
@@ -143,7 +143,7 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
 
 
 def sample_batch(streams: list[np.ndarray], recipe: Recipe, step: int) -> torch.Tensor:
-    """Windows drawn at random; a function of the seed and the step alone, so that a run can resume."""
+    """Draw windows at random; only seed and step decide them, so that a run can resume."""
     rng = np.random.default_rng((recipe.seed, step))
     is_long = step >= recipe.steps * (1 - recipe.long_fraction)
     window = CONTEXT if is_long else SHORT_WINDOW
@@ -163,7 +163,7 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def validation_loss(model: LlamaForCausalLM, stream: np.ndarray, window: int, windows: int = 24) -> float:
-    """Mean loss in nats per token over the first non-overlapping windows of a held-out stream."""
+    """Return the mean loss in nats per token over the first non-overlapping windows of a held-out stream."""
     count = min(windows, (len(stream) - 1) // window)
     rows = [stream[i * window : (i + 1) * window + 1] for i in range(count)]
     losses = [loss_of(model, torch.from_numpy(row)[None]).item() for row in rows]

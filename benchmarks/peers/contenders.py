@@ -1,4 +1,4 @@
-"""Who takes part: environments, the models made for each engine, and every engine's settings."""
+"""List the contenders: environments, the models made for each engine, and every engine's settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from typing import Any
 
 HERE = Path(__file__).parent
 LAYERS = 16  # of Llama 3.2 1B
-PART_LAYERS = (2, 4)  # what ExecuTorch's times are extrapolated from
+PART_LAYERS = (2, 4)  # ExecuTorch's times are extrapolated from these
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: `sequences` prompts of `prompt` random tokens, then `new` greedy tokens after each."""
+    """A case to time: `sequences` prompts of `prompt` random tokens, then `new` greedy tokens after each."""
 
     prompt: int
     new: int
@@ -34,13 +34,13 @@ class Contender:
     Attributes:
         label: how tables name it.
         environment: whose Python runs it; "" is the one that runs the harness.
-        worker: its script beside this file.
+        worker: its script, next to this file.
         model: a key of MODELS.
         weights: "4-bit", "BF16" or "FP32".
         variants: settings to choose the fastest from with --tune; the first is the default.
         cases: keys of CASES that it can run.
         layers: fewer than LAYERS where times are extrapolated.
-        alone: too much memory to be loaded beside the others.
+        alone: it needs too much memory to be loaded together with the others.
     """
 
     label: str
@@ -117,7 +117,7 @@ CONTENDERS: dict[str, Contender] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made.
+    """A way to make a model.
 
     Attributes:
         environment: whose Python runs the command.

@@ -1,4 +1,4 @@
-"""Exports the random checkpoint with ExecuTorch's own exporter: XNNPACK, 8da4w in groups of 32.
+"""Export the random checkpoint with ExecuTorch's own exporter: XNNPACK, 8da4w in groups of 32.
 
 python make_executorch.py CHECKPOINT OUT.pte
 
@@ -31,7 +31,7 @@ NAMES = {
 
 
 def write_meta_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """The same weights as Meta's own files name and order them."""
+    """Return the same weights as Meta's own files name and order them."""
     config = json.loads((checkpoint / "config.json").read_text())
     heads = {"wq": config["num_attention_heads"], "wk": config["num_key_value_heads"]}
     weights = {}
@@ -58,7 +58,7 @@ def write_meta_checkpoint(checkpoint: Path, folder: Path) -> None:
 
 
 def meta_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` to `layers.3.feed_forward.w3.weight`."""
+    """Turn `model.layers.3.mlp.up_proj.weight` into `layers.3.feed_forward.w3.weight`."""
     if name.startswith("model.layers."):
         layer, _, module = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
         return f"layers.{layer}.{NAMES[module]}.weight"

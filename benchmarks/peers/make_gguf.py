@@ -1,4 +1,4 @@
-"""Turns the random checkpoint into GGUF files: BF16, and what llama.cpp's own quantizer makes of it.
+"""Turn the random checkpoint into GGUF files: in BF16, and quantized by llama.cpp's own quantizer.
 
 python make_gguf.py CHECKPOINT OUT bf16|q4_0|q4_k_s     (the latter two read CHECKPOINT as a GGUF file)
 """
@@ -29,7 +29,7 @@ FILE_TYPES = {"q4_0": lib.LLAMA_FTYPE_MOSTLY_Q4_0, "q4_k_s": lib.LLAMA_FTYPE_MOS
 
 
 def write_bf16(checkpoint: Path, out: Path) -> None:
-    """The same weights in GGUF, without a tokenizer: everything here works on token ids."""
+    """Write the same weights in GGUF, without a tokenizer: everything here works on token ids."""
     config = json.loads((checkpoint / "config.json").read_text())
     writer = GGUFWriter(out, "llama")
     writer.add_file_type(LlamaFileType.MOSTLY_BF16)
@@ -64,7 +64,7 @@ def write_bf16(checkpoint: Path, out: Path) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`."""
+    """Turn `model.layers.3.mlp.up_proj.weight` into `blk.3.ffn_up.weight`."""
     name = name.removesuffix(".weight")
     if name.startswith("model.layers."):
         layer, _, module = name.removeprefix("model.layers.").partition(".")
@@ -73,7 +73,7 @@ def gguf_name(name: str) -> str:
 
 
 def rope_factors(config: dict) -> np.ndarray:
-    """What each rotary frequency is divided by, of Llama 3's scaling: float32 (head_dim / 2,)."""
+    """Return the divisor of each rotary frequency in Llama 3's scaling: float32 (head_dim / 2,)."""
     scaling, half = config["rope_scaling"], config["head_dim"] // 2
     wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(half) / half)
     original = scaling["original_max_position_embeddings"]

@@ -1,11 +1,11 @@
-"""What every engine's process speaks: one JSON object a line, requests on stdin, answers on stdout.
+"""Serve an engine in its own process: one JSON object a line, requests on stdin, answers on stdout.
 
     {"do": "run", "prompt": 512, "new": 64, "sequences": 1, "seed": 0}
         -> {"prefill_seconds": ..., "decode_seconds": ..., "tokens": [...]}
     {"do": "logits", "prompt": 64}  -> {"logits": [...]}, those that follow the prompt
 
 Prefill runs from the call with the token ids to the first greedy token; decode takes the `new` tokens after
-it, each chosen by argmax and fed back. Needs NumPy only: it is imported in every engine's environment.
+it, each chosen by argmax and fed back. It needs only NumPy, because it is imported in every engine's environment.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds up to the first token of every sequence, and of the tokens after it; first tokens included."""
+    """The seconds up to the first token of every sequence, and of the tokens after it; tokens include the first."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -41,7 +41,7 @@ class Engine(Protocol):
 
     @property
     def about(self) -> dict[str, Any]:
-        """Version, settings: whatever tells this engine from another."""
+        """Return version and settings, which tell this engine from another."""
         ...
 
     def run(self, prompts: list[np.ndarray], new: int) -> Run:
@@ -49,12 +49,12 @@ class Engine(Protocol):
         ...
 
     def logits(self, prompt: np.ndarray) -> np.ndarray:
-        """Float32 (vocab,), after the last token of the prompt."""
+        """Return the logits after the last token of the prompt: float32 (vocab,)."""
         ...
 
 
 def run_stepwise(start: Callable[[], list[int]], step: Callable[[list[int]], list[int]], new: int) -> Run:
-    """The Run of an engine that goes token by token.
+    """Time an engine that goes token by token.
 
     Args:
         start: takes in the prompts and returns the first token of each.
@@ -71,8 +71,9 @@ def run_stepwise(start: Callable[[], list[int]], step: Callable[[list[int]], lis
 
 
 def prompt_ids(request: dict[str, Any], sequence: int = 0) -> np.ndarray:
-    """The same random token ids for every engine, int32 (tokens,); another seed's begin otherwise, so that
-    no engine can answer from a cache of prefixes.
+    """Return the same random token ids for every engine, int32 (tokens,).
+
+    Ids of another seed begin differently, so that no engine can answer from a cache of prefixes.
     """
     rng = np.random.default_rng([request.get("seed", 0), sequence])
     return rng.integers(0, request.get("vocabulary", ORDINARY_TOKENS), request["prompt"], dtype=np.int32)
@@ -91,7 +92,7 @@ def serve(load: Callable[[dict[str, Any]], Engine]) -> None:
     for line in sys.stdin:
         try:
             answer = _answer(engine, json.loads(line))
-        except Exception as error:  # goes to whoever asked: one engine's failure must not end the run
+        except Exception as error:  # the parent gets it: one engine's failure must not end the run
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
@@ -115,7 +116,7 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory_bytes() -> int:
-    """Resident memory of this process, mapped files included."""
+    """Return the resident memory of this process, mapped files included."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -126,7 +127,7 @@ def die_with_parent() -> None:
 
 
 def _private_stdout() -> Any:
-    """A stream for answers alone: what libraries print on stdout goes to stderr."""
+    """Return a stream for answers only: output of libraries on stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers

@@ -1,4 +1,4 @@
-"""One JSON of every single timing per machine and run, and what its medians say."""
+"""Keep a JSON of every single timing per machine and run, and compute its medians."""
 
 import json
 import os
@@ -22,7 +22,7 @@ DEFINITIONS = {
     "int8_rate": "10^9 int8 multiply-adds per second, all threads, operands in registers",
     "read_bandwidth": "10^9 bytes per second, all threads, over 512 MiB",
 }
-WORK_FIELDS = {  # what a record calls the counts of `llamita.bench.work.Work`
+WORK_FIELDS = {  # names in a record of the counts of `llamita.bench.work.Work`
     "linear_macs_per_token": "linear",
     "head_macs": "head",
     "attention_macs_per_pair": "attention",
@@ -34,7 +34,7 @@ _PARTS = tuple(f"executorch-{layers}" for layers in PART_LAYERS)
 
 
 def machine(isa: str, threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the machine that the figures were measured on."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -47,12 +47,12 @@ def machine(isa: str, threads: int) -> dict[str, Any]:
 
 
 def slug(text: str) -> str:
-    """A file name's worth of a text."""
+    """Return a text as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write aside and rename; every timing stands on a line of its own."""
+    """Write a temporary file and rename it; every timing is on its own line."""
     record = {**record, "summary": summarize(record)}
     timings = record.pop("timings")
     text = json.dumps({**record, "timings": []}, indent=1)
@@ -65,7 +65,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def summarize(record: dict[str, Any]) -> dict[str, Any]:
-    """Medians and spread of every contender in every case, and of the limits."""
+    """Return medians and spread of every contender in every case, and of the limits."""
     timings = record["timings"]
     parts = [t for t in timings if t["contender"] in _PARTS]
     timings = [t for t in timings if t["contender"] not in _PARTS] + list(_extrapolate(parts))
@@ -85,7 +85,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(runs: list[dict[str, Any]], case: Case, counted: dict[str, int] | None) -> dict[str, Any]:
-    """One contender in one case; fractions of the limits where its work is known."""
+    """Sum up one contender in one case, with fractions of the limits if its work is known."""
     prefilled, decoded = case.sequences * case.prompt, case.sequences * case.new
     row = {
         "runs": len(runs),
@@ -106,17 +106,17 @@ def _row(runs: list[dict[str, Any]], case: Case, counted: dict[str, int] | None)
 
 
 def work_of(counted: dict[str, int]) -> Work:
-    """The work that a record has for a contender (see `recorded`)."""
+    """Return the work that a record has for a contender (see `recorded`)."""
     return Work(**{field: counted[key] for key, field in WORK_FIELDS.items()})
 
 
 def recorded(work: Work, int8: bool) -> dict[str, Any]:
-    """What a record has of the work, and whether its multiply-adds are int8 ones."""
+    """Return the work for a record, with a flag: its multiply-adds are int8."""
     return {"int8": int8, **{key: getattr(work, field) for key, field in WORK_FIELDS.items()}}
 
 
 def _extrapolate(parts: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Straight lines through the times of few layers, to all: round by round."""
+    """Extrapolate the times of few layers to all by straight lines, round by round."""
     few, more = PART_LAYERS
     by_key = {(t["round"], t["case"], t["contender"]): t for t in parts}
     for (round_, case, name), low in by_key.items():

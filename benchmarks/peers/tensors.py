@@ -1,4 +1,4 @@
-"""Reads the checkpoint that `random_checkpoint.py` writes, in environments that do not have llamita."""
+"""Read the checkpoint that `random_checkpoint.py` writes, in environments that do not have llamita."""
 
 import json
 import mmap
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def bf16_tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor's name and bits, uint16 in its shape, straight from the mapped files."""
+    """Yield every tensor's name and bits, uint16 in its shape, straight from the mapped files."""
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -25,10 +25,10 @@ def bf16_tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def bits_to_f32(bits: np.ndarray) -> np.ndarray:
-    """bf16 bits as float32 values."""
+    """Return bf16 bits as float32 values."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def interleave_heads(bits: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k, (heads * dim, columns): from halves of a head (Hugging Face) to pairs (Meta)."""
+    """Reorder rows of q or k, (heads * dim, columns): from halves of a head (Hugging Face) to pairs (Meta)."""
     return bits.reshape(heads, 2, -1, bits.shape[1]).swapaxes(1, 2).reshape(bits.shape)

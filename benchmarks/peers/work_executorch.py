@@ -1,4 +1,4 @@
-"""ExecuTorch's XNNPACK backend as a contender: its exported forward pass, called token by token."""
+"""Run ExecuTorch's XNNPACK backend as a contender: its exported forward pass, called token by token."""
 
 from importlib.metadata import version
 from typing import Any
@@ -35,7 +35,7 @@ class ExecuTorch:
         }
 
     def _forward(self, ids: np.ndarray) -> np.ndarray:
-        """Logits (vocab,) after the last of these ids (tokens,)."""
+        """Return logits (vocab,) after the last of these ids (tokens,)."""
         tokens = torch.from_numpy(ids.astype(np.int64))[None]
         out = self.method.execute([tokens, torch.tensor([self.position])])[0]
         self.position += len(ids)

@@ -1,4 +1,4 @@
-"""llama.cpp as a contender, through the low-level binding: what llama-bench calls, token by token."""
+"""Run llama.cpp as a contender, through the low-level binding: the calls of llama-bench, token by token."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import protocol
 
 MICRO_BATCH = 512  # n_batch and n_ubatch: the library's default for the latter, and the prompt's length
-CONTEXT_MULTIPLE = 256  # what the library rounds a context to
+CONTEXT_MULTIPLE = 256  # the library rounds a context to it
 
 
 class LlamaCpp:
@@ -37,7 +37,7 @@ class LlamaCpp:
         }
 
     def _use_context(self, sequences: int, tokens: int) -> None:
-        """Take the context for so many sequences of up to so many tokens, emptied."""
+        """Use an empty context for this number and length of sequences."""
         tokens += -tokens % CONTEXT_MULTIPLE
         if (sequences, tokens) not in self.contexts:
             for old in self.contexts.values():
@@ -59,7 +59,7 @@ class LlamaCpp:
         self.lengths = [0] * sequences
 
     def _decode(self, tokens: list[tuple[int, int]], wanted: set[int]) -> None:
-        """Take in (sequence, token) pairs; logits for those whose place in the list is wanted."""
+        """Take in (sequence, token) pairs; return logits for the places in the list that are wanted."""
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, (sequence, token) in enumerate(tokens):

@@ -1,4 +1,4 @@
-"""llamita as a contender, and the limits that its probes measure."""
+"""Run llamita as a contender, and measure the machine's limits with its probes."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class Llamita:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Counted on request, so that it is no part of the load."""
+        """Return the work; it is counted on request, so that it is no part of the load."""
         model = describe(self.model)
         work = count_work(model.config, model.scheme, self.llm.kv_dtype, model.float_dtype)
         return {
@@ -48,7 +48,7 @@ class Llamita:
         return [int(self._prefill(s, p)[0].argmax()) for s, p in zip(self.sequences, prompts, strict=True)]
 
     def _prefill(self, sequence: Any, prompt: np.ndarray) -> np.ndarray:
-        """Logits (1, vocab) after the prompt."""
+        """Return logits (1, vocab) after the prompt."""
         last = (len(prompt) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
         for at in range(0, last, PREFILL_CHUNK):
             self.llm.model.step([(sequence, prompt[at : at + PREFILL_CHUNK])], np.arange(0))
@@ -64,14 +64,14 @@ class Llamita:
 
 
 class Limits:
-    """No model: only what the machine gives at this moment."""
+    """Measures the machine's limits at this moment, without a model."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         _native.set_threads(options["threads"])
         self.about = {"version": f"llamita {llamita.__version__}", "settings": {"isa": _native.isa()}}
 
     def measure(self) -> dict[str, float]:
-        """10^9 int8 multiply-adds and 10^9 bytes per second; medians, as one probe may meet a burst."""
+        """Return 10^9 int8 multiply-adds and 10^9 bytes per second; medians, because one probe may meet a burst."""
         return {
             "int8_rate": statistics.median(_native.int8_rate() for _ in range(PROBES)),
             "read_bandwidth": statistics.median(_native.read_bandwidth(PROBE_BYTES) for _ in range(PROBES)),
@@ -88,7 +88,7 @@ def serve_limits() -> None:
 
 
 def digest_of_sources() -> str:
-    """Names what ran: the package's Python and the native module, whatever commit they come from."""
+    """Return a hash of the package's Python and of the native module, which names what ran."""
     folder = Path(llamita.__file__).parent
     files = sorted([*folder.rglob("*.py"), *folder.glob("_native*.so")])
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI as a contender: its own LLMPipeline, timed from outside by the tokens that it streams."""
+"""Run OpenVINO GenAI as a contender: its own LLMPipeline, timed from outside by the tokens that it streams."""
 
 import time
 from importlib.metadata import version
@@ -59,7 +59,7 @@ class OpenVino:
         return protocol.Run(first - began, last - first, [list(tokens) for tokens in results.tokens])
 
     def logits(self, prompt: np.ndarray) -> np.ndarray:
-        """From the same files through the plain runtime: the pipeline does not show its logits."""
+        """Compute logits from the same files with the plain runtime: the pipeline does not show its own."""
         request = ov.Core().compile_model(self.model / "openvino_model.xml", "CPU").create_infer_request()
         tokens = len(prompt)
         out = request.infer(

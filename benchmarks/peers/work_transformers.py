@@ -1,4 +1,4 @@
-"""transformers on PyTorch as a contender: eager mode, SDPA attention, its own caches."""
+"""Run transformers on PyTorch as a contender: eager mode, SDPA attention, its own caches."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class Transformers:
 
     @torch.inference_mode()
     def _forward(self, ids: np.ndarray) -> torch.Tensor:
-        """Logits (sequences, vocab) after the last of the ids (sequences, tokens)."""
+        """Return logits (sequences, vocab) after the last of the ids (sequences, tokens)."""
         out = self.model(
             torch.from_numpy(ids.astype(np.int64)), past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )

@@ -1,4 +1,4 @@
-"""Environments, models and processes: all that must exist before anything is timed."""
+"""Make environments, models and processes: all that must exist before anything is timed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class PeerError(Exception):
 
 
 def python_of(workdir: Path, environment: str) -> str:
-    """The Python of an environment, installed on first use from its list of exact versions."""
+    """Return the Python of an environment, installed on first use from its list of exact versions."""
     if not environment:
         return sys.executable
     folder = workdir / environment
@@ -49,7 +49,7 @@ _NICE = ["nice", "-n", "10"] if shutil.which("nice") else []
 
 
 def model_of(workdir: Path, name: str) -> Path:
-    """A model's directory or file, made on first use."""
+    """Return a model's directory or file, made on first use."""
     out = workdir / "models" / name
     if out.exists():
         return out
@@ -67,7 +67,7 @@ def model_of(workdir: Path, name: str) -> Path:
 
 
 def size_of(model: Path) -> int:
-    """Bytes of a model's weight files."""
+    """Return the bytes of a model's weight files."""
     if model.is_file():
         return model.stat().st_size
     weights = [*model.glob("*.safetensors"), *model.glob("openvino_model.bin")]
@@ -75,7 +75,7 @@ def size_of(model: Path) -> int:
 
 
 def _check(command: list[str], log: Path, settings: dict[str, str]) -> None:
-    """Run to the end, its output in the log."""
+    """Run a command to its end, with its output in the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         status = subprocess.run(
@@ -105,7 +105,7 @@ class Worker:
         self._pause()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """One request, one answer; PeerError if the engine failed or ended."""
+        """Send one request and return the answer; PeerError if the engine failed or ended."""
         assert self.process.stdin is not None
         self.process.send_signal(signal.SIGCONT)
         try:
@@ -136,12 +136,12 @@ class Worker:
         self.process.send_signal(signal.SIGSTOP)
         if self.process.returncode is not None:  # it has ended already
             return
-        # A signal takes a moment: until it has stopped, or ended, it would run beside the next one.
+        # A signal takes a moment: until it has stopped, or ended, it would run at the same time as the next one.
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def start(workdir: Path, name: str, variant: str, threads: int) -> Worker:
-    """A contender's process, its environment and model made first if need be."""
+    """Start a contender's process; make its environment and model first if need be."""
     contender = CONTENDERS[name]
     python, model = python_of(workdir, contender.environment), model_of(workdir, contender.model)
     options = {"model": str(model), "threads": threads, **contender.variants[variant]}
@@ -149,11 +149,11 @@ def start(workdir: Path, name: str, variant: str, threads: int) -> Worker:
 
 
 def start_limits(workdir: Path, threads: int) -> Worker:
-    """The process that measures what the machine can do."""
+    """Start the process that measures what the machine can do."""
     options = {"limits": True, "threads": threads}
     return Worker(sys.executable, "work_llamita.py", options, workdir / "logs" / "limits.log")
 
 
 def model_bytes(workdir: Path, contender: Contender) -> int:
-    """Bytes on disk of what a contender reads."""
+    """Return the bytes on disk that a contender reads."""
     return size_of(workdir / "models" / contender.model)

@@ -1,4 +1,4 @@
-"""`llamita finetune` as its user meets it: what it makes, what it says, what it refuses."""
+"""Run `llamita finetune` as a user does: check what it makes, prints and refuses."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_pat
     assert "Trained on `data.jsonl` in 1 stage, its rounding" in (out / "README.md").read_text("utf-8")
     assert (out / "loss.svg").read_text("utf-8").startswith("<svg")
     assert run("verify", out) == 0
-    assert run("evaluate", out, "--text", data, "--json") == 0  # beside the model it was trained from
+    assert run("evaluate", out, "--text", data, "--json") == 0  # compares with the model that it was trained from
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -134,33 +134,33 @@ def test_a_teacher_is_not_replaced(model: Path, data: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--method", "magic"), "--method: expected one of lora, full, qat, qat-lora"),
         (("--recipe", "nothing"), "--recipe: expected llama3.2-qat-lora, lora, qat, sft, or a YAML file"),
         (("--task", "cooking"), "--task: expected one of translation"),
         (("--task", "translation"), "data.jsonl: line 1: expected the column source or sentence"),
-        (("--preset", "llama3.2"), "--preset, --group-size: expected with a method that gives a 4-bit model"),
+        (("--preset", "llama3.2"), "--preset, --group-size: expected a method that makes a 4-bit model, such as qat"),
         (("--set", "rank=0"), "rank: expected a whole number of at least 1, got 0"),
         (("--set", "length=100000"), "length: expected at most 512 tokens, the model's context"),
         (("--set", "length=4"), "expected examples to learn from, got none"),
         (("--teacher", "/nowhere", "--set", "distill=0.5"), "/nowhere"),
-        (("--set", "evaluate_every=2", "--set", "held_out=0"), "evaluate_every: expected held_out beside it"),
+        (("--set", "evaluate_every=2", "--set", "held_out=0"), "evaluate_every: expected held_out above 0, got 0"),
         (("--teacher", "/nowhere"), "--teacher: expected a stage that distils, got none"),
         (("--report-to", "nobody"), "--report-to: expected what transformers can report to, got nobody"),
         (("--method", "qat", "--set", "start=magic"), "start: expected one of rtn"),
         (("--preset", "magic"), "--preset: expected one of arm"),
         (("--group-size", "100"), "--group-size: expected 32"),
         (("--set", "stepz=1"), "--set: expected settings among preset, group_size, start, length"),
-        (("--method", "qat", "--recipe", "lora"), "--recipe: expected in place of --method"),
+        (("--method", "qat", "--recipe", "lora"), "--recipe: expected no --method, got both"),
         (("-o", "."), "--out: expected a directory to make, got ."),
     ],
 )
-def test_mistakes_are_told_in_a_line(
-    model: Path, data: Path, tmp_path: Path, capsys: Any, options: tuple[str, ...], told: str
+def test_mistakes_give_one_line(
+    model: Path, data: Path, tmp_path: Path, capsys: Any, options: tuple[str, ...], message: str
 ) -> None:
     assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 2
-    assert told in one_line(capsys)
+    assert message in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +179,7 @@ def test_what_a_run_with_other_settings_has_kept_is_not_thrown_away(
     assert not work.exists()
 
 
-def test_an_adapter_of_another_model_is_told(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_adapter_of_another_model_gives_a_warning(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     assert run("finetune", model, "--data", data, "-o", tmp_path / "adapter", *FAST) == 0
     other = make_checkpoint(tmp_path / "other", seed=5)
     for name, source in (("own", model), ("others", other)):
@@ -192,14 +192,19 @@ def test_an_adapter_of_another_model_is_told(model: Path, data: Path, tmp_path: 
     assert "was trained on another model" in capsys.readouterr().err
 
 
-def test_adapters_stand_by_what_training_began_with(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
-    """Equalized channels fit the adapters that were trained beside them, and no others."""
+def test_adapters_fit_only_what_training_began_with(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Equalized channels fit only the adapters that were trained with them."""
     out = tmp_path / "out"
     options = ("--data", data, "--method", "qat-lora", *FAST, "--set", "start=equalize")
     assert run("finetune", model, *options, "-o", out) == 0
     assert run("finetune", model, "--data", data, "-o", tmp_path / "float", *FAST) == 0
     capsys.readouterr()
     prompt = ("--prompt", "a", "--max-tokens", "1", "--adapter")
+    assert run("generate", out, *prompt, tmp_path / "out-adapter") == 0
+    record = tmp_path / "out-adapter" / "llamita_training.json"
+    text = record.read_text("utf-8")
+    assert '"train": "adapters"' in text
+    record.write_text(text.replace('"train": "adapters"', '"train": "adaptors"'), "utf-8")  # the former spelling
     assert run("generate", out, *prompt, tmp_path / "out-adapter") == 0
     capsys.readouterr()
     assert run("generate", out, *prompt, tmp_path / "float") == 2

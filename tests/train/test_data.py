@@ -1,4 +1,4 @@
-"""Training data: records of every form, what tasks make of them, tokens with what is learned, packing."""
+"""Check training data: records of every format, conversations of tasks, tokens that are learned, packing."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from llamita.errors import InputError, RunError
 from llamita.models.checkpoint import Checkpoint
 from llamita.text.chat_template import ChatTemplate
 from llamita.text.tokenizer import Tokenizer
-from llamita.train.examples import IGNORED, Example, fitting, pack, tokenize
+from llamita.train.examples import IGNORED, Example, keep_fitting, pack, tokenize
 from llamita.train.records import Record, read_data, read_records
 from llamita.train.tasks import TASKS, Conversation, conversation
 
@@ -24,7 +24,7 @@ CHAT = (
 
 
 def written(path: Path, text: str) -> Path:
-    """The path, with this text in it."""
+    """Write this text to the path; return the path."""
     path.write_text(text, "utf-8")
     return path
 
@@ -39,7 +39,7 @@ def test_json_lines_are_records_named_by_their_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text"}\n', "a.jsonl: line 2"),
         ("a.jsonl", "[1]\n", "a.jsonl: line 1"),
@@ -51,8 +51,8 @@ def test_json_lines_are_records_named_by_their_line(tmp_path: Path) -> None:
         ("a.csv", "prompt,completion\n", "expected .jsonl, .json, .tsv, .txt, .md, got .csv"),
     ],
 )
-def test_a_bad_record_is_named(tmp_path: Path, name: str, text: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_bad_record_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         list(read_records(written(tmp_path / name, text)))
 
 
@@ -82,7 +82,7 @@ def test_a_tsv_may_name_its_columns_and_begin_with_a_mark(tmp_path: Path) -> Non
     assert [record.values for record in read_records(path)] == [{"source": "one", "target": "un"}]
 
 
-def test_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         list(read_records(tmp_path / "none.jsonl"))
     (tmp_path / "a.txt").write_bytes(b"\xff")
@@ -109,7 +109,7 @@ def test_a_name_that_is_no_file_is_a_data_set_of_the_hub(monkeypatch: pytest.Mon
 
 
 def said(values: dict[str, Any], task: str | None = None) -> list[tuple[str, str]]:
-    """The turns that a record becomes."""
+    """Return the turns that a record becomes."""
     return [(t["role"], t["content"]) for t in conversation(Record("here", values), task).turns]
 
 
@@ -125,8 +125,8 @@ def test_every_task_has_its_template() -> None:
     hub = {"context": "c", "question": "q?", "answers": {"text": ["x"], "answer_start": [0]}}
     assert said(hub, "qa")[1] == ("assistant", "x")
     assert said({"article": "long", "highlights": "short"}, "summarization")[1] == ("assistant", "short")
-    told = {"instruction": "do", "input": "this", "output": "done", "system": "be kind"}
-    assert said(told, "assistant") == [("system", "be kind"), ("user", "do\n\nthis"), ("assistant", "done")]
+    given = {"instruction": "do", "input": "this", "output": "done", "system": "be kind"}
+    assert said(given, "assistant") == [("system", "be kind"), ("user", "do\n\nthis"), ("assistant", "done")]
     assert said({"prompt": "p", "story": "s"}, "writing") == [("user", "p"), ("assistant", "s")]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert said({"messages": turns}, "chat") == [("user", "a"), ("assistant", "b")]
@@ -140,7 +140,7 @@ def test_records_that_say_what_they_are_need_no_task() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "task", "told"),
+    ("values", "task", "message"),
     [
         (
             {"a": 1, "b": 2},
@@ -155,8 +155,8 @@ def test_records_that_say_what_they_are_need_no_task() -> None:
         ({"instruction": "i", "output": "o", "input": 3}, None, "input: expected a text, got int"),
     ],
 )
-def test_a_record_that_lacks_something_is_named(values: dict[str, Any], task: str | None, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_record_that_lacks_something_is_named(values: dict[str, Any], task: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         conversation(Record("here", values), task)
 
 
@@ -171,45 +171,45 @@ def test_the_last_turn_is_the_assistants() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Of a tiny model: a token a byte, BOS 256, end 257."""
+    """Return a tiny model's tokenizer: a token a byte, BOS 256, end 257."""
     path = make_checkpoint(tmp_path_factory.mktemp("tiny"))
     return Tokenizer(path, Checkpoint(path).config)
 
 
 def learned(example: Example, tokenizer: Tokenizer) -> str:
-    """The text of what is learned, end token left out."""
+    """Return the text that is learned, without the end token."""
     ids = [int(i) for i in example.ids[example.is_learned]]
     assert ids[-1] == tokenizer.eos_token_ids[0]
     return tokenizer.decode(ids[:-1])
 
 
 def test_the_answer_alone_is_learned_and_the_end_with_it(tokenizer: Tokenizer) -> None:
-    told = conversation(Record("here", {"prompt": "one", "completion": "two"}), None)
-    example = tokenize(told, tokenizer, None)
+    given = conversation(Record("here", {"prompt": "one", "completion": "two"}), None)
+    example = tokenize(given, tokenizer, None)
     assert learned(example, tokenizer) == "two"
     prompt = example.ids[~example.is_learned]
-    np.testing.assert_array_equal(prompt, tokenizer.encode("one\n"))  # as generation meets it
+    np.testing.assert_array_equal(prompt, tokenizer.encode("one\n"))  # as in generation
 
 
 def test_plain_text_is_learned_whole_but_for_its_first_token(tokenizer: Tokenizer) -> None:
     example = tokenize(Conversation("here", text="story"), tokenizer, None)
     assert not example.is_learned[0]
-    assert learned(example, tokenizer) == "tory"  # nothing stands before the first
+    assert learned(example, tokenizer) == "tory"  # the first token has none before it
 
 
 def test_every_turn_of_the_assistant_is_learned_under_a_template(tokenizer: Tokenizer) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    told = Conversation("here", tuple({"role": r, "content": c} for r, c in turns))
-    example = tokenize(told, tokenizer, ChatTemplate(CHAT))
+    given = Conversation("here", tuple({"role": r, "content": c} for r, c in turns))
+    example = tokenize(given, tokenizer, ChatTemplate(CHAT))
     assert learned(example, tokenizer) == "b</assistant>d</assistant>"
     assert tokenizer.decode([int(i) for i in example.ids[:-1]]).startswith("<user>a</user><assistant>b")
     changing = "{{ messages | length }}" + CHAT
     with pytest.raises(InputError, match="here: turn 2: expected a chat template that leaves earlier turns"):
-        tokenize(told, tokenizer, ChatTemplate(changing))
+        tokenize(given, tokenizer, ChatTemplate(changing))
 
 
 def example_of(length: int, first: int = 1, place: str = "x") -> Example:
-    """Tokens first, first + 1, …; all but the first are learned."""
+    """Return tokens first, first + 1, …; all but the first are learned."""
     learned = np.ones(length, bool)
     learned[:1] = False
     return Example(place, np.arange(first, first + length, dtype=np.int32), learned)
@@ -217,19 +217,19 @@ def example_of(length: int, first: int = 1, place: str = "x") -> Example:
 
 def test_long_examples_are_left_out_and_said() -> None:
     examples = [example_of(4), example_of(9, place="line 2"), example_of(1, place="line 3")]
-    kept, note = fitting(examples, 8, None)
+    kept, note = keep_fitting(examples, 8, None)
     assert [len(e.ids) for e in kept] == [4]
     assert note == (
         "1 of 3 examples have more than 8 tokens: left out (line 2); "
         "1 of 3 examples have nothing to learn: left out (line 3)"
     )
-    assert fitting([example_of(8)], 8, None)[1] is None
+    assert keep_fitting([example_of(8)], 8, None)[1] is None
 
 
 @pytest.mark.parametrize("bos", [None, 1])
 def test_long_texts_are_divided_and_every_token_is_learned(bos: int | None) -> None:
     text = replace(example_of(20, place="a.txt"), is_text=True)  # tokens 1 to 20
-    kept, note = fitting([text], 8, bos)
+    kept, note = keep_fitting([text], 8, bos)
     assert note == "1 of 1 examples are texts of more than 8 tokens: divided (a.txt)"
     assert max(len(e.ids) for e in kept) == 8
     parts = [list(map(int, e.ids)) for e in kept]

@@ -1,4 +1,4 @@
-"""Training with rounding in the loop: what its layers compute, what is kept, what is converted."""
+"""Check training with rounding in the loop: what its layers compute, what is kept, what is converted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,10 @@ from llamita.numerics.affine import quantize_activations as activations
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.rounded import RoundedSource
+from llamita.train.data import Data
 from llamita.train.examples import IGNORED, Windows
-from llamita.train.recipe import Recipe, Stage, change, parse_recipe
+from llamita.train.job import FinetuneJob
+from llamita.train.recipe import Recipe, Stage, change, parse_recipe, read_recipe
 
 torch = pytest.importorskip("torch", reason="training is on the Torch side")
 pytest.importorskip("trl", reason="training is on the Torch side")
@@ -37,26 +39,36 @@ LINEARS = [name for step in STEPS for name in step]
 
 
 def rows_of(count: int, length: int = 24, seed: int = 0) -> Windows:
-    """Random rows, two examples in each, all but the first tokens learned."""
+    """Return random rows, two examples in each; all but their first tokens are learned."""
     ids = np.random.default_rng(seed).integers(0, 256, (count, length))
     positions = np.tile(np.concatenate([np.arange(length // 2)] * 2), (count, 1))
     return Windows(ids, np.where(positions == 0, IGNORED, ids), positions)
 
 
 def recipe_of(**values: Any) -> Recipe:
-    """One stage of few steps."""
+    """Return a recipe of one stage of few steps."""
     stage = {"steps": 4, "batch": 4, "micro_batch": 2, "learning_rate": 1e-2, **values}
     return parse_recipe({"stages": [stage], "save_every": 2})
 
 
-def job_of(path: Path, work: Path, recipe: Recipe, **values: Any) -> finetune.Job:
-    """Of a tiny model."""
+def data_of(rows: Windows, held_out: Windows) -> Data:
+    """Return rows as if they came from a file."""
+    return Data(rows, held_out, learned=len(rows.ids), measured=(), note=None, sha256="0" * 64)
+
+
+def job_of(path: Path, work: Path, recipe: Recipe, data: Data | None = None, **values: Any) -> FinetuneJob:
+    """Return a job on a tiny model, which trains in the directory `work`."""
     work.mkdir(exist_ok=True)
-    return finetune.Job(Checkpoint(path), recipe, rows_of(12), rows_of(3, seed=1), work, **values)
+    return FinetuneJob(Checkpoint(path), recipe, data or data_of(rows_of(12), rows_of(3, seed=1)), work, **values)
+
+
+def train(job: FinetuneJob) -> finetune.Trained:
+    """Train in the directory that `job_of` has made."""
+    return finetune.train(job, job.out)
 
 
 def codes_and_scales(weight: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Of a packed weight: int8 (rows, columns), float32 (rows, groups)."""
+    """Return codes, int8 (rows, columns), and scales, float32 (rows, groups)."""
     if isinstance(weight, Int8Weight):
         scales = weight.scales if weight.scales.dtype == np.float32 else bf16_to_f32(weight.scales)
         return np.asarray(weight.codes), scales.reshape(-1, 1)
@@ -125,7 +137,7 @@ def test_an_embedding_rounds_the_rows_it_reads_and_passes_gradients() -> None:
 @pytest.mark.parametrize("family", ["llama2", "llama32"])
 @pytest.mark.parametrize("method", ["rtn", "qronos"])
 def test_a_prepared_model_has_the_codes_it_was_given(tmp_path: Path, family: str, method: str) -> None:
-    """Whatever method chose them; weights stay where they are if their nearest code is theirs."""
+    """Any method may have chosen them; weights stay where they are if their nearest code is theirs."""
     path = make_checkpoint(tmp_path / "model", family)
     tokens = rows_of(8, 64).ids.astype(np.int32)
     calibration = Calibration("rows", "0" * 64, tokens)
@@ -144,7 +156,7 @@ def test_a_prepared_model_has_the_codes_it_was_given(tmp_path: Path, family: str
         np.testing.assert_array_equal(codes_of(layer.weight, layer.scales, layer.bits), codes, err_msg=name)
     if method == "rtn":
         moved = [(p.detach() != before[name]).float().mean().item() for name, p in model.named_parameters()]
-        assert max(moved) < 0.05  # those beyond the last code alone
+        assert max(moved) < 0.05  # only those beyond the last code
 
 
 # ---- the loss -------------------------------------------------------------------------------------
@@ -197,9 +209,9 @@ def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
 
 def test_training_in_float_lowers_the_loss_and_saves_a_checkpoint(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
-    job = job_of(path, tmp_path / "work", recipe_of(steps=8))
-    job.held_out = job.rows  # what is learned is measured: random rows have nothing in common
-    trained = finetune.train(job)
+    data = data_of(rows_of(12), rows_of(12))  # what is learned is measured: random rows have nothing in common
+    job = job_of(path, tmp_path / "work", recipe_of(steps=8), data)
+    trained = train(job)
     before, after = trained.held_out_losses
     assert after < before - 0.1
     (tmp_path / "out").mkdir()
@@ -215,17 +227,14 @@ def test_training_in_float_lowers_the_loss_and_saves_a_checkpoint(tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "start"), [("llama3", "rtn"), ("llama32", "rtn"), ("llama3", "llamita"), ("llama32", "llamita")]
 )
-def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
-    tmp_path: Path, family: str, start: str
-) -> None:
+def test_trained_codes_are_the_packed_models_and_both_compute_the_same(tmp_path: Path, family: str, start: str) -> None:
     path = make_checkpoint(tmp_path / "model", family)
     recipe = replace(recipe_of(quantized=True, distill=0.5), start=start)
-    calibration = Calibration("rows", "0" * 64, rows_of(8, 64).ids.astype(np.int32))
-    job = job_of(path, tmp_path / "work", recipe, calibration=calibration)
-    trained = finetune.train(job)
+    job = job_of(path, tmp_path / "work", recipe)
+    trained = train(job)
     scheme = finetune.scheme_of(job.recipe)
     out = tmp_path / "out"
-    save_packed(trained.model, job.source, "tiny", out, scheme, job.work, {}, overwrite=False)
+    save_packed(trained.model, job.source, "tiny", out, scheme, job.out, {}, overwrite=False)
     packed = PackedModel(out)
     assert packed.rotations.names == (("R4",) if start == "llamita" else ())
     changed = 0
@@ -248,7 +257,7 @@ def test_trained_codes_are_the_packed_directorys_and_both_compute_the_same(
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_checkpoint(tmp_path / "model")
     recipe = replace(recipe_of(quantized=True, distill=0.5, steps=6), save_every=2)
-    whole = finetune.train(job_of(path, tmp_path / "whole", recipe))
+    whole = train(job_of(path, tmp_path / "whole", recipe))
 
     def stop(what: str, done: int, total: int) -> None:
         del what, total
@@ -256,35 +265,35 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune.train(job_of(path, tmp_path / "killed", recipe, progress=stop))
+        train(job_of(path, tmp_path / "killed", recipe, progress=stop))
     (tmp_path / "killed" / "stage-1" / "checkpoint-6").mkdir()  # cut short, without its state
     torn = tmp_path / "killed" / "stage-1" / "checkpoint-5"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"epoch": ')
-    again = finetune.train(job_of(path, tmp_path / "killed", recipe))
+    again = train(job_of(path, tmp_path / "killed", recipe))
     assert again.held_out_losses[-1] == whole.held_out_losses[-1]
     for name, parameter in again.model.named_parameters():
         assert torch.equal(parameter, dict(whole.model.named_parameters())[name]), name
-    done = finetune.train(job_of(path, tmp_path / "killed", recipe))  # nothing left to do
+    done = train(job_of(path, tmp_path / "killed", recipe))  # nothing left to do
     assert done.held_out_losses == again.held_out_losses
 
 
 def test_rounding_begins_after_the_given_steps(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
-    late = finetune.train(job_of(path, tmp_path / "late", recipe_of(quantized=True, fake_quant_after=3)))
-    plain = finetune.train(job_of(path, tmp_path / "plain", recipe_of()))
+    late = train(job_of(path, tmp_path / "late", recipe_of(quantized=True, fake_quant_after=3)))
+    plain = train(job_of(path, tmp_path / "plain", recipe_of()))
     losses = [[row["loss"] for row in run.history if "loss" in row] for run in (late, plain)]
     np.testing.assert_allclose(losses[0][:3], losses[1][:3], rtol=0.02)  # weights beyond the last code begin at it
     assert losses[0][3] != pytest.approx(losses[1][3], abs=1e-4)  # rounded
     with pytest.raises(InputError, match="fake_quant_after: expected less than its 4 steps, got 4"):
-        finetune.train(job_of(path, tmp_path / "never", recipe_of(quantized=True, fake_quant_after=4)))
+        train(job_of(path, tmp_path / "never", recipe_of(quantized=True, fake_quant_after=4)))
 
 
-def test_adapters_learn_beside_a_model_that_stays(tmp_path: Path) -> None:
+def test_adapters_learn_while_the_model_stays(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
     recipe = recipe_of(train="adapters", quantized=True, targets=["q_proj", "down_proj"], rank=4, alpha=8)
     job = job_of(path, tmp_path / "work", recipe)
-    trained = finetune.train(job)
+    trained = train(job)
     moved = {n for n, p in trained.model.named_parameters() if p.requires_grad}
     assert len(moved) == 2 * 2 * 2
     assert all("lora_" in name for name in moved)
@@ -301,13 +310,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("llamita.train.trainer.loss_sum", poisoned)
     job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
     with pytest.raises(InputError, match="expected a finite loss, got nan at step 1; try --set learning_rate="):
-        finetune.train(job)
+        train(job)
 
 
 def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
     """Random rows are learned by heart, so that others only get worse."""
     recipe = replace(recipe_of(steps=40), evaluate_every=1, patience=3)
-    trained = finetune.train(job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe))
+    trained = train(job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe))
     by_step = {row["step"]: row["eval_loss"] for row in trained.history if "eval_loss" in row and row["step"]}
     losses = list(by_step.values())
     assert list(by_step) == list(range(1, len(losses) + 1))
@@ -316,11 +325,11 @@ def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
     assert all(min(losses[i - 3 : i]) < min(losses[: i - 3]) for i in range(4, len(losses)))  # and not before
 
 
-def test_nothing_to_learn_is_told(tmp_path: Path) -> None:
-    job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of())
-    job.rows = rows_of(0)
+def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+    nothing = data_of(rows_of(0), rows_of(3, seed=1))
+    job = job_of(make_checkpoint(tmp_path / "model"), tmp_path / "work", recipe_of(), nothing)
     with pytest.raises(InputError, match="expected something to learn"):
-        finetune.train(job)
+        train(job)
 
 
 # ---- recipes --------------------------------------------------------------------------------------
@@ -341,14 +350,24 @@ def test_every_epoch_ends_with_what_is_left(rows: int, expected: int) -> None:
     assert stage.count_steps(rows) == expected
 
 
+def test_the_former_spelling_of_adapters_is_read(tmp_path: Path) -> None:
+    stage = {"steps": 2, "rank": 4}
+    expected = parse_recipe({"stages": [{"train": "adapters", **stage}]})
+    assert parse_recipe({"stages": [{"train": "adaptors", **stage}]}) == expected
+    (tmp_path / "mine.yaml").write_text("stages:\n  - train: adaptors\n    steps: 2\n    rank: 4\n")
+    assert read_recipe(str(tmp_path / "mine.yaml")) == expected
+    assert change(expected, ["train=adaptors"]) == expected
+    assert expected.to_dict()["stages"][0]["train"] == "adapters"
+
+
 def test_adapters_are_the_last_stage() -> None:
     for stages in (["adapters", "weights"], ["adapters", "adapters"]):
-        with pytest.raises(InputError, match="expected adapters once and, but for preferences, last"):
+        with pytest.raises(InputError, match="expected adapters once and, except for preferences, last"):
             parse_recipe({"stages": [{"train": train} for train in stages]})
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("batch", "expected NAME=VALUE"),
         ("2.batch=4", "expected a stage from 1 to 1, got '2'"),
@@ -360,9 +379,9 @@ def test_adapters_are_the_last_stage() -> None:
         ("targets=5", "targets: expected some of"),
         ("group_size=64.0", "group_size: expected 32, 64, 128, 256, got 64.0"),
         ("preset=none", "preset: expected arm, llama3.2, llamita"),
-        ("patience=2", "expected evaluate_every beside it"),
+        ("patience=2", "expected evaluate_every above 0, got 0"),
     ],
 )
-def test_a_wrong_setting_is_named(text: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_wrong_setting_is_named(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         change(recipe_of(), [text])

@@ -1,4 +1,4 @@
-"""The measures of tasks: by hand for a few answers, and that a perfect model is perfect."""
+"""Check the measures of tasks: a few answers by hand, and equal texts, which score 100."""
 
 from pathlib import Path
 
@@ -41,8 +41,8 @@ def test_translations_and_summaries_are_scored_by_their_libraries() -> None:
 def test_the_loss_is_over_the_answers_tokens(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model")
     llm, tokenizer = llamita.load(path), Tokenizer(path, Checkpoint(path).config)
-    told = [conversation(Record(f"{i}", {"source": f"go {i}", "target": f"va {i}"}), "translation") for i in range(3)]
-    measured = [(tokenize(one, tokenizer, None), one) for one in told]
+    given = [conversation(Record(f"{i}", {"source": f"go {i}", "target": f"va {i}"}), "translation") for i in range(3)]
+    measured = [(tokenize(one, tokenizer, None), one) for one in given]
     found = score(llm, "translation", measured, limit=2)
     losses = []
     for example, _ in measured:

@@ -1,4 +1,4 @@
-"""What memory training is expected to need."""
+"""Check the memory that training is expected to need."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from llamita.train.recipe import Recipe, change, read_recipe
 
 
 def gigabytes(shape: str, recipe: Recipe, on_gpu: bool = True, shards: int = 1) -> float:
-    """For a published model's shape."""
+    """Return the expected gigabytes for a published model's shape."""
     return expected_memory(ModelConfig.from_hf(find_shape(shape)[1]), recipe, on_gpu, shards) / 1e9
 
 

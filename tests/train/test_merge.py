@@ -1,4 +1,4 @@
-"""Merging: PEFT's arithmetic in float, the base's scheme in 4 bits, what is told and refused."""
+"""Check merging: PEFT's arithmetic in float, the base's scheme in 4 bits, messages and refusals."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_a_merged_checkpoint_has_all_that_its_base_has(model: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("preset", "online"), [("llama3.2", False), ("arm", False), ("llama3.2", True)])
 def test_what_is_rounded_again_is_the_function_of_both(model: Path, tmp_path: Path, preset: str, online: bool) -> None:
-    """Dequantized weights and adapter in one matrix, under R4, too: what float engines make of either."""
+    """Dequantized weights and adapter in one matrix compute what they compute apart, also under R4."""
     method, settings = ("spinquant", {"spinquant.rotations": "R4"}) if online else ("rtn", {})
     base = packed(model, tmp_path / "base", preset, method, **settings)
     adapter = make_adapter(tmp_path / "a", model)
@@ -145,7 +145,7 @@ def test_layers_stored_in_other_ways_are_merged_in_these(model: Path, tmp_path: 
 
 
 def test_a_calibrated_method_keeps_what_rounding_to_nearest_loses(tmp_path: Path, capsys: Any) -> None:
-    """An adapter that moves weights by less than half a step: nearest leaves them, GPTQ makes up for that."""
+    """An adapter that moves weights by less than half a step: rounding to nearest leaves them, GPTQ corrects that."""
     pytest.importorskip("torch")
     model = resolve("embedded")
     base = packed(model, tmp_path / "base")
@@ -170,7 +170,7 @@ def test_the_command_tells_what_was_lost(model: Path, tmp_path: Path, capsys: An
     assert run("merge", base, adapter, "-o", out) == 0
     shown = capsys.readouterr()
     assert f"{out}: a 4-bit model" in shown.out
-    assert "warning: rounded again: KL " in shown.err
+    assert "warning: the merged weights were rounded again: KL divergence " in shown.err
     assert "of its own text)" in shown.err
     assert "--method qronos" in shown.err
     assert run("merge", base, adapter, "-o", out) == 2
@@ -189,20 +189,20 @@ def test_the_command_tells_what_was_lost(model: Path, tmp_path: Path, capsys: An
     assert run("quantize", tmp_path / "float", "-o", tmp_path / "again") == 0
 
 
-def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -> None:
+def test_mistakes_give_one_line(model: Path, tmp_path: Path, capsys: Any) -> None:
     base, adapter = packed(model, tmp_path / "base"), make_adapter(tmp_path / "a", model)
     other = make_adapter(tmp_path / "b", make_checkpoint(tmp_path / "wide", intermediate_size=512))
     changed = packed(model, tmp_path / "changed", method="equalize")
     (tmp_path / "short.txt").write_text("")
     (adapter / "llamita_training.json").write_text("{}")  # so that --overwrite would replace it
     out, before = tmp_path / "out", {path.name for path in tmp_path.iterdir()}
-    for arguments, told in (
+    for arguments, message in (
         ((model, adapter), "--out: expected the directory to make, got none"),
         ((model, tmp_path / "none", "-o", out), "expected a directory with adapter_config.json"),
         ((model, other, "-o", out), "mlp.gate_proj.lora_B.weight: expected floats (256, 4), got BF16 (512, 4)"),
         ((changed, adapter, "-o", out), "changed by equalize"),
         ((model, adapter, "-o", adapter, "--overwrite"), "holds the source"),
-        ((model, adapter, "-o", out, "--method", "gptq"), "--method: expected with a quantized BASE"),
+        ((model, adapter, "-o", out, "--method", "gptq"), "--method: expected a 4-bit BASE, got a float one"),
         ((base, adapter, "-o", out, "--method", "spinquant+gptq"), "--method: expected a method that rounds"),
         ((base, adapter, "-o", out, "--method", "magic"), "--method: expected one of rtn"),
         ((base, adapter, "-o", out, "--calibration", "x"), "--calibration: expected a method that looks at"),
@@ -210,8 +210,8 @@ def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -
         ((base, adapter, "-o", out, "--text", tmp_path / "short.txt"), "--text: expected at least 2 tokens"),
         (("/nowhere", adapter, "-o", out), "/nowhere"),
     ):
-        assert run("merge", *arguments) == 2, told
-        assert told in one_line(capsys)
+        assert run("merge", *arguments) == 2, message
+        assert message in one_line(capsys)
         assert_nothing_is_left(tmp_path, *before)
 
 

@@ -1,4 +1,4 @@
-"""Preferences: pairs of answers as records, tokens and a stage of training."""
+"""Check preferences: pairs of answers as records, tokens and a stage of training."""
 
 import json
 from pathlib import Path
@@ -26,24 +26,24 @@ BEFORE = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a
 
 
 def said(text: str) -> list[dict[str, str]]:
-    """An answer."""
+    """Return a turn of the assistant."""
     return [{"role": "assistant", "content": text}]
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A tiny base model, whose tokens are bytes, BOS 256, end 257."""
+    """Make a tiny base model; its tokens are bytes, BOS 256, end 257."""
     return make_checkpoint(tmp_path / "model")
 
 
 @pytest.fixture
 def tokenizer(model: Path) -> Tokenizer:
-    """Its own."""
+    """Return the tiny model's tokenizer."""
     return Tokenizer(model, Checkpoint(model).config)
 
 
 def pair_of(tokenizer: Tokenizer, template: str | None, **values: Any) -> Pair:
-    """The pair of one record."""
+    """Return the pair of one record."""
     chat = None if template is None else ChatTemplate(template, bos_token="", eos_token="")
     return read_pairs([Record("here", values)], tokenizer, chat, 1000)[0][0]
 
@@ -77,7 +77,7 @@ def test_a_prompt_that_the_conversations_begin_with_stands_there_once(tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"prompt": "p", "chosen": "a"}, "here: rejected: expected objects"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "here: expected two answers that differ"),
@@ -87,12 +87,12 @@ def test_a_prompt_that_the_conversations_begin_with_stands_there_once(tokenizer:
         ({"prompt": "p", "chosen": said(" "), "rejected": "a"}, "here: chosen: expected the assistant's"),
     ],
 )
-def test_a_record_that_is_no_pair_is_named(tokenizer: Tokenizer, values: Any, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_record_that_is_no_pair_is_named(tokenizer: Tokenizer, values: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         pair_of(tokenizer, None, **values)
 
 
-def test_long_pairs_are_left_out_and_told(tokenizer: Tokenizer) -> None:
+def test_long_pairs_are_left_out_with_a_note(tokenizer: Tokenizer) -> None:
     records = [Record(f"line {i}", {"prompt": "p" * i, "chosen": "a", "rejected": "b"}) for i in (1, 50)]
     pairs, note = read_pairs(records, tokenizer, None, 20)
     assert [pair.place for pair in pairs] == ["line 1"]
@@ -123,7 +123,7 @@ FAST = ("--set", "steps=2", "--set", "batch=4", "--set", "micro_batch=2", "--set
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    """Forty examples, forty pairs."""
+    """Write forty examples and forty pairs."""
     examples = [{"prompt": f"say {i}", "completion": f"{i} {i}"} for i in range(40)]
     pairs = [{"prompt": f"say {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
     return write_jsonl(tmp_path / "data.jsonl", examples), write_jsonl(tmp_path / "pairs.jsonl", pairs)
@@ -182,14 +182,14 @@ def test_scores_are_those_of_trl() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    from llamita.train.preference_trainer import score
+    from llamita.train.preference_trainer import label_scores
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                          num_attention_heads=2, vocab_size=50))  # fmt: skip
     ids = torch.randint(0, 50, (2, 9))
     labels = ids.masked_fill(torch.arange(9) < 4, -100)
-    ours = score(model(input_ids=ids).logits, labels)
+    ours = label_scores(model(input_ids=ids).logits, labels)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     theirs = model(input_ids=ids, labels=labels, fused_lm_head=True)
     for name in ("log_probs", "entropy", "mean_logits"):

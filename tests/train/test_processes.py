@@ -1,4 +1,4 @@
-"""Fine-tuning by several processes: the losses of one, whoever saved, whoever goes on."""
+"""Check fine-tuning by several processes: the losses of one process, whoever saved, whoever resumes."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Fifty examples of many lengths: rows that two processes cannot share evenly."""
+    """Write fifty examples of many lengths: rows that two processes cannot share evenly."""
     lines = [{"prompt": f"say {i} " * (1 + i % 3), "completion": f"{i} " * (1 + i % 5)} for i in range(50)]
     return write_jsonl(tmp_path / "data.jsonl", lines)
 
 
 def started(count: int, *arguments: object) -> subprocess.Popen[str]:
-    """A program under torchrun, or a module and its arguments."""
+    """Start a program, or a module and its arguments, under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
         [*torchrun, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
@@ -51,7 +51,7 @@ def started(count: int, *arguments: object) -> subprocess.Popen[str]:
 
 
 def finished(torchrun: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of all."""
+    """Wait for the end; return exit code, stdout and stderr of all processes."""
     try:
         out, err = torchrun.communicate(timeout=300)
     finally:
@@ -61,12 +61,12 @@ def finished(torchrun: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
-    """What was logged."""
+    """Return what was logged."""
     return json.loads((directory / "llamita_training.json").read_text("utf-8"))["history"]
 
 
 def assert_same_losses(found: list[dict[str, Any]], expected: list[dict[str, Any]], rel: float) -> None:
-    """Step by step, trained and held out."""
+    """Compare step by step, trained and held out."""
     assert len(found) == len(expected)
     count = 0
     for one, other in zip(found, expected, strict=True):
@@ -78,7 +78,7 @@ def assert_same_losses(found: list[dict[str, Any]], expected: list[dict[str, Any
 
 
 def worker(torchrun: subprocess.Popen[str], rank: int) -> int:
-    """The process of this number."""
+    """Return the id of the process with this rank."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     for child in children:
         if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_bytes().decode().split("\0"):
@@ -87,7 +87,7 @@ def worker(torchrun: subprocess.Popen[str], rank: int) -> int:
 
 
 def trained_tokens(out: Path) -> int:
-    """Of the last run that made it."""
+    """Return the trained tokens of the last run that made OUT."""
     return sum(row.get("trained_tokens", 0) for row in history(out))
 
 
@@ -100,7 +100,7 @@ def test_two_processes_learn_what_one_learns(
     two = ("finetune", model, "--data", data, "-o", tmp_path / "two", *options, *sharding)
     code, out, err = finished(started(2, "-m", "llamita", *two))
     assert code == 0, err
-    assert len(json.loads(out)["scores"]) == 3  # the first process prints, and it alone
+    assert len(json.loads(out)["scores"]) == 3  # only the first process prints
     assert_nothing_is_left(tmp_path, "model", "data.jsonl", "one", "one-adapter", "two", "two-adapter")
     logged = [history(tmp_path / name) for name in ("two-adapter", "one-adapter")]
     stages = [[[row for row in rows if row["stage"] == stage] for rows in logged] for stage in (1, 2)]
@@ -146,12 +146,12 @@ def test_two_processes_with_parts_go_on_where_one_was_stopped(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Tell, "on_step_end", stop)
+        patch.setattr(trainer.ProgressReporter, "on_step_end", stop)
         assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 130
     two = ("finetune", model, "--data", data, "-o", tmp_path / "out", *options, "--shard")
     code, _, err = finished(started(2, "-m", "llamita", *two))
     assert code == 0, err
-    assert err.count("going on where an earlier run was") == 1
+    assert err.count("resuming an earlier run") == 1
     records = [json.loads((tmp_path / name / "llamita.json").read_text("utf-8")) for name in ("out", "whole")]
     found, expected = (record["settings"]["losses"] for record in records)
     assert found == pytest.approx(expected, rel=1e-5)  # the codes that one process chose were kept
@@ -159,7 +159,7 @@ def test_two_processes_with_parts_go_on_where_one_was_stopped(
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_printed_once(model: Path, data: Path, tmp_path: Path) -> None:
     code, out, err = finished(
         started(
             2, "-m", "llamita", "finetune", model, "--data", data, "-o", tmp_path / "out", *SMALL, "--set", "rank=0"
@@ -230,14 +230,14 @@ def test_each_process_holds_half_and_what_is_kept_is_whole(model: Path, tmp_path
 
 @pytest.fixture
 def third_of_three(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment that torchrun gives the last of three processes."""
+    """Set the environment that torchrun gives the last of three processes."""
     for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--set", "batch=2", "--set", "micro_batch=1"),
          "batch: expected a row for each of 3 processes, got 2; try fewer processes"),
@@ -248,10 +248,10 @@ def third_of_three(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ],
 )  # fmt: skip
 def test_what_several_processes_cannot_do_is_refused(
-    model: Path, data: Path, tmp_path: Path, capsys: Any, third_of_three: Any, options: tuple[str, ...], told: str
+    model: Path, data: Path, tmp_path: Path, capsys: Any, third_of_three: Any, options: tuple[str, ...], message: str
 ) -> None:
     assert run("finetune", model, "--data", data, "-o", tmp_path / "out", *options) == 2
-    assert told in one_line(capsys)
+    assert message in one_line(capsys)
 
 
 def test_parts_need_several_processes_and_no_accelerate(
@@ -262,7 +262,7 @@ def test_parts_need_several_processes_and_no_accelerate(
     assert "--shard: expected several processes, got one; try torchrun" in one_line(capsys)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert run("finetune", model, *options) == 2
-    assert "ACCELERATE_USE_FSDP: expected accelerate to start processes" in one_line(capsys)
+    assert "ACCELERATE_USE_FSDP: expected accelerate to do nothing but start processes" in one_line(capsys)
 
 
 def test_processes_share_the_rows_of_each_step(third_of_three: pytest.MonkeyPatch) -> None:

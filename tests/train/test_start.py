@@ -1,4 +1,4 @@
-"""What training with rounding begins with: chains of methods, transforms among them."""
+"""Check what training with rounding begins with: chains of methods and their transforms."""
 
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ IDS = np.random.default_rng(0).integers(0, 256, (8, 64))
 
 
 def begun(path: Path, place: Path, method: str) -> Start:
-    """A tiny model as training finds it."""
+    """Return the start of training on a tiny model."""
     source, calibration = Checkpoint(path), Calibration("rows", "0" * 64, IDS.astype(np.int32))
     return start(source, source, make_scheme("llama3.2"), method, Setup(calibration), place)
 
 
 def logits(model: Any) -> Any:
-    """Of two rows."""
+    """Return the logits of two rows."""
     with torch.no_grad():
         return model.eval()(input_ids=torch.from_numpy(IDS[:2])).logits
 
@@ -50,12 +50,12 @@ def test_transforms_keep_the_function_and_codes_are_those_of_the_start(
     switch.on = False
     assert not torch.allclose(model.model.layers[0].mlp.down_proj.weight, weights, rtol=0.1)
     scale = before.abs().max()
-    # those beyond the last code, and those whose code is not the nearest, have moved
+    # weights beyond the last code, and weights whose code is not the nearest, have moved
     assert (logits(model) - before).abs().max() < 0.3 * scale
     assert 0 < (rounded - before).abs().mean() < 0.2 * scale
     layer = model.model.layers[1].mlp.down_proj
     assert isinstance(layer, FakeQuantLinear)
-    assert bool(layer.online) == (method == "llamita")
+    assert bool(layer.rotation) == (method == "llamita")
     packed = found.rounded.weight("model.layers.1.mlp.down_proj").packed  # type: ignore[union-attr]
     np.testing.assert_array_equal(codes_of(layer.weight, layer.scales, 4), unpack_int4(np.asarray(packed)))
 

@@ -1,4 +1,4 @@
-"""`llamita finetune`: a model and data in; a tuned checkpoint, adapters or a 4-bit model out."""
+"""Fine-tune a model on data into a checkpoint, adapters or a 4-bit model: `llamita finetune`."""
 
 import os
 import time
@@ -12,7 +12,7 @@ import typer
 from llamita.commands import console
 from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
 from llamita.commands.sources import convert_first
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.imports.open import resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
@@ -25,15 +25,15 @@ from llamita.system.machine import MemoryWatch
 from llamita.system.staging import check_target
 from llamita.system.threads import use_threads
 from llamita.train.data import Data, load_data, with_preferences
+from llamita.train.job import FinetuneJob
 from llamita.train.memory import expected_memory
-from llamita.train.order import Order
 from llamita.train.recipe import METHODS, Recipe, adapter_place, change, read_recipe
 from llamita.train.start import parse_start
 from llamita.train.tasks import TASKS
 
 RUN = "llamita.train.run:run"
 _DEFAULT = "lora"  # of METHODS
-_FEW_STEPS = 20  # a note says when there are no more
+_FEW_STEPS = 20  # fewer steps than this give a note
 _LACKING = (
     "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' (in a checkout '.[torch]')"
 )
@@ -43,21 +43,21 @@ _Data = Annotated[str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, T
 _Preferences = Annotated[
     str | None, typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for a recipe's DPO stage.")
 ]
-_Task = Annotated[str | None, typer.Option(help=f"What a record means: {', '.join(TASKS)}; by its columns by default.")]
-_Method = Annotated[str | None, typer.Option(help=f"What is trained: {', '.join(METHODS)}; {_DEFAULT} by default.")]
+_Task = Annotated[str | None, typer.Option(help=f"The kind of records: {', '.join(TASKS)}; by columns by default.")]
+_Method = Annotated[str | None, typer.Option(help=f"What to train: {', '.join(METHODS)}; {_DEFAULT} by default.")]
 _Recipe = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Every setting, in YAML, in place of --method.")]
 _Preset = Annotated[
     str | None, typer.Option(help=f"The scheme of a 4-bit result: {', '.join(PRESETS)}; the recipe's by default.")
 ]
 _Teacher = Annotated[
-    str | None, typer.Option(metavar="SRC", help="Whose answers a distilling stage learns; BASE by default.")
+    str | None, typer.Option(metavar="SRC", help="The float model that distilling stages learn from; BASE by default.")
 ]
 _Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A setting of the recipe, as learning_rate=1e-4; repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the recipe: learning_rate=1e-4; repeatable."),
 ]
-_Limit = Annotated[int | None, typer.Option(min=1, help="Records to read at most.")]
-_ReportTo = Annotated[str, typer.Option(help="As transformers takes it: none, tensorboard, wandb, ….")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Read at most this many records.")]
+_ReportTo = Annotated[str, typer.Option(help="Where transformers reports to: none, tensorboard, wandb, ….")]
 _Shard = Annotated[
     bool, typer.Option("--shard", help="Under torchrun: each process holds its part of the weights (FSDP2).")
 ]
@@ -107,28 +107,29 @@ def command(
         if dry_run or out is None:
             shards = processes.world() if shard else 1
             return _print_plan(found, chosen, source.config, shards, json) if is_first else None
-        order = Order(base, source, data, found, task, chosen, other, out, seed, report_to, overwrite, shard)
-        result = _train(load_optional(RUN, _LACKING), order, progress)
+        job = FinetuneJob(source, chosen, found, out, base, data, task, other, seed, report_to, overwrite, shard,
+                          progress)  # fmt: skip
+        result = _train(load_optional(RUN, _LACKING), job)
     if is_first:
         _print_result(out, result, json)
         _note_few_steps(found, chosen)
 
 
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, *read: Path | None) -> None:
-    """See that what is made replaces nothing that is read, and leaves no adapters of an earlier OUT."""
+    """Check that OUT replaces nothing that is read, and that no adapters of an earlier OUT would remain."""
     if out is None:
         raise InputError("--out", "the directory to make", "none", "try -o NAME, or --dry-run")
     if not out.name:
-        raise InputError("--out", "a directory to make", f"{out}", "try -o NAME")
-    beside = adapter_place(out)
+        raise InputError("--out", "a directory to make", str(out), "try -o NAME")
+    adapters = adapter_place(out)
     has_two = recipe.is_quantized and recipe.has_adapters
     for path in read:
         check_target(out, overwrite, path)
         if has_two:
-            check_target(beside, overwrite, path)
-    if out.exists() and beside.exists() and not has_two:
-        raise InputError(f"--out: {beside} has the adapters of the {out.name} that would be replaced; "
-                         "try to remove it, or another name")  # fmt: skip
+            check_target(adapters, overwrite, path)
+    if out.exists() and adapters.exists() and not has_two:
+        problem = f"--out: {adapters} has the adapters of the {out.name} that would be replaced"
+        raise InputError(problem, hint="try removing it, or another name")
 
 
 def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path | None:
@@ -137,10 +138,9 @@ def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path 
     if not any(stage.distill for stage in recipe.stages):
         raise InputError("--teacher", "a stage that distils", "none", "try --set distill=0.5")
     teacher = _open_float(name, "--teacher")
-    if teacher.config.vocab_size != source.config.vocab_size:
-        raise InputError(
-            "--teacher", f"the {source.config.vocab_size:,} tokens of BASE", f"{teacher.config.vocab_size:,}"
-        )
+    expected, found = source.config.vocab_size, teacher.config.vocab_size
+    if found != expected:
+        raise InputError("--teacher", f"the {expected:,} tokens of BASE", f"{found:,}")
     return teacher.path
 
 
@@ -149,34 +149,30 @@ def _recipe(
     preferences: str | None,
 ) -> Recipe:  # fmt: skip
     if method is not None and method not in METHODS:
-        raise InputError("--method", f"one of {', '.join(METHODS)}", f"{method!r}")
+        raise InputError("--method", f"one of {', '.join(METHODS)}", shown(method))
     if method is not None and name is not None:
-        raise InputError("--recipe", "in place of --method", "both")
+        raise InputError("--recipe", "no --method", "both")
     if preset is not None and preset not in PRESETS:
-        raise InputError("--preset", f"one of {', '.join(PRESETS)}", f"{preset!r}")
+        raise InputError("--preset", f"one of {', '.join(PRESETS)}", shown(preset))
     if group_size is not None and group_size not in GROUP_SIZES:
-        raise InputError("--group-size", f"{', '.join(map(str, GROUP_SIZES))}", f"{group_size}")
+        raise InputError("--group-size", ", ".join(map(str, GROUP_SIZES)), str(group_size))
     recipe = _with_or_without(read_recipe(name or METHODS[method or _DEFAULT]), preferences)
     scheme = [f"preset={preset}"] if preset else []
     scheme += [f"group_size={group_size}"] if group_size else []
     changed = change(recipe, [*scheme, *settings])
     if scheme and not changed.is_quantized:
-        raise InputError(
-            "--preset, --group-size",
-            "with a method that gives a 4-bit model (qat)",
-            hint="try quantize on what this makes",
-        )
+        expected = "a method that makes a 4-bit model, such as qat"
+        raise InputError("--preset, --group-size", expected, hint="try quantize on the result")
     parse_start(changed.start)
     return changed
 
 
 def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
-    """A recipe's stages that there is data for."""
+    """Return the recipe without the stages that no data was given for."""
     if preferences is not None:
         if not recipe.prefers:
-            raise InputError(
-                "--preferences", "a recipe with a stage that learns from them", hint="try --recipe llama3.2-qat-lora"
-            )
+            expected = "a recipe with a stage that learns from them"
+            raise InputError("--preferences", expected, hint="try --recipe llama3.2-qat-lora")
         return recipe
     if all(stage.prefers for stage in recipe.stages):
         raise InputError("--preferences", "pairs of answers for this recipe", "none")
@@ -184,40 +180,37 @@ def _with_or_without(recipe: Recipe, preferences: str | None) -> Recipe:
 
 
 def _check_processes(recipe: Recipe, shard: bool) -> None:
-    (start, _), least = parse_start(recipe.start), min(stage.batch for stage in recipe.stages)
-    if least < processes.world():
-        raise InputError("batch", f"a row for each of {processes.world()} processes", f"{least}", "try fewer processes")
-    if start.tuning and processes.world() > 1:
-        raise InputError(
-            "start",
-            f"a single process for {start.tuning}",
-            f"{processes.world()}",
-            f"try --set start={replace(start, tuning=None)}",
-        )
-    if recipe.prefers and processes.world() > 1:
-        raise InputError("--preferences", "a single process", f"{processes.world()}", "try without torchrun")
-    if shard and processes.world() == 1:
+    world, (start, _) = processes.world(), parse_start(recipe.start)
+    least = min(stage.batch for stage in recipe.stages)
+    if least < world:
+        raise InputError("batch", f"a row for each of {world} processes", str(least), "try fewer processes")
+    if start.tuning and world > 1:
+        hint = f"try --set start={replace(start, tuning=None)}"
+        raise InputError("start", f"a single process for {start.tuning}", str(world), hint)
+    if recipe.prefers and world > 1:
+        raise InputError("--preferences", "a single process", str(world), "try without torchrun")
+    if shard and world == 1:
         raise InputError("--shard", "several processes", "one", "try torchrun --nproc-per-node N")
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(name, "").lower() == "true":
-            raise InputError(f"{name}", "accelerate to start processes and no more", hint="try --shard")
+            raise InputError(name, "accelerate to do nothing but start processes", hint="try --shard")
 
 
 def _open_float(name: str, option: str) -> Checkpoint:
     path = resolve(name)
     if (path / METADATA).exists():
-        raise InputError(f"{option}", "a float model", "a packed one", "try the one it was made from")
+        raise InputError(option, "a float model", "a packed one", "try the model that it was made from")
     return Checkpoint(path)
 
 
-def _train(run: Callable[..., dict[str, Any]], order: Order, progress: Any) -> dict[str, Any]:
-    """Run the order, and say how long it took."""
-    if processes.rank() == 0 and has_kept_work(order.out):
-        or_not = ", if its settings were these" if order.overwrite else ""
-        console.note(f"{order.out}: going on where an earlier run was{or_not}")
+def _train(run: Callable[[FinetuneJob], dict[str, Any]], job: FinetuneJob) -> dict[str, Any]:
+    """Run the job and measure its time and memory."""
+    if processes.rank() == 0 and has_kept_work(job.out):
+        condition = " if its settings are the same" if job.overwrite else ""
+        console.note(f"{job.out}: resuming an earlier run{condition}")
     began, watch = time.perf_counter(), MemoryWatch()
     with watch:
-        result = run(order, progress)
+        result = run(job)
     return result | {"seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
 
 
@@ -255,22 +248,22 @@ def _schedule(stage: Any, rows: int) -> str:
 
 
 def _note_few_steps(data: Data, recipe: Recipe) -> None:
-    """Say so where training will hardly change the model."""
+    """Print a note if training will hardly change the model."""
     steps = [stage.count_steps(len(data.rows.ids)) for stage in recipe.stages if not stage.prefers]
     if steps and max(steps) < _FEW_STEPS and all(stage.steps is None for stage in recipe.stages):
         console.note(f"few steps ({max(steps)}): little may be learned; try --set batch=4, more epochs or a "
                      "higher learning_rate")  # fmt: skip
 
 
-def _course(course: dict[str, Any]) -> str:
-    """How a stage went, in a line."""
-    rose = "; it rose: try a lower learning_rate" if course["last"] > course["first"] else ""
-    parts = [f"training loss {course['first']:.3f} to {course['last']:.3f}{rose}"]
-    if course["held_out"] is not None:
-        parts.append(f"held out {course['held_out']:.3f}")
-    if course["preferred"] is not None:
-        parts.append(f"{course['preferred']:.0%} of held-out pairs in order")
-    return f"stage {course['stage']}: {', '.join(parts)}"
+def _stage_line(stage: dict[str, Any]) -> str:
+    """Return a line with the losses of a stage, which are those of `StageResult`."""
+    rose = "; it rose: try a lower learning_rate" if stage["last"] > stage["first"] else ""
+    parts = [f"training loss {stage['first']:.3f} to {stage['last']:.3f}{rose}"]
+    if stage["held_out"] is not None:
+        parts.append(f"held out {stage['held_out']:.3f}")
+    if stage["preferred"] is not None:
+        parts.append(f"{stage['preferred']:.0%} of held-out pairs in order")
+    return f"stage {stage['stage']}: {', '.join(parts)}"
 
 
 def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
@@ -283,8 +276,8 @@ def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
     if rows:
         models = f"model, on {result['measured']:,} examples"
         console.print_table("Held-out examples", [models, "loss", *measures], rows)
-    for course in result["stages"]:
-        console.note(_course(course))
+    for stage in result["stages"]:
+        console.note(_stage_line(stage))
     rate = f"{result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else "nothing left to train"
     console.note(f"{rate}, {result['seconds']:,.0f} s, {result['memory_bytes'] / 1e6:,.0f} MB")
     console.note(f"try: {result['try']}")

@@ -1,4 +1,4 @@
-"""`llamita merge`: a model and an adapter in; one model out."""
+"""Merge an adapter into its model: `llamita merge`."""
 
 import time
 from dataclasses import asdict
@@ -10,7 +10,7 @@ import typer
 from llamita.commands import console
 from llamita.commands.options import CalibrationText, Json, Length, Out, Overwrite, Samples, Seed, Threads
 from llamita.commands.sources import convert_first
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.evaluate.scores import read_text
 from llamita.imports.open import open_source
 from llamita.methods.chain import Chain, check, parse_chain
@@ -24,18 +24,16 @@ from llamita.system.machine import MemoryWatch
 from llamita.system.progress import Progress
 from llamita.system.threads import use_threads
 from llamita.text.tokenizer import Tokenizer
-from llamita.train.merge import Loss, MergedSource, check_targets, measure, merge_float, merge_packed, written_text
+from llamita.train.merge import MergedSource, MergeLoss, check_targets, measure, merge_float, merge_packed, written_text
 
 _Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="What the adapter was trained on: float, or a quantized directory.")
+    str, typer.Argument(metavar="BASE", help="The model that the adapter was trained on: float or 4-bit.")
 ]
-_Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A directory in PEFT's form.")]
-_Method = Annotated[
-    str, typer.Option(help="How a quantized BASE is rounded again: rtn, gptq, qronos, tune, as in quantize.")
-]
+_Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The directory of the adapter, in PEFT's format.")]
+_Method = Annotated[str, typer.Option(help="How to round a 4-bit BASE again: rtn, gptq, qronos, tune, as in quantize.")]
 _Text = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="What to measure the loss on; a text that the model writes by default."),
+    typer.Option(metavar="FILE", help="A text to measure the loss on; by default one that the model writes."),
 ]
 
 
@@ -53,15 +51,15 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Write a model with an adapter in its weights, float as its base, or 4-bit by the base's scheme.
+    """Merge an adapter into its model's weights: in float, or in 4 bits by the base's scheme.
 
-    Rounding again gives up part of what the adapter does, to nearest perhaps all of it: what is lost is
-    measured and told.
+    Rounding the merged weights can lose part of the adapter's effect (with rtn, even all).
+    The loss is measured and printed.
 
     Example: llamita merge meta-llama/Llama-3.2-1B-Instruct my-adapter -o tuned
     """
     if processes.world() > 1:
-        raise InputError("merge", "a single process", f"{processes.world()}", "try without torchrun")
+        raise InputError("merge", "a single process", str(processes.world()), "try without torchrun")
     if out is None:
         raise InputError("--out", "the directory to make", "none", "try -o NAME")
     use_threads(threads)
@@ -92,21 +90,17 @@ def command(
 def _chain(method: str) -> Chain:
     chain = parse_chain(method)
     if chain.transforms or chain.rounding == "trained":
-        raise InputError(
-            "--method",
-            "a method that rounds, such as rtn or qronos",
-            f"{method!r}",
-            "what comes before rounding is the base's",
-        )
+        expected = "a method that rounds, such as rtn or qronos"
+        raise InputError("--method", expected, shown(method), "the base's transforms are kept")
     return chain
 
 
 def _check(source: MergedSource, chain: Chain, out: Path, overwrite: bool, calibration: str | None) -> None:
-    """Whatever can be told before any work."""
+    """Raise InputError for all that can be checked before any work."""
     check_targets(source, out, overwrite)
     measures = chain.needs_calibration({})
     if source.base_scheme is None and measures:
-        raise InputError("--method", "with a quantized BASE", "a float one", f"try llamita quantize on {out}")
+        raise InputError("--method", "a 4-bit BASE", "a float one", f"try llamita quantize on {out}")
     if calibration is not None and not measures:
         raise InputError("--calibration", "a method that looks at activations", f"{chain}", "try gptq")
     check(chain, {}, source.config)
@@ -122,32 +116,32 @@ def _merge(
     source: MergedSource, base: str, out: Path, chain: Chain, text: tuple[str | None, int, int, int],
     overwrite: bool, progress: Progress,
 ) -> None:  # fmt: skip
-    """Write OUT; `text` is what a method looks at, its samples, length and seed."""
+    """Write OUT; `text` is the calibration text of a method, its samples, length and seed."""
     if source.base_scheme is None:
         return merge_float(source, base, out, overwrite, progress)
     name, samples, length, seed = text
     setup = Setup(seed=seed)
-    if chain.needs_calibration({}):  # the merged model, in float, writes its own
+    if chain.needs_calibration({}):  # the merged model itself, in float, writes the text by default
         setup = Setup(load_calibration(name or SELF, source, samples, length, seed, progress), seed)
     merge_packed(source, base, out, str(chain), setup, overwrite, progress)
     return None
 
 
-def _print(values: dict[str, Any], loss: Loss | None, text: str | None, base: str, adapter: Path) -> None:
+def _print(values: dict[str, Any], loss: MergeLoss | None, text: str | None, base: str, adapter: Path) -> None:
     out, is_packed = values["out"], values["scheme"] is not None
     console.print_line(f"{out}: {'a 4-bit model' if is_packed else 'a float checkpoint'}")
     if loss is not None:
         where = f"{loss.tokens:,} tokens of {text or 'its own text'}"
-        warning = "warning: rounded again: " if is_packed else ""
+        warning = "warning: the merged weights were rounded again: " if is_packed else ""
         console.note(
-            f"{warning}KL {_interval(loss.kl)} nats a token from {base} with {adapter} beside it; "
+            f"{warning}KL divergence {_interval(loss.kl)} nats a token from {base} with {adapter}; "
             f"{base} alone has {loss.alone.value:.4f} ({where})"
         )
-        alone, beside, after = loss.losses
+        alone, unmerged, merged = loss.losses
         if text is not None:
-            console.note(f"loss: {alone:.4f} {base}, {beside:.4f} with {adapter}, {after:.4f} merged")
+            console.note(f"loss: {alone:.4f} {base}, {unmerged:.4f} with {adapter}, {merged:.4f} merged")
     if is_packed and values["method"] == "rtn":
-        console.note("closer: --method qronos, which calibrates (needs llamita[torch]); nothing is lost by "
+        console.note("closer: --method qronos, which calibrates (needs llamita[torch]); without any loss: "
                      f"llamita generate {base} --prompt TEXT --adapter {adapter}")  # fmt: skip
     console.note(f"{values['seconds']:,.0f} s, {values['memory_bytes'] / 1e6:,.0f} MB")
     command = "generate {} --prompt TEXT" if is_packed else "quantize {0} -o {0}-4bit"

@@ -57,7 +57,9 @@ def is_trained_beside(source: ModelSource, adapter: Path) -> bool:
     if not isinstance(source, PackedModel) or not exists_in(adapter, TRAINED_MARK):
         return False
     record, settings = read_json(adapter, TRAINED_MARK), source.metadata["settings"]
-    return _is_quantized(record) and all(record.get(key) == settings.get(key) for key in _TRAINING)
+    return _is_quantized(record) and all(
+        _respelled(record.get(key)) == _respelled(settings.get(key)) for key in _TRAINING
+    )
 
 
 def _methods(source: ModelSource) -> list[str]:
@@ -75,3 +77,13 @@ def _is_quantized(record: dict[str, Any]) -> bool:
     recipe = record.get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     return isinstance(stages, list) and any(isinstance(s, dict) and s.get("quantized") for s in stages)
+
+
+def _respelled(part: Any) -> Any:
+    """Return a part of a record; "adaptors", which earlier versions wrote in a recipe's stages, is "adapters"."""
+    stages = part.get("stages") if isinstance(part, dict) else None
+    if not isinstance(stages, list):
+        return part
+    is_former = [isinstance(stage, dict) and stage.get("train") == "adaptors" for stage in stages]
+    present = [s | {"train": "adapters"} if former else s for s, former in zip(stages, is_former, strict=True)]
+    return part | {"stages": present}

@@ -1,4 +1,4 @@
-"""Which rows a process reads in which step: together they read the same rows, however many they are."""
+"""Divide the rows of each step among processes, so that together they read the same rows, whatever their number."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from llamita.train.examples import IGNORED, Windows
 
 
 def as_dataset(windows: Windows) -> Dataset:
-    """Rows as the trainer takes them; behind the last, one without targets for processes that lack a row."""
+    """Return rows as the trainer takes them, plus a last one without targets, for processes that lack a row."""
     length = windows.ids.shape[1]
     blank = np.zeros((1, length), np.int64)
     return Dataset.from_dict(
@@ -28,22 +28,22 @@ def as_dataset(windows: Windows) -> Dataset:
 
 
 def count_rows(dataset: Any) -> int:
-    """The rows of such a dataset that are data."""
+    """Count the rows of a dataset of `as_dataset` without the blank one."""
     return len(dataset) - 1
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of rows of one length."""
+    """Return a batch of rows of one length."""
     return {name: torch.from_numpy(np.array([row[name] for row in rows], np.int64)) for name in rows[0]}
 
 
 def count_parts(rows: int, micro_batch: int) -> int:
-    """Micro-batches that each process makes of so many rows of all."""
+    """Count the micro-batches that each process makes of `rows` rows of all processes."""
     return math.ceil(math.ceil(rows / processes.world()) / micro_batch)
 
 
 def own_parts(rows: Sequence[int], micro_batch: int, blank: int) -> list[list[int]]:
-    """This process's rows in micro-batches, as many as any process has: a blank row where its own run out."""
+    """Return this process's rows in micro-batches, as many as any process has; a blank row fills a missing one."""
     mine = processes.share(len(rows))
     own = rows[mine.start : mine.stop]
     starts = (i * micro_batch for i in range(count_parts(len(rows), micro_batch)))
@@ -51,9 +51,9 @@ def own_parts(rows: Sequence[int], micro_batch: int, blank: int) -> list[list[in
 
 
 class StepRows(Sampler[list[int]]):
-    """This process's micro-batches of an epoch: of each step its part, the last step with what is left.
+    """This process's micro-batches of an epoch: its part of each step, of which the last one may be smaller.
 
-    The order is the seed's and the epoch's, that of accelerate's SeedableRandomSampler.
+    Seed and epoch give the order, which is that of accelerate's SeedableRandomSampler.
     """
 
     def __init__(self, rows: int, batch: int, micro_batch: int, seed: int) -> None:
@@ -61,7 +61,7 @@ class StepRows(Sampler[list[int]]):
         self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch is read next."""
+        """Set the epoch that is read next."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -76,9 +76,9 @@ class StepRows(Sampler[list[int]]):
 
 
 class StepLoader(DataLoader[Any]):
-    """Loads what StepRows names; tells it the epoch, as the trainer does."""
+    """Loads the rows that StepRows names, and passes the epoch on from the trainer."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch is read next."""
+        """Set the epoch that is read next."""
         rows: Any = self.batch_sampler
         rows.set_epoch(epoch)

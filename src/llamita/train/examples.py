@@ -1,4 +1,4 @@
-"""From conversations to token ids with the places that are learned, and to windows of many of them."""
+"""Turn conversations into token ids that know which of them are learned, and pack these into rows of one length."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,16 +11,16 @@ from llamita.text.chat_template import ChatTemplate
 from llamita.text.tokenizer import Tokenizer
 from llamita.train.tasks import Conversation, Turn
 
-IGNORED = -100  # a label that is no target, as Torch's cross-entropy has it
+IGNORED = -100  # the label of a token that is not learned, as in Torch's cross-entropy
 _SHOWN = 3  # places named in a message
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids int32 (tokens,), and which of them are learned: bool (tokens,), the first never.
+    """Token ids int32 (tokens,), and flags of those that are learned: bool (tokens,), never set for the first.
 
     Attributes:
-        is_text: whether this is plain text, which can be divided where a conversation cannot.
+        is_text: this is plain text, which can be divided; a conversation cannot.
     """
 
     place: str
@@ -31,11 +31,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Windows:
-    """Examples side by side in rows of one length, each seeing only itself.
+    """Several examples in each row of one length; none of them sees another.
 
     Attributes:
-        ids, labels, positions: int64 (rows, length); labels are ids where they are learned, else IGNORED;
-            positions count from 0 in each example, which is how attention tells them apart.
+        ids, labels, positions: int64 (rows, length). Labels are ids where they are learned, else IGNORED. Positions
+            count from 0 in each example; by them attention keeps examples apart.
     """
 
     ids: np.ndarray
@@ -44,17 +44,17 @@ class Windows:
 
     @property
     def is_target(self) -> np.ndarray:
-        """Which tokens the loss counts: bool (rows, length)."""
+        """Return the flags of tokens that the loss counts: bool (rows, length)."""
         return self.labels != IGNORED
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate | None) -> Example:
-    """Ids as generation would meet them: what stands before an answer is encoded apart from the answer.
+    """Return ids as in generation: the text before an answer is encoded apart from the answer.
 
-    Without a template the turns stand one below the other, which is how a base model reads.
+    Without a template each turn begins a new line, as a base model reads it.
 
     Raises:
-        InputError: the template refuses the conversation, or changes what stands before an answer.
+        InputError: the template refuses the conversation, or changes the text before an answer.
     """
     if conversation.text is not None:
         ids = _closed(tokenizer.encode(conversation.text), tokenizer)
@@ -74,18 +74,18 @@ def tokenize(conversation: Conversation, tokenizer: Tokenizer, template: ChatTem
 
 
 def _closed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """With a token that ends the text, where the model has one and the template did not put it there."""
+    """Append an end-of-text token, if the model has one and the template did not put it there."""
     ends = tokenizer.eos_token_ids
     return ids if not ends or (ids and ids[-1] in ends) else [*ids, ends[0]]
 
 
 def line_of(turn: Turn) -> str:
-    """A turn in front of another one, as a model without a chat template reads it."""
+    """Return a turn that another one follows, as a model without a chat template reads it."""
     return turn["content"] + "\n"
 
 
 def _pieces(conversation: Conversation, template: ChatTemplate | None) -> list[tuple[str, bool]]:
-    """The conversation's text in pieces, and which of them are the assistant's."""
+    """Return the conversation's text in pieces, each with a flag: it is the assistant's."""
     turns = conversation.turns
     if template is None:
         return [
@@ -99,21 +99,18 @@ def _pieces(conversation: Conversation, template: ChatTemplate | None) -> list[t
         before = template.render(turns[:i], add_generation_prompt=True)
         after = template.render(turns[: i + 1], add_generation_prompt=False)
         if not before.startswith(done) or not after.startswith(before):
-            raise InputError(
-                f"{conversation.place}: turn {i + 1}",
-                "a chat template that leaves earlier turns as they are",
-                "another text",
-                "try a record for each turn",
-            )
+            expected = "a chat template that leaves earlier turns as they are"
+            where = f"{conversation.place}: turn {i + 1}"
+            raise InputError(where, expected, "another text", "try a record for each turn")
         pieces += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
     return pieces
 
 
-def fitting(examples: Iterable[Example], length: int, bos: int | None) -> tuple[list[Example], str | None]:
-    """Those of at most `length` tokens with something to learn, and a line about the others, if any.
+def keep_fitting(examples: Iterable[Example], length: int, bos: int | None) -> tuple[list[Example], str | None]:
+    """Return the examples of at most `length` tokens with something to learn, and a line about any others.
 
-    Longer plain texts are divided, each part behind a BOS token where there is one.
+    Longer plain texts are divided; each part begins with the BOS token, if there is one.
     """
     kept, long, empty, divided, total = list[Example](), list[Example](), list[Example](), list[Example](), 0
     for example in examples:
@@ -125,7 +122,7 @@ def fitting(examples: Iterable[Example], length: int, bos: int | None) -> tuple[
             group = long if len(example.ids) > length else kept if example.is_learned.any() else empty
             group.append(example)
     notes = [
-        f"{len(group)} of {total} examples {why} ({_places(group)})"
+        f"{len(group)} of {total} examples {why} ({join_places([example.place for example in group])})"
         for group, why in (
             (long, f"have more than {length} tokens: left out"),
             (divided, f"are texts of more than {length} tokens: divided"),
@@ -137,9 +134,9 @@ def fitting(examples: Iterable[Example], length: int, bos: int | None) -> tuple[
 
 
 def _parts(example: Example, length: int, bos: int | None) -> Iterator[Example]:
-    """Consecutive parts of a plain text, every token learned in one of them."""
+    """Yield consecutive parts of a plain text; every token is learned in one of them."""
     head = [] if bos is None else [bos]
-    rest = example.ids[len(head) :]  # the text began with it, too
+    rest = example.ids[len(head) :]  # the text begins with BOS, too
     step = length - len(head)
     for start in range(0, len(rest), step):
         ids = np.array([*head, *rest[start : start + step]], np.int32)
@@ -149,19 +146,19 @@ def _parts(example: Example, length: int, bos: int | None) -> Iterator[Example]:
             yield Example(example.place, ids, learned, is_text=True)
 
 
-def _places(examples: Sequence[Example]) -> str:
-    names = ", ".join(example.place for example in examples[:_SHOWN])
-    return names + (", …" if len(examples) > _SHOWN else "")
+def join_places(places: Sequence[str]) -> str:
+    """Return the first few places for a message."""
+    return ", ".join(places[:_SHOWN]) + (", …" if len(places) > _SHOWN else "")
 
 
 def pack(examples: Sequence[Example], length: int, pad: int) -> Windows:
-    """Best fit, longest first: each example whole, in the fullest row that has room for it.
+    """Put each example whole into the fullest row that has room for it, the longest first (best fit decreasing).
 
     Args:
-        pad: the id that fills a row's end; nothing is learned there.
+        pad: the id that fills the end of a row; nothing is learned there.
     """
     rows = list[list[Example]]()
-    room = list[tuple[int, int]]()  # what is free in a row, and its number, in order
+    room = list[tuple[int, int]]()  # (free tokens, number) of each row, sorted
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         at = bisect_left(room, (len(example.ids), 0))
         if at == len(room):

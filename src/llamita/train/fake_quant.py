@@ -1,9 +1,9 @@
-"""Layers that compute in training what the engine will compute with their weights rounded.
+"""Compute in training what the engine will compute: layers that round their weights and inputs.
 
-Forward: the codes nearest to the weights on scales that stay as they are, and int8 activations per token.
-Backward: as if nothing had been rounded (the straight-through estimator, Bengio et al. 2013, arXiv
-1308.3432), but for weights beyond the last code, which get no gradient (Esser et al. 2020, arXiv 1902.08153).
-Scales are chosen before training, by any method that quantizes.
+Forward: the codes nearest to the weights on fixed scales, and int8 activations per token. Backward: as if nothing
+had been rounded (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432), except that weights beyond
+the last code get no gradient (Esser et al. 2020, arXiv 1902.08153). Any method that quantizes chooses the scales,
+before training.
 """
 
 import weakref
@@ -20,14 +20,14 @@ from llamita.numerics.affine import CODE_RANGE
 
 
 class Switch:
-    """Whether the layers that share it round, so that all of them begin together."""
+    """Turns the rounding of all layers that share it on or off, at the same time."""
 
     def __init__(self, on: bool = True) -> None:
         self.on = on
 
 
 def nearest(weight: Tensor, scales: Tensor) -> Tensor:
-    """Weights in steps of their scales, rounded, in or out of range: (rows, groups, group_size)."""
+    """Divide weights by their scales and round, without a clamp to the codes' range: (rows, groups, group_size)."""
     return (weight.reshape(*scales.shape, -1) * (1.0 / scales)[..., None]).round_()
 
 
@@ -47,7 +47,7 @@ class _Dequantized(torch.autograd.Function):
 
 
 def codes_of(weight: Tensor, scales: Tensor, bits: int) -> np.ndarray:
-    """The codes that the forward pass uses: int8 (rows, columns).
+    """Return the codes that the forward pass uses: int8 (rows, columns).
 
     Args:
         weight: (rows, columns) float32.
@@ -58,9 +58,9 @@ def codes_of(weight: Tensor, scales: Tensor, bits: int) -> np.ndarray:
 
 
 class SharedInput:
-    """Rounds an input that several layers read, as q, k and v do, once: it is known by being the same tensor.
+    """Rounds an input that several layers read (q, k and v do) only once: it knows the tensor by identity.
 
-    Nothing is kept longer than the input itself.
+    It keeps nothing longer than the input itself.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class SharedInput:
         self._rounded: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., columns) as its int8 codes stand for it, per token; float32, also under autocast."""
+        """Return (..., columns) rounded to int8 per token and dequantized; float32, also under autocast."""
         if self._rounded is None or self._read is None or self._read() is not x:
             self._rounded, self._read = quantize_activations(x.float()), weakref.ref(x, self._forget)
         return self._rounded
@@ -79,29 +79,29 @@ class SharedInput:
 
 
 class FakeQuantLinear(nn.Linear):
-    """A linear layer whose weights and inputs are rounded as it reads them; its parameters stay float.
+    """A linear layer that rounds its weights and inputs as it reads them; its parameters stay float.
 
     Attributes:
         bits: of its codes.
         scales: (outputs, groups) float32, a buffer.
-        online: what happens to inputs before they are rounded, as R4 does; None for most layers.
+        rotation: the run-time rotation (R4) of inputs before they are rounded; None for most layers.
     """
 
     scales: Tensor
 
     def __init__(
         self, linear: nn.Linear, bits: int, scales: Tensor, shared: SharedInput, switch: Switch,
-        online: Callable[[Tensor], Tensor] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
         self.register_buffer("scales", scales, persistent=False)  # the same in every checkpoint
-        self._shared, self._switch, self.online = shared, switch, online
+        self._shared, self._switch, self.rotation = shared, switch, rotation
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        input = self.online(input.float()) if self.online else input
+        """Map (..., inputs) to (..., outputs)."""
+        input = self.rotation(input.float()) if self.rotation else input
         if not self._switch.on:
             return functional.linear(input, self.weight, self.bias)
         weight = _Dequantized.apply(self.weight, self.scales, self.bits)
@@ -109,7 +109,7 @@ class FakeQuantLinear(nn.Linear):
 
 
 class FakeQuantEmbedding(nn.Embedding):
-    """An embedding in int8 per row; only the rows that are looked up are rounded.
+    """An embedding in int8 per row; it rounds only the rows that are looked up.
 
     Attributes:
         scales: (rows, 1) float32, a buffer.
@@ -127,7 +127,7 @@ class FakeQuantEmbedding(nn.Embedding):
         self._switch = switch
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids (...) to (..., hidden)."""
+        """Map token ids (...) to (..., hidden)."""
         if not self._switch.on:
             return functional.embedding(input, self.weight)
         used, places = torch.unique(input, return_inverse=True)

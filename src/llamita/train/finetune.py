@@ -1,11 +1,11 @@
-"""Stages of training, each begun with what the one before left; what is finished is kept for a next run."""
+"""Train the stages of a recipe one after the other; keep each finished stage, so that a later run can resume."""
 
 import copy
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,138 +17,112 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
 from llamita.errors import InputError
-from llamita.methods.setup import Calibration, Setup
+from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.system import collectives, processes
 from llamita.system.kept_work import write_whole
-from llamita.system.progress import Progress
 from llamita.train.batches import as_dataset, collate
-from llamita.train.examples import Windows
 from llamita.train.fake_quant import Switch
+from llamita.train.job import FinetuneJob
 from llamita.train.preference_trainer import PairTrainer, as_pairs
-from llamita.train.preferences import Pair
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
 from llamita.train.save import writing
 from llamita.train.sharding import keep, restore, take_whole
 from llamita.train.start import start
-from llamita.train.trainer import Begin, Patience, RowTrainer, Tell, check_reporter, config_of, preference_config
+from llamita.train.trainer import (
+    Patience,
+    ProgressReporter,
+    RoundingStart,
+    RowTrainer,
+    answer_config,
+    check_reporter,
+    preference_config,
+)
 
-_DONE = "stage-{}.safetensors"  # what a finished stage leaves in the work directory
-
-
-@dataclass
-class Job:
-    """What is trained, on what.
-
-    Attributes:
-        source: the float model.
-        rows, held_out: packed examples that are learned, and that are only measured.
-        pairs, held_out_pairs: preferences, likewise, for stages that learn from them.
-        teacher: the float model whose answers a distilling stage learns; the source by default.
-        calibration: what the methods measure that round the model where a quantized stage begins.
-        work: a directory where checkpoints are kept.
-        report_to: as transformers takes it: none, tensorboard, …
-        logs: where TensorBoard's files go.
-        shard: whether each process holds only its part of what is trained.
-    """
-
-    source: Checkpoint
-    recipe: Recipe
-    rows: Windows
-    held_out: Windows
-    work: Path
-    seed: int = 0
-    teacher: Path | None = None
-    calibration: Calibration | None = None
-    report_to: str = "none"
-    logs: Path | None = None
-    pairs: Sequence[Pair] = ()
-    held_out_pairs: Sequence[Pair] = ()
-    progress: Progress = None
-    shard: bool = False
+_DONE = "stage-{}.safetensors"  # in the work directory, after a stage is finished
 
 
 @dataclass
 class Trained:
-    """What training gave.
+    """The trained model and the record of its training.
 
     Attributes:
-        model: transformers' model, fake-quantized layers in it where the last stage had them; PEFT's around
-            it where it has adapters.
+        model: transformers' model, with fake-quantized layers if the last stage had them, and inside PEFT's model if
+            it has adapters.
         history: what was logged, in order: "stage", "step", "loss", "eval_loss", ….
-        tokens, seconds: of training on rows by this run, pads included.
+        tokens, seconds: of training on rows in this run; tokens include padding.
     """
 
     model: Any
-    recipe: Recipe
     history: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
 
     @property
     def held_out_losses(self) -> list[float]:
-        """Nats a learned token, before the first stage and after each."""
+        """Return the nats a learned token, before the first stage and after each."""
         return [row["eval_loss"] for row in self.history if "eval_loss" in row and row.get("is_end")]
 
     @property
     def tokens_per_second(self) -> float:
-        """0 where this run had nothing left to train."""
+        """Return the speed of this run; 0 if nothing was left to train."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def scheme_of(recipe: Recipe) -> QuantScheme:
-    """The scheme of a recipe's quantized stages."""
+    """Return the scheme of a recipe's quantized stages."""
     return make_scheme(recipe.preset, recipe.group_size)
 
 
-def train(job: Job) -> Trained:
-    """Run every stage of the recipe that the work directory has not.
+def train(job: FinetuneJob, work: Path) -> Trained:
+    """Run every stage of the recipe that is not finished in the directory `work`.
 
     Raises:
-        InputError: nothing to learn from, or a model that training cannot have.
+        InputError: there is nothing to learn from, or the model cannot be trained.
     """
-    if not len(job.rows.ids):
+    rows = len(job.data.rows.ids)
+    if not rows:
         raise InputError("--data", "something to learn", "nothing", "see what was left out above")
-    job.recipe.check_steps(len(job.rows.ids), len(job.pairs))
+    job.recipe.check_steps(rows, len(job.data.pairs))
     check_reporter(job.report_to)
-    if job.logs is not None:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.logs))
-    with quiet(), writing(job.work):
-        trained = Trained(load_float(job.source.path), job.recipe)
+    if job.report_to != "none":
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.out.with_name(f"{job.out.name}-logs")))
+    with quiet(), writing(work):
+        trained = Trained(load_float(job.source.path))
         switch: Switch | None = None
         for number, stage in enumerate(job.recipe.stages, 1):
             if stage.quantized and switch is None:
-                switch = _quantize(trained.model, job)
+                switch = _quantize(trained.model, job, work)
             if stage.train != "weights" and not isinstance(trained.model, PeftModel):
                 trained.model = _with_adapters(trained.model, stage, job.seed)
-            _run_stage(trained, job, number, stage, switch)
-    collectives.wait()  # for those that still read what the work directory keeps
+            _run_stage(trained, job, work, number, switch)
+    collectives.wait()  # other processes may still read the work directory, which the first one removes
     return trained
 
 
 def load_float(path: Path) -> Any:
-    """transformers' model in float32, on the CPU."""
+    """Return transformers' model in float32, on the CPU."""
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
 
 
-def _quantize(model: Any, job: Job) -> Switch:
-    """Round the model as it is now, and let it compute so from here on."""
-    setup = Setup(job.calibration, job.seed, progress=job.progress)
-    with _as_checkpoint(model, job) as source:
-        scheme, place = scheme_of(job.recipe), job.work / "start"
+def _quantize(model: Any, job: FinetuneJob, work: Path) -> Switch:
+    """Round the model as it is now; from here on it computes with rounded weights."""
+    setup = Setup(job.calibration(), job.seed, progress=job.progress)
+    with _as_checkpoint(model, job, work) as source:
+        scheme, place = scheme_of(job.recipe), work / "start"
         begun = start(source, job.source, scheme, job.recipe.start, setup, place)
         return prepare(model, begun.rounded, begun.floats)
 
 
 @contextmanager
-def _as_checkpoint(model: Any, job: Job) -> Iterator[Checkpoint]:
-    """The model as it stands, on disk: the methods that quantize read files."""
+def _as_checkpoint(model: Any, job: FinetuneJob, work: Path) -> Iterator[Checkpoint]:
+    """Save the model as it is now, because the methods that quantize read files."""
     if job.recipe.stages[0].quantized:  # nothing was trained yet
         yield job.source
         return
-    folder = job.work / "before-rounding"
+    folder = work / "before-rounding"
     if processes.rank() == 0:
         model.save_pretrained(folder)
     collectives.wait()
@@ -160,7 +134,7 @@ def _as_checkpoint(model: Any, job: Job) -> Iterator[Checkpoint]:
 
 
 def _with_adapters(model: Any, stage: Stage, seed: int) -> Any:
-    torch.manual_seed(seed)  # of the adapters' first values
+    torch.manual_seed(seed)  # PEFT draws the adapters' first values
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     config = LoraConfig(
@@ -170,24 +144,26 @@ def _with_adapters(model: Any, stage: Stage, seed: int) -> Any:
     return get_peft_model(model, config)
 
 
-def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Switch | None) -> None:
-    done = job.work / _DONE.format(number)
+def _run_stage(trained: Trained, job: FinetuneJob, work: Path, number: int, switch: Switch | None) -> None:
+    """Train one stage and keep what it made, or read that back if an earlier run has finished the stage."""
+    done, folder = work / _DONE.format(number), work / f"stage-{number}"
     if collectives.agreed(done.exists()):
         restore(trained.model, done)
         trained.history += json.loads(done.with_suffix(".json").read_text("utf-8"))
         return
-    model, turned = copy.deepcopy((trained.model, switch)) if job.shard else (trained.model, switch)
-    trainer = _make_trainer(model, job, number, stage, turned)
+    stage = job.recipe.stages[number - 1]
+    model, own_switch = copy.deepcopy((trained.model, switch)) if job.shard else (trained.model, switch)
+    trainer = _make_trainer(model, job, stage, folder, own_switch)
     history = _measure(trainer, 0) if number == 1 else []
     if stage.prefers:
-        history += _prefer(trained.model, job, number, stage)
+        history += _train_on_pairs(trained.model, job, stage, folder)
     else:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(job.work / f"stage-{number}"))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         tokens = trainer.trained_tokens
         history += [*trainer.state.log_history, {"trained_tokens": tokens}]
         trained.tokens += tokens
         trained.seconds += sum(row.get("train_runtime", 0.0) for row in history)
-    for one in (switch, turned):
+    for one in (switch, own_switch):
         if one is not None:
             one.on = True
     history += _measure(trainer, number)
@@ -200,32 +176,28 @@ def _run_stage(trained: Trained, job: Job, number: int, stage: Stage, switch: Sw
     trained.history += logged
 
 
-def _prefer(model: Any, job: Job, number: int, stage: Stage) -> list[dict[str, Any]]:
-    """Train adapters on pairs; what was logged."""
-    folder = job.work / f"stage-{number}"
+def _train_on_pairs(model: Any, job: FinetuneJob, stage: Stage, folder: Path) -> list[dict[str, Any]]:
+    """Train adapters on pairs of answers; return what was logged."""
+    pairs, held_out = job.data.pairs, job.data.held_out_pairs
     trainer = PairTrainer(
-        model, args=preference_config(job.recipe, stage, len(job.pairs), job.seed, folder, job.report_to),
-        train_dataset=as_pairs(job.pairs), eval_dataset=as_pairs(job.held_out_pairs) or None,
-        processing_class=_tokenizer(job), callbacks=[_tell(job, stage)],
+        model, args=preference_config(job.recipe, stage, len(pairs), job.seed, folder, job.report_to),
+        train_dataset=as_pairs(pairs), eval_dataset=as_pairs(held_out) or None,
+        processing_class=_tokenizer(job), callbacks=[ProgressReporter(job.progress, 0)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    if job.held_out_pairs:
+    if held_out:
         trainer.evaluate()
     trainer.release()
     return trainer.state.log_history
 
 
-def _tell(job: Job, stage: Stage) -> Tell:
-    return Tell(job.progress, 0 if stage.prefers else stage.batch * job.recipe.length)
-
-
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest one that is whole; those that a kill has cut short go. Their state is written last."""
+    """Return the newest complete checkpoint; remove those that a kill cut short: their state is written last."""
     newest = 0
     if processes.rank() == 0:
         for path in folder.glob("checkpoint-*"):
-            if _is_whole(path / "trainer_state.json"):
+            if _is_complete(path / "trainer_state.json"):
                 newest = max(newest, int(path.name.split("-")[1]))
             else:
                 shutil.rmtree(path, ignore_errors=True)
@@ -233,7 +205,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(folder / f"checkpoint-{newest}") if newest else None
 
 
-def _is_whole(state: Path) -> bool:
+def _is_complete(state: Path) -> bool:
     try:
         json.loads(state.read_bytes())
     except (OSError, ValueError):
@@ -241,26 +213,26 @@ def _is_whole(state: Path) -> bool:
     return True
 
 
-def _tokenizer(job: Job) -> Any:
-    """transformers' own, which trainers want to know what pads; where nothing does, any token can."""
+def _tokenizer(job: FinetuneJob) -> Any:
+    """Return transformers' tokenizer, of which trainers need the pad token; any token can pad if none is set."""
     tokenizer = AutoTokenizer.from_pretrained(job.source.path, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switch | None) -> RowTrainer:
-    folder = job.work / f"stage-{number}"
+def _make_trainer(model: Any, job: FinetuneJob, stage: Stage, folder: Path, switch: Switch | None) -> RowTrainer:
     folder.mkdir(exist_ok=True)
-    config = config_of(job.recipe, stage, len(job.rows.ids), job.seed, folder, job.report_to)
-    callbacks: list[Any] = [_tell(job, stage)]
+    rows, held_out = job.data.rows, job.data.held_out
+    config = answer_config(job.recipe, stage, len(rows.ids), job.seed, folder, job.report_to)
+    callbacks: list[Any] = [ProgressReporter(job.progress, stage.batch * job.recipe.length)]
     if switch is not None and stage.quantized:
-        callbacks.append(Begin(switch, stage.fake_quant_after))
+        callbacks.append(RoundingStart(switch, stage.fake_quant_after))
     if job.recipe.patience is not None:
         callbacks.append(Patience(job.recipe.patience))
     teacher = load_float(job.teacher or job.source.path).eval() if stage.distill else None
     trainer = RowTrainer(
-        model=model, args=config, train_dataset=as_dataset(job.rows), eval_dataset=as_dataset(job.held_out),
+        model=model, args=config, train_dataset=as_dataset(rows), eval_dataset=as_dataset(held_out),
         data_collator=collate, processing_class=_tokenizer(job), callbacks=callbacks,
         batch=stage.batch, teacher=teacher, distill=stage.distill, shards=job.shard,
     )  # fmt: skip
@@ -269,7 +241,7 @@ def _make_trainer(model: Any, job: Job, number: int, stage: Stage, switch: Switc
 
 
 def _measure(trainer: RowTrainer, number: int) -> list[dict[str, Any]]:
-    """The held-out loss where a stage ends, or training begins."""
+    """Return the held-out loss at the end of a stage, or before training (0), as rows of the history."""
     if not trainer.has_held_out:
         return []
     return [{"step": trainer.state.global_step, "is_end": 1, "after": number, **trainer.evaluate()}]
@@ -277,13 +249,13 @@ def _measure(trainer: RowTrainer, number: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own bars and remarks, which would break into ours."""
+    """Silence transformers' bars and remarks, which would break into ours."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # that accelerate's options of Torch's DDP age
+            warnings.simplefilter("ignore", FutureWarning)  # accelerate uses options of Torch's DDP that are deprecated
             yield
     finally:
         transformers.utils.logging.set_verbosity(before)

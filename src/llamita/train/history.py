@@ -1,20 +1,20 @@
-"""How the stages of a training went, from what was logged."""
+"""Sum up the stages of a training from what was logged."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-_ENDS = 5  # steps that the first and the last loss are means of
+_ENDS = 5  # steps; the first and the last loss are means of as many
 
 
 @dataclass(frozen=True)
-class Course:
-    """How a stage went.
+class StageResult:
+    """The losses of one stage.
 
     Attributes:
         first, last: means of the training loss over its first and last steps.
-        held_out: nats a learned token at its end; None where nothing was held out.
-        preferred: the share of held-out pairs whose preferred answer it rates higher; None without pairs.
+        held_out: nats a learned token at its end; None if nothing was held out.
+        preferred: the share of held-out pairs whose preferred answer the model rates higher; None without pairs.
     """
 
     stage: int
@@ -23,12 +23,8 @@ class Course:
     held_out: float | None
     preferred: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
 
-
-def _course(number: int, rows: list[dict[str, Any]]) -> Course:
+def _result(number: int, rows: list[dict[str, Any]]) -> StageResult:
     losses = [row["loss"] for row in rows if "loss" in row]
     ends = losses[:_ENDS], losses[-_ENDS:]
     first, last = (sum(part) / len(part) if part else 0.0 for part in ends)
@@ -37,12 +33,12 @@ def _course(number: int, rows: list[dict[str, Any]]) -> Course:
         return next((row[name] for row in reversed(rows) if name in row), None)
 
     held_out = next((r["eval_loss"] for r in rows if r.get("is_end") and r["after"] == number), None)
-    return Course(number, first, last, held_out, newest("eval_rewards/accuracies"))
+    return StageResult(number, first, last, held_out, newest("eval_rewards/accuracies"))
 
 
-def courses(history: Iterable[dict[str, Any]]) -> list[Course]:
-    """Of each stage, in order."""
+def stage_results(history: Iterable[dict[str, Any]]) -> list[StageResult]:
+    """Return the result of each stage, in order."""
     by_stage: dict[int, list[dict[str, Any]]] = {}
     for row in history:
         by_stage.setdefault(int(row["stage"]), []).append(row)
-    return [_course(number, rows) for number, rows in sorted(by_stage.items())]
+    return [_result(number, rows) for number, rows in sorted(by_stage.items())]

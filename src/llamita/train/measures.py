@@ -1,8 +1,8 @@
-"""How well a model does a task: the loss of the right answers, and the answers that it gives itself.
+"""Measure how well a model does a task: the loss of the right answers, and the model's own answers.
 
-Translations by chrF and BLEU (sacrebleu; Popović 2015, Post 2018), answers about a passage by exact match
-and F1 as SQuAD has them (Rajpurkar et al. 2016, arXiv 1606.05250), summaries by ROUGE (rouge-score; Lin
-2004). All from 0 to 100. The engine runs the model, so a quantized one is measured as it will run.
+Translations: chrF and BLEU (sacrebleu; Popović 2015, Post 2018). Answers about a passage: exact match and F1 as in
+SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250). Summaries: ROUGE (rouge-score; Lin 2004). All are from 0 to 100.
+The engine runs the model, so a packed model is measured as it will run.
 """
 
 import re
@@ -24,15 +24,14 @@ from llamita.text.chat_template import find_template
 from llamita.train.examples import Example, line_of
 from llamita.train.tasks import Conversation
 
-Answers = Sequence[tuple[str, tuple[str, ...]]]  # what the model said, and what would be right
-_LONGER = 2  # times the longest right answer, and
-_SPARE = 16  # tokens more, may an answer have
+Answers = Sequence[tuple[str, tuple[str, ...]]]  # the model's answer and the right answers
+_LONGER, _SPARE = 2, 16  # an answer may have twice the tokens of the longest right one, and 16 more
 _TOGETHER = 64  # prompts handed to the engine at a time
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model scored: nats a learned token, and the task's measures by name, none for some tasks."""
+    """The scores of a model: nats a learned token, and the task's measures by name (some tasks have none)."""
 
     loss: float
     measures: dict[str, float]
@@ -45,9 +44,9 @@ def score(
     """Score a model on held-out examples.
 
     Args:
-        task: a key of MEASURES; others have the loss alone.
+        task: a key of MEASURES; other tasks have only the loss.
         measured: the examples and their conversations.
-        limit: answers to generate at most; the loss is of all examples.
+        limit: generate at most this many answers; the loss is of all examples.
     """
     losses = example_losses(llm, [example for example, _ in measured], adapter, progress)
     longest = max((len(one) for one in losses), default=1)
@@ -62,7 +61,7 @@ def score(
 def example_losses(
     llm: LLM, examples: Sequence[Example], adapter: str | None = None, progress: Progress = None
 ) -> list[np.ndarray]:
-    """Nats of every learned token of each example: float64 (learned tokens,)."""
+    """Return the nats of every learned token of each example: float64 (learned tokens,)."""
     found = []
     for number, example in enumerate(examples):
         if progress:
@@ -75,7 +74,7 @@ def example_losses(
 def _answer(
     llm: LLM, asked: Sequence[Conversation], adapter: str | None, max_tokens: int, progress: Progress
 ) -> list[str]:
-    """The likeliest answers to what stands before each last turn, asked as training had it."""
+    """Return the likeliest answer to each prompt; prompts have the format of training."""
     has_template = find_template(llm.path) is not None
     prompts = list[Prompt]()
     for one in asked:
@@ -91,20 +90,20 @@ def _answer(
 
 
 def translation(answers: Answers) -> dict[str, float]:
-    """chrF (chrF2, character 6-grams) and BLEU (4-grams, tokenized as WMT does) of the whole corpus."""
+    """Return chrF (chrF2, character 6-grams) and BLEU (4-grams, tokenized as WMT does) of the whole corpus."""
     said, right = [text for text, _ in answers], [[known[0] for _, known in answers]]
     return {"chrF": CHRF().corpus_score(said, right).score, "BLEU": BLEU().corpus_score(said, right).score}
 
 
 def question_answering(answers: Answers) -> dict[str, float]:
-    """Exact match and F1 over words, each the best of the right answers, means over questions."""
+    """Return exact match and F1 over words: the best over the right answers, averaged over questions."""
     exact = [max(float(_words(text) == _words(one)) for one in known) for text, known in answers]
     overlap = [max(_f1(_words(text), _words(one)) for one in known) for text, known in answers]
     return {"exact match": 100 * float(np.mean(exact)), "F1": 100 * float(np.mean(overlap))}
 
 
 def _words(text: str) -> list[str]:
-    """In lower case, without punctuation and articles."""
+    """Split a text into words in lower case, without punctuation and articles."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
@@ -117,7 +116,7 @@ def _f1(said: list[str], right: list[str]) -> float:
 
 
 def summarization(answers: Answers) -> dict[str, float]:
-    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, with stems, means over texts."""
+    """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L with stems, averaged over texts."""
     kinds = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
     scorer = RougeScorer(list(kinds.values()), use_stemmer=True)
     found = [scorer.score(known[0], text) for text, known in answers]

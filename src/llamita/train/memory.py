@@ -1,20 +1,20 @@
-"""Memory to expect of training, from shapes alone: what `finetune --dry-run` says."""
+"""Estimate the memory of training from shapes alone, for `finetune --dry-run`."""
 
 from llamita.models.config import ModelConfig
 from llamita.train.recipe import Recipe, Stage
 
 _F32, _BF16, _BYTE = 4, 2, 1  # bytes
-_MOMENTS = 2  # Adam's, of each weight that is trained
-_TORCH_MEMORY = 700e6  # bytes: Torch, transformers, TRL and PEFT, loaded
-_LOGIT_COPIES = 3  # of a micro-batch's logits: theirs, those picked, and their gradient
+_MOMENTS = 2  # of Adam, for each weight that is trained
+_TORCH_MEMORY = 700e6  # bytes of Torch, transformers, TRL and PEFT after import
+_LOGIT_COPIES = 3  # of a micro-batch: all logits, those of learned tokens, and their gradient
 
 
 def expected_memory(config: ModelConfig, recipe: Recipe, on_gpu: bool, shards: int = 1) -> float:
-    """Bytes of the largest stage, by its parts as PyTorch holds them.
+    """Return the bytes of the largest stage, summed over what PyTorch holds.
 
     Args:
-        on_gpu: then activations are BF16, and only those between blocks are kept (gradient checkpointing).
-        shards: processes over which weights, gradients and moments are spread.
+        on_gpu: activations are BF16, and only those between blocks are kept (gradient checkpointing).
+        shards: the number of processes that divide weights, gradients and moments.
     """
     return max(_stage_memory(config, recipe, stage, on_gpu, shards) for stage in recipe.stages)
 
@@ -30,7 +30,7 @@ def _stage_memory(config: ModelConfig, recipe: Recipe, stage: Stage, on_gpu: boo
     if stage.distill:
         kept += weights * (_BF16 if on_gpu else _F32)
     tokens = stage.micro_batch * recipe.length * (2 if stage.prefers else 1)  # both answers of a pair
-    layers = 1 if on_gpu else config.layers  # whose inner values are there at a time
+    layers = 1 if on_gpu else config.layers  # layers whose inner values are in memory at the same time
     used = layers * (tokens * _activation_bytes(config, stage, on_gpu) + _rounded_bytes(linear, stage))
     used += _rounded_bytes(table, stage)
     if on_gpu:
@@ -47,17 +47,17 @@ def _adapter_weights(config: ModelConfig, stage: Stage) -> int:
 
 
 def _rounded_bytes(weights: int, stage: Stage) -> int:
-    """What a rounded layer keeps for its gradient: dequantized weights, and which of them were in range."""
+    """Return the bytes that rounded layers keep for the gradient: dequantized weights, and flags of those in range."""
     if not stage.quantized:
         return 0
     return weights * (_F32 + (_BYTE if stage.train == "weights" else 0))
 
 
 def _activation_bytes(config: ModelConfig, stage: Stage, on_gpu: bool) -> int:
-    """Of a token in a block, what the way back reads: inputs of layers, norms, rotations and products."""
+    """Return the bytes a token and block that the backward pass reads: inputs of layers, norms, rotations, products."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     floats = 6 * hidden + 4 * queries + 4 * keys + 4 * inner
-    if stage.quantized:  # the rounded inputs beside the float ones
+    if stage.quantized:  # rounded inputs are kept as well as the float ones
         floats += 2 * hidden + queries + inner
     return floats * (_BF16 if on_gpu else _F32)

@@ -1,4 +1,4 @@
-"""What training minimizes: the data's cross-entropy, and how far the model strays from a teacher."""
+"""Compute the loss of training: the data's cross-entropy, and the KL divergence from a teacher."""
 
 import torch
 from torch import Tensor
@@ -7,31 +7,32 @@ from torch.utils.checkpoint import checkpoint
 
 from llamita.train.examples import IGNORED
 
-_CHUNK = 1024  # tokens whose log-probabilities over the whole vocabulary are held at a time
+_CHUNK = 1024  # tokens at a time, because each has log-probabilities over the whole vocabulary
 
 
 def loss_sum(logits: Tensor, labels: Tensor, teacher: Tensor | None, distill: float) -> tuple[Tensor, Tensor]:
-    """(1 - distill)·cross-entropy + distill·KL(teacher ‖ model), summed over learned tokens; the first alone.
+    """Return (1 - distill)·cross-entropy + distill·KL(teacher ‖ model), and the cross-entropy alone.
 
-    The KL is that of Hinton et al. 2015 (arXiv 1503.02531) at temperature 1.
+    Both are sums over learned tokens. The KL divergence is that of Hinton et al. 2015 (arXiv 1503.02531) at
+    temperature 1.
 
     Args:
         logits: (rows, length, vocabulary).
-        labels: (rows, length), IGNORED where nothing is learned; a token is foretold by the one before it.
-        teacher: logits of the same tokens; None where distill is 0.
+        labels: (rows, length), IGNORED where nothing is learned; the logits of the token before predict a label.
+        teacher: logits of the same tokens; None if distill is 0.
 
     Returns:
-        the loss, which gradients pass, in float32, and the cross-entropy without one.
+        the loss in float32, with a gradient, and the cross-entropy, without one.
     """
     targets = labels[:, 1:]
-    picked = targets != IGNORED  # only these are looked at: a vocabulary of 128,256 makes each token dear
+    picked = targets != IGNORED  # skip the others: with a vocabulary of 128,256 every token costs
     own, targets = logits[:, :-1][picked], targets[picked]
     other = None if teacher is None else teacher[:, :-1][picked]
     losses, crossed = [], []
     for start in range(0, len(targets), _CHUNK):
         part = slice(start, start + _CHUNK)
         given = None if other is None else other[part]
-        # what lies between logits and loss is made again on the way back, not kept
+        # computed again in the backward pass, to keep nothing between logits and loss in memory
         loss, cross = checkpoint(_chunk_loss, own[part], targets[part], given, distill, use_reentrant=False)
         losses.append(loss)
         crossed.append(cross.detach())

@@ -1,4 +1,4 @@
-"""Direct preference optimization of adapters (DPO, Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
+"""Train adapters by direct preference optimization (DPO, Rafailov et al. 2023, arXiv 2305.18290), with TRL."""
 
 from collections.abc import Sequence
 from types import MethodType
@@ -16,9 +16,10 @@ from llamita.train.preferences import Pair
 
 
 class PairTrainer(DPOTrainer):
-    """Trains PEFT's adapters on tokenized pairs; the reference is the model with its adapters as they begin.
+    """Trains PEFT's adapters on tokenized pairs; the reference is the model with its adapters before this stage.
 
-    TRL multiplies hidden states with the head's float weights. A head that rounds has to be called instead.
+    TRL multiplies hidden states by the head's float weights. That would bypass the rounding of the head, so the
+    forward pass here calls the head.
     """
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
@@ -27,18 +28,18 @@ class PairTrainer(DPOTrainer):
         self._base.forward = MethodType(_forward, self._base)
 
     def release(self) -> None:
-        """Leave the model as it was given, but for what its adapters have learned."""
+        """Undo all changes to the model, except to the adapters' weights."""
         del self._base.forward
         model: Any = self.model
         model.delete_adapter("ref")
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any, **kwargs: Any) -> Any:
         del arguments, kwargs
-        return dataset  # tokenized as all our examples are
+        return dataset  # it is tokenized already
 
 
 def as_pairs(pairs: Sequence[Pair]) -> Dataset:
-    """Pairs as the trainer takes them."""
+    """Return pairs as the trainer takes them."""
     return Dataset.from_dict(
         {
             "prompt_ids": [pair.prompt for pair in pairs],
@@ -48,8 +49,8 @@ def as_pairs(pairs: Sequence[Pair]) -> Dataset:
     )
 
 
-class Scored(dict[str, Tensor]):
-    """What TRL reads of each token that a label foretells: (rows, length - 1) each, by name."""
+class LabelScores(dict[str, Tensor]):
+    """The values that TRL reads for each label, by name: (rows, length - 1) each."""
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -59,17 +60,17 @@ class Scored(dict[str, Tensor]):
 
 
 def _forward(model: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
-    """transformers' forward; `fused_lm_head` asks for log-probabilities of the labels in place of logits."""
+    """Run transformers' forward pass; with `fused_lm_head` return scores of the labels in place of logits."""
     outputs: Any = LlamaForCausalLM.forward(model, *args, **kwargs)
-    return score(outputs.logits, labels) if fused_lm_head else outputs
+    return label_scores(outputs.logits, labels) if fused_lm_head else outputs
 
 
-def score(logits: Tensor, labels: Tensor) -> Scored:
-    """How likely each label is, in float32, 0 where there is none.
+def label_scores(logits: Tensor, labels: Tensor) -> LabelScores:
+    """Return how likely each label is, in float32; 0 where there is none.
 
     Args:
         logits: (rows, length, vocabulary).
-        labels: (rows, length), IGNORED where nothing is foretold.
+        labels: (rows, length), IGNORED where nothing is predicted.
     """
     targets = labels[:, 1:]
     picked = targets != IGNORED
@@ -84,4 +85,6 @@ def score(logits: Tensor, labels: Tensor) -> Scored:
         "mean_logits": mean,
         "is_top1": is_best,
     }
-    return Scored({n: values.new_zeros(picked.shape).masked_scatter(picked, values) for n, values in found.items()})
+    return LabelScores(
+        {n: values.new_zeros(picked.shape).masked_scatter(picked, values) for n, values in found.items()}
+    )

@@ -1,4 +1,4 @@
-"""Pairs of answers of which one is preferred, as data sets for DPO have them, tokenized."""
+"""Read and tokenize pairs of answers of which one is preferred, as data sets for DPO hold them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,16 +9,14 @@ import numpy as np
 from llamita.errors import InputError
 from llamita.text.chat_template import ChatTemplate
 from llamita.text.tokenizer import Tokenizer
-from llamita.train.examples import tokenize
+from llamita.train.examples import join_places, tokenize
 from llamita.train.records import Record
 from llamita.train.tasks import Conversation, Turn, read_turns
-
-_SHOWN = 3  # places named in a message
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of what stands before an answer, of the preferred answer, and of the other one."""
+    """Token ids of the prompt, of the preferred answer, and of the other answer."""
 
     place: str
     prompt: list[int]
@@ -27,35 +25,33 @@ class Pair:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of the two conversations."""
+        """Count the tokens of the longer of the two conversations."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 def read_pairs(
     records: Iterable[Record], tokenizer: Tokenizer, template: ChatTemplate | None, length: int
 ) -> tuple[list[Pair], str | None]:
-    """Pairs of at most `length` tokens, and a line about those that are longer, if any.
+    """Return the pairs of at most `length` tokens, and a line about any longer ones.
 
     Args:
-        records: with `chosen` and `rejected`, texts or turns, behind a `prompt`, a text or turns, or with the
-            turns before the answer in both.
+        records: with `chosen` and `rejected`, each a text or turns. The turns before the answer are in `prompt`, as
+            a text or turns, or in both.
 
     Raises:
-        InputError: a record is no such pair, by its place; or none is left.
+        InputError: the record at a named place is not such a pair, or no pair is left.
     """
     pairs = [_pair(record, tokenizer, template) for record in records]
     if not pairs:
         raise InputError("--preferences", "pairs of answers", "no records")
     kept = [pair for pair in pairs if pair.length <= length]
     if not kept:
-        raise InputError(
-            "--preferences", f"pairs of at most {length} tokens", f"none of {len(pairs)}", "try --set length=N"
-        )
+        expected = f"pairs of at most {length} tokens"
+        raise InputError("--preferences", expected, f"none of {len(pairs)}", "try --set length=N")
     long = [pair.place for pair in pairs if pair.length > length]
     if not long:
         return kept, None
-    places = ", ".join(long[:_SHOWN]) + (", …" if len(long) > _SHOWN else "")
-    return kept, f"{len(long)} of {len(pairs)} pairs have more than {length} tokens: left out ({places})"
+    return kept, f"{len(long)} of {len(pairs)} pairs have more than {length} tokens: left out ({join_places(long)})"
 
 
 def _pair(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> Pair:
@@ -64,15 +60,15 @@ def _pair(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -
     starts = [_answer_start(example.is_learned) for example in answered]
     prompts = [example.ids[:start].tolist() for example, start in zip(answered, starts, strict=True)]
     if prompts[0] != prompts[1]:
-        raise InputError(f"{record.place}", "the same conversation before both answers", "two")
+        raise InputError(record.place, "the same conversation before both answers", "two")
     chosen, rejected = (e.ids[start:].tolist() for e, start in zip(answered, starts, strict=True))
     if chosen == rejected:
-        raise InputError(f"{record.place}", "two answers that differ", "one twice")
+        raise InputError(record.place, "two answers that differ", "one twice")
     return Pair(record.place, prompts[0], chosen, rejected)
 
 
 def _answers(record: Record, before: tuple[Turn, ...]) -> Iterator[tuple[Turn, ...]]:
-    """The conversation with the preferred answer, then with the other; `before` may stand in them already."""
+    """Yield the conversation with the preferred answer, then with the other; the turns may include `before`."""
     for name in ("chosen", "rejected"):
         turns = list(_turns(record, name, "assistant"))
         begins = bool(before) and turns[: len(before)] == list(before)
@@ -86,7 +82,7 @@ def _answers(record: Record, before: tuple[Turn, ...]) -> Iterator[tuple[Turn, .
 
 
 def _turns(record: Record, name: str, role: str) -> tuple[Turn, ...]:
-    """A text as one turn of `role`, or a list of turns."""
+    """Return a text as one turn of `role`, or a list of turns as it is."""
     value: Any = record.values.get(name)
     if isinstance(value, str) and value.strip():
         return ({"role": role, "content": value},)
@@ -94,5 +90,5 @@ def _turns(record: Record, name: str, role: str) -> tuple[Turn, ...]:
 
 
 def _answer_start(is_learned: np.ndarray) -> int:
-    """Where the last run of learned tokens begins."""
+    """Return the place where the last run of learned tokens begins."""
     return int(np.flatnonzero(is_learned & ~np.roll(is_learned, 1))[-1])

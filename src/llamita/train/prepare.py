@@ -1,4 +1,4 @@
-"""A transformers Llama that computes what its quantized self will, with fake-quantized layers for its own."""
+"""Replace layers of a transformers Llama by fake-quantized ones, so that it computes what the packed model will."""
 
 from typing import Any
 
@@ -9,39 +9,39 @@ from torch import Tensor, nn
 from llamita.errors import InputError
 from llamita.methods.blocks import STEPS
 from llamita.methods.online import online_transform
+from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.weights import FloatSource, Int4Weight, Int8Weight, ModelSource
 from llamita.numerics.affine import CODE_RANGE, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.rotations import Rotations
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear, SharedInput, Switch
 
-_TABLE, _HEAD = "model.embed_tokens", "lm_head"
-_INSIDE = 0.49  # of a step, how far beyond the last code a weight may begin
-_CROSSED = 0.25  # how far from its code a weight begins whose code is not the nearest, in steps
+_INSIDE = 0.49  # steps by which a weight may begin beyond the last code
+_CROSSED = 0.25  # steps from its code at which a weight begins whose nearest code is another
 
 
 def prepare(model: Any, rounded: ModelSource, floats: FloatSource | None = None) -> Switch:
-    """Change linear layers and tables of a `LlamaForCausalLM` in place, so that codes are those of `rounded`.
+    """Change linear layers and tables of a `LlamaForCausalLM` in place, so that its codes are those of `rounded`.
 
-    Parameters become those of `floats`, but for weights whose nearest code is another: these move to their
-    code's side, not to its very edge, from where the first step would throw half of them back.
+    Parameters become those of `floats`, except for weights whose nearest code is not the one in `rounded`. These move
+    towards their code, and past the edge: on the edge itself, the first step would throw half of them back.
 
     Args:
-        rounded: the same model quantized, by whatever method.
-        floats: what was rounded, where that is not the model's own weights. It may have R4.
+        rounded: the same model quantized by any method.
+        floats: the weights that were rounded, if they are not the model's own. They may have R4.
 
     Returns:
-        what turns the rounding of all layers on and off; it is on.
+        the switch that turns the rounding of all layers on and off; it is on.
 
     Raises:
-        InputError: the model is rotated in a way that training has not.
+        InputError: the model has a rotation that training does not support.
     """
     rotations = Rotations() if floats is None else floats.rotations
     if set(rotations.names) - {"R4"}:
         raise InputError("start", "no rotation but R4", f"{', '.join(rotations.names)}", "try --set start=llamita")
     if floats is not None:
-        _take(model, floats)
-    switch, online = Switch(), online_transform(rotations)
+        _load_floats(model, floats)
+    switch, rotation = Switch(), online_transform(rotations)
     for index, layer in enumerate(model.model.layers):
         for step in STEPS:
             shared = SharedInput()
@@ -49,40 +49,40 @@ def prepare(model: Any, rounded: ModelSource, floats: FloatSource | None = None)
                 weight = rounded.weight(f"model.layers.{index}.{name}")
                 if not isinstance(weight, np.ndarray):
                     linear = layer.get_submodule(name)
-                    codes, scales, bits = _read(weight)
-                    _move(linear, codes, scales, bits)
-                    turn = online if name == "mlp.down_proj" else None
-                    _set(layer, name, FakeQuantLinear(linear, bits, scales, shared, switch, turn))
+                    codes, scales, bits = _unpack(weight)
+                    _move_to_codes(linear, codes, scales, bits)
+                    r4 = rotation if name == "mlp.down_proj" else None
+                    layer.set_submodule(name, FakeQuantLinear(linear, bits, scales, shared, switch, r4))
     _prepare_tables(model, rounded, switch)
     return switch
 
 
 def _prepare_tables(model: Any, rounded: ModelSource, switch: Switch) -> None:
-    """Embedding and head, which are one where they are tied."""
-    table = rounded.weight(_TABLE)
+    """Replace embedding and head; tied ones share their weights."""
+    table = rounded.weight(EMBEDDING)
     if not isinstance(table, np.ndarray):
-        codes, scales, bits = _read(table)
+        codes, scales, bits = _unpack(table)
         embedding = model.model.embed_tokens
-        _move(embedding, codes, scales, bits)
+        _move_to_codes(embedding, codes, scales, bits)
         model.model.embed_tokens = FakeQuantEmbedding(embedding, scales, switch)
-    head = table if rounded.config.tied else rounded.weight(_HEAD)
+    head = table if rounded.config.tied else rounded.weight(HEAD)
     if not isinstance(head, np.ndarray):
-        codes, scales, bits = _read(head)
+        codes, scales, bits = _unpack(head)
         if not rounded.config.tied:
-            _move(model.lm_head, codes, scales, bits)
+            _move_to_codes(model.lm_head, codes, scales, bits)
         model.lm_head = FakeQuantLinear(model.lm_head, bits, scales, SharedInput(), switch)
 
 
-def _take(model: Any, floats: FloatSource) -> None:
-    """The weights of a source of the same shape; of a tied head, those of the embedding."""
+def _load_floats(model: Any, floats: FloatSource) -> None:
+    """Load the weights of a source of the same shape; a tied head has those of the embedding."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = floats.vector(name) if parameter.ndim == 1 else floats.weight(name.removesuffix(".weight"))
             parameter.copy_(torch.from_numpy(np.array(to_f32(values))))
 
 
-def _read(weight: Int4Weight | Int8Weight) -> tuple[Tensor, Tensor, int]:
-    """Codes (rows, columns) int8, scales (rows, groups) float32, bits."""
+def _unpack(weight: Int4Weight | Int8Weight) -> tuple[Tensor, Tensor, int]:
+    """Return codes (rows, columns) int8, scales (rows, groups) float32, and bits."""
     if isinstance(weight, Int4Weight):
         codes, bits = unpack_int4(np.asarray(weight.packed)), 4
     else:
@@ -91,7 +91,8 @@ def _read(weight: Int4Weight | Int8Weight) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(codes), torch.from_numpy(scales), bits
 
 
-def _move(module: nn.Linear | nn.Embedding, codes: Tensor, scales: Tensor, bits: int) -> None:
+def _move_to_codes(module: nn.Linear | nn.Embedding, codes: Tensor, scales: Tensor, bits: int) -> None:
+    """Move weights in place, so that the nearest code of each is the one in `codes`."""
     weight = module.weight
     wanted = codes.to(weight.device).reshape(*scales.shape, -1).float()
     spacing = scales.to(weight.device)[..., None]
@@ -99,12 +100,7 @@ def _move(module: nn.Linear | nn.Embedding, codes: Tensor, scales: Tensor, bits:
     given = weight.detach().float().reshape(wanted.shape)
     steps = given * (1.0 / spacing)
     inside = steps.clamp(lowest - _INSIDE, highest + _INSIDE)  # beyond the last code there is no gradient
-    beside = torch.where(inside.round() == wanted, inside, wanted + _CROSSED * (inside - wanted).sign())
-    stays = (beside == steps) & (steps.round() == wanted)  # to the last bit, as s·(w/s) may not
+    moved = torch.where(inside.round() == wanted, inside, wanted + _CROSSED * (inside - wanted).sign())
+    stays = (moved == steps) & (steps.round() == wanted)  # keep these bit for bit: s·(w/s) may differ from w
     with torch.no_grad():
-        weight.copy_(torch.where(stays, given, beside * spacing).reshape(weight.shape))
-
-
-def _set(layer: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(layer.get_submodule(parent), own, module)
+        weight.copy_(torch.where(stays, given, moved * spacing).reshape(weight.shape))

@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning: small YAML files that hold every setting, in stages that follow each other."""
+"""Read, check and change recipes: small YAML files with every setting of a fine-tuning, in stages."""
 
 import math
 from collections.abc import Iterable
@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 
-METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # and their recipes
+METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # the recipe of each
 RECIPES = Path(__file__).parent / "recipes"
 TRAINS = ("weights", "adapters")
+_FORMER_TRAINS = {"adaptors": "adapters"}  # the former spelling, in recipes and records of earlier runs
 OBJECTIVES = ("answers", "preferences")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -22,27 +23,27 @@ _RANGES = (
     ("distill", 0.0, 1.0), ("beta", 0.001, 10.0),
 )  # fmt: skip
 _FRACTIONS = (*(name for name, _, _ in _RANGES), "held_out")
-_ANSWERS_ALONE = ("distill", "fake_quant_after")  # settings that stages with preferences have not
+_ONLY_FOR_ANSWERS = ("distill", "fake_quant_after")  # not for stages with preferences
 _LARGEST = 1 << 16  # bytes of a recipe
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run; the next begins with what it leaves.
+    """One training run; the next stage begins with its result.
 
     Attributes:
-        train: "weights", all of the model's; "adapters", low-rank ones beside a model that stays as it is
-            (LoRA, Hu et al. 2021, arXiv 2106.09685).
-        objective: "answers", which are learned; "preferences", pairs of answers one of which is preferred,
-            for adapters alone.
-        quantized: whether the model computes, from here on, as its quantized self will.
-        fake_quant_after: steps of this stage before it does.
-        epochs: times that the data is seen; `steps`, where given, counts instead.
+        train: "weights" trains all weights; "adapters" trains low-rank adapters of a model that stays as it is (LoRA,
+            Hu et al. 2021, arXiv 2106.09685).
+        objective: "answers" learns the answers of the data; "preferences" learns from pairs of answers of which one
+            is preferred, with adapters only.
+        quantized: from this stage on, the model computes as the packed model will.
+        fake_quant_after: the steps of this stage before rounding begins.
+        epochs: passes over the data; `steps`, if given, overrides them.
         batch: rows of a step, over all processes; `micro_batch` of them at a time.
-        learning_rate: at its height: it rises over `warmup`, a share of the steps, and falls by `schedule`.
-        distill: the weight of the teacher's KL in the loss, the data's cross-entropy having the rest.
-        beta: how dear it is to stray from where preferences began (DPO's β).
-        rank, alpha: of adapters: their part is multiplied by alpha / rank.
+        learning_rate: the highest; it rises over `warmup`, a share of the steps, and then falls by `schedule`.
+        distill: the weight in the loss of the KL divergence from the teacher; the data's cross-entropy has the rest.
+        beta: how much a stage with preferences is penalized for moving away from its start (DPO's β).
+        rank, alpha: of adapters; their output is multiplied by alpha / rank.
         targets: the linear layers of a block that have adapters.
     """
 
@@ -78,42 +79,36 @@ class Stage:
         if self.batch % self.micro_batch:
             raise InputError("batch", f"a multiple of micro_batch, {self.micro_batch}", f"{self.batch}")
         if self.prefers and (self.train != "adapters" or self.distill or self.fake_quant_after):
-            raise InputError("objective: preferences", "train: adapters beside it, no distill and no fake_quant_after")
-        self._check_targets()
-
-    def _check_targets(self) -> None:
-        if (
-            not isinstance(self.targets, tuple)
-            or not self.targets
-            or any(target not in LINEARS for target in self.targets)
-        ):
-            raise InputError("targets", f"some of {', '.join(LINEARS)}", f"{self.targets!r}")
+            raise InputError("objective: preferences", "train: adapters, no distill and no fake_quant_after")
+        targets: object = self.targets
+        if not isinstance(targets, tuple) or not targets or any(target not in LINEARS for target in targets):
+            raise InputError("targets", f"some of {', '.join(LINEARS)}", shown(targets))
         if type(self.quantized) is not bool:
-            raise InputError("quantized", "true or false", f"{self.quantized!r}")
+            raise InputError("quantized", "true or false", shown(self.quantized))
 
     @property
     def prefers(self) -> bool:
-        """Whether it learns from preferences."""
+        """Whether the stage learns from preferences."""
         return self.objective == "preferences"
 
     def count_steps(self, rows: int) -> int:
-        """Steps that `epochs` over so many rows take, the last of each with what is left, or `steps`."""
+        """Return `steps`, or the steps of `epochs` passes over `rows` rows; the last step of a pass may be smaller."""
         return self.steps or max(1, round(self.epochs * math.ceil(rows / self.batch)))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a fine-tuning: with data and seed it gives the result.
+    """Every setting of a fine-tuning: recipe, data and seed decide the result.
 
     Attributes:
-        preset, group_size: the scheme of stages that are quantized, as `llamita quantize` takes it.
-        start: the chain of methods that rounds the model where such a stage begins, calibrated on the data.
-        length: tokens of a row, in which examples are packed whole.
-        held_out: the share of the examples that is not learned from, only measured.
-        evaluate_every: steps from one measurement to the next; 0 measures at the end alone, as stages that
-            learn from preferences do.
-        save_every: steps after which a killed run can go on.
-        patience: measurements without gain after which a stage ends; None never ends early.
+        preset, group_size: the scheme of quantized stages, as `llamita quantize` takes it.
+        start: the chain of methods that rounds the model where the first quantized stage begins, calibrated on the
+            data.
+        length: tokens of a row; examples are packed whole.
+        held_out: the share of the examples that is only measured, not learned.
+        evaluate_every: steps between measurements; 0 measures only at the end, as stages with preferences always do.
+        save_every: steps between checkpoints, from which a killed run resumes.
+        patience: end a stage after this many measurements without gain; None never ends early.
     """
 
     stages: tuple[Stage, ...]
@@ -128,7 +123,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise InputError("stages", "one at least", "none")
+            raise InputError("stages", "at least one", "none")
         _one_of("preset", self.preset, tuple(PRESETS))
         if self.group_size is not None:
             _one_of("group_size", self.group_size, GROUP_SIZES)
@@ -136,24 +131,24 @@ class Recipe:
         _number("held_out", self.held_out, 0.0, 0.5)
         _integer("evaluate_every", self.evaluate_every, 0)
         if self.evaluate_every and not self.held_out:
-            raise InputError("evaluate_every", "held_out beside it", "none")
+            raise InputError("evaluate_every", "held_out above 0", shown(self.held_out))
         _integer("save_every", self.save_every, 1)
         if self.patience is not None:
             _integer("patience", self.patience, 1)
             if not self.evaluate_every:
-                raise InputError("patience", "evaluate_every beside it", "none")
+                raise InputError("patience", "evaluate_every above 0", shown(self.evaluate_every))
         self._check_order()
 
     def _check_order(self) -> None:
         kinds = [stage.train for stage in self.stages]
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (before.train != "weights" and not after.prefers) or before.prefers:
-                raise InputError("stages", "adapters once and, but for preferences, last", f"{', '.join(kinds)}")
+                raise InputError("stages", "adapters once and, except for preferences, last", ", ".join(kinds))
             if before.quantized and not after.quantized:
-                raise InputError("stages", "quantized stages last", "a float one behind them")
+                raise InputError("stages", "quantized stages last", "a float stage after one")
 
     def without_preferences(self) -> "Recipe":
-        """The stages that need none."""
+        """Return the recipe without its stages that learn from preferences."""
         return replace(self, stages=tuple(stage for stage in self.stages if not stage.prefers))
 
     @property
@@ -162,16 +157,12 @@ class Recipe:
         return any(stage.prefers for stage in self.stages)
 
     def check_steps(self, rows: int, pairs: int) -> None:
-        """Raise InputError if a stage over so much data would end before its rounding begins."""
+        """Raise InputError if a stage over this much data would end before its rounding begins."""
         for number, stage in enumerate(self.stages, 1):
             steps = stage.count_steps(pairs if stage.prefers else rows)
             if stage.quantized and stage.fake_quant_after >= steps:
-                raise InputError(
-                    f"stage {number}: fake_quant_after",
-                    f"less than its {steps} steps",
-                    f"{stage.fake_quant_after}",
-                    f"try --set {number}.fake_quant_after=0",
-                )
+                where, hint = f"stage {number}: fake_quant_after", f"try --set {number}.fake_quant_after=0"
+                raise InputError(where, f"less than its {steps} steps", str(stage.fake_quant_after), hint)
 
     @property
     def is_quantized(self) -> bool:
@@ -184,7 +175,7 @@ class Recipe:
         return self.stages[-1].train != "weights"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON and YAML have it."""
+        """Return plain values for JSON and YAML."""
         values = asdict(self)
         for stage in values["stages"]:
             stage["targets"] = list(stage["targets"])
@@ -193,15 +184,15 @@ class Recipe:
 
 
 def adapter_place(out: Path) -> Path:
-    """Where the adapters of a quantized model go, whose packed directory is `out`."""
+    """Return the directory of the adapters that belong to the packed model at `out`."""
     return out.with_name(f"{out.name}-adapter")
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe of ours by its name, or a YAML file.
+    """Read one of our recipes by its name, or a YAML file.
 
     Raises:
-        InputError: no such recipe, or a setting that is none or has a value that it cannot have.
+        InputError: there is no such recipe, or a setting is unknown or has a wrong value.
     """
     known = RECIPES / f"{name}.yaml"
     path = known if known.is_file() and "/" not in name else Path(name)
@@ -209,50 +200,50 @@ def read_recipe(name: str) -> Recipe:
         data = path.read_bytes()
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise InputError("--recipe", f"{names}, or a YAML file", f"{name}") from None
+        raise InputError("--recipe", f"{names}, or a YAML file", name) from None
     except OSError as error:
         raise RunError(f"{name}: cannot be read: {error.strerror}") from None
     if len(data) > _LARGEST:
-        raise InputError(f"{name}", f"at most {_LARGEST} bytes", f"{len(data)}")
+        raise InputError(name, f"at most {_LARGEST} bytes", f"{len(data)}")
     try:
         values = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}", f"YAML: {' '.join(str(error).split())}") from None
+        raise InputError(name, "YAML", " ".join(str(error).split())) from None
     return parse_recipe(values, name)
 
 
 def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
-    """A recipe from plain values. Raises InputError, naming `where`."""
+    """Make a recipe from plain values. Raises InputError, which names `where`."""
     if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
-        raise InputError(f"{where}", "settings with a list of stages")
+        raise InputError(where, "settings with a list of stages")
     stages = []
     for number, stage in enumerate(values["stages"], 1):
         place = f"{where}: stage {number}"
         if not isinstance(stage, dict):
-            raise InputError(f"{place}", "settings", f"{stage!r}")
-        stages.append(_made(Stage, stage, place))
+            raise InputError(place, "settings", shown(stage))
+        stages.append(_made(Stage, _renamed(stage), place))
     return _made(Recipe, values | {"stages": tuple(stages)}, where)
 
 
 def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
-    """The recipe with settings as a user wrote them.
+    """Return the recipe with settings changed as a user wrote them.
 
     Args:
         texts: NAME=VALUE for the recipe or all its stages, N.NAME=VALUE for stage N.
 
     Raises:
-        InputError: another form, no such setting or stage, or a value that it cannot have.
+        InputError: a text is not NAME=VALUE, there is no such setting or stage, or a value is wrong.
     """
     whole = recipe.to_dict()
     for text in texts:
         name, equals, value = text.partition("=")
         number, dot, rest = name.partition(".")
         if not equals:
-            raise InputError("--set", "NAME=VALUE, such as learning_rate=1e-4", f"{text!r}")
+            raise InputError("--set", "NAME=VALUE, such as learning_rate=1e-4", shown(text))
         stages = whole["stages"]
         if dot:
             if not number.isdecimal() or not 1 <= int(number) <= len(stages):
-                raise InputError(f"--set {text}", f"a stage from 1 to {len(stages)}", f"{number!r}")
+                raise InputError(f"--set {text}", f"a stage from 1 to {len(stages)}", shown(number))
             name, stages = rest, [stages[int(number) - 1]]
         try:
             read = yaml.safe_load(value)
@@ -261,12 +252,12 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
         known = [field.name for field in fields(Stage)]
         if name not in known and (dot or name not in whole):
             names = known if dot else [*(n for n in whole if n != "stages"), *known]
-            raise InputError("--set", f"settings among {', '.join(names)}", f"{name!r}")
+            raise InputError("--set", f"settings among {', '.join(names)}", shown(name))
         if not dot and name in whole and name != "stages":
             whole[name] = read
         else:
             for stage in stages:
-                if dot or name not in _ANSWERS_ALONE or stage["objective"] == "answers":
+                if dot or name not in _ONLY_FOR_ANSWERS or stage["objective"] == "answers":
                     stage[name] = read
     return parse_recipe(whole, "--set")
 
@@ -275,16 +266,21 @@ def _made(kind: Any, values: dict[str, Any], where: str) -> Any:
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:
-            raise InputError(f"{where}", f"settings among {', '.join(known)}", f"{name!r}")
+            raise InputError(where, f"settings among {', '.join(known)}", shown(name))
     if isinstance(values.get("targets"), list):
         values = values | {"targets": tuple(values["targets"])}
-    for name in _FRACTIONS:  # YAML 1.1 takes 1e-4, without a point, for text
+    for name in _FRACTIONS:  # YAML 1.1 reads 1e-4, which has no point, as a text
         if isinstance(values.get(name), str) and _is_number(values[name]):
             values = values | {name: float(values[name])}
     try:
         return kind(**values)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise error.within(where) from None
+
+
+def _renamed(stage: dict[str, Any]) -> dict[str, Any]:
+    train = stage.get("train")
+    return stage | {"train": _FORMER_TRAINS[train]} if isinstance(train, str) and train in _FORMER_TRAINS else stage
 
 
 def _is_number(text: str) -> bool:
@@ -297,14 +293,14 @@ def _is_number(text: str) -> bool:
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if not any(type(value) is type(one) and value == one for one in allowed):
-        raise InputError(f"{name}", f"{', '.join(map(str, allowed))}", f"{value!r}")
+        raise InputError(name, ", ".join(map(str, allowed)), shown(value))
 
 
 def _integer(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
-        raise InputError(f"{name}", f"a whole number of at least {least}", f"{value!r}")
+        raise InputError(name, f"a whole number of at least {least}", shown(value))
 
 
 def _number(name: str, value: object, least: float, most: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name}", f"a number from {least:g} to {most:g}", f"{value!r}")
+        raise InputError(name, f"a number from {least:g} to {most:g}", shown(value))

@@ -1,4 +1,4 @@
-"""Training data as records with their place: files in the forms that people have, data sets of the hub."""
+"""Read training data as records that know their place, from files of several formats and from the hub."""
 
 import json
 import re
@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.system.extras import load_optional
 from llamita.system.files import json_lines, read_text
 
-LARGEST_FILE = 2**30  # bytes: what is read whole has to fit in memory, several times over
+LARGEST_FILE = 2**30  # bytes: a file is read whole, and its records take several times as much memory
 HUB = "llamita.text.hub_datasets:rows"  # imported on use: it needs the package datasets
 _NO_DATASETS = (
     "--data: a data set of the hub needs the package {package}, which is missing; try pip install "
@@ -21,33 +21,33 @@ _NO_DATASETS = (
 _FILES = (".jsonl", ".json", ".tsv", ".txt", ".md")
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
 UNANSWERABLE = "unanswerable"
-_TABLES = (".csv", ".parquet", ".arrow", ".xlsx", ".gz", ".zip", ".zst")  # which are no plain text
-_COLUMNS = ("source", "target")  # of a TSV whose first line does not name them
+_TABLES = (".csv", ".parquet", ".arrow", ".xlsx", ".gz", ".zip", ".zst")  # refused: they are not plain text
+_COLUMNS = ("source", "target")  # of a TSV whose first line names none
 
 
 @dataclass(frozen=True)
 class Record:
-    """An object of the data, and where it stands, for messages."""
+    """One object of the data, with its place for messages."""
 
     place: str
     values: dict[str, Any]
 
 
 def read_data(name: str, limit: int | None = None) -> Iterator[Record]:
-    """The records of a file, as `read_records` has them, or of a data set of the hub.
+    """Yield the records of a file (see `read_records`) or of the train split of a data set of the hub.
 
     Args:
-        name: a path; or owner/name or owner/name:configuration, of which the train split is read.
-        limit: how many to read at most; all by default.
+        name: a path, or owner/name or owner/name:configuration on the hub.
+        limit: read at most this many; all by default.
 
     Raises:
-        InputError: no such file or data set, or what is in it cannot be learned from.
+        InputError: there is no such file or data set, or it holds no records.
         RunError: it cannot be read, or the package that reads it is missing.
     """
     path = Path(name)
     if path.exists() or path.suffix in _FILES or not _HUB_NAME.fullmatch(name):
         if path.is_dir():
-            raise InputError(f"{name}", "a file", "a directory", "try one of its files")
+            raise InputError(name, "a file", "a directory", "try one of its files")
         records = read_records(path)
     else:
         rows = load_optional(HUB, _NO_DATASETS)(name)
@@ -56,19 +56,19 @@ def read_data(name: str, limit: int | None = None) -> Iterator[Record]:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file.
+    """Yield the records of a file.
 
     Args:
-        path: *.jsonl, an object a line; *.json, a list of objects or SQuAD's nested form; *.tsv, source
-            and target, or columns that the first line names; any other is one document of plain text.
+        path: *.jsonl, an object a line; *.json, a list of objects or SQuAD's nested format; *.tsv, source and target,
+            or columns that the first line names; any other file is one document of plain text.
 
     Raises:
-        InputError: no such file, not UTF-8, or a record that is no object, named by its line or number.
-        RunError: it cannot be read.
+        InputError: no such file, not UTF-8, or the record at a named line or number is not an object.
+        RunError: the file cannot be read.
     """
     if path.suffix in _TABLES:
-        raise InputError(f"{path}", f"{', '.join(_FILES)}", f"{path.suffix}", "try saving it as JSON lines")
-    text = read_text(path, LARGEST_FILE).removeprefix("\ufeff")  # which Windows puts before UTF-8
+        raise InputError(f"{path}", ", ".join(_FILES), path.suffix, "try saving it as JSON lines")
+    text = read_text(path, LARGEST_FILE).removeprefix("\ufeff")  # Windows puts it before UTF-8
     if path.suffix == ".jsonl":
         yield from (Record(place, values) for place, values in json_lines(text, path.name))
     elif path.suffix == ".json":
@@ -88,17 +88,17 @@ def _json_records(path: Path, text: str) -> Iterator[Record]:
         yield from _squad_records(path, values["data"])
         return
     if not isinstance(values, list):
-        raise InputError(f"{path}", "a list of objects", f"{type(values).__name__}")
+        raise InputError(f"{path}", "a list of objects", type(values).__name__)
     for number, value in enumerate(values, 1):
         if not isinstance(value, dict):
-            raise InputError(f"{path}: item {number}", "an object", f"{type(value).__name__}")
+            raise InputError(f"{path}: item {number}", "an object", type(value).__name__)
         yield Record(f"{path.name}: item {number}", value)
 
 
 def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
-    """Context, question and answers (Rajpurkar et al. 2016, arXiv 1606.05250; 2.0: 2018, arXiv 1806.03822).
+    """Yield context, question and answers of SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250; 2.0: arXiv 1806.03822).
 
-    A question that 2.0 marks as impossible has the answer that is none.
+    The answer to a question that 2.0 marks as impossible is `UNANSWERABLE`.
     """
     number = 0
     try:
@@ -112,14 +112,13 @@ def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
                     values = {"context": paragraph["context"], "question": item["question"], "answers": answers}
                     yield Record(f"{path.name}: question {number}", values | {"answer": answers[0]})
     except (KeyError, TypeError, IndexError) as error:
-        raise InputError(
-            f"{path}: question {number + 1}", "SQuAD's form (paragraphs, qas, answers)", f"{error!r}"
-        ) from None
+        expected = "SQuAD's format (paragraphs, qas, answers)"
+        raise InputError(f"{path}: question {number + 1}", expected, shown(error)) from None
 
 
 def _tsv_records(path: Path, text: str) -> Iterator[Record]:
     columns: tuple[str, ...] = _COLUMNS
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: other separators are text
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which also divides at characters of the text
         row = line.rstrip("\r").split("\t")
         if row == [""]:
             continue

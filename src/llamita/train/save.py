@@ -1,4 +1,4 @@
-"""What training leaves on disk: a checkpoint, adapters in PEFT's form, or a packed directory."""
+"""Save what training made: a float checkpoint, adapters in PEFT's format, or a packed model."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from llamita.formats.safetensors import TensorWriter
 from llamita.methods.setup import Setup
 from llamita.methods.trained import SCALES
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed_writer import copy_companions, find_companions
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
@@ -23,17 +24,16 @@ from llamita.system.staging import flush_files
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_TABLES = ("model.embed_tokens", "lm_head")
 
 
 def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
-    """The model as an ordinary checkpoint in its source's dtype, with tokenizer, licence and the like.
+    """Save the model as an ordinary checkpoint in its source's dtype, with tokenizer, licence and the like.
 
     Args:
-        directory: exists, empty.
+        directory: an empty one.
     """
-    dtype = _DTYPES[source.info("model.embed_tokens.weight").dtype]
-    shared = {f"{_TABLES[1]}.weight"} if source.config.tied else set()
+    dtype = _DTYPES[source.info(f"{EMBEDDING}.weight").dtype]
+    shared = {f"{HEAD}.weight"} if source.config.tied else set()
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name not in shared}
     model.save_pretrained(directory, state_dict=state)
     shutil.copyfile(source.path / "config.json", directory / "config.json")  # the architecture is the same
@@ -42,25 +42,23 @@ def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
 
 
 def save_adapters(model: Any, base: str, directory: Path) -> None:
-    """Low-rank adapters in BF16, in the form of PEFT's own files.
+    """Save low-rank adapters in BF16, in PEFT's own files.
 
     Args:
         model: PEFT's.
-        base: the name of the model that they are for.
+        base: the name of the model that the adapters are for.
     """
     model.peft_config["default"].base_model_name_or_path = base
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(directory, save_embedding_layers=False)
-    card = directory / "README.md"
-    if card.exists():  # PEFT's template, which says nothing
-        card.unlink()
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's template, which says nothing
     flush_files(directory)
 
 
 def save_trained(model: Any, source: Checkpoint, directory: Path) -> None:
-    """The float weights behind the codes, in float32, and the scales: what `--method trained` reads.
+    """Save the float weights behind the codes, in float32, and the scales, for the method `trained`.
 
     Tables that stay float have their source's dtype.
     """
@@ -71,11 +69,11 @@ def save_trained(model: Any, source: Checkpoint, directory: Path) -> None:
         rounded = modules.get(module)
         if isinstance(rounded, FakeQuantLinear | FakeQuantEmbedding):
             scales[module] = rounded.scales.detach().cpu().numpy()
-        elif module in _TABLES:
+        elif module in (EMBEDDING, HEAD):
             tensor = tensor.to(_DTYPES[source.info(name).dtype])
         state[name] = tensor
     if source.config.tied:
-        scales.pop(_TABLES[1], None)
+        scales.pop(HEAD, None)
     model.save_pretrained(directory, state_dict=state)
     _write_scales(directory / SCALES, scales)
     _copy_companions(source, directory)
@@ -83,7 +81,7 @@ def save_trained(model: Any, source: Checkpoint, directory: Path) -> None:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Says in one line what the writers of PyTorch and safetensors tell with errors of their own."""
+    """Turn errors of PyTorch's and safetensors' writers into a RunError of one line."""
     try:
         yield
     except SafetensorError as error:
@@ -91,19 +89,19 @@ def writing(place: Path) -> Iterator[None]:
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
-        raise RunError(f"{place}: cannot be written; try a disk with more room") from None
+        raise RunError(f"{place}: cannot be written", hint="try a disk with more room") from None
 
 
 def _rotations(model: Any) -> Rotations:
-    """What its layers do at run time."""
+    """Return the run-time rotation of the model's layers."""
     for module in model.modules():
-        if isinstance(module, FakeQuantLinear) and module.online:
+        if isinstance(module, FakeQuantLinear) and module.rotation:
             return Rotations(("R4",), module.in_features)
     return Rotations()
 
 
 def _copy_companions(source: Checkpoint, directory: Path) -> None:
-    """Tokenizer, licence and the like as the source has them, in place of what transformers wrote."""
+    """Copy tokenizer, licence and the like from the source, in place of the files that transformers wrote."""
     names = find_companions(source.path)
     for name in names.values():
         (directory / name).unlink(missing_ok=True)
@@ -124,16 +122,16 @@ def save_packed(
     model: Any, source: Checkpoint, name: str, out: Path, scheme: QuantScheme, work: Path,
     settings: dict[str, Any], overwrite: bool, extra: dict[str, bytes] | None = None,
 ) -> Summary:  # fmt: skip
-    """The packed directory with the codes that the fake-quantized model computes with.
+    """Write the packed model with the codes that the fake-quantized model computes with.
 
     Args:
         name: what the user called the source.
-        work: where the float weights behind the codes are kept meanwhile.
-        settings: of training, which the directory records.
-        extra: files to put beside the weights, by name.
+        work: a directory for the float weights behind the codes, meanwhile.
+        settings: of training; llamita.json records them.
+        extra: the bytes of more files for the directory, by name.
     """
     folder = work / "trained"
-    shutil.rmtree(folder, ignore_errors=True)  # a killed run's
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left it
     folder.mkdir()
     save_trained(model, source, folder)
     trained = Checkpoint(folder)

@@ -1,7 +1,7 @@
-"""Weights, gradients and the optimizer's state in parts, one for each process; what is kept on disk is whole.
+"""Divide weights, gradients and the optimizer's state among processes; files on disk hold all of them.
 
-PyTorch's FSDP2 (fully_shard; Zhao et al. 2023, arXiv 2304.11277): a decoder layer is whole while it computes.
-Applied here, not by accelerate, which has no FSDP on CPUs.
+By PyTorch's FSDP2 (fully_shard; Zhao et al. 2023, arXiv 2304.11277): a decoder layer is gathered while it computes.
+It is applied here and not by accelerate, which has no FSDP on CPUs.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from llamita.system.kept_work import partial_of
 
 
 def shard(model: Any, device: torch.device) -> None:
-    """Leave this process its part of every parameter, on the device; tied ones stay tied."""
+    """Keep only this process's part of every parameter, on the device; tied parameters stay tied."""
     mesh = init_device_mesh(device.type, (processes.world(),))
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
@@ -31,19 +31,19 @@ def shard(model: Any, device: torch.device) -> None:
 
 
 def reshard(model: Any) -> None:
-    """Give up what a forward pass without a backward one has left whole."""
+    """Free the parameters that a forward pass without a backward pass has left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor whose parts the processes may hold; all must ask."""
+    """Gather a tensor whose parts the processes may hold; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, or this process's part of it where it has only a part of the other."""
+    """Return a whole tensor, or only this process's part if the other one is divided."""
     if not isinstance(other, DTensor):
         return tensor
     mesh = other.device_mesh
@@ -51,14 +51,14 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _trained(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """All that training can have changed, whole."""
+    """Yield the parameters that training can have changed, gathered."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, whole(parameter.detach())
 
 
 def keep(model: Any, path: Path) -> None:
-    """All that training can have changed, in a file that appears whole; the first process writes it."""
+    """Write the parameters that training can have changed; the first process writes, and renames the finished file."""
     state: dict[str, Tensor] = {}
     for name, tensor in _trained(model):
         if processes.rank() == 0:
@@ -71,7 +71,7 @@ def keep(model: Any, path: Path) -> None:
 
 
 def restore(model: Any, path: Path) -> None:
-    """What was kept, back in a model, whose parameters may be parts."""
+    """Load what `keep` has written into a model, whose parameters may be divided."""
     state = load_file(path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -80,7 +80,7 @@ def restore(model: Any, path: Path) -> None:
 
 
 def take_whole(model: Any, sharded: Any) -> None:
-    """What a sharded copy of a model has learned, in the model."""
+    """Copy what a sharded copy of a model has learned into the model."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in _trained(sharded):
@@ -88,7 +88,7 @@ def take_whole(model: Any, sharded: Any) -> None:
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """As one process would have it, all on the CPU; empty but in the first process."""
+    """Return the state as a single process would have it, on the CPU; empty in every process but the first."""
     state = optimizer.state_dict()
     moments: dict[int, dict[str, Any]] = {}
     for number, values in state["state"].items():
@@ -99,7 +99,7 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 
 def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Such a state, back in an optimizer, whose parameters may be parts."""
+    """Load such a state into an optimizer, whose parameters may be divided."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in state["state"].items():
         for name, value in values.items():

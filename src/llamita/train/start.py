@@ -1,7 +1,7 @@
-"""What a quantized stage begins with: float weights and the codes nearest to them.
+"""Make what a quantized stage begins with: transformed float weights, and their codes.
 
-Where codes were measured, they are kept for a next run: measured scales depend a little on the number of
-processes and threads, and training goes on only from the scales that it began with.
+A calibrated chain's codes are kept for a run that resumes: its scales depend a little on the number of processes and
+threads, and training can resume only with the scales that it began with.
 """
 
 from dataclasses import dataclass, replace
@@ -23,35 +23,35 @@ from llamita.system import collectives, processes
 
 @dataclass(frozen=True)
 class Start:
-    """A model twice: rounded, and in float after the chain's transforms, which kept its function."""
+    """A model twice: rounded, and in float after the chain's transforms, which keep its function."""
 
     rounded: ModelSource
     floats: FloatSource
 
 
 def parse_start(text: str) -> tuple[Chain, dict[str, Any]]:
-    """The chain that a recipe's `start` names, by itself or as a preset's, and its methods' settings.
+    """Return the chain of a recipe's `start`, which is a chain or the name of a preset, with its settings.
 
     Raises:
-        InputError: no such chain, or one that learns rotations.
+        InputError: there is no such chain, or it learns rotations.
     """
     method, settings = PRESET_METHODS.get(text, (text, {}))
     try:
         chain = parse_chain(method)
     except InputError as error:
-        raise InputError(str(error).replace("--method", "start", 1)) from None
+        raise error.at("start") from None
     if chain.learns(settings):
-        raise InputError("start", "no learned rotations", f"{text}", "try --set start=llamita")
+        raise InputError("start", "no learned rotations", text, "try --set start=llamita")
     return chain, settings
 
 
 def start(source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: str, setup: Setup, place: Path) -> Start:
-    """The source transformed and rounded by a chain of methods; several processes do it together.
+    """Transform and round the source by a chain of methods; several processes do it together.
 
     Args:
-        origin: the model that `source` was trained from, which has its tokenizer and licence.
+        origin: the model that `source` was trained from; it has the tokenizer and the licence.
         method: as `parse_start` takes it.
-        place: a directory that keeps what a calibrated chain gives; used if it is there.
+        place: a directory that keeps the result of a calibrated chain, and is read if it exists.
 
     Raises:
         InputError: fewer rows to calibrate on than processes.
@@ -64,12 +64,8 @@ def start(source: Checkpoint, origin: Checkpoint, scheme: QuantScheme, method: s
         return Start(RoundedSource(floats, scheme, rounding, setup), floats)
     rows = 0 if setup.calibration is None else len(setup.calibration.tokens)
     if rows < processes.world():
-        raise InputError(
-            "--data",
-            f"a row for each of {processes.world()} processes, to begin with {method}",
-            f"{rows}",
-            "try fewer processes",
-        )
+        expected = f"a row for each of {processes.world()} processes, to begin with {method}"
+        raise InputError("--data", expected, str(rows), "try fewer processes")
     packed = place / "packed"
     if not collectives.agreed(packed.exists()):
         if processes.rank() == 0:

@@ -1,13 +1,13 @@
-"""What a task's records mean: a conversation to learn, whose last turn is the answer.
+"""Turn a record into a conversation to learn, whose last turn is the answer.
 
-Each task names the columns that public data sets of its kind have. Records with `messages`, or `prompt`
-and `completion`, need no task; a record with `text` alone is learned whole.
+Each task names the columns that public data sets of its kind have. Records with `messages`, or `prompt` and
+`completion`, need no task; a record with only `text` is learned whole.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.train.records import Record
 
 _ROLES = ("system", "user", "assistant", "tool", "ipython")
@@ -16,12 +16,12 @@ Turn = dict[str, str]  # {"role": …, "content": …}
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is learned from a record.
+    """The turns or the text that a record teaches.
 
     Attributes:
         turns: the conversation; the assistant's turns are learned.
         text: a plain text instead, learned whole.
-        answers: what counts as right, for tasks that are scored; the last turn's content among them.
+        answers: the right answers, for tasks that are scored; the last turn's content is one of them.
     """
 
     place: str
@@ -31,10 +31,10 @@ class Conversation:
 
 
 def conversation(record: Record, task: str | None) -> Conversation:
-    """What a record says, by the task's template or by the columns it has.
+    """Return the conversation of a record, by the task or else by the record's columns.
 
     Raises:
-        InputError: a column is missing or is no text, by the record's place.
+        InputError: a column of the record at a named place is missing or is not a text.
     """
     if task is not None:
         return TASKS[task](record)
@@ -46,38 +46,38 @@ def conversation(record: Record, task: str | None) -> Conversation:
         return TASKS["assistant"](record)
     if "text" in record.values:
         return Conversation(record.place, text=_text(record, "text"))
-    columns = ", ".join(list(record.values)[:8])
-    raise InputError(
-        f"{record.place}",
-        "messages, prompt and completion, instruction and output, or text",
-        f"{columns}",
-        f"try --task {'|'.join(TASKS)}",
-    )
+    expected = "messages, prompt and completion, instruction and output, or text"
+    raise InputError(record.place, expected, _columns(record), f"try --task {'|'.join(TASKS)}")
 
 
 def _text(record: Record, *names: str) -> str:
-    """The first of these columns that is there."""
+    """Return the text of the first of these columns that exists."""
     for name in names:
         value = record.values.get(name)
         if isinstance(value, str) and value.strip():
             return value
         if value is not None or (name in record.values and len(names) == 1):
-            found = "an empty text" if isinstance(value, str) else type(value).__name__
-            found = "null" if value is None else found
-            raise InputError(f"{record.place}: {name}", "a text", f"{found}")
-    columns = ", ".join(list(record.values)[:8])
-    raise InputError(f"{record.place}", f"the column {' or '.join(names)}", f"{columns}")
+            raise InputError(f"{record.place}: {name}", "a text", _kind_of(value))
+    raise InputError(record.place, f"the column {' or '.join(names)}", _columns(record))
+
+
+def _columns(record: Record) -> str:
+    return ", ".join(list(record.values)[:8])
+
+
+def _kind_of(value: object) -> str:
+    return "an empty text" if isinstance(value, str) else "null" if value is None else type(value).__name__
 
 
 def _optional(record: Record, name: str) -> str:
     value = record.values.get(name, "")
     if not isinstance(value, str):
-        raise InputError(f"{record.place}: {name}", "a text", f"{type(value).__name__}")
+        raise InputError(f"{record.place}: {name}", "a text", type(value).__name__)
     return value.strip()
 
 
 def read_turns(record: Record, name: str) -> tuple[Turn, ...]:
-    """The turns in a column. Raises InputError, by the record's place, if it has none."""
+    """Return the turns in a column. Raises InputError, which names the record's place, if there are none."""
     turns = record.values.get(name)
     if (
         not isinstance(turns, list)
@@ -89,7 +89,7 @@ def read_turns(record: Record, name: str) -> tuple[Turn, ...]:
         raise InputError(f"{record.place}: {name}", "objects with the texts role and content")
     for turn in turns:
         if turn["role"] not in _ROLES:
-            raise InputError(f"{record.place}: {name}: role", f"{', '.join(_ROLES)}", f"{turn['role'][:40]!r}")
+            raise InputError(f"{record.place}: {name}: role", ", ".join(_ROLES), shown(turn["role"]))
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
@@ -98,7 +98,7 @@ def _of_messages(record: Record) -> Conversation:
     if not any(turn["role"] == "assistant" for turn in turns):
         raise InputError(f"{record.place}: messages", "a turn of the assistant to learn", "none")
     if turns[-1]["role"] != "assistant":
-        raise InputError(f"{record.place}: messages", "the assistant's turn last", f"{turns[-1]['role']}")
+        raise InputError(f"{record.place}: messages", "the assistant's turn last", turns[-1]["role"])
     return Conversation(record.place, turns, answers=(turns[-1]["content"],))
 
 
@@ -119,7 +119,7 @@ def _translation(record: Record) -> Conversation:
 def _question(record: Record) -> Conversation:
     context, question = _text(record, "context", "passage"), _text(record, "question")
     answers = record.values.get("answers")
-    if isinstance(answers, dict):  # as the hub has SQuAD
+    if isinstance(answers, dict):  # SQuAD on the hub
         answers = answers.get("text")
     known = tuple(answers) if isinstance(answers, list) and all(isinstance(a, str) for a in answers) else ()
     answer = known[0] if known else _text(record, "answer")

@@ -1,9 +1,8 @@
-"""TRL's SFTTrainer on packed rows, with our loss: its own reads the head's weights, past their rounding."""
+"""Train on packed rows with TRL's SFTTrainer and our loss; TRL's own loss would bypass the rounding of the head."""
 
 import math
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from llamita.errors import InputError
 from llamita.system import collectives
 from llamita.system.machine import anonymous_bytes
+from llamita.system.progress import Progress
 from llamita.train.batches import StepLoader, StepRows, collate, count_parts, count_rows, own_parts
 from llamita.train.examples import IGNORED
 from llamita.train.fake_quant import Switch
@@ -35,8 +35,7 @@ _TRAINED = "trained.safetensors"  # in a checkpoint
 class RowTrainer(SFTTrainer):
     """Trains on rows of packed examples; evaluates by the mean over all learned tokens, not over batches.
 
-    Several processes share the rows of each step, of which there are `batch`; with `shards`, also the
-    weights.
+    Several processes share the `batch` rows of each step; with `shards`, also the weights.
     """
 
     def __init__(
@@ -46,9 +45,9 @@ class RowTrainer(SFTTrainer):
         self._trained_tokens = 0  # by this process
         super().__init__(*args, **kwargs)
         if shards:
-            self.is_distributed_loading_by_transformers = True  # accelerate is to wrap nothing
+            self.is_distributed_loading_by_transformers = True  # keeps accelerate from wrapping the model
             shard(self.model, self.args.device)
-        if teacher is not None:  # on a GPU in BF16: it is read, never changed
+        if teacher is not None:  # BF16 is enough on a GPU, as the teacher is never trained
             teacher.to(self.args.device, torch.float32 if self.args.use_cpu else torch.bfloat16)
             if shards:
                 shard(teacher, self.args.device)
@@ -56,7 +55,7 @@ class RowTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a micro-batch: its share of the step's mean over learned tokens."""
+        """Return the loss of a micro-batch: its share of the step's mean over learned tokens."""
         labels = inputs["labels"]
         outputs = _forward(model, inputs)
         total, _ = loss_sum(outputs.logits, labels, self._teacher_logits(inputs), self._distill)
@@ -68,14 +67,14 @@ class RowTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """This process's part of every step."""
+        """Return a loader of this process's part of every step."""
         rows, micro_batch = count_rows(self.train_dataset), self.args.per_device_train_batch_size
         steps = StepRows(rows, self._batch, micro_batch, self.args.seed)
         dataset: Any = self.train_dataset
         return StepLoader(dataset, batch_sampler=steps, collate_fn=collate)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """This process's part of the held-out rows, each of which one process reads."""
+        """Return a loader of this process's part of the held-out rows; only one process reads each row."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = count_rows(dataset)
         own = own_parts(range(rows), self.args.per_device_eval_batch_size, rows)
@@ -90,7 +89,7 @@ class RowTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The data's cross-entropy per learned token."""
+        """Return the data's cross-entropy per learned token."""
         del ignore_keys
         model: Any = self.model
         model.eval()
@@ -109,7 +108,7 @@ class RowTrainer(SFTTrainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """All that training can have changed, whole."""
+        """Save the parameters that training can have changed, gathered from all processes."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(exist_ok=True)
         keep(self.model, folder / _TRAINED)
@@ -131,11 +130,11 @@ class RowTrainer(SFTTrainer):
             _schedule(self).load_state_dict(schedule)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not self._shards:  # whose parts alone go there
+        if not self._shards:  # `shard` has moved the parts already
             super()._move_model_to_device(model, device)
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
-        return nullcontext()  # each micro-batch's are reduced at once, so that no process holds them whole
+        return nullcontext()  # reduces gradients after each micro-batch, so that no process holds all of them
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm: Any = super()._clip_grad_norm(model)
@@ -143,16 +142,16 @@ class RowTrainer(SFTTrainer):
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there is anything to measure."""
+        """Whether there are held-out rows."""
         return count_rows(self.eval_dataset) > 0
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that all processes have trained on, pads included."""
+        """Count the tokens that all processes have trained on, with padding."""
         return int(collectives.all_sum(np.array([self._trained_tokens]))[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """What transformers logs, without TRL's metrics of a loss that is not used."""
+        """Log what transformers logs, without TRL's metrics of its own loss, which is not used."""
         self._metrics["train"].clear()
         self._metrics["eval"].clear()
         super().log(logs, start_time)
@@ -163,86 +162,81 @@ def _schedule(trainer: Any) -> Any:
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Any:
-    """Positions alone tell the examples of a row apart."""
+    """Run the model; attention keeps the examples of a row apart by their positions alone."""
     return model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
 
 
-class Begin(TrainerCallback):
-    """Turns rounding on after a number of steps, also where a run goes on behind them."""
+class RoundingStart(TrainerCallback):
+    """Turns rounding on after a number of steps; a run that resumes later has it on at once."""
 
     def __init__(self, switch: Switch, after: int) -> None:
         self._switch, self._after = switch, after
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before each step."""
+        """Turn rounding on or off before each step."""
         del args, control, kwargs
         self._switch.on = state.global_step >= self._after
 
 
 class Patience(TrainerCallback):
-    """Ends a stage after so many measurements in a row that were no better than the best before them."""
+    """Ends a stage when `patience` measurements in a row were no better than the best before them."""
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each measurement; the state's history, which checkpoints keep, has those of earlier runs."""
+        """Compare after each measurement; checkpoints keep the history, so it includes earlier runs."""
         del args, kwargs
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row and row.get("step")]
         if len(losses) > self._patience and min(losses[-self._patience :]) >= min(losses[: -self._patience]):
             control.should_training_stop = True
 
 
-class Tell(TrainerCallback):
-    """Shows how far a run is, and ends one whose loss is no number."""
+class ProgressReporter(TrainerCallback):
+    """Reports the progress of a run, and ends a run whose loss is not finite."""
 
-    def __init__(self, progress: Callable[[str, int, int], None] | None, tokens: int) -> None:
-        self._progress, self._tokens = progress, tokens  # of a step, over all processes; 0 where they differ
+    def __init__(self, progress: Progress, tokens: int) -> None:
+        self._progress, self._tokens = progress, tokens  # of a step, over all processes; 0 if steps differ
         self._began, self._first = time.perf_counter(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first step, which follows those of an earlier run."""
+        """Start the clock before the first step, which may follow those of an earlier run."""
         del args, control, kwargs
         self._began, self._first = time.perf_counter(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Figures of a step or of a measurement."""
+        """Check the losses of a step or of a measurement."""
         del args, control, kwargs
         for name in ("loss", "eval_loss"):
             found = (logs or {}).get(name, 0.0)
             if not math.isfinite(found):
-                raise InputError(
-                    "training",
-                    "a finite loss",
-                    f"{found} at step {state.global_step}",
-                    "try --set learning_rate= with a smaller one",
-                )
+                where = f"{found} at step {state.global_step}"
+                raise InputError("training", "a finite loss", where, "try --set learning_rate= with a smaller one")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each step."""
+        """Report the progress after each step."""
         del args, control, kwargs
         if self._progress:
             rate = self._tokens * (state.global_step - self._first) / (time.perf_counter() - self._began)
             last = next((f", loss {r['loss']:.3f}" for r in reversed(state.log_history) if "loss" in r), "")
             speed = f", {rate:,.0f} tokens/s" if rate else ""
-            told = f"training{last}{speed}, {anonymous_bytes() / 1e9:.1f} GB"
-            self._progress(told, state.global_step, state.max_steps)
+            message = f"training{last}{speed}, {anonymous_bytes() / 1e9:.1f} GB"
+            self._progress(message, state.global_step, state.max_steps)
 
 
 def check_reporter(name: str) -> None:
-    """Raise InputError if transformers cannot report there."""
+    """Raise InputError if transformers cannot report to `name`."""
     try:
         for callback in get_reporting_integration_callbacks(name):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
-        install = "; try pip install " + name if "install" in str(error) else ""
-        raise InputError(
-            "--report-to", "what transformers can report to", f"{name}: {' '.join(str(error).split())}{install}"
-        ) from None
+        reason = " ".join(str(error).split())
+        hint = f"try pip install {name}" if "install" in reason else None
+        raise InputError("--report-to", "what transformers can report to", f"{name}: {reason}", hint) from None
 
 
-def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
-    """A stage's settings as transformers and TRL take them."""
+def answer_config(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, report_to: str) -> Any:
+    """Return the settings of a stage that learns answers, as transformers and TRL take them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return SFTConfig(
@@ -252,14 +246,14 @@ def config_of(recipe: Recipe, stage: Stage, rows: int, seed: int, work: Path, re
 
 
 def preference_config(recipe: Recipe, stage: Stage, pairs: int, seed: int, work: Path, report_to: str) -> Any:
-    """Those of a stage that learns from preferences."""
+    """Return the settings of a stage that learns from preferences."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return DPOConfig(**_settings(recipe, stage, pairs, seed, work, report_to), beta=stage.beta)
 
 
 def _settings(recipe: Recipe, stage: Stage, count: int, seed: int, work: Path, report_to: str) -> dict[str, Any]:
-    """For `count` rows or pairs."""
+    """Return the settings that both kinds of stages share, for `count` rows or pairs."""
     steps = stage.count_steps(count)
     has_gpu = torch.cuda.is_available()
     return {
@@ -275,11 +269,12 @@ def _settings(recipe: Recipe, stage: Stage, count: int, seed: int, work: Path, r
         "report_to": report_to, "disable_tqdm": True, "bf16": has_gpu, "fp16": False,
         "use_cpu": not has_gpu, "gradient_checkpointing": has_gpu, "dataloader_num_workers": 0,
         "remove_unused_columns": False, "max_length": None, "include_num_input_tokens_seen": "no",
-        "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False,  # all are used, none changes
+        "ddp_find_unused_parameters": False,  # all are used
+        "ddp_broadcast_buffers": False,  # none changes
     }  # fmt: skip
 
 
 def _warmup_steps(share: float, steps: int) -> int:
-    """The first of them has no learning rate at all: one alone would be a step for nothing."""
+    """Count the steps of warmup; never only one, because the first has learning rate 0 and would be wasted."""
     count = round(share * steps)
     return count if count > 1 else 0
