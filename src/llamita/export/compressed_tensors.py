@@ -1,9 +1,8 @@
-"""`--to compressed-tensors`: safetensors for transformers and vLLM, int4 codes and scales as they are.
+"""Export safetensors for transformers and vLLM, int4 codes and scales as they are (`--to compressed-tensors`).
 
-Flavours: "transformers", pack-quantized; tied int8 tables come apart, as transformers has no form for one
-table that is both. "vllm-cpu", int-quantized with asymmetric activations, which vLLM runs on Arm CPUs.
-"vllm-gpu", pack-quantized with symmetric activations: another arithmetic, to be measured again. For vLLM
-tables are float.
+Flavours: "transformers" is pack-quantized; tied int8 tables become two, because transformers cannot tie them.
+"vllm-cpu" is int-quantized with asymmetric activations, which vLLM runs on Arm CPUs. "vllm-gpu" is pack-quantized with
+symmetric activations: another arithmetic, to be measured again. Both for vLLM have float tables.
 """
 
 import copy
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.export.checkpoints import (
     Tensor,
     float_tensor,
@@ -22,7 +21,7 @@ from llamita.export.checkpoints import (
     write_checkpoint,
 )
 from llamita.export.job import ExportJob
-from llamita.export.source import module_names, refuse_online
+from llamita.export.source import module_names, refuse_rotation
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight, Int8Weight, stored_dtype
@@ -37,12 +36,12 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     """Fill a directory.
 
     Raises:
-        InputError: the model needs a rotation at run time, or no such flavour.
+        InputError: the model needs a rotation at run time, or there is no such flavour.
     """
     packed, flavor = job.packed, job.options.get("flavor") or FLAVORS[0]
-    refuse_online(packed, "compressed-tensors")
+    refuse_rotation(packed, "compressed-tensors")
     if flavor not in FLAVORS:
-        raise InputError("--flavor", f"one of {', '.join(FLAVORS)}", f"{flavor!r}")
+        raise InputError("--flavor", f"one of {', '.join(FLAVORS)}", shown(flavor))
     changes: list[float] = [0.0]
     tensors: dict[str, Tensor] = {}
     for name in module_names(packed):
@@ -66,7 +65,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
 
 
 def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) -> dict[str, Tensor]:
-    """A module's tensors by name."""
+    """Return a module's tensors by name."""
     weight = packed.weight(name)
     shape = shape_of(weight)
     if isinstance(weight, np.ndarray):
@@ -88,7 +87,7 @@ def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) 
 
 
 def _config(packed: PackedModel, flavor: str) -> dict[str, Any]:
-    """How compressed-tensors is told."""
+    """Return quantization_config as compressed-tensors reads it."""
     config = copy.deepcopy(packed.hf_config["quantization_config"])
     groups = config["config_groups"]
     tables = groups.pop("group_tables", None)
