@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 DYNAMIC, STATIC = "llamita_dynamic_cache", "llamita_static_cache"  # names in transformers' registry of attention
-_NEVER = -30000.0  # instead of minus infinity, which can become NaN in float16
+_NEVER = -30000.0  # instead of minus infinity, which float16 arithmetic does not always survive
 
 
 class LayerCache(nn.Module):

@@ -10,7 +10,7 @@ from llamita.errors import RunError
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
-from llamita.models.weights import Int4Weight, Int8Weight, Weight, row_blocks
+from llamita.models.weights import Weight, row_blocks
 from llamita.numerics.affine import f32_to_bf16, to_f32
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
@@ -62,14 +62,6 @@ def vector_tensors(packed: PackedModel, dtype: str) -> dict[str, Tensor]:
         return lambda: f32_to_bf16(packed.vector(name)) if dtype == "BF16" else packed.vector(name)
 
     return {name: (dtype, shape, values(name)) for name, shape in vector_names(packed.config).items()}
-
-
-def shape_of(weight: Weight) -> tuple[int, int]:
-    """Return rows and columns of a matrix."""
-    if isinstance(weight, Int4Weight):
-        return len(weight.packed), weight.packed.shape[1] * 8
-    rows, columns = (weight.codes if isinstance(weight, Int8Weight) else weight).shape
-    return rows, columns
 
 
 def prove_in_transformers(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -> dict[str, Any] | None:

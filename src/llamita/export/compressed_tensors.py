@@ -12,20 +12,13 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError, shown
-from llamita.export.checkpoints import (
-    Tensor,
-    float_tensor,
-    prove_in_transformers,
-    shape_of,
-    vector_tensors,
-    write_checkpoint,
-)
+from llamita.export.checkpoints import Tensor, float_tensor, prove_in_transformers, vector_tensors, write_checkpoint
 from llamita.export.job import ExportJob
-from llamita.export.source import module_names, refuse_rotation
+from llamita.export.source import codes_of, module_names, refuse_rotation, shape_of
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight, Int8Weight, stored_dtype
-from llamita.numerics.packing import unpack_int4
+from llamita.numerics.packing import CODES_PER_WORD
 from llamita.system.progress import Progress
 
 FLAVORS = ("transformers", "vllm-cpu", "vllm-gpu")
@@ -78,8 +71,8 @@ def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) 
         return found | {f"{name}.weight": ("I8", shape, lambda: np.asarray(weight.codes))}
     assert isinstance(weight, Int4Weight)
     if flavor == "vllm-cpu":
-        return found | {f"{name}.weight": ("I8", shape, lambda: unpack_int4(np.asarray(weight.packed)))}
-    packed_shape = (shape[0], shape[1] // 8)
+        return found | {f"{name}.weight": ("I8", shape, lambda: codes_of(weight))}
+    packed_shape = (shape[0], shape[1] // CODES_PER_WORD)
     return found | {
         f"{name}.weight_packed": ("I32", packed_shape, lambda: np.asarray(weight.packed)),
         f"{name}.weight_shape": ("I64", (2,), lambda: np.array(shape, np.int64)),

@@ -14,7 +14,7 @@ import numpy as np
 from llamita.errors import InputError
 from llamita.export.gguf_tokenizer import tokenizer_values
 from llamita.export.job import ExportJob
-from llamita.export.source import RoundedScales, check_grid, module_names, refuse_rotation, source_name
+from llamita.export.source import RoundedScales, check_grid, module_names, refuse_rotation, shape_of, source_name
 from llamita.formats.gguf import BLOCK, GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
 from llamita.models.foreign_names import gguf_name, heads_of, pair_order, rope_factors
@@ -77,15 +77,13 @@ def blocks_of(weight: Weight) -> np.ndarray:
     """Return a matrix as the file stores it: uint8 (rows, bytes of a row), or floats as they are."""
     if isinstance(weight, np.ndarray):
         return weight
-    if isinstance(weight, Int4Weight):
-        codes = (unpack_int4(np.asarray(weight.packed)) + 8).astype(np.uint8)
-    else:
-        codes = np.asarray(weight.codes).view(np.uint8)
+    is_int4 = isinstance(weight, Int4Weight)
+    codes = (unpack_int4(np.asarray(weight.packed)) + 8 if is_int4 else np.asarray(weight.codes)).view(np.uint8)
     rows, columns = codes.shape
     scales = to_f32(np.asarray(weight.scales)).reshape(rows, -1)
     scales = np.repeat(scales, columns // BLOCK // scales.shape[1], axis=1).astype("<f2")  # (rows, blocks)
     blocks = codes.reshape(rows, -1, BLOCK)
-    if isinstance(weight, Int4Weight):
+    if is_int4:
         half = BLOCK // 2
         blocks = blocks[..., :half] | blocks[..., half:] << 4
     return np.concatenate([scales[..., None].view(np.uint8), blocks], axis=-1).reshape(rows, -1)
@@ -109,9 +107,7 @@ def _kind(weight: Weight) -> tuple[str, tuple[int, ...]]:
     """Return a matrix's type in the file, and its shape."""
     if isinstance(weight, np.ndarray):
         return stored_dtype(weight), weight.shape
-    if isinstance(weight, Int4Weight):
-        return "Q4_0", (len(weight.packed), weight.packed.shape[1] * 8)
-    return "Q8_0", weight.codes.shape
+    return "Q4_0" if isinstance(weight, Int4Weight) else "Q8_0", shape_of(weight)
 
 
 def _vectors(model: ModelSource) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,9 +6,9 @@ A code times its scale has more bits than BF16, so weights change a little. Acti
 from pathlib import Path
 from typing import Any
 
-from llamita.export.checkpoints import float_tensor, prove_in_transformers, shape_of, vector_tensors, write_checkpoint
+from llamita.export.checkpoints import float_tensor, prove_in_transformers, vector_tensors, write_checkpoint
 from llamita.export.job import ExportJob
-from llamita.export.source import module_names, refuse_rotation
+from llamita.export.source import module_names, refuse_rotation, shape_of
 from llamita.system.progress import Progress
 
 

@@ -1,18 +1,14 @@
 """Open an exported checkpoint in transformers, and compare its weights and logits with the engine's."""
 
-import io
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
+from llamita.export.partitioners import quiet
 from llamita.export.proof import Proof, compare, engine_of, own_tokens
 from llamita.export.runtime import Ran
 from llamita.export.source import module_names
@@ -30,27 +26,12 @@ def prove(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -
     """
     engines = engine_of(packed)
     tokens, prompt, new = own_tokens(engines[0], packed.config.context)
-    with _quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         ran = _run(model.eval(), tokens, prompt, new)  # the first pass multiplies compressed weights out
     names = module_names(packed)
     equal = sum(_is_equal(model, packed, name, name in in_bf16) for name in names)
     return compare(engines, (len(names), equal), tokens, ran)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and remarks of transformers and what it loads."""
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        transformers.utils.logging.set_verbosity(before)
 
 
 def _is_equal(model: Any, packed: PackedModel, name: str, in_bf16: bool) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamita.errors import InputError
 from llamita.export.job import ExportJob
-from llamita.export.source import NO_ROTATION, adapter_of, module_names
+from llamita.export.source import NO_ROTATION, adapter_of, codes_of, module_names
 from llamita.imports.meta_quantized import SCHEME, base_name
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, heads_of, meta_name, pair_order
@@ -23,10 +23,9 @@ from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
 from llamita.models.peft import StoredAdapter
-from llamita.models.weights import Int4Weight, Int8Weight, Weight
+from llamita.models.weights import Int8Weight, Weight
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
-from llamita.numerics.packing import unpack_int4
 from llamita.system.progress import Progress
 
 FILE, PARAMS = "consolidated.00.pth", "params.json"
@@ -111,8 +110,7 @@ def _tensors(packed: PackedModel, name: str, weight: Weight, adapter: StoredAdap
     base = base_name(name)
     if isinstance(weight, np.ndarray):
         return {f"{base}weight": torch.from_numpy(np.array(to_f32(weight)))[order]}
-    codes = unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.array(weight.codes)
-    scales = np.array(to_f32(np.asarray(weight.scales)))
+    codes, scales = codes_of(weight), np.array(to_f32(np.asarray(weight.scales)))
     scales = scales.reshape(-1) if isinstance(weight, Int8Weight) else scales
     found = {f"{base}weight": torch.from_numpy(codes)[order], f"{base}scales": torch.from_numpy(scales)[order]}
     if adapter is not None and name in adapter.pairs:

@@ -15,6 +15,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from llamita.export.caches import DYNAMIC, STATIC, LayerCache, StaticCache
 from llamita.export.embedding import embedding_of
 from llamita.export.empty_llama import empty_llama, put
+from llamita.export.source import codes_of
 from llamita.imports.torchao import PER_TOKEN
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed import PackedModel
@@ -22,7 +23,6 @@ from llamita.models.peft import StoredAdapter
 from llamita.models.weights import Int4Weight, Weight, bias_of
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import core_signs, factor
-from llamita.numerics.packing import unpack_int4
 
 INT4: Any = vars(torch)["int4"]  # Torch's stubs lack it
 _VECTORS = ("input_layernorm", "post_attention_layernorm")
@@ -184,10 +184,7 @@ def tensor_of(weight: Weight, activations: str | None) -> Tensor:
     """
     if isinstance(weight, np.ndarray):
         return torch.from_numpy(np.array(to_f32(weight)))
-    if isinstance(weight, Int4Weight):
-        codes, dtype = unpack_int4(np.asarray(weight.packed)), INT4
-    else:
-        codes, dtype = np.array(weight.codes), torch.int8
+    codes, dtype = codes_of(weight), INT4 if isinstance(weight, Int4Weight) else torch.int8
     scales = torch.from_numpy(np.array(to_f32(weight.scales)).reshape(len(codes), -1))
     return IntxUnpackedToInt8Tensor(
         torch.from_numpy(codes), scales, torch.zeros(scales.shape, dtype=torch.int8), dtype,

@@ -12,6 +12,7 @@ from llamita.models.packed import PackedModel
 from llamita.models.peft import StoredAdapter, read_adapter
 from llamita.models.weights import Int4Weight, Int8Weight, ModelSource, Weight
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16, to_f32
+from llamita.numerics.packing import CODES_PER_WORD, unpack_int4
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.lineage import check_fits
@@ -41,6 +42,19 @@ def adapter_of(packed: PackedModel, path: Path | None) -> StoredAdapter | None:
 def module_names(source: ModelSource) -> list[str]:
     """Return the names of tables and linear layers; the head only where it has a table of its own."""
     return [*table_names(source.config), *linear_names(source.config)]
+
+
+def shape_of(weight: Weight) -> tuple[int, int]:
+    """Return rows and columns of a matrix."""
+    if isinstance(weight, Int4Weight):
+        return len(weight.packed), weight.packed.shape[1] * CODES_PER_WORD
+    rows, columns = (weight.codes if isinstance(weight, Int8Weight) else weight).shape
+    return rows, columns
+
+
+def codes_of(weight: Int4Weight | Int8Weight) -> np.ndarray:
+    """Return a copy of a matrix's codes, int8 (rows, columns)."""
+    return unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.array(weight.codes)
 
 
 def source_name(packed: PackedModel) -> str:

@@ -39,50 +39,39 @@ class Target:
 
 
 _TRANSFORMERS = "AutoModelForCausalLM.from_pretrained('{out}')"
-_TARGETS = (
-    Target(
-        "executorch",
-        "llamita.export.executorch:write",
-        "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
-        "{out}/README.md says what goes where on a phone",
-        is_code=False,
-        options=("context", "backend", "embedding", "adapter", "round_scales"),
-    ),
-    Target(
-        "adapters",
-        "llamita.export.adapters:write",
-        "adapters in PEFT's format, checked to fit DIR",
-        "PeftModel.from_pretrained(base, '{out}')",
-        options=("adapter",),
-    ),
-    Target(
-        "compressed-tensors",
-        "llamita.export.compressed_tensors:write",
-        "safetensors for transformers and vLLM",
-        _TRANSFORMERS,
-        options=("flavor",),
-    ),
-    Target(
-        "gguf",
-        "llamita.export.gguf:write",
-        "one .gguf file for llama.cpp, Q4_0 and Q8_0",
-        "llama-cli -m {out}/model.gguf -p TEXT",
-        options=("round_scales",),
-    ),
-    Target("hf", "llamita.export.hf:write", "an ordinary checkpoint in BF16, multiplied out", _TRANSFORMERS),
-    Target(
-        "meta",
-        "llamita.export.meta:write",
-        "consolidated.00.pth, as Meta's quantized releases",
-        "give it to a tool that reads Meta's quantized Llama 3.2, such as ExecuTorch's own export",
-        is_code=False,
-        options=("adapter",),
-    ),
-    Target(
-        "torchao", "llamita.export.torchao:write", "safetensors with torchao's tensors, for transformers", _TRANSFORMERS
-    ),
-)
-TARGETS = {target.name: target for target in _TARGETS}
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "executorch", "llamita.export.executorch:write",
+            "a .pte program for ExecuTorch: phones, and its runtimes elsewhere",
+            "{out}/README.md says what goes where on a phone", is_code=False,
+            options=("context", "backend", "embedding", "adapter", "round_scales"),
+        ),
+        Target(
+            "adapters", "llamita.export.adapters:write", "adapters in PEFT's format, checked to fit DIR",
+            "PeftModel.from_pretrained(base, '{out}')", options=("adapter",),
+        ),
+        Target(
+            "compressed-tensors", "llamita.export.compressed_tensors:write", "safetensors for transformers and vLLM",
+            _TRANSFORMERS, options=("flavor",),
+        ),
+        Target(
+            "gguf", "llamita.export.gguf:write", "one .gguf file for llama.cpp, Q4_0 and Q8_0",
+            "llama-cli -m {out}/model.gguf -p TEXT", options=("round_scales",),
+        ),
+        Target("hf", "llamita.export.hf:write", "an ordinary checkpoint in BF16, multiplied out", _TRANSFORMERS),
+        Target(
+            "meta", "llamita.export.meta:write", "consolidated.00.pth, as Meta's quantized releases",
+            "give it to a tool that reads Meta's quantized Llama 3.2, such as ExecuTorch's own export", is_code=False,
+            options=("adapter",),
+        ),
+        Target(
+            "torchao", "llamita.export.torchao:write", "safetensors with torchao's tensors, for transformers",
+            _TRANSFORMERS,
+        ),
+    )
+}  # fmt: skip
 _ALIASES = {"adaptors": "adapters"}
 
 

@@ -12,7 +12,7 @@ from llamita.errors import InputError
 from llamita.imports.codes import Coded
 from llamita.imports.detect import quantization_of
 from llamita.imports.import_codes import CodedModel, Imported, import_codes
-from llamita.models.checkpoint import INDEX, open_tensor_files
+from llamita.models.checkpoint import INDEX, check_names, open_tensor_files
 from llamita.models.config import ModelConfig
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
 from llamita.models.packed_writer import copy_companions, find_companions
@@ -23,7 +23,6 @@ from llamita.system.files import exists_in, read_json, safe_path
 from llamita.system.progress import Progress
 
 _IGNORED = ".rotary_emb.inv_freq"  # in old checkpoints; the engine computes it
-_MOST_NAMED = 3
 _NO_TOKENIZER = "the model has no tokenizer, so it takes token ids only; to add one, import again with tokenizer.json"
 
 
@@ -66,17 +65,9 @@ class ModuleFiles:
                 self._parts.setdefault(module, {})[part] = tensor
         if self.config.tied and HEAD in self._parts:
             self._drop_tied_head()
-        self._check_names(vectors)
-
-    def _check_names(self, vectors: dict[str, tuple[int]]) -> None:
-        known = table_names(self.config) | linear_names(self.config)
-        missing = sorted([name for name in known if name not in self._parts]
-                         + [name for name in vectors if name not in self._where])  # fmt: skip
-        if missing:
-            raise InputError(", ".join(missing[:_MOST_NAMED]), "by config.json, missing from the files")
-        extra = sorted(set(self._parts) - set(known))
-        if extra:
-            raise InputError(f"{', '.join(extra[:_MOST_NAMED])[:200]}: unexpected for the architecture in config.json")
+        known = table_names(self.config) | linear_names(self.config) | vectors
+        found = set(self._parts) | (vectors.keys() & self._where.keys())
+        check_names(set(known), found, "is tie_word_embeddings right?")
 
     def _drop_tied_head(self) -> None:
         """Leave out a tied head that some tools write a second time; it must repeat the embedding."""

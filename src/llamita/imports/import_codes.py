@@ -5,7 +5,6 @@ holds them, and `write` reads them again to write them. Scales are therefore mad
 may repeat the embedding is read once more, together with it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,14 +153,16 @@ def survey(model: CodedModel, progress: Progress = None, keep_all: bool = False)
         CodesLostError: with `keep_all` alone.
     """
     config, hf_config = ModelConfig.from_hf(model.hf_config), model.hf_config
-    names, found, floats = table_names(config) | linear_names(config), dict[str, Found](), _FloatTypes()
+    names, found = table_names(config) | linear_names(config), dict[str, Found]()
+    floats, exact = dict[str, str](), {"BF16", "F16", "F32"}  # stored types; those that hold all stored in float32
     for done, (name, shape) in enumerate(names.items()):
         if progress:
             progress(f"looking at {name}", done, 2 * len(names))
         matrix = _matrix(model, name, shape)
         found[name] = find_kinds(name, matrix)
         if isinstance(matrix, np.ndarray):
-            floats.add(f"{name}.weight", matrix)
+            floats[f"{name}.weight"] = stored_dtype(matrix)
+            exact &= _exact_types(matrix)
         elif keep_all and matrix.bits == 4 and found[name].kinds == ("float",) and name in linear_names(config):
             raise CodesLostError(name)
     if not config.tied and _is_tied(model, found):
@@ -170,9 +171,14 @@ def survey(model: CodedModel, progress: Progress = None, keep_all: bool = False)
     scheme, changed = scheme_of(found), sum(f.changed for f in found.values())
     codes = ImportedCodes(scheme, _float_layers(model.format, found), changed, model.activations())
     for name in vector_names(config):
-        floats.add(name, model.vector(name))
-    multiplied_out = {f"{name}.weight": "F32" for name in found}
-    return Survey(config, hf_config, multiplied_out | floats.chosen(), codes)
+        vector = model.vector(name)
+        floats[name] = stored_dtype(vector)
+        exact &= _exact_types(vector)
+    # Formats that know float32 alone get back what the model came from: bf16 or float16, if all values are exact there.
+    narrow = next(dtype for dtype in ("BF16", "F16", "F32") if dtype in exact)
+    dtypes = {f"{name}.weight": "F32" for name in found}  # what is multiplied out
+    dtypes |= {tensor: narrow if dtype == "F32" else dtype for tensor, dtype in floats.items()}
+    return Survey(config, hf_config, dtypes, codes)
 
 
 def _matrix(model: CodedModel, name: str, shape: tuple[int, int]) -> Coded | np.ndarray:
@@ -203,39 +209,17 @@ def _float_layers(format: str, found: dict[str, Found]) -> dict[str, str]:
     return {name: lost if f.is_coded else kept for name, f in found.items() if f.kinds == ("float",)}
 
 
-class _FloatTypes:
-    """Types for the tensors that stay float.
-
-    Formats that know float32 alone get back what the model came from: bf16 or float16, if all values are exact there.
-    """
-
-    def __init__(self) -> None:
-        self._stored: dict[str, str] = {}
-        self._are_bf16 = self._are_f16 = True  # all that are stored in float32
-
-    def add(self, tensor: str, values: np.ndarray) -> None:
-        self._stored[tensor] = stored_dtype(values)
-        if self._stored[tensor] == "F32":
-            self._are_bf16 = self._are_bf16 and all(map(_is_bf16, _blocks(values)))
-            self._are_f16 = self._are_f16 and all(map(_is_f16, _blocks(values)))
-
-    def chosen(self) -> dict[str, str]:
-        narrow = "BF16" if self._are_bf16 else "F16" if self._are_f16 else "F32"
-        return {tensor: narrow if dtype == "F32" else dtype for tensor, dtype in self._stored.items()}
-
-
-def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(values), _ROWS):
-        yield values[start : start + _ROWS]
-
-
-def _is_bf16(values: np.ndarray) -> bool:
-    return np.array_equal(bf16_to_f32(f32_to_bf16(values)), values)
-
-
-def _is_f16(values: np.ndarray) -> bool:
-    with np.errstate(over="ignore"):
-        return np.array_equal(values.astype(np.float16), values)
+def _exact_types(values: np.ndarray) -> set[str]:
+    """Return the float types in which all values are exact; every type for values that are not stored in float32."""
+    exact = {"BF16", "F16", "F32"}
+    for start in range(0, len(values) if values.dtype == np.float32 else 0, _ROWS):
+        part = values[start : start + _ROWS]
+        if "BF16" in exact and not np.array_equal(bf16_to_f32(f32_to_bf16(part)), part):
+            exact.remove("BF16")
+        with np.errstate(over="ignore"):
+            if "F16" in exact and not np.array_equal(part.astype(np.float16), part):
+                exact.remove("F16")
+    return exact
 
 
 # ---- second pass ---------------------------------------------------------------------------------
