@@ -18,34 +18,34 @@ from llamita.models.weights import Int4Weight
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.packing import unpack_int4
 
-torch = pytest.importorskip("torch", reason="these forms are read on the Torch side")
-pytest.importorskip("transformers", reason="these forms are read by transformers")
-pytest.importorskip("compressed_tensors", reason="these forms are read by compressed-tensors")
+torch = pytest.importorskip("torch", reason="these formats are read on the Torch side")
+pytest.importorskip("transformers", reason="these formats are read by transformers")
+pytest.importorskip("compressed_tensors", reason="these formats are read by compressed-tensors")
 
 from llamita.train import finetune  # noqa: E402
 from llamita.train.prepare import prepare  # noqa: E402
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-FORMS = [("hf",), ("torchao",), ("compressed-tensors",), ("compressed-tensors", "--flavor", "vllm-cpu"),
+FORMATS = [("hf",), ("torchao",), ("compressed-tensors",), ("compressed-tensors", "--flavor", "vllm-cpu"),
          ("compressed-tensors", "--flavor", "vllm-gpu")]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama32"])
-@pytest.mark.parametrize("form", FORMS, ids=" ".join)
+@pytest.mark.parametrize("target", FORMATS, ids=" ".join)
 def test_transformers_opens_it_with_the_same_weights(
-    tmp_path: Path, capsys: Any, form: tuple[str, ...], family: str
+    tmp_path: Path, capsys: Any, target: tuple[str, ...], family: str
 ) -> None:
     packed = pack_by_command(tmp_path, family)
     capsys.readouterr()
-    assert run("export", packed, "--to", *form, "-o", tmp_path / "out", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    proof = told["proof"]
+    assert run("export", packed, "--to", *target, "-o", tmp_path / "out", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    proof = record["proof"]
     assert proof["holds"] is True
     assert proof["equal_layers"] == proof["layers"] >= 15
-    unties = form in (("torchao",), ("compressed-tensors",)) and family == "llama32"
+    unties = target in (("torchao",), ("compressed-tensors",)) and family == "llama32"
     config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     assert config["model_type"] == "llama"
-    assert bool(told.get("untied_bytes")) == unties
+    assert bool(record.get("untied_bytes")) == unties
     assert config["tie_word_embeddings"] == (family == "llama32" and not unties)
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -73,7 +73,7 @@ def test_logits_are_those_of_our_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama31", "llama32"])
-def test_metas_form_has_the_codes_in_its_order(tmp_path: Path, family: str) -> None:
+def test_metas_format_has_the_codes_in_its_order(tmp_path: Path, family: str) -> None:
     scaled: dict[str, Any] = {} if family == "llama2" else {"rope_scaling": llama3_rope(32.0)}
     packed = PackedModel(pack_by_command(tmp_path, family, **scaled))
     assert run("export", packed.path, "--to", "meta", "-o", tmp_path / "out") == 0
@@ -106,7 +106,7 @@ def test_metas_form_has_the_codes_in_its_order(tmp_path: Path, family: str) -> N
     assert params["quantization_args"] == {"scheme": "int4_weight_int8_dynamic_activation", "group_size": 32}
 
 
-def test_executorchs_own_model_computes_with_metas_form(tmp_path: Path) -> None:
+def test_executorchs_own_model_computes_with_metas_format(tmp_path: Path) -> None:
     """Its transforms for Meta's releases take keys, shapes and types, and the logits are the engine's."""
     pytest.importorskip("executorch", reason="its model of Llama")
     import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
@@ -136,23 +136,23 @@ def test_executorchs_own_model_computes_with_metas_form(tmp_path: Path) -> None:
     assert np.std(found - expected) < 0.05 * np.std(expected)
 
 
-def test_what_a_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None:
+def test_what_a_format_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None:
     r4 = pack_by_command(tmp_path, "llama32", "--method", "spinquant", "--set", "spinquant.rotations=R4")
     biased = pack_by_command(tmp_path / "other", "llama3", attention_bias=True)
     capsys.readouterr()
-    for source, form, told in (
+    for source, target, message in (
         (r4, ("hf",), "--to hf: expected a model that needs no rotation at run time, got R4"),
-        (r4, ("torchao",), "try quantize --no-online"),
-        (r4, ("compressed-tensors",), "try quantize --no-online"),
+        (r4, ("torchao",), "try quantize --no-runtime-rotation"),
+        (r4, ("compressed-tensors",), "try quantize --no-runtime-rotation"),
         (biased, ("meta",), "--to meta: expected no biases"),
         (biased, ("compressed-tensors", "--flavor", "magic"), "--flavor: expected one of transformers"),
         (biased, ("hf", "--flavor", "vllm-cpu"), "--flavor: hf takes none"),
     ):
-        assert run("export", source, "--to", *form, "-o", tmp_path / "out") == 2
-        assert told in one_line(capsys)
+        assert run("export", source, "--to", *target, "-o", tmp_path / "out") == 2
+        assert message in one_line(capsys)
 
 
-def test_adapters_go_along_in_metas_form(tmp_path: Path) -> None:
+def test_adapters_go_along_in_metas_format(tmp_path: Path) -> None:
     packed = pack_by_command(tmp_path, "llama3")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", rank=4)
     assert run("export", packed, "--to", "meta", "-o", tmp_path / "out", "--adapter", adapter) == 0
@@ -164,7 +164,7 @@ def test_adapters_go_along_in_metas_form(tmp_path: Path) -> None:
     assert len(down) == 4
 
 
-def test_adapters_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
+def test_adapters_in_pefts_format(tmp_path: Path, capsys: Any) -> None:
     """Rank-stabilized, named, of some layers: PEFT loads what comes out, with the same values and scale."""
     pytest.importorskip("peft", reason="what loads adapters")
     packed = pack_by_command(tmp_path, "llama3")
@@ -174,10 +174,12 @@ def test_adapters_in_pefts_form(tmp_path: Path, capsys: Any) -> None:
     arguments = ("export", packed, "--to", "adapters", "-o", tmp_path / "out")
     assert run(*arguments) == 2
     assert "--to adapters: expected --adapter ADAPTER" in one_line(capsys)
-    assert run(*arguments, "--adapter", adapter) == 0
+    former = ("export", packed, "--to", "adaptors", "-o", tmp_path / "out")  # an alias
+    assert run(*former, "--adapter", adapter) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == "PASS"
     assert "read back by PEFT: 4 of 4 tensors" in shown.err
+    assert json.loads((tmp_path / "out" / "llamita_export.json").read_text("utf-8"))["target"] == "adapters"
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text("utf-8"))
     assert (settings["r"], settings["lora_alpha"]) == (4, 4 * 4.0)  # 8 / sqrt(4) = 4 = 16 / 4
     first, second = (llamita.load(packed, adapters={"a": one}) for one in (adapter, tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Programs for ExecuTorch, run in its own runtime: integers, logits, and what an app needs beside them."""
+"""Programs for ExecuTorch, run in its own runtime: integers, logits, and the other files that an app needs."""
 
 import json
 from dataclasses import replace
@@ -38,8 +38,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict
 def test_a_program_holds_the_integers_and_computes_as_the_engine(
     exported: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: Any
 ) -> None:
-    packed, out, told = exported
-    proof = told["proof"]
+    packed, out, record = exported
+    proof = record["proof"]
     assert proof["holds"] is True
     assert proof["equal_layers"] == proof["layers"] == 2 * 7 + 1
     assert proof["kl"] < 1e-3
@@ -77,24 +77,24 @@ def test_runners_find_what_they_ask_for(exported: tuple[Path, Path, dict[str, An
 
 
 def test_executorchs_runner_for_text_models_takes_it(exported: tuple[Path, Path, dict[str, Any]]) -> None:
-    """What its apps call, with the tokenizer that lies beside the program."""
+    """What its apps call, with the tokenizer next to the program."""
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
     from executorch.kernels import quantized  # noqa: F401  the operator of the embedding
 
     _, out, _ = exported
-    runner, told = TextLLMRunner(str(out / "model.pte"), str(out / "tokenizer.json")), list[Any]()
+    runner, stats = TextLLMRunner(str(out / "model.pte"), str(out / "tokenizer.json")), list[Any]()
     config = GenerationConfig(max_new_tokens=8, temperature=0.0, echo=False)
-    runner.generate("abc", config, stats_callback=told.append)  # its text may be no UTF-8, of random weights
-    assert told[0].num_prompt_tokens >= 3
-    assert 1 <= told[0].num_generated_tokens <= 8
+    runner.generate("abc", config, stats_callback=stats.append)  # its text may be no UTF-8, of random weights
+    assert stats[0].num_prompt_tokens >= 3
+    assert 1 <= stats[0].num_generated_tokens <= 8
 
 
 def test_a_pass_of_many_tokens_that_forgets_is_found(
     exported: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """The proof's prefill begins with empty caches, so what it does not write is missed."""
-    packed, out, told = exported
-    assert told["proof"]["prefill"] < 2 * told["proof"]["own_noise"]
+    packed, out, record = exported
+    assert record["proof"]["prefill"] < 2 * record["proof"]["own_noise"]
     engines = engine_of(PackedModel(packed))
     tokens, prompt, new = own_tokens(engines[0], 64)
     ran = run_program(out / "model.pte", tokens, prompt, new)
@@ -164,11 +164,11 @@ def test_an_int4_embedding_is_near_the_int8_one(tmp_path: Path) -> None:
     assert 0 < error < 0.02
 
 
-def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_mistake_is_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = pack_by_command(tmp_path)
     monkeypatch.delenv("QNN_SDK_ROOT", raising=False)
     capsys.readouterr()
-    for options, code, told in (
+    for options, code, message in (
         (("--context", "100000"), 2, "--context: expected 8 to"),
         (("--backend", "magic"), 2, "--backend: expected one of xnnpack"),
         (("--backend", "qnn"), 1, "expected Qualcomm's AI Engine Direct SDK in QNN_SDK_ROOT"),
@@ -176,7 +176,7 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: Any, monkeypatch: p
         (("--embedding", "5"), 2, "--embedding: expected 4 or 8, got 5"),
     ):
         assert run("export", packed, "--to", "executorch", "-o", tmp_path / "out", *options) == code
-        assert told in one_line(capsys)
+        assert message in one_line(capsys)
         assert not (tmp_path / "out").exists()
 
 
@@ -238,4 +238,4 @@ def test_other_backends_take_the_whole_model_but_its_embedding(
     assert {one.name for one in forward.operators} <= {"quantized_decomposed::embedding_byte", "aten::copy_"}
     guide = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "itself has not run" in guide
-    assert ("takes a token at a time" in guide) == (backend == "coreml")
+    assert ("takes one token at a time" in guide) == (backend == "coreml")

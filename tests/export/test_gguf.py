@@ -48,7 +48,7 @@ def test_every_weight_is_carried_exactly(tmp_path: Path, family: str, group_size
     assert len(file.values["tokenizer.ggml.tokens"]) == packed.config.vocab_size
 
 
-def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None:
+def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None:
     model = make_gguf_checkpoint(tmp_path)
     rotated = ("--method", "spinquant", "--set", "spinquant.rotations=R4")
     assert run("quantize", model, "-o", tmp_path / "r4", *rotated) == 0
@@ -63,15 +63,15 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> No
     assert run("export", tmp_path / "arm", "--to", "gguf", *out, "--round-scales") == 0
     shown = capsys.readouterr()
     assert "scales rounded, by 0.0" in shown.err
-    for wrong, told in (
-        ((model, "--to", "gguf", *out), "expected a quantized directory, got a float model"),
+    for wrong, message in (
+        ((model, "--to", "gguf", *out), "expected a packed model, got a float model"),
         ((tmp_path / "arm", "--to", "nothing", *out), "--to: expected one of executorch, adapters, compressed-tensors"),
         ((tmp_path / "arm", "--to", "gguf"), "--out: expected the directory to make"),
         ((tmp_path / "arm", "--to", "gguf", *out), "exists; try --overwrite"),
         ((tmp_path / "arm", "--to", "gguf", "-o", tmp_path / "b", "--context", "64"), "--context: gguf takes none"),
     ):
         assert run("export", *wrong) == 2
-        assert told in one_line(capsys)
+        assert message in one_line(capsys)
     assert run("export", tmp_path / "arm", "--to", "gguf", *out, "--round-scales", "--overwrite") == 0
 
 
@@ -103,10 +103,10 @@ def test_groups_of_zeros_and_tiny_scales_are_counted_and_exact(tmp_path: Path, c
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
     capsys.readouterr()
     assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
-    told = capsys.readouterr().err
-    assert "12 groups are zeros" in told
-    assert "scales are subnormal in f16, and exact" in told
-    assert "21 of 21 tensors have the same values" in told
+    shown = capsys.readouterr().err
+    assert "12 groups are zeros" in shown
+    assert "scales are subnormal in f16, and exact" in shown
+    assert "21 of 21 tensors have the same values" in shown
     assert run("import", tmp_path / "out" / "model.gguf", "-o", tmp_path / "back") == 0
     first, second = PackedModel(tmp_path / "packed"), PackedModel(tmp_path / "back")
     for name in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"):

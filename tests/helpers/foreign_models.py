@@ -23,11 +23,11 @@ from llamita.numerics.packing import pack_int4
 BY_COLUMNS = ("o_proj", "down_proj")  # Meta cuts these by columns
 
 
-def export(packed: Path, form: str, out: Path, *options: object) -> Path:
+def export(packed: Path, target: str, out: Path, *options: object) -> Path:
     """Export a packed model to another format; return what `import` takes of it."""
-    pytest.importorskip("torch", reason="most forms are written by Torch")
-    assert run("export", packed, "--to", form, "-o", out, *options) == 0
-    return out / "model.gguf" if form == "gguf" else out
+    pytest.importorskip("torch", reason="most formats are written by Torch")
+    assert run("export", packed, "--to", target, "-o", out, *options) == 0
+    return out / "model.gguf" if target == "gguf" else out
 
 
 def write_arrays(path: Path, tensors: dict[str, np.ndarray]) -> None:

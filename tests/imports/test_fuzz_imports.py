@@ -17,7 +17,7 @@ from damage import mutate_value, outcome, to_text
 from foreign_models import as_gptq, as_meta, make_gguf_checkpoint, sentencepiece_model
 from tiny import SMALL, make_checkpoint
 
-from llamita.imports.forms import convert
+from llamita.imports.convert import convert
 from llamita.imports.open import open_source
 
 pytest.importorskip("torch", reason="Meta's files are read by torch.load")
@@ -106,9 +106,9 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
         as_gptq(model, directory / "there")
         return directory / "there", WEIGHTS, change_header
     assert run("quantize", model, "-o", directory / "packed") == 0
-    form = {"gguf": "gguf", "torchao": "torchao"}.get(kind, "compressed-tensors")
+    target = {"gguf": "gguf", "torchao": "torchao"}.get(kind, "compressed-tensors")
     flavor = ("--flavor", "vllm-cpu") if kind == "int-quantized" else ()
-    assert run("export", directory / "packed", "--to", form, "-o", directory / "there", *flavor) == 0
+    assert run("export", directory / "packed", "--to", target, "-o", directory / "there", *flavor) == 0
     if kind == "gguf":
         return directory / "there" / "model.gguf", "", flip
     name = "config.json" if kind == "config.json" else WEIGHTS

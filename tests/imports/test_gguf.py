@@ -14,7 +14,8 @@ from tiny import llama3_rope
 from llamita.errors import InputError
 from llamita.export.source import module_names
 from llamita.formats.gguf import GgufFile, write_gguf
-from llamita.imports.forms import convert
+from llamita.formats.gguf_blocks import floats_of
+from llamita.imports.convert import convert
 from llamita.imports.gguf import _ends
 from llamita.imports.tokenizers import with_scores
 from llamita.models.checkpoint import Checkpoint
@@ -66,6 +67,28 @@ def test_a_file_with_scales_of_either_sign_becomes_a_float_checkpoint(
     assert run("quantize", file, "-o", tmp_path / "third") == 0  # every command takes the file itself
 
 
+def test_a_q6_k_table_is_multiplied_out_next_to_kept_codes(tmp_path: Path) -> None:
+    """llama.cpp stores the output of its Q4_0 files so; the codes of the linear layers are kept."""
+    model = make_gguf_checkpoint(tmp_path, "llama3", hidden_size=256, num_attention_heads=8)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    file = GgufFile(tmp_path / "out" / "model.gguf")
+    tensors = {name: (tensor.kind, tensor.shape) for name, tensor in file.tensors.items()}
+    tensors["output.weight"] = ("Q6_K", tensors["output.weight"][1])
+    blocks = np.random.default_rng(0).integers(0, 256, (320, 210)).astype(np.uint8)
+    blocks[:, 208:] = np.full((320, 1), 0.001, "<f2").view(np.uint8)
+    data = ((name, blocks if name == "output.weight" else file.read(name)) for name in tensors)
+    write_gguf(tmp_path / "mixed.gguf", file.values, tensors, data)
+    assert run("import", tmp_path / "mixed.gguf", "-o", tmp_path / "back") == 0
+    packed, back = PackedModel(tmp_path / "packed"), PackedModel(tmp_path / "back")
+    np.testing.assert_array_equal(np.asarray(back.weight("lm_head")), floats_of("Q6_K", blocks))
+    name = "model.layers.1.mlp.down_proj"
+    one, other = packed.weight(name), back.weight(name)
+    assert isinstance(one, Int4Weight)
+    assert isinstance(other, Int4Weight)
+    np.testing.assert_array_equal(one.packed, other.packed)
+
+
 def test_special_tokens_and_flags_of_llama_2s_kind_hold() -> None:
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{b:02X}>", 0.0) for b in range(256))]
     pieces += [(text, -float(i)) for i, text in enumerate(["\u2581", "a", "b", "<|im|>", "<", "|", "i", "m", ">"])]
@@ -84,7 +107,7 @@ def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("general.architecture", "bert", "general.architecture: expected llama, got 'bert'"),
         ("llama.block_count", 3, "blk.2.attn_q.weight: expected"),
@@ -98,7 +121,7 @@ def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
         ("llama.logit_scale", ["x"], "llama.logit_scale: expected 1.0"),
     ],
 )
-def test_a_file_that_is_no_llama_is_told(tmp_path: Path, key: str, value: Any, told: str) -> None:
+def test_a_file_that_is_no_llama_is_refused(tmp_path: Path, key: str, value: Any, message: str) -> None:
     model = make_gguf_checkpoint(tmp_path, rope_scaling=llama3_rope(8.0))
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
     assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
@@ -106,5 +129,5 @@ def test_a_file_that_is_no_llama_is_told(tmp_path: Path, key: str, value: Any, t
     tensors = {name: (tensor.kind, tensor.shape) for name, tensor in file.tensors.items()}
     write_gguf(tmp_path / "b.gguf", {**file.values, key: value}, tensors, ((n, file.read(n)) for n in tensors))
     (tmp_path / "b").mkdir()
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         convert(tmp_path / "b.gguf", tmp_path / "b")

@@ -39,10 +39,10 @@ def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"bits": 8}, "bits: expected 4, got 8"),
-        ({"desc_act": True, "no_order": True}, "g_idx: expected beside desc_act"),
+        ({"desc_act": True, "no_order": True}, "g_idx: expected one, as desc_act is set, got none"),
         ({"few_zeros": True}, "qzeros: expected the zero point of symmetric weights"),
         ({"sym": False}, "sym: expected True"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format: expected gptq or gptq_v2, got 'marlin'"),
@@ -52,7 +52,7 @@ def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> Non
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_other_kinds_of_gptq_are_refused(tmp_path: Path, capsys: Any, changes: dict[str, Any], told: str) -> None:
+def test_other_kinds_of_gptq_are_refused(tmp_path: Path, capsys: Any, changes: dict[str, Any], message: str) -> None:
     model = make_checkpoint(tmp_path / "model", "llama3")
     as_gptq(model, tmp_path / "gptq", 32, **changes)
     file = TensorFile(tmp_path / "gptq" / "model.safetensors")
@@ -71,7 +71,7 @@ def test_other_kinds_of_gptq_are_refused(tmp_path: Path, capsys: Any, changes: d
     (tmp_path / "gptq" / "model.safetensors").unlink()
     write_arrays(tmp_path / "gptq" / "model.safetensors", tensors)
     assert run("import", tmp_path / "gptq", "-o", tmp_path / "out") == 2
-    assert told in one_line(capsys)
+    assert message in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -142,7 +142,7 @@ def test_what_torchao_itself_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         (("format",), "marlin-24", "format: expected pack-quantized"),
         (("config_groups", "group_0", "weights", "symmetric"), False, "weights: symmetric: expected True"),
@@ -155,7 +155,7 @@ def test_what_torchao_itself_wrote(tmp_path: Path) -> None:
     ids=str,
 )
 def test_other_kinds_of_compressed_tensors_are_refused(
-    tmp_path: Path, capsys: Any, path: tuple[str, ...], value: Any, told: str
+    tmp_path: Path, capsys: Any, path: tuple[str, ...], value: Any, message: str
 ) -> None:
     model = make_checkpoint(tmp_path / "model", "llama3")
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
@@ -168,4 +168,4 @@ def test_other_kinds_of_compressed_tensors_are_refused(
     (source / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
     assert run("import", source, "-o", tmp_path / "out") == 2
-    assert told in one_line(capsys)
+    assert message in one_line(capsys)

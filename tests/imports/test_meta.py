@@ -1,4 +1,4 @@
-"""Meta's own checkpoints: the same model as its Hugging Face form, one file or several, and nothing run."""
+"""Meta's own checkpoints: the same model as its Hugging Face format, one file or several, and nothing run."""
 
 import os
 import zipfile
@@ -13,7 +13,7 @@ from tiny import llama3_rope, make_checkpoint
 
 import llamita
 from llamita.errors import InputError
-from llamita.imports.forms import convert
+from llamita.imports.convert import convert
 from llamita.imports.open import resolve
 from llamita.imports.tokenizers import Converted, convert_tokenizer
 from llamita.models.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def test_what_is_damaged_is_one_typed_error(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"dim": "wide"}, "params.json: dim: expected a whole number"),
         ({"dim": 32}, "of 1 parts, got"),
@@ -120,15 +120,15 @@ def test_what_is_damaged_is_one_typed_error(model: Path, tmp_path: Path) -> None
         ({"sliding_window": 4096}, "params.json: 'sliding_window': expected Llama's keys"),
     ],
 )
-def test_what_does_not_fit_is_told(model: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_what_does_not_fit_is_refused(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     source = as_meta(model, tmp_path / "meta", **changes)
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         convert(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "told"),
+    ("name", "tensor", "message"),
     [
         ("layers.0.attention.wq.bias", "ones", "expected a Llama's tensors alone"),
         ("norm.weight", "double", "expected a plain tensor of floats"),
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_told(model: Path, tmp_path: Path, changes: dict[st
     ],
 )
 def test_tensors_that_would_be_lost_or_grow_are_refused(
-    model: Path, tmp_path: Path, name: str, tensor: str, told: str
+    model: Path, tmp_path: Path, name: str, tensor: str, message: str
 ) -> None:
     source = as_meta(model, tmp_path / "meta")
     state = torch.load(source / "consolidated.00.pth", weights_only=True)
@@ -145,7 +145,7 @@ def test_tensors_that_would_be_lost_or_grow_are_refused(
             "wide": torch.ones(1).bfloat16().expand(64), "sparse": torch.ones(64).to_sparse()}  # fmt: skip
     torch.save(state | {name: made[tensor]}, source / "consolidated.00.pth")
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         convert(source, tmp_path / "out")
 
 
@@ -169,22 +169,22 @@ def test_what_import_made_it_replaces(model: Path, tmp_path: Path) -> None:
     assert run("import", source, "-o", tmp_path / "out", "--overwrite") == 0
 
 
-def test_mistakes_are_told_in_a_line(model: Path, tmp_path: Path, capsys: Any) -> None:
-    for arguments, told in (
+def test_each_mistake_is_one_line(model: Path, tmp_path: Path, capsys: Any) -> None:
+    for arguments, message in (
         ((model, "-o", tmp_path / "out"), "got a float checkpoint; try llamita quantize"),
         ((tmp_path / "none", "-o", tmp_path / "out"), "with Meta's consolidated.*.pth and params.json, or of"),
         ((model,), "--out: expected the directory to make"),
     ):
         assert run("import", *arguments) == 2
-        assert told in one_line(capsys)
+        assert message in one_line(capsys)
 
 
-@pytest.mark.parametrize(("spec", "told"), [(b"", "a Unigram model"), (b"\x18\x04", "kind 4"), (b"\x18\x02", "")])
-def test_other_kinds_of_sentencepiece_are_refused(tmp_path: Path, spec: bytes, told: str) -> None:
+@pytest.mark.parametrize(("spec", "message"), [(b"", "a Unigram model"), (b"\x18\x04", "kind 4"), (b"\x18\x02", "")])
+def test_other_kinds_of_sentencepiece_are_refused(tmp_path: Path, spec: bytes, message: str) -> None:
     model = sentencepiece_model(300) + b"\x12" + bytes([len(spec)]) + spec  # trainer_spec, in it model_type
     (tmp_path / "tokenizer.model").write_bytes(model)
-    if told:
-        with pytest.raises(InputError, match=f"expected SentencePiece's BPE, as Llama 2's, got {told}"):
+    if message:
+        with pytest.raises(InputError, match=f"expected SentencePiece's BPE, as Llama 2's, got {message}"):
             convert_tokenizer(tmp_path, tmp_path)
     else:
         assert convert_tokenizer(tmp_path, tmp_path).tokens == 300

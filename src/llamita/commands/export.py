@@ -1,4 +1,4 @@
-"""`llamita export`: a packed directory in; the form of another runtime out, and a proof."""
+"""`llamita export`: write a packed model in another runtime's format, with a proof."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from llamita.commands.sources import convert_first
 from llamita.errors import InputError, RunError
 from llamita.export.guide import CARD, plain_card
 from llamita.export.job import ExportJob
-from llamita.export.targets import TARGETS, writer_of
+from llamita.export.targets import TARGETS, Target, find_target, writer_of
 from llamita.imports.open import open_source
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import write_bytes
@@ -26,26 +26,26 @@ from llamita.text.printable import megabytes
 
 _FAIL = "FAIL"
 
-_Source = Annotated[str, typer.Argument(metavar="DIR", help="A quantized directory.")]
+_Source = Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")]
 _To = Annotated[str, typer.Option("--to", metavar="TARGET", help=f"One of {', '.join(TARGETS)}.")]
 _Context = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of a sequence at most; 2048 by default (executorch).")
+    int | None, typer.Option(min=1, help="Tokens of a sequence at most, by default 2048 (executorch).")
 ]
 _Backend = Annotated[
-    str | None, typer.Option(help="What runs it: xnnpack (the default), vulkan, coreml, qnn, mediatek (executorch).")
+    str | None, typer.Option(help="The backend: xnnpack (the default), vulkan, coreml, qnn, mediatek (executorch).")
 ]
 _Embedding = Annotated[
-    int | None, typer.Option(help="Bits of the embedding: 8 as it is, or 4, rounded further (executorch).")
+    int | None, typer.Option(help="Bits of the embedding: 8, or 4 to round it further (executorch).")
 ]
 _Flavor = Annotated[
     str | None, typer.Option(help="transformers (the default), vllm-cpu or vllm-gpu (compressed-tensors).")
 ]
 _RoundScales = Annotated[
-    bool, typer.Option("--round-scales", help="Round scales to the grid of the form, and say by how much.")
+    bool, typer.Option("--round-scales", help="Round scales to the type of the format, and say by how much.")
 ]
 _Adapter = Annotated[
     Path | None,
-    typer.Option("--adapter", "--adaptor", metavar="ADAPTER", help="Adapters in PEFT's form to go with it, unmerged."),
+    typer.Option("--adapter", "--adaptor", metavar="ADAPTER", help="An adapter in PEFT's format to add, unmerged."),
 ]
 
 
@@ -63,57 +63,58 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Write a quantized directory in the form of another runtime; where that runs here, compare.
+    """Write a packed model in another runtime's format; if that runtime is installed, run it and compare.
 
     Example: llamita export my-model --to executorch -o my-model-pte
     """
     options = {"context": context, "backend": backend, "embedding": embedding, "adapter": adapter,
                "round_scales": round_scales or None, "flavor": flavor}  # fmt: skip
-    _check_options(to, options)
+    target = find_target(to)
+    _check_options(target, options)
     if out is None:
         raise InputError("--out", "the directory to make", "none", "try -o NAME")
     use_threads(threads)
     convert_first(source, quiet=json)
     packed = open_source(source)
     if not isinstance(packed, PackedModel):
-        raise InputError(f"{source}", "a quantized directory", "a float model", "try llamita quantize")
+        raise InputError(f"{source}", "a packed model", "a float model", "try llamita quantize")
     check_target(out, overwrite, packed.path)
-    write = writer_of(to)  # which may import Torch
+    write = writer_of(target)  # may import Torch
     began, watch = time.perf_counter(), MemoryWatch()
     with watch, console.progress(quiet=json) as progress, staged(out, overwrite, packed.path) as directory:
         record = write(ExportJob(packed, adapter, options), directory, progress)
         record |= {"options": {name: str(value) for name, value in options.items() if value is not None}}
-        _write_record(directory, packed, to, record)
+        _write_record(directory, packed, target, record)
         for path in directory.iterdir():
             flush_path(path)
         verdict = _verdict(record)
         if verdict == _FAIL and not json:
             _print_failure(record)
         if verdict == _FAIL:
-            raise RunError(f"{out}: FAIL: it does not compute what the engine does; nothing was written")
+            raise RunError(f"{out}: FAIL: the result does not compute what the engine does; nothing was written")
     record |= {"out": str(out), "total_seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
     if json:
         return console.print_json(record)
     _print(out, record)
     console.print_line(verdict)
-    console.note(TARGETS[to].following.format(out=out))
+    console.note(f"{'try' if target.is_code else 'next'}: {target.use.format(out=out)}")
 
 
 def _print_failure(record: dict[str, Any]) -> None:
-    """What does not hold."""
+    """Print what does not hold."""
     if record["proof"] is not None:
         return _print_proof(record["proof"])
     return console.note(f"{record['equal_layers']} of {record['layers']} tensors have the same values")
 
 
 def _verdict(record: dict[str, Any]) -> str:
-    """Whether the form computes what the engine does, in words."""
+    """Say in words whether the result computes what the engine does."""
     proof = record["proof"]
     counts = proof or record
     if counts.get("equal_layers") != counts.get("layers"):
         return _FAIL
     if record["options"].get("embedding") == "4" and proof:
-        return "the same integers but for the embedding, rounded to 4 bits; what that costs is above"
+        return "the same integers except for the embedding, rounded to 4 bits, whose cost is above"
     if record.get("other_arithmetic") and proof:
         return "the same integers; another arithmetic, whose cost is above"
     if proof:
@@ -123,29 +124,27 @@ def _verdict(record: dict[str, Any]) -> str:
     return f"not run: {record['unchecked']}"
 
 
-def _check_options(to: str, options: dict[str, Any]) -> None:
-    if to not in TARGETS:
-        raise InputError("--to", f"one of {', '.join(TARGETS)}", f"{to!r}")
+def _check_options(target: Target, options: dict[str, Any]) -> None:
     for name, value in options.items():
-        if value is not None and name not in TARGETS[to].options:
-            raise InputError(f"--{name.replace('_', '-')}: {to} takes none; try without")
+        if value is not None and name not in target.options:
+            raise InputError(f"--{name.replace('_', '-')}: {target.name} takes none", hint="try without")
     if options["embedding"] not in (None, 4, 8):
         raise InputError("--embedding", "4 or 8", f"{options['embedding']}")
 
 
-def _write_record(directory: Path, packed: PackedModel, to: str, record: dict[str, Any]) -> None:
-    """README.md, where the form has none of its own, and llamita_export.json with the hash of every file."""
+def _write_record(directory: Path, packed: PackedModel, target: Target, record: dict[str, Any]) -> None:
+    """Write README.md, unless the target has done so, and llamita_export.json with the hash of every file."""
     if record["proof"] is not None or "opened_by" in record:
         record["unchecked"] = None
     if not exists_in(directory, CARD):
-        card = plain_card(packed, TARGETS[to].form, TARGETS[to].following, _verdict(record))
+        card = plain_card(packed, target.content, target.usage("DIRECTORY"), _verdict(record))
         write_bytes(directory / CARD, card.encode())
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
              for path in sorted(directory.iterdir())}  # fmt: skip
     source = dict(packed.metadata["source"])
-    if source["name"].startswith("/"):  # of this machine, which is nobody else's business
+    if source["name"].startswith("/"):  # paths of this machine stay private
         source["name"] = Path(source["name"]).name
-    values = {"llamita": __version__, "target": to, "source": source,
+    values = {"llamita": __version__, "target": target.name, "source": source,
               "packed": packed.metadata["files"], "files": files, **record}  # fmt: skip
     write_bytes(directory / EXPORTED_MARK, json.dumps(values, indent=1).encode())
 

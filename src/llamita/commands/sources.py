@@ -1,15 +1,15 @@
-"""Convert other tools' models before a command opens them, with progress and a note, which libraries never print."""
+"""Convert other tools' models before a command opens them, with progress and a note; libraries never print."""
 
 import os
 from pathlib import Path
 
 from llamita.commands import console
-from llamita.imports.detect import form_of
+from llamita.imports.detect import detect_format
 from llamita.imports.open import is_hub_name, resolve
 
 
 def convert_first(*names: str | None, quiet: bool = False) -> None:
-    """Convert each model that is in another tool's format; those that come after find the result in the cache.
+    """Convert each model that is in another tool's format; later code finds the result in the cache.
 
     Args:
         names: models as users name them, "SRC:SCHEME" included; None is left out.
@@ -20,7 +20,6 @@ def convert_first(*names: str | None, quiet: bool = False) -> None:
     """
     for name in names:
         base = name if name is None or os.path.exists(name) else name.partition(":")[0]
-        is_foreign = base and os.path.exists(base) and form_of(Path(base)) is not None
-        if base and (is_foreign or is_hub_name(base)):
+        if base and (is_hub_name(base) or (os.path.exists(base) and detect_format(Path(base)) is not None)):
             with console.progress(quiet) as progress:
                 resolve(base, progress, console.note)

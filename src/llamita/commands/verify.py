@@ -8,7 +8,7 @@ import typer
 
 from llamita.commands import console
 from llamita.errors import InputError
-from llamita.imports.detect import form_of
+from llamita.imports.detect import detect_format
 from llamita.imports.open import resolve
 from llamita.models.verify import verify
 from llamita.system.files import exists_in
@@ -29,7 +29,7 @@ def command(
     """
     path = Path(directory)
     if not exists_in(path, EXPORTED_MARK):  # what is exported is checked as it is, never converted first
-        if form_of(path) is not None:
+        if detect_format(path) is not None:
             raise InputError(
                 f"{directory}",
                 "a directory that llamita made",

@@ -1,1 +1,1 @@
-"""A packed directory in the forms of other runtimes."""
+"""Write packed models in the formats of other runtimes."""

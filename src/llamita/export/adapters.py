@@ -1,6 +1,6 @@
-"""`--to adapters`: the adapters of a packed model in PEFT's form, for whatever loads that.
+"""Export the adapter of a packed model in PEFT's format (`--to adapters`).
 
-They fit the float model that DIR was made of, and what `--to hf` writes of DIR. Settings that PEFT computes
+It fits the float model that DIR was made of, and what `--to hf` writes of DIR. Settings that PEFT computes
 (rank-stabilized scaling, names with an adapter in them) come out plain.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from llamita.errors import InputError, RunError
 from llamita.export.job import ExportJob
-from llamita.export.source import adapter_of
+from llamita.export.source import adapter_of, source_name
 from llamita.models.peft import WEIGHTS, StoredAdapter, write_adapter
 from llamita.numerics.affine import to_f32
 from llamita.system.extras import load_optional
@@ -20,20 +20,20 @@ from llamita.system.progress import Progress
 
 
 def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
-    """Fill a directory; PEFT, where it is installed, loads it beside a model of this shape.
+    """Fill a directory; if PEFT is installed, load it there with a model of this shape.
 
     Raises:
-        InputError: no adapters, or they do not fit the model.
+        InputError: there is no adapter, or it does not fit the model.
     """
     stored = adapter_of(job.packed, job.adapter)
     if stored is None:
         raise InputError("--to adapters", "--adapter ADAPTER", "none")
     if progress:
-        progress("adapters", 0, 1)
+        progress("adapter", 0, 1)
     pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
-    base = job.packed.metadata["source"]["name"].rsplit("/", 1)[-1]
-    write_adapter(StoredAdapter(pairs, rank, stored.scaling), base, job.packed.config.layers, directory)
+    adapter, layers = StoredAdapter(pairs, rank, stored.scaling), job.packed.config.layers
+    write_adapter(adapter, source_name(job.packed), layers, directory)
     record = {
         "bytes": (directory / WEIGHTS).stat().st_size, "rank": rank, "scale": stored.scaling,
         "proof": None, "unchecked": None,

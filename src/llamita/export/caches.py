@@ -1,8 +1,8 @@
-"""Keys and values of an exported program, and attention on them: two ways, for two kinds of backends.
+"""Keep keys and values in an exported program, and attend to them: two ways, for two kinds of backends.
 
-`LayerCache` runs ExecuTorch's own operators for language models, on any number of tokens at once: CPUs, and
-GPUs by Vulkan. `StaticCache` is made of plain operators of one shape, a token at a time: what compilers for
-neural processors take (Core ML, Qualcomm, MediaTek).
+`LayerCache` runs ExecuTorch's own operators for language models, on any number of tokens at once: for CPUs, and for
+GPUs by Vulkan. `StaticCache` has plain operators of one shape, for one token at a time, as compilers for neural
+processors need them (Core ML, Qualcomm, MediaTek).
 """
 
 from typing import Any
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-DYNAMIC, STATIC = "llamita_dynamic_cache", "llamita_static_cache"  # among transformers' kinds of attention
-_NEVER = -30000.0  # in place of minus infinity, which float16 arithmetic does not always survive
+DYNAMIC, STATIC = "llamita_dynamic_cache", "llamita_static_cache"  # names in transformers' registry of attention
+_NEVER = -30000.0  # instead of minus infinity, which float16 arithmetic does not always survive
 
 
 class LayerCache(nn.Module):
     """Keys and values of a layer, float32 (1, context, kv_heads, head_dim), as transformers updates a cache.
 
     Attributes:
-        start: where the tokens of this pass begin, a number; set before each.
+        start: the position of this pass's first token, a number; set before each pass.
     """
 
     keys: Tensor
@@ -32,7 +32,7 @@ class LayerCache(nn.Module):
         self.start: Any = 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Write what (1, kv_heads, n, head_dim) the new tokens bring; the whole caches."""
+        """Write the new tokens' keys and values (1, kv_heads, n, head_dim), and return the whole caches."""
         del layer
         torch.ops.llama.update_cache(keys.transpose(1, 2), self.keys, self.start)
         torch.ops.llama.update_cache(values.transpose(1, 2), self.values, self.start)
@@ -43,7 +43,7 @@ class StaticCache(nn.Module):
     """Keys and values of a layer, float32 (1, kv_heads, context, head_dim), in plain operators.
 
     Attributes:
-        start: where this pass's token lies, (1,) int64; set before each.
+        start: the position of this pass's token, (1,) int64; set before each pass.
     """
 
     keys: Tensor
@@ -56,7 +56,7 @@ class StaticCache(nn.Module):
         self.start: Any = torch.zeros(1, dtype=torch.int64)
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Write what (1, kv_heads, 1, head_dim) the new token brings; the whole caches."""
+        """Write the new token's keys and values (1, kv_heads, 1, head_dim), and return the whole caches."""
         del layer
         self.keys[:, :, self.start] = keys
         self.values[:, :, self.start] = values
@@ -64,7 +64,7 @@ class StaticCache(nn.Module):
 
 
 def attend(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
-    """Causal attention of queries (1, heads, n, head_dim) on whole caches: (1, n, heads, head_dim)."""
+    """Return causal attention (1, n, heads, head_dim) of queries (1, heads, n, head_dim) on whole caches."""
     del mask
     scale, start = options["scaling"], module.cache.start
     out = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scale)
@@ -72,7 +72,7 @@ def attend(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, 
 
 
 def attend_plainly(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
-    """As `attend`, of one token's queries on static caches."""
+    """Return the same as `attend` for one token's queries on static caches."""
     del mask
     kv_heads, context, head_dim = keys.shape[1:]
     grouped = query.reshape(1, kv_heads, -1, head_dim)  # heads that share keys are neighbours

@@ -1,4 +1,4 @@
-"""What all exported checkpoints in safetensors have: config.json of a Llama, tensors, companions."""
+"""Write checkpoints in safetensors for other libraries: config.json of a Llama, tensors, companions."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,26 +7,25 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import RunError
-from llamita.export.source import Weight
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
-from llamita.models.weights import Int4Weight, Int8Weight, row_blocks
+from llamita.models.weights import Weight, row_blocks
 from llamita.numerics.affine import f32_to_bf16, to_f32
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
 
-Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, and what gives its values
+Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, and a function that returns the values
 
 
 def write_checkpoint(
     packed: PackedModel, directory: Path, tensors: Mapping[str, Tensor], changes: dict[str, Any], progress: Progress
 ) -> int:
-    """Write config.json, weights and companions; bytes of the weights.
+    """Write config.json, weights and companions; return the bytes of the weights.
 
     Args:
         tensors: by name.
-        changes: keys of config.json that are not the model's own; None leaves one out.
+        changes: other values of config.json; None leaves a key out.
     """
     shards = plan_shards({name: {name: (dtype, shape)} for name, (dtype, shape, _) in tensors.items()})
     files = write_shards(directory, shards, lambda name: [tensors[name][2]()], progress)
@@ -37,10 +36,10 @@ def write_checkpoint(
 
 
 def float_tensor(weight: Weight, shape: tuple[int, ...], changes: list[float]) -> Tensor:
-    """A matrix in bf16, multiplied out.
+    """Return a matrix multiplied out and rounded to bf16.
 
     Args:
-        changes: where the largest relative change by rounding to bf16 is noted.
+        changes: gets the largest relative change by rounding to bf16.
     """
 
     def values() -> np.ndarray:
@@ -57,7 +56,7 @@ def float_tensor(weight: Weight, shape: tuple[int, ...], changes: list[float]) -
 
 
 def vector_tensors(packed: PackedModel, dtype: str) -> dict[str, Tensor]:
-    """Norms and biases, "BF16" or "F32"."""
+    """Return norms and biases in "BF16" or "F32"."""
 
     def values(name: str) -> Callable[[], np.ndarray]:
         return lambda: f32_to_bf16(packed.vector(name)) if dtype == "BF16" else packed.vector(name)
@@ -65,19 +64,11 @@ def vector_tensors(packed: PackedModel, dtype: str) -> dict[str, Tensor]:
     return {name: (dtype, shape, values(name)) for name, shape in vector_names(packed.config).items()}
 
 
-def shape_of(weight: Weight) -> tuple[int, int]:
-    """Rows and columns of a matrix."""
-    if isinstance(weight, Int4Weight):
-        return len(weight.packed), weight.packed.shape[1] * 8
-    rows, columns = (weight.codes if isinstance(weight, Int8Weight) else weight).shape
-    return rows, columns
-
-
 def prove_in_transformers(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -> dict[str, Any] | None:
-    """The proof, as JSON has it, of a checkpoint that transformers opens; None where it is not installed.
+    """Compare a checkpoint in transformers with the engine; return the proof for JSON, None without transformers.
 
     Args:
-        in_bf16: modules whose weights are rounded to BF16 there.
+        in_bf16: modules whose weights are rounded to bf16 in the checkpoint.
     """
     try:
         prove = load_optional("llamita.export.in_transformers:prove", "{package}")

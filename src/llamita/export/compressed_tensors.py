@@ -1,9 +1,8 @@
-"""`--to compressed-tensors`: safetensors for transformers and vLLM, int4 codes and scales as they are.
+"""Export safetensors for transformers and vLLM, int4 codes and scales as they are (`--to compressed-tensors`).
 
-Flavours: "transformers", pack-quantized; tied int8 tables come apart, as transformers has no form for one
-table that is both. "vllm-cpu", int-quantized with asymmetric activations, which vLLM runs on Arm CPUs.
-"vllm-gpu", pack-quantized with symmetric activations: another arithmetic, to be measured again. For vLLM
-tables are float.
+Flavours: "transformers" is pack-quantized; tied int8 tables become two, because transformers cannot tie them.
+"vllm-cpu" is int-quantized with asymmetric activations, which vLLM runs on Arm CPUs. "vllm-gpu" is pack-quantized with
+symmetric activations: another arithmetic, to be measured again. Both for vLLM have float tables.
 """
 
 import copy
@@ -12,21 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
-from llamita.export.checkpoints import (
-    Tensor,
-    float_tensor,
-    prove_in_transformers,
-    shape_of,
-    vector_tensors,
-    write_checkpoint,
-)
+from llamita.errors import InputError, shown
+from llamita.export.checkpoints import Tensor, float_tensor, prove_in_transformers, vector_tensors, write_checkpoint
 from llamita.export.job import ExportJob
-from llamita.export.source import module_names, refuse_online
+from llamita.export.source import codes_of, module_names, refuse_rotation, shape_of
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight, Int8Weight, stored_dtype
-from llamita.numerics.packing import unpack_int4
+from llamita.numerics.packing import CODES_PER_WORD
 from llamita.system.progress import Progress
 
 FLAVORS = ("transformers", "vllm-cpu", "vllm-gpu")
@@ -37,12 +29,12 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     """Fill a directory.
 
     Raises:
-        InputError: the model needs a rotation at run time, or no such flavour.
+        InputError: the model needs a rotation at run time, or there is no such flavour.
     """
     packed, flavor = job.packed, job.options.get("flavor") or FLAVORS[0]
-    refuse_online(packed, "compressed-tensors")
+    refuse_rotation(packed, "compressed-tensors")
     if flavor not in FLAVORS:
-        raise InputError("--flavor", f"one of {', '.join(FLAVORS)}", f"{flavor!r}")
+        raise InputError("--flavor", f"one of {', '.join(FLAVORS)}", shown(flavor))
     changes: list[float] = [0.0]
     tensors: dict[str, Tensor] = {}
     for name in module_names(packed):
@@ -66,7 +58,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
 
 
 def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) -> dict[str, Tensor]:
-    """A module's tensors by name."""
+    """Return a module's tensors by name."""
     weight = packed.weight(name)
     shape = shape_of(weight)
     if isinstance(weight, np.ndarray):
@@ -79,8 +71,8 @@ def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) 
         return found | {f"{name}.weight": ("I8", shape, lambda: np.asarray(weight.codes))}
     assert isinstance(weight, Int4Weight)
     if flavor == "vllm-cpu":
-        return found | {f"{name}.weight": ("I8", shape, lambda: unpack_int4(np.asarray(weight.packed)))}
-    packed_shape = (shape[0], shape[1] // 8)
+        return found | {f"{name}.weight": ("I8", shape, lambda: codes_of(weight))}
+    packed_shape = (shape[0], shape[1] // CODES_PER_WORD)
     return found | {
         f"{name}.weight_packed": ("I32", packed_shape, lambda: np.asarray(weight.packed)),
         f"{name}.weight_shape": ("I64", (2,), lambda: np.array(shape, np.int64)),
@@ -88,7 +80,7 @@ def _tensors(packed: PackedModel, name: str, flavor: str, changes: list[float]) 
 
 
 def _config(packed: PackedModel, flavor: str) -> dict[str, Any]:
-    """How compressed-tensors is told."""
+    """Return quantization_config as compressed-tensors reads it."""
     config = copy.deepcopy(packed.hf_config["quantization_config"])
     groups = config["config_groups"]
     tables = groups.pop("group_tables", None)

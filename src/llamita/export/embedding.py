@@ -1,4 +1,4 @@
-"""The embedding as ExecuTorch stores it: float, int8 per row, or int4 in groups."""
+"""Store the embedding as ExecuTorch does: float, int8 per row, or int4 in groups."""
 
 import numpy as np
 import torch
@@ -11,17 +11,17 @@ from llamita.models.packed import PackedModel
 from llamita.models.weights import Int8Weight
 from llamita.numerics.affine import dequantize, to_f32
 
-GROUP_SIZE = 32  # of an int4 embedding, as Meta's exports have it
+GROUP_SIZE = 32  # of an int4 embedding, as in Meta's exports
 _RANGES = {8: (-128, 127), 4: (-8, 7)}
 
 
 class QuantizedEmbedding(nn.Module):
-    """Rows of codes on scales, looked up and multiplied out.
+    """Rows of codes and scales, looked up and multiplied out.
 
     Args:
-        codes: int8 (rows, columns), or uint8 (rows, columns / 2) with two int4 codes + 8 in a byte, the
-            first in the high half.
-        scales: (rows,) or (rows, groups), float32, or float16 with 4 bits.
+        codes: int8 (rows, columns), or uint8 (rows, columns / 2) with two int4 codes + 8 in a byte, the first in the
+            high half.
+        scales: (rows,) or (rows, groups), float32; with 4 bits float16 is possible, too.
     """
 
     codes: Tensor
@@ -34,7 +34,7 @@ class QuantizedEmbedding(nn.Module):
         self.bits = bits
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (...) to float32 (..., columns)."""
+        """Turn token ids (...) into float32 (..., columns)."""
         ops = torch.ops.quantized_decomposed
         look_up = ops.embedding_byte.dtype if self.bits == 8 else ops.embedding_4bit.dtype
         lowest, highest = _RANGES[self.bits]
@@ -42,17 +42,16 @@ class QuantizedEmbedding(nn.Module):
 
 
 def embedding_of(packed: PackedModel, bits: int) -> nn.Module:
-    """The embedding of a packed model, its int8 codes as they are, or rounded to 4 bits.
+    """Return the embedding of a packed model, with its int8 codes as they are, or rounded to 4 bits.
 
     Raises:
-        InputError: 4 bits of an embedding that is float.
+        InputError: 4 bits are asked of a float embedding.
     """
     weight = packed.weight(EMBEDDING)
     if isinstance(weight, np.ndarray):
         if bits == 4:
             raise InputError("--embedding 4", "an int8 embedding", "a float one", "try --preset llama3.2")
-        rows = torch.from_numpy(np.array(to_f32(weight)))
-        return nn.Embedding.from_pretrained(rows)
+        return nn.Embedding.from_pretrained(torch.from_numpy(np.array(to_f32(weight))))
     assert isinstance(weight, Int8Weight)
     if bits == 8:
         scales = torch.from_numpy(np.array(to_f32(weight.scales)).reshape(-1))
@@ -61,5 +60,5 @@ def embedding_of(packed: PackedModel, bits: int) -> nn.Module:
     codes, scales, _ = round_weights(floats, 4, GROUP_SIZE, "search")
     unsigned = (codes + 8).astype(np.uint8)
     pairs, floats32 = torch.from_numpy(unsigned[:, ::2] << 4 | unsigned[:, 1::2]), torch.from_numpy(scales)
-    is_exact = bool((floats32.half().float() == floats32).all())  # then float16 takes half the bytes
+    is_exact = bool((floats32.half().float() == floats32).all())  # float16 then takes half the bytes
     return QuantizedEmbedding(pairs, floats32.half() if is_exact else floats32, 4)

@@ -1,6 +1,6 @@
-"""`--to executorch`: a packed directory as a `.pte` program, with what an app needs beside it, and a proof.
+"""Export a packed model as a `.pte` program, with the other files that an app needs, and a proof (`--to executorch`).
 
-What ExecuTorch's runner for text models asks a program for are constant methods of the file
+ExecuTorch's runner for text models reads its settings from constant methods of the file
 (extension/llm/runner/constants.h of ExecuTorch 1.4).
 """
 
@@ -25,32 +25,19 @@ from llamita.text.tokenizer import Tokenizer
 
 PROGRAM = "model.pte"
 _CONTEXT = 2048
-_LEAST_CONTEXT = 8  # more than the tokens of the pass that is traced
+_LEAST_CONTEXT = 8  # more than the tokens of the traced pass
 _STEPS = ("tracing and lowering", "comparing integers", "running it in ExecuTorch", "running it here")
 
 
 def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
-    """Fill a directory; the record has the proof and what each step took in seconds.
+    """Fill a directory; the record has the proof and the seconds of each step.
 
     Raises:
-        InputError: a context that the model has not, or adapters that do not fit.
+        InputError: a context that the model cannot have, or an adapter that does not fit.
         RunError: a backend's SDK is missing, or the program does not run.
     """
     packed, options = job.packed, job.options
-    context = options.get("context") or min(_CONTEXT, packed.config.context)
-    if not _LEAST_CONTEXT <= context <= packed.config.context:
-        raise InputError(
-            "--context",
-            f"{_LEAST_CONTEXT} to {packed.config.context} tokens, which this model takes itself",
-            f"{context}",
-        )
-    rope = packed.config.rope
-    if rope.kind == "dynamic" and context > rope.original_context:
-        raise InputError(
-            "--context",
-            f"at most {rope.original_context} tokens with dynamic rotary embeddings, whose base a program has to fix",
-            f"{context}",
-        )
+    context = _context_of(packed, options.get("context"))
     backend = options.get("backend") or "xnnpack"
     partitioners = partitioners_of(backend)
     adapter = adapter_of(packed, job.adapter)
@@ -63,7 +50,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
         is_static=kind.is_static, activations=PER_TOKEN if kind.rounds else None,
     )  # fmt: skip
     metadata = metadata_of(packed, context, kind.is_static)
-    with quiet() if backend == "coreml" else nullcontext():  # its converter has bars of its own
+    with quiet() if backend == "coreml" else nullcontext():  # its converter shows progress bars
         lower(program, partitioners, metadata, directory / PROGRAM)
     del program
     copy_companions(packed.path, directory, find_companions(packed.path))
@@ -79,18 +66,30 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     }  # fmt: skip
 
 
+def _context_of(packed: PackedModel, context: int | None) -> int:
+    """Return the tokens of a sequence at most; raise InputError if the model cannot have as many."""
+    most, rope = packed.config.context, packed.config.rope
+    context = context or min(_CONTEXT, most)
+    if not _LEAST_CONTEXT <= context <= most:
+        raise InputError("--context", f"{_LEAST_CONTEXT} to {most} tokens, as the model itself takes", f"{context}")
+    if rope.kind == "dynamic" and context > rope.original_context:
+        expected = f"at most {rope.original_context} tokens with dynamic rotary embeddings, whose base a program fixes"
+        raise InputError("--context", expected, f"{context}")
+    return context
+
+
 def _exceptions(job: ExportJob) -> str:
-    """In what the program differs from the packed directory, in sentences."""
-    told = []
+    """Say in sentences how the program differs from the packed model."""
+    sentences = []
     if job.options.get("embedding") == 4:
-        told.append(" Its embedding alone is rounded further, to 4 bits in groups of 32.")
+        sentences.append(" Only its embedding is rounded further, to 4 bits in groups of 32.")
     if job.adapter is not None:
-        told.append(f" The adapters `{job.adapter.name}` are in it, beside the weights.")
-    return "".join(told)
+        sentences.append(f" It contains the adapter `{job.adapter.name}`, unmerged.")
+    return "".join(sentences)
 
 
 def metadata_of(packed: PackedModel, context: int, is_static: bool = False) -> dict[str, Any]:
-    """Constant methods by name."""
+    """Return the constant methods by name."""
     tokenizer = Tokenizer(packed.path, packed.config)
     found = {
         "get_max_seq_len": context, "get_max_context_len": context, "get_n_layers": packed.config.layers,
@@ -114,20 +113,20 @@ def _prove(job: ExportJob, pte: Path, context: int, timer: "_Timer") -> Proof:
 
 
 class _Timer:
-    """Seconds of each step, and the progress of all."""
+    """Measures the seconds of each step, and reports progress."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._seconds, self._now, self._began = progress, dict[str, float](), "", 0.0
 
     def begin(self, step: str) -> None:
-        """The last step ends here."""
+        """End the last step, and begin this one."""
         self.end()
         self._now, self._began = step, time.perf_counter()
         if self._progress:
             self._progress(step, _STEPS.index(step), len(_STEPS))
 
     def end(self) -> dict[str, float]:
-        """All of them by name."""
+        """End the last step, and return the seconds of all by name."""
         if self._now:
             self._seconds[self._now] = time.perf_counter() - self._began
             self._now = ""

@@ -1,8 +1,8 @@
-"""`--to gguf`: Q4_0 and Q8_0 with the codes and scales as they are, for llama.cpp and what is built on it.
+"""Export GGUF with the codes and scales as they are, in Q4_0 and Q8_0, for llama.cpp (`--to gguf`).
 
-A block of Q4_0 is a scale in f16 and 32 codes + 8, the first 16 of them in the low halves of its bytes; of
-Q8_0 a scale and 32 codes. A larger group's scale, or a channel's, is repeated. Weights are the same, to the
-bit; activations are not: llama.cpp rounds them to int8 in blocks of 32, without a zero point.
+A block of Q4_0 is a scale in f16 and 32 codes + 8, the first 16 of them in the low halves of its bytes. A block of Q8_0
+is a scale and 32 codes. A larger group's scale, or a channel's, is repeated. Weights are the same to the bit.
+Activations are not: llama.cpp rounds them to int8 in blocks of 32, without a zero point.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ import numpy as np
 from llamita.errors import InputError
 from llamita.export.gguf_tokenizer import tokenizer_values
 from llamita.export.job import ExportJob
-from llamita.export.source import RoundedScales, check_grid, module_names, refuse_online
+from llamita.export.source import RoundedScales, check_grid, module_names, refuse_rotation, shape_of, source_name
 from llamita.formats.gguf import BLOCK, GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
 from llamita.models.foreign_names import gguf_name, heads_of, pair_order, rope_factors
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions
-from llamita.models.weights import Int4Weight, Int8Weight, row_blocks, stored_dtype
+from llamita.models.weights import Int4Weight, Int8Weight, ModelSource, Weight, row_blocks, stored_dtype
 from llamita.numerics.affine import to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.system.progress import Progress
@@ -35,72 +35,63 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     """Fill a directory; every weight is read back and compared.
 
     Raises:
-        InputError: the form cannot hold the model.
+        InputError: the format cannot hold the model.
     """
-    packed: Any = job.packed
-    refuse_online(packed, "gguf")
-    if packed.config.rope.kind == "dynamic":
-        raise InputError(
-            "--to gguf",
-            "rotary embeddings that do not depend on the length of a text",
-            "dynamic ones, which llama.cpp has not",
-        )
-    may_round = bool(job.options.get("round_scales"))
-    grid = check_grid(packed, "f16", may_round, "gguf")
-    if grid.off:
-        packed = RoundedScales(packed, "f16")
-    modules = module_names(packed)
-    path = directory / FILE
-    vectors = {gguf_name(n): np.asarray(v) for n, v in _vectors(packed)}
-    tensors = {gguf_name(f"{n}.weight"): _kind(packed, n) for n in modules}
+    refuse_rotation(job.packed, "gguf")
+    if job.packed.config.rope.kind == "dynamic":
+        expected = "rotary embeddings that do not depend on the length of a text"
+        raise InputError("--to gguf", expected, "dynamic ones, which llama.cpp does not have")
+    grid = check_grid(job.packed, "f16", bool(job.options.get("round_scales")), "gguf")
+    model: ModelSource = RoundedScales(job.packed, "f16") if grid.off else job.packed
+    modules, path = module_names(model), directory / FILE
+    vectors = {gguf_name(n): np.asarray(v) for n, v in _vectors(model)}
+    tensors = {gguf_name(f"{n}.weight"): _kind(model.weight(n)) for n in modules}
     tensors |= {name: ("F32", vector.shape) for name, vector in vectors.items()}
 
     def data() -> Iterator[tuple[str, np.ndarray]]:
         for done, name in enumerate(modules):
             if progress:
                 progress(name, done, len(modules))
-            yield gguf_name(f"{name}.weight"), blocks_of(_ordered(packed, name))
+            yield gguf_name(f"{name}.weight"), blocks_of(_ordered(model, name))
         yield from vectors.items()
 
-    write_gguf(path, _values(packed), tensors, data())
-    copy_companions(job.packed.path, directory, find_companions(job.packed.path))
-    equal = _equal(packed, path, modules, vectors)
+    write_gguf(path, _values(job.packed), tensors, data())
+    copy_companions(model.path, directory, find_companions(model.path))
+    equal = _count_equal(model, path, modules, vectors)
     return {"bytes": path.stat().st_size, "scales": vars(grid), "proof": None, "equal_layers": equal,
             "layers": len(modules) + len(vectors),
-            "unchecked": "llama.cpp is no part of llamita"}  # fmt: skip
+            "unchecked": "llama.cpp is not part of llamita"}  # fmt: skip
 
 
-def _equal(packed: Any, path: Path, modules: list[str], vectors: dict[str, np.ndarray]) -> int:
-    """How many tensors of the file, read back, have the very values of the packed model."""
+def _count_equal(model: ModelSource, path: Path, modules: list[str], vectors: dict[str, np.ndarray]) -> int:
+    """Read the file back, and count the tensors that have the very values of the packed model."""
     file = GgufFile(path)
     try:
         equal = sum(np.array_equal(floats_of("F32", file.read(name)), value) for name, value in vectors.items())
-        return equal + sum(_is_equal(packed, name, file) for name in modules)
+        return equal + sum(_is_equal(model, name, file) for name in modules)
     finally:
         file.close()
 
 
-def blocks_of(weight: Int4Weight | Int8Weight | np.ndarray) -> np.ndarray:
-    """A matrix as the file has it: uint8 (rows, bytes of a row), or floats as they are stored."""
+def blocks_of(weight: Weight) -> np.ndarray:
+    """Return a matrix as the file stores it: uint8 (rows, bytes of a row), or floats as they are."""
     if isinstance(weight, np.ndarray):
         return weight
-    if isinstance(weight, Int4Weight):
-        codes = (unpack_int4(np.asarray(weight.packed)) + 8).astype(np.uint8)
-    else:
-        codes = np.asarray(weight.codes).view(np.uint8)
+    is_int4 = isinstance(weight, Int4Weight)
+    codes = (unpack_int4(np.asarray(weight.packed)) + 8 if is_int4 else np.asarray(weight.codes)).view(np.uint8)
     rows, columns = codes.shape
     scales = to_f32(np.asarray(weight.scales)).reshape(rows, -1)
     scales = np.repeat(scales, columns // BLOCK // scales.shape[1], axis=1).astype("<f2")  # (rows, blocks)
     blocks = codes.reshape(rows, -1, BLOCK)
-    if isinstance(weight, Int4Weight):
+    if is_int4:
         half = BLOCK // 2
         blocks = blocks[..., :half] | blocks[..., half:] << 4
     return np.concatenate([scales[..., None].view(np.uint8), blocks], axis=-1).reshape(rows, -1)
 
 
-def _ordered(packed: Any, name: str) -> Int4Weight | Int8Weight | np.ndarray:
-    """A matrix with its rows as llama.cpp has them."""
-    weight, heads = packed.weight(name), heads_of(name, packed.config)
+def _ordered(model: ModelSource, name: str) -> Weight:
+    """Return a matrix with its rows in llama.cpp's order."""
+    weight, heads = model.weight(name), heads_of(name, model.config)
     if heads is None:
         return weight
     if isinstance(weight, np.ndarray):
@@ -112,29 +103,28 @@ def _ordered(packed: Any, name: str) -> Int4Weight | Int8Weight | np.ndarray:
     return Int8Weight(weight.codes[order], weight.scales[order])
 
 
-def _kind(packed: Any, name: str) -> tuple[str, tuple[int, ...]]:
-    weight = packed.weight(name)
+def _kind(weight: Weight) -> tuple[str, tuple[int, ...]]:
+    """Return a matrix's type in the file, and its shape."""
     if isinstance(weight, np.ndarray):
         return stored_dtype(weight), weight.shape
-    if isinstance(weight, Int4Weight):
-        return "Q4_0", (len(weight.packed), weight.packed.shape[1] * 8)
-    return "Q8_0", weight.codes.shape
+    return "Q4_0" if isinstance(weight, Int4Weight) else "Q8_0", shape_of(weight)
 
 
-def _vectors(packed: Any) -> Iterator[tuple[str, np.ndarray]]:
-    for name in vector_names(packed.config):
-        heads = heads_of(name.rpartition(".")[0], packed.config)
-        values = packed.vector(name)
+def _vectors(model: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield norms and biases in llama.cpp's order, and the factors of scaled rotary embeddings, by our names."""
+    for name in vector_names(model.config):
+        heads = heads_of(name.rpartition(".")[0], model.config)
+        values = model.vector(name)
         yield name, values if heads is None else values[pair_order(len(values), heads)]
-    if packed.config.rope.kind == "llama3":
-        yield "rope_freqs.weight", rope_factors(packed.config)
+    if model.config.rope.kind == "llama3":
+        yield "rope_freqs.weight", rope_factors(model.config)
 
 
 def _values(packed: PackedModel) -> dict[str, Any]:
+    """Return the file's metadata."""
     config = packed.config
-    name = packed.metadata["source"]["name"].rsplit("/", 1)[-1]
     values: dict[str, Any] = {
-        "general.architecture": "llama", "general.name": name, "general.file_type": _MOSTLY_Q4_0,
+        "general.architecture": "llama", "general.name": source_name(packed), "general.file_type": _MOSTLY_Q4_0,
         "general.quantization_version": 2, "llama.block_count": config.layers,
         "llama.context_length": config.context, "llama.embedding_length": config.hidden_size,
         "llama.feed_forward_length": config.intermediate_size, "llama.attention.head_count": config.heads,
@@ -150,13 +140,13 @@ def _values(packed: PackedModel) -> dict[str, Any]:
     return values if template is None else values | {"tokenizer.chat_template": template}
 
 
-def _is_equal(packed: Any, name: str, file: GgufFile) -> bool:
-    """Whether the file's matrix has the very values of the packed one, some rows at a time."""
+def _is_equal(model: ModelSource, name: str, file: GgufFile) -> bool:
+    """Return whether the file's matrix has the very values of the packed one; compare some rows at a time."""
     found = gguf_name(f"{name}.weight")
-    data, kind, heads = file.read(found), file.tensors[found].kind, heads_of(name, packed.config)
+    data, kind, heads = file.read(found), file.tensors[found].kind, heads_of(name, model.config)
     back = np.argsort(pair_order(len(data), heads)) if heads is not None else None
     done = 0
-    for part in row_blocks(packed.weight(name)):
+    for part in row_blocks(model.weight(name)):
         rows = np.arange(done, done + len(part))
         if not np.array_equal(floats_of(kind, data[rows if back is None else back[rows]]), part):
             return False

@@ -1,37 +1,33 @@
-"""A tokenizer.json as GGUF's metadata has tokenizers: tokens, their kinds, merges or scores."""
+"""Turn a tokenizer.json into GGUF's metadata: tokens, their kinds, merges or scores."""
 
 from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
+from llamita.imports.tokenizers import WORDS
 from llamita.models.packed import PackedModel
 from llamita.system.files import parse_json, read_bytes
 from llamita.text.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # llama.cpp's kinds of tokens
 _LARGEST = 64 << 20  # bytes of a tokenizer.json
-_GPT2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
-_LLAMA3 = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-)
-_SPLITS = {_GPT2: "gpt-2", _LLAMA3: "llama-bpe"}  # regular expressions that llama.cpp has by name
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLITS = {_GPT2: "gpt-2", WORDS: "llama-bpe"}  # llama.cpp's names for regular expressions
 
 
 def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
-    """Metadata of the tokenizer.
+    """Return the tokenizer's metadata.
 
     Raises:
-        InputError: it splits texts in a way that llama.cpp has no name for, or is none of BPE.
+        InputError: the tokenizer splits texts in a way that llama.cpp has no name for, or it is no BPE.
     """
-    tokenizer = Tokenizer(packed.path, packed.config)  # which finds the file to be whole
+    tokenizer = Tokenizer(packed.path, packed.config)  # checks the whole file
     whole = parse_json(read_bytes(packed.path, "tokenizer.json", _LARGEST), "tokenizer.json")
     model = whole["model"]
     if model.get("type") != "BPE":
-        raise InputError(
-            "tokenizer.json: model", "BPE", f"{model.get('type')!r}", "llama.cpp's form of others is not written here"
-        )
+        hint = "llamita does not write llama.cpp's format of others"
+        raise InputError("tokenizer.json: model", "BPE", shown(model.get("type")), hint)
     added = {int(token["id"]): token for token in whole.get("added_tokens", [])}
     words = {int(number): word for word, number in model["vocab"].items()}
     words |= {number: token["content"] for number, token in added.items()}
@@ -52,7 +48,7 @@ def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
 
 def _kind(number: int, word: str, words: dict[int, str], added: dict[int, Any], has_bytes: bool) -> int:
     if number not in words:
-        return _CONTROL  # rows of the table that no text leads to
+        return _CONTROL  # rows of the table that no text uses
     if number in added:
         if word == "<unk>":
             return _UNKNOWN
@@ -62,7 +58,7 @@ def _kind(number: int, word: str, words: dict[int, str], added: dict[int, Any], 
 
 
 def _sentencepiece(tokens: list[str], merges: list[str], added: dict[int, Any]) -> dict[str, Any]:
-    """Scores in the order of merges, which is all that SentencePiece's BPE looks at."""
+    """Return scores in the order of merges; SentencePiece's BPE uses nothing else."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault(pair.replace(" ", "", 1), rank)
@@ -73,7 +69,7 @@ def _sentencepiece(tokens: list[str], merges: list[str], added: dict[int, Any]) 
 
 
 def _split_name(whole: dict[str, Any]) -> str:
-    """llama.cpp's name for how this tokenizer splits a text into words: that, and nothing more."""
+    """Return llama.cpp's name for the rule by which this tokenizer splits a text; refuse any other step."""
     before = whole.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before])
     kinds = [step.get("type") for step in steps]
@@ -83,11 +79,8 @@ def _split_name(whole: dict[str, Any]) -> str:
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and _is_isolated(steps[0]):
         expression = steps[0]["pattern"].get("Regex")
     if whole.get("normalizer") or expression not in _SPLITS:
-        raise InputError(
-            "tokenizer.json: pre_tokenizer",
-            "GPT-2's or Llama 3's way to split a text",
-            "another, which has no name here",
-        )
+        expected = "GPT-2's or Llama 3's way to split a text"
+        raise InputError("tokenizer.json: pre_tokenizer", expected, "another, for which llama.cpp has no name")
     return _SPLITS[expression]
 
 
@@ -96,7 +89,7 @@ def _is_isolated(step: dict[str, Any]) -> bool:
 
 
 def _adds_space(whole: dict[str, Any]) -> bool:
-    """Whether a SentencePiece model puts a space in front of a text; its other steps have to be Llama 2's."""
+    """Return whether a SentencePiece model puts a space in front of a text; its other steps must be Llama 2's."""
     steps = (whole.get("normalizer") or {}).get("normalizers", [whole.get("normalizer") or {}])
     kinds = [step.get("type") for step in steps]
     if kinds not in (["Prepend", "Replace"], ["Replace"]) or steps[-1].get("content") != "\u2581":
@@ -110,6 +103,6 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
         found["tokenizer.ggml.bos_token_id"] = tokenizer.bos_token_id
     if tokenizer.eos_token_ids:
         found["tokenizer.ggml.eos_token_id"] = tokenizer.eos_token_ids[0]
-    if len(tokenizer.eos_token_ids) > 1:  # the one that ends a turn
+    if len(tokenizer.eos_token_ids) > 1:  # the token that ends a turn
         found["tokenizer.ggml.eot_token_id"] = tokenizer.eos_token_ids[-1]
     return found

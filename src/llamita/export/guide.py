@@ -1,11 +1,12 @@
-"""README.md of what was exported: what it is, and what to do with it; of a program, on a phone."""
+"""Write the README.md of an export: what it is, and how to use it; for a program, how to use it on a phone."""
 
 from llamita.export.partitioners import BACKENDS
+from llamita.export.source import source_name
 from llamita.models.packed import PackedModel
 from llamita.text.chat_template import find_template
 
 CARD = "README.md"
-VERSION = "1.4.1"  # of ExecuTorch: programs and runtimes go together
+VERSION = "1.4.1"  # of ExecuTorch; program and runtime need the same
 _ANDROID = """## Android
 
 1. In `build.gradle.kts` of the app: `implementation("org.pytorch:executorch-android:{version}")`{android}.
@@ -20,7 +21,7 @@ _ANDROID = """## Android
    llm.load()
    llm.generate(prompt, {context}, callback, false)
    ```
-   `callback` is an `LlmCallback`; an app that ships has the files among its own, not under /data/local/tmp.
+   `callback` is an `LlmCallback`. A released app keeps the files in its own directory, not under /data/local/tmp.
 
 Without an app, with a `llama_main` that was built from ExecuTorch {version} for arm64-v8a:
 ```
@@ -48,24 +49,26 @@ _IOS = """## iOS
 _OWN_BUILD = """, but with an AAR
    built from ExecuTorch's source with the backend `{backend}`: the published one has XNNPACK alone"""
 _RAN = """The program was run
-in ExecuTorch's runtime on the machine that made it, where `llamita_export.json` has a proof."""
+in ExecuTorch's runtime on the machine that made it; `llamita_export.json` has the proof."""
 _HAS_NOT_RUN = """The program
-itself has not run either: the runtime of `{backend}` is on the device. Try it there before you ship it."""
+itself has not run either: the runtime of `{backend}` is on the device. Try it there before you release it."""
 _STATIC = """
-This program takes a token at a time, as compilers for neural processors want it, and leaves activations
-float: weights are the packed directory's, what is computed with them is not what llamita's engine computes.
+This program takes one token at a time, as compilers for neural processors need it, and leaves activations float.
+Weights are those of the packed model; the results differ from those of llamita's engine.
 """
+_CHAT = """Prompts have to follow the model's chat template. With the packed model,
+`python -c 'import llamita; print(llamita.load(PACKED).chat_template.render([...]))'` shows one."""
+_NO_CHAT = "The model has no chat template: it continues a text."
 
 
 def guide(packed: PackedModel, context: int, backend: str, exceptions: str = "") -> str:
-    """The text, for a program of this context and backend, and in what it differs from its source."""
-    has_template = find_template(packed.path) is not None
-    prompts = (
-        "Prompts have to be written as the model's chat template has them; from the packed directory,\n"
-        "`python -c 'import llamita; print(llamita.load(PACKED).chat_template.render([...]))'` shows one."
-        if has_template
-        else "The model has no chat template: it continues a text."
-    )
+    """Return the text for a program.
+
+    Args:
+        context: tokens of a sequence at most.
+        exceptions: sentences that say how the program differs from the packed model.
+    """
+    prompts = _NO_CHAT if find_template(packed.path) is None else _CHAT
     is_xnnpack, is_apples = backend == "xnnpack", backend == "coreml"
     parts = [_ANDROID] * (not is_apples) + [_IOS] * (is_xnnpack or is_apples)
     steps = "\n".join(parts).format(
@@ -74,10 +77,9 @@ def guide(packed: PackedModel, context: int, backend: str, exceptions: str = "")
     )  # fmt: skip
     static = _STATIC if BACKENDS[backend].is_static else ""
     ran = _RAN if is_xnnpack else _HAS_NOT_RUN.format(backend=backend)
-    source = _name_of(packed)
-    return f"""# {source} for ExecuTorch {VERSION}
+    return f"""# {source_name(packed)} for ExecuTorch {VERSION}
 
-`model.pte` computes with the very codes and scales of the packed directory that it was made from, for
+`model.pte` computes with the very codes and scales of the packed model that it was made from, for
 sequences of up to {context} tokens, on the backend `{backend}`.{exceptions}
 Program and runtime have to be of the same version of ExecuTorch.
 
@@ -85,7 +87,7 @@ Program and runtime have to be of the same version of ExecuTorch.
 |---|---|
 | `model.pte` | the program |
 | `tokenizer.json` | the tokenizer, as ExecuTorch's runner reads it |
-| `llamita_export.json` | what it was made from, and how close it came to llamita's own engine |
+| `llamita_export.json` | its source, and how close it came to llamita's own engine |
 | others | settings, licence and use policy of the model |
 {static}
 {prompts} Tokens that end an answer are in the program (`get_eos_ids`).
@@ -95,26 +97,21 @@ These steps were written from ExecuTorch's documentation and have not been run o
 """
 
 
-def plain_card(packed: PackedModel, form: str, following: str, verdict: str) -> str:
-    """The text for a form that needs no more than a line.
+def plain_card(packed: PackedModel, content: str, usage: str, verdict: str) -> str:
+    """Return the text for a format that needs no more than a line.
 
     Args:
-        form, following: of `targets.Target`.
-        verdict: how it compares with llamita's engine, in words.
+        content: see `targets.Target`.
+        usage: a sentence that says how to use the files.
+        verdict: the result of the comparison with llamita's engine, in words.
     """
-    how, _, step = following.format(out="DIRECTORY").partition(": ")
-    steps = f"To use it: `{step}`." if how == "try" else f"Next: {step}."
-    return f"""# {_name_of(packed)}: {form}
+    return f"""# {source_name(packed)}: {content}
 
-Made from a packed directory of llamita, whose card is `SOURCE_README.md`: that speaks of the packed
-directory, this of what lies here. {steps}
+Made from a packed model of llamita. `SOURCE_README.md` is the card of the packed model, this is the card of the
+files here. {usage}
 
-Beside llamita's own engine: {verdict}.
+Compared with llamita's engine: {verdict}.
 
-`llamita_export.json` has the figures and the hash of every file, which `llamita verify DIRECTORY` checks.
-Licence and use policy of the model lie here, where it had some.
+`llamita_export.json` has the figures and the hash of every file; `llamita verify DIRECTORY` checks them.
+Licence and use policy of the model are here, if it had any.
 """
-
-
-def _name_of(packed: PackedModel) -> str:
-    return packed.metadata["source"]["name"].rsplit("/", 1)[-1]

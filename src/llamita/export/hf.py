@@ -1,14 +1,14 @@
-"""`--to hf`: an ordinary checkpoint in BF16, weights multiplied out, for what reads nothing else.
+"""Export an ordinary checkpoint in BF16, weights multiplied out, for tools that read nothing else (`--to hf`).
 
-A code times its scale has more bits than BF16: weights change a little, and activations are not rounded.
+A code times its scale has more bits than BF16, so weights change a little. Activations are not rounded.
 """
 
 from pathlib import Path
 from typing import Any
 
-from llamita.export.checkpoints import float_tensor, prove_in_transformers, shape_of, vector_tensors, write_checkpoint
+from llamita.export.checkpoints import float_tensor, prove_in_transformers, vector_tensors, write_checkpoint
 from llamita.export.job import ExportJob
-from llamita.export.source import module_names, refuse_online
+from llamita.export.source import module_names, refuse_rotation, shape_of
 from llamita.system.progress import Progress
 
 
@@ -19,7 +19,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
         InputError: the model needs a rotation at run time.
     """
     packed = job.packed
-    refuse_online(packed, "hf")
+    refuse_rotation(packed, "hf")
     changes: list[float] = []
     tensors = {}
     for name in module_names(packed):

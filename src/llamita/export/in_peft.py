@@ -1,26 +1,22 @@
-"""Adapters as PEFT loads them, beside a model of the right shape that holds no weights."""
+"""Load an adapter by PEFT, with a model of the right shape that holds no weights."""
 
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamita.export.source import transformers_keys
+from llamita.export.empty_llama import empty_llama
 from llamita.models.packed import PackedModel
 
 Loaded = tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, float]]
 
 
 def load(packed: PackedModel, directory: Path) -> Loaded:
-    """A and B of every adapted module in float32, and what PEFT multiplies their product by."""
-    with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig(**transformers_keys(packed)))
-    llama = llama.to_empty(device="cpu")  # pages that are never touched take no memory
-    with warnings.catch_warnings():  # of transformers, about what PEFT calls in it
+    """Return A and B of every adapted module in float32, and the factor that PEFT applies to B·A."""
+    llama = empty_llama(packed).to_empty(device="cpu")  # pages that are never touched take no memory
+    with warnings.catch_warnings():  # from transformers, about how PEFT calls it
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(llama, str(directory), low_cpu_mem_usage=True)
     pairs, scales = {}, {}

@@ -1,18 +1,14 @@
-"""An exported checkpoint in transformers: the weights that it reads, and what it computes with them."""
+"""Open an exported checkpoint in transformers, and compare its weights and logits with the engine's."""
 
-import io
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
+from llamita.export.partitioners import quiet
 from llamita.export.proof import Proof, compare, engine_of, own_tokens
 from llamita.export.runtime import Ran
 from llamita.export.source import module_names
@@ -26,35 +22,20 @@ def prove(packed: PackedModel, directory: Path, in_bf16: tuple[str, ...] = ()) -
     """Load a checkpoint as a user would, and compare it with the engine.
 
     Args:
-        in_bf16: modules whose weights it has in BF16; all others have to be the same to the bit.
+        in_bf16: modules whose weights are rounded to bf16; all others have to be the same to the bit.
     """
     engines = engine_of(packed)
     tokens, prompt, new = own_tokens(engines[0], packed.config.context)
-    with _quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        ran = _run(model.eval(), tokens, prompt, new)  # compressed weights are multiplied out on first use
+        ran = _run(model.eval(), tokens, prompt, new)  # the first pass multiplies compressed weights out
     names = module_names(packed)
     equal = sum(_is_equal(model, packed, name, name in in_bf16) for name in names)
     return compare(engines, (len(names), equal), tokens, ran)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and remarks of what is loaded with."""
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        transformers.utils.logging.set_verbosity(before)
-
-
 def _is_equal(model: Any, packed: PackedModel, name: str, in_bf16: bool) -> bool:
-    """Whether a module's weights are those of the packed model; a tied head's, too."""
+    """Return whether a module's weights are those of the packed model; a tied head's, too."""
     modules = [name, HEAD] if name == EMBEDDING and packed.config.tied else [name]
     for module in modules:
         weight, done = model.get_submodule(module).weight.detach(), 0

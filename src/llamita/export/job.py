@@ -1,4 +1,4 @@
-"""What an exporter is given: the packed model, its adapters, the target's own options."""
+"""Describe one export: the packed model, its adapter, the options of the target."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ class ExportJob:
 
     Attributes:
         packed: the model.
-        adapter: a directory of adapters to go with it.
-        options: the target's own, by name; see its module.
+        adapter: the directory of an adapter to go with it.
+        options: of the target, by name; see its module.
     """
 
     packed: PackedModel

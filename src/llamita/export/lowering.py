@@ -1,4 +1,4 @@
-"""From our program to an ExecuTorch file: torch.export, partition, serialize; and the data of such a file."""
+"""Turn a program into an ExecuTorch file: torch.export, partition, serialize; and hash the data of such a file."""
 
 import hashlib
 import logging
@@ -13,20 +13,20 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  the operators of its LLM runtime
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers the operators of its LLM runtime
 from torch.export import Dim, export
 from torch.fx.traceback import NodeSource
 
 from llamita.export.program import Program
 
-_TRACED = 3  # tokens of the pass that is traced: neither one nor the cache's length
+_TRACED = 3  # tokens of the traced pass: neither one nor the cache's length
 
 
 def lower(program: Program, partitioners: list[Any], metadata: dict[str, Any], path: Path) -> None:
     """Write a program as a `.pte` file.
 
     Args:
-        metadata: constant methods of the file by name, as runners ask for them.
+        metadata: constant methods of the file by name, which runners call.
     """
     tokens = 1 if program.is_static else _TRACED
     example = (torch.ones(1, tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -48,17 +48,17 @@ def lower(program: Program, partitioners: list[Any], metadata: dict[str, Any], p
 
 
 def data_hashes(pte: Path) -> set[str]:
-    """SHA-256 of every piece of data that a program's delegates read, computed from the file's bytes."""
+    """Return the SHA-256 of every piece of data that a program's delegates read, from the file's bytes."""
     named = deserialize_pte_binary(pte.read_bytes()).named_data
     return set() if named is None else {hashlib.sha256(bytes(data)).hexdigest() for data in named.buffers}
 
 
 @contextmanager
 def _quick_passes() -> Iterator[None]:
-    """Without what costs ExecuTorch's passes time and says nothing to a user.
+    """Silence ExecuTorch's passes, and share what they would copy.
 
-    Every pass copies the graph, and with each node where it came from, which is a tree of all passes before
-    (Torch 2.13): shared, as it never changes, it costs nothing.
+    Every pass copies the graph, and with each node its origin, a tree of all earlier passes (Torch 2.13). The tree
+    never changes, so the copies can share it.
     """
     known = NodeSource.__dict__.get("__deepcopy__")
     level = logging.root.manager.disable

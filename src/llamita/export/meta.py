@@ -1,7 +1,7 @@
-"""`--to meta`: consolidated.00.pth and params.json, as Meta's own quantized Llama 3.2 is released.
+"""Export consolidated.00.pth and params.json, the format of Meta's own quantized Llama 3.2 (`--to meta`).
 
-Codes are int8, scales float32; rows of q and k are in the order of Meta's rotary embedding, which turns
-neighbours (`meta_form.pair_order`). ExecuTorch's loader of these takes int8 tables and groups of 32 to 256.
+Codes are int8, scales float32. Rows of q and k are in the order of Meta's rotary embedding, which rotates neighbours
+(`foreign_names.pair_order`). ExecuTorch's loader takes int8 tables and groups of 32 to 256.
 """
 
 import json
@@ -15,28 +15,27 @@ from torch import Tensor
 
 from llamita.errors import InputError
 from llamita.export.job import ExportJob
-from llamita.export.source import Weight, adapter_of, module_names
+from llamita.export.source import NO_ROTATION, adapter_of, codes_of, module_names
+from llamita.imports.meta_quantized import SCHEME, base_name
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, heads_of, meta_name, pair_order
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
 from llamita.models.peft import StoredAdapter
-from llamita.models.weights import Int4Weight, Int8Weight
+from llamita.models.weights import Int8Weight, Weight
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
-from llamita.numerics.packing import unpack_int4
 from llamita.system.progress import Progress
 
 FILE, PARAMS = "consolidated.00.pth", "params.json"
-_SCHEME = "int4_weight_int8_dynamic_activation"
 
 
 def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]:
     """Fill a directory.
 
     Raises:
-        InputError: biases, heads of another width, mixed groups, or a rotation that Meta's models have not.
+        InputError: biases, heads of another width, mixed groups, or a rotation that Meta's models do not use.
     """
     packed = job.packed
     _check(packed)
@@ -56,17 +55,17 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     write_bytes(directory / PARAMS, json.dumps(params_of(packed, adapter), indent=1).encode())
     copy_companions(packed.path, directory, find_companions(packed.path))
     return {"bytes": (directory / FILE).stat().st_size, "proof": None,
-            "unchecked": "what reads this form is Meta's and ExecuTorch's code for its releases"}  # fmt: skip
+            "unchecked": "only Meta's and ExecuTorch's code for the releases reads this format"}  # fmt: skip
 
 
 def params_of(packed: PackedModel, adapter: StoredAdapter | None) -> dict[str, Any]:
-    """params.json: the shape as Meta's reference code computes it, and how weights are quantized."""
+    """Return params.json: the shape as Meta's reference code computes it, and how weights are quantized."""
     config, scheme = packed.config, packed.scheme
     assert scheme is not None
     multiple = math.gcd(config.intermediate_size, 256)
-    # what is rounded up to a multiple has to come out: the middle of the last one
+    # Meta's code rounds times · 8/3 · width up to a multiple: aim at the middle of the last one
     times = (config.intermediate_size - multiple / 2) / int(8 * config.hidden_size / 3)
-    quantization = {"scheme": _SCHEME, "group_size": scheme.group_size}
+    quantization = {"scheme": SCHEME, "group_size": scheme.group_size}
     if packed.rotations.r4_size:
         quantization["spinquant"] = True
     found = {
@@ -84,10 +83,11 @@ def params_of(packed: PackedModel, adapter: StoredAdapter | None) -> dict[str, A
 
 
 def _check(packed: PackedModel) -> None:
+    """Raise InputError for what the format cannot hold."""
     config, scheme = packed.config, packed.scheme
     assert scheme is not None
     if config.attention_bias or config.mlp_bias or config.head_dim * config.heads != config.hidden_size:
-        raise InputError("--to meta", "no biases and heads as wide as the model", "others, which Meta's form has not")
+        raise InputError("--to meta", "no biases and heads as wide as the model", "others")
     if config.rope.kind not in ("default", "llama3"):
         raise InputError("--to meta", "Llama's rotary embedding", f"{config.rope.kind}")
     rope = {"rope_type": config.rope.kind, "low_freq_factor": config.rope.low_freq_factor,
@@ -96,28 +96,21 @@ def _check(packed: PackedModel) -> None:
     if config.rope.kind == "llama3" and (rope != SCALED_ROPE or config.rope.factor % 1):
         raise InputError("--to meta", "the scaled rotary embedding of Llama 3.1 and 3.2", f"{rope}")
     if scheme.layers:
-        raise InputError("--to meta", "one group size for all layers", "exceptions", "try --to gguf")
+        raise InputError("--to meta", "one group size for all layers", "several", "try --to gguf")
     if packed.rotations.r4_size and factor(packed.rotations.r4_size)[0] > 1:
-        raise InputError(
-            "--to meta",
-            "R4 of a power of two",
-            f"{packed.rotations.r4_size}, for which ExecuTorch has another matrix",
-            "try quantize --no-online",
-        )
+        got = f"{packed.rotations.r4_size}, for which ExecuTorch has another matrix"
+        raise InputError("--to meta", "R4 of a power of two", got, NO_ROTATION)
     if packed.rotations.head_transform is not None:
-        raise InputError(
-            "--to meta", "a head that reads the norm's output", "a matrix between", "try quantize --no-online"
-        )
+        raise InputError("--to meta", "a head that reads the norm's output", "a matrix between them", NO_ROTATION)
 
 
 def _tensors(packed: PackedModel, name: str, weight: Weight, adapter: StoredAdapter | None) -> dict[str, Tensor]:
-    """A module's tensors by Meta's names."""
+    """Return a module's tensors by Meta's names."""
     order = _order(packed.config, name)
-    base = meta_name(f"{name}.weight").removesuffix("weight")
+    base = base_name(name)
     if isinstance(weight, np.ndarray):
         return {f"{base}weight": torch.from_numpy(np.array(to_f32(weight)))[order]}
-    codes = unpack_int4(np.asarray(weight.packed)) if isinstance(weight, Int4Weight) else np.array(weight.codes)
-    scales = np.array(to_f32(np.asarray(weight.scales)))
+    codes, scales = codes_of(weight), np.array(to_f32(np.asarray(weight.scales)))
     scales = scales.reshape(-1) if isinstance(weight, Int8Weight) else scales
     found = {f"{base}weight": torch.from_numpy(codes)[order], f"{base}scales": torch.from_numpy(scales)[order]}
     if adapter is not None and name in adapter.pairs:

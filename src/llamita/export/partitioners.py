@@ -1,4 +1,4 @@
-"""ExecuTorch's backends: what hands parts of a program to each, and what each needs to be installed."""
+"""Choose ExecuTorch's partitioners for a backend: they hand parts of a program to it. Say what it needs installed."""
 
 import io
 import logging
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs programs.
+    """A backend that runs programs.
 
     Attributes:
-        make: its partitioners.
-        is_static: whether it takes plain operators of one shape alone, a token at a time.
-        rounds: whether it rounds activations to int8 per token; else they are float.
-        grid: of scales of groups, "bf16" or "f16".
+        make: returns its partitioners.
+        is_static: whether it needs plain operators of one shape, for one token at a time.
+        rounds: whether it rounds activations to int8 per token; if not, they stay float.
+        grid: the type of the scales of groups, "bf16" or "f16".
     """
 
     make: Callable[[], list[Any]]
@@ -30,28 +30,25 @@ class Backend:
 
 
 def partitioners_of(backend: str) -> list[Any]:
-    """ExecuTorch's partitioners for a backend by its name.
+    """Return ExecuTorch's partitioners for a backend.
 
     Raises:
         InputError: no such backend.
         RunError: its package or SDK is missing; nothing is downloaded.
     """
     if backend not in BACKENDS:
-        raise InputError("--backend", f"one of {', '.join(BACKENDS)}", f"{backend!r}")
+        raise InputError("--backend", f"one of {', '.join(BACKENDS)}", shown(backend))
     try:
         with quiet():
             return BACKENDS[backend].make()
     except ImportError as error:
-        raise RunError(
-            f"--backend {backend}",
-            f"its packages, got: {error}",
-            hint="try its page at docs.pytorch.org/executorch, or --backend xnnpack",
-        ) from None
+        hint = "try its page at docs.pytorch.org/executorch, or --backend xnnpack"
+        raise RunError(f"--backend {backend}", "its packages", f"{error}", hint) from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what packages say of themselves: remarks, bars of progress."""
+    """Silence the remarks and progress bars of packages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -67,8 +64,7 @@ def _xnnpack() -> list[Any]:
     from executorch.exir.backend.partitioner import DelegationSpec
 
     partitioner = XnnpackDynamicallyQuantizedPartitioner()
-    # Of XNNPACK's 17 passes a linear layer needs this one. All of them, on every part, took a third of the
-    # time of an export.
+    # A linear layer needs this one of XNNPACK's 17 passes. All of them, on every part, took a third of the export.
     spec = CompileSpec("dqlinear_partitioner", b"")
     partitioner.delegation_spec = DelegationSpec("XnnpackBackend", [spec])
     return [partitioner]
@@ -85,8 +81,8 @@ def _coreml() -> list[Any]:
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-    # iOS 18 is the first with weights in 4-bit groups. The CPU alone, as ExecuTorch's own exporter has it:
-    # others can take long to load. Caches stay ExecuTorch's, whose runtime keeps none as Core ML's state.
+    # iOS 18 is the first with weights in 4-bit groups. Other units than the CPU can take long to load; ExecuTorch's own
+    # exporter has the CPU alone, too. Caches stay ExecuTorch's, whose runtime keeps none as Core ML's state.
     specs = CoreMLBackend.generate_compile_specs(
         minimum_deployment_target=coremltools.target.iOS18, compute_unit=coremltools.ComputeUnit.CPU_ONLY,
         compute_precision=coremltools.precision.FLOAT16, model_type=CoreMLBackend.MODEL_TYPE.MODEL,
@@ -95,13 +91,9 @@ def _coreml() -> list[Any]:
 
 
 def _qnn() -> list[Any]:
-    if not os.environ.get("QNN_SDK_ROOT"):  # else importing it would download one
-        raise RunError(
-            "--backend qnn",
-            "Qualcomm's AI Engine Direct SDK in QNN_SDK_ROOT",
-            "none",
-            "try installing it from qpm.qualcomm.com",
-        )
+    if not os.environ.get("QNN_SDK_ROOT"):  # without it, the import would download an SDK
+        expected, hint = "Qualcomm's AI Engine Direct SDK in QNN_SDK_ROOT", "try installing it from qpm.qualcomm.com"
+        raise RunError("--backend qnn", expected, "none", hint)
     from executorch.extension.llm.export.partitioner_lib import get_qnn_partitioner
 
     return [get_qnn_partitioner(use_kv_cache=True)]
@@ -109,12 +101,8 @@ def _qnn() -> list[Any]:
 
 def _mediatek() -> list[Any]:
     if find_spec("mtk_converter") is None:
-        raise RunError(
-            "--backend mediatek",
-            "MediaTek's NeuroPilot Express SDK (mtk_converter)",
-            "none",
-            "try installing it from neuropilot.mediatek.com",
-        )
+        hint = "try installing it from neuropilot.mediatek.com"
+        raise RunError("--backend mediatek", "MediaTek's NeuroPilot Express SDK (mtk_converter)", "none", hint)
     from executorch.backends.mediatek.partitioner import NeuropilotPartitioner
     from executorch.exir.backend.compile_spec_schema import CompileSpec
 

@@ -1,8 +1,8 @@
-"""transformers' Llama as a program of one forward pass: static caches, and our codes where its weights were.
+"""Build a program of one forward pass from transformers' Llama, caches, and a packed model's codes and scales.
 
-`forward(tokens, input_pos)` takes tokens int64 (1, n), whose first stands at input_pos int64 (1,), and gives
-the logits that follow the last one, float32 (1, vocab). It is what ExecuTorch's runner for text models calls.
-Codes and scales become torchao's tensors as they are; nothing is quantized here.
+`forward(tokens, input_pos)` takes tokens int64 (1, n) and the position of the first, input_pos int64 (1,). It returns
+the logits behind the last one, float32 (1, vocab). ExecuTorch's runner for text models calls it so. Codes and scales
+become torchao's tensors as they are; nothing is quantized here.
 """
 
 from typing import Any
@@ -11,21 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamita.export.caches import DYNAMIC, STATIC, LayerCache, StaticCache
 from llamita.export.embedding import embedding_of
-from llamita.export.source import transformers_keys
+from llamita.export.empty_llama import empty_llama, put
+from llamita.export.source import codes_of
+from llamita.imports.torchao import PER_TOKEN
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed import PackedModel
 from llamita.models.peft import StoredAdapter
-from llamita.models.weights import Int4Weight, Int8Weight, bias_of
+from llamita.models.weights import Int4Weight, Weight, bias_of
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import core_signs, factor
-from llamita.numerics.packing import unpack_int4
 
-INT4: Any = vars(torch)["int4"]  # which Torch's stubs lack
-PER_TOKEN = "int8_asym_per_token"  # how activations are rounded, in torchao's words
+INT4: Any = vars(torch)["int4"]  # Torch's stubs lack it
 _VECTORS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -35,15 +34,15 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Module, down: Tensor, up: Tensor, scaling: float) -> None:
         super().__init__()
         self.linear = linear
-        self.down, self.up = _float_linear(down), _float_linear(up * scaling)
+        self.down, self.up = _bare_linear(down), _bare_linear(up * scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
+        """Turn (..., inputs) into (..., outputs)."""
         return self.linear(x) + self.up(self.down(x))
 
 
 class RotatedLinear(nn.Module):
-    """A linear layer behind the online rotation R4, H·x / √n, of orders that are a power of two times K."""
+    """A linear layer behind the run-time rotation R4, H·x / √n, for orders that are a power of two times K."""
 
     signs: Tensor | None
     rows: Tensor
@@ -62,7 +61,7 @@ class RotatedLinear(nn.Module):
             self.register_buffer("columns", hadamard(2 ** (power - power // 2)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) to (..., outputs)."""
+        """Turn (..., size) into (..., outputs)."""
         y = x.reshape(*x.shape[:-1], self.core, self.length)
         y = self._plainly(y) if self.is_static else torch.ops.llama.fast_hadamard_transform(y)
         if self.signs is not None:
@@ -70,13 +69,13 @@ class RotatedLinear(nn.Module):
         return self.linear(y.reshape(x.shape))
 
     def _plainly(self, y: Tensor) -> Tensor:
-        """The transform of the last axis by two small matrices, which every backend can multiply by."""
+        """Transform the last axis by two small matrices, which every backend can multiply by."""
         parts = y.reshape(*y.shape[:-1], len(self.rows), len(self.columns))
         return torch.matmul(torch.matmul(self.rows, parts), self.columns).reshape(y.shape)
 
 
 def hadamard(order: int) -> Tensor:
-    """Sylvester's matrix of a power of two over the root of its order, float32."""
+    """Return Sylvester's matrix of a power of two over the root of its order, float32."""
     matrix = torch.ones(1, 1)
     while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -84,7 +83,7 @@ def hadamard(order: int) -> Tensor:
 
 
 class Program(nn.Module):
-    """See the head of this file.
+    """A forward pass with caches; see the head of this file.
 
     Attributes:
         context: tokens that the caches hold.
@@ -102,7 +101,7 @@ class Program(nn.Module):
         self.register_buffer("sin", sin[0].contiguous(), persistent=False)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """Tokens (1, n) from position input_pos (1,) on to logits (1, vocab); static programs have n = 1."""
+        """Turn tokens (1, n) from position input_pos (1,) on into logits (1, vocab); static programs have n = 1."""
         start: Any = input_pos
         if not self.is_static:
             start = input_pos[0].item()
@@ -117,7 +116,7 @@ class Program(nn.Module):
         return self.head(self.model.norm(x[:, -1]))
 
     def _rows(self, table: Tensor, start: Any, count: Any) -> Tensor:
-        """Rows of a table for these positions, (1, count, head_dim)."""
+        """Return the rows of a table for these positions, (1, count, head_dim)."""
         return (table.index_select(0, start) if self.is_static else table.narrow(0, start, count))[None]
 
 
@@ -125,26 +124,23 @@ def make_program(
     packed: PackedModel, context: int, adapter: StoredAdapter | None = None, embedding_bits: int = 8,
     *, is_static: bool = False, activations: str | None = PER_TOKEN,
 ) -> Program:  # fmt: skip
-    """A packed model as a program.
+    """Return a packed model as a program.
 
     Args:
         context: tokens that the caches hold.
-        adapter: low-rank adapters beside its weights, which stay apart.
-        embedding_bits: 8, or 4 where an int8 embedding is to be rounded further.
-        is_static: of plain operators and a token at a time; see `caches`.
+        adapter: an adapter to compute next to the weights, unmerged.
+        embedding_bits: 8, or 4 to round an int8 embedding further.
+        is_static: use plain operators and one token at a time; see `caches`.
         activations: how they are rounded before a linear layer; None leaves them float.
     """
-    config = LlamaConfig(**transformers_keys(packed))
-    config._attn_implementation = STATIC if is_static else DYNAMIC
-    with torch.device("meta"):
-        llama: Any = LlamaForCausalLM(config)
-    llama.model.rotary_emb = type(llama.model.rotary_emb)(config)
+    llama = empty_llama(packed, STATIC if is_static else DYNAMIC)
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config)  # with values: the other is empty
     cache_class = StaticCache if is_static else LayerCache
     for index, layer in enumerate(llama.model.layers):
         layer.self_attn.cache = cache_class(context, packed.config.kv_heads, packed.config.head_dim)
         for name in packed.config.linear_shapes():
             module = f"model.layers.{index}.{name}"
-            _set(layer, name, _linear_of(packed, module, adapter, activations, is_static))
+            put(layer, name, _linear_of(packed, module, adapter, activations, is_static))
         for name in _VECTORS:
             layer.get_submodule(name).weight = _parameter(packed.vector(f"model.layers.{index}.{name}.weight"))
     llama.model.norm.weight = _parameter(packed.vector("model.norm.weight"))
@@ -169,31 +165,26 @@ def _head_of(packed: PackedModel, activations: str | None) -> nn.Module:
     transform = packed.rotations.head_transform
     if transform is None:
         return head
-    return nn.Sequential(_float_linear(torch.from_numpy(np.array(to_f32(transform)))), head)
+    return nn.Sequential(_bare_linear(torch.from_numpy(np.array(to_f32(transform)))), head)
 
 
-def _linear(
-    weight: Int4Weight | Int8Weight | np.ndarray, bias: np.ndarray | None, activations: str | None
-) -> nn.Linear:
-    """A linear layer with these codes for its weights, or these floats."""
-    linear = nn.Linear(1, 1, bias=False, device="meta")
-    if isinstance(weight, np.ndarray):
-        values: Tensor = torch.from_numpy(np.array(to_f32(weight)))
-    else:
-        values = codes_tensor(weight, activations)
-    linear.out_features, linear.in_features = values.shape
-    linear.weight = nn.Parameter(values, requires_grad=False)
+def _linear(weight: Weight, bias: np.ndarray | None, activations: str | None) -> nn.Linear:
+    """Return a linear layer with these codes or floats for its weights."""
+    linear = _bare_linear(tensor_of(weight, activations))
     if bias is not None:
         linear.bias = _parameter(bias)
     return linear
 
 
-def codes_tensor(weight: Int4Weight | Int8Weight, activations: str | None = PER_TOKEN) -> IntxUnpackedToInt8Tensor:
-    """Codes (rows, columns) on their scales as torchao has them, and how activations are rounded."""
-    if isinstance(weight, Int4Weight):
-        codes, dtype = unpack_int4(np.asarray(weight.packed)), INT4
-    else:
-        codes, dtype = np.array(weight.codes), torch.int8
+def tensor_of(weight: Weight, activations: str | None) -> Tensor:
+    """Return a matrix as torchao's tensor of codes and scales, or in float32.
+
+    Args:
+        activations: how they are rounded before they meet codes, in torchao's words; None leaves them float.
+    """
+    if isinstance(weight, np.ndarray):
+        return torch.from_numpy(np.array(to_f32(weight)))
+    codes, dtype = codes_of(weight), INT4 if isinstance(weight, Int4Weight) else torch.int8
     scales = torch.from_numpy(np.array(to_f32(weight.scales)).reshape(len(codes), -1))
     return IntxUnpackedToInt8Tensor(
         torch.from_numpy(codes), scales, torch.zeros(scales.shape, dtype=torch.int8), dtype,
@@ -201,7 +192,7 @@ def codes_tensor(weight: Int4Weight | Int8Weight, activations: str | None = PER_
     )  # fmt: skip
 
 
-def _float_linear(weight: Tensor) -> nn.Linear:
+def _bare_linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
@@ -209,8 +200,3 @@ def _float_linear(weight: Tensor) -> nn.Linear:
 
 def _parameter(vector: np.ndarray) -> nn.Parameter:
     return nn.Parameter(torch.from_numpy(np.array(vector)), requires_grad=False)
-
-
-def _set(layer: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(layer.get_submodule(parent), own, module)

@@ -1,4 +1,4 @@
-"""Whether another runtime computes what our engine does: its integers, its logits, its text."""
+"""Prove that another runtime computes what the engine does: its integers, its logits, its text."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,34 +12,33 @@ from llamita.engine.llm import LLM
 from llamita.loading import open_adapters
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names
 from llamita.models.packed import PackedModel
-from llamita.models.weights import Int4Weight, Int8Weight
-from llamita.numerics.affine import f32_to_bf16, to_f32
+from llamita.models.weights import Int4Weight, Int8Weight, as_stored
+from llamita.numerics.affine import to_f32
 
 _TOKENS = 256
-_ADAPTER = "beside"  # what the engines call the adapter
+_ADAPTER = "exported"  # the adapter's name in the engines
 _PROMPT, _NEW = 16, 64
-_TIMES = 2.0  # the engine's own noise, beyond which something else is wrong; 1.1 on what was measured
-_LEAST_NOISE = 1e-4  # of the logits' spread: less is the order of sums
-_DEVIATIONS = 6.0  # of the noise, between two tokens of which either may be the likelier
+_TIMES = 2.0  # largest noise allowed, in the engine's own; 1.1 at most was measured
+_LEAST_NOISE = 1e-4  # of the logits' spread: the order of sums alone can make as much
+_DEVIATIONS = 6.0  # of the noise: two logits no further apart may change places
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How close another runtime comes to our engine.
+    """How close another runtime comes to the engine.
 
     Attributes:
-        layers, equal_layers: rounded layers, and those whose codes and scales it holds bit by bit.
-        tokens: that logits were compared for.
-        kl, largest_kl: nats a token, of its distribution from ours; mean and largest.
+        layers, equal_layers: rounded layers, and those whose codes and scales the runtime holds bit by bit.
+        tokens: the number of tokens whose logits were compared.
+        kl, largest_kl: KL divergence of the runtime from the engine in nats a token, mean and largest.
         top_1: share of tokens where both find the same one likeliest.
-        noise: standard deviation of its logits' difference from ours, as a share of our logits' own.
-        own_noise: the same of our engine with keys and values in float16 from itself with them in float32:
-            what activations make of a difference at the limit of float16, when they round the other way.
-        greedy, same_greedy: tokens continued greedily, and how many are the same before the first other.
-        gap: between our logits of the two tokens at the first other, in standard deviations of the
-            difference; None without one.
-        prefill: the noise of its last two logits where all tokens but one came in one pass; None where it was
-            not asked apart.
+        noise: standard deviation of the difference of logits, as a share of that of the engine's logits.
+        own_noise: the same between the engine with keys and values in float16 and in float32. It shows what activations
+            that round the other way make of a difference at the limit of float16.
+        greedy, same_greedy: tokens continued greedily, and how many are the same before the first that differs.
+        gap: between the engine's logits of the two tokens that differ first, in standard deviations of the difference
+            of logits; None if none differs.
+        prefill: the noise of the last two logits after all tokens but one came in one pass; None if not measured.
         milliseconds: of a pass of one token.
     """
 
@@ -59,7 +58,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether all integers are equal, and what differs is no more than rounded activations explain."""
+        """Return whether all integers are equal, and rounded activations explain every other difference."""
         return (
             self.equal_layers == self.layers
             and max(self.noise, self.prefill or 0.0) <= max(_TIMES * self.own_noise, _LEAST_NOISE)
@@ -67,24 +66,24 @@ class Proof:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the fields for JSON."""
         return {"holds": self.holds, **asdict(self)}
 
 
 def engine_of(packed: PackedModel, adapter: Path | None = None) -> tuple[LLM, LLM]:
-    """The engine with keys and values in float32, as other runtimes keep them, and in float16."""
+    """Return the engine with keys and values in float32, as other runtimes keep them, and in float16."""
     adapters = {} if adapter is None else {_ADAPTER: adapter}
     exact, usual = (LLM(packed, kv_dtype=dtype, adapters=open_adapters(packed, adapters)) for dtype in ("f32", "f16"))
     return exact, usual
 
 
 def compare(engines: tuple[LLM, LLM], layers: tuple[int, int], tokens: list[int], ran: Any) -> Proof:
-    """A proof from what another runtime has computed.
+    """Return the proof for the results of another runtime.
 
     Args:
-        engines: as `engine_of` gives them.
-        layers: rounded layers, and those found equal.
-        tokens: that it was given.
+        engines: see `engine_of`.
+        layers: the number of rounded layers, and of those that are equal.
+        tokens: that the runtime got.
         ran: see `runtime.Ran`.
     """
     llm, usual = engines
@@ -107,10 +106,10 @@ def compare(engines: tuple[LLM, LLM], layers: tuple[int, int], tokens: list[int]
 
 
 def own_tokens(llm: LLM, limit: int) -> tuple[list[int], int, int]:
-    """Tokens that the model writes at temperature 1, how many of them are the prompt, and how many to add.
+    """Return tokens that the model writes at temperature 1, how many of them are the prompt, and how many to add.
 
     Args:
-        limit: that a sequence may have.
+        limit: the most tokens of a sequence.
     """
     bos = llm.tokenizer.bos_token_id
     tokens, seed = [0 if bos is None else bos], 0
@@ -124,17 +123,17 @@ def own_tokens(llm: LLM, limit: int) -> tuple[list[int], int, int]:
 
 
 def rounded_hashes(packed: PackedModel) -> Iterator[tuple[str, str, str]]:
-    """Of every rounded layer that is multiplied: its name, the SHA-256 of its codes, and of its scales.
+    """Yield name, SHA-256 of codes and SHA-256 of scales of every rounded layer that activations are multiplied by.
 
-    The bytes are those of runtimes that hold two int4 codes + 8 in a byte, the first in the low half, and
-    scales of groups in bf16, of channels in float32.
+    The bytes are those of runtimes that hold two int4 codes + 8 in a byte, the first in the low half, scales of groups
+    in bf16, and scales of channels in float32.
     """
     for name in [*linear_names(packed.config), *table_names(packed.config)]:
         if name == EMBEDDING and not packed.config.tied:
             continue
         weight = packed.weight(name)
         if isinstance(weight, Int4Weight):
-            codes, scales = np.asarray(weight.packed), _bf16(weight.scales)
+            codes, scales = np.asarray(weight.packed), as_stored(np.asarray(weight.scales), "BF16")
         elif isinstance(weight, Int8Weight):
             codes, scales = np.asarray(weight.codes), to_f32(weight.scales)
         else:
@@ -143,7 +142,7 @@ def rounded_hashes(packed: PackedModel) -> Iterator[tuple[str, str, str]]:
 
 
 def _greedy(llm: LLM, adapter: str | None, prompt: list[int], theirs: list[int]) -> tuple[int, float | None]:
-    """How many tokens both continue alike, and the gap of our logits where they part."""
+    """Return how many tokens both continue alike, and the gap of the engine's logits where they differ."""
     logits = llm.logits([*prompt, *theirs], adapter)[len(prompt) - 1 : -1]
     for same, (row, token) in enumerate(zip(logits, theirs, strict=True)):
         if int(row.argmax()) != token:
@@ -158,7 +157,3 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def _hash(values: np.ndarray) -> str:
     return sha256(np.ascontiguousarray(values).data).hexdigest()
-
-
-def _bf16(scales: np.ndarray) -> np.ndarray:
-    return scales if scales.dtype == np.uint16 else f32_to_bf16(np.asarray(scales))

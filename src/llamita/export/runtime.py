@@ -1,7 +1,7 @@
-"""A `.pte` file in ExecuTorch's own runtime: its logits, its greedy continuation, the data that it holds.
+"""Run a `.pte` file in ExecuTorch's own runtime: its logits, its greedy continuation.
 
-Run as a program, `python -m llamita.export.runtime PTE ASKED GIVEN`, because the runtime writes to stderr as
-it likes and ends its process where a program is damaged.
+This file is also a program, `python -m llamita.export.runtime PTE ASKED GIVEN`: the runtime writes to stderr as it
+likes, and ends its process where a program is damaged.
 """
 
 import os
@@ -18,18 +18,18 @@ import numpy as np
 
 from llamita.errors import RunError
 
-_LINES = 3  # of what the runtime said that an error shows
+_LINES = 3  # of the runtime's stderr in an error
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program computed.
+    """The results of a program.
 
     Attributes:
-        logits: float32 (tokens, vocab), each token given by itself.
-        prefill: float32 (2, vocab): the last two of these, from one pass over all tokens but one on empty
-            caches, and from the last token behind it; None where that was not asked apart.
-        greedy: int64 (n,): what follows the prompt, the likeliest token each time.
+        logits: float32 (tokens, vocab), from passes of one token.
+        prefill: float32 (2, vocab): the last two of these, from one pass over all tokens but one on empty caches, and
+            from the last token behind it; None where there was no such pass.
+        greedy: int64 (n,): the likeliest tokens after the prompt.
         seconds: of a pass of one token, the median.
     """
 
@@ -40,27 +40,26 @@ class Ran:
 
 
 def run(pte: Path, tokens: Sequence[int], prompt: int, new: int) -> Ran:
-    """Run a program in a process of its own.
+    """Run a program in another process.
 
     Args:
-        tokens: to give logits for.
+        tokens: whose logits are asked.
         prompt: how many of them are the prompt of the greedy continuation.
-        new: tokens of that.
+        new: tokens of the continuation.
 
     Raises:
-        RunError: the runtime refused the program, with the last that it said.
+        RunError: the runtime refused the program; the message has its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, given = Path(folder) / "asked.npz", Path(folder) / "given.npz"
         np.savez(asked, tokens=np.array(tokens, np.int64), prompt=prompt, new=new)
-        # -P: else a numpy.py in the user's directory, which may have come with a model, would be run
+        # -P: without it, a numpy.py in the user's directory, which may have come with a model, would be run
         command = [sys.executable, "-P", "-m", "llamita.export.runtime", str(pte), str(asked), str(given)]
         ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
         if ran.returncode or not given.exists():
             said = " ".join(" ".join(ran.stderr.strip().splitlines()[-_LINES:]).split())
-            raise RunError(
-                f"{pte.name}", "ExecuTorch's runtime to run it", f"exit code {ran.returncode}: {said[-400:]}"
-            )
+            got = f"exit code {ran.returncode}: {said[-400:]}"
+            raise RunError(pte.name, "ExecuTorch's runtime to run it", got)
         with np.load(given) as found:
             return Ran(found["logits"], found["prefill"], found["greedy"], float(found["seconds"]))
 
@@ -73,7 +72,7 @@ def _main(pte: str, asked: str, given: str) -> None:
         began = time.perf_counter()
         rows.append(forward([token], place))
         times.append(time.perf_counter() - began)
-    forward = _load(Path(pte))  # empty caches: what a pass of many tokens does not write would show
+    forward = _load(Path(pte))  # empty caches show what a pass of many tokens does not write
     prefill = [forward(tokens[:-1], 0), forward(tokens[-1:], len(tokens) - 1)]
     forward = _load(Path(pte))
     row, greedy = forward(tokens[:prompt], 0), list[int]()
@@ -85,10 +84,10 @@ def _main(pte: str, asked: str, given: str) -> None:
 
 
 def _load(pte: Path) -> Any:
-    """forward(tokens, position) of a program with empty caches: float32 (vocab,)."""
+    """Return a program's forward(tokens, position) with empty caches, which gives float32 (vocab,)."""
     import executorch.kernels.quantized  # noqa: F401  registers operators
     import torch
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  these, too
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers operators, too
     from executorch.runtime import Runtime, Verification
 
     program: Any = Runtime.get().load_program(pte, verification=Verification.Minimal)

@@ -1,1 +1,1 @@
-"""Models in the forms of others, read into ours."""
+"""Read models in the formats of other tools."""

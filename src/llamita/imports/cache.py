@@ -1,4 +1,4 @@
-"""Where a model of another form is kept in ours: converted once, found again by its files and their times."""
+"""Keep converted models: another tool's model is converted once, and found again by its files and their times."""
 
 import hashlib
 import json
@@ -10,35 +10,31 @@ from pathlib import Path
 
 from llamita import __version__
 from llamita.errors import InputError
+from llamita.imports.convert import convert
 from llamita.imports.detect import files_of, has_adapters
-from llamita.imports.forms import convert
 from llamita.models.packed_writer import find_companions
 from llamita.system.progress import Progress
 from llamita.system.staging import remove_whole, staged
 
 Note = Callable[[str], None] | None  # gets one line for the user
 _KEY = 16  # hexadecimal digits
-_LONGEST_NAME = 80  # characters of the source's in ours
-_SPARED = 24 * 3600.0  # seconds since it was made
+_LONGEST_NAME = 80  # characters of the source's name
+_SPARED = 24 * 3600.0  # seconds that an outdated conversion is kept
 
 
 def converted(source: Path, progress: Progress = None, note: Note = None) -> Path:
-    """The directory of a model in our form, made from one in another form if need be.
+    """Return the directory of a converted model, and convert the model first if that was not done before.
 
-    It lies in LLAMITA_CACHE, else in the user's cache. What was made of the same source before it changed is
-    removed after a day.
+    The directory is in LLAMITA_CACHE, by default in the user's cache. Once the source has changed, what was made of it
+    before is removed after a day.
 
     Raises:
-        InputError: it has adapters, which one directory cannot hold, or see `forms.convert`.
-        RunError: see `forms.convert`.
+        InputError: the model has adapters, which one directory cannot hold, or see `convert.convert`.
+        RunError: see `convert.convert`.
     """
     if has_adapters(source):
-        raise InputError(
-            f"{source}",
-            "a model without adapters",
-            "one that has them",
-            f"try llamita import {source} -o OUT, then OUT with --adapter OUT-adapter",
-        )
+        hint = f"try llamita import {source} -o OUT, then OUT with --adapter OUT-adapter"
+        raise InputError(f"{source}", "a model without adapters", "one with adapters", hint)
     files = {path.name: path for path in files_of(source)}
     if source.is_dir():  # tokenizer, templates and the like travel with the weights
         files |= {name: source / name for name in find_companions(source)}
@@ -52,16 +48,16 @@ def converted(source: Path, progress: Progress = None, note: Note = None) -> Pat
         with staged(place) as directory:
             convert(source, directory, progress)
         if note:
-            note(f"{source}: converted, and kept in {place}")
+            note(f"{source}: converted; the result is kept in {place}")
     except InputError:
-        if not place.exists():  # else another process was faster
+        if not place.exists():  # otherwise another process was faster
             raise
     _remove_old(place, begin)
     return place
 
 
 def _remove_old(place: Path, begin: str) -> None:
-    """Remove what was made of the same source before it changed, unless someone may still open it."""
+    """Remove what was made of the same source before it changed, unless another process may still be opening it."""
     for old in place.parent.glob(f"{escape(begin)}*"):
         if old != place and time.time() - old.stat().st_mtime > _SPARED:
             remove_whole(old)

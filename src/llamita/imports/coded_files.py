@@ -1,6 +1,6 @@
-"""A quantized checkpoint in Hugging Face's form: config.json, safetensors, several tensors to a module.
+"""A quantized checkpoint in Hugging Face's format: config.json, safetensors, several tensors a module.
 
-What compressed-tensors, GPTQ and torchao have in common; each says what a module's tensors mean.
+compressed-tensors, GPTQ and torchao share this; each of their modules says what the tensors mean.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ import numpy as np
 from llamita.errors import InputError
 from llamita.imports.codes import Coded
 from llamita.imports.detect import quantization_of
-from llamita.imports.take_over import CodedModel, Imported, take_over
-from llamita.models.checkpoint import INDEX, open_tensor_files
+from llamita.imports.import_codes import CodedModel, Imported, import_codes
+from llamita.models.checkpoint import INDEX, check_names, open_tensor_files
 from llamita.models.config import ModelConfig
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
 from llamita.models.packed_writer import copy_companions, find_companions
@@ -22,31 +22,30 @@ from llamita.numerics.rotations import Rotations
 from llamita.system.files import exists_in, read_json, safe_path
 from llamita.system.progress import Progress
 
-_IGNORED = ".rotary_emb.inv_freq"  # of old checkpoints; recomputed
-_MOST_NAMED = 3
-_NO_TOKENIZER = "it has no tokenizer, and takes token ids alone; try again with tokenizer.json beside it"
+_IGNORED = ".rotary_emb.inv_freq"  # in old checkpoints; the engine computes it
+_NO_TOKENIZER = "the model has no tokenizer, so it takes token ids only; to add one, import again with tokenizer.json"
 
 
-def take_over_modules(model: CodedModel, directory: Path, progress: Progress) -> Imported:
-    """Write a packed directory from a checkpoint that was opened, and what lies beside it."""
+def import_files(model: CodedModel, directory: Path, progress: Progress) -> Imported:
+    """Write a packed model from an open checkpoint, with its tokenizer and companions."""
     companions = find_companions(model.path)
     copy_companions(model.path, directory, companions)
     note = None if any(name.startswith("tokenizer.") for name in companions) else _NO_TOKENIZER
-    return Imported(take_over(model, directory, progress), note=note)
+    return Imported(import_codes(model, directory, progress), note=note)
 
 
 class ModuleFiles:
-    """The tensors of a quantized checkpoint, by module; `takeover.CodedModel` but for what its codes mean.
+    """The tensors of a quantized checkpoint by module; an `import_codes.CodedModel` once `coded` is added.
 
     Attributes:
-        quantization: of config.json, as its tool wrote it.
+        quantization: quantization_config of config.json.
 
     Raises:
-        InputError: a file is damaged, or no Llama.
+        InputError: a file is damaged, or the model is no Llama.
         RunError: a file cannot be read.
     """
 
-    form = ""
+    format = ""
 
     def __init__(self, path: Path) -> None:
         values = read_json(path, "config.json")
@@ -65,82 +64,70 @@ class ModuleFiles:
             if tensor not in vectors and not tensor.endswith(_IGNORED):
                 self._parts.setdefault(module, {})[part] = tensor
         if self.config.tied and HEAD in self._parts:
-            self._check_tied_head()
-        self._check_names(vectors)
+            self._drop_tied_head()
+        known = table_names(self.config) | linear_names(self.config) | vectors
+        found = set(self._parts) | (vectors.keys() & self._where.keys())
+        check_names(set(known), found, "is tie_word_embeddings right?")
 
-    def _check_names(self, vectors: dict[str, tuple[int]]) -> None:
-        known = table_names(self.config) | linear_names(self.config)
-        missing = sorted([name for name in known if name not in self._parts]
-                         + [name for name in vectors if name not in self._where])  # fmt: skip
-        if missing:
-            raise InputError(f"{', '.join(missing[:_MOST_NAMED])}", "by config.json, missing from the files")
-        extra = sorted(set(self._parts) - set(known))
-        if extra:
-            raise InputError(f"{', '.join(extra[:_MOST_NAMED])[:200]}: unexpected for the architecture in config.json")
-
-    def _check_tied_head(self) -> None:
-        """Some tools write the tied head once more."""
+    def _drop_tied_head(self) -> None:
+        """Leave out a tied head that some tools write a second time; it must repeat the embedding."""
         head, table = self._parts.pop(HEAD), self._parts.get(EMBEDDING, {})
         if head.keys() != table.keys() or any(
             not np.array_equal(self.read(head[part]), self.read(table[part])) for part in head
         ):
-            raise InputError(
-                f"{HEAD}",
-                "the embedding once more (tie_word_embeddings is true)",
-                "other values",
-                "try tie_word_embeddings: false in config.json",
-            )
+            expected, hint = "the embedding again (tie_word_embeddings is true)", "try tie_word_embeddings: false"
+            raise InputError(HEAD, expected, "other values", f"{hint} in config.json")
 
     def read(self, tensor: str) -> np.ndarray:
-        """A tensor as it is stored, mapped."""
+        """Return a tensor as it is stored, mapped."""
         return self._files[self._where[tensor]].read(tensor)
 
     def dtype(self, tensor: str) -> str:
-        """The name of a tensor's type."""
+        """Return the name of a tensor's type."""
         return self._files[self._where[tensor]].tensors[tensor].dtype
 
     def metadata(self, name: str) -> Any:
-        """What the file of some tensor says under this name."""
+        """Return the first file's metadata of this name, None where no file has it."""
         return next((file.metadata[name] for file in self._files.values() if name in file.metadata), None)
 
     def part(self, module: str, part: str, dtypes: tuple[str, ...]) -> np.ndarray:
-        """One of a module's tensors, found to be of one of these types."""
+        """Return a tensor of a module; it must have one of these types."""
         tensor = self._parts[module].get(part)
         if tensor is None:
             raise InputError(f"{module}.{part}", f"in {self.path.name}", "none")
         if self.dtype(tensor) not in dtypes:
-            raise InputError(f"{tensor}: dtype", f"{' or '.join(dtypes)}", f"{self.dtype(tensor)}")
+            raise InputError(f"{tensor}: dtype", " or ".join(dtypes), self.dtype(tensor))
         values = self.read(tensor)
         if not values.size or values.ndim > 2:
-            raise InputError(f"{tensor}", "a matrix or a vector", f"{values.shape}")
+            raise InputError(tensor, "a matrix or a vector", f"{values.shape}")
         return values
 
     def scales(self, module: str, part: str) -> np.ndarray:
-        """A module's scales in float32 (rows, groups); one of a whole row may have no axis of its own."""
+        """Return a module's scales in float32 (rows, groups); a file may have one a row without the second axis."""
         values = to_f32(np.atleast_1d(self.part(module, part, FLOAT_DTYPES)))
         return values.reshape(len(values), -1)
 
     def parts(self, module: str, known: set[str]) -> set[str]:
-        """The names of a module's tensors, found to be among those that are known."""
+        """Return the names of a module's tensors; all must be among those that are known."""
         strange = sorted(self._parts[module].keys() - known)
         if strange:
-            raise InputError(f"{module}.{strange[0]}", f"{', '.join(sorted(known))}: not known here")
+            raise InputError(f"{module}.{strange[0]}", f"one of {', '.join(sorted(known))}")
         return set(self._parts[module])
 
     def matrix(self, name: str) -> Coded | np.ndarray:
-        """See `takeover.CodedModel`."""
+        """See `import_codes.CodedModel`."""
         tensor = self._parts[name].get("weight")
         if self._parts[name].keys() == {"weight"} and tensor and self.dtype(tensor) in FLOAT_DTYPES:
             return self.read(tensor)
         return self.coded(name)
 
     def coded(self, name: str) -> Coded:
-        """A module that is quantized."""
+        """Return a module that is quantized."""
         raise NotImplementedError
 
     def vector(self, name: str) -> np.ndarray:
-        """See `takeover.CodedModel`."""
+        """See `import_codes.CodedModel`."""
         values, expected = self.read(name), vector_names(self.config)[name]
         if self.dtype(name) not in FLOAT_DTYPES or values.shape != expected:
-            raise InputError(f"{name}", f"floats {expected}", f"{self.dtype(name)} {values.shape}")
+            raise InputError(name, f"floats {expected}", f"{self.dtype(name)} {values.shape}")
         return values

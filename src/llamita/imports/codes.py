@@ -1,7 +1,7 @@
-"""Codes and scales as other tools leave them, made what llamita's are, with the very same weights.
+"""Turn the codes and scales of other tools into llamita's, without changing a weight.
 
-Here scales are positive and normal, and a group has 32, 64, 128 or 256 inputs, the largest that the scales
-allow: other tools repeat a channel's scale, or have blocks of 32.
+llamita's scales are positive and normal. Its groups have 32, 64, 128 or 256 inputs, the largest that the scales allow:
+other tools repeat a channel's scale, or have blocks of 32.
 """
 
 from collections import Counter
@@ -33,21 +33,21 @@ class Coded:
     bits: int
 
     def floats(self) -> np.ndarray:
-        """Multiplied out, float32 (rows, columns)."""
+        """Return the codes times their scales, float32 (rows, columns)."""
         groups = self.codes.reshape(*self.scales.shape, -1)
         return (groups.astype(np.float32) * self.scales[..., None]).reshape(self.codes.shape)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a matrix can be stored as.
+    """The ways in which a matrix can be stored.
 
     Attributes:
         kinds: keys of `scheme.KINDS`, the best last; "float" where codes cannot be kept.
-        is_uniform: whether it has one scale throughout, as a matrix of zeros, which says nothing of groups.
-        on_bf16: whether the scales lie on the grid of bf16.
-        changed: groups whose sign was turned, or whose scale was of no consequence.
-        is_coded: whether it came in codes, be they kept or multiplied out.
+        is_uniform: whether all scales are equal, as in a matrix of zeros; they then say nothing of the group size.
+        on_bf16: whether all scales are exact in bf16.
+        changed: groups of zeros, and groups whose sign was turned.
+        is_coded: whether the matrix came in codes, kept or not.
     """
 
     kinds: tuple[str, ...]
@@ -58,19 +58,19 @@ class Found:
 
 
 def with_positive_scales(name: str, coded: Coded) -> tuple[Coded | None, int]:
-    """The same weights on positive scales, and how many groups that changed; None where there is no way.
+    """Return the same weights on positive scales with the number of groups that changed, or None if there is no way.
 
-    A group on a negative scale is turned around, unless it has the lowest code, whose opposite does not exist
-    (llama.cpp's own Q4_0 is so); a group of zeros takes the scale 1.
+    A group on a negative scale changes the sign of codes and scale. That fails where it has the lowest code, whose
+    opposite does not exist, as in llama.cpp's own Q4_0. A group of zeros gets the scale 1.
 
     Raises:
-        InputError: scales that are no numbers, or codes beyond their bits.
+        InputError: a scale is NaN or infinite, or a code needs more bits.
     """
     codes, scales = coded.codes, coded.scales
     if coded.bits == 4 and codes.size and (codes.min() < -8 or codes.max() > 7):
-        raise InputError(f"{name}", "codes from -8 to 7", f"{codes.min()} to {codes.max()}")
+        raise InputError(name, "codes from -8 to 7", f"{codes.min()} to {codes.max()}")
     if not np.isfinite(scales).all():
-        raise InputError(f"{name}", "finite scales", "others", "the file is damaged")
+        raise InputError(name, "finite scales", "others", "the file is damaged")
     wrong = scales < SMALLEST_NORMAL
     if not wrong.any():
         return coded, 0
@@ -87,10 +87,10 @@ def with_positive_scales(name: str, coded: Coded) -> tuple[Coded | None, int]:
 
 
 def find_kinds(name: str, matrix: Coded | np.ndarray) -> Found:
-    """How a matrix can be stored without changing a weight.
+    """Return the ways in which a matrix can be stored without changing a weight.
 
     Raises:
-        InputError: a linear layer whose codes fit no group size, or see `with_positive_scales`.
+        InputError: the codes of a linear layer fit no group size, or see `with_positive_scales`.
     """
     if isinstance(matrix, np.ndarray):
         return Found(("float",), is_coded=False)
@@ -105,17 +105,14 @@ def find_kinds(name: str, matrix: Coded | np.ndarray) -> Found:
         return Found(("w8",), **uniform) if per_row else Found(("float",))
     fitting = [g for g in GROUP_SIZES if columns % g == 0 and _is_constant_in(scales, columns, g)]
     if not fitting:
-        raise InputError(
-            f"{name}",
-            f"scales for groups of {', '.join(map(str, GROUP_SIZES))} inputs",
-            f"{scales.shape[1]} for {columns}",
-        )
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise InputError(name, f"scales for groups of {sizes} inputs", f"{scales.shape[1]} for {columns}")
     return Found(tuple(f"w4g{g}" for g in fitting), **uniform)
 
 
 def _is_constant_in(scales: np.ndarray, columns: int, group_size: int) -> bool:
-    """Whether all inputs of a group of this size have one scale."""
-    own = columns // scales.shape[1]  # inputs that share one as it is stored
+    """Return whether all inputs of a group of this size have one scale."""
+    own = columns // scales.shape[1]  # inputs that share a stored scale
     if own % group_size == 0:
         return True
     if group_size % own:
@@ -125,16 +122,16 @@ def _is_constant_in(scales: np.ndarray, columns: int, group_size: int) -> bool:
 
 
 def scheme_of(found: Mapping[str, Found]) -> QuantScheme:
-    """The scheme of a whole model, from what its matrices can be stored as.
+    """Return the scheme of a whole model, from the ways in which its matrices can be stored.
 
     Raises:
-        InputError: nothing in it is int4.
+        InputError: no linear layer is int4.
     """
     blocks = [f for name, f in found.items() if name.startswith("model.layers.") and f.kinds[-1] != "float"]
     grouped = [f for f in blocks if f.kinds[-1].startswith("w4")]
     telling = [f for f in grouped if not f.is_uniform] or grouped
     if not telling:
-        raise InputError("expected linear layers in symmetric int4, got none that llamita can keep")
+        raise InputError("linear layers", "symmetric int4", "none whose codes llamita can keep")
     usual = Counter(f.kinds[-1] for f in telling).most_common(1)[0][0]
     kinds = {n: usual if f.is_uniform and usual in f.kinds else f.kinds[-1] for n, f in found.items()}
     on_bf16 = all(f.on_bf16 for f in found.values())
@@ -146,7 +143,7 @@ def scheme_of(found: Mapping[str, Found]) -> QuantScheme:
 
 
 def scales_for(coded: Coded, kind: str) -> np.ndarray:
-    """Scales float32 (rows, groups) as this kind has them: repeated, or one of those that are equal."""
+    """Return scales float32 (rows, groups) for this kind: repeated, or one of those that are equal."""
     rows, columns = coded.codes.shape
     groups = columns // (KINDS[kind].group_size or columns)
     held = coded.scales.shape[1]

@@ -1,4 +1,4 @@
-"""Which form of another tool a model on disk has, by the names of its files and what config.json says."""
+"""Detect another tool's format, by the names of a model's files and by config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ _MAGIC = b"GGUF"
 _OURS = ("llamita.json", "llamita_training.json")
 
 
-def form_of(source: Path) -> str | None:
-    """The form of a model that is converted before use; None for ours, float checkpoints, anything else."""
+def detect_format(source: Path) -> str | None:
+    """Return the format of a model that has to be converted, None for packed models, float checkpoints and others."""
     if gguf_of(source) is not None:
         return GGUF
     if not source.is_dir() or any(exists_in(source, name) for name in _OURS):
@@ -27,7 +27,7 @@ def form_of(source: Path) -> str | None:
 
 
 def gguf_of(source: Path) -> Path | None:
-    """The GGUF file that this is, or that a directory has as its only one, as `export` leaves it."""
+    """Return `source` if it is a GGUF file, or the only such file of a directory, as `export` writes it."""
     if source.is_dir():
         files = list(source.glob("*.gguf"))
         return files[0] if len(files) == 1 and not exists_in(source, "config.json") else None
@@ -36,28 +36,27 @@ def gguf_of(source: Path) -> Path | None:
     try:
         with source.open("rb") as file:
             return source if source.suffix == ".gguf" or file.read(len(_MAGIC)) == _MAGIC else None
-    except OSError:  # told by what opens it next
+    except OSError:  # the next reader reports it
         return source if source.suffix == ".gguf" else None
 
 
 def quantization_of(source: Path) -> dict[str, Any]:
-    """How config.json says that weights are quantized; empty where it says nothing, or cannot be read.
+    """Return quantization_config of config.json; empty where there is none, or the file cannot be read.
 
-    What another program writes in the model's own type is left to the reader of packed directories. Older
-    GPTQ checkpoints say it in a file of its own.
+    Older GPTQ checkpoints have it in a file of its own. One in a packed model is empty here: its own reader checks it.
     """
     try:
         values = read_json(source, "config.json")
         found = values.get("quantization_config")
         if found is None and exists_in(source, _OLD_GPTQ):
             found = {"quant_method": GPTQ, **read_json(source, _OLD_GPTQ)}
-    except LlamitaError:  # told by what opens it next
+    except LlamitaError:  # the next reader reports it
         return {}
     return found if isinstance(found, dict) and values.get("model_type") != "llamita" else {}
 
 
 def files_of(source: Path) -> list[Path]:
-    """The files that decide what a model of another form is; Meta's parts come first, in order."""
+    """Return the files that decide what another tool's model is; Meta's parts come first, in order."""
     gguf = gguf_of(source)
     if gguf is not None:
         return [gguf]
@@ -71,7 +70,7 @@ def files_of(source: Path) -> list[Path]:
 
 
 def has_adapters(source: Path) -> bool:
-    """Whether adapters lie among the weights, as in Meta's QLoRA releases."""
-    if form_of(source) != META:
+    """Return whether adapters are among the weights, as in Meta's QLoRA releases."""
+    if detect_format(source) != META:
         return False
     return read_json(source, "params.json").get("lora_args") is not None

@@ -1,7 +1,7 @@
-"""A GGUF file of a Llama: its codes taken over, or a float checkpoint, Q4_0 and Q8_0 multiplied out.
+"""Read a GGUF file of a Llama: as a packed model with its codes, or as a float checkpoint.
 
-llama.cpp's own Q4_0 has scales of either sign, which no other runtime here takes; float32 has every product
-of a code and a scale exactly. F32, F16 and BF16 stay as they are.
+llama.cpp's own Q4_0 has scales of both signs, which no other runtime here takes, so Q4_0 and Q8_0 are then multiplied
+out: float32 holds every product of a code and a scale exactly. F32, F16 and BF16 stay as they are.
 """
 
 from pathlib import Path
@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.formats.gguf import GgufFile
 from llamita.formats.gguf_blocks import floats_of
 from llamita.imports.gguf_codes import STORED, GgufCodes
-from llamita.imports.take_over import Imported, take_over
+from llamita.imports.import_codes import CodesLostError, Imported, import_codes
 from llamita.imports.tokenizers import LLAMA3_ENDS, WORDS, byte_level, with_scores, write_tokenizer
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, gguf_name, hf_order, rope_factors
@@ -21,16 +21,16 @@ from llamita.models.names import expected_tensors
 from llamita.models.packed_writer import plan_shards, write_bytes, write_json, write_shards
 from llamita.system.progress import Progress
 
-_SIGNED = "its int4 scales have either sign, as llama.cpp makes them, which no other runtime takes: multiplied out"
+_SIGNED = "weights are multiplied out: llama.cpp's int4 scales have both signs, which no other runtime takes"
 _FLAGS = ("add_bos_token", "add_space_prefix")
-# Values that change the forward pass, and where they do not.
+# Values that change the forward pass, with those that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0, 0.0), "embedding_scale": (1.0, 0.0), "residual_scale": (1.0, 0.0),
     "attention.scale": (0.0,), "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,),
     "attention.causal": (True,), "rope.scale_linear": (1.0,), "rope.scaling.attn_factor": (1.0,),
     "expert_count": (0,), "use_parallel_residual": (False,),
 }  # fmt: skip
-_CONTROL = (3, 4)  # kinds of tokens: control, and the user's own
+_CONTROL = (3, 4)  # kinds of tokens: control, and those that users add
 _SPLITS = {"gpt-2": None, "llama-bpe": WORDS, "llama3": WORDS, "llama-v3": WORDS}
 
 
@@ -41,8 +41,8 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         directory: exists, empty.
 
     Raises:
-        InputError: the file is damaged, or is no Llama that the engine knows.
-        RunError: it cannot be read.
+        InputError: the file is damaged, or no Llama that the engine knows.
+        RunError: the file cannot be read.
     """
     file = GgufFile(source)
     try:
@@ -55,26 +55,27 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         template = file.values.get("tokenizer.chat_template")
         if isinstance(template, str):
             write_bytes(directory / "chat_template.jinja", template.encode())
-        coded = GgufCodes(file, values)
-        if coded.can_be_kept():
-            return Imported(take_over(coded, directory, progress))
+        coded, note = GgufCodes(file, values), None
+        if coded.is_int4():
+            try:
+                return Imported(import_codes(coded, directory, progress, keep_all=True))
+            except CodesLostError:
+                note = _SIGNED
         _write_weights(file, config, directory, progress)
         write_json(directory / "config.json", values)
-        return Imported(note=_SIGNED if coded.is_int4() else None)
+        return Imported(note=note)
     finally:
         file.close()
 
 
 def hf_config(file: GgufFile) -> dict[str, Any]:
-    """config.json from the metadata.
+    """Return config.json for the file's metadata.
 
     Raises:
         InputError: another architecture, or a value that is missing or of another type.
     """
-    if file.values.get("general.architecture") != "llama":
-        raise InputError(
-            f"{file.path.name}: general.architecture", "llama", f"{str(file.values.get('general.architecture'))[:40]!r}"
-        )
+    if (found := file.values.get("general.architecture")) != "llama":
+        raise InputError(f"{file.path.name}: general.architecture", "llama", shown(found, 40))
     heads, hidden = _integer(file, "attention.head_count"), _integer(file, "embedding_length")
     tokens = file.values.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
@@ -97,34 +98,29 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
 
 
 def _ends(file: GgufFile, tokens: list[str]) -> list[int]:
-    """Every token that ends an answer: those that are told, and Llama 3's by their names."""
-    told = [file.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    """Return every token that ends an answer: those of the metadata, and Llama 3's by their names."""
+    given = [file.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     named = [tokens.index(name) for name in LLAMA3_ENDS if name in tokens]
-    return list(dict.fromkeys([*(number for number in told if type(number) is int), *named]))
+    return list(dict.fromkeys([*(number for number in given if type(number) is int), *named]))
 
 
 def _check_plain(file: GgufFile, config: ModelConfig) -> None:
-    """See that no value asks for more than a Llama's forward pass.
-
-    Raises:
-        InputError: the first that does.
-    """
+    """Raise InputError at the first value that asks for more than a Llama's forward pass."""
     width = (config.head_dim,)
     for key, plain in {"rope.dimension_count": width, "attention.value_length": width, **_PLAIN}.items():
         value = file.values.get(f"llama.{key}", plain[0])
         if isinstance(value, np.ndarray | list) or value not in plain:
-            found = str(value)[:40]
-            raise InputError(f"{file.path.name}: llama.{key}", f"{plain[0]}", f"{found}: not a plain Llama")
+            raise InputError(f"{file.path.name}: llama.{key}", f"{plain[0]}", f"{shown(value, 40)}: not a plain Llama")
 
 
 def _scaling(file: GgufFile) -> dict[str, Any]:
-    """How rotary embeddings are stretched."""
+    """Return the keys of config.json that say how rotary embeddings are stretched."""
     kind = file.values.get("llama.rope.scaling.type")
     if kind == "linear":
         factor = _number(file, "rope.scaling.factor", 1.0)
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     if kind not in (None, "none"):
-        raise InputError(f"{file.path.name}: rope.scaling.type", "linear or none", f"{str(kind)[:40]!r}")
+        raise InputError(f"{file.path.name}: rope.scaling.type", "linear or none", shown(kind, 40))
     if "rope_freqs.weight" not in file.tensors:
         return {}
     if file.tensors["rope_freqs.weight"].kind != "F32":
@@ -134,7 +130,7 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
 
 
 def _check_rope(file: GgufFile, config: ModelConfig) -> None:
-    """See that frequencies are divided as in Llama 3.1: nothing in the file says how that came about."""
+    """Check that frequencies are divided as in Llama 3.1; the file has the factors, not the rule behind them."""
     if config.rope.kind == "llama3":
         found = floats_of("F32", file.read("rope_freqs.weight"))
         expected = rope_factors(config)
@@ -143,31 +139,31 @@ def _check_rope(file: GgufFile, config: ModelConfig) -> None:
 
 
 def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
-    """See that the file has a Llama's tensors, and nothing else."""
+    """Check that the file has a Llama's tensors, and nothing else."""
     tensors = expected_tensors(config)
     for tensor, shape in tensors.items():
         found = file.tensors.get(gguf_name(tensor))
         if found is None or found.shape != shape:
-            had = "none" if found is None else f"{found.shape}"
-            raise InputError(f"{file.path.name}: {gguf_name(tensor)}", f"{shape}", f"{had}")
+            got = "none" if found is None else f"{found.shape}"
+            raise InputError(f"{file.path.name}: {gguf_name(tensor)}", f"{shape}", got)
         if len(shape) == 1 and found.kind not in STORED:
-            raise InputError(f"{file.path.name}: {gguf_name(tensor)}", "floats", f"{found.kind}")
+            raise InputError(f"{file.path.name}: {gguf_name(tensor)}", "floats", found.kind)
     known = {gguf_name(tensor) for tensor in tensors} | {"rope_freqs.weight"}
     for name in file.tensors:
         if name not in known:
-            raise InputError(f"{file.path.name}: {name[:80]!r}", "a Llama's tensors alone")
+            raise InputError(f"{file.path.name}: {shown(name)}", "a Llama's tensors alone")
 
 
 def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progress: Progress) -> None:
     tensors = expected_tensors(config)
     kinds = {t: kind if (kind := file.tensors[gguf_name(t)].kind) in STORED else "F32" for t in tensors}
-    order = sorted(tensors, key=lambda t: kinds[t] != "F32")  # each at a multiple of its size
+    order = sorted(tensors, key=lambda t: kinds[t] != "F32")  # so that each starts at a multiple of its element's size
     shards = plan_shards({t: {t: (kinds[t], tensors[t])} for t in order})
     write_shards(directory, shards, lambda t: [_read(file, t, tensors[t], kinds[t], config)], progress)
 
 
 def _read(file: GgufFile, tensor: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> np.ndarray:
-    """A tensor as it is stored, with its rows in transformers' order."""
+    """Return a tensor as it is stored, with its rows in transformers' order."""
     stored, data = file.tensors[gguf_name(tensor)].kind, file.read(gguf_name(tensor))
     is_same = stored == kind
     values = data.view(STORED[kind]).reshape(shape) if is_same else floats_of(stored, data)
@@ -181,6 +177,7 @@ def _write_tokenizer(file: GgufFile, directory: Path) -> None:
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
         raise InputError(f"{name}: tokenizer.ggml.token_type", "a number for each token")
     bos, eos = (_token(values.get(f"tokenizer.ggml.{one}_token_id"), tokens) for one in ("bos", "eos"))
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
     settings = {"bos_token": bos, "eos_token": eos}
     if values.get("tokenizer.ggml.model") == "llama":
         scores = values.get("tokenizer.ggml.scores")
@@ -188,19 +185,15 @@ def _write_tokenizer(file: GgufFile, directory: Path) -> None:
             raise InputError(f"{name}: tokenizer.ggml.scores", "one for each token, and Llama 2's first three")
         pieces = list(zip(tokens, (float(score) for score in scores), strict=True))
         flags = {key: values.get(f"tokenizer.ggml.{key}", True) is not False for key in _FLAGS}
-        special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
         made = with_scores(pieces, special, bos if flags[_FLAGS[0]] else None, flags[_FLAGS[1]])
         return write_tokenizer(made, {**settings, "add_bos_token": flags[_FLAGS[0]]}, directory)
     merges, split = values.get("tokenizer.ggml.merges"), values.get("tokenizer.ggml.pre")
     if values.get("tokenizer.ggml.model") != "gpt2" or split not in _SPLITS or not isinstance(merges, list):
-        raise InputError(
-            f"{name}: tokenizer.ggml.pre", f"one of {', '.join(_SPLITS)} with merges", f"{str(split)[:40]!r}"
-        )
+        raise InputError(f"{name}: tokenizer.ggml.pre", f"one of {', '.join(_SPLITS)} with merges", shown(split, 40))
     pairs = [tuple(merge.split(" ")) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if any(len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys() for pair in pairs):
         raise InputError(f"{name}: tokenizer.ggml.merges", "pairs of tokens that make a token")
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
     adds = bos if values.get("tokenizer.ggml.add_bos_token", True) else None
     made = byte_level(vocabulary, [(a, b) for a, b in pairs], _SPLITS[split], special, adds)  # type: ignore[misc]
     return write_tokenizer(made, settings, directory)
@@ -213,13 +206,13 @@ def _token(number: Any, tokens: list[str]) -> str | None:
 def _integer(file: GgufFile, key: str, default: int | None = None) -> int:
     value = file.values.get(f"llama.{key}", default)
     if type(value) is not int or value < 1:
-        raise InputError(f"{file.path.name}: llama.{key}", "a whole number", f"{str(value)[:40]!r}")
+        raise InputError(f"{file.path.name}: llama.{key}", "a whole number", shown(value, 40))
     return value
 
 
 def _number(file: GgufFile, key: str, default: float) -> float:
     value = file.values.get(f"llama.{key}", default)
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{file.path.name}: llama.{key}", "a number", f"{str(value)[:40]!r}")
-    # what was written as float32 gets its shortest decimal back, as config.json has it
+        raise InputError(f"{file.path.name}: llama.{key}", "a number", shown(value, 40))
+    # the shortest decimal of the float32 is what config.json had
     return float(str(np.float32(value)))

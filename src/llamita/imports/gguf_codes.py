@@ -1,12 +1,12 @@
-"""The codes of a GGUF file by our names: Q4_0 and Q8_0, whose blocks of 32 have a scale in float16 each."""
+"""Read the codes of a GGUF file by llamita's names: Q4_0 and Q8_0, whose blocks of 32 each have a float16 scale."""
 
 from typing import Any
 
 import numpy as np
 
 from llamita.formats.gguf import GgufFile
-from llamita.formats.gguf_blocks import codes_of
-from llamita.imports.codes import Coded, with_positive_scales
+from llamita.formats.gguf_blocks import codes_of, floats_of
+from llamita.imports.codes import Coded
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import gguf_name, hf_order
 from llamita.models.names import linear_names
@@ -17,9 +17,9 @@ _BITS = {"Q4_0": 4, "Q8_0": 8}
 
 
 class GgufCodes:
-    """A file whose tensors were found to be a Llama's; satisfies `takeover.CodedModel`."""
+    """A file whose tensors were checked to be a Llama's; an `import_codes.CodedModel`."""
 
-    form = "GGUF"
+    format = "GGUF"
 
     def __init__(self, file: GgufFile, hf_config: dict[str, Any]) -> None:
         self._file, self.path, self.files = file, file.path, [file.path]
@@ -27,37 +27,30 @@ class GgufCodes:
         self.rotations, self.rotated = Rotations(), ()
 
     def is_int4(self) -> bool:
-        """Whether linear layers are in Q4_0."""
+        """Return whether a linear layer is in Q4_0."""
         return any(self._kind(name) == "Q4_0" for name in linear_names(self.config))
-
-    def can_be_kept(self) -> bool:
-        """Whether there is int4, and all of it has scales that can be made positive."""
-        named = [name for name in linear_names(self.config) if self._kind(name) == "Q4_0"]
-        return bool(named) and all(self._is_positive(name) for name in named)
-
-    def _is_positive(self, name: str) -> bool:
-        matrix = self.matrix(name)
-        return isinstance(matrix, Coded) and with_positive_scales(name, matrix)[0] is not None
 
     def _kind(self, name: str) -> str:
         return self._file.tensors[gguf_name(f"{name}.weight")].kind
 
     def activations(self) -> str | None:
-        """See `takeover.CodedModel`."""
+        """See `import_codes.CodedModel`."""
         return "int8 activations in blocks of 32"
 
     def matrix(self, name: str) -> Coded | np.ndarray:
-        """See `takeover.CodedModel`."""
+        """See `import_codes.CodedModel`; other codes than those of Q4_0 and Q8_0 are multiplied out."""
         kind, data = self._kind(name), self._file.read(gguf_name(f"{name}.weight"))
         order = hf_order(f"{name}.weight", self.config)
         data = data if order is None else data[order]
         if kind in STORED:
             return data.view(STORED[kind])
+        if kind not in _BITS:
+            return floats_of(kind, data)
         codes, scales = codes_of(kind, data)
         return Coded(codes, scales, _BITS[kind])
 
     def vector(self, name: str) -> np.ndarray:
-        """See `takeover.CodedModel`."""
+        """See `import_codes.CodedModel`."""
         info = self._file.tensors[gguf_name(name)]
         values = self._file.read(gguf_name(name)).view(STORED[info.kind]).reshape(info.shape)
         order = hf_order(name, self.config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamita.errors import InputError, RunError
 from llamita.imports.cache import Note, converted
-from llamita.imports.detect import form_of
+from llamita.imports.detect import detect_format
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import METADATA, PackedModel
 from llamita.models.weights import ModelSource
@@ -35,30 +35,28 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
         note: gets one line that says where a new conversion is kept.
 
     Raises:
-        InputError: neither a directory nor a possible hub name.
+        InputError: the name is neither a directory nor possible on the hub, or another tool's model is damaged.
         RunError: the hub's model is gated, missing or out of reach.
     """
     if str(name) == "embedded":
         directory = Path(__file__).parents[1] / "embedded"
         if not exists_in(directory, "config.json"):
-            raise RunError("embedded: this installation has no embedded model; try installing llamita again")
+            raise RunError("embedded: this installation has no embedded model", hint="try installing llamita again")
         return directory
     path = Path(name)
     if os.path.exists(name):  # not Path.exists, which raises for a name that is too long
-        if not os.path.isdir(name) and form_of(path) is None:
+        if not os.path.isdir(name) and detect_format(path) is None:
             raise InputError(f"{name}", "a model directory", "a file")
-    elif not str(name):
-        raise InputError("model", "a model directory, 'embedded' or a hub name like owner/model", "''")
     elif not is_hub_name(name):
-        raise InputError(f"{name}", "a model directory, 'embedded' or a hub name like owner/model")
+        where, got = (f"{name}", None) if str(name) else ("model", "''")
+        raise InputError(where, "a model directory, 'embedded' or a hub name like owner/model", got)
     else:
         path = import_module("llamita.imports.hub").download(name)
-    if form_of(path) is not None:
+    if detect_format(path) is not None:
         return converted(path, progress, note)
     if exists_in(path, "model.pte") and not exists_in(path, "config.json"):
-        raise InputError(
-            f"{name}", "a model", "an ExecuTorch program, which is not read back", "try what it was exported from"
-        )
+        got, hint = "an ExecuTorch program, which cannot be read back", "try the model that it was exported from"
+        raise InputError(f"{name}", "a model", got, hint)
     return path
 
 

@@ -1,8 +1,7 @@
-"""Meta's tokenizer.model as tokenizer.json: tiktoken's ranks (Llama 3) and SentencePiece's model (Llama 2).
+"""Convert Meta's tokenizer.model to tokenizer.json: tiktoken's ranks (Llama 3), SentencePiece's model (Llama 2).
 
-Both are BPE; what differs is how merges are told. tiktoken gives a rank to every piece: a merge is a piece
-cut in two known ones, and comes by the rank of the whole. SentencePiece gives scores: a merge comes by the
-score of the whole.
+Both are BPE, and both leave the merges out. A merge is a piece that can be cut into two known pieces. tiktoken orders
+merges by the rank of the whole piece, SentencePiece by its score.
 """
 
 import base64
@@ -17,7 +16,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.system.files import exists_in, read_bytes, read_json
 
 FILE = "tokenizer.model"
@@ -32,18 +31,18 @@ WORDS = (
 )
 _BOS, _END, _TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 LLAMA3_ENDS = (_END, "<|eom_id|>", _TURN)
-_SPECIAL = {  # by their place behind the ranks; the others are reserved, and count by themselves
+_SPECIAL = {  # by their place behind the ranks; the others are reserved, with numbers of their own
     0: _BOS, 1: _END, 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
     8: "<|eom_id|>", 9: _TURN, 10: "<|python_tag|>",
 }  # fmt: skip
 _SPECIALS = 256
-_UNIGRAM, _BPE = 1, 2  # kinds of SentencePiece's models, the first where none is told
-_SPACE = "\u2581"  # how SentencePiece writes one
+_UNIGRAM, _BPE = 1, 2  # kinds of SentencePiece's models; the first is the default
+_SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A tokenizer's number of tokens, and of those that begin a text and end one."""
+    """A converted tokenizer: how many tokens it has, and the ids of those that begin and end a text."""
 
     tokens: int
     bos: int
@@ -54,7 +53,7 @@ class Converted:
 def convert_tokenizer(source: Path, directory: Path) -> Converted:
     """Write tokenizer.json and its settings from the tokenizer.model of a directory.
 
-    Where there is none but a tokenizer.json, as in what `export --to meta` writes, that travels as it is.
+    A directory that has a tokenizer.json instead, as `export --to meta` writes, needs no conversion.
 
     Raises:
         InputError: the file is missing, too large, or of neither kind.
@@ -74,32 +73,32 @@ def convert_tokenizer(source: Path, directory: Path) -> Converted:
 
 
 def _from_json(source: Path) -> Converted:
-    """What tokenizer.json and its settings say."""
+    """Describe a tokenizer.json that needs no conversion."""
     settings = read_json(source, "tokenizer_config.json")
     try:
         tokenizer = Tokenizer.from_buffer(read_bytes(source, "tokenizer.json"))
-    except Exception as error:  # the library has no class of its own for it
-        raise InputError("tokenizer.json", "a tokenizer", f"{str(error)[:80]}") from None
+    except Exception as error:  # the library raises no narrower class
+        raise InputError("tokenizer.json", "a tokenizer", str(error)[:80]) from None
     tokens = [settings.get("bos_token"), settings.get("eos_token")]
     names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
     bos, eos = (tokenizer.token_to_id(name) if isinstance(name, str) else None for name in names)
     if bos is None or eos is None:
-        raise InputError("tokenizer_config.json", "two tokens, bos and eos", f"{names}")
+        raise InputError("tokenizer_config.json", "two tokens, bos and eos", shown(names))
     return Converted(tokenizer.get_vocab_size(), bos, (eos,), tokenizer.token_to_id(_BOS) is not None)
 
 
 def write_tokenizer(tokenizer: Tokenizer, settings: dict[str, Any], directory: Path) -> None:
-    """tokenizer.json, and its settings."""
+    """Write tokenizer.json and tokenizer_config.json."""
     tokenizer.save(str(directory / "tokenizer.json"))
     common = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(common | settings, indent=1), "utf-8")
 
 
 def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
-    """Llama 3's: a line for each piece, base64 of its bytes and its rank."""
+    """Return Llama 3's tokenizer from lines that each have a piece's bytes in base64 and its rank."""
     ranks = dict(_ranks(data))
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise InputError(f"{FILE}", "ranks from 0 on and a piece for every byte", "others")
+        raise InputError(FILE, "ranks from 0 on and a piece for every byte", "others")
     merges = []
     for token, rank in ranks.items():
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -122,14 +121,14 @@ def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
 def byte_level(
     vocabulary: dict[str, int], merges: list[tuple[str, str]], words: str | None, special: list[str], bos: str | None
 ) -> Tokenizer:
-    """A BPE of bytes, as Llama 3 and GPT-2 have it.
+    """Return a BPE of bytes, as Llama 3 and GPT-2 have it.
 
     Args:
         vocabulary: pieces in GPT-2's letters for bytes.
-        words: how a text is split first, where it is not as GPT-2 does; whole words are then looked up before
+        words: the expression that splits a text first, None for GPT-2's; with one, whole words are looked up before
             any merge.
-        special: tokens that are added behind, or are in the vocabulary already.
-        bos: what is put in front of a text.
+        special: tokens to add, unless the vocabulary has them.
+        bos: the token in front of every text.
     """
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=words is not None))
     split = [pre_tokenizers.Split(Regex(words), behavior="isolated")] if words else []
@@ -140,7 +139,7 @@ def byte_level(
 
 
 def _with_special(tokenizer: Tokenizer, special: Sequence[str], bos: str | None) -> Tokenizer:
-    """The tokenizer with tokens that are never cut, and what is put in front of a text."""
+    """Add tokens that are never cut, and the one in front of every text."""
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     if bos is not None:
         number = tokenizer.token_to_id(bos)
@@ -150,31 +149,30 @@ def _with_special(tokenizer: Tokenizer, special: Sequence[str], bos: str | None)
 
 def _check_merges(merges: int) -> None:
     if merges > _MOST_MERGES:
-        raise InputError(f"{FILE}", f"at most {_MOST_MERGES:,} ways to make a piece of two", "more")
+        raise InputError(FILE, f"at most {_MOST_MERGES:,} ways to make a piece of two", "more")
 
 
 def _ranks(data: bytes) -> Iterator[tuple[bytes, int]]:
     lines = data.splitlines()
     if len(lines) > _MOST_PIECES:
-        raise InputError(f"{FILE}", f"at most {_MOST_PIECES} pieces", f"{len(lines)}")
+        raise InputError(FILE, f"at most {_MOST_PIECES} pieces", f"{len(lines)}")
     for number, line in enumerate(lines, 1):
         try:
             piece, rank = line.split()
             found = base64.b64decode(piece, validate=True), int(rank)
         except (ValueError, binascii.Error):
-            raise InputError(
-                f"{FILE}: line {number}", "base64 and a rank, as Llama 3's has them, or SentencePiece's model"
-            ) from None
+            expected = "base64 and a rank, as in Llama 3's file, or SentencePiece's model"
+            raise InputError(f"{FILE}: line {number}", expected) from None
         if not 0 < len(found[0]) <= _LONGEST_PIECE:
             raise InputError(f"{FILE}: line {number}", f"a piece of 1 to {_LONGEST_PIECE} bytes")
         yield found
 
 
 def _from_sentencepiece(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
-    """Llama 2's: pieces with scores."""
+    """Return Llama 2's tokenizer from pieces with scores."""
     pieces = list(_pieces(data))
     if len(pieces) < 259 or [piece for piece, _ in pieces[:3]] != ["<unk>", "<s>", "</s>"]:
-        raise InputError(f"{FILE}", "the pieces <unk>, <s>, </s> and 256 bytes first, as Llama 2's has them")
+        raise InputError(FILE, "the pieces <unk>, <s>, </s> and 256 bytes first, as in Llama 2's")
     settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     return with_scores(pieces), settings
 
@@ -183,11 +181,11 @@ def with_scores(
     pieces: list[tuple[str, float]], special: Sequence[str] = ("<unk>", "<s>", "</s>"),
     bos: str | None = "<s>", adds_space: bool = True,
 ) -> Tokenizer:  # fmt: skip
-    """A BPE whose merges come by the score of the whole, as SentencePiece has it, in the order of ids.
+    """Return a BPE whose merges are ordered by the score of the whole, as in SentencePiece, then by ids.
 
     Args:
         special: pieces that are never cut or made of others.
-        bos: what is put in front of a text.
+        bos: the token in front of every text.
         adds_space: whether a text is read as if a space came before it.
     """
     vocabulary = {piece: i for i, (piece, _) in enumerate(pieces)}
@@ -212,9 +210,9 @@ def with_scores(
 
 
 def _pieces(data: bytes) -> Iterator[tuple[str, float]]:
-    """(piece, score) of a ModelProto: field 1, repeated; in it 1 is the text, 2 the score.
+    """Yield (piece, score) from a ModelProto: field 1, repeated, in which 1 is the text and 2 the score.
 
-    Field 2 says how the model was trained; in it 3 is the kind, of which BPE alone has merges.
+    Field 2 has the settings of the training; in it 3 is the kind of model, of which only BPE has merges.
     """
     count = 0
     try:
@@ -223,7 +221,7 @@ def _pieces(data: bytes) -> Iterator[tuple[str, float]]:
                 kind = dict(_fields(value)).get(3, _UNIGRAM)
                 if kind != _BPE:
                     named = "a Unigram model" if kind == _UNIGRAM else f"kind {kind}"
-                    raise InputError(f"{FILE}", "SentencePiece's BPE, as Llama 2's", f"{named}")
+                    raise InputError(FILE, "SentencePiece's BPE, as Llama 2's", named)
             if field != 1 or not isinstance(value, bytes):
                 continue
             count += 1
@@ -233,13 +231,13 @@ def _pieces(data: bytes) -> Iterator[tuple[str, float]]:
                 raise InputError(f"{FILE}: piece {count}", f"a text of at most {_LONGEST_PIECE} bytes")
             yield text.decode(), struct.unpack("<f", score)[0]
             if count > _MOST_PIECES:
-                raise InputError(f"{FILE}", f"at most {_MOST_PIECES} pieces")
+                raise InputError(FILE, f"at most {_MOST_PIECES} pieces")
     except (IndexError, KeyError, ValueError, struct.error):
         raise InputError(f"{FILE}: piece {count + 1}", "SentencePiece's model", "a damaged one") from None
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """(number, value) of the fields of a protocol buffer message; IndexError or KeyError where it is none."""
+    """Yield (number, value) of a protocol buffer message; raise IndexError, KeyError or ValueError for other bytes."""
     at = 0
 
     def varint() -> int:
@@ -269,7 +267,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: printable ones stand for themselves."""
+    """Return GPT-2's letter for each byte: printable bytes keep theirs."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Quantized models of other tools taken over: the very codes and scales, or a refusal."""
+"""Import quantized models of other tools: the very codes and scales, or a refusal."""
 
 import json
 import os
@@ -23,13 +23,13 @@ from llamita.models.verify import verify
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
-FORMS = ["compressed-tensors", "torchao", "meta", "gguf"]
+FORMATS = ["compressed-tensors", "torchao", "meta", "gguf"]
 
 
 # ---- round trips ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -41,14 +41,14 @@ FORMS = ["compressed-tensors", "torchao", "meta", "gguf"]
     ids=["tied", "group-64", "float-tables", "float32-scales"],
 )
 def test_a_packed_model_comes_back_with_identical_tensors(
-    tmp_path: Path, form: str, family: str, options: tuple[str, ...]
+    tmp_path: Path, target: str, family: str, options: tuple[str, ...]
 ) -> None:
     scaled: dict[str, Any] = {"rope_scaling": llama3_rope(32.0)} if family in ("llama31", "llama32") else {}
     model = make_gguf_checkpoint(tmp_path, family, **scaled)
-    if form == "gguf" and "arm" in options:
+    if target == "gguf" and "arm" in options:
         pytest.skip("GGUF has scales in float16: rounded there, on request")
     assert run("quantize", model, "-o", tmp_path / "packed", *options) == 0
-    source = export(tmp_path / "packed", form, tmp_path / "there")
+    source = export(tmp_path / "packed", target, tmp_path / "there")
     assert run("import", source, "-o", tmp_path / "back") == 0
     assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "packed")
     assert verify(tmp_path / "back").problems == []
@@ -72,8 +72,8 @@ def test_mixed_kinds_come_back(tmp_path: Path) -> None:
              "model.layers.0.self_attn.o_proj": "float", "lm_head": "w4g32"}  # fmt: skip
     scheme = with_layers(make_scheme("llama3.2"), kinds)
     quantize(Checkpoint(model), str(model), tmp_path / "packed", scheme)
-    for form in ("compressed-tensors", "torchao"):
-        source, back = export(tmp_path / "packed", form, tmp_path / form), tmp_path / f"{form}-back"
+    for target in ("compressed-tensors", "torchao"):
+        source, back = export(tmp_path / "packed", target, tmp_path / target), tmp_path / f"{target}-back"
         assert run("import", source, "-o", back) == 0
         assert tensors_of(back) == tensors_of(tmp_path / "packed")
 
@@ -84,9 +84,9 @@ def test_what_was_imported_is_like_any_packed_model(tmp_path: Path, capsys: Any)
     source, back = export(tmp_path / "packed", "gguf", tmp_path / "there"), tmp_path / "back"
     capsys.readouterr()
     assert run("import", source, "-o", back, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["taken"]["activations"] == "int8 activations in blocks of 32"
-    assert told["taken"]["scheme"]["scale_rule"] == "given"
+    record = json.loads(capsys.readouterr().out)
+    assert record["taken"]["activations"] == "int8 activations in blocks of 32"
+    assert record["taken"]["scheme"]["scale_rule"] == "given"
     assert run("inspect", back) == 0
     assert "imported" in capsys.readouterr().out
     assert "not known" in (back / "README.md").read_text("utf-8")
@@ -109,7 +109,7 @@ def test_every_command_takes_it_and_says_that_it_was_converted(
     source = export(tmp_path / "packed", "compressed-tensors", tmp_path / "there")
     capsys.readouterr()
     assert run("generate", source, "--prompt", "ab", "--max-tokens", "2") == 0
-    assert f"{source}: converted, and kept in" in capsys.readouterr().err
+    assert f"{source}: converted; the result is kept in" in capsys.readouterr().err
     first = resolve(source)
     assert capsys.readouterr().err == ""  # the second time it is there
     config = source / "config.json"
@@ -123,6 +123,25 @@ def test_every_command_takes_it_and_says_that_it_was_converted(
     assert (third / "chat_template.jinja").exists()  # what lies beside the weights counts, too
     assert not first.exists()  # made long ago, of another source
     assert second.exists()
+
+
+def test_loading_a_gguf_prints_nothing_and_reports_progress(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Library code never prints; without Torch, as GGUF is read and written on the lean side."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model = make_gguf_checkpoint(tmp_path, "llama3")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    reports: list[tuple[str, int, int]] = []
+    capfd.readouterr()
+    llm = llamita.load(tmp_path / "out" / "model.gguf", progress=lambda *report: reports.append(report))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert reports[0][0].startswith("looking at model.embed_tokens")
+    assert any(what.startswith("writing model.layers.1.") for what, _, _ in reports)
+    assert all(0 <= done <= total for _, done, total in reports)
+    np.testing.assert_array_equal(llm.logits(IDS), llamita.load(tmp_path / "packed").logits(IDS))
 
 
 # ---- Meta's quantized releases -------------------------------------------------------------------
@@ -169,7 +188,7 @@ def test_adapters_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"layers.0.attention.q_norm.weight": (128,)}, "'layers.0.attention.q_norm.weight': expected a Llama's"),
         ({"output.adaptor.A.weight": (4, 9), "output.adaptor.B.weight": (9, 4)}, "'output.adaptor.A.weight'"),
@@ -179,7 +198,7 @@ def test_adapters_of_the_float_model_do_not_fit_a_rotated_release(tmp_path: Path
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_no_tensor_of_a_release_is_left_out(
-    tmp_path: Path, capsys: Any, changes: dict[str, tuple[int, ...]], told: str
+    tmp_path: Path, capsys: Any, changes: dict[str, tuple[int, ...]], message: str
 ) -> None:
     torch = pytest.importorskip("torch", reason="Meta's files are read by torch.load")
     model = make_checkpoint(tmp_path / "model", "llama3")
@@ -190,7 +209,7 @@ def test_no_tensor_of_a_release_is_left_out(
     torch.save(state, source / "consolidated.00.pth")
     capsys.readouterr()
     assert run("import", source, "-o", tmp_path / "out") == 2
-    assert told in one_line(capsys)
+    assert message in one_line(capsys)
 
 
 def changed_params(source: Path, **changes: Any) -> None:
@@ -211,7 +230,7 @@ def test_metas_qlora_release(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
     assert "try llamita import" in one_line(capsys)
     assert run("import", source, "-o", tmp_path / "back") == 0
     assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "packed")
-    assert "Its adapters lie apart" in (tmp_path / "back" / "README.md").read_text("utf-8")
+    assert "Its adapters are in a directory of their own" in (tmp_path / "back" / "README.md").read_text("utf-8")
     beside = tmp_path / "back-adapter"
     found, given = (read_adapter_tensors(one) for one in (beside, adapter))
     assert {n: t.tobytes() for n, t in found.items()} == {n: t.tobytes() for n, t in given.items()}
@@ -239,7 +258,7 @@ def test_adapters_that_are_there_are_not_replaced(tmp_path: Path, capsys: Any) -
     (tmp_path / "out-adapter" / "llamita_training.json").write_text("{}")
     capsys.readouterr()
     assert run("import", source, "-o", tmp_path / "out", "--overwrite") == 2
-    assert "out-adapter, where the adapters of this release go, is another" in one_line(capsys)
+    assert "out-adapter, the place of this release's adapters, holds something else" in one_line(capsys)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out-adapter" / "llamita_training.json").unlink()
     (tmp_path / "out-adapter").rmdir()
