@@ -206,7 +206,7 @@ def test_mistakes_give_one_line(model: Path, tmp_path: Path, capsys: Any) -> Non
         ((base, adapter, "-o", out, "--method", "spinquant+gptq"), "--method: expected a method that rounds"),
         ((base, adapter, "-o", out, "--method", "magic"), "--method: expected one of rtn"),
         ((base, adapter, "-o", out, "--calibration", "x"), "--calibration: expected a method that looks at"),
-        ((base, adapter, "-o", out, "--text", tmp_path / "no.txt"), "--text: expected a text file, found none"),
+        ((base, adapter, "-o", out, "--text", tmp_path / "no.txt"), "--text: expected a text file, got none"),
         ((base, adapter, "-o", out, "--text", tmp_path / "short.txt"), "--text: expected at least 2 tokens"),
         (("/nowhere", adapter, "-o", out), "/nowhere"),
     ):
