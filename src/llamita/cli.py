@@ -14,35 +14,38 @@ from llamita import __version__
 from llamita.commands import console
 from llamita.errors import InputError, LlamitaError, RunError
 
-COMMANDS = {
-    "quantize": "llamita.commands.quantize:command",
-    "import": "llamita.commands.import_model:command",
-    "finetune": "llamita.commands.finetune:command",
-    "merge": "llamita.commands.merge:command",
-    "export": "llamita.commands.export:command",
-    "evaluate": "llamita.commands.evaluate:command",
-    "compare": "llamita.commands.compare:command",
-    "generate": "llamita.commands.generate:command",
-    "chat": "llamita.commands.chat:command",
-    "inspect": "llamita.commands.inspect:command",
-    "verify": "llamita.commands.verify:command",
-    "plan": "llamita.commands.plan:command",
-    "bench": "llamita.commands.bench:command",
-}
-SUMMARIES = {
-    "quantize": "Turn a Llama checkpoint into a 4-bit model.",
-    "import": "Take over another tool's model: Meta's own, GGUF, compressed-tensors, GPTQ, torchao.",
-    "finetune": "Tune a model on your data, in float or with 4-bit rounding in every step.",
-    "merge": "Write a model with an adapter in its weights.",
-    "export": "Write a 4-bit model in the form of another runtime, ExecuTorch's for phones first.",
-    "evaluate": "Measure what quantization cost: perplexity, KL divergence, agreement, LM Eval tasks.",
-    "compare": "Show models side by side: sizes, losses, and where they differ beyond noise.",
-    "generate": "Continue a prompt.",
-    "chat": "Talk to a model in the terminal.",
-    "inspect": "Show what a model directory holds.",
-    "verify": "Check every file of a model directory against its recorded hash.",
-    "plan": "Size, memory and speed to expect, before anything is downloaded or made.",
-    "bench": "Measure speed, size and memory, beside the limits of this machine.",
+COMMANDS = {  # name: the function that runs it, and its line in `llamita --help`
+    "quantize": ("llamita.commands.quantize:command", "Turn a Llama checkpoint into a 4-bit model."),
+    "import": (
+        "llamita.commands.import_model:command",
+        "Convert another tool's model: Meta's own, GGUF, compressed-tensors, GPTQ, torchao.",
+    ),
+    "finetune": (
+        "llamita.commands.finetune:command",
+        "Train a model on your data, in float or with 4-bit rounding in every step.",
+    ),
+    "merge": ("llamita.commands.merge:command", "Merge an adapter into the weights of its model."),
+    "export": (
+        "llamita.commands.export:command",
+        "Write a 4-bit model in the format of another runtime, first of all ExecuTorch for phones.",
+    ),
+    "evaluate": (
+        "llamita.commands.evaluate:command",
+        "Measure what quantization cost: perplexity, KL divergence, agreement, LM Eval tasks.",
+    ),
+    "compare": (
+        "llamita.commands.compare:command",
+        "Show models side by side: sizes, losses, and where they differ beyond noise.",
+    ),
+    "generate": ("llamita.commands.generate:command", "Continue a prompt."),
+    "chat": ("llamita.commands.chat:command", "Talk to a model in the terminal."),
+    "inspect": ("llamita.commands.inspect:command", "Show what a model directory holds."),
+    "verify": ("llamita.commands.verify:command", "Check every file of a packed model against its recorded hash."),
+    "plan": (
+        "llamita.commands.plan:command",
+        "Estimate size, memory and speed, before anything is downloaded or made.",
+    ),
+    "bench": ("llamita.commands.bench:command", "Measure speed, size and memory against the limits of this machine."),
 }
 
 _INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
@@ -81,21 +84,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _speaks() -> bool:
-    """Whether this process tells what is wrong with the input: of torchrun's on a machine, the first.
+    """Return whether this process prints what is wrong with the input: under torchrun, one per machine does.
 
-    Here rather than by `processes`, whose native module may be what could not be loaded.
+    `system.processes` is not used here, because its native module may be what could not be loaded.
     """
     is_alone = "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE", "1") in ("", "1")
     return is_alone or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _make_app(arguments: list[str]) -> typer.Typer:
-    """Every command by name and summary; only the one that is asked for is imported."""
+    """Return the application with every command; import only the one that is asked for."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.callback()(_root)
-    for name, entry in COMMANDS.items():
+    for name, (entry, summary) in COMMANDS.items():
         function = _load(entry) if name in arguments[:1] else _unused
-        app.command(name, short_help=SUMMARIES[name])(function)
+        app.command(name, short_help=summary)(function)
     return app
 
 
@@ -110,7 +113,7 @@ def _load(entry: str) -> Callable[..., None]:
 
 
 def _unused() -> None:
-    """Stands for a command in the list of commands."""
+    """Take the place of a command that is only listed."""
 
 
 def _print_version(value: bool) -> None:
@@ -126,8 +129,8 @@ def _root(
 ) -> None:
     """Turn a Llama checkpoint into a 4-bit model that runs at the limit of the hardware.
 
-    An error is one line of text on stderr, with --json, too. Exit codes: 0 done, 1 the surroundings
-    failed, 2 the input is at fault.
+    `llamita COMMAND --help` shows the options of a command. An error is one line of text on stderr, also
+    with --json. Exit codes: 0 done, 1 the surroundings failed, 2 the input is at fault.
 
     Example: llamita quantize embedded -o my-model && llamita chat my-model
     """

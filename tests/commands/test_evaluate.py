@@ -142,7 +142,7 @@ def test_without_network_one_line_says_what_to_give(root, capsys, monkeypatch):
         (["base", "--limit", "0"], "limit"),
         (["base", "--max-seq-len", "1"], "max-seq-len"),
         (["base", "base"], "expected every model once"),
-        ([], "DIR"),
+        ([], "SRC"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(root, capsys, monkeypatch, arguments, message):

@@ -20,6 +20,8 @@ from source_tree import (
     uses,
 )
 
+from llamita.cli import COMMANDS
+
 ROOMS = (  # from the top down
     "__main__",
     "cli",
@@ -80,6 +82,11 @@ def test_only_the_command_line_can_print() -> None:
     writing = ("print(", "sys.stdout.write", "sys.stderr.write")
     calls = {m: [line for line in code_lines(m) if line.lstrip().startswith(writing)] for m in outside}
     assert not {m: lines for m, lines in calls.items() if lines}
+
+
+def test_commands_do_not_import_commands() -> None:
+    modules = {entry.split(":")[0].removeprefix("llamita.") for entry, _ in COMMANDS.values()}
+    assert not {module: found for module in modules if (found := uses(module) & modules)}
 
 
 def code_lines(module: str) -> list[str]:
