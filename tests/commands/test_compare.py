@@ -240,7 +240,7 @@ def test_writing_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
         (["g32", "--baseline", "no/such/model"], "expected a model directory"),
         (["base:nope", "g32"], "(SRC:SCHEME or SRC:SCHEME:GROUP): "),
         (["g32", "g32"], "expected every model once"),
-        (["g32", "--text", "missing.txt"], "expected a text file, found none"),
+        (["g32", "--text", "missing.txt"], "expected a text file, got none"),
         (["g32", "--text", "short.txt"], "expected at least 2 tokens, got 1"),
         (["g32", "--top", "0"], "--top"),
         (["g32", "--limit", "0"], "--limit"),

@@ -236,7 +236,7 @@ def test_a_rotated_stream_is_turned_back(root, tmp_path):
     found = compare(contenders, TEXT, prompt=PROMPT, max_tokens=0)  # nothing says that it is rotated
     assert found.notes == [
         "rotated: its embedding has nothing of base's: another model, or in another basis; "
-        "only its outputs tell something"
+        "only its outputs can be compared"
     ]
 
 
