@@ -47,10 +47,21 @@ MOST_ROOT_FILES = 6
 
 LEAN_ROOMS = ("numerics", "system", "formats", "models", "text", "engine", "bench", "commands")
 LOADED_BY_STRING = {"system.torch_processes", "text.hub_datasets"}  # the Torch side of a lean room
-LEAN_PACKAGES = {"numpy", "tokenizers", "jinja2", "typer", "rich", "huggingface_hub", "yaml", "matplotlib"}
+LEAN_PACKAGES = {
+    "numpy",
+    "tokenizers",
+    "jinja2",
+    "markupsafe",
+    "typer",
+    "rich",
+    "huggingface_hub",
+    "yaml",
+    "matplotlib",
+}
 ONLY_IN = {
     "tokenizers": {"text.tokenizer", "imports.tokenizers"},
-    "jinja2": {"text.chat_template"},
+    "jinja2": {"text.chat_template", "evaluate.charts"},
+    "markupsafe": {"evaluate.charts"},
     "huggingface_hub": {"imports.hub"},
     "rich": {"commands.console"},
     "yaml": {"train.recipe"},

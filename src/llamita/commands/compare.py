@@ -12,7 +12,7 @@ from llamita.commands.sources import convert_first, read_prompt
 from llamita.errors import InputError
 from llamita.evaluate.compare import Comparison, Difference, Disagreement, compare, is_noise, to_values
 from llamita.evaluate.contenders import NO_BASELINE, first_float, open_contenders
-from llamita.evaluate.report import check_target, render, write
+from llamita.evaluate.report import check_target, render_report, write
 from llamita.evaluate.scores import CHUNK_TOKENS, Contender, embedded_text, read_text
 from llamita.imports.open import resolve
 from llamita.models.layer_kinds import describe_groups
@@ -84,7 +84,7 @@ def command(
             _print(comparison, text_name, top)
     finally:  # last, so that a failure loses no figures; also when the reader of stdout went away
         if html:
-            write(html, render(comparison, text_name), overwrite)
+            write(html, render_report(comparison, text_name), overwrite)
 
 
 def _default_text(contenders: list[Contender]) -> str:
