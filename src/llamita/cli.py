@@ -1,4 +1,4 @@
-"""The command line: a table of commands, imported on use, and the one place where errors are printed."""
+"""Run the command line: a table of commands, imported on use, and the one place where errors are printed."""
 
 import errno
 import os

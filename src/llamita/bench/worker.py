@@ -73,7 +73,7 @@ class ModelSpec:
 
     @property
     def is_random(self) -> bool:
-        """Whether the weights are random."""
+        """True if the weights are random."""
         return self.random or self.shape is not None
 
 

@@ -1,4 +1,4 @@
-"""The options that more than one command takes, each with its line in `--help`."""
+"""Define each option that more than one command takes, with its line in `--help`, once."""
 
 from pathlib import Path
 from typing import Annotated

@@ -28,7 +28,7 @@ LAYER_TOKENS = 8192  # of the text; fewer give the errors, which are means, to t
 
 @dataclass(frozen=True)
 class Origin:
-    """How a contender's weights were made.
+    """The way a contender's weights were made.
 
     Attributes:
         method: of quantization, None for a float model.

@@ -106,7 +106,7 @@ class Tokenizer:
 
     @property
     def strips_space(self) -> bool:
-        """Whether a text loses the space that SentencePiece puts before its first word."""
+        """True if a text loses the space that SentencePiece puts before its first word."""
         return self._strips_space
 
     def _special(self, settings: dict[str, Any], key: str, default: int | None) -> int | None:
