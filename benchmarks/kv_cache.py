@@ -23,7 +23,7 @@ def main() -> None:
     text = arguments.text.read_text() if arguments.text else embedded_text()
     settings = [(preset, kv) for preset in (None, PRESET) for kv in KV_DTYPES]
     contenders = [
-        Contender(f"{preset or 'float'} | {kv}", llamita.load(arguments.model, preset=preset, kv_dtype=kv), i == 0)
+        Contender(f"{preset or 'float'} | {kv}", llamita.load(arguments.model, scheme=preset, kv_dtype=kv), i == 0)
         for i, (preset, kv) in enumerate(settings)
     ]
     scores = score_text(contenders, text, limit=arguments.chunks)

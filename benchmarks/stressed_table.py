@@ -25,7 +25,7 @@ SCHEMES = {"arm": make_scheme("arm"), "llama3.2": make_scheme("llama3.2"), "llam
 
 def losses(reference: Contender, twin: Path, text: str) -> list[float]:
     """Return the mean KL divergence from the float model: under each scheme, then unrounded."""
-    rounded = [Contender(name, load(twin, preset=scheme), False) for name, scheme in SCHEMES.items()]
+    rounded = [Contender(name, load(twin, scheme=scheme), False) for name, scheme in SCHEMES.items()]
     scores = score_text([reference, *rounded, Contender("float", load(twin), False)], text)
     return [score.kl.value for score in scores[1:] if score.kl]
 

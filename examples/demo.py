@@ -1,6 +1,6 @@
-"""The main job on the embedded model: quantize it four ways, measure each beside BF16, tell a story.
+"""Do the main job on the embedded model: quantize it four ways, compare each with BF16, tell a story.
 
-Everything that is printed is measured here and now. Speeds and memory come from a fresh process per
+Everything that is printed is measured in this run. Speeds and memory come from a fresh process per
 model, one after the other; quality from the model's own held-out text.
 """
 
@@ -38,7 +38,7 @@ then 128 more, on {threads} threads ({isa}). Memory: what loading and running ad
 
 def main() -> None:
     """Print the table and the story."""
-    if sys.argv[1:]:  # called by itself, for one model in a fresh process
+    if sys.argv[1:]:  # this script calls itself for one model in a fresh process
         print(json.dumps(measure(sys.argv[1])))
         return
     began = time.monotonic()
@@ -48,7 +48,7 @@ def main() -> None:
     for name, (preset, group_size, method) in MODELS.items():
         quantize(source, "embedded", paths[name], make_scheme(preset, group_size), method, overwrite=True)
         if verify(paths[name]).problems:
-            raise SystemExit(f"{paths[name]}: differs from what was written; see llamita verify")
+            raise SystemExit(f"{paths[name]}: is not as it was written; see `llamita verify`")
     source.close()
     speeds = [measure_apart(path) for path in ["embedded", *map(str, paths.values())]]
     text = embedded_text()
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def row(name: str, size: int, score: TextScores, speed: dict[str, float]) -> list[str]:
-    """One line of the table; intervals are 95 % block bootstraps."""
+    """Return one line of the table; intervals are 95 % block bootstraps."""
     kl = f"{score.kl.value:.4f} ±{(score.kl.high - score.kl.low) / 2:.4f}" if score.kl else "0"
     agreement = f"{score.agreement.value:.1%}" if score.agreement else "100%"
     return [
@@ -88,14 +88,14 @@ def row(name: str, size: int, score: TextScores, speed: dict[str, float]) -> lis
 
 
 def measure_apart(model: str) -> dict[str, float]:
-    """Speeds and memory of a model in a process of its own."""
+    """Measure speeds and memory of a model in a fresh process."""
     result = subprocess.run([sys.executable, __file__, model], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout)
 
 
 def measure(model: str) -> dict[str, float]:
-    """Tokens per second, and the bytes of memory by which loading and running the model grew the process."""
-    llamita.load  # noqa: B018  imported before the first reading, so that code does not count as model
+    """Return tokens per second, and the bytes of memory by which loading and running the model grew the process."""
+    llamita.load  # noqa: B018  import it before the first reading, so that code does not count as memory of the model
     before = resident_bytes()
     llm = llamita.load(model)
     speed = measure_speed(llm)
@@ -103,7 +103,7 @@ def measure(model: str) -> dict[str, float]:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, from Linux; 0 elsewhere."""
+    """Return the resident memory of this process; 0 outside of Linux."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

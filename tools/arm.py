@@ -46,7 +46,7 @@ SELECTION = "not [scalar and not fork and not cannot_start and not commands_say_
 DIGEST = """
 import hashlib, llamita
 for preset in (None, "arm"):
-    llm = llamita.load("embedded", preset=preset, threads=2)
+    llm = llamita.load("embedded", scheme=preset, threads=2)
     logits = llm.logits(llm.tokenizer.encode("Once upon a time there was a little dog named Max."))
     print(preset, hashlib.sha256(logits.tobytes()).hexdigest())
 """

@@ -137,8 +137,8 @@ def _root(
 ) -> None:
     """Turn a Llama checkpoint into a 4-bit model that runs at the limit of the hardware.
 
-    An error is one line of text on stderr, with --json too. Exit codes: 0 done, 1 the surroundings
-    failed, 2 the input is at fault.
+    `llamita COMMAND --help` shows the options of a command. An error is one line of text on stderr, also
+    with --json. Exit codes: 0 done, 1 the surroundings failed, 2 the input is at fault.
 
     Example: llamita quantize embedded -o my-model && llamita chat my-model
     """

@@ -111,7 +111,7 @@ def test_the_memory_beside_weights_and_cache_is_buffers_and_process(config_file:
 def test_the_buffers_are_those_that_a_step_writes(tmp_path: Path, preset: str | None) -> None:
     """Every buffer between the layers is filled with NaN; those that a step wrote are finite."""
     scheme = make_scheme(preset, 32) if preset else None
-    llm = load(make_checkpoint(tmp_path), preset=scheme)
+    llm = load(make_checkpoint(tmp_path), scheme=scheme)
     ids = np.arange(8, dtype=np.int32)
     llm.model.step([(llm.new_sequence(8), ids)])
     buffers = [*llm.model._buffers._streams, *llm.model._buffers._floats]

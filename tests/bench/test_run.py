@@ -184,7 +184,7 @@ def test_points_lie_under_the_roof_where_fractions_say() -> None:
 
 
 def test_decoding_rewinds_and_repeats_the_same_work() -> None:
-    llm = load("embedded", preset="llama3.2")
+    llm = load("embedded", scheme="llama3.2")
     sequence = llm.new_sequence(24)
     seconds, first = prefill(llm, sequence, 16)
     assert 0 < seconds <= first

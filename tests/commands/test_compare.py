@@ -112,7 +112,7 @@ def test_the_embedded_text_is_the_default_for_models_with_its_tokenizer(capsys):
     assert values["text"] == "embedded text"
     assert [m["name"] for m in values["models"]] == ["embedded", "embedded:arm", "embedded:llama3.2"]
     assert run("compare", "g32") == 2
-    assert "--text: expected a file, got none, and base has not the embedded" in one_line(capsys)
+    assert "--text: expected a file, got none, and the tokenizer of base is not the embedded" in one_line(capsys)
 
 
 class Page(HTMLParser):
@@ -238,15 +238,15 @@ def test_writing_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
         (["base"], "expected two or more models, got one"),
         (["g32", "--baseline", "none"], "--baseline: expected a model, got 'none'"),
         (["g32", "--baseline", "no/such/model"], "expected a model directory"),
-        (["base:nope", "g32"], "expected SRC:PRESET"),
+        (["base:nope", "g32"], "(SRC:SCHEME or SRC:SCHEME:GROUP): "),
         (["g32", "g32"], "expected every model once"),
-        (["g32", "--text", "missing.txt"], "expected a text file, found none"),
+        (["g32", "--text", "missing.txt"], "expected a text file, got none"),
         (["g32", "--text", "short.txt"], "expected at least 2 tokens, got 1"),
         (["g32", "--top", "0"], "--top"),
         (["g32", "--limit", "0"], "--limit"),
         (["g32", "--max-tokens", "-1"], "--max-tokens"),
         (["g32", "--max-seq-len", "1"], "--max-seq-len"),
-        (["g32", "--threads", "0"], "--threads"),
+        (["g32", "--threads", "0"], "threads: expected 1 to 1024, got 0"),
         (["g32", "--kv-cache", "int4"], "expected one of f32, f16, int8, got 'int4'"),
         (["g32", "--prompt", "x" * 600], "prompt: expected at most 512 tokens"),
         (["g32", "embedded"], "expected the tokens of"),

@@ -134,15 +134,15 @@ def test_without_network_one_line_says_what_to_give(root, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["no/such/model"], "expected a model directory"),
-        (["base", "--text", "missing.txt"], "expected a text file, found none"),
+        (["base", "--text", "missing.txt"], "expected a text file, got none"),
         (["base", "--text", "bytes.txt"], "expected UTF-8, got a stray byte at 3"),
         (["base", "--text", "short.txt"], "expected at least 2 tokens, got 1"),
-        (["base", "--wikitext", "missing.raw"], "expected the file wiki.test.raw, found none"),
+        (["base", "--wikitext", "missing.raw"], "expected the file wiki.test.raw, got none"),
         (["g128", "--baseline", "nowhere", "--text", "text.txt"], "nowhere: expected a model directory"),
         (["base", "--limit", "0"], "limit"),
         (["base", "--max-seq-len", "1"], "max-seq-len"),
         (["base", "base"], "expected every model once"),
-        ([], "DIR"),
+        ([], "SRC"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(root, capsys, monkeypatch, arguments, message):

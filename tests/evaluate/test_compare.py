@@ -18,7 +18,7 @@ from llamita.evaluate.contenders import first_float, open_contenders
 from llamita.evaluate.layers import first_tokens, origin_of, rotation_between, watch_layers, weight_errors
 from llamita.evaluate.scores import Contender, score_text, score_tokens
 from llamita.imports.open import open_source
-from llamita.models import dequantized
+from llamita.models import weights
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.packed import PackedModel
@@ -236,7 +236,7 @@ def test_a_rotated_stream_is_turned_back(root, tmp_path):
     found = compare(contenders, TEXT, prompt=PROMPT, max_tokens=0)  # nothing says that it is rotated
     assert found.notes == [
         "rotated: its embedding has nothing of base's: another model, or in another basis; "
-        "only its outputs tell something"
+        "only its outputs can be compared"
     ]
 
 
@@ -338,7 +338,7 @@ def test_the_layers_are_watched_on_the_first_tokens(root, monkeypatch):
 def test_weight_errors_of_large_matrices_come_in_blocks(root, monkeypatch):
     sources = open_source(root / "g32"), open_source(root / "base")
     whole = weight_errors(*sources)
-    monkeypatch.setattr(dequantized, "_ROWS", 7)
+    monkeypatch.setattr(weights, "_ROWS", 7)
     assert weight_errors(*sources) == pytest.approx(whole, rel=1e-6)
     assert set(weight_errors(sources[1], sources[1]).values()) == {0.0}
 
@@ -356,9 +356,9 @@ def test_models_rounded_as_they_load_are_checked(root, tmp_path):
     other = make_checkpoint(tmp_path / "other", seed=1)
     base, g32 = str(root / "base"), str(root / "g32")
     for sources, message in (
-        ([f"{base}:nope"], r"expected SRC:PRESET or SRC:PRESET:GROUP: --preset: expected one of arm"),
+        ([f"{base}:nope"], r"nope \(SRC:SCHEME or SRC:SCHEME:GROUP\): .*: expected one of arm"),
         ([f"{base}:arm:48"], "--group-size: expected one of 32, 64, 128, 256, got 48"),
-        ([f"{g32}:arm"], "expected a float model before the preset"),
+        ([f"{g32}:arm"], "expected a float model before the scheme"),
         ([f"{base}:arm", f"{base}:arm"], "expected every model once"),
         ([f"{base}:arm", f"{other}:arm"], r"other:arm: expected one made from .*base, as another is"),
         ([f"{other}:arm", g32], r"other:arm: expected one made from .*base, as another is"),

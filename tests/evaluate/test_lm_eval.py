@@ -190,6 +190,6 @@ def test_unknown_tasks_and_data_out_of_reach_are_one_line(checkpoint, tmp_path, 
         harness.run_tasks([llm], ["no_such_task"])
     path = write_task(tmp_path, "lost", [{"page": "x"}], output_type="loglikelihood_rolling", doc_to_target="{{page}}")
     (tmp_path / "lost.jsonl").unlink()
-    with pytest.raises(RunError, match=r"--tasks .*lost.yaml: cannot be had") as caught:
+    with pytest.raises(RunError, match=r"--tasks .*lost.yaml: cannot be loaded") as caught:
         harness.run_tasks([llm], [path])
     assert len(str(caught.value).splitlines()) == 1

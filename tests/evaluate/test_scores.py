@@ -209,7 +209,7 @@ def test_baselines_that_are_wrong_are_refused(models, tmp_path):
     with pytest.raises(InputError, match=r"expected the file that .* was made from"):
         open_contenders([str(packed)])
     shutil.rmtree(changed)
-    with pytest.raises(InputError, match=r"its recorded source is missing .* try --baseline SRC, or none"):
+    with pytest.raises(InputError, match=r"its recorded source is missing: .*; try --baseline SRC, or none"):
         open_contenders([str(packed)])
 
 

@@ -42,8 +42,8 @@ def test_same_function_but_harder_to_round(embedded: tuple[Path, str], parts: se
     contenders = [
         Contender("float", load(path), True),
         Contender("twin", load(twin), False),
-        Contender("rounded", load(path, preset="llama3.2"), False),
-        Contender("rounded twin", load(twin, preset="llama3.2"), False),
+        Contender("rounded", load(path, scheme="llama3.2"), False),
+        Contender("rounded twin", load(twin, scheme="llama3.2"), False),
     ]
     _, same, plain, stressed = score_text(contenders, text, chunk_tokens=TOKENS // 2, limit=2)
     assert same.kl is not None

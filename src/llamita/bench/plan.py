@@ -1,8 +1,8 @@
-"""What a model will take and give on this machine, before anything is downloaded: a config.json is enough.
+"""Estimate a model's size, memory and speed on this machine from its config.json, before any download.
 
-Sizes are exact: the bytes that `quantize` writes. Memory and speed are estimates: decode is bound by
-reading every weight once a token, prefill by int8 multiply-adds, at shares of the measured limits; small
-models by the time that a layer takes whatever its size.
+Sizes are exact: the bytes that `quantize` writes. Memory and speed are estimates. Decode is bound by reading
+every weight once a token, prefill by int8 multiply-adds, both at shares of the measured limits. Small models are
+bound by the time that a layer takes whatever its size.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from llamita.bench.shapes import find_shape
 from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.engine.llm import PREFILL_CHUNK
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.imports.open import is_hub_name, open_source, resolve
 from llamita.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llamita.models.config import ModelConfig
@@ -28,14 +28,14 @@ from llamita.system.files import exists_in, read_json
 from llamita.system.machine import free_memory, last_level_cache, usable_memory
 from llamita.system.threads import use_threads
 
-CONTEXTS = (2048, 8192)  # tokens for which memory is given
+CONTEXTS = (2048, 8192)  # tokens for which memory is estimated
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PROBE_BYTES = 2**29  # far larger than any cache; `llamita bench` reads more, and longer
-# Estimates, chosen near what `llamita bench` measured on one machine: docs/results/benchmarks.md says how near
+# Chosen near what `llamita bench` measured on one machine; docs/results/benchmarks.md says how near.
 _DECODE_SHARE, _PREFILL_SHARE = 0.8, 0.6  # of the hardware's limits
-_CACHED = 1.5  # times the bandwidth of memory, where the CPU's caches hold all weights
-_STEP_SECONDS = 10e-6  # of a layer and step, whatever its size
-_TOKEN_SECONDS = 2e-6  # of a layer and token of a prompt: what is no linear layer
+_CACHED = 1.5  # times the bandwidth of memory, if the CPU's caches hold all weights
+_STEP_SECONDS = 10e-6  # per layer and step, whatever its size
+_TOKEN_SECONDS = 2e-6  # per layer and token of a prompt, outside of linear layers
 _PROCESS_BYTES = 32e6  # Python, NumPy and the code
 
 
@@ -53,7 +53,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to run a model. Sizes in bytes, speeds in tokens per second, None where nothing is known.
+    """One way to run a model. Sizes in bytes, speeds in tokens per second, None if unknown.
 
     `memory` gives the bytes for each number of tokens in `CONTEXTS` that the model's context allows.
     """
@@ -79,10 +79,10 @@ class Described:
 
 
 def describe(name: str) -> Described:
-    """A model by config.json, directory, hub name (its config.json alone is downloaded) or "embedded".
+    """Describe a model by config.json, directory, hub name (only its config.json is downloaded) or "embedded".
 
     Raises:
-        InputError, RunError: the config cannot be had, or is not a Llama's.
+        InputError, RunError: the config cannot be read, or is not a Llama's.
     """
     path = Path(name)
     if path.is_file():
@@ -98,14 +98,14 @@ def describe(name: str) -> Described:
     dtypes = {name: info.dtype for file in source.files.values() for name, info in file.tensors.items()}
     source.close()
 
-    def float_dtype(name: str) -> str:  # of a packed model's rounded layers it is that of its norms
+    def float_dtype(name: str) -> str:  # for a packed model's rounded layers, that of its norms
         return dtypes[name] if dtypes.get(name) in FLOAT_DTYPES else dtypes["model.norm.weight"]
 
     return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations))
 
 
 def describe_shape(name: str) -> tuple[str, Described]:
-    """A published shape's full name, and its float model; InputError if there is none."""
+    """Return a published shape's full name and its float model; raise InputError if there is none."""
     full, config = find_shape(name)
     return full, _from_config(config, full)
 
@@ -119,7 +119,7 @@ def _from_config(values: dict[str, Any], where: str) -> Described:
 
 
 def measure_machine() -> Machine:
-    """This machine's limits, in about a second; InputError or RunError if its threads cannot be used."""
+    """Measure this machine's limits in about a second; raise InputError or RunError without usable threads."""
     threads = use_threads(None)
     memory, free = usable_memory(), free_memory()
     probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
@@ -130,16 +130,16 @@ def measure_machine() -> Machine:
 def estimate_all(
     model: Described, machine: Machine, schemes: list[QuantScheme] | None = None, kv_dtype: str | None = None
 ) -> list[Estimate]:
-    """The float model and these schemes (all presets by default); a packed model alone, as it is.
+    """Estimate the float model and these schemes (by default all presets), or a packed model as it is.
 
     Args:
-        kv_dtype: of keys and values; by default that of `llamita.load`.
+        kv_dtype: type of keys and values; by default that of `llamita.load`.
 
     Raises:
         InputError: a scheme's groups do not fit the model, or there is no such type.
     """
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise InputError("--kv-cache", f"one of {', '.join(KV_DTYPES)}", f"{kv_dtype!r}")
+        raise InputError("--kv-cache", f"one of {', '.join(KV_DTYPES)}", shown(kv_dtype))
     wanted = [model.scheme] if model.scheme else [None, *(schemes or PRESETS.values())]
     return [_estimate(model, scheme, machine, kv_dtype) for scheme in wanted]
 
@@ -154,8 +154,8 @@ def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine, kv
     keys = kv_dtype or ("f16" if scheme else "f32")
     work = count_work(config, scheme, keys, model.float_dtype, model.transform)
     contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
-    beside = _PROCESS_BYTES + _buffer_bytes(config, scheme)
-    memory = {c: int(plan.tensor_bytes + c * work.cache_bytes + beside) for c in contexts}
+    others = _PROCESS_BYTES + _buffer_bytes(config, scheme)
+    memory = {c: int(plan.tensor_bytes + c * work.cache_bytes + others) for c in contexts}
     return Estimate(
         name=scheme.name if scheme else "float",
         tensor_bytes=plan.tensor_bytes,
@@ -169,27 +169,27 @@ def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine, kv
 
 
 def _decode_seconds(work: Work, config: ModelConfig, machine: Machine, tokens: int) -> float:
-    """Seconds of a token after so many others."""
+    """Return the seconds of a token after `tokens` others."""
     read = work.weight_bytes + tokens * work.cache_bytes
     rate = _DECODE_SHARE * machine.bandwidth * (_CACHED if read <= machine.cache else 1)
     return read / rate + config.layers * _STEP_SECONDS
 
 
 def _prefill_seconds(work: Work, config: ModelConfig, machine: Machine) -> float:
-    """Seconds for each token of a prompt of some hundreds."""
+    """Return the seconds per token of a prompt of some hundreds."""
     return work.linear / (_PREFILL_SHARE * machine.int8_rate) + config.layers * _TOKEN_SECONDS
 
 
 def _buffer_bytes(config: ModelConfig, scheme: QuantScheme | None) -> int:
-    """What lies between the layers while a prompt is taken in, and the logits."""
+    """Return the bytes of the buffers between layers during prefill, and of the logits."""
     floats, codes = buffer_widths(config, scheme)
     return PREFILL_CHUNK * (4 * floats + codes) + 2 * 4 * config.vocab_size
 
 
 def buffer_widths(config: ModelConfig, scheme: QuantScheme | None) -> tuple[int, int]:
-    """Float32 values and int8 codes of each token in the buffers of `engine.model` that a step touches.
+    """Return float32 values and int8 codes per token in the buffers of `engine.model` that a step touches.
 
-    Of a mixed scheme all that its layers could touch.
+    For a mixed scheme, all are counted that its layers could touch.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim

@@ -1,7 +1,7 @@
-"""What the figures of `llamita bench` mean: arithmetic from seconds, bytes and counts of work.
+"""Compute the figures of `llamita bench` from seconds, bytes and counts of work.
 
-`docs/results/benchmarks.md` defines each. Figures are medians of the repeats. A fraction stands beside the best
-limit of the whole run, and beside the limits just before and after each repeat, because clocks swing.
+`docs/results/benchmarks.md` defines each. Figures are medians of the repeats. Because clocks swing, fractions are
+given of the best limit of the whole run, and of the limits just before and after each repeat.
 """
 
 import statistics
@@ -32,7 +32,7 @@ class Limits:
 
 
 def best_of(limits: Sequence[Limits]) -> Limits:
-    """The best of each."""
+    """Return the best of each limit."""
     return Limits(
         int8_rate=max(x.int8_rate for x in limits),
         bandwidth=max(x.bandwidth for x in limits),
@@ -44,8 +44,8 @@ def best_of(limits: Sequence[Limits]) -> Limits:
 class Runs:
     """Seconds of every repeat.
 
-    `batch` is empty where only one sequence was decoded at a time, `load` for random float weights: a real
-    model's are mapped and never made.
+    `batch` is empty if only one sequence was decoded at a time, `load` if the weights are random and float:
+    those of a real model are mapped, not made.
     """
 
     load: list[float]
@@ -65,7 +65,7 @@ class Settings:
 
 
 def figures(runs: Runs, settings: Settings) -> dict[str, Any]:
-    """Medians, and under "spread" the slowest and fastest of each as [least, most]."""
+    """Return medians, and under "spread" the least and the most of each."""
     tokens = {
         "prefill_tokens_per_second": (settings.prompt_tokens, runs.prefill),
         "decode_tokens_per_second": (settings.new_tokens, runs.decode),
@@ -83,14 +83,14 @@ def figures(runs: Runs, settings: Settings) -> dict[str, Any]:
 def fractions(
     work: Work, runs: Runs, settings: Settings, nearby: Sequence[Limits], best: Limits, is_quantized: bool
 ) -> dict[str, dict[str, Any]]:
-    """What was reached beside the limit, by what was done: see `_row`.
+    """Return the rate and the fraction of the limit for each kind of work; see `_row`.
 
-    The int8 limit says nothing of float models, nor the bandwidth of memory of models that fit the CPU's
-    caches: such fractions are None.
+    Fractions are None for float models, which the int8 limit does not concern, and for decoding models that
+    fit the CPU's caches, which the bandwidth of memory does not concern.
 
     Args:
-        nearby: the limits around each repeat.
-        best: the best of the whole run.
+        nearby: the limits before and after each repeat.
+        best: the best limits of the whole run.
     """
     prompt = settings.prompt_tokens
     linear, attention = work.prompt(prompt), work.prompt_attention(prompt)
@@ -112,7 +112,7 @@ def fractions(
 def _row(
     amount: float, unit: str, seconds: Sequence[float], nearby: Sequence[float], best: float | None
 ) -> dict[str, Any]:
-    """The work and its unit; median rate; limit and fraction of it; median fraction of the limits nearby."""
+    """Return the work, its unit, the median rate, the limit, and the fractions of it and of those nearby."""
     rate = amount / statistics.median(seconds)
     shares = [amount / s / limit for s, limit in zip(seconds, nearby, strict=True)] if nearby else []
     return {"work": amount, "unit": unit, "rate": rate, "limit": best,
@@ -121,9 +121,9 @@ def _row(
 
 
 def mark_weak(name: str, rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    """A limit that was passed is none: its fractions become None, and a line says so.
+    """Remove the fractions of a limit that was exceeded, and return a line for each.
 
-    What counts is the work of the linear layers or bytes; with attention, a prompt follows the one without.
+    The work of the linear layers, or the bytes, decide; a prompt with attention follows the one without.
     """
     remarks = []
     for what, row in rows.items():
@@ -139,12 +139,12 @@ def mark_weak(name: str, rows: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def ratios(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
-    """The model's figures divided by the baseline's, where both are known."""
+    """Return the model's figures divided by the baseline's, where both are known."""
     return {name: model[name] / baseline[name] for name in RATIOS if model[name] and baseline[name]}
 
 
 def machine_line(result: Mapping[str, Any], more: str) -> str:
-    """On what a bench's result was measured, with `more` about it, and when."""
+    """Return a line that says where and when a result was measured, with `more` in the middle."""
     machine = result["machine"]
     return (
         f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; {more}; "
@@ -154,9 +154,9 @@ def machine_line(result: Mapping[str, Any], more: str) -> str:
 
 def roofline_points(work: Work, rows: Mapping[str, Mapping[str, Any]], settings: Settings, chunk: int
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """Points of the roofline by what was done: multiply-adds per byte from memory, and per second.
+    """Return points of the roofline for each kind of work: multiply-adds per byte from memory, and per second.
 
-    A prompt reads every weight once for each chunk of so many tokens.
+    A prompt reads every weight once for each chunk of `chunk` tokens.
     """
     chunks = -(-settings.prompt_tokens // chunk)
     prefill_bytes = chunks * work.weight_bytes

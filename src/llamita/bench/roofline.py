@@ -1,7 +1,7 @@
-"""The picture of a `llamita bench`: a roofline with what was reached, and bars against the baseline.
+"""Draw the result of `llamita bench`: a roofline with the rates reached, and bars against the baseline.
 
-The roofline model is that of Williams, Waterman and Patterson (CACM 52(4), 2009). Rests on matplotlib,
-which this file alone imports.
+The roofline model is that of Williams, Waterman and Patterson (CACM 52(4), 2009). Only this file imports
+matplotlib.
 """
 
 import os
@@ -28,7 +28,7 @@ _BARS = (  # label, key, unit, divisor, whether more is better
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the picture of a bench's result (`bench.run_bench`) as PNG, whole or not at all.
+    """Write the picture of a result (`bench.run.run_bench`) as PNG, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
@@ -63,7 +63,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _roofline(axes: Axes, result: dict[str, Any]) -> None:
-    """Multiply-adds per byte against multiply-adds per second, both logarithmic."""
+    """Draw multiply-adds per byte against multiply-adds per second, both logarithmic."""
     peak, bandwidth = result["limits"]["int8_rate"], result["limits"]["bandwidth"]
     settings = {key: result["settings"][key] for key in ("prompt_tokens", "new_tokens", "batch")}
     model = result["model"]
@@ -76,7 +76,7 @@ def _roofline(axes: Axes, result: dict[str, Any]) -> None:
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * peak / 1e9))
     axes.annotate(f"int8 limit: {peak / 1e9:,.0f} G multiply-adds/s", (right, peak / 1e9), (-6, 6),
                   textcoords="offset points", ha="right", va="bottom", color=_ROOF, fontsize=9)  # fmt: skip
-    slope = ridge / 1.8  # its label stands left of it, near the ridge, where no point can be
+    slope = ridge / 1.8  # the label is left of it, near the ridge, where no point can be
     axes.annotate(f"read bandwidth:\n{bandwidth / 1e9:,.1f} GB/s", (slope, slope * bandwidth / 1e9), (-10, 0),
                   textcoords="offset points", ha="right", va="center", color=_ROOF, fontsize=9)  # fmt: skip
     for name, (x, y) in points.items():
@@ -92,7 +92,7 @@ def _roofline(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _point(axes: Axes, name: str, x: float, y: float, result: dict[str, Any]) -> None:
-    """What was reached, with its share of the roof above it where that is known."""
+    """Draw a rate, with its share of the roof above it if that is known."""
     color, row, settings = _ACCENTS[name], result["model"]["of_limit"][name], result["settings"]
     label = {"prefill": f"prefill, {settings['prompt_tokens']:,} tokens", "decode": "decode",
              "batch": f"decode, {settings['batch']} sequences"}[name]  # fmt: skip
@@ -106,7 +106,7 @@ def _point(axes: Axes, name: str, x: float, y: float, result: dict[str, Any]) ->
 
 
 def _bars(axes: Axes, result: dict[str, Any]) -> None:
-    """Each figure as a share of the larger of the two, with its value; the ratio at the right edge."""
+    """Draw each figure as a share of the larger of the two, with its value, and the ratio at the right edge."""
     model, baseline = result["model"], result["baseline"]
     for i, (_, key, unit, divisor, more_is_better) in enumerate(_BARS):
         most = max(model[key], baseline[key])
@@ -128,5 +128,5 @@ def _bars(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _short(value: float) -> str:
-    """Three figures or all whole ones."""
+    """Write a number with three figures, or with all whole ones."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,7 +1,7 @@
-"""`llamita bench` without its table: limits, model and baseline measured in turn, each in its own process.
+"""Measure a model, a baseline and the machine's limits in turn, each in its own process.
 
-Clocks of shared machines swing by a third from minute to minute, so every repeat measures the model and
-the baseline one after the other, the limits before each, and once more at the end.
+Clocks of shared machines swing by a third from minute to minute. So every repeat measures the model and the
+baseline one after the other, with the limits before each; the limits come once more at the end.
 """
 
 import datetime
@@ -21,14 +21,14 @@ from llamita.system.machine import cpu_name, free_memory, last_level_cache, usab
 from llamita.system.progress import Progress
 
 PROBE_BYTES = 2**30  # many times any cache
-_LOADS = 3  # of a model that loads within the seconds of the next line; slower ones are loaded once
-_QUICK_LOAD = 3.0
+_LOADS = 3  # how often a model is loaded that loads quickly; others once
+_QUICK_LOAD = 3.0  # seconds
 _WARM_UP_TOKENS = 2  # decoded together before anything is timed
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be measured. `threads`, `context` and `kv_dtype` are those of `llamita.load`."""
+    """What to measure. `threads`, `context` and `kv_dtype` are those of `llamita.load`."""
 
     model: ModelSpec
     baseline: ModelSpec | None
@@ -42,7 +42,7 @@ class Job:
 
 @dataclass
 class _Contender:
-    """A model in its process, what is known of it, and its seconds so far."""
+    """A model in its process, with the facts about it and its seconds so far."""
 
     role: str  # "model" or "baseline"
     worker: Worker
@@ -52,11 +52,11 @@ class _Contender:
 
 
 def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
-    """Measure; the result as JSON values, which `docs/results/benchmarks.md` describes.
+    """Measure, and return the result as JSON values; `docs/results/benchmarks.md` describes them.
 
     Raises:
         InputError: a model, an option or a size is at fault.
-        RunError: too little memory.
+        RunError: there is too little memory.
     """
     specs = {"model": job.model} | ({"baseline": job.baseline} if job.baseline else {})
     total = len(specs) * (1 + 2 * job.repeats) + 1
@@ -89,14 +89,14 @@ def run_bench(job: Job, progress: Progress = None) -> dict[str, Any]:
 
 
 def _check_needs(job: Job, specs: dict[str, ModelSpec], workers: dict[str, Worker]) -> None:
-    """Rather an error before anything is made than work lost, or a process that the system kills."""
+    """Raise an error before anything is made if the context or the free memory is too small for the work."""
     needed, wanted = 0, job.settings.prompt_tokens + job.settings.new_tokens
     for role, spec in specs.items():
         needs = workers[role].ask("needs", spec=asdict(spec), context=job.context, kv_dtype=job.kv_dtype)
         needed += needs["memory_bytes"]
         if wanted > needs["context"]:
             raise InputError(
-                f"{spec.name}",
+                spec.name,
                 f"at most {needs['context']} tokens, the context",
                 f"{wanted}",
                 "try fewer --prompt-tokens or --new-tokens",
@@ -104,16 +104,11 @@ def _check_needs(job: Job, specs: dict[str, ModelSpec], workers: dict[str, Worke
     free = free_memory()
     if needed > free:
         hint = "a smaller shape, or without --baseline" if "baseline" in specs else "a smaller shape"
-        raise RunError(
-            "memory",
-            f"{needed / 1000000000.0:.1f} GB free for the weights",
-            f"{free / 1000000000.0:.1f} GB",
-            f"try {hint}",
-        )
+        raise RunError("memory", f"{needed / 1e9:.1f} GB free for the weights", f"{free / 1e9:.1f} GB", f"try {hint}")
 
 
 def _load(job: Job, role: str, spec: ModelSpec, worker: Worker) -> _Contender:
-    """Load a model, several times if that is quick, and warm it up; memory is that of one sequence."""
+    """Load a model, several times if that is quick, and warm it up; measure the memory with one sequence."""
     runs = Runs([], [], [], [], [])
     contender = _Contender(role, worker, {}, {}, runs)
     for _ in range(_LOADS):
@@ -135,7 +130,7 @@ def _load(job: Job, role: str, spec: ModelSpec, worker: Worker) -> _Contender:
 
 
 def _run(job: Job, contender: _Contender) -> None:
-    """One repeat: prefill, decode, and decode of several sequences together."""
+    """Run one repeat: prefill, decode, and decode of several sequences together."""
     settings, runs, ask = job.settings, contender.runs, contender.worker.ask
     prefill = _prefill(job, contender.worker)
     runs.prefill.append(prefill["seconds"])
@@ -155,7 +150,7 @@ def _probe(job: Job, worker: Worker) -> dict[str, Any]:
 
 
 def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything as JSON values."""
+    """Return everything as JSON values."""
     rates = [Limits(probe["int8_rate"], probe["bandwidth"], last_level_cache()) for probe in probes]
     limits = best_of(rates)
     specs = {"model": job.model, "baseline": job.baseline}
@@ -164,7 +159,7 @@ def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]
     for i, contender in enumerate(contenders):
         facts, spec = contender.facts, specs[contender.role]
         assert spec
-        before = range(i, len(probes) - 1, len(contenders))  # which probe came before each repeat
+        before = range(i, len(probes) - 1, len(contenders))  # the number of the probe before each repeat
         nearby = [best_of(rates[k : k + 2]) for k in before]
         rows = fractions(
             Work(**facts["work"]), contender.runs, job.settings, nearby, limits, facts["scheme"] is not None

@@ -1,11 +1,11 @@
-"""Shapes of published models, for work that needs no weights: their config.json, by the names people use.
+"""Find the shapes of published models, which work without weights needs: config.json, by common names.
 
 Sources: config.json of meta-llama/Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B.
 """
 
 from typing import Any
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 
 _COMMON = {
     "architectures": ["LlamaForCausalLM"],
@@ -64,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def find_shape(name: str) -> tuple[str, dict[str, Any]]:
-    """A shape's full name and its config.json, by "llama-3.2-1b", "Llama-3.2-1B-Instruct", "3.2-1b" or "1b".
+    """Return a shape's full name and its config.json, by "llama-3.2-1b", "Llama-3.2-1B-Instruct", "3.2-1b" or "1b".
 
     Raises:
         InputError: no such shape.
@@ -72,5 +72,5 @@ def find_shape(name: str) -> tuple[str, dict[str, Any]]:
     short = name.lower().rpartition("/")[2].removesuffix("-instruct")
     found = [full for full in SHAPES if short == full or (short and full.endswith(f"-{short}"))]
     if not found:
-        raise InputError("--shape", f"one of {', '.join(SHAPES)}", f"{name!r}", "try 1b, 3b or 8b")
+        raise InputError("--shape", f"one of {', '.join(SHAPES)}", shown(name), "try 1b, 3b or 8b")
     return found[0], SHAPES[found[0]]

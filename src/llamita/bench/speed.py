@@ -1,7 +1,7 @@
-"""How fast a loaded model runs: a prompt, and tokens one at a time after it.
+"""Measure how fast a loaded model runs: a prompt, and tokens one at a time after it.
 
-Tokens are random: what they are does not change the work. Decoding feeds fixed tokens instead of chosen
-ones, so that an end token cannot cut a run short.
+Tokens are random, because they do not change the work. Decoding feeds fixed tokens instead of chosen ones, so
+that an end token cannot cut a run short.
 """
 
 import statistics
@@ -21,7 +21,7 @@ _SEED = 0  # of the token ids
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second: of a prompt, and one at a time after it."""
+    """Tokens per second: of a prompt, and decoded one at a time after it."""
 
     prefill: float
     decode: float
@@ -30,7 +30,7 @@ class Speed:
 def measure_speed(
     llm: LLM, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS, repeats: int = 5
 ) -> Speed:
-    """The median of `repeats` runs after one that warms up."""
+    """Return the medians of `repeats` runs after one that warms up."""
     runs = []
     for _ in range(repeats + 1):
         sequence = llm.new_sequence(prompt_tokens + new_tokens)
@@ -43,7 +43,7 @@ def measure_speed(
 
 
 def prefill(llm: LLM, sequence: SequenceCache, tokens: int) -> tuple[float, float]:
-    """Take in a prompt; seconds until the logits after it, and until its first token is chosen (greedily)."""
+    """Run a prompt; return seconds to the logits after it, and to the first token (chosen greedily)."""
     ids = random_ids(llm, tokens)
     began = time.perf_counter()
     logits = np.empty((1, llm.config.vocab_size), np.float32)
@@ -58,7 +58,7 @@ def prefill(llm: LLM, sequence: SequenceCache, tokens: int) -> tuple[float, floa
 
 
 def decode(llm: LLM, sequences: Sequence[SequenceCache], tokens: int) -> float:
-    """Seconds of that many steps, each over one token of every sequence; rewinds the sequences afterwards."""
+    """Return the seconds of `tokens` steps over one token of every sequence; rewind the sequences afterwards."""
     ids = random_ids(llm, tokens)
     lengths = [sequence.length for sequence in sequences]
     began = time.perf_counter()
@@ -72,5 +72,5 @@ def decode(llm: LLM, sequences: Sequence[SequenceCache], tokens: int) -> float:
 
 
 def random_ids(llm: LLM, tokens: int) -> np.ndarray:
-    """Token ids within the vocabulary, always the same: int32 (tokens,)."""
+    """Return token ids within the vocabulary, always the same: int32 (tokens,)."""
     return np.random.default_rng(_SEED).integers(0, llm.config.vocab_size, tokens, dtype=np.int32)

@@ -1,7 +1,7 @@
-"""What the work of a model is, counted from its shape: multiply-adds, and bytes that must be read.
+"""Count the work of a model from its shape: multiply-adds, and bytes that must be read.
 
-These are the numerators of every fraction of a limit. They count what the arithmetic needs, not what an
-implementation does: padding, activations and norms are left out.
+These are the numerators of every fraction of a limit. They count what the arithmetic needs; the padding of an
+implementation, activations and norms are left out.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from llamita.models.names import TRANSFORM, linear_names, table_names
 from llamita.models.packed import layout, tensor_bytes
 from llamita.numerics.scheme import QuantScheme
 
-_MEASURED_CACHE = 1024  # tokens of the cache whose size is asked for: whole blocks of every layout
+_MEASURED_CACHE = 1024  # tokens of the cache that is measured: whole blocks of every layout
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one token needs.
+    """The work of one token.
 
     Attributes:
         linear: multiply-adds of the blocks' linear layers.
-        head: multiply-adds of the head and its transform; a prompt needs them for its last token alone.
-        attention: multiply-adds for each earlier token and itself: scores, and the sum of values.
+        head: multiply-adds of the head and its transform; a prompt needs them for its last token only.
+        attention: multiply-adds for each token that is attended to: scores, and the sum of values.
         weight_bytes: weights and scales of linear layers, head and its transform, as they are stored.
         cache_bytes: keys and values of one token in all layers.
     """
@@ -37,20 +37,20 @@ class Work:
     cache_bytes: int
 
     def prompt(self, tokens: int) -> int:
-        """Multiply-adds of the linear layers for a prompt, the head's for its last token."""
+        """Return the multiply-adds of the linear layers for a prompt, and of the head for its last token."""
         return self.linear * tokens + self.head
 
     def prompt_attention(self, tokens: int) -> int:
-        """Multiply-adds of causal attention over a prompt: token t attends to t tokens."""
+        """Return the multiply-adds of causal attention over a prompt: token t attends to t tokens."""
         return self.attention * (tokens * (tokens + 1) // 2)
 
     def decode_bytes(self, prompt_tokens: int, new_tokens: int, batch: int = 1) -> float:
-        """Bytes read in a step over `batch` sequences, on average over the tokens after a prompt."""
+        """Return the bytes read in a step over `batch` sequences, on average over the tokens after a prompt."""
         attended = prompt_tokens + (new_tokens + 1) / 2
         return self.weight_bytes + batch * self.cache_bytes * attended
 
     def decode_multiply_adds(self, batch: int = 1) -> int:
-        """Multiply-adds of linear layers and head in a step over `batch` sequences."""
+        """Return the multiply-adds of linear layers and head in a step over `batch` sequences."""
         return batch * (self.linear + self.head)
 
 
@@ -61,7 +61,7 @@ def count_work(
     float_dtype: Callable[[str], str] = lambda _name: "BF16",
     transform: str | None = None,
 ) -> Work:
-    """The work of a model of this shape, whose float tensors are stored in the dtypes that `layout` takes.
+    """Return the work of a model of this shape; its float tensors are stored in the dtypes that `layout` takes.
 
     Raises:
         InputError: the scheme's groups do not fit the shape.
@@ -79,7 +79,7 @@ def count_work(
 def _weight_bytes(
     config: ModelConfig, scheme: QuantScheme | None, float_dtype: Callable[[str], str], transform: str | None
 ) -> int:
-    head = [*table_names(config)][-1]  # or the table that is both
+    head = [*table_names(config)][-1]  # with tied weights the embedding
     read = [*linear_names(config), head]
     if scheme is None:
         shapes = linear_names(config) | table_names(config)
@@ -91,7 +91,7 @@ def _weight_bytes(
 
 
 def cache_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
-    """Keys and values of one token in all layers, as the native cache lays them out."""
+    """Return the bytes of keys and values of one token in all layers, as the native cache lays them out."""
     frequencies = np.zeros(config.head_dim // 2, np.float32)
     cache = _native.KVCache(
         config.layers, config.kv_heads, config.head_dim, _MEASURED_CACHE, kv_dtype, frequencies, 1.0

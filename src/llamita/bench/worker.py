@@ -1,8 +1,8 @@
-"""One model, or the probes, in a process of its own: loads once, then answers requests over its pipes.
+"""Serve one model, or the probes, from a separate process that answers requests over its pipes.
 
 A request is a line of JSON, {"do": "prefill", "tokens": 512}, and so is its answer, {"seconds": …}, or
-{"error": …, "exit_code": …}. "limits", "needs", "load", "prefill", "decode" and "memory" are the functions of
-`_State` by those names; their arguments are the request's other keys. The process ends with its parent.
+{"error": …, "exit_code": …}. Requests name a function of `_State`: "limits", "needs", "load", "prefill", "decode"
+or "memory"; its arguments are the request's other keys. The process ends with its parent.
 """
 
 import gc
@@ -42,20 +42,20 @@ from llamita.system.threads import use_threads
 
 _FLOAT_WIDTH = {"f32": 4, "f16": 2, "bf16": 2}
 _READ_BYTES = 2**24  # of a file at a time
-_WATCH_INTERVAL = 1.0  # seconds between two looks at whether the parent lives
+_WATCH_INTERVAL = 1.0  # seconds between checks that the parent lives
 REQUESTS = ("limits", "needs", "load", "prefill", "decode", "memory")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model to load.
+    """The model to load.
 
     Attributes:
         source: a directory, hub name or "embedded"; None for a shape.
         shape: the name of a published shape; None for a source.
         scheme: round a float source, or make random weights, by this scheme; None for the source as it is,
             or for random bf16 weights.
-        random: take the shape of the source alone, and random weights.
+        random: use the source's shape with random weights.
     """
 
     source: str | None
@@ -65,7 +65,7 @@ class ModelSpec:
 
     @property
     def name(self) -> str:
-        """What to call it: the last part of a path, and its scheme."""
+        """The model's name in tables: the last part of its path, and its scheme."""
         place = self.shape or Path(self.source or "").name or str(self.source)
         if self.scheme is None:
             return f"{place} BF16" if self.is_random else place
@@ -73,12 +73,12 @@ class ModelSpec:
 
     @property
     def is_random(self) -> bool:
-        """Whether the weights are random."""
+        """True if the weights are random."""
         return self.random or self.shape is not None
 
 
 class Worker:
-    """The parent's end: starts the process, asks, and ends it."""
+    """The parent's end: start the process, send requests, and end it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -86,10 +86,10 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request.
+        """Send one request, and return its answer.
 
         Raises:
-            InputError, RunError: what the worker raised, or that it ended.
+            InputError, RunError: the worker raised this, or it ended.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -102,9 +102,7 @@ class Worker:
         if not line:
             code = self._process.wait()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise RunError(
-                f"{self.name}", f"its process to answer, it ended with {how}", hint="is there enough memory?"
-            )
+            raise RunError(self.name, f"its process to answer, it ended with {how}", hint="is there enough memory?")
         answer = json.loads(line)
         if "error" in answer:
             raise (InputError if answer["exit_code"] == InputError.exit_code else RunError)(answer["error"])
@@ -114,12 +112,12 @@ class Worker:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._process.kill()  # it holds nothing but memory
+        self._process.kill()  # killing it loses nothing
         self._process.communicate()
 
 
 class _State:
-    """The worker's end: the model, its sequences, and the memory it took."""
+    """The worker's end: the model, its sequences, and the memory that it takes."""
 
     def __init__(self) -> None:
         self._llm: LLM | None = None
@@ -127,11 +125,11 @@ class _State:
         self._sequences: list[SequenceCache] = []
         self._capacity = 0
         self._mapped_bytes = 0
-        self._touched = 0  # tokens in all caches at their fullest
+        self._touched = 0  # most tokens that were in all caches together
         self._watch = MemoryWatch()
 
     def limits(self, threads: int | None, probe_bytes: int) -> dict[str, Any]:
-        """The rates of this moment; the probe must not push a small machine into swapping."""
+        """Measure the rates of this moment, with a probe too small to push a small machine into swapping."""
         use_threads(threads)
         probe_bytes = min(probe_bytes, free_memory() // 4)
         return {"int8_rate": _native.int8_rate() * 1e9,
@@ -139,7 +137,7 @@ class _State:
                 "probe_bytes": probe_bytes}  # fmt: skip
 
     def needs(self, spec: dict[str, Any], context: int | None, kv_dtype: str | None) -> dict[str, Any]:
-        """What a model will take: bytes of memory that no file backs, and tokens of its context."""
+        """Return the bytes of memory that a model will take outside of files, and the tokens of its context."""
         wanted = _spec(spec)
         source = _open(wanted)
         context, _ = check_cache(source, context, kv_dtype)
@@ -150,7 +148,7 @@ class _State:
     def load(
         self, spec: dict[str, Any], threads: int | None, context: int | None, kv_dtype: str | None
     ) -> dict[str, Any]:
-        """Load the model, in place of the one before; seconds with warm files, and what it is."""
+        """Load the model in place of the one before; return the seconds, with warm files, and facts about it."""
         self._llm, self._sequences = None, []
         gc.collect()
         wanted = _spec(spec)
@@ -171,7 +169,7 @@ class _State:
                 "kv_dtype": self._llm.kv_dtype, "work": asdict(self._work)}  # fmt: skip
 
     def prefill(self, tokens: int, capacity: int, watch: bool = False) -> dict[str, Any]:
-        """Take a prompt into a new sequence that may grow to `capacity`; it replaces the one before."""
+        """Run a prompt in a new sequence, which may grow to `capacity` and replaces the one before."""
         assert self._llm
         self._sequences[:1], self._capacity = [self._llm.new_sequence(capacity)], capacity
         with self._watch if watch else _undisturbed():
@@ -179,7 +177,7 @@ class _State:
         return {"seconds": seconds, "first_token_seconds": first}
 
     def decode(self, tokens: int, batch: int = 1, watch: bool = False) -> dict[str, Any]:
-        """Steps after the prompt, over `batch` sequences with the same prompt, which stay for later."""
+        """Decode after the prompt, over `batch` sequences with the same prompt, which are kept for later."""
         assert self._llm
         while len(self._sequences) < batch:
             self._sequences.append(self._llm.new_sequence(self._capacity))
@@ -190,7 +188,7 @@ class _State:
             return {"seconds": decode(self._llm, sequences, tokens)}
 
     def memory(self) -> dict[str, Any]:
-        """Bytes: the most this process held, files' pages apart but for weights used in place; its parts."""
+        """Return the peak bytes of this process, with the pages of mapped files only for weights, and its parts."""
         assert self._llm
         assert self._work
         self._watch.look()
@@ -202,7 +200,7 @@ class _State:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """No garbage collection while something is timed."""
+    """Keep garbage collection off while something is timed."""
     gc.disable()
     try:
         yield
@@ -211,20 +209,20 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _spec(values: dict[str, Any]) -> ModelSpec:
-    """A spec from the JSON values of a request."""
+    """Return the spec in the JSON values of a request."""
     scheme = QuantScheme.from_dict(values["scheme"]) if values["scheme"] else None
     return ModelSpec(**{**values, "scheme": scheme})
 
 
 def _float_dtype(spec: ModelSpec) -> Callable[[str], str]:
-    """The dtypes of a model's float tensors."""
+    """Return the dtypes of a model's float tensors, as a function of their names."""
     if spec.source is None or spec.random:
         return lambda _name: "BF16"
     return describe(str(resolve(spec.source))).float_dtype
 
 
 def _warm(spec: ModelSpec) -> None:
-    """Read a model's files once, so that no disk is waited for."""
+    """Read a model's files once, so that loading does not wait for a disk."""
     if spec.source is None or spec.random:
         return
     path = resolve(spec.source)
@@ -247,12 +245,12 @@ def _open(spec: ModelSpec) -> ModelSource:
     if spec.scheme is None:
         return source
     if not isinstance(source, Checkpoint):
-        raise InputError("--preset", "a float model", f"{spec.source}, which is quantized")
+        raise InputError("--scheme", "a float model", f"{spec.source}, which is quantized")
     return RoundedSource(source, spec.scheme)
 
 
 def _size(source: ModelSource, float_dtype: Callable[[str], str]) -> tuple[int, int]:
-    """Bytes of a model's weight files, or what they would have, and of the memory that no file backs."""
+    """Return the bytes of a model's weight files, written or not, and of the memory that no file backs."""
     if isinstance(source, RandomSource | RoundedSource):
         plan = make_plan(source.config, source.scheme, float_dtype) if source.scheme else None
         size = plan.file_bytes if plan else float_bytes(source.config, float_dtype)
@@ -263,7 +261,7 @@ def _size(source: ModelSource, float_dtype: Callable[[str], str]) -> tuple[int, 
 
 
 def _weight_bytes(llm: LLM) -> tuple[int, int]:
-    """Bytes of the weights: packed, in memory of their own; and float, used where they lie."""
+    """Return the bytes of packed weights, in their own memory, and of float weights, used in place."""
     weights = llm.model.weights
     linears: list[Linear] = [weights.head]
     for block in weights.blocks:
@@ -277,7 +275,7 @@ def _weight_bytes(llm: LLM) -> tuple[int, int]:
 
 
 def _end_with_parent() -> None:
-    """End at once when the parent is gone, and not only after the work in hand."""
+    """End at once when the parent is gone, not only after the current request."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -289,7 +287,7 @@ def _end_with_parent() -> None:
 
 
 def serve(requests: Iterable[str], answers: TextIO) -> None:
-    """Answer every request, an error with its text."""
+    """Answer every request; answer an error with its text."""
     state = _State()
     for line in requests:
         request = json.loads(line)
@@ -308,8 +306,8 @@ def serve(requests: Iterable[str], answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     _end_with_parent()
     own_answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed must not pass for an answer
+    os.dup2(2, 1)  # nothing else that is printed may look like an answer
     serve(sys.stdin, own_answers)

@@ -1,4 +1,4 @@
-"""`llamita bench`: speed, size and memory of a model, beside the limits of this machine and a baseline."""
+"""`llamita bench`: measure a model's speed, size and memory against the machine's limits and a baseline."""
 
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,18 +13,18 @@ from llamita.bench.shapes import find_shape
 from llamita.bench.speed import NEW_TOKENS, PROMPT_TOKENS
 from llamita.bench.worker import ModelSpec
 from llamita.commands import console
+from llamita.commands.options import Context, GroupSize, Json, KvCache, Shape, Threads
 from llamita.commands.sources import convert_first
-from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError, RunError
 from llamita.imports.open import resolve
 from llamita.models.packed import METADATA
-from llamita.numerics.scheme import FLOAT, choose_scheme
+from llamita.numerics.scheme import FLOAT, PRESETS, choose_scheme
 from llamita.system.extras import load_optional
 from llamita.system.files import exists_in
 from llamita.system.threads import remark
 from llamita.text.printable import megabytes
 
-DEFAULT_PRESET = "llama3.2"
+DEFAULT_SCHEME = "llama3.2"
 BF16 = "bf16"  # the baseline that needs no checkpoint
 PLOT = "llamita.bench.roofline"  # imported on use: it needs matplotlib
 _LABELS = {
@@ -34,48 +34,51 @@ _LABELS = {
     "batch": "decode, {batch} sequences",
 }
 
-
-# The options, each with what `--help` says of it.
-_Src = Annotated[str | None, typer.Argument(metavar="[DIR|SRC]", help="A model directory, hub name or 'embedded'.")]
-_Shape = Annotated[str | None, typer.Option(help="Random weights in this shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")]
-_Preset = Annotated[str | None, typer.Option(help="How to round what is float: llama3.2 by default; none: not at all.")]
-_GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")]
+_Src = Annotated[str | None, typer.Argument(metavar="[SRC]", help="A model directory, a hub name, or 'embedded'.")]
+_Scheme = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        "--preset",
+        help=f"Round a float model to this scheme: {', '.join(PRESETS)}, or none; {DEFAULT_SCHEME} by default.",
+    ),
+]
 _Baseline = Annotated[
     str | None, typer.Option(metavar="SRC|bf16", help="Compare with this; bf16: random weights of the same shape.")
 ]
 _PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
-_NewTokens = Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")]
-_Batch = Annotated[int, typer.Option(min=1, max=64, help="Decode so many sequences together, too.")]
-_Repeats = Annotated[int, typer.Option(min=1, help="Runs; figures are their medians.")]
-_Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")]
-_Context = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence at most; by default the model's.")]
-_KvCache = Annotated[str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-_Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars against the baseline.")]
+_NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to decode after the prompt.")]
+_Batch = Annotated[int, typer.Option(min=1, max=64, help="Also decode so many sequences together.")]
+_Repeats = Annotated[int, typer.Option(min=1, help="Runs; the figures are their medians.")]
+_Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars that compare with the baseline.")
+]
 
 
 def command(
     src: _Src = None,
-    shape: _Shape = None,
-    preset: _Preset = None,
-    group_size: _GroupSize = None,
+    shape: Shape = None,
+    scheme: _Scheme = None,
+    group_size: GroupSize = None,
     baseline: _Baseline = None,
     prompt_tokens: _PromptTokens = PROMPT_TOKENS,
     new_tokens: _NewTokens = NEW_TOKENS,
     batch: _Batch = 1,
     repeats: _Repeats = 5,
-    threads: _Threads = None,
-    context: _Context = None,
-    kv_cache: _KvCache = None,
-    json: _Json = False,
+    threads: Threads = None,
+    context: Context = None,
+    kv_cache: KvCache = None,
+    json: Json = False,
     plot: _Plot = None,
 ) -> None:
-    """Speed, size and memory of a model, beside the limits measured in the same run.
+    """Measure speed, size and memory of a model, and the machine's limits in the same run.
+
+    Give a model or --shape, which needs no files.
 
     Example: llamita bench --shape llama-3.2-1b --baseline bf16
     """
     convert_first(src, None if baseline and baseline.lower() == BF16 else baseline, quiet=json)
-    model = _model(src, shape, preset, group_size)
+    model = _model(src, shape, scheme, group_size)
     draw = _plotter(plot) if plot else None
     settings = Settings(prompt_tokens, new_tokens, batch)
     job = Job(model, _baseline(baseline, model), settings, repeats, threads, context, kv_cache, bench_run.PROBE_BYTES)
@@ -92,17 +95,17 @@ def command(
         raise RunError(f"{'; '.join(weak)}; try more --repeats on a quiet machine")
 
 
-def _model(src: str | None, shape: str | None, preset: str | None, group_size: int | None) -> ModelSpec:
+def _model(src: str | None, shape: str | None, scheme: str | None, group_size: int | None) -> ModelSpec:
     if (src is None) == (shape is None):
-        raise InputError("bench: expected a model or --shape, got both; try one of them" if src else
-                         "bench: expected a model or --shape, got neither; try --shape 1b")  # fmt: skip
+        found, hint = ("both", "try one of them") if src else ("neither", "try --shape 1b")
+        raise InputError("bench", "a model or --shape", found, hint)
     if shape is not None:
         shape, _ = find_shape(shape)
     elif exists_in(resolve(str(src)), METADATA):
-        if preset not in (None, FLOAT) or group_size:
-            raise InputError("--preset, --group-size", "a float model", f"{src}, which is quantized")
+        if scheme not in (None, FLOAT) or group_size:
+            raise InputError("--scheme, --group-size", "a float model", f"{src}, which is quantized")
         return ModelSpec(src, None)
-    return ModelSpec(src, shape, choose_scheme(preset or DEFAULT_PRESET, group_size))
+    return ModelSpec(src, shape, choose_scheme(scheme or DEFAULT_SCHEME, group_size))
 
 
 def _baseline(name: str | None, model: ModelSpec) -> ModelSpec | None:
@@ -115,7 +118,7 @@ def _baseline(name: str | None, model: ModelSpec) -> ModelSpec | None:
 
 
 def _plotter(path: Path) -> Any:
-    """The function that draws; what can be wrong with the file is found before anything is measured."""
+    """Return the function that draws, after finding all that can be wrong with the file: measuring takes long."""
     if path.suffix.lower() != ".png":
         raise InputError("--plot", "a name that ends in .png", f"{path}")
     directory = path.absolute().parent
@@ -139,15 +142,14 @@ def _print(result: dict[str, Any]) -> None:
     columns = ["", model["name"], *([baseline["name"], "ratio"] if baseline else [])]
     console.print_table(_title(result), columns, _rows(result))
     columns = ["", "work", "rate", "limit", "of it", "at the time"]
-    console.print_table(
-        "Beside the limits measured in the same run (GMAC: 10^9 int8 multiply-adds)", columns, _fraction_rows(result)
-    )
+    title = "Compared with the limits measured in the same run (GMAC: 10^9 int8 multiply-adds)"
+    console.print_table(title, columns, _fraction_rows(result))
     for key in ("model", "baseline"):
         if result[key]:
             console.print_line(_memory_line(result[key]))
     if model["of_limit"]["decode"]["limit"] is None:
         cache = megabytes(limits["cache_bytes"])
-        console.print_line(f"decode: no limit, for with {cache} of cache the model need not come from memory")
+        console.print_line(f"decode: no limit, because the model need not come from memory with {cache} of cache")
     versions = "Python {python}, NumPy {numpy}, {os}".format(**result["machine"])
     console.print_line(machine_line(result, versions))
 
@@ -162,7 +164,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
-    """Meta's table of its quantized models, then what it lacks."""
+    """Return the rows of Meta's table of its quantized models, then those that it lacks."""
     batch = result["settings"]["batch"]
     rows = [
         ("decode tok/s", "decode_tokens_per_second", _rate),
@@ -193,7 +195,7 @@ def _seconds(value: float) -> str:
 
 
 def _ratio(key: str, ratio: float) -> str:
-    """Rates as factors; seconds and bytes as what was saved or added."""
+    """Write the ratio of rates as a factor, that of seconds and bytes as what was saved or added."""
     return f"{ratio:.2f}x" if key.endswith("per_second") else f"{100 * (ratio - 1):+.1f}\xa0%"
 
 
@@ -203,7 +205,7 @@ def _fraction_rows(result: dict[str, Any]) -> list[list[str]]:
         for what, row in (result[key] or {"of_limit": {}})["of_limit"].items():
             is_bytes = row["unit"] == "bytes"
             if key == "baseline" and not is_bytes:
-                continue  # float arithmetic has another limit
+                continue  # the limit is that of int8 arithmetic, not of float
             label = f"{result[key]['name']}: {_LABELS[what]}".format(**result["settings"])
             work = megabytes(row["work"]) if is_bytes else f"{row['work'] / 1e9:,.3g} GMAC"
             unit = "GB/s" if is_bytes else "GMAC/s"
@@ -212,7 +214,7 @@ def _fraction_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _limit_cells(row: dict[str, Any], unit: str) -> list[str]:
-    """Limit and fractions of it; empty without a limit."""
+    """Return the cells for a limit and the fractions of it; empty ones where there is no limit."""
     if row["limit"] is None:
         return ["", "", ""]
     limit, fraction = f"{row['limit'] / 1e9:,.1f} {unit}", row["fraction"]

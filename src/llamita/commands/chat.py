@@ -1,4 +1,4 @@
-"""`llamita chat`: a conversation in the terminal, or one line after the other from a pipe."""
+"""`llamita chat`: hold a conversation in the terminal, or answer the lines of a pipe one after the other."""
 
 import signal
 import sys
@@ -10,71 +10,76 @@ from typing import Annotated
 import typer
 
 from llamita.commands import console
-from llamita.commands.generate import (
-    ADAPTER,
+from llamita.commands.options import (
     AdapterPath,
     Context,
+    DrawSeed,
+    Greedy,
+    Json,
     KvCache,
-    Preset,
+    Model,
+    Scheme,
     Speculate,
     Temperature,
     Threads,
-    describe,
-    load_beside,
-    show_stream,
-    summary,
+    TopP,
 )
+from llamita.commands.show import describe, show_stream, summary
+from llamita.commands.sources import ADAPTER, decode, load_with_adapter
 from llamita.engine.llm import LLM
 from llamita.engine.requests import DEFAULT_SPECULATE, Options
 from llamita.errors import InputError
 
-LEAST_ROOM = 16  # tokens of the context: with fewer there is no reply worth the name
+LEAST_ROOM = 16  # tokens of the context that a reply needs
 HELP = "/reset forgets what was said, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
+
+_System = Annotated[str | None, typer.Option(help="The system message.")]
+_MaxTokens = Annotated[int, typer.Option(help="Most tokens of a reply.")]
 
 
 @dataclass
 class Conversation:
-    """What has been said, each message with role and content."""
+    """The messages so far, each with role and content."""
 
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def with_question(self, text: str) -> list[dict[str, str]]:
-        """All messages up to a new one of the user's."""
+        """Return all messages, with a new one of the user at the end."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *self.turns, {"role": "user", "content": text}]
 
     def add(self, question: str, answer: str) -> None:
-        """Keep a question with its answer, be it whole or stopped."""
+        """Keep a question with its answer, whole or stopped."""
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A quantized directory, a checkpoint, a hub name or 'embedded'.")],
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 512,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    model: Model,
+    system: _System = None,
+    max_tokens: _MaxTokens = 512,
+    greedy: Greedy = False,
     temperature: Temperature = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that sum to this.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    top_p: TopP = None,
+    seed: DrawSeed = None,
     speculate: Speculate = DEFAULT_SPECULATE,
-    preset: Preset = None,
+    scheme: Scheme = None,
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
     adapter: AdapterPath = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each reply.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Talk to a model; a line is a message.
+    """Talk to a model. Each line is a message; so is each line of a pipe.
 
-    /reset forgets what was said, /system TEXT sets the system message, /exit ends. Where a conversation
-    has no room left in the context, its messages go unanswered until /reset; --json then has a line
-    {"error": TEXT} in place of the reply.
+    /reset forgets what was said, /system TEXT sets the system message, /exit ends. When the context has no
+    room for a reply, messages go unanswered until /reset. With --json, each reply is one line of JSON; a
+    message without room for a reply gets {"error": TEXT}.
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """
-    llm = load_beside(model, adapter, preset=preset, threads=threads, context=context, kv_dtype=kv_cache)
-    _ = llm.chat_template  # a base model without one is refused before the first question
+    llm = load_with_adapter(model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache)
+    _ = llm.chat_template  # refuse a base model, which has none, before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,
         "speculate": speculate, "adapter": adapter and ADAPTER,
@@ -90,7 +95,7 @@ def command(
         elif line:
             try:
                 _reply(llm, conversation, line, options, as_json)
-            except InputError as error:  # as a conversation that the template refuses
+            except InputError as error:  # for example, the template refuses the conversation
                 if not is_terminal:
                     raise
                 console.print_error(f"{error}; /reset begins anew")
@@ -98,14 +103,14 @@ def command(
 
 def _welcome() -> None:
     """Make the terminal ready."""
-    # Python leaves Ctrl-C ignored where it began so: as a script's background job, and its children
+    # A script's background job, and its children, begin with Ctrl-C ignored, and Python leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _enable_line_editing()
     console.note(HELP)
 
 
 def _obey(line: str, conversation: Conversation) -> bool:
-    """Carry out a command of the conversation; False to end it."""
+    """Carry out a command of the conversation; return False to end it."""
     name, _, rest = line.partition(" ")
     if name == "/system":
         conversation.system = rest.strip() or None
@@ -118,7 +123,7 @@ def _obey(line: str, conversation: Conversation) -> bool:
 
 
 def _reply(llm: LLM, conversation: Conversation, question: str, options: Options, as_json: bool) -> None:
-    """Answer and remember the answer, whole or stopped; without room for one, say what to do."""
+    """Answer and remember the answer, whole or stopped; say what to do where there is no room for one."""
     if full := _is_full(llm, conversation.with_question(question), options):
         if as_json:
             console.print_json({"error": full}, indent=None)
@@ -143,7 +148,7 @@ def _reply(llm: LLM, conversation: Conversation, question: str, options: Options
 
 
 def _is_full(llm: LLM, messages: list[dict[str, str]], options: Options) -> str | None:
-    """What to say where the context has too little room for a reply."""
+    """Return an error text if the context has too little room for a reply, else None."""
     used = len(llm.tokenizer.encode(llm.chat_template.render(messages), add_bos=False))
     if used + min(LEAST_ROOM, options.get("max_tokens", LEAST_ROOM)) <= llm.context:
         return None
@@ -155,20 +160,17 @@ def _is_full(llm: LLM, messages: list[dict[str, str]], options: Options) -> str 
 
 
 def _read_line(is_terminal: bool) -> str | None:
-    """The next message, None at the end of the input."""
+    """Return the next message, or None at the end of the input."""
     if is_terminal:
         try:
             return input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return None
     data = sys.stdin.buffer.readline()
-    try:
-        return data.decode().strip() if data else None
-    except UnicodeDecodeError as error:
-        raise InputError("stdin", "UTF-8", f"byte 0x{data[error.start]:02x}", "try iconv") from None
+    return decode(data, "stdin").strip() if data else None
 
 
 def _enable_line_editing() -> None:
-    """Arrow keys and history in `input`, where the system's Python has them."""
+    """Give `input` arrow keys and a history, where the system's Python has them."""
     with suppress(ImportError):
         import_module("readline")

@@ -1,4 +1,4 @@
-"""`llamita compare`: models side by side, with what differs beyond noise and where it shows."""
+"""`llamita compare`: show models side by side, which differences exceed noise, and where they arise."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from llamita.commands import console
-from llamita.commands.evaluate import interval_rows
-from llamita.commands.generate import read_prompt
-from llamita.commands.sources import convert_first
+from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Text, Threads
+from llamita.commands.show import interval_rows
+from llamita.commands.sources import convert_first, read_prompt
 from llamita.errors import InputError
 from llamita.evaluate.compare import Comparison, Difference, Disagreement, compare, is_noise, to_values
 from llamita.evaluate.contenders import NO_BASELINE, first_float, open_contenders
-from llamita.evaluate.report import check_target, render, write
+from llamita.evaluate.report import check_target, render_report, write
 from llamita.evaluate.scores import CHUNK_TOKENS, Contender, embedded_text, read_text
 from llamita.imports.open import resolve
 from llamita.models.layer_kinds import describe_groups
@@ -20,50 +20,42 @@ from llamita.numerics.intervals import Interval
 from llamita.system.files import exists_in, read_bytes
 from llamita.text.printable import megabytes, printable
 
-_PROMPT_WORDS = 8  # of the text, where no prompt is given
+_PROMPT_WORDS = 8  # of the text, used if no prompt is given
 _TOKENIZER = "tokenizer.json"
 
-
-# The options, each with what `--help` says of it.
-_Models = Annotated[
-    list[str], typer.Argument(metavar="SRC", help="Model directories, hub names, 'embedded', or SRC:PRESET.")
-]
 _Baseline = Annotated[
     str | None,
-    typer.Option(metavar="SRC", help="Measure against this; by default the first float model, or the source."),
+    typer.Option(metavar="SRC", help="Compare with this model; by default the first float model, or the source."),
 ]
-_Text = Annotated[Path | None, typer.Option(metavar="FILE", help="The text to score; by default the embedded model's.")]
-_Prompt = Annotated[str | None, typer.Option(help="A text that each model continues; '-' reads it from stdin.")]
-_MaxTokens = Annotated[int, typer.Option(min=0, help="Tokens of a continuation; 0 for none.")]
-_Limit = Annotated[int | None, typer.Option(min=1, help="The first N chunks of the text.")]
-_Length = Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")]
-_Top = Annotated[int, typer.Option(min=1, help="Layers, and tokens of the text, to show.")]
-_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.")]
-_KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-_Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with plots, too.")]
+_Prompt = Annotated[
+    str | None, typer.Option(help="Let each model continue this; '-' reads stdin; by default the text's first words.")
+]
+_MaxTokens = Annotated[int, typer.Option(min=0, help="Most tokens of a continuation; 0 for none.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first N chunks of the text.")]
+_Top = Annotated[int, typer.Option(min=1, help="How many layers, and how many tokens of the text, to show.")]
+_Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with plots too.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the report that is there.")]
 
 
 def command(
-    models: _Models,
+    models: Models,
     baseline: _Baseline = None,
-    text: _Text = None,
+    text: Text = None,
     prompt: _Prompt = None,
     max_tokens: _MaxTokens = 40,
     limit: _Limit = None,
-    max_seq_len: _Length = CHUNK_TOKENS,
+    max_seq_len: ChunkTokens = CHUNK_TOKENS,
     top: _Top = 5,
-    threads: _Threads = None,
-    kv_cache: _KvCache = None,
-    json: _Json = False,
+    threads: Threads = None,
+    kv_cache: KvCache = None,
+    json: Json = False,
     html: _Html = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Show models side by side: size, loss, which differences are noise, and where they show.
+    """Show models side by side: size, loss, which differences are noise, and where they arise.
 
-    SRC:PRESET rounds a float model to nearest while it loads: embedded:arm, or embedded:arm:256 with its
-    group size.
+    SRC:SCHEME rounds a float model to nearest while it loads: embedded:arm, or embedded:arm:256 with its
+    group size. --kv-cache leaves the baseline as it is.
 
     Example: llamita compare embedded:arm embedded:llamita --html report.html
     """
@@ -90,13 +82,13 @@ def command(
             console.print_json({"text": text_name, **to_values(comparison)})
         else:
             _print(comparison, text_name, top)
-    finally:  # after the figures, that its failure loses none; and even where their reader went away
+    finally:  # last, so that a failure loses no figures; also when the reader of stdout went away
         if html:
-            write(html, render(comparison, text_name), overwrite)
+            write(html, render_report(comparison, text_name), overwrite)
 
 
 def _default_text(contenders: list[Contender]) -> str:
-    """The text that ships, for models with the embedded model's tokenizer."""
+    """Return the text that ships; raise InputError for a model without the embedded model's tokenizer."""
     embedded = resolve("embedded")
     for contender in contenders:
         path = contender.llm.path
@@ -104,7 +96,7 @@ def _default_text(contenders: list[Contender]) -> str:
             raise InputError(
                 "--text",
                 "a file",
-                f"none, and {contender.name} has not the embedded model's tokenizer",
+                f"none, and the tokenizer of {contender.name} is not the embedded model's",
                 "try a text of the kind that the models are for",
             )
     return embedded_text()
@@ -129,7 +121,7 @@ def _print(comparison: Comparison, text_name: str, top: int) -> None:
 
 
 def _facts(comparison: Comparison) -> list[list[str]]:
-    """The table: a metric a row, a model a column."""
+    """Return the table: a row per metric, a column per model."""
     models, schemes = comparison.models, [model.scheme for model in comparison.models]
     scores = [model.scores for model in models]
     return [
@@ -145,13 +137,13 @@ def _facts(comparison: Comparison) -> list[list[str]]:
 
 
 def _print_titled(title: str, columns: list[str], rows: list[list[str]], figures: bool = True) -> None:
-    """A table under a line that may be longer than it is wide."""
+    """Print a table under a line that may be longer than the table is wide."""
     console.print_line(title)
     console.print_table("", columns, rows, figures)
 
 
 def _difference(difference: Difference) -> list[list[str]]:
-    """The differences of a pair, and under them the bounds of their intervals."""
+    """Return two rows: the differences of a pair, and the bounds of their intervals under them."""
     cells = (
         _signed(difference.kl, 1, ".5f", ""),
         _signed(difference.perplexity, 100, ".2f", " %"),
@@ -162,14 +154,14 @@ def _difference(difference: Difference) -> list[list[str]]:
 
 
 def _signed(interval: Interval, factor: int, spec: str, unit: str) -> tuple[str, str]:
-    """A difference, with the word noise where it is, and its bounds."""
+    """Return a difference, marked where it is noise, and its bounds."""
     value, low, high = (f"{x * factor:+{spec}}" for x in (interval.value, interval.low, interval.high))
     verdict = "noise: " if is_noise(interval) else ""
     return f"{verdict}{value}{unit}".replace(" ", "\xa0"), f"{low} to {high}".replace(" ", "\xa0")
 
 
 def _print_layers(comparison: Comparison, names: list[str], top: int) -> None:
-    """The layers of the largest errors."""
+    """Print the layers with the largest errors."""
     weights = [model.weight_errors for model in comparison.models[1:]]
     modules = {name: max(w[name] for w in weights if w and name in w) for w in weights if w for name in w}
     worst = sorted(modules, key=lambda name: -modules[name])[:top]
@@ -192,7 +184,7 @@ def _print_layers(comparison: Comparison, names: list[str], top: int) -> None:
 
 
 def _print_place(place: Disagreement, names: list[str]) -> None:
-    """A place in the text where models differ."""
+    """Print a place in the text where models differ."""
     rows = [
         [name, f"{printable(o.said)} ({o.probability:.1%})", f"{o.right_probability:.1%}", f"{o.kl:.3f}"]
         for name, o in zip(names, place.opinions, strict=True)

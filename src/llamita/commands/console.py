@@ -1,22 +1,23 @@
-"""What commands print: tables, progress, JSON. Answers go to stdout, everything else to stderr.
+"""Print tables, progress and JSON. Answers go to stdout, everything else to stderr.
 
-Names and messages come from files and users: nothing is read as Rich's markup.
+Names and messages come from files and users, so nothing is read as Rich's markup.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-ProgressCallback = Callable[[str, int, int], None]  # what is being worked on, done, total
+from llamita.system.progress import Progress
 
 _FILE_WIDTH = 120  # columns of a table that goes to a file or a pipe
 
@@ -27,15 +28,15 @@ err = Console(**_RAW, stderr=True)
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """One JSON document on stdout, for machines; NaN and infinity are refused, not written."""
-    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"  # elsewhere all is escaped
+    """Write one JSON document to stdout; refuse NaN and infinity."""
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"  # other encodings get escapes
     text = json.dumps(value, indent=indent, ensure_ascii=not is_utf8, allow_nan=False)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], figures: bool = True) -> None:
-    """A table: the first column is text, the others are figures, or else text that wraps."""
+    """Print a table: the first column is text, the others are figures, or text that wraps if not `figures`."""
     table = Table(title=Text(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if i == 0 or not figures else "right", no_wrap=i == 0)
@@ -47,25 +48,25 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], figures: 
 
 
 def print_line(text: str) -> None:
-    """A line of the answer that is no table, on stdout."""
+    """Print a line of the answer on stdout."""
     out.print(text)
 
 
 def print_error(message: str) -> None:
-    """One line on stderr."""
+    """Print an error as one line on stderr."""
     line = " ".join(message.split())
     err.print(Text.assemble(("error:", "bold red"), " ", line))
 
 
 def note(message: str | None) -> None:
-    """A remark beside the answer, on stderr, if there is one."""
+    """Print a remark on stderr, if there is one."""
     if message is not None:
         err.print(message)
 
 
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[ProgressCallback | None]:
-    """A progress bar on stderr, as the callback that library functions take; None when quiet."""
+def progress(quiet: bool = False) -> Iterator[Progress]:
+    """Yield the callback of a progress bar on stderr, as library functions take it, or None if quiet."""
     if quiet:
         yield None
         return
@@ -76,8 +77,8 @@ def progress(quiet: bool = False) -> Iterator[ProgressCallback | None]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    disable = not err.is_terminal  # in a file it would leave an empty line, and nothing else
-    with Progress(*columns, console=err, transient=True, disable=disable) as bar:
+    disable = not err.is_terminal  # in a file it would leave only an empty line
+    with Bar(*columns, console=err, transient=True, disable=disable) as bar:
         task = bar.add_task("", total=None)
 
         def report(what: str, done: int, total: int) -> None:

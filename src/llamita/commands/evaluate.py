@@ -1,4 +1,4 @@
-"""`llamita evaluate`: what quantization cost, models side by side."""
+"""`llamita evaluate`: measure what quantization cost, models side by side."""
 
 import contextlib
 import os
@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
+from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Text, Threads
+from llamita.commands.show import interval_rows
 from llamita.commands.sources import convert_first
 from llamita.evaluate import wikitext
 from llamita.evaluate.contenders import NO_BASELINE, open_contenders
 from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, embedded_text, read_text, score_text
 from llamita.models.layer_kinds import describe_kinds
-from llamita.numerics.intervals import Interval
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
 from llamita.system.threads import remark
@@ -29,7 +30,7 @@ WIKITEXT = "wikitext"
 
 @dataclass
 class _Job:
-    """What is to be measured: a text, tasks of LM Eval, or both."""
+    """The work to do: a text to score, tasks of LM Eval to run, or both."""
 
     max_seq_len: int
     limit: int | None
@@ -42,44 +43,41 @@ class _Job:
     notes: list[str] = field(default_factory=list)
 
 
-# The options, each with what `--help` says of it.
-_Models = Annotated[
-    list[str], typer.Argument(metavar="DIR...", help="Model directories, hub names, 'embedded', or SRC:PRESET.")
-]
 _Baseline = Annotated[
-    str | None, typer.Option(metavar="SRC", help="The float model; by default the one DIR was made from; or 'none'.")
+    str | None,
+    typer.Option(metavar="SRC", help="Compare with this float model, or 'none'; by default the one SRC was made from."),
 ]
-_Tasks = Annotated[str | None, typer.Option(help="Tasks of LM Eval, separated by commas: wikitext,arc_easy.")]
+_Tasks = Annotated[str | None, typer.Option(help="Run tasks of LM Eval, separated by commas: wikitext,arc_easy.")]
 _Wikitext = Annotated[
-    Path | None, typer.Option("--wikitext", metavar="FILE", help="wiki.test.raw, in place of the hub's data set.")
+    Path | None, typer.Option("--wikitext", metavar="FILE", help="Score this wiki.test.raw in place of the hub's.")
 ]
-_Text = Annotated[Path | None, typer.Option(metavar="FILE", help="A plain text to score; needs no LM Eval.")]
-_Limit = Annotated[int | None, typer.Option(min=1, help="The first N documents of a task, chunks of a text.")]
-_Length = Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N documents of a task, chunks of a text.")]
 _AddBos = Annotated[
-    bool | None, typer.Option("--add-bos-token/--no-add-bos-token", help="As in LM Eval; else the tokenizer decides.")
+    bool | None,
+    typer.Option(
+        "--add-bos-token/--no-add-bos-token", help="Begin with a BOS token in tasks; by default as the tokenizer says."
+    ),
 ]
-_Threads = Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all cores by default.")]
-_KvCache = Annotated[str | None, typer.Option(help="Keys and values as f32, f16 or int8; the baseline keeps its own.")]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def command(
-    models: _Models,
+    models: Models,
     baseline: _Baseline = None,
     tasks: _Tasks = None,
     wikitext_file: _Wikitext = None,
-    text: _Text = None,
+    text: Text = None,
     limit: _Limit = None,
-    max_seq_len: _Length = CHUNK_TOKENS,
+    max_seq_len: ChunkTokens = CHUNK_TOKENS,
     add_bos_token: _AddBos = None,
-    threads: _Threads = None,
-    kv_cache: _KvCache = None,
-    json: _Json = False,
+    threads: Threads = None,
+    kv_cache: KvCache = None,
+    json: Json = False,
 ) -> None:
-    """Measure what quantization cost: perplexity, divergence from the float model, tasks of LM Eval.
+    """Measure what quantization cost: perplexity, KL divergence from the float model, tasks of LM Eval.
 
-    Without a text or tasks, the text that ships with llamita is scored.
+    Without --text and --tasks, the text that ships with llamita is scored. --tasks and --wikitext need LM
+    Eval, --text does not. SRC:SCHEME rounds a float model to nearest while it loads: embedded:arm, or
+    embedded:arm:256 with its group size. --kv-cache leaves the baseline as it is.
 
     Example: llamita evaluate llama-g128 llama-g256 --wikitext wiki.test.raw
     """
@@ -118,7 +116,7 @@ def _import_harness() -> Any:
 
 
 def _choose_text(job: _Job, text: Path | None, wikitext_file: Path | None, harness: Any) -> None:
-    """Fill in the text to score and the pages of the wikitext task."""
+    """Find the text to score and the pages of the wikitext task, and put them into the job."""
     if WIKITEXT in job.tasks:
         if wikitext_file:
             found = wikitext.read(wikitext_file)
@@ -148,7 +146,7 @@ def _score(job: _Job, contenders: list[Contender], progress: Progress) -> list[T
 
 
 def _run_tasks(job: _Job, contenders: list[Contender], harness: Any, progress: Progress) -> list[list[Any]]:
-    """Every model's `harness.TaskScores`."""
+    """Return every model's `TaskScores` of `evaluate.lm_eval`."""
     if not job.tasks:
         return [[] for _ in contenders]
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
@@ -166,7 +164,7 @@ def _run_tasks(job: _Job, contenders: list[Contender], harness: Any, progress: P
 def _values(
     job: _Job, contenders: list[Contender], scores: list[TextScores], results: list[list[Any]]
 ) -> dict[str, Any]:
-    """Everything as JSON values."""
+    """Return everything as JSON values."""
     models = [
         {
             "name": contender.name,
@@ -194,7 +192,7 @@ def _values(
 def _rows(
     job: _Job, contenders: list[Contender], scores: list[TextScores], results: list[list[Any]]
 ) -> list[list[str]]:
-    """The table: a metric a row, a model a column."""
+    """Return the table: a row per metric, a column per model."""
     schemes = [c.llm.scheme for c in contenders]
     rows = [
         ["scheme", *(s.name if s else "float" for s in schemes)],
@@ -225,10 +223,3 @@ def _groups(contender: Contender) -> str:
 def _with_error(task: Any, metric: str) -> str:
     value = f"{task.metrics[metric]:.4f}"
     return f"{value} ± {task.errors[metric]:.4f}" if metric in task.errors else value
-
-
-def interval_rows(label: str, intervals: list[Interval | None], factor: int, spec: str, unit: str) -> list[list[str]]:
-    """The values, and under them the bounds of their intervals."""
-    values = [f"{i.value * factor:{spec}}{unit}" if i else "" for i in intervals]
-    bounds = [f"{i.low * factor:{spec}} to {i.high * factor:{spec}}" if i else "" for i in intervals]
-    return [[label, *values], ["", *(bound.replace(" ", "\xa0") for bound in bounds)]]

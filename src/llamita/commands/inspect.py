@@ -1,4 +1,4 @@
-"""`llamita inspect`: what a model directory holds."""
+"""`llamita inspect`: show what a model directory holds."""
 
 from collections import Counter
 from typing import Annotated, Any
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
+from llamita.commands.options import Json
 from llamita.commands.sources import convert_first
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
@@ -13,15 +14,18 @@ from llamita.models.layer_kinds import count_kinds
 from llamita.models.names import expected_tensors
 from llamita.models.packed import PackedModel
 
-_WORST = 5  # layers shown unless all are asked for
+_WORST = 5  # layers shown without --layers
+
+_Directory = Annotated[
+    str, typer.Argument(metavar="DIR", help="A model directory, another tool's model, a hub name, or 'embedded'.")
+]
+_Layers = Annotated[
+    bool, typer.Option("--layers", help=f"Show the error of every layer, not of the worst {_WORST} only.")
+]
 
 
-def command(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory, a hub name, or 'embedded'.")],
-    layers: Annotated[bool, typer.Option("--layers", help="Show the error of every layer.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
-) -> None:
-    """Show a model's shape, scheme, size, origin and the error of its layers.
+def command(directory: _Directory, layers: _Layers = False, json: Json = False) -> None:
+    """Show a model's shape, scheme, size, origin, and the errors of its layers.
 
     Example: llamita inspect my-model
     """
@@ -33,26 +37,26 @@ def command(
     if json:
         console.print_json(values)
         return
-    told = dict(values)
+    shown = dict(values)
     if "source" in values:
-        told |= {"source": values["source"]["name"], "rotations": _rotations(values["rotations"])}
-    if values["scheme"]:  # overrides stand beside the errors
-        told["scheme"] = {key: value for key, value in values["scheme"].items() if key != "layers"}
-    rows = [[key.replace("_", " "), _text(value)] for key, value in told.items() if key != "layer_errors"]
+        shown |= {"source": values["source"]["name"], "rotations": _rotations(values["rotations"])}
+    if values["scheme"]:  # layers of another kind are listed with the errors
+        shown["scheme"] = {key: value for key, value in values["scheme"].items() if key != "layers"}
+    rows = [[key.replace("_", " "), _text(value)] for key, value in shown.items() if key != "layer_errors"]
     console.print_table(directory, ["what", "value"], rows)
     worst = sorted(values["layer_errors"].items(), key=lambda item: -item[1])
     if worst:
-        shown = worst if layers else worst[:_WORST]
+        listed = worst if layers else worst[:_WORST]
         kinds = {name: source.scheme.kind(name).name for name, _ in worst} if source.scheme else {}
         console.print_table(
             "relative squared error, worst first",
             ["layer", "stored as", "error"],
-            [[name, kinds.get(name, ""), f"{error:.3e}"] for name, error in shown],
+            [[name, kinds.get(name, ""), f"{error:.3e}"] for name, error in listed],
         )
 
 
 def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
-    """What there is to know about an open model, as JSON values."""
+    """Return what there is to know about an open model, as JSON values."""
     config = source.config
     infos = [info for file in source.files.values() for info in file.tensors.values()]
     sizes: Counter[str] = Counter()
@@ -91,13 +95,13 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
 
 
 def _rotations(rotations: list[dict[str, Any]]) -> str:
-    """Their names, and of the one that is left to the engine its size."""
+    """Return the names of rotations, with the size of the one that the engine applies at run time."""
     sizes = {r["name"]: f" of {r['size']:,} inputs at run time" for r in rotations if "size" in r}
     return ", ".join(r["name"] + sizes.get(r["name"], "") for r in rotations) or "none"
 
 
 def _text(value: Any) -> str:
-    """A value for people: mappings as `key value` pairs, large numbers with separators."""
+    """Return a value for people to read: mappings as `key value` pairs, large numbers with separators."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):

@@ -1,23 +1,93 @@
-"""Options that several commands which make a directory have, each with what `--help` says of it."""
+"""Define each option that more than one command takes, with its line in `--help`, once."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llamita.engine.kv_cache import KV_DTYPES
+from llamita.numerics.scheme import GROUP_SIZES, PRESETS
+
+# The model and what it is compared with
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model directory, another tool's model, a hub name, or 'embedded'.")
+]
+Models = Annotated[
+    list[str], typer.Argument(metavar="SRC", help="Model directories, hub names, 'embedded', or SRC:SCHEME.")
+]
+Shape = Annotated[
+    str | None, typer.Option("--shape", help="Use a published shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")
+]
+
+# How weights are stored
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size",
+        help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}; by default what the scheme says.",
+    ),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        "--preset",
+        help=f"Round a float model to this scheme while it loads: {', '.join(PRESETS)}; by default it stays float.",
+    ),
+]
+
+# What is made
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The directory to make.")]
-GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llamita made it.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to use; all cores by default.", min=1)]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+# How it is computed
+# No range here: `system.threads.use_threads` refuses a wrong count, from here and from LLAMITA_THREADS alike.
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads to use, 1 to 1024; all cores by default.")]
+Context = Annotated[
+    int | None, typer.Option("--context", min=1, help="Most tokens of a sequence; by default what the model allows.")
+]
+KvCache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        help=f"Type of keys and values: {', '.join(KV_DTYPES)}; by default f32 for a float model, else f16.",
+    ),
+]
+AdapterPath = Annotated[
+    Path | None,
+    typer.Option("--adapter", "--adaptor", metavar="DIR", help="Use this low-rank adapter, in PEFT's format."),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed.")]
+
+# What methods calibrate on
 CalibrationText = Annotated[
     str | None,
     typer.Option(
         "--calibration",
         metavar="TEXT",
-        help="What methods calibrate on: self (the default), self-fast, a file, a hub data set.",
+        help="Text to calibrate on: self (the default), self-fast, a file, a hub data set.",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Pieces of calibration text.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens per calibration sample.")]
+
+# What is measured
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="The text to score; by default one that ships with llamita."),
+]
+ChunkTokens = Annotated[int, typer.Option("--max-seq-len", min=2, help="Tokens that a model sees at a time.")]
+
+# How text is generated
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="Below 1 is safer, above 1 is wilder, 0 is greedy.")
+]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Draw from the likeliest tokens whose probabilities sum to this.")
+]
+DrawSeed = Annotated[int | None, typer.Option("--seed", help="Random seed; by default every run differs.")]
+Speculate = Annotated[
+    int, typer.Option("--speculate", help="Tokens to draft from the text so far and verify together; 0 for none.")
+]

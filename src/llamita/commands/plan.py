@@ -1,4 +1,4 @@
-"""`llamita plan`: size, memory and speed to expect."""
+"""`llamita plan`: estimate size, memory and speed before anything is downloaded or made."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -7,39 +7,41 @@ import typer
 
 from llamita.bench.plan import Estimate, Machine, describe, describe_shape, estimate_all, measure_machine
 from llamita.commands import console
+from llamita.commands.options import GroupSize, Json, KvCache, Shape, Threads
 from llamita.commands.sources import convert_first
-from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError
 from llamita.imports.open import is_hub_name
 from llamita.numerics.scheme import PRESETS, make_scheme
 from llamita.system.threads import remark, use_threads
 from llamita.text.printable import megabytes
 
+_Src = Annotated[
+    str | None, typer.Argument(metavar="[SRC]", help="A config.json, a model directory, a hub name, or 'embedded'.")
+]
+_Presets = Annotated[
+    list[str] | None,
+    typer.Option("--preset", help=f"Plan for this preset: {', '.join(PRESETS)}; repeatable; all by default."),
+]
+
 
 def command(
-    src: Annotated[
-        str | None, typer.Argument(metavar="[SRC]", help="A config.json, a directory, a hub name, or 'embedded'.")
-    ] = None,
-    shape: Annotated[str | None, typer.Option(help="A published shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")] = None,
-    preset: Annotated[list[str] | None, typer.Option(help="A preset to plan for; all of them by default.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale, in place of the preset's.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the kernels, 1 to 1024; all by default.")] = None,
-    kv_cache: Annotated[
-        str | None, typer.Option("--kv-cache", help=f"Type of keys and values: {', '.join(KV_DTYPES)}.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    src: _Src = None,
+    shape: Shape = None,
+    preset: _Presets = None,
+    group_size: GroupSize = None,
+    threads: Threads = None,
+    kv_cache: KvCache = None,
+    json: Json = False,
 ) -> None:
-    """Size, memory and speed to expect on this machine; downloads nothing but a config.json.
+    """Estimate size, memory and speed on this machine; download nothing but a config.json.
 
-    Sizes are exact. Memory and speed are estimates from this machine's measured limits, and rough
-    ones for models of a few million weights.
+    Sizes are exact. Memory and speed are estimates from this machine's measured limits; they are rough for
+    models of a few million weights. Give a model or --shape.
 
     Example: llamita plan meta-llama/Llama-3.2-1B --preset llama3.2
     """
     if (src is None) == (shape is None):
-        raise InputError("plan", "a model or --shape", f"{'both' if src else 'neither'}", "try --shape 1b")
+        raise InputError("plan", "a model or --shape", "both" if src else "neither", "try --shape 1b")
     use_threads(threads)
     schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
     if src is not None and not is_hub_name(src):
@@ -64,7 +66,7 @@ def _print(name: str, estimates: list[Estimate], machine: Machine) -> None:
     console.print_table(f"{name}: estimates for this machine", columns, [_row(e) for e in estimates])
     console.note(_machine_line(machine))
     if min(e.tensor_bytes for e in estimates) <= machine.cache:
-        console.note("a model that fits the CPU's caches: its speeds are rough; `llamita bench` measures them")
+        console.note("this model fits the CPU's caches, so its speeds are rough; `llamita bench` measures them")
 
 
 def _row(estimate: Estimate) -> list[str]:

@@ -1,4 +1,4 @@
-"""`llamita verify`: is a packed directory as it was written?"""
+"""`llamita verify`: check that a packed model, or an export, is as it was written."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llamita.commands import console
+from llamita.commands.options import Json
 from llamita.errors import InputError
 from llamita.imports.detect import detect_format
 from llamita.imports.open import resolve
@@ -15,25 +16,23 @@ from llamita.system.files import exists_in
 from llamita.system.staging import EXPORTED_MARK
 from llamita.text.printable import megabytes
 
+_Directory = Annotated[str, typer.Argument(metavar="DIR", help="A packed model, its hub name, or an export of one.")]
 
-def command(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A packed directory, its hub name, or what export made.")
-    ],
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
-) -> None:
-    """Check every file of a packed directory, or of an export, against its recorded hash; exit code 1 if any
-    differs.
+
+def command(directory: _Directory, json: Json = False) -> None:
+    """Check every file of a packed model, or of an export, against its recorded hash.
+
+    The exit code is 1 if any file differs.
 
     Example: llamita verify my-model
     """
     path = Path(directory)
-    if not exists_in(path, EXPORTED_MARK):  # what is exported is checked as it is, never converted first
+    if not exists_in(path, EXPORTED_MARK):  # an export is checked as it is, never converted first
         if detect_format(path) is not None:
             raise InputError(
                 f"{directory}",
                 "a directory that llamita made",
-                "another tool's model, which says nothing of what was written",
+                "another tool's model, which records no hashes",
                 "try llamita inspect",
             )
         path = resolve(directory)

@@ -1,121 +1,130 @@
-"""HTML and SVG from values, safe by construction: a text is escaped unless it is markup made here.
+"""Draw charts as SVG: lines over a common axis, and bars with intervals.
 
-Two charts: lines over a common axis, and bars with intervals. No script, no font, nothing from outside.
+Jinja's templates in this folder escape every value. No script, no font, nothing from outside.
 """
 
-import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 from llamita.text.printable import printable
 
 COLORS = ("#7a7a80", "#0a6ebd", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be185d")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 24, 34  # margins in pixels
 _TICKS = 4  # about so many lines across a linear axis
-_LETTER = 6.2  # width of a letter of 11 pixels, roughly
-_BAR = 22  # height of a bar with its gap
-_VOID = {"meta", "line", "rect", "path", "circle"}  # elements without an end
+_LETTER = 6.2  # approximate width of a letter of 11 pixels
+_BAR, _GAP = 16, 6  # height of a bar, and the gap after it
+_LONGEST_BAR = 320
 
 
-class Markup(str):
-    """Text that is HTML already."""
-
-    __slots__ = ()
-
-
-def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """An element; `class_` and `stroke_width` are spelled `class` and `stroke-width`; None is left out."""
-    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
-    head = name + "".join(f' {key}="{escape(str(value))}"' for key, value in pairs)
-    if name in _VOID:
-        return Markup(f"<{head}>" if name == "meta" else f"<{head}/>")
-    return Markup(f"<{head}>{join(children)}</{name}>")
+def _visible(value: object) -> object:
+    """Make the control characters of a text visible: names and texts come from strangers."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def join(children: Sequence[object]) -> Markup:
-    """Markup as it is, anything else as text."""
-    return Markup("".join(c if isinstance(c, Markup) else escape(str(c)) for c in children))
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    finalize=_visible,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def escape(text: str) -> Markup:
-    """Text for between tags and within quotes; control characters become visible."""
-    return Markup(html.escape(printable(text)))
+def render(template: str, **values: Any) -> Markup:
+    """Fill in a template of this folder; a text is escaped unless it is `Markup`."""
+    return Markup(_TEMPLATES.get_template(template).render(**values))
 
 
 def line_chart(
-    title: str, lines: Mapping[str, Sequence[float]], x_label: str, *, width: int = 460, height: int = 220,
-    log: bool = False, x_last: int | None = None, most: float | None = None, colors: Sequence[str] = COLORS,
-) -> Markup:  # fmt: skip
-    """Lines through values at 0, 1, 2, …; the axis below runs to `x_last`, that on the left to `most`.
+    title: str,
+    lines: Mapping[str, Sequence[float]],
+    x_label: str,
+    *,
+    x: Mapping[str, Sequence[float]] | None = None,
+    width: int = 460,
+    height: int = 220,
+    log: bool = False,
+    x_last: int | None = None,
+    least: float = 0.0,
+    most: float | None = None,
+    colors: Sequence[str] = COLORS,
+    faint: Collection[str] = (),
+    marks: Mapping[str, float] | None = None,
+    dots: Sequence[tuple[str, float, float]] = (),
+    key: Sequence[tuple[str, str]] = (),
+    style: str = "",
+) -> Markup:
+    """Draw lines through values.
 
-    With `log` the axis is logarithmic if values differ tenfold; those that are not positive are drawn at
-    its lower end.
+    Args:
+        x: the place of every value on the axis below; by default they are spread evenly over it.
+        log: make the axis on the left logarithmic if values differ tenfold; values that are not positive are
+            drawn at its lower end.
+        x_last: where the axis below ends; by default the number of values less one.
+        least, most: where the axis on the left begins and ends; by default zero and the largest value.
+        faint: names of lines to draw half transparent.
+        marks: vertical lines, by label.
+        dots: label, place and value of single points.
+        key: labels and colors of a legend.
+        style: CSS for an SVG that is a document by itself.
     """
-    values = [value for line in lines.values() for value in line]
+    values = [value for line in lines.values() for value in line] + [value for _, _, value in dots]
     log = log and max(values) > 10 * min((value for value in values if value > 0), default=math.inf)
-    low, high = _range(values, log, most)
-    count = max(len(line) for line in lines.values())
+    low, high = _range(values, log, least, most)
+    count = max((len(line) for line in lines.values()), default=1)
     last = count - 1 if x_last is None else x_last
-    inner_width, inner_height = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
+    right, bottom = width - _RIGHT, height - _BOTTOM
 
     def x_of(place: float) -> float:
-        return _LEFT + inner_width * place / max(1, count - 1)
+        return round(_LEFT + (right - _LEFT) * place / max(1, last), 1)
 
     def y_of(value: float) -> float:
         at = math.log10(max(value, low) / low) / math.log10(high / low) if log else (value - low) / (high - low)
-        return _TOP + inner_height * (1 - at)
+        return round(bottom - (bottom - _TOP) * at, 1)
 
-    parts = [tag("text", title, x=_LEFT, y=14, class_="title")]
-    for tick in ticks(low, high, log):
-        y = round(y_of(tick), 1)
-        parts.append(tag("line", x1=_LEFT, x2=width - _RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(tag("text", f"{tick:.3g}", x=_LEFT - 6, y=y + 4, class_="left"))
-    for place in sorted({0, last // 2, last}):
-        x = x_of(place * (count - 1) / max(1, last))
-        parts.append(tag("text", f"{place:,}", x=round(x, 1), y=height - 18, class_="middle"))
-    parts.append(tag("text", x_label, x=_LEFT + inner_width / 2, y=height - 4, class_="middle"))
-    for (name, line), color in zip(lines.items(), _cycle(colors, len(lines)), strict=True):
-        points = [f"{x_of(place):.1f},{y_of(value):.1f}" for place, value in enumerate(line)]
-        path = f"M{points[0]}h0.1" if len(points) == 1 else "M" + "L".join(points)
-        parts.append(tag("g", tag("title", name), tag("path", d=path, stroke=color)))
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
+    def path_of(name: str) -> str:
+        places = [i * last / max(1, count - 1) for i in range(len(lines[name]))] if x is None else x[name]
+        points = [f"{x_of(place)},{y_of(value)}" for place, value in zip(places, lines[name], strict=True)]
+        return f"M{points[0]}h0.1" if len(points) == 1 else "M" + "L".join(points)
+
+    x_ticks = [0, last // 2, last] if x is None else [tick for tick in ticks(0, max(1, last)) if tick == int(tick)]
+    return render(
+        "lines.svg.j2", title=title, x_label=x_label, width=width, height=height, key=key, style=style,
+        left=_LEFT, right=right, top=_TOP, bottom=bottom,
+        y_ticks=[(f"{tick:.4g}", y_of(tick)) for tick in ticks(low, high, log)],
+        x_ticks=[(f"{place:,.0f}", x_of(place)) for place in sorted({*x_ticks})],
+        marks=[(label, x_of(place)) for label, place in (marks or {}).items()],
+        lines=[(n, path_of(n), colors[i % len(colors)], n in faint) for i, n in enumerate(lines)],
+        dots=[(label, x_of(place), y_of(value)) for label, place, value in dots],
+    )  # fmt: skip
 
 
 def bar_chart(
     title: str, bars: Mapping[str, tuple[float, float, float]], spec: str, colors: Sequence[str] = COLORS
 ) -> Markup:
-    """Bars from zero to a value that is not negative, each with its interval (value, low, high)."""
-    left = 20 + _LETTER * max(len(name) for name in bars)
-    width, height = left + 420, _TOP + _BAR * len(bars) + 6
-    scale = 320 / (max(high for _, _, high in bars.values()) or 1)
-    parts = [tag("text", title, x=0, y=14, class_="title")]
-    for i, (name, (value, low, high)) in enumerate(bars.items()):
-        y, color = _TOP + _BAR * i, colors[i % len(colors)]
-        middle = y + (_BAR - 6) / 2
-        parts.append(tag("text", name, x=left - 6, y=y + 12, class_="left"))
-        parts.append(tag("rect", x=left, y=y, width=f"{value * scale:.1f}", height=_BAR - 6, fill=color))
-        parts.append(tag("line", x1=f"{left + low * scale:.1f}", x2=f"{left + high * scale:.1f}",
-                         y1=middle, y2=middle, class_="interval"))  # fmt: skip
-        parts.append(tag("text", format(value, spec), x=f"{left + high * scale + 6:.1f}", y=y + 12))
-    return tag("svg", *parts, viewBox=f"0 0 {width:.0f} {height}", width=round(width), height=height, role="img")
+    """Draw bars from zero to values that are not negative, each with its interval (value, low, high)."""
+    left = round(20 + _LETTER * max(len(name) for name in bars))
+    scale = _LONGEST_BAR / (max(high for _, _, high in bars.values()) or 1)
+    drawn = [
+        {"name": name, "text": format(value, spec), "color": colors[i % len(colors)], "y": _TOP + (_BAR + _GAP) * i,
+         "width": round(value * scale, 1), "low": round(left + low * scale, 1), "high": round(left + high * scale, 1)}
+        for i, (name, (value, low, high)) in enumerate(bars.items())
+    ]  # fmt: skip
+    height = _TOP + (_BAR + _GAP) * len(bars) + _GAP
+    return render("bars.svg.j2", title=title, bars=drawn, left=left, width=left + 420, height=height, thickness=_BAR)
 
 
-def legend(names: Sequence[str], colors: Sequence[str] = COLORS) -> Markup:
-    """Which color is whose."""
-    pairs = zip(names, _cycle(colors, len(names)), strict=True)
-    items = [tag("span", tag("i", style=f"background:{color}"), name) for name, color in pairs]
-    return tag("p", *items, class_="legend")
-
-
-def _cycle(colors: Sequence[str], count: int) -> list[str]:
-    return [colors[i % len(colors)] for i in range(count)]
-
-
-def _range(values: Sequence[float], log: bool, most: float | None) -> tuple[float, float]:
-    """The ends of an axis that holds all values; they differ."""
+def _range(values: Sequence[float], log: bool, least: float, most: float | None) -> tuple[float, float]:
+    """Return the ends of an axis that holds all values; they differ."""
     high = max(values) if most is None else most
     if not log:
-        return 0.0, high if high > 0 else 1.0
+        return least, high if high > least else least + 1.0
     positive = [value for value in values if value > 0]
     low = min(positive) if positive else 0.1
     high = max(high, low)
@@ -123,7 +132,7 @@ def _range(values: Sequence[float], log: bool, most: float | None) -> tuple[floa
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Round numbers from low to high."""
+    """Return round numbers from low to high."""
     if log:
         first, last = round(math.log10(low)), round(math.log10(high))
         step = max(1, (last - first) // _TICKS)

@@ -1,8 +1,8 @@
-"""Models side by side: what each lost, which differences are noise, and where in model and text they show.
+"""Compare models: what each lost, which differences are noise, and where in model and text they arise.
 
 The first model is the baseline, to which the others are compared; all run in the same engine on the same
 tokens. Two contenders differ by the mean of their differences token by token, with its interval from the
-block bootstrap (`statistics`): the text's own variance, which both share, cancels.
+block bootstrap (`numerics.intervals`): the text's own variance, which both share, cancels.
 """
 
 import math
@@ -27,6 +27,7 @@ from llamita.evaluate.layers import (
     weight_errors,
 )
 from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, TokenScores, score_tokens, summarize
+from llamita.models.weights import ModelSource
 from llamita.numerics.intervals import Interval, paired_difference
 from llamita.system.progress import Progress
 from llamita.text.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ _CONTEXT_TOKENS = 16  # shown before a token on which models differ
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt continued greedily; `same_tokens` of it, from the first on, are the baseline's."""
+    """A prompt continued greedily; its first `same_tokens` tokens are the baseline's."""
 
     text: str
     tokens: int
@@ -45,11 +46,29 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What there is to say of one model. What needs a baseline of its shape is None where that is missing.
+class Inside:
+    """A contender's weights compared with the baseline's.
 
     Attributes:
-        weight_errors: by module; None where a transform changed its weights on purpose.
+        weight_errors: see `Report`.
+        turn: the rotation by which its residual stream differs from the baseline's; None if by none.
+        is_alike: whether the same vectors pass through both models, block by block.
+        note: what could not be compared, and why.
+    """
+
+    origin: Origin
+    weight_errors: dict[str, float] | None
+    turn: np.ndarray | None
+    is_alike: bool
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of one model. Those that need a baseline of its shape are None if the baseline has another.
+
+    Attributes:
+        weight_errors: by module; None if a transform changed its weights on purpose.
         is_turned: whether its residual stream was turned back before it was compared.
     """
 
@@ -80,8 +99,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a model made of one place in the text: its likeliest token, that one's probability and the
-    right one's, and KL(baseline || model) in nats."""
+    """A model's prediction at one place in the text: its likeliest token, the probabilities of that one and
+    of the right one, and KL(baseline || model) in nats."""
 
     said: str
     probability: float
@@ -91,7 +110,7 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A place in the text: its number among all tokens, what came before and then, each model's opinion."""
+    """A place in the text: its number among all tokens, the text before it, its token, each model's opinion."""
 
     position: int
     context: str
@@ -101,12 +120,12 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything about models side by side, the baseline first.
+    """The results of a comparison, the baseline first.
 
     Attributes:
         chunk_tokens: that a model saw at a time.
         layer_tokens: of the text on which the layers were watched.
-        disagreements: the places of the largest KL that any model has there, largest first.
+        disagreements: the places where some model's KL is largest, largest first.
         notes: what could not be compared, and why.
     """
 
@@ -134,9 +153,9 @@ def compare(
 
     Args:
         contenders: two or more, the first of them the baseline.
-        max_tokens: of each continuation; 0 for none.
-        chunk_tokens, limit: as in `score_text`.
-        places: in the text to show.
+        max_tokens: most tokens of each continuation; 0 for none.
+        chunk_tokens, limit: see `score_tokens`.
+        places: how many disagreements to return.
 
     Raises:
         InputError: fewer than two models, different tokens, or a text of fewer than two.
@@ -146,29 +165,28 @@ def compare(
         raise InputError("compare", "two or more models", "one", "try --baseline SRC")
     tokens = score_tokens(contenders, text, chunk_tokens=chunk_tokens, limit=limit, progress=progress)
     watched = first_tokens(tokens.chunks, LAYER_TOKENS)
-    reports, notes = _look_inside(contenders, summarize(contenders, tokens), watched, progress)
+    scores, insides = summarize(contenders, tokens), _inspect_all(contenders, progress)
+    layers = _watch(contenders, insides, watched, progress)
     continuations = _continue(contenders, prompt, max_tokens, progress)
+    parts = zip(contenders, scores, insides, layers, continuations, strict=True)
     return Comparison(
         chunk_tokens=max(len(chunk) for chunk in tokens.chunks),
         layer_tokens=sum(len(chunk) for chunk in watched),
         prompt=prompt,
-        models=[
-            Report(**report, continuation=continuation)
-            for report, continuation in zip(reports, continuations, strict=True)
-        ],
+        models=[_report(*part) for part in parts],
         differences=_differences(contenders, tokens),
         disagreements=_disagreements(contenders, tokens, places),
-        notes=notes,
+        notes=[inside.note for inside in insides if inside.note] + _stream_notes(contenders, layers),
     )
 
 
 def is_noise(difference: Interval) -> bool:
-    """Whether a difference's interval holds zero."""
+    """Return whether a difference's interval holds zero."""
     return difference.low <= 0 <= difference.high
 
 
 def to_values(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as JSON values; of the channels' peaks, the largest and the median of each layer."""
+    """Return a comparison as JSON values, with only the largest and the median of each layer's peaks."""
     values = asdict(comparison)
     for model, report in zip(values["models"], comparison.models, strict=True):
         model["path"] = str(report.path)
@@ -185,47 +203,78 @@ def to_values(comparison: Comparison) -> dict[str, Any]:
     return values
 
 
-def _look_inside(
-    contenders: Sequence[Contender], scores: Sequence[TextScores], chunks: Sequence[np.ndarray], progress: Progress
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every model's report but for its continuation, and what could not be compared."""
-    sources = [contender.open() for contender in contenders]
-    baseline, origins = sources[0], [origin_of(source) for source in sources]
-    reports, turns, notes = [], [], []
-    for i, (contender, source, origin) in enumerate(zip(contenders, sources, origins, strict=True)):
-        errors, is_alike = None, has_same_shape(source, baseline)
-        is_transformed = origin.is_transformed or origins[0].is_transformed
-        if not is_alike:
-            notes.append(f"{contender.name}: another shape than {contenders[0].name}: nothing inside it is compared")
-        elif i and is_transformed:
-            changed = origin if origin.is_transformed else origins[0]
-            notes.append(f"{contender.name}: weights were changed before they were rounded "
-                         f"({', '.join((changed.method or '', *changed.rotations))}): only its outputs are "
-                         "compared")  # fmt: skip
-        elif i:
-            errors = weight_errors(source, baseline, progress)
-        is_turned = i > 0 and is_alike and "R1" in (*origin.rotations, *origins[0].rotations)
-        turns.append(rotation_between(baseline, source) if is_turned else None)
-        reports.append({
-            "name": contender.name, "path": contender.llm.path, "is_baseline": i == 0, "origin": origin,
-            "scheme": contender.llm.scheme.to_dict() if contender.llm.scheme else None,
-            "kv_cache": contender.llm.kv_dtype, "weight_bytes": contender.weight_bytes, "scores": scores[i],
-            "weight_errors": errors, "layers": None, "is_turned": is_turned,
-        })  # fmt: skip
-    alike = [i for i, source in enumerate(sources) if has_same_shape(source, baseline)]
-    watched = watch_layers([contenders[i] for i in alike], [turns[i] for i in alike], chunks, progress)
-    for i, layers in zip(alike, watched, strict=True):
-        reports[i]["layers"] = layers
-        if layers.stream_errors[0] > 1:  # nothing at all would be as near
-            notes.append(f"{contenders[i].name}: its embedding has nothing of {contenders[0].name}'s: "
-                         "another model, or in another basis; only its outputs tell something")  # fmt: skip
-    for source in sources:
+def _report(
+    contender: Contender,
+    scores: TextScores,
+    inside: Inside,
+    layers: LayerScores | None,
+    continuation: Continuation | None,
+) -> Report:
+    return Report(
+        name=contender.name,
+        path=contender.llm.path,
+        is_baseline=contender.is_baseline,
+        scheme=contender.llm.scheme.to_dict() if contender.llm.scheme else None,
+        origin=inside.origin,
+        kv_cache=contender.llm.kv_dtype,
+        weight_bytes=contender.weight_bytes,
+        scores=scores,
+        weight_errors=inside.weight_errors,
+        layers=layers,
+        is_turned=inside.turn is not None,
+        continuation=continuation,
+    )
+
+
+def _inspect_all(contenders: Sequence[Contender], progress: Progress) -> list[Inside]:
+    base = contenders[0].open()
+    insides = []
+    for contender in contenders:
+        source = contender.open()
+        insides.append(_inspect(contender, contenders[0], source, base, progress))
         source.close()
-    return reports, notes
+    base.close()
+    return insides
+
+
+def _inspect(contender: Contender, baseline: Contender, source: ModelSource, base: ModelSource,
+             progress: Progress) -> Inside:  # fmt: skip
+    """Compare the weights of a contender with the baseline's, and find how its stream is rotated against theirs."""
+    origin, first = origin_of(source), origin_of(base)
+    if contender is baseline:
+        return Inside(origin, None, None, True, None)
+    if not has_same_shape(source, base):
+        note = f"{contender.name}: another shape than {baseline.name}: nothing inside it is compared"
+        return Inside(origin, None, None, False, note)
+    turn = rotation_between(base, source) if "R1" in (*origin.rotations, *first.rotations) else None
+    changed = next((o for o in (origin, first) if o.is_transformed), None)
+    if changed is None:
+        return Inside(origin, weight_errors(source, base, progress), turn, True, None)
+    changes = ", ".join((changed.method or "", *changed.rotations))
+    note = f"{contender.name}: weights were changed before they were rounded ({changes}): only its outputs are compared"
+    return Inside(origin, None, turn, True, note)
+
+
+def _watch(
+    contenders: Sequence[Contender], insides: Sequence[Inside], chunks: Sequence[np.ndarray], progress: Progress
+) -> list[LayerScores | None]:
+    """Return what passes through each model of the baseline's shape, None for the others."""
+    alike = [(c, inside.turn) for c, inside in zip(contenders, insides, strict=True) if inside.is_alike]
+    watched = iter(watch_layers([c for c, _ in alike], [turn for _, turn in alike], chunks, progress))
+    return [next(watched) if inside.is_alike else None for inside in insides]
+
+
+def _stream_notes(contenders: Sequence[Contender], layers: Sequence[LayerScores | None]) -> list[str]:
+    return [
+        f"{contender.name}: its embedding has nothing of {contenders[0].name}'s: "
+        "another model, or in another basis; only its outputs can be compared"
+        for contender, own in zip(contenders, layers, strict=True)
+        if own and own.stream_errors[0] > 1  # a stream of zeros would be as near
+    ]
 
 
 def _differences(contenders: Sequence[Contender], tokens: TokenScores) -> list[Difference]:
-    """Of every pair of models but the baseline."""
+    """Return the difference of every pair of models, the baseline aside."""
     found = []
     for i, j in combinations(range(1, len(contenders)), 2):
         losses = paired_difference(tokens.losses[j], tokens.losses[i])
@@ -243,7 +292,7 @@ def _differences(contenders: Sequence[Contender], tokens: TokenScores) -> list[D
 
 
 def _disagreements(contenders: Sequence[Contender], tokens: TokenScores, count: int) -> list[Disagreement]:
-    """The places where some model's KL is largest."""
+    """Return the places where some model's KL is largest."""
     tokenizer = contenders[0].llm.tokenizer
     starts = np.cumsum([0, *(len(chunk) for chunk in tokens.chunks)])
     chunk_of = np.repeat(np.arange(len(tokens.chunks)), [len(chunk) - 1 for chunk in tokens.chunks])
@@ -274,7 +323,7 @@ def _disagreements(contenders: Sequence[Contender], tokens: TokenScores, count: 
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Tokens as text: special ones by name, bytes that are no character as \\xNN, a token of none as <id>."""
+    """Return tokens as text: special ones by name, stray bytes as \\xNN, a token without bytes as <id>."""
     pieces = (tokenizer.token_bytes(token, skip_special=False) or f"<{token}>".encode() for token in ids)
     return b"".join(pieces).decode(errors="backslashreplace")
 
@@ -282,7 +331,7 @@ def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def _continue(
     contenders: Sequence[Contender], prompt: str, max_tokens: int, progress: Progress
 ) -> list[Continuation | None]:
-    """The prompt continued by each model, always with its likeliest token."""
+    """Let each model continue the prompt, always with its likeliest token."""
     if not max_tokens:
         return [None for _ in contenders]
     found, first = [], []

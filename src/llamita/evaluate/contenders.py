@@ -1,8 +1,8 @@
-"""Which models are evaluated, and the float model that they are measured against.
+"""Load the models to evaluate, and the float model that they are measured against.
 
-The baseline of a quantized directory is the model it was made from, as llamita.json records it: by name,
-and by the SHA-256 of its files, because a divergence from any other model would mean nothing. A model may
-also be SRC:PRESET or SRC:PRESET:GROUP, a float one that is rounded while it loads.
+The baseline of a packed model is the model it was made from, as llamita.json records it: by name, and by
+the SHA-256 of its files, because a divergence from any other model would mean nothing. A model may also be
+SRC:SCHEME or SRC:SCHEME:GROUP, a float one that is rounded to nearest while it loads.
 """
 
 import os
@@ -21,12 +21,12 @@ from llamita.system.files import exists_in, safe_path, sha256_file
 from llamita.system.progress import Progress
 
 NO_BASELINE = "none"
-_ROUNDED = re.compile(r"(.+):([A-Za-z][^:/]*)(?::(\d+))?")  # SRC:PRESET, SRC:PRESET:GROUP
+_ROUNDED = re.compile(r"(.+):([A-Za-z][^:/]*)(?::(\d+))?")  # SRC:SCHEME, SRC:SCHEME:GROUP
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to load: where it lies, how to round it on the way, what the user called the unrounded one."""
+    """A model to load: its directory, how to round it on the way, the user's name for the unrounded one."""
 
     path: Path
     scheme: QuantScheme | None
@@ -41,24 +41,24 @@ def open_contenders(
     kv_dtype: str | None = None,
     progress: Progress = None,
 ) -> list[Contender]:
-    """Load models and what they are measured against, which comes first.
+    """Load models, after the baseline that they are measured against.
 
     Args:
-        sources: model directories, hub names or "embedded"; with a preset after a colon, rounded first.
-        baseline: likewise; by default the recorded source of the quantized models; "none" for no
-            baseline. Where no source is quantized there is none either.
+        sources: model directories, hub names or "embedded"; with a scheme after a colon, rounded first.
+        baseline: one more of these, or "none" for no baseline; by default the recorded source of the packed
+            models. Where no source is packed or rounded, there is none either.
         threads: of the kernels.
         kv_dtype: for keys and values of all models but the baseline; see `llamita.load`.
 
     Raises:
-        InputError: a model given twice, an unknown preset, different recorded sources, or one that has
+        InputError: a model given twice, an unknown scheme, different recorded sources, or one that has
             changed since.
         RunError, InputError: a model cannot be loaded; see `llamita.load`.
     """
     models = [_parse(source) for source in sources]
     for i, model in enumerate(models):
         if model in models[:i]:
-            raise InputError(f"{sources[i]}", "every model once", "it again")
+            raise InputError(sources[i], "every model once", "it again")
     chosen = baseline or _source_of_all(sources, models, progress)
     has_baseline = chosen is not None and chosen != NO_BASELINE
     if chosen is not None and has_baseline:
@@ -69,13 +69,13 @@ def open_contenders(
     for i, (name, model) in enumerate(zip(_short_names(sources), models, strict=True)):
         is_baseline = has_baseline and i == 0
         dtype = None if is_baseline else kv_dtype
-        llm = load(model.path, preset=model.scheme, threads=threads, kv_dtype=dtype)
+        llm = load(model.path, scheme=model.scheme, threads=threads, kv_dtype=dtype)
         contenders.append(Contender(name, llm, is_baseline))
     return contenders
 
 
 def first_float(sources: Sequence[str]) -> str | None:
-    """The first of these models that is float and stays so."""
+    """Return the first of these models that is float and stays so."""
     for source in sources:
         model = _parse(source)
         if model.scheme is None and not exists_in(model.path, METADATA):
@@ -84,22 +84,22 @@ def first_float(sources: Sequence[str]) -> str | None:
 
 
 def _parse(source: str) -> _Model:
-    """A model by directory, hub name or "embedded", and the preset that follows it, if any."""
+    """Find a model by directory, hub name or "embedded", and the scheme that follows it, if any."""
     match = None if os.path.exists(source) else _ROUNDED.fullmatch(source)
     if match is None:
         return _Model(resolve(source), None, source)
     try:
         scheme = make_scheme(match[2], int(match[3]) if match[3] else None)
     except InputError as error:
-        raise InputError(f"{source}", f"SRC:PRESET or SRC:PRESET:GROUP: {error}") from None
+        raise error.within(f"{source} (SRC:SCHEME or SRC:SCHEME:GROUP)") from None
     path = resolve(match[1])
     if exists_in(path, METADATA):
-        raise InputError(f"{source}", "a float model before the preset", "one that is quantized")
+        raise InputError(source, "a float model before the scheme", "one that is quantized")
     return _Model(path, scheme, match[1])
 
 
 def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: Progress) -> str | None:
-    """What the quantized models were made from, by the name under which it is found."""
+    """Return the name of the model that the packed and the rounded ones were made from, None if there are none."""
     packed = {s: m.path for s, m in zip(sources, models, strict=True) if exists_in(m.path, METADATA)}
     name = _recorded_source(packed, progress) if packed else None
     for source, model in zip(sources, models, strict=True):
@@ -108,20 +108,20 @@ def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: P
         name = name or model.source
         if model.path != resolve(name):
             raise InputError(
-                f"{source}", f"one made from {name}, as another is", hint="try --baseline SRC, or each by itself"
+                source, f"one made from {name}, as another is", hint="try --baseline SRC, or each by itself"
             )
     return name
 
 
 def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
-    """What quantized directories, one or more, were made from."""
+    """Return the name of the model that one or more packed models were made from, after checking its files."""
     records = {source: read_metadata(path)["source"] for source, path in packed.items()}
     first, record = next(iter(records.items()))
     name = record["name"]
     for source, other in records.items():
         if other["files"] != record["files"]:
             raise InputError(
-                f"{source}",
+                source,
                 f"one made from {name}, as {first} was",
                 f"one from {other['name']}",
                 "try --baseline SRC, or each by itself",
@@ -129,8 +129,9 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
     try:
         path = resolve(name)
     except LlamitaError as error:
-        message = f"{first}: its recorded source is missing ({error}); try --baseline SRC, or none"
-        raise type(error)(message) from None
+        missing = error.within(f"{first}: its recorded source is missing")
+        missing.hint = "try --baseline SRC, or none"
+        raise missing from None
     for i, (file, sha256) in enumerate(record["files"].items()):
         if progress:
             progress(f"checking {name}", i, len(record["files"]))
@@ -142,6 +143,6 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
 
 
 def _short_names(sources: Sequence[str]) -> list[str]:
-    """The last part of each path, or the whole where that would name two alike."""
+    """Return the last part of each path, or the whole path where two would have the same name."""
     short = [Path(source).name or source for source in sources]
     return [s if short.count(s) == 1 else source for s, source in zip(short, sources, strict=True)]

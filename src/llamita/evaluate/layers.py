@@ -1,10 +1,10 @@
-"""Where in a model quantization shows: errors of weights and of the residual stream, ranges of activations.
+"""Find where in a model quantization shows: errors of weights and residual stream, ranges of activations.
 
-A matrix: Σ(w' - w)² / Σw², dequantized. The stream after a block: the mean over tokens of ‖x' - x‖² / ‖x‖²,
-each token by its own energy, because in large models the first tokens have a thousand times that of others
-(arXiv 2402.17762). Transforms change weights on purpose, so these are not compared; a stream that was
-rotated (R1) is turned back, by the orthogonal matrix that takes one embedding table nearest to the other
-(the Procrustes problem, Schönemann 1966).
+The error of a matrix is Σ(w' - w)² / Σw², dequantized; that of the stream after a block is the mean over
+tokens of ‖x' - x‖² / ‖x‖², because in large models the first tokens have a thousand times the energy of
+others (arXiv 2402.17762). Weights that a transform changed on purpose are not compared. A rotated stream (R1)
+is turned back by the orthogonal matrix that takes one embedding table nearest to the other (the Procrustes
+problem, Schönemann 1966).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,17 +23,17 @@ from llamita.system.progress import Progress
 
 STREAM = "stream"
 PLACES = (STREAM, *LINEAR_INPUTS)  # where activations are watched
-LAYER_TOKENS = 8192  # of the text; the errors are means, and stand to three figures long before
+LAYER_TOKENS = 8192  # of the text; fewer give the errors, which are means, to three figures
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How a contender's weights came about.
+    """The way a contender's weights were made.
 
     Attributes:
         method: of quantization, None for a float model.
-        rotations: names of those that its weights hold or that run online, R1, R2, R4.
-        is_transformed: whether its weights stand for other float weights than the source's.
+        rotations: names of those in its weights or at run time: R1, R2, R4.
+        is_transformed: whether other float weights than the source's were rounded.
     """
 
     method: str | None
@@ -43,7 +43,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What passed through a model.
+    """Errors and peaks of what passed through a model.
 
     Attributes:
         stream_errors: of the residual stream after the embedding, then after each block.
@@ -56,7 +56,7 @@ class LayerScores:
 
 
 def origin_of(source: ModelSource) -> Origin:
-    """What llamita.json says of a packed model's method and rotations."""
+    """Read a packed model's method and rotations from its llamita.json."""
     if not isinstance(source, PackedModel):
         return Origin("rtn" if source.scheme else None, (), False)  # rounded as it was loaded
     method = source.metadata["method"]
@@ -65,14 +65,14 @@ def origin_of(source: ModelSource) -> Origin:
 
 
 def has_same_shape(source: ModelSource, other: ModelSource) -> bool:
-    """Whether block by block the same vectors pass through both models."""
+    """Return whether the same vectors pass through both models, block by block."""
     return source.config.hidden_size == other.config.hidden_size and (
         linear_names(source.config) == linear_names(other.config)
     )
 
 
 def weight_errors(source: ModelSource, baseline: ModelSource, progress: Progress = None) -> dict[str, float]:
-    """Relative squared error of every matrix that both have, dequantized, by module name."""
+    """Return the relative squared error of every matrix that both have, dequantized, by module name."""
     ours, theirs = ({**table_names(s.config), **linear_names(s.config)} for s in (source, baseline))
     names = [name for name, shape in ours.items() if theirs.get(name) == shape]
     errors = {}
@@ -88,7 +88,7 @@ def weight_errors(source: ModelSource, baseline: ModelSource, progress: Progress
 
 
 def rotation_between(baseline: ModelSource, source: ModelSource) -> np.ndarray:
-    """The orthogonal R, float32 (hidden, hidden), for which the baseline's embedding · R is nearest ours."""
+    """Return the orthogonal R, float32 (hidden, hidden), that takes the baseline's embedding nearest to ours."""
     size, table = baseline.config.hidden_size, "model.embed_tokens"
     product = np.zeros((size, size))
     for part, ours in zip(*(row_blocks(s.weight(table)) for s in (baseline, source)), strict=True):
@@ -103,11 +103,11 @@ def watch_layers(
     chunks: Sequence[np.ndarray],
     progress: Progress = None,
 ) -> list[LayerScores]:
-    """What passes through models of one shape, the first of which is the baseline.
+    """Measure what passes through models of one shape, the first of which is the baseline.
 
     Args:
-        turns: for each model None, or the rotation (hidden, hidden) that its stream holds.
-        chunks: token ids, each chunk by itself.
+        turns: the rotation (hidden, hidden) of each model's stream, or None.
+        chunks: token ids; chunks do not see each other.
     """
     config, total = contenders[0].llm.config, sum(len(chunk) for chunk in chunks)
     sums = np.zeros((len(contenders), config.layers + 1))
@@ -129,7 +129,7 @@ def watch_layers(
 
 
 def first_tokens(chunks: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """The chunks as far as their first so many tokens go."""
+    """Return the first `count` tokens of the chunks, as chunks."""
     taken = []
     for chunk in chunks:
         if count > 0:
@@ -139,7 +139,7 @@ def first_tokens(chunks: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
 
 
 def _side_by_side(contenders: Sequence[Contender], chunk: np.ndarray) -> Iterator[tuple[int, tuple[BlockView, ...]]]:
-    """All models through a chunk of tokens, block by block: number of blocks passed, each model's view."""
+    """Run all models over a chunk, and yield the number of blocks passed with each model's view."""
     caches = [c.llm.new_sequence(len(chunk)) for c in contenders]
     for start in range(0, len(chunk), PREFILL_CHUNK):
         part = chunk[start : start + PREFILL_CHUNK]
@@ -148,7 +148,7 @@ def _side_by_side(contenders: Sequence[Contender], chunk: np.ndarray) -> Iterato
 
 
 def _raise_peaks(peaks: dict[str, np.ndarray], view: BlockView, layer: int, layers: int) -> None:
-    """Take in the largest absolute values of a view; layer 0 is the embedding, which has no inputs."""
+    """Raise the peaks to the largest absolute values of a view; layer 0, the embedding, has no inputs."""
     rows = {STREAM: (layer, layers + 1, view.stream)}
     rows |= {place: (layer - 1, layers, x) for place, x in view.inputs.items()}
     for place, (row, count, x) in rows.items():

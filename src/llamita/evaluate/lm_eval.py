@@ -1,7 +1,7 @@
-"""LM Eval (0.4.13) drives the engine: its tasks, prompts and metrics, our logits.
+"""Run the tasks of LM Eval (0.4.13) on the engine: its prompts and metrics, our logits.
 
-The semantics are those of LM Eval's own Hugging Face backend (lm_eval/models/huggingface.py), so that both
-give the same numbers for the same model. The one file that imports LM Eval, and with it Torch.
+The semantics are those of LM Eval's own Hugging Face backend (lm_eval/models/huggingface.py), so both give
+the same numbers for the same model. Only this file imports LM Eval, and with it Torch.
 """
 
 import json
@@ -25,18 +25,19 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llamita.engine.llm import LLM, PREFILL_CHUNK, Options
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 from llamita.evaluate.scores import token_losses
 from llamita.system.progress import Progress
+from llamita.text.printable import first_line
 
 WIKITEXT = "wikitext"
-DEFAULT_NEW_TOKENS = 256  # what LM Eval's backend generates at most where a task does not say
+DEFAULT_NEW_TOKENS = 256  # the most that LM Eval's backend generates if a task does not say
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """A task's results for one model: metric name to value, and to standard error where there is one."""
+    """A task's results for one model: values of metrics, and those standard errors that are known."""
 
     task: str
     documents: int
@@ -54,21 +55,21 @@ def run_tasks(
     add_bos_token: bool | None = None,
     progress: Progress = None,
 ) -> list[list[TaskScores]]:
-    """Run LM Eval's tasks with every model; the scores of one model after those of the other.
+    """Run LM Eval's tasks with one model after the other, and return each model's scores.
 
     Args:
-        tasks: names known to LM Eval, or paths of YAML files in its form.
+        tasks: names known to LM Eval, or paths of YAML files in its format.
         pages: score these as the task "wikitext" in place of the hub's data set.
-        max_seq_len: tokens that a model sees at a time at most; its context bounds it too.
-        limit: only the first so many documents of each task.
-        add_bos_token: as in LM Eval's backend: None does what the tokenizer's files say.
+        max_seq_len: most tokens that a model sees at a time; its context bounds it too.
+        limit: use only so many documents of each task, the first ones.
+        add_bos_token: see LM Eval's backend; None does what the tokenizer's files say.
 
     Raises:
-        InputError: an unknown task, or one that asks for what the engine lacks.
-        RunError: a task's data cannot be had.
+        InputError: a task is unknown, or needs what the engine lacks.
+        RunError: a task's data cannot be read.
     """
     with _local_task(pages) as folder, _quiet():
-        # LM Eval reads thousands of files for its index; tasks that are files themselves do without.
+        # LM Eval reads thousands of files for its index; tasks that are files need no index.
         is_local = all((pages and name == WIKITEXT) or Path(name).is_file() for name in tasks)
         loaded = _load(TaskManager(include_path=folder, include_defaults=not is_local), tasks)
         found = []
@@ -82,17 +83,17 @@ def run_tasks(
 
 
 def _evaluate(model: "EngineLM", loaded: Any, limit: int | None) -> Any:
-    """LM Eval's `evaluate`; what it refuses and what a task's metrics lack in packages, in one line."""
+    """Call LM Eval's `evaluate`; turn a refusal or a missing package into an error of one line."""
     try:
         return evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=False)
-    except ValueError as error:  # tasks that run code which a model wrote, or that show it pictures
-        raise InputError(f"LM Eval: {_first_line(error)}") from error
+    except ValueError as error:  # such as tasks that run code which a model wrote, or that show it pictures
+        raise InputError(f"LM Eval: {first_line(error)}") from error
     except ImportError as error:
-        raise RunError(f"LM Eval: a task needs a package that is missing: {_first_line(error)}") from error
+        raise RunError(f"LM Eval: a task needs a package that is missing: {first_line(error)}") from error
 
 
 def wikitext_pages() -> list[str]:
-    """The pages of LM Eval's wikitext task, from the hub or its cache; RunError where it is out of reach."""
+    """Return the pages of LM Eval's wikitext task from the hub or its cache; raise RunError without either."""
     with _quiet():
         task = _load(TaskManager(), [WIKITEXT])["tasks"][WIKITEXT]
         return [document["page"] for document in task.test_docs()]
@@ -112,7 +113,7 @@ class EngineLM(TemplateLM):
         self.max_length = min(max_seq_len, llm.context)
         self._scorer = _Scorer(llm, self.max_length)
         if not self._tokens.eos_token_ids:
-            raise InputError(f"{llm.path}: eos_token", "one, as LM Eval needs", "none")
+            raise InputError(f"{llm.path}: eos_token", "one, which LM Eval needs", "none")
 
     @property
     def eot_token_id(self) -> int:
@@ -121,23 +122,23 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text with nothing before it is conditioned on: BOS, or EOS where the model has no BOS."""
+        """The token before a text that nothing precedes: BOS, or EOS in a model without BOS."""
         bos = self._tokens.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; a BOS that the string already begins with is not doubled."""
+        """Return token ids; do not double a BOS that the string begins with."""
         wanted = self._add_bos if add_special_tokens is None else add_special_tokens
         return self._tokens.encode(string, add_bos=wanted)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log P of the continuation, whether greedy decoding would give it) for (context, continuation)."""
+        """Return log P of each continuation after its context, and whether greedy decoding would give it."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """log P of whole texts, each in windows that do not overlap.
+        """Return log P of whole texts, each in windows that do not overlap.
 
-        The first window follows the prefix token; every further one is conditioned on a single token.
+        The first window follows the prefix token; every other one follows a single token of the text.
         """
         windows: list[Any] = []
         owners: list[int] = []
@@ -159,7 +160,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Too long a context is cut from the left. Prompts that begin alike run one after the other."""
+        """Score continuations: cut too long a context from the left, run prompts that begin alike in sequence."""
         jobs = []
         for i, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
@@ -177,7 +178,7 @@ class EngineLM(TemplateLM):
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Continuations of (context, settings), cut before the first stop string."""
+        """Return continuations of (context, settings), cut before the first stop string."""
         texts = []
         for request in requests:
             context, settings = request.args
@@ -204,7 +205,7 @@ class EngineLM(TemplateLM):
 
 
 class _Scorer:
-    """Scores continuations one after the other; what a text shares with the one before is not run again.
+    """Score continuations one after the other; do not run again what a text shares with the one before.
 
     The engine's logits do not depend on how a text is cut into steps, so this changes no number.
     """
@@ -215,7 +216,7 @@ class _Scorer:
         self._cache = llm.new_sequence(max_length)
 
     def score(self, tokens: Sequence[int], count: int) -> tuple[float, bool]:
-        """log P of the last `count` tokens given those before, and whether each is the likeliest."""
+        """Return log P of the last `count` tokens after those before, and whether each is the likeliest."""
         ids = self._llm.check_ids(np.array(tokens[:-1]))
         targets = np.array(tokens[-count:])
         first = len(ids) - count  # the first row that predicts a target
@@ -235,7 +236,7 @@ class _Scorer:
         return total, greedy
 
     def _resume(self, ids: np.ndarray, first: int) -> int:
-        """Keep what is common with the text before, up to row `first`; the position to go on from."""
+        """Keep what is common with the text before, up to row `first`; return the position to continue from."""
         if self._llm.config.rope.kind == "dynamic":  # its frequencies depend on the whole length
             self._cache = self._llm.new_sequence(len(ids))
             return 0
@@ -246,25 +247,25 @@ class _Scorer:
 
 
 def _engine_options(options: Any, count: int, until: list[str]) -> Options:
-    """A task's generation settings as the engine's; what it cannot do is refused."""
+    """Translate a task's generation settings into the engine's; refuse what the engine lacks."""
     settings = dict(options)
     result: Options = {"max_tokens": count, "stop": until}
     if settings.pop("do_sample"):
         result["seed"] = DEFAULT_OTHER_SEED
-    else:  # a task may name a temperature all the same; LM Eval's backend drops it too
+    else:  # a task may still name a temperature; LM Eval's backend drops it too
         result["greedy"] = True
         settings = {key: value for key, value in settings.items() if key not in _DRAWING}
     unknown = settings.keys() - {*_DRAWING, "repetition_penalty"}
     if unknown:
         known = ", ".join([*_DRAWING, "repetition_penalty"])
-        raise InputError("LM Eval: generation_kwargs", f"{known}", f"{min(unknown)}")
+        raise InputError("LM Eval: generation_kwargs", known, shown(min(unknown)))
     result.update(settings)  # type: ignore[typeddict-item]
     return result
 
 
 @contextmanager
 def _local_task(pages: Sequence[str] | None) -> Iterator[str | None]:
-    """A folder with LM Eval's own wikitext task, its detokenizer and metrics, over these pages."""
+    """Yield a folder with LM Eval's own wikitext task, its detokenizer and metrics, over these pages."""
     if pages is None:
         yield None
         return
@@ -274,7 +275,7 @@ def _local_task(pages: Sequence[str] | None) -> Iterator[str | None]:
         data.write_text("".join(json.dumps({"page": page}) + "\n" for page in pages), "utf-8")
         task = {
             "include": str(original),
-            "task": WIKITEXT,  # the name of the original, which it takes the place of
+            "task": WIKITEXT,  # it takes the place of the original
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(Path(folder) / "cache")},
@@ -286,23 +287,19 @@ def _local_task(pages: Sequence[str] | None) -> Iterator[str | None]:
 
 
 def _load(manager: TaskManager, names: Sequence[str]) -> Any:
-    """The tasks in the form that LM Eval's `evaluate` takes, their data at hand."""
+    """Return the tasks as LM Eval's `evaluate` takes them, with their data loaded."""
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
-            raise InputError("--tasks", "a task of LM Eval", f"{name!r}", "try `lm_eval ls tasks`")
+            raise InputError("--tasks", "a task of LM Eval", shown(name), "try `lm_eval ls tasks`")
     try:
         return manager.load(list(names))
     except Exception as error:  # whatever the data set's loader, the hub's client or the network raise
-        hint = "; try --wikitext FILE with a local wiki.test.raw" if WIKITEXT in names else ""
-        raise RunError(f"--tasks {','.join(names)}: cannot be had: {_first_line(error)}{hint}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hint = "try --wikitext FILE with a local wiki.test.raw" if WIKITEXT in names else None
+        raise RunError(f"--tasks {','.join(names)}: cannot be loaded: {first_line(error)}", hint=hint) from error
 
 
 def _set_seeds(loaded: Any) -> None:
-    """What LM Eval's `simple_evaluate` does before `evaluate`, but for its reports on the machine."""
+    """Do what LM Eval's `simple_evaluate` does before `evaluate`, its reports on the machine aside."""
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     for task in loaded["tasks"].values():
@@ -313,7 +310,7 @@ def _set_seeds(loaded: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """LM Eval's remarks on its own tasks are not for our users; its errors are raised, not logged."""
+    """Silence LM Eval's remarks on its own tasks; its errors are raised, not logged."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -326,7 +323,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _scores(name: str, values: Any, counts: dict[str, int]) -> TaskScores:
-    """From LM Eval's "metric,filter" keys; the filter "none" goes without saying."""
+    """Read scores from LM Eval's "metric,filter" keys; leave out the filter's name if it is "none"."""
     metrics, errors = {}, {}
     for key, value in values.items():
         metric, _, chosen = key.partition(",")

@@ -1,4 +1,4 @@
-"""What quantization cost on a text: perplexity, KL divergence from the float model, top-1 agreement.
+"""Measure what quantization cost on a text: perplexity, KL divergence from the float model, top-1 agreement.
 
 All models see the same tokens in the same chunks at the same time, so that only a few rows of logits
 are in memory whatever the vocabulary. Within a chunk of n tokens the last n - 1 are predicted; chunks do
@@ -24,15 +24,14 @@ from llamita.quantize.rounded import RoundedSource
 from llamita.system.progress import Progress
 
 CHUNK_TOKENS = 2048
-_LOGIT_BYTES = 64 * 2**20  # of one model's logits at a time
-_VALUES_AT_ONCE = 2**20  # logits in the arithmetic at a time: what stands between stays in the cache
+_LOGIT_BYTES = 64 * 2**20  # of one model's logits in memory at a time
+_VALUES_AT_ONCE = 2**20  # logits in the arithmetic at a time, so that intermediate values stay in the cache
 _LARGEST_LOSS = 100  # nats a token; guessing blindly among a million tokens costs 14
-_LOSS, _KL, _TOP, _CONFIDENCE = range(4)  # what is kept of every model and token
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to be evaluated, what the table calls it, and which of its adapters it has on."""
+    """A model to be evaluated, its name in tables, and which of its adapters is on."""
 
     name: str
     llm: LLM
@@ -41,7 +40,7 @@ class Contender:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of its weight files; rounded as it was loaded, of those that `quantize` would write."""
+        """Size of its weight files; of those that `quantize` would write if it was rounded while it loaded."""
         source = open_source(self.llm.path)
         source.close()
         if isinstance(source, Checkpoint) and self.llm.scheme:
@@ -50,7 +49,7 @@ class Contender:
         return sum(file.stat().st_size for file in self.llm.path.glob("model*.safetensors"))
 
     def open(self) -> ModelSource:
-        """Its weights once more, as the engine took them in."""
+        """Open its weights once more, as the engine reads them."""
         source = open_source(self.llm.path)
         if isinstance(source, Checkpoint) and self.llm.scheme:
             return RoundedSource(source, self.llm.scheme)
@@ -59,14 +58,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What every model made of every predicted token of a text; arrays are (models, tokens).
+    """The scores of every model on every predicted token of a text; arrays are (models, tokens).
 
     Attributes:
-        chunks: the tokens of the text, of which the first of each chunk is not predicted.
-        losses: negative log-likelihoods of the tokens, in nats.
-        kl: KL(first model || model) in nats.
-        top: the tokens found likeliest.
-        confidence: their probabilities.
+        chunks: the tokens of the text; the first of each chunk is not predicted.
+        losses: negative log-likelihoods of the tokens in nats, float64.
+        kl: KL(first model || model) in nats, float64.
+        top: the likeliest tokens, int32.
+        confidence: their probabilities, float64.
     """
 
     chunks: list[np.ndarray]
@@ -75,17 +74,28 @@ class TokenScores:
     top: np.ndarray
     confidence: np.ndarray
 
+    @classmethod
+    def empty(cls, chunks: list[np.ndarray], models: int) -> "TokenScores":
+        """Return scores for so many models that are still to be filled in."""
+        shape = (models, sum(len(chunk) - 1 for chunk in chunks))
+        return cls(chunks, np.empty(shape), np.empty(shape), np.empty(shape, np.int32), np.empty(shape))
+
+    def part(self, tokens: slice) -> "TokenScores":
+        """Return views of the scores of these tokens, counted over all chunks."""
+        arrays = (self.losses, self.kl, self.top, self.confidence)
+        return TokenScores(self.chunks, *(array[:, tokens] for array in arrays))
+
 
 @dataclass(frozen=True)
 class TextScores:
-    """How one model did on a text.
+    """The scores of one model on a text.
 
     Attributes:
         tokens: predicted tokens.
         perplexity: exp of the mean negative log-likelihood of a token.
-        increase: of the perplexity over the baseline's, as a fraction of it; None for the baseline.
+        increase: by how much the perplexity exceeds the baseline's, as a fraction; None for the baseline.
         kl: mean KL(baseline || model) in nats a token; None for the baseline.
-        agreement: share of tokens where both find the same next token likeliest; None for the baseline.
+        agreement: share of tokens for which the likeliest next token is the baseline's; None for the baseline.
     """
 
     tokens: int
@@ -96,7 +106,7 @@ class TextScores:
 
 
 def score_text(contenders: Sequence[Contender], text: str, **options: Any) -> list[TextScores]:
-    """Score a text with every model; if the first is a baseline, the others are measured against it.
+    """Score a text with every model; if the first is a baseline, measure the others against it.
 
     Options and errors as in `score_tokens`.
     """
@@ -115,9 +125,9 @@ def score_tokens(
     """Score every token of a text with every model, and measure each against the first.
 
     Args:
-        chunk_tokens: of a chunk at most; the smallest context bounds it too.
-        whole_chunks: leave out a last chunk that is shorter, as the literature does on WikiText.
-        limit: score only the first so many chunks.
+        chunk_tokens: most tokens of a chunk; the smallest context bounds it too.
+        whole_chunks: leave out a shorter last chunk, as the literature does on WikiText.
+        limit: score only so many chunks, the first ones.
 
     Raises:
         InputError: models with different tokens, or a text of fewer than two.
@@ -129,38 +139,36 @@ def score_tokens(
     if not chunks:
         wanted = f"{length} tokens" if whole_chunks else "2 tokens"
         raise InputError("text", f"at least {wanted}", f"{len(ids)}", "try a longer one")
-    total = sum(len(chunk) - 1 for chunk in chunks)
-    scores = np.empty((4, len(contenders), total))
+    scores = TokenScores.empty(chunks, len(contenders))
     done = 0
     for chunk in chunks:
         predicted = slice(done, done + len(chunk) - 1)
-        _score_chunk(contenders, chunk, scores[:, :, predicted])
+        _score_chunk(contenders, chunk, scores.part(predicted))
         done = predicted.stop
         if progress:
-            progress("scoring the text", done, total)
-    top = scores[_TOP].astype(np.int32)
-    return TokenScores(chunks, scores[_LOSS], scores[_KL], top, scores[_CONFIDENCE])
+            progress("scoring the text", done, scores.losses.shape[1])
+    return scores
 
 
 def summarize(contenders: Sequence[Contender], tokens: TokenScores) -> list[TextScores]:
-    """Every model's means over the tokens, with intervals; RunError for a loss that no model has."""
+    """Return every model's means over the tokens, with intervals; raise RunError for a loss that no model has."""
     has_baseline = contenders[0].is_baseline
     return [_summarize(tokens, i, has_baseline and i > 0) for i in range(len(contenders))]
 
 
 def split_chunks(token_ids: np.ndarray, length: int, whole: bool = False) -> list[np.ndarray]:
-    """Consecutive chunks of `length` tokens; the last may be shorter unless they must be whole.
+    """Split token ids into chunks of `length`; the last may be shorter unless all must be whole.
 
     A last chunk of one token predicts nothing and is left out. Raises InputError for a length below 2.
     """
     if length < 2:
-        raise InputError("--max-seq-len", "at least 2 tokens", f"{length}")
+        raise InputError("chunk length (--max-seq-len)", "at least 2 tokens", f"{length}")
     chunks = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
     return [chunk for chunk in chunks if len(chunk) >= (length if whole else 2)]
 
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Negative log-likelihoods in nats, float64 (rows,), of targets (rows,) under logits (rows, vocab)."""
+    """Return negative log-likelihoods in nats, float64 (rows,), of targets (rows,) under logits (rows, vocab)."""
     losses = np.empty(len(targets))
     for rows in _row_blocks(logits):
         shifted, _, total = _exponentials(logits[rows])
@@ -169,7 +177,7 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def embedded_text() -> str:
-    """The held-out text that ships with the embedded model, which wrote it."""
+    """Return the held-out text that ships with the embedded model, which wrote it."""
     path = Path(__file__).parents[1] / "embedded" / "heldout.txt"
     if not path.exists():
         raise RunError("embedded text: this installation has none; try --text FILE")
@@ -177,24 +185,24 @@ def embedded_text() -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, line ends as they are; InputError where it is none."""
+    """Return the text of a UTF-8 file, line ends as they are; raise InputError if it is no such file."""
     try:
         return path.read_bytes().decode()
     except (FileNotFoundError, IsADirectoryError):
         raise InputError("--text", "a text file", f"none at {path}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}", "UTF-8", f"a stray byte at {error.start}") from None
+        raise InputError(str(path), "UTF-8", f"a stray byte at {error.start}") from None
 
 
 def _common_tokens(contenders: Sequence[Contender], text: str) -> np.ndarray:
-    """The text's tokens, found to be the same for all models."""
+    """Return the text's tokens; raise InputError unless they are the same for all models."""
     first = contenders[0]
     ids = first.llm.tokenizer.encode(text)
     for other in contenders[1:]:
         same_size = other.llm.config.vocab_size == first.llm.config.vocab_size
         if not same_size or other.llm.tokenizer.encode(text) != ids:
             raise InputError(
-                f"{other.name}",
+                other.name,
                 f"the tokens of {first.name}",
                 "others for the same text",
                 "try another --baseline, or each model by itself",
@@ -202,8 +210,8 @@ def _common_tokens(contenders: Sequence[Contender], text: str) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
 
 
-def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: np.ndarray) -> None:
-    """Fill scores (4, models, tokens - 1) from the models' logits over one chunk (tokens,)."""
+def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: TokenScores) -> None:
+    """Fill in the scores of one chunk (tokens,), its first token aside, from the models' logits over it."""
     vocab = contenders[0].llm.config.vocab_size
     step = max(16, min(256, _LOGIT_BYTES // (4 * vocab)))  # rows: 4 bytes a logit
     streams = [c.llm.iter_logits(chunk[:-1], step, c.adapter) for c in contenders]
@@ -211,9 +219,10 @@ def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: np.
     for logits in zip(*streams, strict=True):  # each (rows, vocab)
         for rows in _row_blocks(logits[0]):
             part = slice(start + rows.start, start + rows.stop)
-            _score_rows([block[rows] for block in logits], targets[part], scores[:, :, part])
+            _score_rows([block[rows] for block in logits], targets[part], scores.part(part))
         start += len(logits[0])
-    broken = np.argwhere(~np.isfinite(scores).all(axis=0))
+    finite = [np.isfinite(values) for values in (scores.losses, scores.kl, scores.confidence)]
+    broken = np.argwhere(~np.logical_and.reduce(finite))
     if len(broken):
         model, token = broken[0]
         raise RunError(
@@ -224,22 +233,22 @@ def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: np.
         )
 
 
-def _score_rows(logits: list[np.ndarray], targets: np.ndarray, scores: np.ndarray) -> None:
-    """KL(p || q) = sum p (log p - log q), with p from the first model's logits (rows, vocab)."""
+def _score_rows(logits: list[np.ndarray], targets: np.ndarray, scores: TokenScores) -> None:
+    """Fill in the scores of some rows: KL(p || q) = sum p (log p - log q), with p from the first model's logits."""
     everywhere = np.arange(len(targets))
     base, weights, base_total = _exponentials(logits[0])
     for model, own in enumerate(logits):
         shifted, _, total = _exponentials(own) if model else (base, weights, base_total)
-        scores[_LOSS, model] = np.log(total) - shifted[everywhere, targets]
+        scores.losses[model] = np.log(total) - shifted[everywhere, targets]
         # In float32 the products are off by 1e-7 of themselves, unbiased; their sum is in float64.
         expected = (weights * (base - shifted)).sum(axis=1, dtype=np.float64) / base_total
-        scores[_KL, model] = expected - np.log(base_total) + np.log(total)
-        scores[_TOP, model] = own.argmax(axis=1)
-        scores[_CONFIDENCE, model] = 1 / total  # the likeliest token's logit is shifted to zero
+        scores.kl[model] = expected - np.log(base_total) + np.log(total)
+        scores.top[model] = own.argmax(axis=1)
+        scores.confidence[model] = 1 / total  # the likeliest token's logit is shifted to zero
 
 
 def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits less their row's largest, the exp of that (both float32), and its sum (float64)."""
+    """Return logits less their row's largest, the exp of that (both float32), and its sum (float64)."""
     with np.errstate(invalid="ignore"):  # infinity less infinity; `_score_chunk` names the culprit
         shifted = logits - logits.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
@@ -252,7 +261,7 @@ def _row_blocks(logits: np.ndarray) -> list[slice]:
 
 
 def _summarize(tokens: TokenScores, model: int, is_measured: bool) -> TextScores:
-    """Of one model, measured against the first or by itself."""
+    """Return the means of one model, measured against the first or by itself."""
     losses = tokens.losses[model]
     if losses.mean() > _LARGEST_LOSS:
         raise RunError(

@@ -1,8 +1,8 @@
-"""Chat templates: a conversation to the one text that the model was trained to continue.
+"""Render a conversation as the one text that the model was trained to continue.
 
-Templates are Jinja programs that come with a model, so they are untrusted: they run in Jinja's immutable
-sandbox, with the few helpers that transformers gives them. Of the values they compute, none may grow
-beyond `_LARGEST_VALUE`, and neither may the text beyond `_LARGEST_TEXT`. Their time is not limited.
+Chat templates are Jinja programs that come with a model, so they are untrusted. They run in Jinja's immutable
+sandbox, with the few helpers that transformers gives them. No value that they compute may grow beyond
+`_LARGEST_VALUE`, and no text beyond `_LARGEST_TEXT`. Their time is not limited.
 """
 
 import json
@@ -23,7 +23,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.system.files import exists_in, read_bytes
 from llamita.text.tokenizer import read_settings
 
@@ -31,14 +31,14 @@ Message = dict[str, Any]  # {"role": str, "content": str or [{"type": "text", "t
 _LARGEST_TEMPLATE = 1 << 20  # characters; the longest real ones have about 20,000
 _LARGEST_TEXT = 1 << 26  # characters of a rendered conversation; above any context
 _LARGEST_VALUE = 1 << 23  # characters and items in one value; a context of a million tokens has fewer
-_ITEM = 8  # what an item that is no text counts: the bytes of a reference, and an end to slow counting
+_ITEM = 8  # the size of an item that is no text: the bytes of a reference; it also bounds the time of counting
 _CONTAINERS = (list, tuple, set, frozenset, MappingView)
 _LARGEST_BITS = 1 << 12  # of a whole number, as Python's own limit for printing one
 _LARGEST_PADDING = 1 << 10  # width, tab or indent that a template may ask for
-_LARGEST_INDENT = 16  # of JSON, a level
-_REFUSED_METHODS = {"encode", "maketrans", "to_bytes", "translate"}  # lead to sizes that nobody counts
-_PADDED = {"center", "ljust", "rjust", "zfill", "expandtabs"}  # methods of a text with a width
-# Filters that multiply what they get, none of them of use in a conversation.
+_LARGEST_INDENT = 16  # of each level of JSON
+_REFUSED_METHODS = {"encode", "maketrans", "to_bytes", "translate"}  # make values whose size is not counted
+_PADDED = {"center", "ljust", "rjust", "zfill", "expandtabs"}  # methods of a text that take a width
+# Filters that multiply their input; no conversation needs them.
 _REFUSED_FILTERS = ("batch", "center", "filesizeformat", "pprint", "slice", "urlize", "wordwrap", "xmlattr")
 # A width of five digits or from an argument, in the style of printf.
 _WIDE = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{5,}|\d*\.(\*|\d{5,}))")
@@ -49,16 +49,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         if len(source) > _LARGEST_TEMPLATE:
-            raise InputError("chat template", f"at most {_LARGEST_TEMPLATE} letters", f"{len(source)}")
+            raise InputError("chat template", f"at most {_LARGEST_TEMPLATE} characters", f"{len(source)}")
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = _environment().from_string(source)
-        except Exception as error:  # the compiler can fail in many ways: depth, size of numbers
-            text = " ".join(str(error).split())
-            raise InputError("chat template", "a Jinja template", f"{text}") from None
+        except Exception as error:  # the compiler fails in many ways, at depth or large numbers
+            raise InputError("chat template", "a Jinja template", " ".join(str(error).split())) from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as one text, special tokens written out, open for the assistant's turn.
+        """Return the conversation as one text, special tokens written out, open for the assistant's turn.
 
         Raises:
             InputError: a message is not a role with a text, or the template refuses the conversation.
@@ -78,12 +77,12 @@ class ChatTemplate:
 
 
 def find_template(directory: Path) -> str | None:
-    """The source of a model's chat template, None where it has none, as a base model.
+    """Return the source of a model's chat template; None if it has none, like a base model.
 
-    It is `chat_template.jinja`, else in `tokenizer_config.json`.
+    It is in `chat_template.jinja`, or else in `tokenizer_config.json`.
 
     Raises:
-        InputError: the file is no text.
+        InputError: the file is not UTF-8.
     """
     if exists_in(directory, "chat_template.jinja"):
         try:
@@ -98,38 +97,38 @@ def find_template(directory: Path) -> str | None:
 
 
 def read_template(directory: Path) -> str:
-    """The source of a model's chat template; see `find_template`.
+    """Return the source of a model's chat template; see `find_template`.
 
     Raises:
         InputError: the model has none.
     """
     template = find_template(directory)
     if template is None:
-        raise InputError(f"{directory}", "a chat template", "none", "try `llamita generate`: a base model")
+        raise InputError(str(directory), "a chat template", "none, as in base models", "try `llamita generate`")
     return template
 
 
 def _plain(message: Message) -> Message:
-    """A copy whose content is one string, as templates of text models expect it."""
+    """Return a copy whose content is one string, as templates of text models expect it."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise InputError("messages", "objects with a role and a content", f"{message!r}")
+        raise InputError("messages", "objects with a role and a content", shown(message))
     content = message.get("content")
     if isinstance(content, list):
         parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
         content = "".join(parts) if all(isinstance(p, str) for p in parts) else None  # type: ignore[arg-type]
     if not isinstance(content, str):
-        raise InputError("messages: content", "a text", f"{message.get('content')!r}")
+        raise InputError("messages: content", "a text", shown(message.get("content")))
     return {**message, "content": content}
 
 
 def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up for chat templates, within bounds."""
+    """Return Jinja as transformers sets it up for chat templates, with bounds."""
     environment = _Bounded(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
-        optimized=False,  # nothing is computed before it is asked for
-        finalize=_bounded,  # a value that is printed
+        optimized=False,  # compute nothing at compile time, before there are bounds
+        finalize=_bounded,  # of every value that is printed
     )
     environment.filters["tojson"] = _to_json
     for name in _REFUSED_FILTERS:
@@ -142,7 +141,7 @@ def _environment() -> jinja2.Environment:
 
 
 class _Generator(CodeGenerator):
-    """Has `~` join with the bounded function, for the sandbox does not intercept that operator."""
+    """Make `~` join with the bounded function, because the sandbox does not intercept that operator."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat([str(part) for part in environment.bounded((")
@@ -152,21 +151,21 @@ class _Generator(CodeGenerator):
         self.write("))])")
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
-        """Nothing but plain text is printed by the compiler itself, before there are bounds."""
+        """Let the compiler print nothing but plain text by itself, because it has no bounds."""
         if not isinstance(node, nodes.TemplateData):
             raise nodes.Impossible
         return super()._output_child_to_const(node, frame, finalize)
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
-    """The sandbox, with the size of a result looked at before it is computed."""
+    """The sandbox, which also checks the size of a result before it is computed."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
-        """What `~`, macros, calls and blocks of `set` join their pieces with."""
+        """Join the pieces of `~`, macros, calls and blocks of `set`."""
         return "".join(_bounded(list(pieces)))
 
     @staticmethod
@@ -194,7 +193,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **named)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return super().getitem(obj, _bounded(argument))  # an error would print it
+        return super().getitem(obj, _bounded(argument))  # because an error would print it
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -210,10 +209,10 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose value and arguments are looked at first."""
-    at = 1 if hasattr(function, "jinja_pass_arg") else 0  # where its value stands, after a context
+    """Return a filter that checks its value and arguments first."""
+    at = 1 if hasattr(function, "jinja_pass_arg") else 0  # the place of its value: after a context, if it takes one
 
-    @wraps(function)  # and that attribute with it
+    @wraps(function)  # copies that attribute too
     def bounded(*args: Any, **named: Any) -> Any:
         before, given = args[:at], list(_bounded(args[at:]))
         if name in ("join", "sum"):
@@ -236,7 +235,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _check_method(text: str, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    """Looks at the methods of a text that give a longer one; returns the arguments, lists for iterators."""
+    """Check the methods of a text that make a longer one; return the arguments, with lists for iterators."""
     if name in _PADDED:
         for width in (*args[:1], *named.values()):
             _check_padding(width)
@@ -288,15 +287,15 @@ def _check_size(size: int) -> None:
 
 
 def _bounded(value: Any) -> Any:
-    """The value itself, if it is not too large."""
+    """Return the value itself; raise if it is too large."""
     _check_size(_size(value))
     return value
 
 
 def _size(value: Any) -> int:
-    """Characters and items of a value, those of shared parts as often as they would be printed."""
+    """Count the characters and items of a value, those of shared parts as often as they would be printed."""
     size, waiting = 0, [value]
-    while waiting and size + _ITEM * len(waiting) <= _LARGEST_VALUE:  # so that sharing cannot make it endless
+    while waiting and size + _ITEM * len(waiting) <= _LARGEST_VALUE:  # stop at the limit: sharing could make it endless
         part = waiting.pop()
         if isinstance(part, str):
             size += max(1, len(part))
@@ -306,7 +305,7 @@ def _size(value: Any) -> int:
             waiting.extend(part)  # type: ignore[arg-type] (a view of a dict can be walked through)
         elif isinstance(part, Mapping):
             waiting += [*part.keys(), *part.values()]
-        elif isinstance(part, Namespace):  # shows all that it holds, which cannot be counted
+        elif isinstance(part, Namespace):  # it would print what cannot be counted
             raise jinja2.TemplateError("namespace: expected its attributes, got all of it")
     return size + _ITEM * len(waiting)
 
@@ -316,7 +315,7 @@ def _is_number(value: Any) -> bool:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's words for training; here its body is plain template."""
+    """Accept `{% generation %}`, which marks the assistant's words for training, as plain template."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
 
@@ -332,9 +331,9 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML; templates want plain JSON, in the style they ask for.
+    """Return a value as JSON in the style that the template asks for; Jinja's own filter would escape HTML.
 
-    The parameters are those of transformers; `json.dumps` takes more, among them functions to call.
+    The parameters are those of transformers. `json.dumps` takes more, among them functions to call.
     """
     style = [0 if indent is None else indent if isinstance(indent, int) else len(indent)]
     style += [len(part) for part in separators or ()]
@@ -342,7 +341,7 @@ def _to_json(
         raise jinja2.TemplateError(f"tojson: expected at most {_LARGEST_INDENT} characters of indent")
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     pieces, length = [], 0
-    for piece in encoder.iterencode(_bounded(value)):  # what indents add is known only here
+    for piece in encoder.iterencode(_bounded(value)):  # only here is known how much indents add
         pieces.append(piece)
         length += len(piece)
         _check_size(length)

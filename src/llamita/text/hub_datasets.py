@@ -1,6 +1,6 @@
-"""Texts and rows from data sets of the Hugging Face hub, through its own package `datasets`.
+"""Read texts and rows from data sets of the Hugging Face hub, through its own package `datasets`.
 
-`calibration` and `train.records` import this on use: the package belongs to the Torch side's dependencies.
+`quantize.calibration` and `train.records` import this on use: the package comes with Torch's.
 """
 
 import logging
@@ -10,17 +10,18 @@ from typing import Any
 import datasets
 
 from llamita.errors import InputError, RunError
+from llamita.text.printable import first_line
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-_BUFFER = 1000  # documents among which the next one is drawn
+_BUFFER = 1000  # documents from which the next one is drawn
 
 
 def documents(name: str, seed: int) -> Iterator[str]:
-    """The texts of a data set's train split in an order drawn by `seed`, each as it arrives.
+    """Yield the texts of a data set's train split as they arrive, in an order drawn with `seed`.
 
     Args:
         name: owner/name or owner/name:configuration; "wikitext" is WikiText-2's raw train split as one
-            document, its lines joined by blank lines as GPTQ has it (arXiv 2210.17323).
+            document, its lines joined by blank lines as in GPTQ's code (arXiv 2210.17323).
 
     Raises:
         InputError: no column "text", or no such configuration or split.
@@ -34,7 +35,7 @@ def documents(name: str, seed: int) -> Iterator[str]:
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a data set's train split in their order, each as it arrives.
+    """Yield the rows of a data set's train split as they arrive, in their order.
 
     Args:
         name: owner/name or owner/name:configuration.
@@ -48,10 +49,10 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _read(path: str, configuration: str | None, name: str, seed: int | None) -> Iterator[str]:
-    # streamed unless it is read whole: of a large data set, only what is looked at is downloaded
+    # Streaming downloads only what is read of a large data set.
     for row in _rows(path, configuration, name, seed, is_streamed=seed is not None):
         if not isinstance(row.get("text"), str):
-            raise InputError(f"{name}", 'a column "text"', f"{', '.join(row)}", "try another data set")
+            raise InputError(name, 'a column "text"', ", ".join(row), "try another data set")
         yield row["text"]
 
 
@@ -63,13 +64,7 @@ def _rows(
     try:
         found: Any = datasets.load_dataset(path, configuration, split="train", streaming=is_streamed)
         yield from found if seed is None else found.shuffle(seed=seed, buffer_size=_BUFFER)
-    except ValueError as error:  # no such configuration or split; the message names those there are
-        raise InputError(f"{name}: {_first_line(error)}") from None
+    except ValueError as error:  # no such configuration or split; the message names those that exist
+        raise InputError(f"{name}: {first_line(error)}") from None
     except OSError as error:  # the hub's own errors are among these
-        raise RunError(
-            f"{name}", f"a data set that the hub or its cache has: {_first_line(error)}", hint="try a file"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RunError(name, "a data set that the hub or its cache has", first_line(error), "try a file") from None

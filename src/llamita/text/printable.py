@@ -1,11 +1,16 @@
-"""Values as text for people: sizes, and strangers' names made harmless."""
+"""Write values as text for people: sizes, messages, and strangers' names made harmless."""
 
 
 def printable(text: str) -> str:
-    """Text of models and strangers on one line: what could move a cursor or hide is escaped."""
+    """Return text of models and strangers on one line, with escapes for what could move a cursor or hide."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def megabytes(count: float) -> str:
-    """Bytes as MB (10^6 bytes), with three figures or more."""
+    """Write bytes as MB (10^6 bytes), with three figures or more."""
     return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message, or the error's type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

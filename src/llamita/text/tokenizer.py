@@ -1,8 +1,8 @@
-"""Text to token ids and back, from the Hugging Face files of a model directory.
+"""Turn text into token ids and back, by the Hugging Face files of a model directory.
 
 Encoding is the `tokenizers` library's own. Decoding goes through bytes, one token at a time: byte-level
-BPE (Llama 3) and SentencePiece pieces (Llama 2) are both functions from a token to its bytes, so a
-stream costs the same for every token and never shows half a character.
+BPE (Llama 3) and SentencePiece pieces (Llama 2) are both functions from a token to its bytes, so every
+token of a stream costs the same, and a stream never shows half a character.
 """
 
 import codecs
@@ -16,23 +16,23 @@ from typing import Any
 
 import tokenizers
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.models.config import ModelConfig
 from llamita.system.files import exists_in, read_json, safe_path
 
 _CONVERT = 'try `AutoTokenizer.from_pretrained("{0}").save_pretrained("{0}")` of transformers to make one'
 _ID_LIMIT = 2**32  # the library's ids are 32 bits
-_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how SentencePiece spells a byte
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # SentencePiece's spelling of a byte
 
 
 class Tokenizer:
     """The tokenizer of a model directory.
 
     Attributes:
-        bos_token, eos_token: their text, "" where the model has none (chat templates read them).
-        bos_token_id: None where the model has none.
+        bos_token, eos_token: their text, for chat templates; "" if the model has none.
+        bos_token_id: None if the model has none.
         adds_bos: whether the model's files put a BOS token in front of a text.
-        eos_token_ids: every token that ends a text: those of the tokenizer and those of the model.
+        eos_token_ids: every token that ends a text, by the tokenizer's files or the model's.
     """
 
     def __init__(self, directory: Path, config: ModelConfig | None = None) -> None:
@@ -69,16 +69,16 @@ class Tokenizer:
         return self._inner.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """Token ids of a text; special tokens written out in it are taken as such.
+        """Return the token ids of a text; special tokens written out in it count as such.
 
         Args:
             text: any text that UTF-8 can express.
-            add_bos: put the BOS token in front, where the model has one and the text does not start with
-                it already; by default as the model's files say.
+            add_bos: put the BOS token in front, if the model has one and the text does not begin with it;
+                by default as the model's files say.
 
         Raises:
-            InputError: the text holds a lone surrogate, which stands for a byte that was not UTF-8; or the
-                model's tokenizer.json is at odds with itself in a way that this text brings to light.
+            InputError: the text holds a lone surrogate, which Python puts for a byte that is not UTF-8; or
+                this text shows that the model's tokenizer.json contradicts itself.
         """
         try:
             text.encode()
@@ -91,12 +91,12 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         detokenizer = Detokenizer(self, skip_special=skip_special)
         return "".join([*(detokenizer.add(token) for token in ids), detokenizer.finish()])
 
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
-        """The bytes that a token stands for: none for a special token, or an id that has no token."""
+        """Return the bytes of a token: none for a special token, or an id without a token."""
         if skip_special and token in self._added and self._added[token].special:
             return b""
         if token not in self._bytes:
@@ -106,11 +106,11 @@ class Tokenizer:
 
     @property
     def strips_space(self) -> bool:
-        """Whether a text loses the space that SentencePiece puts before its first word."""
+        """True if a text loses the space that SentencePiece puts before its first word."""
         return self._strips_space
 
     def _special(self, settings: dict[str, Any], key: str, default: int | None) -> int | None:
-        """A special token's id; `default` only where the files do not speak of it."""
+        """Return a special token's id; `default` only if the files do not name it."""
         if key not in settings:
             return default
         value = settings[key]
@@ -123,8 +123,7 @@ class Tokenizer:
     def _check_ids(self, ids: list[int]) -> None:
         for token in ids:
             if not 0 <= token < self._id_limit:
-                largest, found = self._id_limit - 1, repr(token)[:40]
-                raise InputError("bos and eos token ids", f"0 to {largest}", f"{found}")
+                raise InputError("bos and eos token ids", f"0 to {self._id_limit - 1}", shown(token))
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with _one_line("tokenizer.json"):
@@ -138,11 +137,11 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Turns a stream of tokens into a stream of text that holds whole characters only.
+    """Turn a stream of tokens into a stream of text with whole characters only.
 
     Args:
-        tokenizer: whose tokens they are.
-        continues: the tokens go on from a text, so that a leading space belongs to them.
+        tokenizer: the tokenizer of the tokens.
+        continues: whether the tokens continue a text, so that a leading space belongs to them.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, continues: bool = False, skip_special: bool = True) -> None:
@@ -152,7 +151,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """The text that this token completes; "" while a character is still open."""
+        """Return the text that this token completes; "" inside a character."""
         piece = self._tokenizer.token_bytes(token, skip_special=self._skip_special)
         if self._strip and piece:
             self._strip = False
@@ -160,32 +159,32 @@ class Detokenizer:
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD if the tokens stop inside a character."""
+        """Return the rest at the end: U+FFFD if the tokens stop inside a character, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 def read_settings(directory: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file that a model may lack: {} then."""
+    """Read the object in a JSON file; return {} if the model has no such file."""
     return read_json(directory, name) if exists_in(directory, name) else {}
 
 
 def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     if not exists_in(directory, "tokenizer.json"):
         found = "tokenizer.model alone" if exists_in(directory, "tokenizer.model") else "none"
-        raise InputError(f"{directory}", "tokenizer.json", f"{found}", f"{_CONVERT.format(directory)}")
+        raise InputError(str(directory), "tokenizer.json", found, _CONVERT.format(directory))
     path = safe_path(directory, "tokenizer.json")
     with _one_line(str(path)):
         inner = tokenizers.Tokenizer.from_file(str(path))
-        inner.no_truncation()  # a length limit left in the file would cut prompts without a word
+        inner.no_truncation()  # a length limit in the file would cut prompts silently
         inner.no_padding()
     return inner
 
 
 @contextmanager
 def _one_line(where: str) -> Iterator[None]:
-    """The library's errors as InputError: it raises bare Exception, and PanicException on its own bugs.
+    """Turn the library's errors into InputError: it raises bare Exception, and PanicException on its own bugs.
 
-    That one is a BaseException that cannot be imported, so it is known by name; an interrupt passes.
+    That one is a BaseException that cannot be imported, so it is recognized by name. An interrupt passes.
     """
     try:
         yield
@@ -194,13 +193,11 @@ def _one_line(where: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        text = " ".join(str(error).split())
-        message = f"{where}: expected a tokenizer of the tokenizers library, got {text}"
-        raise InputError(message) from None
+        raise InputError(where, "a tokenizer of the tokenizers library", " ".join(str(error).split())) from None
 
 
 def _decoder_steps(inner: tokenizers.Tokenizer) -> list[dict[str, Any]]:
-    """The decoder as its JSON says it, a sequence spread out."""
+    """Return the steps of the decoder as JSON values."""
     if inner.decoder is None:
         return []
     spec = json.loads(inner.decoder.__getstate__())
@@ -208,14 +205,14 @@ def _decoder_steps(inner: tokenizers.Tokenizer) -> list[dict[str, Any]]:
 
 
 def _piece_reader(inner: tokenizers.Tokenizer) -> Callable[[str], bytes]:
-    """The function from a token's text in the vocabulary to the bytes that it means."""
+    """Return the function from a token's text in the vocabulary to its bytes."""
     kinds = [step["type"] for step in _decoder_steps(inner)]
     if "ByteLevel" in kinds:
         return _byte_level_bytes
     if "ByteFallback" in kinds or "Metaspace" in kinds:
         return _sentencepiece_bytes
     found = ", ".join(kinds) or "none"
-    raise InputError("tokenizer.json: decoder", "ByteLevel, ByteFallback or Metaspace", f"{found}")
+    raise InputError("tokenizer.json: decoder", "ByteLevel, ByteFallback or Metaspace", found)
 
 
 def _strips_leading_space(steps: list[dict[str, Any]]) -> bool:
@@ -228,7 +225,7 @@ def _strips_leading_space(steps: list[dict[str, Any]]) -> bool:
 
 @lru_cache(maxsize=1)
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and on, in order."""
+    """Return GPT-2's alphabet: printable Latin-1 is itself, the other bytes are U+0100 and on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -244,4 +241,4 @@ def _byte_level_bytes(piece: str) -> bytes:
 def _sentencepiece_bytes(piece: str) -> bytes:
     if _BYTE_PIECE.fullmatch(piece):
         return bytes.fromhex(piece[3:5])
-    return piece.replace("\u2581", " ").encode()  # U+2581, the block that stands for a space
+    return piece.replace("\u2581", " ").encode()  # U+2581, the block in place of a space
