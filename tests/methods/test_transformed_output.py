@@ -14,6 +14,7 @@ from llamita.errors import InputError
 from llamita.imports.open import open_source
 from llamita.loading import load
 from llamita.methods.chain import parse_chain, transform
+from llamita.methods.settings import check_settings
 from llamita.methods.setup import Setup, parse_settings
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import METADATA
@@ -73,9 +74,11 @@ def test_the_command_records_settings(tmp_path: Path, capsys: Any) -> None:
 
 def test_settings_as_users_write_them() -> None:
     texts = ["spinquant.steps=0", "spinquant.online=false", "spinquant.rotations=R1,R2", "spinquant.lr=1e-2"]
-    assert parse_settings(texts, ("equalize", "spinquant")) == {
+    assert parse_settings(texts) == {
         "spinquant.steps": 0, "spinquant.online": False, "spinquant.rotations": "R1,R2", "spinquant.lr": 0.01,
     }  # fmt: skip
-    for text in ("steps=0", "spinquant.steps", "spinquant.=1", "tune.steps=1"):
+    for text in ("steps=0", "spinquant.steps", "spinquant.=1"):
         with pytest.raises(InputError, match="--set"):
-            parse_settings([text], ("spinquant",))
+            parse_settings([text])
+    with pytest.raises(InputError, match=r"tune.steps=1: expected a setting of spinquant, got one of tune"):
+        check_settings(("spinquant",), parse_settings(["tune.steps=1"]))

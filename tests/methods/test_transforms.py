@@ -16,7 +16,7 @@ from torch_forward import logits_of
 from llamita.errors import InputError
 from llamita.imports.open import resolve
 from llamita.methods import equalize, learn_rotations, spinquant
-from llamita.methods.online import hadamard_transform
+from llamita.methods.runtime_rotations import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint

@@ -276,7 +276,7 @@ def test_a_directory_of_licences_is_no_hindrance(tmp_path: Path) -> None:
 def test_a_licence_that_cannot_be_copied_is_told_before_rounding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamita.quantize.pipeline._write_weights", None)  # not reached
+    monkeypatch.setattr("llamita.quantize.pipeline.write_weights", None)  # not reached
     path = make_checkpoint(tmp_path / "src")
     os.mkfifo(path / "LICENSE")
     assert run("quantize", path, "-o", tmp_path / "out") == 2
@@ -310,7 +310,7 @@ def test_other_names_are_recorded_as_they_are(source: Path, tmp_path: Path, name
 def test_a_path_that_is_not_utf8_is_refused_before_rounding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamita.quantize.pipeline._write_weights", None)  # not reached
+    monkeypatch.setattr("llamita.quantize.pipeline.write_weights", None)  # not reached
     path = make_checkpoint(tmp_path / "u").rename(tmp_path / os.fsdecode(b"u\xff"))
     assert run("quantize", path, "-o", tmp_path / "out") == 2
     assert "expected a path in UTF-8" in one_line(capsys)
