@@ -1,4 +1,4 @@
-"""Logits of a source by Torch: float, or rounded to nearest with int8 activations; rotations run online."""
+"""Logits of a source by Torch: float, or rounded to nearest with int8 activations; rotations act at run time."""
 
 from typing import Any
 

@@ -99,9 +99,11 @@ class SpinQuantSettings:
         for name in self.names:
             try:
                 factor(sizes[name])
-            except InputError as error:
+            except InputError:
                 hint = "try --no-runtime-rotation" if name == "R4" else "try --set spinquant.rotations without it"
-                raise InputError(f"spinquant: {name}: {error.where}", hint=hint) from None
+                raise InputError(
+                    f"spinquant: {name}", "a size with a known Hadamard matrix", f"{sizes[name]}", hint
+                ) from None
         return {name: sizes[name] for name in self.names}
 
     @property
