@@ -1,4 +1,4 @@
-"""Logits of a source by Torch: float, or rounded to nearest with int8 activations; rotations run online."""
+"""Logits of a source by Torch: float, or rounded to nearest with int8 activations; rotations act at run time."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from llamita.methods import rtn
 from llamita.methods.activations import quantize_activations
 from llamita.methods.blocks import Block, llama_config, rotary_tables
-from llamita.methods.online import online_transform
+from llamita.methods.runtime_rotations import runtime_rotation
 from llamita.models.names import linear_names
 from llamita.models.weights import FloatSource
 from llamita.numerics.affine import dequantize, to_f32
@@ -20,7 +20,7 @@ class _Rounded:
 
     def __init__(self, source: FloatSource, scheme: QuantScheme) -> None:
         self._source, self._scheme = source, scheme
-        self._round = rtn.begin(source, scheme)  # type: ignore[arg-type]
+        self._round = rtn.rounder(source, scheme)  # type: ignore[arg-type]
         self._linears = linear_names(source.config)
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +43,7 @@ def logits_of(source: FloatSource, tokens: np.ndarray, scheme: QuantScheme | Non
     with torch.no_grad():
         x = table[torch.from_numpy(tokens.astype(np.int64))]
         for layer in range(config.layers):
-            x = Block(model, llama, layer, rotary, activations, online_transform(rotations))(x)
+            x = Block(model, llama, layer, rotary, activations, runtime_rotation(rotations))(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps)
         x = x * _tensor(source.vector("model.norm.weight"))
         if rotations.head_transform is not None:

@@ -20,7 +20,7 @@ import llamita.numerics.packing
 from llamita import _native
 from llamita.errors import InputError, RunError
 from llamita.imports.open import resolve
-from llamita.methods.chain import begin, parse_chain
+from llamita.methods.chain import parse_chain, rounder
 from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import keep_float
@@ -173,7 +173,7 @@ def test_float_layers_read_what_was_not_rounded() -> None:
 
 
 class Rotated:
-    """A checkpoint whose down_proj expects rotated inputs: the same function with R4 online."""
+    """A checkpoint whose down_proj expects rotated inputs: the same function with R4 at run time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -187,9 +187,10 @@ class Rotated:
         return fast_hadamard(weight) if name.endswith("down_proj") else weight
 
 
-def test_online_rotations_are_part_of_both_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_rotations_are_part_of_both_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Checkpoint(make_checkpoint(tmp_path))
     setup, kept = setup_of(source), []
+    sources: list[Any] = [source, Rotated(source)]
 
     def keep(store: Any, index: int, after: dict[str, Any], layers: Any) -> None:
         kept.append(after)
@@ -197,8 +198,8 @@ def test_online_rotations_are_part_of_both_streams(tmp_path: Path, monkeypatch: 
 
     original = calibrated.Store.keep
     monkeypatch.setattr(calibrated.Store, "keep", keep)
-    for which in (source, Rotated(source)):
-        begin(which, make_scheme("llama3.2"), parse_chain("qronos"), setup)
+    for which in sources:
+        rounder(which, make_scheme("llama3.2"), parse_chain("qronos"), setup)
     plain, rotated = kept[1], kept[3]
     torch.testing.assert_close(plain["float"], rotated["float"], atol=1e-4, rtol=1e-4)
     lost = (plain["quantized"] - plain["float"]).norm()

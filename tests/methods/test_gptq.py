@@ -198,7 +198,7 @@ def test_the_correction_brings_outputs_nearer_to_the_float_models() -> None:
     scheme, found = make_scheme("llama3.2", GROUP), {}
     for strength in (0.0, 0.5, 1.0):
         settings = {"qronos.strength": strength, "qronos.residual": strength}
-        rounded = qronos.method(settings).round_layers(layers, scheme)["a"]
+        rounded = qronos.layer_method(settings).round_layers(layers, scheme)["a"]
         found[strength] = np.square(wanted - x_q @ rounded.values().T.astype(np.float64)).sum()
     assert found[1.0] < found[0.5] < found[0.0]
 
@@ -206,14 +206,14 @@ def test_the_correction_brings_outputs_nearer_to_the_float_models() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gptq.dampin": 0.1}, "--set gptq.dampin: expected one of damping, sweeps"),
-        ({"gptq.damping": -1}, "--set gptq.damping: expected a number of at least 0, got -1"),
-        ({"qronos.ridge": "much"}, "--set qronos.ridge: expected a number of at least 0, got 'much'"),
+        ({"gptq.dampin": 0.1}, "^gptq.dampin: expected one of damping, sweeps"),
+        ({"gptq.damping": -1}, "^gptq.damping: expected a number of at least 0, got -1"),
+        ({"qronos.ridge": "much"}, "^qronos.ridge: expected a number of at least 0, got 'much'"),
     ],
 )
 def test_settings_that_make_no_sense(settings: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        qronos.method(settings)
+        qronos.layer_method(settings)
 
 
 # ---- what is measured -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ NAME = "model.layers.0.mlp.down_proj"  # (128, 256)
 
 def rounded(source: Checkpoint, name: str, preset: str, scales: str) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of a module, all pieces together."""
-    pieces = list(rtn.begin(source, make_scheme(preset, None, scales))(name))
+    pieces = list(rtn.rounder(source, make_scheme(preset, None, scales))(name))
     return np.concatenate([p.codes for p in pieces]), np.concatenate([p.scales for p in pieces])
 
 

@@ -16,7 +16,7 @@ from torch_forward import logits_of
 from llamita.errors import InputError
 from llamita.imports.open import resolve
 from llamita.methods import equalize, learn_rotations, spinquant
-from llamita.methods.online import hadamard_transform
+from llamita.methods.runtime_rotations import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ def test_rotations_keep_the_function(tmp_path: Path, name: str, rotations: str) 
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "biases"])
-def test_without_online_operations_a_plain_llama_is_left(tmp_path: Path, name: str) -> None:
+def test_without_runtime_rotation_a_plain_llama_is_left(tmp_path: Path, name: str) -> None:
     source = model(tmp_path, name)
     rotated = spinquant.transform(source, setup_of(steps=0, online=False))
     assert not rotated.rotations.is_online
@@ -185,7 +185,7 @@ def test_settings_that_make_no_sense(tmp_path: Path, settings: dict[str, Any], m
 
 def test_sizes_without_a_hadamard_matrix_are_refused_by_name(tmp_path: Path) -> None:
     source = Checkpoint(make_checkpoint(tmp_path / "model", "llama32", intermediate_size=4 * 47))
-    with pytest.raises(InputError, match="R4: Hadamard matrix of order 188"):
+    with pytest.raises(InputError, match="R4: expected a size with a known Hadamard matrix, got 188"):
         spinquant.transform(source, setup_of(steps=0))
     assert_same_function(source, spinquant.transform(source, setup_of(steps=0, rotations="R1,R2")))
 
@@ -270,7 +270,7 @@ def test_learning_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("size", [64, 192, 688])
-def test_the_online_transform_is_that_of_the_format(size: int) -> None:
+def test_the_runtime_rotation_is_that_of_the_format(size: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, size)).astype(np.float32)
     np.testing.assert_allclose(hadamard_transform(torch.from_numpy(x)).numpy(), fast_hadamard(x), atol=2e-6)
     exact = x.astype(np.float64)
@@ -282,7 +282,7 @@ def test_the_online_transform_is_that_of_the_format(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 192, 688])
-def test_gradients_pass_the_online_transform(size: int) -> None:
+def test_gradients_pass_the_runtime_rotation(size: int) -> None:
     """Hᵀ·g / √n, as Torch finds it in float64 from the sums themselves."""
     random = np.random.default_rng(0)
     x = torch.from_numpy(random.standard_normal((2, 3, size)).astype(np.float32)).requires_grad_()

@@ -177,7 +177,7 @@ def test_steps_are_those_of_adam() -> None:
     ("settings", "message"),
     [
         ({"speed": 1}, "tune.speed: expected one of steps"),
-        ({"steps": 0}, "tune.steps: expected an integer of at least 1, got 0"),
+        ({"steps": 0}, "tune.steps: expected a whole number from 1, got 0"),
         ({"steps": 10.0}, "tune.steps"),
         ({"held_out": 1}, "tune.held_out"),
         ({"spread": 1.5}, "tune.spread: expected a number from 0 to 1, got 1.5"),

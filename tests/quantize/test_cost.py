@@ -63,7 +63,7 @@ def test_expected_memory_grows_with_the_text_up_to_the_limit() -> None:
 
 
 def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path, text: Path) -> None:
-    """It is a chain with its own settings; --method or --set replace either, --no-online leaves R4 out."""
+    """It is a chain with its own settings; --method or --set replace either, --no-runtime-rotation leaves R4 out."""
     make_checkpoint(tmp_path / "src", num_hidden_layers=1)
     options = ("--preset", "llamita", "--calibration", text, "--samples", "2", "--length", "16", "--json")
     faster = ("--set", "tune.steps=4")
@@ -76,7 +76,7 @@ def test_the_preset_llamita_calibrates_unless_told_otherwise(tmp_path: Path, tex
     assert found["method"] == "equalize+spinquant+qronos+tune"
     assert found["settings"] == {"spinquant.rotations": "R4", "tune.rate": 0, "tune.steps": 4}
     assert [one["name"] for one in found["rotations"]] == ["R4"]
-    found = record("plain", *faster, "--no-online")
+    found = record("plain", *faster, "--no-runtime-rotation")
     assert (found["method"], found["settings"]) == ("equalize+qronos+tune", {"tune.rate": 0, "tune.steps": 4})
     assert not found.get("rotations")
     assert record("changed", *faster, "--set", "tune.rate=1")["settings"]["tune.rate"] == 1
@@ -118,10 +118,10 @@ def test_what_is_learned_and_tuned_is_expected_to_take_time_and_memory() -> None
             ("--method", "rtn", "--calibration", "self"),
             "--calibration: expected a method that looks at activations, got rtn; try gptq",
         ),
-        (("--no-online",), "expected a method with spinquant, got rtn; try without --no-online"),
+        (("--no-online",), "expected a method with spinquant, got rtn; try without --no-runtime-rotation"),
         (
             ("--method", "spinquant", "--set", "spinquant.rotations=R4", "--no-online"),
-            "spinquant.rotations: expected R1 or R2 with --no-online, got R4 alone",
+            "spinquant.rotations: expected R1 or R2 with --no-runtime-rotation, got R4 alone",
         ),
         (("--method", "gptq", "--max-size", "100000"), "--max-size: expected at least"),
         (("--method", "gptq", "--max-size", "3.6"), "expected a size such as 700MB or 1.2GB, got '3.6'"),
@@ -153,13 +153,13 @@ def test_the_way_out_of_several_processes_is_a_command(
 ) -> None:
     """What the message suggests is taken, up to where the processes would meet."""
     source = make_checkpoint(tmp_path / "src")
-    options = ("--method", "spinquant+tune", "--no-online", "--set", "spinquant.steps=0")
+    options = ("--method", "spinquant+tune", "--no-runtime-rotation", "--set", "spinquant.steps=0")
     with monkeypatch.context() as patch:
         for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"}.items():
             patch.setenv(name, value)
         assert run("quantize", source, "-o", tmp_path / "out", *options) == 2
     suggested = one_line(capsys).partition("; try ")[2].split()
-    assert "--no-online" in suggested
+    assert "--no-runtime-rotation" in suggested
     assert run("quantize", source, "-o", tmp_path / "out", *suggested) == 0
 
 
@@ -170,7 +170,7 @@ def test_a_size_without_a_rotation_is_told_first(
     monkeypatch.delattr("llamita.quantize.own_text.Writer")
     source = make_checkpoint(tmp_path / "src", intermediate_size=1888, num_hidden_layers=1)
     assert run("quantize", source, "-o", tmp_path / "out", "--preset", "llamita", *dry_run) == 2
-    assert "R4: Hadamard matrix of order 1888: none is known here; try --no-online" in one_line(capsys)
+    assert "R4: expected a size with a known Hadamard matrix, got 1888; try --no-runtime-rotation" in one_line(capsys)
 
 
 def test_a_process_that_is_alone_tells_its_mistakes(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -206,7 +206,7 @@ def test_a_dry_run_knows_what_rotations_add(tmp_path: Path, capsys: Any, options
 
 
 def test_the_size_before_is_that_of_the_source(tmp_path: Path, capsys: Any) -> None:
-    """Also where --no-online brings tied tables apart."""
+    """Also where --no-runtime-rotation gives a tied head its own table."""
     source = make_checkpoint(tmp_path / "src")
     rotated = ("--method", "spinquant", "--set", "spinquant.steps=0", "--no-online", "--json")
     assert run("quantize", source, "-o", tmp_path / "plain", "--json") == 0

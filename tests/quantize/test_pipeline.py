@@ -10,6 +10,7 @@ import pytest
 from command import assert_nothing_is_left, one_line, run
 from tiny import make_checkpoint
 
+from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
 from llamita.methods.energy import input_importance
 from llamita.models.checkpoint import Checkpoint
@@ -17,7 +18,10 @@ from llamita.models.packed import PackedModel
 from llamita.models.verify import verify
 from llamita.numerics.affine import to_f32
 from llamita.numerics.scheme import SCALE_RULES, make_scheme
-from llamita.quantize.pipeline import quantize
+from llamita.quantize import pipeline
+from llamita.quantize.calibration import CalibrationSpec
+from llamita.quantize.layer_choice import Goal
+from llamita.quantize.pipeline import QuantizeJob, quantize
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,72 @@ def test_a_float_table_and_norms_keep_their_dtype(tmp_path: Path) -> None:
         for name in ("model.embed_tokens.weight", "model.norm.weight"):
             assert file.tensors[name].dtype == dtype
         np.testing.assert_array_equal(file.read("model.embed_tokens.weight"), checkpoint.weight("model.embed_tokens"))
+
+
+# ---- the same from Python ------------------------------------------------------------------------
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_job_gives_the_files_of_the_command(source: Path, tmp_path: Path, capsys: Any) -> None:
+    """Calibrate on text that the model writes, choose layers for a size, and judge the finished model."""
+    options = ("--method", "equalize", "--max-size", "345KB", "--samples", "2", "--length", "16", "--seed", "3")
+    assert run("quantize", source, "-o", tmp_path / "command", *options, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    steps: list[str] = []
+    text = CalibrationSpec(samples=2, length=16, seed=3)
+    job = QuantizeJob(source, tmp_path / "job", method="equalize", calibration=text, goal=Goal(max_size=345_000))
+    summary = pipeline.run(job, lambda what, _done, _total: steps.append(what))
+    assert files_of(tmp_path / "job") == files_of(tmp_path / "command")
+    assert summary is not None
+    assert summary.selection is not None
+    assert summary.selection.finished is not None
+    assert summary.selection.finished.value == shown["selection"]["finished"]["value"] > 0
+    assert summary.selection.file_bytes == summary.plan.file_bytes <= 345_000
+    assert summary.scheme.to_dict() == shown["scheme"]
+    assert "writing calibration text" in steps
+    assert [step for step in steps if step.startswith("measuring model.layers.0")]
+    assert capsys.readouterr() == ("", "")
+    assert_nothing_is_left(tmp_path, "command", "job")
+
+
+def test_a_job_takes_the_method_of_its_preset_unless_it_has_one(source: Path, tmp_path: Path) -> None:
+    job = QuantizeJob(source, tmp_path, preset="llamita", settings={"tune.steps": 7})
+    assert str(job.chain) == "equalize+spinquant+qronos+tune"
+    assert job.all_settings == {"spinquant.rotations": "R4", "tune.rate": 0, "tune.steps": 7}
+    assert job.needs_text
+    plain = QuantizeJob(source, tmp_path, preset="llamita", runtime_rotation=False)
+    assert (str(plain.chain), plain.all_settings) == ("equalize+qronos+tune", {"tune.rate": 0})
+    rotated = QuantizeJob(source, tmp_path, method="spinquant", runtime_rotation=False)
+    assert rotated.all_settings == {"spinquant.online": False}
+    nearest = QuantizeJob(source, tmp_path, preset="llamita", method="rtn")
+    assert (str(nearest.chain), nearest.all_settings, nearest.needs_text) == ("rtn", {}, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "q4"}, "expected one of arm, llama3.2, llamita"),
+        ({"method": "magic"}, "expected one of rtn"),
+        ({"settings": {"gptq.damping": 1}}, "gptq.damping=1: expected a setting of rtn"),
+        ({"method": "gptq", "settings": {"gptq.damping": -1}}, "gptq.damping: expected a number of at least 0"),
+        ({"runtime_rotation": False}, "expected a method with spinquant"),
+        ({"calibration": CalibrationSpec("self")}, "expected a method that looks at activations, got rtn"),
+        ({"keep_float": ("*.downproj",)}, r"try \*.down_proj"),
+    ],
+)
+def test_a_job_with_a_mistake_writes_nothing(source: Path, tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline.run(QuantizeJob(source, tmp_path / "out", **options))
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_size": 10**6, "max_loss": 0.1}])
+def test_a_goal_has_one_limit(limits: Any) -> None:
+    with pytest.raises(InputError, match="expected one of them"):
+        Goal(**limits)
 
 
 # ---- expected energy -----------------------------------------------------------------------------
@@ -276,7 +346,7 @@ def test_a_directory_of_licences_is_no_hindrance(tmp_path: Path) -> None:
 def test_a_licence_that_cannot_be_copied_is_told_before_rounding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamita.quantize.pipeline._write_weights", None)  # not reached
+    monkeypatch.setattr("llamita.quantize.pipeline.write_weights", None)  # not reached
     path = make_checkpoint(tmp_path / "src")
     os.mkfifo(path / "LICENSE")
     assert run("quantize", path, "-o", tmp_path / "out") == 2
@@ -310,7 +380,7 @@ def test_other_names_are_recorded_as_they_are(source: Path, tmp_path: Path, name
 def test_a_path_that_is_not_utf8_is_refused_before_rounding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamita.quantize.pipeline._write_weights", None)  # not reached
+    monkeypatch.setattr("llamita.quantize.pipeline.write_weights", None)  # not reached
     path = make_checkpoint(tmp_path / "u").rename(tmp_path / os.fsdecode(b"u\xff"))
     assert run("quantize", path, "-o", tmp_path / "out") == 2
     assert "expected a path in UTF-8" in one_line(capsys)

@@ -30,7 +30,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, options: t
 
     with monkeypatch.context() as patch:
         patch.setattr(calibrated, "_round_block", stop_second)
-        patch.setattr("llamita.quantize.pipeline._write_weights", stop)
+        patch.setattr("llamita.quantize.pipeline.write_weights", stop)
         assert run("quantize", source, "-o", out, *options) == 130
 
 

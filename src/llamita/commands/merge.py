@@ -13,7 +13,7 @@ from llamita.commands.sources import convert_first
 from llamita.errors import InputError, shown
 from llamita.evaluate.scores import read_text
 from llamita.imports.open import open_source
-from llamita.methods.chain import Chain, check, parse_chain
+from llamita.methods.chain import Chain, check_chain, parse_chain
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed import PackedModel
@@ -103,7 +103,7 @@ def _check(source: MergedSource, chain: Chain, out: Path, overwrite: bool, calib
         raise InputError("--method", "a 4-bit BASE", "a float one", f"try llamita quantize on {out}")
     if calibration is not None and not measures:
         raise InputError("--calibration", "a method that looks at activations", f"{chain}", "try gptq")
-    check(chain, {}, source.config)
+    check_chain(chain, {}, source.config)
 
 
 def _check_text(source: MergedSource, text: str) -> None:

@@ -1,101 +1,49 @@
-"""The part of `llamita quantize` that chooses how each layer is stored: `--max-size`, `--max-loss`."""
+"""The goal of `llamita quantize` (`--max-size`, `--max-loss`): read it, and print how layers were chosen for it."""
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from llamita.commands import console
-from llamita.errors import InputError
-from llamita.methods.chain import Chain
-from llamita.methods.setup import Calibration, Setup
-from llamita.models.checkpoint import Checkpoint
+from llamita.errors import InputError, shown
 from llamita.models.config import ModelConfig
 from llamita.models.layer_kinds import describe_kinds
 from llamita.numerics.intervals import Interval
-from llamita.numerics.scheme import QuantScheme
-from llamita.quantize.chain_sizes import plan_chain
-from llamita.quantize.layer_choice import Goal, Selection, check_size, select, size_bounds
-from llamita.quantize.rounded import RoundedSource
-from llamita.system.progress import Progress
+from llamita.quantize.layer_choice import Goal, Selection
 from llamita.text.printable import megabytes
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(rf"(\d+\.?\d*)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
-_LEAST_BYTES = 1000  # below, a plain number is one whose unit was forgotten
+_LEAST_BYTES = 1000  # a smaller plain number lacks its unit
 
 
 def parse_goal(max_size: str | None, max_loss: float | None, dry_run: bool) -> Goal | None:
-    """What the options ask for, None if nothing.
+    """Return the goal of the options, None without any.
 
     Raises:
-        InputError: both are given, or one with `dry_run`, or one is no size or no positive loss.
+        InputError: both are given, or one with `dry_run`, or a value is not a size or not a positive loss.
     """
-    if dry_run and not (max_size is None and max_loss is None):
+    if max_size is None and max_loss is None:
+        return None
+    if dry_run:
         raise InputError("--dry-run", "without --max-size and --max-loss, which measure the model")
-    if max_size is not None and max_loss is not None:
-        raise InputError("--max-size, --max-loss", "one of them", "both")
-    if max_size is not None:
-        return Goal(max_size=parse_size(max_size))
-    if max_loss is not None:
-        if not 0 < max_loss < float("inf"):
-            raise InputError("--max-loss", "nats a token above 0, such as 0.02", f"{max_loss}")
-        return Goal(max_loss=max_loss)
-    return None
+    return Goal(None if max_size is None else parse_size(max_size), max_loss)
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "700MB", "1.2 GB", "640MiB" or a plain number.
+    """Return the bytes of "700MB", "1.2 GB", "640MiB" or a plain number.
 
     Raises:
-        InputError: something else.
+        InputError: anything else.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or (not match[2] and float(match[1]) < _LEAST_BYTES):
-        raise InputError("--max-size", "a size such as 700MB or 1.2GB", f"{text!r}")
+        raise InputError("--max-size", "a size such as 700MB or 1.2GB", shown(text))
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def choose(
-    source: Checkpoint, scheme: QuantScheme, goal: Goal | None, chain: Chain, setup: Setup, progress: Progress
-) -> tuple[QuantScheme, Setup, Selection | None]:
-    """The scheme that fits the goal, the setup with a record of it, what was found; errors as `select`."""
-    if goal is None:
-        return scheme, setup, None
-    assert setup.calibration is not None
-
-    def rounding(source: Checkpoint, scheme: QuantScheme) -> RoundedSource:
-        return RoundedSource(source, scheme, chain.rounding, setup)  # transforms and tuning left out
-
-    added = _added_bytes(source, scheme, chain, setup.settings)
-    selection = select(source, scheme, setup.calibration.tokens, goal, progress, rounding, added)
-    record = _record(goal, selection, setup.calibration)
-    return selection.scheme, replace(setup, settings=setup.settings | record), selection
-
-
-def check_goal(
-    source: Checkpoint, scheme: QuantScheme, goal: Goal | None, chain: Chain, settings: dict[str, Any]
-) -> None:
-    """See that some scheme is so small, before a text is written.
-
-    Raises:
-        InputError: there is none.
-    """
-    if goal is None or goal.max_size is None:
-        return
-    check_size(goal.max_size, size_bounds(source, scheme)[0] + _added_bytes(source, scheme, chain, settings))
-
-
-def _added_bytes(source: Checkpoint, scheme: QuantScheme, chain: Chain, settings: dict[str, Any]) -> int:
-    """What the chain's transforms add to the weight files: a head of its own, or a matrix before it."""
-    plain, changed = (
-        plan_chain(source.config, scheme, lambda name: source.info(name).dtype, names, settings)
-        for names in (replace(chain, transforms=()), chain)
-    )
-    return changed.file_bytes - plain.file_bytes
-
-
 def print_selection(config: ModelConfig, selection: Selection | None) -> None:
-    """The kind of every layer, a block a row; then what was expected and what came."""
+    """Print the kind of each layer, a block a row, and the expected and measured losses."""
     if selection is None:
         return
     names = list(config.linear_shapes())
@@ -114,7 +62,7 @@ def print_selection(config: ModelConfig, selection: Selection | None) -> None:
         ["loss predicted", f"{selection.predicted:.5f}"],
         ["loss measured, rounded to nearest", _text(selection.measured)],
     ]
-    if selection.finished:  # flattered a little: the method has seen this text
+    if selection.finished:  # slightly too good, because the method has seen this text
         rows.append(["loss of the finished model, on its calibration text", _text(selection.finished)])
     if uniform and selection.uniform_loss:
         name = f"groups of {uniform.group_size} alone, rounded to nearest"
@@ -127,7 +75,7 @@ def _text(interval: Interval) -> str:
 
 
 def selection_values(selection: Selection | None) -> dict[str, Any]:
-    """The selection as JSON values, under its key; nothing where nothing was chosen."""
+    """Return the selection as JSON values under its key; nothing if nothing was chosen."""
     if selection is None:
         return {}
     schemes = {
@@ -135,10 +83,3 @@ def selection_values(selection: Selection | None) -> dict[str, Any]:
         "uniform": selection.uniform.to_dict() if selection.uniform else None,
     }
     return {"selection": asdict(selection) | schemes}
-
-
-def _record(goal: Goal, selection: Selection, calibration: Calibration) -> dict[str, Any]:
-    """What llamita.json records of the choice; what was measured is the loss of round to nearest."""
-    asked = {f"auto.{key}": value for key, value in asdict(goal).items() if value is not None}
-    losses = {"auto.predicted_loss": selection.predicted, "auto.measured_loss": selection.measured.value}
-    return asked | losses | {"auto.measured_method": "rtn", "auto.calibration": calibration.record()}

@@ -1,20 +1,19 @@
-"""Int8 activations as Torch computes them in float32: the same codes as `affine.quantize_activations`.
+"""Int8 activations in Torch, in float32: the same codes as `affine.quantize_activations`.
 
-Layers that are rounded must be calibrated on what they will see, which is the rounded input. Gradients
-pass through the rounding as if it were not there (Bengio et al. 2013, arXiv 1308.3432): the range is that
-of the token itself, so nothing is ever cut off.
+Rounded layers read rounded inputs in use, so they are calibrated on them. Gradients pass through the rounding as if
+it were not there (Bengio et al. 2013, arXiv 1308.3432): each token has its own range, so nothing is cut off.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _SMALLEST_NORMAL = 2.0**-126
 
 
 def activation_codes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (..., columns), scales and zero points (..., 1) of every token, all as float32.
+    """Return codes (..., columns), scales and zero points (..., 1) of each token, all as float32.
 
     Args:
         x: (..., columns) float32.
@@ -40,13 +39,5 @@ class _Quantize(torch.autograd.Function):
 
 
 def quantize_activations(x: Tensor) -> Tensor:
-    """(..., columns) float32 as its int8 codes stand for it, per token; its gradient is the identity's."""
+    """Return x (..., columns) float32 as its int8 codes per token represent it; the gradient passes unchanged."""
     return _Quantize.apply(x)  # type: ignore[no-any-return]
-
-
-class FakeQuantLinear(nn.Linear):
-    """A linear layer over dequantized weights whose input is rounded to int8 per token."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., inputs) float32 to (..., outputs)."""
-        return super().forward(quantize_activations(input))

@@ -1,8 +1,8 @@
-"""One decoder layer at a time in float32: transformers' own modules, taken in the four steps of calibration.
+"""One decoder layer at a time in float32: the modules of transformers, run in the four steps of calibration.
 
-The steps are the groups of linear layers that read the same input; each can be asked for that input, so
-that a group can be rounded while those before it in the block already are. A block that stands for the
-quantized model rounds the activations in front of every linear layer, as the engine does.
+A step is a group of linear layers that read the same input. A block returns that input, so that a group can be rounded
+when those before it in the block already are. A block of the quantized model rounds the activations in front of each
+linear layer, as the engine does.
 """
 
 from collections.abc import Callable, Collection
@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from llamita import _native
 from llamita.methods.rtn import rule_of
 from llamita.models.config import ModelConfig
-from llamita.models.weights import bias_of, check_finite
+from llamita.models.weights import FloatSource, bias_of, check_finite
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
 
@@ -31,7 +31,7 @@ Activations = Callable[[Tensor], Tensor]
 
 
 def llama_config(config: ModelConfig) -> LlamaConfig:
-    """The architecture as transformers says it."""
+    """Return the architecture as a configuration of transformers."""
     rope = config.rope
     parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
@@ -52,17 +52,17 @@ def llama_config(config: ModelConfig) -> LlamaConfig:
 
 
 def rotary_tables(config: LlamaConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, each (1, length, head_dim)."""
+    """Return cos and sin of every position, each (1, length, head_dim)."""
     embedding = LlamaRotaryEmbedding(config)
     return embedding(torch.zeros(1), torch.arange(length)[None])
 
 
-def embed(source: Any, tokens: np.ndarray, scheme: QuantScheme | None) -> Tensor:
-    """Hidden states before the first block, (samples, length, hidden) float32.
+def embed(source: FloatSource, tokens: np.ndarray, scheme: QuantScheme | None) -> Tensor:
+    """Return the hidden states before the first block, (samples, length, hidden) float32.
 
     Args:
         tokens: int32 (samples, length).
-        scheme: rounds the table as the quantized model's is, where it has bits for it; None for floats.
+        scheme: rounds the table as in the quantized model; None keeps it in float.
     """
     used, places = np.unique(tokens, return_inverse=True)
     rows = source.weight("model.embed_tokens")[used]
@@ -74,29 +74,29 @@ def embed(source: Any, tokens: np.ndarray, scheme: QuantScheme | None) -> Tensor
 
 
 class Block:
-    """A decoder layer, weights and hidden states in float32.
+    """A decoder layer with weights and hidden states in float32.
 
     Attributes:
         linears: its linear layers by their name within the block, weights (outputs, inputs) float32.
     """
 
     def __init__(
-        self, source: Any, config: LlamaConfig, index: int, rotary: tuple[Tensor, Tensor],
-        activations: Activations | None = None, online: Activations | None = None,
+        self, source: FloatSource, config: LlamaConfig, index: int, rotary: tuple[Tensor, Tensor],
+        activations: Activations | None = None, rotation: Activations | None = None,
         floats: Collection[str] = (),
     ) -> None:  # fmt: skip
-        """Layer `index` of the source.
+        """Read layer `index` of the source.
 
         Args:
-            activations: what happens to every input of a linear layer; None for nothing.
-            online: what a rotated model does to the inputs of down_proj before that.
-            floats: linear layers that stay float, by their name within the block; nothing happens to theirs.
+            activations: the change of each input of a linear layer; None for no change.
+            rotation: the run-time rotation of down_proj's inputs, before that change.
+            floats: linear layers that stay float, by their name within the block; their inputs do not change.
 
         Raises:
             InputError: weights that are not finite.
         """
         self.name = f"model.layers.{index}"
-        with torch.device("meta"):  # the weights follow: nothing is drawn, nothing takes memory twice
+        with torch.device("meta"):  # the weights follow, so nothing is drawn or takes memory twice
             self.layer: Any = LlamaDecoderLayer(config, 0).eval()
         self.linears: dict[str, Any] = {name: self.layer.get_submodule(name) for step in STEPS for name in step}
         for name, linear in self.linears.items():
@@ -106,10 +106,10 @@ class Block:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             vector = source.vector(f"{self.name}.{norm}.weight")
             self.layer.get_submodule(norm).weight = _parameter(torch.from_numpy(np.array(vector, np.float32)))
-        self.layer.self_attn.o_proj = nn.Identity()  # attention ends before it: its input is asked for
+        self.layer.self_attn.o_proj = nn.Identity()  # attention returns the input of o_proj
         self._rotary = rotary
         self._activations = activations or _same
-        self._online = online or _same
+        self._rotation = rotation or _same
         self._floats = set(floats)
         for name in self._floats - {"self_attn.o_proj", "mlp.down_proj"}:
             self.linears[name].register_forward_pre_hook(lambda *_: self._normed)
@@ -119,20 +119,20 @@ class Block:
         self.linears[name].weight = _parameter(weight)
 
     def weight(self, name: str) -> Tensor:
-        """A linear layer's weight, (outputs, inputs) float32."""
+        """Return a linear layer's weight, (outputs, inputs) float32."""
         return self.linears[name].weight.detach()
 
     def inputs(self, step: int, states: Tensor) -> Tensor:
-        """What the rounded linear layers of a step read, activations rounded: (samples, length, inputs).
+        """Return what the rounded linear layers of a step read, activations rounded: (samples, length, inputs).
 
         Args:
-            states: the residual stream at the block's beginning, or for the last two steps between
-                attention and MLP; (samples, length, hidden).
+            states: the residual stream at the beginning of the block, or for the last two steps between attention and
+                MLP; (samples, length, hidden).
         """
         return self._activations(self._float_inputs(step, states))
 
     def _float_inputs(self, step: int, states: Tensor) -> Tensor:
-        """The same, the last activations not rounded; those that a float layer reads."""
+        """Return the same before its last rounding, as a float layer reads it."""
         layer = self.layer
         norm = layer.input_layernorm if step < 2 else layer.post_attention_layernorm
         self._normed = norm(states)
@@ -142,27 +142,27 @@ class Block:
         if step == 1:
             return layer.self_attn(x, position_embeddings=self._rotary)[0]
         gated = layer.mlp.act_fn(self.linears["mlp.gate_proj"](x)) * self.linears["mlp.up_proj"](x)
-        return self._online(gated)
+        return self._rotation(gated)
 
     def _output(self, name: str, step: int, states: Tensor) -> Tensor:
-        """Of the single linear layer of a step."""
+        """Return the output of the only linear layer of a step."""
         read = self._float_inputs if name in self._floats else self.inputs
         return self.linears[name](read(step, states))
 
     def after_attention(self, before: Tensor) -> Tensor:
-        """The residual stream between attention and MLP."""
+        """Return the residual stream between attention and MLP."""
         return before + self._output("self_attn.o_proj", 1, before)
 
     def after_mlp(self, middle: Tensor) -> Tensor:
-        """The residual stream at the end."""
+        """Return the residual stream at the end."""
         return middle + self._output("mlp.down_proj", 3, middle)
 
     def __call__(self, before: Tensor) -> Tensor:
-        """The whole block, differentiable in `before` and in whatever stands for its weights."""
+        """Run the whole block, differentiable in `before` and in its weights."""
         return self.after_mlp(self.after_attention(before))
 
 
-def _weight(source: Any, name: str) -> Tensor:
+def _weight(source: FloatSource, name: str) -> Tensor:
     stored = source.weight(name)
     check_finite(f"{name}.weight", stored)
     return torch.from_numpy(np.array(to_f32(stored), np.float32))

@@ -1,13 +1,13 @@
-"""Rounding block by block on what calibration measures: the loop that all methods with activations share.
+"""Round block by block on measured inputs: the loop that all methods with activations share.
 
-Two streams of hidden states pass through the blocks: *quantized*, through what is already rounded, with
-int8 activations; and *float*, where a method compares with it. Within a block the four groups of layers
-that share an input are rounded in order, each on inputs that the groups before it have already bent.
+Two streams of hidden states pass through the blocks: *quantized*, through the rounded layers with int8 activations,
+and *float*, where a method compares with it. Within a block the four groups of layers that share an input are rounded
+in order, each on inputs that already contain the errors of the groups before it.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,16 +20,17 @@ from llamita.methods.activations import quantize_activations
 from llamita.methods.blocks import STEPS, Block, embed, llama_config, rotary_tables
 from llamita.methods.energy import pieces_of
 from llamita.methods.hidden_states import Store
-from llamita.methods.online import online_transform
-from llamita.methods.rtn import RoundedRows
+from llamita.methods.rtn import RoundedRows, RoundModule
+from llamita.methods.runtime_rotations import runtime_rotation
 from llamita.methods.setup import BATCH_TOKENS, Setup
 from llamita.models.names import linear_names
+from llamita.models.weights import FloatSource
 from llamita.numerics.affine import dequantize
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import QuantScheme
 from llamita.system import torch_processes
 
-_PANEL = 1024  # inputs of a Hessian that are taken at a time
+_PANEL = 1024  # inputs of a Hessian in one product
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Rounded:
     scales: np.ndarray
 
     def values(self) -> np.ndarray:
-        """The weights that they stand for, float32 (outputs, inputs)."""
+        """Return the weights that they represent, float32 (outputs, inputs)."""
         return dequantize(self.codes, self.scales)
 
 
 @dataclass
 class Layers:
-    """Linear layers that read the same input, and what calibration measured there. Means are over tokens.
+    """Linear layers that read the same input, and the measurements of that input. Means are over tokens.
 
     Attributes:
         weights: (outputs, inputs) float32 by full module name.
@@ -73,7 +74,7 @@ class LayerMethod:
     """A method that rounds a group of layers at a time.
 
     Attributes:
-        round_layers: codes and scales of every layer of the group, by name.
+        round_layers: returns codes and scales of each layer of the group, by name.
         needs_cross: whether it looks at `cross` and `residual`.
     """
 
@@ -83,7 +84,7 @@ class LayerMethod:
 
 @dataclass(frozen=True)
 class RoundedBlock:
-    """A block whose layers have been rounded, for tuning.
+    """A block with rounded layers, for tuning.
 
     Attributes:
         index: its number.
@@ -103,7 +104,7 @@ class RoundedBlock:
 
 
 class TuneBlock(Protocol):
-    """Codes and scales that bring the block's outputs nearer to the targets, by full module name."""
+    """A function that returns codes and scales with block outputs nearer to the targets, by full module name."""
 
     def __call__(self, block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[str, Rounded]: ...
 
@@ -113,12 +114,12 @@ Streams = dict[str, Tensor]  # "quantized", and "float" where a method compares 
 
 @dataclass
 class _Run:
-    source: Any
+    source: FloatSource
     scheme: QuantScheme
     setup: Setup
     method: LayerMethod | None  # None rounds to nearest
     tune: TuneBlock | None
-    to_nearest: rtn.RoundModule
+    to_nearest: RoundModule
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -127,10 +128,10 @@ class _Run:
         return ("quantized", "float") if compares else ("quantized",)
 
 
-def begin(
-    source: Any, scheme: QuantScheme, setup: Setup, method: LayerMethod | None, tune: TuneBlock | None
-) -> rtn.RoundModule:
-    """Round every block, then give the rounded rows of any module by its name; tables to nearest.
+def rounder(
+    source: FloatSource, scheme: QuantScheme, setup: Setup, method: LayerMethod | None, tune: TuneBlock | None
+) -> RoundModule:
+    """Round every block, then return the function that gives the rounded rows of a module; tables to nearest.
 
     Blocks that an earlier run with this work directory has finished are not rounded again.
 
@@ -145,7 +146,7 @@ def begin(
     torch.set_num_threads(_native.threads())
     # Measured energies replace the expected ones, which would take a pass over all weights.
     expects = method is None or scheme.scale_rule != "weighted"
-    to_nearest = rtn.begin(source, scheme if expects else replace(scheme, scale_rule="search"))
+    to_nearest = rtn.rounder(source, scheme if expects else replace(scheme, scale_rule="search"))
     run = _Run(source, scheme, setup, method, tune, to_nearest)
     with torch.no_grad():
         store = _round_blocks(run, torch_processes.own_rows(torch.from_numpy(setup.calibration.tokens)).numpy())
@@ -156,8 +157,7 @@ def begin(
 def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
     source, count = run.source, run.source.config.layers
     store = Store(run.setup, (*tokens.shape, source.config.hidden_size), run.kinds)
-    config, rotations = llama_config(source.config), getattr(source, "rotations", None)
-    online = None if rotations is None else online_transform(rotations)
+    config, rotation = llama_config(source.config), runtime_rotation(source.rotations)
     rotary = rotary_tables(config, tokens.shape[1])
     first = store.finished(count)
     if first == count:
@@ -168,9 +168,9 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
         streams = {kind: _embedded(run, store, kind, tokens) for kind in run.kinds}
     for index in range(first, count):
         floats = [name for names in STEPS for name in names if not _bits(run, index, name)]
-        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations, online, floats)}
+        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations, rotation, floats)}
         if "float" in streams:
-            blocks["float"] = Block(source, config, index, rotary, online=online)
+            blocks["float"] = Block(source, config, index, rotary, rotation=rotation)
         after = {kind: store.new(kind, index + 1) for kind in streams}
         rounded = _round_block(run, index, blocks, streams, after)
         coarse = _int4(run.scheme, rounded)  # the others are rounded to nearest again when they are written
@@ -178,7 +178,7 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
         store.keep(index, after, layers)
         streams = after
         for file in source.files.values():
-            file.forget()  # or the process would grow by the whole float model, page by page
+            file.forget()  # else the pages of the whole float model would stay in memory
     return store
 
 
@@ -187,7 +187,7 @@ def _bits(run: _Run, index: int, name: str) -> int | None:
 
 
 def _embedded(run: _Run, store: Store, kind: str, tokens: np.ndarray) -> Tensor:
-    """A stream in front of the first block."""
+    """Return a stream in front of the first block."""
     states = store.new(kind, 0)
     for part in _batches(states):
         states[part] = embed(run.source, tokens[part], run.scheme if kind == "quantized" else None)
@@ -197,7 +197,7 @@ def _embedded(run: _Run, store: Store, kind: str, tokens: np.ndarray) -> Tensor:
 def _round_block(
     run: _Run, index: int, blocks: dict[str, Block], before: Streams, after: Streams
 ) -> dict[str, Rounded]:
-    """Codes and scales of a block's layers; `after` is filled with the streams behind it."""
+    """Return codes and scales of a block's layers, and fill `after` with the streams behind it."""
     block, rounded = blocks["quantized"], {}
     weights = {f"{block.name}.{name}": block.weight(name) for names in STEPS for name in names}
     for step, names in enumerate(STEPS):
@@ -227,14 +227,14 @@ def _int4(scheme: QuantScheme, rounded: dict[str, Rounded]) -> dict[str, Rounded
 
 
 def _to_nearest(run: _Run, group: dict[str, Tensor]) -> dict[str, Rounded]:
-    """The layers of a group that no method rounds: int8 ones, and all where there is no method."""
+    """Round the layers of a group that no method rounds: int8 ones, or all if there is no method."""
     least = 8 if run.method else 4
     names = [name for name in group if (run.scheme.kind(name).bits or 0) >= least]
     return {name: _nearest(run.to_nearest, name) for name in names}
 
 
 def _by_method(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
-    """The int4 layers of a group, those of one group size together: methods know of no other kinds."""
+    """Round the int4 layers of a group, those of one group size together, because a method takes one group size."""
     rounded: dict[str, Rounded] = {}
     group_sizes = [scheme.kind(name).group_size for name in layers.weights]
     for group_size in dict.fromkeys(size for size in group_sizes if size):
@@ -252,10 +252,10 @@ def _set_weights(block: Block, rounded: dict[str, Rounded]) -> None:
 def _measure(
     step: int, blocks: dict[str, Block], before: Streams, middle: Streams, weights: dict[str, Tensor], needs_cross: bool
 ) -> Layers:
-    """What the layers of this step see; `middle` matters from step 2 on."""
+    """Measure what the layers of this step read; `middle` is used from step 2 on."""
     outputs, inputs = next(iter(weights.values())).shape
     layers = Layers(weights, torch.zeros(inputs, inputs))
-    at = before if step < 2 else middle  # where the residual stream is that the step adds to
+    at = before if step < 2 else middle  # the residual stream to which the step adds
     if needs_cross:
         layers.cross = torch.zeros(inputs, inputs)
         layers.residual = torch.zeros(outputs, inputs) if len(weights) == 1 else None
@@ -277,7 +277,7 @@ def _measure(
 
 
 def _round_layers(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> dict[str, Rounded]:
-    """Codes and scales of a group; of several processes each rounds its part of every layer's outputs."""
+    """Return codes and scales of a group; each of several processes rounds its part of every layer's outputs."""
     residual = None if layers.residual is None else torch_processes.own_rows(layers.residual)
     own = {name: torch_processes.own_rows(weight) for name, weight in layers.weights.items()}
     try:
@@ -286,7 +286,7 @@ def _round_layers(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> d
         raise InputError(
             f"{next(iter(layers.weights))}",
             "inputs whose products can be factored",
-            hint="try more --samples, or a larger --set gptq.damping or qronos.ridge",
+            hint="try more samples, or a larger gptq.damping or qronos.ridge",
         ) from None
 
     def whole(rows: np.ndarray, name: str) -> np.ndarray:
@@ -296,7 +296,7 @@ def _round_layers(method: LayerMethod, layers: Layers, scheme: QuantScheme) -> d
 
 
 def _inputs(blocks: dict[str, Block], kind: str, step: int, at: Streams, part: slice) -> Tensor:
-    """(tokens, inputs) of a step."""
+    """Return the inputs of a step: (tokens, inputs)."""
     return blocks[kind].inputs(step, at[kind][part]).flatten(0, 1)
 
 
@@ -310,7 +310,7 @@ def add_products(hessian: Tensor, x: Tensor) -> None:
 def _advance(
     blocks: dict[str, Block], step: Callable[[Block, Tensor], Tensor], streams: Streams, after: Streams
 ) -> None:
-    """Fill `after` with what `step` makes of the streams; it may be the same."""
+    """Fill `after` with what `step` returns for the streams; both may be the same."""
     for kind, block in blocks.items():
         for part in _batches(streams[kind]):
             after[kind][part] = step(block, streams[kind][part])
@@ -323,13 +323,13 @@ def _batches(states: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _nearest(to_nearest: rtn.RoundModule, name: str) -> Rounded:
+def _nearest(to_nearest: RoundModule, name: str) -> Rounded:
     pieces = list(to_nearest(name))
     return Rounded(np.concatenate([p.codes for p in pieces]), np.concatenate([p.scales for p in pieces]))
 
 
-def _rows(source: Any, store: Store, name: str) -> Iterator[RoundedRows]:
-    """A finished layer in pieces, with its error against the source's weights."""
+def _rows(source: FloatSource, store: Store, name: str) -> Iterator[RoundedRows]:
+    """Yield a finished layer in pieces, with its error against the source's weights."""
     packed, scales = store.layer(name)
     for start, piece in pieces_of(source.weight(name)):
         rows = slice(start, start + len(piece))

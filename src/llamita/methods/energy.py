@@ -1,10 +1,9 @@
-"""How much energy to expect of every input of every linear layer, from the weights alone.
+"""Estimate the energy of each input of each linear layer from the weights alone.
 
-The squared error of a layer's output is Σ_k E[x_k²]·e_k² as far as its inputs are uncorrelated, so an
-input with more energy deserves smaller errors e_k. Without data E[x²] is found by following it through
-the network, as variance propagation does for initialization (Glorot and Bengio 2010): every value is
-taken as independent and of mean zero. The residual stream's energy starts as the embedding's and grows
-by what each layer writes; a norm brings its mean to 1.
+The squared error of a layer's output is Σ_k E[x_k²]·e_k² if its inputs are uncorrelated, so an input with more energy
+deserves smaller errors e_k. Without data, E[x²] is followed through the network, as variance propagation does for
+initialization (Glorot and Bengio 2010); all values count as independent and of mean zero. The energy of the residual
+stream starts as the embedding's and grows by what each layer writes; a norm brings its mean to 1.
 """
 
 from collections.abc import Iterator
@@ -16,14 +15,14 @@ from llamita.models.weights import FloatSource, bias_of, check_finite
 from llamita.numerics.affine import F32, to_f32
 
 _CHUNK = 2**22  # weights converted at a time: 16 MB as float32
-_ATTENTION_SHARE = 0.5  # of a value's energy that is left after averaging over tokens; between 0 and 1
+_ATTENTION_SHARE = 0.5  # of a value's energy left after averaging over tokens; between 0 and 1
 _QUADRATURE = 32  # points of the Gauss-Hermite rule for E[silu(g)²]
-_TRUST = 0.5  # exponent: energies are estimates, and taken at their word they cost more than they win
-_LEAST = 0.01  # of the mean: no input may be given up, for activations have outliers
+_TRUST = 0.5  # exponent: energies are estimates, and full trust in them makes models worse
+_LEAST = 0.01  # of the mean: activations have outliers, so no input is ignored
 
 
 def input_importance(source: FloatSource) -> dict[str, F32]:
-    """How much each input of every linear layer counts, by the layer's name: float32 (inputs,) with mean 1.
+    """Return how much each input of each linear layer counts, by the layer's name: float32 (inputs,) with mean 1.
 
     Reads every weight once.
     """
@@ -31,7 +30,7 @@ def input_importance(source: FloatSource) -> dict[str, F32]:
 
 
 def input_energies(source: FloatSource) -> dict[str, F32]:
-    """E[x²] to expect of each input of every linear layer, by the layer's name: float32 (inputs,)."""
+    """Return the expected E[x²] of each input of each linear layer, by the layer's name: float32 (inputs,)."""
     config = source.config
     energies: dict[str, F32] = {}
     stream = _column_energy(source, "model.embed_tokens")  # (hidden,)
@@ -39,7 +38,7 @@ def input_energies(source: FloatSource) -> dict[str, F32]:
         inputs = _after_norm(source, f"{layer}.input_layernorm", stream)
         energies |= {f"{layer}.self_attn.{name}_proj": inputs for name in "qkv"}
         _, values = _output_moments(source, f"{layer}.self_attn.v_proj", inputs)
-        # Each kv head serves several query heads, whose inputs of o_proj stand one after the other.
+        # Each kv head serves several query heads, whose inputs of o_proj follow one another.
         inputs = _ATTENTION_SHARE * np.repeat(
             values.reshape(config.kv_heads, -1), config.heads // config.kv_heads, axis=0
         ).reshape(-1)
@@ -56,16 +55,16 @@ def input_energies(source: FloatSource) -> dict[str, F32]:
 
 
 def _after_norm(source: FloatSource, name: str, stream: F32) -> F32:
-    """E[x²] of x = gamma·n, where n is the stream brought to a mean energy of 1."""
+    """Return E[x²] of x = gamma·n, where n is the stream brought to a mean energy of 1."""
     mean = stream.mean(dtype=np.float64)
-    # Only an embedding of zeros has no energy; all its channels are alike.
+    # Only an embedding of zeros has no energy, and all its channels are alike.
     normed = stream / np.float32(mean) if mean > 0 else np.ones_like(stream)
     gamma = source.vector(f"{name}.weight")
     return normed * gamma * gamma
 
 
 def _output_moments(source: FloatSource, name: str, inputs: F32) -> tuple[F32, F32]:
-    """Mean and energy E[y²], each (outputs,), of y = W·x + b for E[x²] = inputs."""
+    """Return mean and energy E[y²], each (outputs,), of y = W·x + b for E[x²] = inputs."""
     weights = source.weight(name)
     energy = np.empty(len(weights), np.float32)
     for start, piece in pieces_of(weights):
@@ -78,21 +77,21 @@ def _output_moments(source: FloatSource, name: str, inputs: F32) -> tuple[F32, F
 
 
 def pieces_of(weights: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """A matrix in pieces of rows that are small as float32, each with the number of its first row."""
+    """Yield a matrix in pieces of rows that are small in float32, each with the number of its first row."""
     step = max(1, _CHUNK // weights.shape[1])
     for start in range(0, len(weights), step):
         yield start, weights[start : start + step]
 
 
 def check_energy(name: str, piece: np.ndarray, first_row: int, energy: np.ndarray) -> None:
-    """Refuse weights whose energy is not a number: NaN or infinity, or squares beyond float32."""
+    """Raise InputError for NaN or infinity among the weights, or squares beyond float32."""
     if not np.isfinite(energy).all():
         check_finite(f"{name}.weight", piece, first_row)
         raise InputError(f"{name}.weight", "weights whose squares fit float32", hint="the checkpoint is damaged")
 
 
 def _column_energy(source: FloatSource, name: str) -> F32:
-    """Mean square of each column of a table, as if its rows came equally often: (columns,)."""
+    """Return the mean square of each column of a table, as if all its rows came equally often: (columns,)."""
     table = source.weight(name)
     total = np.zeros(table.shape[1], np.float32)
     for start, piece in pieces_of(table):
@@ -103,7 +102,7 @@ def _column_energy(source: FloatSource, name: str) -> F32:
 
 
 def _silu_energy(mean: F32, energy: F32) -> F32:
-    """E[silu(g)²] of normal g with this mean and E[g²], each (outputs,)."""
+    """Return E[silu(g)²] of normal g with this mean and E[g²], each (outputs,)."""
     points, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE)
     deviation = np.sqrt(np.maximum(energy - mean * mean, 0))
     g = mean[:, None] + deviation[:, None] * points.astype(np.float32)  # (outputs, points)
@@ -112,9 +111,9 @@ def _silu_energy(mean: F32, energy: F32) -> F32:
 
 
 def _importance(energy: F32) -> F32:
-    """How much the squared error of each input counts, mean 1: a root of its energy."""
+    """Return how much the squared error of each input counts: a root of its energy, with mean 1."""
     root = energy**_TRUST
     mean = root.mean(dtype=np.float64)
-    if not np.isfinite(mean) or mean <= 0:  # a layer that nothing reaches: all inputs alike
+    if not np.isfinite(mean) or mean <= 0:  # nothing reaches the layer: all inputs count the same
         return np.ones(len(energy), np.float32)
     return np.maximum(root / mean, _LEAST).astype(np.float32)

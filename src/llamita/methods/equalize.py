@@ -1,9 +1,9 @@
-"""Pairs of channels scaled against each other, so that both sides round well; the function stays the same.
+"""Scale pairs of channels against each other so that both sides round well; the model's function does not change.
 
-Channel c of v_proj's output (up_proj's) is multiplied by s_c, and the column of o_proj (down_proj) that
-reads it divided by s_c. Groups of int4 absorb what is done to the writer's rows; but the columns of a group
-share a scale, and so do the activations of a token. So s_c weighs the column's energy against that of the
-activation it meets: cross-layer equalization (Nagel et al., arXiv 1906.04721), energies for ranges, no data.
+Channel c of v_proj's output (or up_proj's) is multiplied by s_c, and the column of o_proj (or down_proj) that reads it
+is divided by s_c. Groups of int4 absorb the change of the writer's rows. But the columns of a group share a scale, and
+so do the activations of a token, so s_c weighs the column's energy against the energy of its activation. This is
+cross-layer equalization (Nagel et al., arXiv 1906.04721) with energies instead of ranges, and without data.
 """
 
 import numpy as np
@@ -21,14 +21,14 @@ _BALANCE = 0.75  # 1 makes all columns equal, 0 all activations; chosen by measu
 
 
 def transform(source: FloatSource, setup: Setup) -> TransformedSource:
-    """The source with v and o, and up and down, equalized. Reads every weight once.
+    """Return the source with v and o, and up and down, equalized; every weight is read once.
 
     Raises:
-        InputError: it comes after rotations, which mix the channels of a pair, or with a setting.
+        InputError: the source is rotated, which mixes the channels of a pair, or a setting is given.
     """
     numbers_of(setup.settings, "equalize", {})
     if source.rotations.names:
-        raise InputError("--method", "equalize before spinquant", "it after", "try equalize+spinquant")
+        raise InputError("--method", "equalize before spinquant", "equalize after it", "try equalize+spinquant")
     energies = input_energies(source)
     changes: dict[str, ModuleChange] = {}
     for layer in range(source.config.layers):
@@ -47,10 +47,10 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
 
 
 def pair_scales(energy: F64, columns: F64) -> F64:
-    """Factor of every channel (channels,), from the energy of its activation and of the column that reads it.
+    """Return the factor of each channel (channels,), from the energy of its activation and of the column that reads it.
 
-    Balanced halfway, both become equal in every channel. A channel that is never written or never read keeps
-    its scale. The channels' geometric mean stays, as nothing but their proportion matters.
+    Halfway, both would become equal in each channel. A channel that is never written or never read keeps its scale.
+    The geometric mean of the channels does not change, because only their proportion matters.
     """
     scales = np.ones(len(energy))
     alive = (energy > 0) & (columns > 0)
@@ -61,7 +61,7 @@ def pair_scales(energy: F64, columns: F64) -> F64:
 
 
 def _column_energy(source: FloatSource, name: str) -> F64:
-    """Sum of squares of each column of a matrix."""
+    """Return the sum of squares of each column of a matrix."""
     weights = source.weight(name)
     total = np.zeros(weights.shape[1])
     for _, piece in pieces_of(weights):
@@ -70,12 +70,12 @@ def _column_energy(source: FloatSource, name: str) -> F64:
 
 
 def _of_values(x: F64, config: ModelConfig) -> F64:
-    """From o_proj's inputs to the value channels that feed them: the mean over the query heads of a group."""
+    """Map o_proj's inputs to the value channels that feed them: the mean over the query heads of a group."""
     return x.reshape(config.kv_heads, -1, config.head_dim).mean(axis=1).reshape(-1)
 
 
 def _of_queries(x: F64, config: ModelConfig) -> F64:
-    """From value channels to o_proj's inputs: each key/value head serves a group of query heads."""
+    """Map value channels to o_proj's inputs: each key/value head serves a group of query heads."""
     groups = config.heads // config.kv_heads
     return np.repeat(x.reshape(config.kv_heads, 1, -1), groups, axis=1).reshape(-1)
 

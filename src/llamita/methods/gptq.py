@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323) with static groups and activation order.
 
-The error of a layer's output is tr(E H Eᵀ), E = W - Q, H = mean of x xᵀ. With H = V Vᵀ, V upper triangular,
-it is ‖E V‖², and column k of E V depends on columns up to k alone: so each weight is rounded where
-w_k + Σ_{i<k} e_i V_ik / V_kk stands, which is GPTQ without the inverse of H. Scales are chosen before.
+The error of a layer's output is tr(E H Eᵀ), with E = W - Q and H = mean of x xᵀ. With H = V Vᵀ, V upper triangular,
+it is ‖E V‖², and column k of E V depends on columns up to k alone. So the value that is rounded is
+w_k + Σ_{i<k} e_i V_ik / V_kk: GPTQ without the inverse of H. Scales are chosen before.
 """
 
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ from llamita.methods.rtn import rule_of
 from llamita.methods.settings import GPTQ, Numbers, numbers_of
 from llamita.numerics.scheme import QuantScheme
 
-_LEAST = 1e-3  # of the mean energy: no input is given up when scales are searched
-_LEAF = 32  # columns that are rounded one by one between products of matrices
+_LEAST = 1e-3  # of the mean energy: the search for scales ignores no input
+_LEAF = 32  # columns rounded one by one between products of matrices
 
 
-def method(settings: dict[str, Any]) -> LayerMethod:
-    """GPTQ as a method of the chain."""
+def layer_method(settings: dict[str, Any]) -> LayerMethod:
+    """Return GPTQ as a method of the chain."""
     own = numbers_of(settings, "gptq", GPTQ)
     return LayerMethod(lambda layers, scheme: round_layers(layers, scheme, own))
 
 
 def round_layers(layers: Layers, scheme: QuantScheme, settings: Numbers) -> dict[str, Rounded]:
-    """Codes and scales of layers that share an input; `settings` are those of `settings.GPTQ`."""
+    """Return codes and scales of layers that share an input; `settings` are those of `settings.GPTQ`."""
     weights = torch.cat(list(layers.weights.values()))  # (outputs, inputs)
     return round_target(layers, weights, scheme, settings)
 
 
 def round_target(layers: Layers, target: Tensor, scheme: QuantScheme, settings: Numbers) -> dict[str, Rounded]:
-    """Codes and scales nearest to `target` (all outputs, inputs), one matrix above the other."""
+    """Return codes and scales nearest to `target` (all outputs, inputs), one matrix above the other."""
     scales = search_scales(target, layers.hessian.diagonal(), scheme)
     damping, sweeps = settings["damping"], int(settings["sweeps"])
     codes = round_columns(target, torch.from_numpy(scales), layers.hessian, damping, sweeps).numpy()
@@ -48,7 +48,7 @@ def round_target(layers: Layers, target: Tensor, scheme: QuantScheme, settings: 
 
 
 def search_scales(weights: Tensor, energy: Tensor, scheme: QuantScheme) -> np.ndarray:
-    """Scales (outputs, groups) float32 by the scheme's rule, squared errors weighted by measured energies."""
+    """Return scales (outputs, groups) float32 by the scheme's rule, squared errors weighted by measured energies."""
     rule = rule_of(scheme)
     importance = (energy / energy.mean()).clamp(min=_LEAST).float().numpy() if rule == "search" else None
     _, scales, _ = _native.round_weights(np.ascontiguousarray(weights.numpy()), 4, scheme.group_size, rule, importance)
@@ -56,18 +56,18 @@ def search_scales(weights: Tensor, energy: Tensor, scheme: QuantScheme) -> np.nd
 
 
 def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: float, sweeps: int = 0) -> Tensor:
-    """Codes int8 (outputs, inputs) of least error by GPTQ's greedy rule, inputs of most energy first.
+    """Return codes int8 (outputs, inputs) of least error by GPTQ's greedy rule, inputs of most energy first.
 
     Args:
         target: (outputs, inputs) float32.
         scales: (outputs, groups) float32.
         hessian: (inputs, inputs), mean of x xᵀ; an input that was always 0 is rounded to nearest.
-        sweeps: how often each code is then chosen again, the others being what they are.
+        sweeps: how often each code is then chosen again while the others are fixed.
     """
     inputs = target.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     ordered = hessian[order][:, order]
-    weights = target.T[order]  # (inputs, outputs), in which every step reads and writes whole rows
+    weights = target.T[order]  # (inputs, outputs): each step reads and writes whole rows
     loop = _Loop(
         weights=weights,
         targets=weights.clone(),
@@ -78,7 +78,7 @@ def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: floa
         codes=torch.empty_like(weights),
     )
     _round_range(loop, 0, inputs)
-    loop.feedback = torch.empty(0)  # a wide layer's takes a quarter of a gigabyte
+    loop.feedback = torch.empty(0)  # free it: for a wide layer it is a quarter of a gigabyte
     damp(ordered, damping)
     for _ in range(sweeps):
         _sweep(loop, ordered)
@@ -88,19 +88,19 @@ def round_columns(target: Tensor, scales: Tensor, hessian: Tensor, damping: floa
 
 
 def feedback_matrix(hessian: Tensor, damping: float) -> Tensor:
-    """V_ik / V_kk of damped H = V Vᵀ, V upper triangular; (inputs, inputs) float32."""
+    """Return V_ik / V_kk of the damped H = V Vᵀ, V upper triangular: (inputs, inputs) float32."""
     matrix = hessian.flip(0, 1).double()  # V Vᵀ = H is L Lᵀ of H with rows and columns in reverse
-    del hessian  # of a wide layer each of these takes half a gigabyte
+    del hessian  # for a wide layer each of these is half a gigabyte
     damp(matrix, damping)
     matrix = torch.linalg.cholesky(matrix)
     matrix /= matrix.diagonal().clone()
-    return matrix.float().flip(0, 1).contiguous()  # LAPACK's own order has columns together
+    return matrix.float().flip(0, 1).contiguous()  # LAPACK stores by columns
 
 
 def damp(hessian: Tensor, damping: float) -> None:
-    """Add to the energy of every input a share of itself, in place; an input without any gets 1.
+    """Add to the energy of each input a share of itself, in place; an input without energy gets 1.
 
-    A share of the mean, as is usual, would drown most inputs where a few have nearly all the energy.
+    A share of the mean, which is usual, would drown most inputs where a few have nearly all the energy.
     """
     energy = hessian.diagonal()
     energy *= 1 + damping
@@ -109,11 +109,11 @@ def damp(hessian: Tensor, damping: float) -> None:
 
 @dataclass
 class _Loop:
-    """What the loop works on: inputs in the order in which they are rounded, (inputs, outputs) float32.
+    """The arrays of the loop: inputs in the order in which they are rounded, (inputs, outputs) float32.
 
     Attributes:
-        targets: where the next weights should stand; of those that are rounded, their errors.
-        scales, reciprocals: (groups, outputs); `groups` has the group of every input.
+        targets: the values to round; for inputs that are rounded, their errors.
+        scales, reciprocals: (groups, outputs); `groups` has the group of each input.
     """
 
     weights: Tensor
@@ -126,7 +126,7 @@ class _Loop:
 
 
 def _round_range(loop: _Loop, start: int, stop: int) -> None:
-    """Round inputs [start, stop), by halves: what the errors of the first do to the second is one product."""
+    """Round inputs [start, stop) by halves, so that one product carries the errors of the first half to the second."""
     feedback, targets = loop.feedback, loop.targets
     if stop - start > _LEAF:
         middle = (start + stop) // 2
@@ -142,8 +142,10 @@ def _round_range(loop: _Loop, start: int, stop: int) -> None:
 
 
 def _sweep(loop: _Loop, hessian: Tensor) -> None:
-    """Coordinate descent (QuantEase, arXiv 2309.01885) from GPTQ's codes: each weight where the errors of all
-    others want it, in order; no step makes tr(E H Eᵀ) larger. `loop.targets` has the errors.
+    """Improve GPTQ's codes by coordinate descent (QuantEase, arXiv 2309.01885), one input after the other.
+
+    Each weight goes where the errors of all others want it, so no step makes tr(E H Eᵀ) larger. `loop.targets` has the
+    errors.
     """
     errors, inputs = loop.targets, len(loop.targets)
     pulls = hessian @ errors  # (inputs, outputs)

@@ -1,8 +1,7 @@
-"""Where hidden states and finished blocks lie: in RAM, in mapped files above a limit, and kept for a run
-that goes on after this one was killed.
+"""Keep hidden states and finished blocks: in RAM, in mapped files above a limit, and on disk for a run that resumes.
 
-Files of a work directory: `float-N.npy` and `quantized-N.npy`, the streams in front of block N, and
-`block-N.npz`, its codes and scales. A block counts once its last file is there, and each file appears whole.
+Files of a work directory: `float-N.npy` and `quantized-N.npy`, the streams in front of block N, and `block-N.npz`, its
+codes and scales. A block counts once its last file is there, and each file appears whole.
 """
 
 import tempfile
@@ -18,22 +17,22 @@ from llamita.system.files import flush_path
 from llamita.system.kept_work import kept_arrays, partial_of, read_kept, write_whole
 
 _FLOAT_BYTES = 4
-_SUMS = "streams.crc32"  # in a block's file: a damaged stream would give other codes, unseen
+_SUMS = "streams.crc32"  # in a block's file: a damaged stream would silently change the codes
 
 
 class Store:
-    """The hidden states of one or two streams in front of and behind a block, and what was rounded.
+    """The hidden states of one or two streams in front of and behind a block, and the rounded layers.
 
     Attributes:
-        spills: whether hidden states lie in files.
+        spills: whether hidden states are in files.
     """
 
     def __init__(self, setup: Setup, shape: tuple[int, int, int], kinds: tuple[str, ...]) -> None:
-        """Hidden states of `shape` (samples, length, hidden) float32 for each kind, "quantized", "float"."""
+        """Make room for hidden states of `shape` (samples, length, hidden) float32 for each kind of stream."""
         self._shape, self._kinds = shape, kinds
         bytes_of_all = 2 * len(kinds) * _FLOAT_BYTES * int(np.prod(shape))
         self.spills = bytes_of_all > setup.memory
-        self._layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # where no directory keeps them
+        self._layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # if no directory keeps them
         self._temporary = None
         self._directory = setup.work
         if self.spills and setup.work is None:
@@ -41,9 +40,9 @@ class Store:
             self._directory = Path(self._temporary.name)
 
     def finished(self, blocks: int) -> int:
-        """Number of blocks, of so many, that an earlier run has finished, the first ones.
+        """Return how many of the first blocks an earlier run has finished.
 
-        Where a file is damaged all begins anew, with 0: the streams behind earlier blocks are gone.
+        If a file is damaged, all begins again with 0, because the streams behind earlier blocks are deleted.
         """
         if self._directory is None:
             return 0
@@ -60,28 +59,28 @@ class Store:
         return 0
 
     def _mapped(self, path: Path) -> np.ndarray:
-        """A stream of an earlier run, copied where it is written to, which nothing does."""
+        """Return a stream of an earlier run as a private mapping, which nothing writes to."""
         values = np.load(path, mmap_mode="c")
         if values.shape != self._shape or values.dtype != np.float32:
             raise ValueError(f"expected float32 {self._shape}, got {values.dtype} {values.shape}")
         return values
 
     def new(self, kind: str, index: int) -> Tensor:
-        """Room for the hidden states in front of block `index`."""
+        """Return room for the hidden states in front of block `index`."""
         if not self.spills:
             return torch.empty(self._shape)
         path = partial_of(self._file(kind, index))
         return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.float32, self._shape))
 
     def load(self, kind: str, index: int) -> Tensor:
-        """Hidden states that an earlier run kept."""
+        """Return hidden states that an earlier run kept."""
         values = self._mapped(self._file(kind, index))
         if self.spills:
             return torch.from_numpy(values)
-        return torch.empty(self._shape).copy_(torch.from_numpy(values))  # in memory aligned as ever
+        return torch.empty(self._shape).copy_(torch.from_numpy(values))  # aligned as in the first run
 
     def keep(self, index: int, after: dict[str, Tensor], layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Block `index` is done: the streams behind it, and packed codes and scales of its layers by name."""
+        """Keep block `index`: the streams behind it, and packed codes and scales of its layers by name."""
         if self._directory is None:
             self._layers |= layers
             return
@@ -97,11 +96,11 @@ class Store:
         write_whole(self._file("block", index), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
         for kind in after:
             before = self._file(kind, index)
-            for path in (before, partial_of(before)):  # that of block 0 was never whole: it is made anew
+            for path in (before, partial_of(before)):  # the stream before block 0 stays partial, as it is not kept
                 path.unlink(missing_ok=True)
 
     def layer(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Packed codes and scales of a finished layer, by its full name."""
+        """Return packed codes and scales of a finished layer, by its full name."""
         if self._directory is None:
             return self._layers[name]
         with np.load(self._file("block", int(name.split(".")[2]))) as arrays:

@@ -1,9 +1,8 @@
-"""Learning R1 and R2: the whole model with rounded activations, and gradient steps that stay orthogonal.
+"""Learn R1 and R2 on the whole model with rounded activations, by gradient steps that stay orthogonal.
 
-The step is Cayley's (Li et al. 2020, arXiv 2002.01113), R becomes R·(I + a/2·S)⁻¹·(I - a/2·S), solved rather
-than iterated, so that R needs no mending; S is skew, the gradient in the tangent space with momentum. What
-rounding does is differentiated with the codes held fixed: a rotation learns that a smaller range makes
-smaller errors.
+The step is Cayley's (Li et al. 2020, arXiv 2002.01113): R becomes R·(I + a/2·S)⁻¹·(I - a/2·S), solved instead of
+iterated, so that R stays orthogonal. S is skew: the gradient in the tangent space, with momentum. Rounding is
+differentiated with fixed codes, so a rotation learns that a smaller range makes smaller errors.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from llamita import _native
 from llamita.errors import InputError
 from llamita.methods.blocks import llama_config, rotary_tables
-from llamita.methods.online import hadamard_transform
 from llamita.methods.rotation_matrices import RotationMatrices, rotated
+from llamita.methods.runtime_rotations import hadamard_transform
 from llamita.methods.settings import SpinQuantSettings
 from llamita.methods.setup import Setup
 from llamita.models.weights import FloatSource, bias_of
@@ -30,18 +29,18 @@ from llamita.system import torch_processes
 from llamita.system.kept_work import kept_arrays, write_whole
 
 _MOMENTUM = 0.9
-_ITERATIONS = 12  # within a few per cent of the norm, which only sets the length of a step
+_ITERATIONS = 12  # give the norm within a few per cent, enough for the length of a step
 _SMALLEST = 2.0**-126  # of scales: torchao's
-_FILE, _KEPT = "rotations.npz", 10  # in the work directory, written every so many steps
+_FILE, _KEPT = "rotations.npz", 10  # in the work directory; steps between two writes
 
 
 def learn(
     source: FloatSource, matrices: RotationMatrices, settings: SpinQuantSettings, setup: Setup
 ) -> RotationMatrices:
-    """Rotations after `settings.steps` steps from `matrices`, on one device or, under Accelerate, on several.
+    """Return the rotations after `settings.steps` steps from `matrices`, on one device or, under Accelerate, several.
 
     Raises:
-        InputError: there is no calibration text, or groups of weights that do not fit.
+        InputError: no calibration text, or groups of weights that do not fit.
     """
     if setup.calibration is None:
         raise InputError("spinquant", "calibration text", "none", "try --set spinquant.steps=0")
@@ -49,7 +48,7 @@ def learn(
     if settings.weights and any(columns % settings.weights for columns in inputs):
         raise InputError("spinquant.weights", f"a divisor of {inputs}", f"{settings.weights}")
     torch.set_num_threads(_native.threads())
-    torch_processes.join()  # before Accelerate does, which would leave either CPU or GPU without sums
+    torch_processes.join()  # before Accelerate, which would leave either CPU or GPU without sums
     accelerator = Accelerator()
     state = _begin(matrices, setup, accelerator.device)
     if state.step < settings.steps:
@@ -80,7 +79,7 @@ class _State:
 
 
 def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _State:
-    """Step 0, or where a run that was killed has left its last state."""
+    """Return step 0, or the last state of a run that was killed."""
     rotations = {name: _parameter(r, device) for name, r in _used(matrices).items()}
     state = _State(0, rotations, {name: torch.zeros_like(r) for name, r in rotations.items()})
     if setup.work is None or not (setup.work / _FILE).exists():
@@ -97,7 +96,7 @@ def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _S
 
 
 def _keep(state: _State, setup: Setup) -> None:
-    """Write the state for a run that goes on after this one was killed."""
+    """Write the state, for a run that resumes this one."""
     if setup.work is None:
         return
     arrays = {name: r.detach().cpu().numpy() for name, r in state.rotations.items()}
@@ -117,9 +116,9 @@ def _parameter(matrix: np.ndarray, device: torch.device) -> Tensor:
 def _batches(
     tokens: np.ndarray, settings: SpinQuantSettings, seed: int, accelerator: Any, first: int
 ) -> Iterator[Tensor]:
-    """This process's part of the samples of every step from `first` on: int64 (samples, length).
+    """Yield this process's part of the samples of each step from `first` on: int64 (samples, length).
 
-    All samples in turn, then reshuffled.
+    All samples come in turn and are then shuffled again.
     """
     rng, order = np.random.default_rng(seed), np.empty(0, np.int64)
     processes = accelerator.num_processes
@@ -134,7 +133,7 @@ def _batches(
 
 
 def _turn(rotation: Tensor, momentum: Tensor, gradient: Tensor, rate: float) -> None:
-    """A Cayley step of R (..., n, n) in place; no plane is turned by more than about `rate`."""
+    """Take a Cayley step of R (..., n, n) in place; no plane turns by more than about `rate`."""
     with torch.no_grad():
         pulled = rotation.mT @ gradient
         momentum.mul_(_MOMENTUM).add_(pulled - pulled.mT)
@@ -145,7 +144,7 @@ def _turn(rotation: Tensor, momentum: Tensor, gradient: Tensor, rate: float) -> 
 
 
 def _spectral_norm(skew: Tensor) -> Tensor:
-    """The largest angle by which S (..., n, n) turns a plane, by power iteration: (...,)."""
+    """Return the largest angle by which S (..., n, n) turns a plane, by power iteration: (...,)."""
     v = skew.square().sum(-1, keepdim=True)  # (..., n, 1): the rows with most energy lead
     for _ in range(_ITERATIONS):
         v = skew @ (skew @ v)
@@ -154,14 +153,14 @@ def _spectral_norm(skew: Tensor) -> Tensor:
 
 
 def _orthogonal(rotation: Tensor) -> np.ndarray:
-    """The orthogonal matrix nearest to R (..., n, n), float64: what float32 has lost is made good."""
+    """Return the orthogonal matrix nearest to R (..., n, n), float64, to undo the rounding of float32."""
     left, _, right = torch.linalg.svd(rotation.detach().double().cpu())
     return (left @ right).numpy()
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A block's weights (outputs, inputs) and biases by their name within it, norms folded, R4 merged."""
+    """Weights (outputs, inputs) and biases of a block by their name within it, norms folded, R4 merged."""
 
     weights: dict[str, Tensor]
     biases: dict[str, Tensor | None]
@@ -175,7 +174,7 @@ class _Model:
     ) -> None:
         self._config, self._settings, self._device = source.config, settings, device
         self._dtype = getattr(torch, settings.dtype)
-        self._online = hadamard_transform if matrices.r4_size else _same
+        self._rotation = hadamard_transform if matrices.r4_size else _same
         merged = rotated(source, RotationMatrices(None, None, matrices.r4_size))
         self._layers = [self._layer(merged, i) for i in range(self._config.layers)]
         self._table = self._tensor(source.weight("model.embed_tokens")).to(self._dtype)
@@ -186,7 +185,7 @@ class _Model:
         self._rotary = llama_config(self._config)
 
     def loss(self, tokens: Tensor, rotations: dict[str, Tensor]) -> Tensor:
-        """Of the model with rounded activations: mean over the predicted tokens of (samples, length)."""
+        """Return the loss with rounded activations, mean over the predicted tokens of (samples, length)."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             return self._loss(tokens, rotations)
 
@@ -206,10 +205,10 @@ class _Model:
         x = _times(self._table[tokens].float(), r1).float()  # (samples, length, hidden)
         for i, layer in enumerate(self._layers):
             r2_i = None if r2 is None else r2[i]
-            # Recomputed on the way back: a layer's activations and rotated weights are kept one at a time.
+            # Recomputed in the backward pass, so that only one layer's activations and rotated weights are kept.
             x = checkpoint(self._block, x, layer, r1, r2_i, rotary, rounded, use_reentrant=False)  # type: ignore[assignment]
         hidden = _unrotate(_norm(x, self._config.norm_eps), r1) * self._gamma
-        # In place of rotating the table: (h·R1, rounded)·R1ᵀ·Wᵀ.
+        # Instead of rotating the table: (h·R1, rounded)·R1ᵀ·Wᵀ.
         return _unrotate(rounded(_times(hidden, r1)), r1) @ self._head.T
 
     def _block(
@@ -234,10 +233,10 @@ class _Model:
         x = x + linear("self_attn.o_proj", rounded(attended.transpose(1, 2).flatten(2)))
         n = rounded(_norm(x, config.norm_eps))
         inner = functional.silu(linear("mlp.gate_proj", n)) * linear("mlp.up_proj", n)
-        return x + linear("mlp.down_proj", rounded(self._online(inner)))
+        return x + linear("mlp.down_proj", rounded(self._rotation(inner)))
 
     def _rotated(self, layer: _Layer, name: str, r1: Tensor | None, r2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a layer under the rotations, as `spinquant.rotated` merges them."""
+        """Return weight and bias of a layer under the rotations, as `rotation_matrices.rotated` merges them."""
         weight, bias, d = layer.weights[name], layer.biases[name], self._config.head_dim
         if name in ("self_attn.o_proj", "mlp.down_proj"):
             if name == "self_attn.o_proj" and r2 is not None:
@@ -279,18 +278,18 @@ def _unrotate(x: Tensor, rotation: Tensor | None) -> Tensor:
 
 
 def _norm(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without its weight, which is folded."""
+    """Apply RMSNorm without its weight, which is folded."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (samples, heads, length, head_dim) turned by its position; halves are rotated."""
+    """Turn x (samples, heads, length, head_dim) by its position; halves are rotated."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 def _round_tokens(x: Tensor) -> Tensor:
-    """As `fakequant.quantize_activations`, but differentiable in the range, too."""
+    """Round as `activations.quantize_activations` does, but differentiable in the range, too."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scales = ((high - low) / 255).clamp(min=_SMALLEST)
     with torch.no_grad():
@@ -301,7 +300,7 @@ def _round_tokens(x: Tensor) -> Tensor:
 
 
 def _round_groups(weight: Tensor, group_size: int) -> Tensor:
-    """Weights (outputs, inputs) as int4 in groups stand for them, differentiable in weights and scales."""
+    """Round weights (outputs, inputs) to int4 in groups, differentiable in weights and scales."""
     groups = weight.unflatten(1, (-1, group_size))
     scales = (groups.abs().amax(-1, keepdim=True) / 7.5).clamp(min=_SMALLEST)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Rotations as matrices, merged into a model's weights: products in float64, norms folded into the next layer first.
+"""Merge rotation matrices into a model's weights: products in float64, norms folded into the next layer first.
 
-No mean is subtracted, as RMSNorm has none. Tied tables stay tied, by a product M in front of the head.
+No mean is subtracted, because RMSNorm subtracts none. Tied tables stay tied, with a product M in front of the head.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from llamita.numerics.rotations import NAMES, Rotations
 
 @dataclass(frozen=True)
 class RotationMatrices:
-    """R1 and R2 as matrices that rows are multiplied by, orthogonal; None where they are not used.
+    """Orthogonal matrices R1 and R2, by which rows are multiplied; None where they are not used.
 
     Attributes:
         r1: float64 (hidden, hidden).
         r2: float64 (layers, head_dim, head_dim).
-        r4_size: the inputs of down_proj, None without R4.
+        r4_size: inputs of down_proj; None without R4.
     """
 
     r1: F64 | None
@@ -30,13 +30,17 @@ class RotationMatrices:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those in use."""
+        """The rotations in use."""
         used = {"R1": self.r1 is not None, "R2": self.r2 is not None, "R4": self.r4_size is not None}
         return tuple(name for name in NAMES if used[name])
 
 
-def rotated(source: FloatSource, matrices: RotationMatrices, online: bool = True) -> TransformedSource:
-    """The source with these rotations merged; its function is the same if R4 and M run online."""
+def rotated(source: FloatSource, matrices: RotationMatrices, runtime: bool = True) -> TransformedSource:
+    """Return the source with these rotations merged; its function is the same if R4 and M act at run time.
+
+    Args:
+        runtime: whether M may be used; if not, tied tables get one for the head.
+    """
     config = source.config
     r1, changes, ones = matrices.r1, {}, set()
     for layer in range(config.layers):
@@ -48,18 +52,18 @@ def rotated(source: FloatSource, matrices: RotationMatrices, online: bool = True
     if r1 is not None:
         gamma = source.vector("model.norm.weight").astype(np.float64)
         changes[EMBEDDING] = ModuleChange(inputs=(_times_matrix(r1),))
-        if config.tied and online:
+        if config.tied and runtime:
             transform = (r1.T @ (gamma[:, None] * r1)).astype(np.float32)
         else:
             changes[HEAD] = ModuleChange(inputs=(_times(gamma), _times_matrix(r1)))
         ones.add("model.norm.weight")
     rotations = Rotations(matrices.names, matrices.r4_size, transform)
-    untie = r1 is not None and not online
+    untie = r1 is not None and not runtime
     return TransformedSource(source, changes, ones=ones, rotations=rotations, untie=untie)
 
 
 def _block_changes(source: FloatSource, matrices: RotationMatrices, layer: int) -> dict[str, ModuleChange]:
-    """What the rotations do to the linear layers of a block."""
+    """Return what the rotations change in the linear layers of a block."""
     config, block = source.config, f"model.layers.{layer}"
     stream: tuple[Change, ...] = () if matrices.r1 is None else (_times_matrix(matrices.r1),)
     values: tuple[Change, ...] = ()
@@ -88,7 +92,7 @@ def _times(scales: F64) -> Change:
 
 
 def _times_matrix(matrix: F64, head: int | None = None) -> Change:
-    """Rows times a matrix; with `head`, each stretch of that many values by itself."""
+    """Multiply rows by a matrix; with `head`, each run of that many values by itself."""
     if head is None:
         return lambda x: x @ matrix
     return lambda x: (x.reshape(*x.shape[:-1], -1, head) @ matrix).reshape(x.shape)

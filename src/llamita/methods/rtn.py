@@ -1,4 +1,4 @@
-"""Round to nearest: every weight by itself, no calibration text. The yardstick of all other methods."""
+"""Round to nearest: each weight by itself, without calibration text. All other methods are compared with it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,15 +8,14 @@ import numpy as np
 from llamita import _native
 from llamita.errors import InputError
 from llamita.methods.energy import check_energy, input_importance, pieces_of
-from llamita.models.checkpoint import Checkpoint
-from llamita.models.weights import check_finite
+from llamita.models.weights import FloatSource, check_finite
 from llamita.numerics.affine import F32, dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
 class RoundedRows:
-    """Consecutive rows of a module, rounded.
+    """Rounded rows of a module, one after the other.
 
     Attributes:
         codes: int8 (rows, columns).
@@ -34,14 +33,14 @@ class RoundedRows:
 RoundModule = Callable[[str], Iterator[RoundedRows]]  # a module's name to its rounded rows, in pieces
 
 
-def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
-    """Round to nearest for this model: the function that gives the rounded rows of a module by its name."""
+def rounder(source: FloatSource, scheme: QuantScheme) -> RoundModule:
+    """Return the function that rounds a module of this model, by its name."""
     importance = input_importance(source) if scheme.scale_rule == "weighted" else {}
     return lambda name: _round_module(source, scheme, name, importance.get(name))
 
 
-def _round_module(source: Checkpoint, scheme: QuantScheme, name: str, importance: F32 | None) -> Iterator[RoundedRows]:
-    """The rows of a linear layer or table in int4 groups, or in int8 per channel, in pieces.
+def _round_module(source: FloatSource, scheme: QuantScheme, name: str, importance: F32 | None) -> Iterator[RoundedRows]:
+    """Yield the rows of a linear layer or table in int4 groups, or in int8 per channel.
 
     Raises:
         InputError: NaN or infinity among the weights, with its place, or squares beyond float32.
@@ -61,7 +60,7 @@ def _round_module(source: Checkpoint, scheme: QuantScheme, name: str, importance
 
 
 def _sums(name: str, piece: np.ndarray, first_row: int, error: np.ndarray) -> tuple[float, float]:
-    """Squared error and energy of a piece of rows."""
+    """Return squared error and energy of a piece of rows."""
     values = to_f32(piece)
     with np.errstate(over="ignore"):
         energy = np.einsum("ij,ij->i", values, values).sum(dtype=np.float64)
@@ -70,14 +69,14 @@ def _sums(name: str, piece: np.ndarray, first_row: int, error: np.ndarray) -> tu
 
 
 def errors_of(piece: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> tuple[float, float]:
-    """Σ(w - ŵ)² and Σw² of rows of weights, codes (rows, columns) and scales (rows, groups)."""
+    """Return Σ(w - ŵ)² and Σw² of rows of weights, for codes (rows, columns) and scales (rows, groups)."""
     values = to_f32(piece)
     lost = values - dequantize(codes, scales)
     return tuple(float(np.einsum("ij,ij->i", x, x).sum(dtype=np.float64)) for x in (lost, values))  # type: ignore[return-value]
 
 
 def rule_of(scheme: QuantScheme) -> str:
-    """The native rule of a scheme's scales."""
+    """Return the name of the native rule for a scheme's scales."""
     if scheme.scale_rule == "torchao":
         return "torchao" if scheme.scale_dtype == "float32" else "torchao_bf16"
     return "search"

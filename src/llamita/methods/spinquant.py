@@ -1,9 +1,8 @@
-"""SpinQuant (Liu et al., arXiv 2405.16406): rotations that leave the function as it is and round better.
+"""SpinQuant (Liu et al., arXiv 2405.16406): rotations that keep the model's function and make it round better.
 
-R1 rotates the residual stream, R2 the values of each layer's heads; both are merged into weights, products in
-float64. R4, a Hadamard transform in front of down_proj, runs online. They begin as Hadamard matrices with
-random signs; R1 and R2 are then learned (`methods/learn_rotations.py`, on Torch). Norms are folded first, and
-no mean is subtracted: RMSNorm has none. Tied tables stay tied, by a product M in front of the head.
+R1 rotates the residual stream and R2 the values of each layer's heads. Both are merged into the weights
+(`methods/rotation_matrices.py`). R4, a Hadamard transform in front of down_proj, acts at run time. They begin as
+Hadamard matrices with random signs; R1 and R2 are then learned (`methods/learn_rotations.py`, on Torch).
 """
 
 from collections.abc import Callable
@@ -27,15 +26,15 @@ _NO_TORCH = (
 
 
 def transform(source: FloatSource, setup: Setup) -> TransformedSource:
-    """The source, rotated. Learning needs calibration text and Torch; with 0 steps neither is touched.
+    """Return the source, rotated. Learning needs calibration text and Torch; with 0 steps neither is used.
 
     Raises:
-        InputError: a setting that is none, or a size of the model without a Hadamard matrix.
+        InputError: an unknown setting, or a size of the model without a Hadamard matrix.
         RunError: Torch is missing.
     """
     settings = settings_of(SpinQuantSettings, "spinquant", setup.settings)
     if source.rotations.names:
-        raise InputError("--method", "spinquant once", "a model that is rotated already")
+        raise InputError("--method", "spinquant once", "a model that is already rotated")
     matrices = random_rotations(source, settings, setup.seed)
     if settings.learns:
         matrices = learner()(source, matrices, settings, setup)
@@ -43,7 +42,7 @@ def transform(source: FloatSource, setup: Setup) -> TransformedSource:
 
 
 def learner() -> Callable[..., RotationMatrices]:
-    """`learn_rotations.learn`.
+    """Return `learn_rotations.learn`.
 
     Raises:
         RunError: a package that it needs is missing.
@@ -52,7 +51,7 @@ def learner() -> Callable[..., RotationMatrices]:
 
 
 def random_rotations(source: FloatSource, settings: SpinQuantSettings, seed: int) -> RotationMatrices:
-    """Hadamard matrices with random signs, as QuaRot has them (arXiv 2404.00456), for R1 and every R2."""
+    """Return Hadamard matrices with random signs for R1 and every R2, as in QuaRot (arXiv 2404.00456)."""
     config, rng = source.config, np.random.default_rng(seed)
 
     def draw(size: int) -> F64:

@@ -1,7 +1,7 @@
-"""Codes of a model that was trained with its rounding: nearest to its weights, on the scales of training.
+"""Round a model that was trained with its rounding: the codes nearest to its weights, on the scales of training.
 
-`finetune` leaves such a checkpoint: float weights as every other, and beside them SCALES, float32 (rows,
-groups) of every module that is rounded. Nothing is chosen here, so the codes are those of training.
+`finetune` writes such a checkpoint: float weights as in any other, and next to them the file SCALES, float32 (rows,
+groups) for each module that is rounded. Nothing is chosen here, so the codes are those of training.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from llamita.formats.safetensors import TensorFile
 from llamita.methods.energy import pieces_of
 from llamita.methods.rtn import RoundedRows, RoundModule, errors_of
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.weights import check_finite
+from llamita.models.weights import FloatSource, check_finite
 from llamita.numerics.affine import SMALLEST_NORMAL, bf16_to_f32, codes_at, f32_to_bf16, to_f32
 from llamita.numerics.scheme import QuantScheme
 from llamita.system.files import exists_in, safe_path
@@ -21,27 +21,27 @@ from llamita.system.files import exists_in, safe_path
 SCALES = "training_scales.safetensors"
 
 
-def begin(source: Checkpoint, scheme: QuantScheme) -> RoundModule:
-    """The function that gives the rounded rows of a module by its name.
+def rounder(source: FloatSource, scheme: QuantScheme) -> RoundModule:
+    """Return the function that rounds a module of this model, by its name.
 
     Raises:
         InputError: the source was not trained so, or for another scheme.
     """
     if not isinstance(source, Checkpoint) or not exists_in(source.path, SCALES):
         raise InputError(
-            "--method trained", f"{SCALES} beside the weights, as finetune leaves it", hint="try another method"
+            "--method trained", f"{SCALES} next to the weights, as finetune writes it", hint="try another method"
         )
     scales = TensorFile(safe_path(source.path, SCALES))
     return lambda name: _round_module(source, scheme, scales, name)
 
 
-def _round_module(source: Checkpoint, scheme: QuantScheme, scales: TensorFile, name: str) -> Iterator[RoundedRows]:
+def _round_module(source: FloatSource, scheme: QuantScheme, scales: TensorFile, name: str) -> Iterator[RoundedRows]:
     kind, weights = scheme.kind(name), source.weight(name)
     groups = weights.shape[1] // (kind.group_size or weights.shape[1])
     found = scales.tensors.get(name)
     if found is None or found.shape != (len(weights), groups):
-        had = "none" if found is None else f"{found.shape}"
-        raise InputError(f"{SCALES}: {name}", f"{(len(weights), groups)}", f"{had}", "try training's preset")
+        got = "none" if found is None else f"{found.shape}"
+        raise InputError(f"{SCALES}: {name}", f"{(len(weights), groups)}", got, "try the preset of the training")
     given = _checked(scales.read(name), name, scheme)
     for start, piece in pieces_of(weights):
         check_finite(f"{name}.weight", piece, start)
@@ -49,7 +49,7 @@ def _round_module(source: Checkpoint, scheme: QuantScheme, scales: TensorFile, n
 
 
 def _checked(scales: np.ndarray, name: str, scheme: QuantScheme) -> np.ndarray:
-    """Scales as every scheme has them: finite, normal, positive, on its grid."""
+    """Return the scales if they are valid: finite, normal, positive, on the scheme's grid."""
     is_good = scales.dtype == np.float32 and bool(np.isfinite(scales).all() and (scales >= SMALLEST_NORMAL).all())
     if is_good and scheme.scale_dtype == "bfloat16":
         is_good = np.array_equal(bf16_to_f32(f32_to_bf16(scales)), scales)

@@ -1,9 +1,9 @@
-"""Block tuning: codes and scales of a rounded block, by gradient on the block's output.
+"""Tune codes and scales of a rounded block by gradients of the block's output.
 
-After SignRound (Cheng et al. 2023, arXiv 2309.05516): every weight has a place on the line of codes that
-may move by half a step, every scale a factor; the block, on the inputs that the quantized model gives it,
-is brought nearer to what the float model computes, so that it also makes up for what was lost before it.
-Starts exactly at the given codes and scales, and keeps the best on held-out samples: never worse there.
+After SignRound (Cheng et al. 2023, arXiv 2309.05516): each weight has a place on the line of codes that can move by
+half a step, and each scale a factor. On the inputs that the quantized model gives it, the block comes nearer to what
+the float model computes, so it also makes up for earlier errors. Tuning starts exactly at the given codes and scales
+and keeps the best on held-out samples, so the result is never worse there.
 """
 
 from collections.abc import Iterator
@@ -19,22 +19,22 @@ from llamita.methods.settings import TuneSettings, settings_of
 from llamita.methods.setup import Setup
 from llamita.numerics.scheme import QuantScheme
 
-_INSIDE = 0.499  # of a step: how near to its edges a place begins, so that it rounds to the given code
+_INSIDE = 0.499  # steps from its code at which a place may begin: it still rounds to that code
 _LOWEST, _HIGHEST = -8.49, 7.49  # places that still round to a code
 _SMALLEST_NORMAL = 2.0**-126
-_MOMENTS = (0.9, 0.99)  # Adam's; the second shorter than usual, for there are few steps
-_TINY = 1e-12  # beside the root of Adam's second moment
-_MEASURED_TOKENS = 2048  # at a time, when held-out samples are measured
+_MOMENTS = (0.9, 0.99)  # Adam's; the second is shorter than usual, because there are few steps
+_TINY = 1e-12  # added to the root of Adam's second moment
+_MEASURED_TOKENS = 2048  # tokens in a forward pass over held-out samples
 
 
 def tune_block(block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[str, Rounded]:
-    """Codes and scales that bring the block's outputs nearer to the targets, by full module name.
+    """Return codes and scales that bring the block's outputs nearer to the targets, by full module name.
 
-    Scales first, then codes and scales: where a method has chosen the codes well, only the first may help.
+    Scales are tuned first, then codes and scales: if a method has chosen the codes well, only the first may help.
     """
     settings = settings_of(TuneSettings, "tune", setup.settings)
     rounded = block.rounded
-    if not rounded:  # all of it is stored otherwise
+    if not rounded:  # no layer of the block is int4
         return {}
     for phase, rate in enumerate(settings.descents):
         random = np.random.default_rng([setup.seed, block.index, phase])
@@ -45,9 +45,9 @@ def tune_block(block: RoundedBlock, scheme: QuantScheme, setup: Setup) -> dict[s
 def _tune(
     block: RoundedBlock, scheme: QuantScheme, settings: TuneSettings, random: np.random.Generator
 ) -> dict[str, Rounded]:
-    """One descent; what it began with unless something measured better."""
+    """Return the best of one descent, or what it began with if nothing measured better."""
     held_out = max(1, len(block.inputs) // settings.held_out)
-    learned = len(block.inputs) - held_out or 1  # of a single sample both
+    learned = len(block.inputs) - held_out or 1  # a single sample is both
     layers = [_Layer(block, name, scheme, settings) for name in block.rounded]
     draws = _draws(learned, settings.samples, random)
     best, kept = measure(block.block, block.inputs[-held_out:], block.targets[-held_out:]), None
@@ -63,7 +63,7 @@ def _tune(
 
 
 def measure(block: Block, inputs: Tensor, targets: Tensor) -> float:
-    """Squared error of the block's outputs, summed over channels, mean over tokens.
+    """Return the squared error of the block's outputs, summed over channels, mean over tokens.
 
     Args:
         inputs: (samples, length, hidden).
@@ -88,7 +88,7 @@ def _is_checked(step: int, settings: TuneSettings) -> bool:
 
 
 def _draws(samples: int, count: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Numbers of samples, every one once before any comes again."""
+    """Yield numbers of samples; all come once before any comes again."""
     order = np.empty(0, np.int64)
     while True:
         while len(order) < count:
@@ -98,7 +98,7 @@ def _draws(samples: int, count: int, random: np.random.Generator) -> Iterator[np
 
 
 def _descend(block: RoundedBlock, layers: list["_Layer"], drawn: np.ndarray, step: int, settings: TuneSettings) -> None:
-    """One step of Adam (Kingma and Ba 2014, arXiv 1412.6980) on all places and scales."""
+    """Take one step of Adam (Kingma and Ba 2014, arXiv 1412.6980) on all places and scales."""
     picked = torch.from_numpy(drawn)
     device = layers[0].places.device
     inputs, targets = block.inputs[picked].to(device), block.targets[picked].to(device)
@@ -110,7 +110,7 @@ def _descend(block: RoundedBlock, layers: list["_Layer"], drawn: np.ndarray, ste
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are fast there: for gradients they are as good as float32's."""
+    """Return whether bf16 products are fast there; for gradients they are as good as float32 products."""
     capabilities = torch.cpu.get_capabilities()
     return device.type == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -136,7 +136,7 @@ class _Layer:
     Attributes:
         name: its full module name.
         places: (outputs, groups, group_size) float32; rounded they are the codes.
-        factors: (outputs, groups), log of what the given scales are multiplied by.
+        factors: (outputs, groups), logarithms of the factors of the given scales.
     """
 
     def __init__(self, block: RoundedBlock, name: str, scheme: QuantScheme, settings: TuneSettings) -> None:
@@ -155,7 +155,7 @@ class _Layer:
         self._show()
 
     def _show(self) -> None:
-        """Put codes and scales as they are now into the block."""
+        """Put the current codes and scales into the block."""
         weight = (self._codes() * self._stored_scales()[..., None]).flatten(1)
         self._linear.weight = torch.nn.Parameter(weight)
 
@@ -163,12 +163,12 @@ class _Layer:
         return self.places.round()
 
     def _stored_scales(self) -> Tensor:
-        """(outputs, groups) float32 on the scheme's grid: finite, normal, positive."""
+        """Return scales (outputs, groups) float32 on the scheme's grid: finite, normal, positive."""
         scales = (self._scales * self.factors.exp()).clamp_(min=_SMALLEST_NORMAL)
         return scales.bfloat16().float() if self._scheme.scale_dtype == "bfloat16" else scales
 
     def update(self, step: int, rate: float, scale_rate: float) -> None:
-        """Move against the gradient of the weights, which rounding is taken to pass on unchanged."""
+        """Move against the gradient of the weights; rounding counts as passing it on unchanged."""
         codes, scales = self._codes(), self._stored_scales()
         gradient = self._linear.weight.grad.view_as(codes)
         self._factor_moments.step(self.factors, (gradient * codes).sum(-1) * scales, step, scale_rate)
@@ -178,7 +178,7 @@ class _Layer:
         self._show()
 
     def rounded(self) -> Rounded:
-        """Codes and scales as they are now."""
+        """Return the current codes and scales."""
         codes = self._codes().to(torch.int8).flatten(1)
         return Rounded(codes.cpu().numpy(), self._stored_scales().cpu().numpy())
 

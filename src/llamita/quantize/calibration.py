@@ -1,19 +1,20 @@
-"""Text to calibrate on: the model's own, a file, or a data set of the hub, as windows of token ids.
+"""Load calibration text as windows of token ids: the model's own text, a file, or a data set of the hub.
 
-Every window begins with the BOS token, where the model has one, because whatever the model reads in use
-does; documents stand between BOS and end token. `own_text` has the text that needs no data.
+Each window begins with the BOS token, if the model has one, because everything that the model reads in use does.
+Documents are enclosed in BOS and end token. `own_text` writes the text that needs no data.
 """
 
 import hashlib
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.methods.setup import Calibration
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.transformed import TransformedSource
@@ -29,16 +30,38 @@ from llamita.text.tokenizer import Tokenizer
 
 SELF, SELF_FAST = "self", "self-fast"
 SAMPLES, LENGTH, SEED = 128, 512, 0
-HUB = "llamita.text.hub_datasets:documents"  # imported on use: it needs the package datasets
+HUB = "llamita.text.hub_datasets:documents"  # imported on use, because it needs the package datasets
 _NO_DATASETS = (
     "--calibration: a data set of the hub needs the package {package}, which is missing; try pip "
     "install 'llamita[torch]' (in a checkout '.[torch]'), a text file, or self, which need none"
 )
 LARGEST_FILE = 32 * 2**20  # bytes; tokenizing takes some 30 times as much memory
 _FAST_SCHEME = "llamita"
-_SPARE = 4  # times the tokens that are needed, read of a data set without end, to draw windows from
+_SPARE = 4  # times the tokens needed that are read of a data set without end, to draw windows from
 _HUB_NAME = re.compile(r"wikitext|[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
 _FILE_NAMES = (".txt", ".jsonl", ".json", ".md", ".raw")
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which text to calibrate on.
+
+    Attributes:
+        name: as `load_calibration` takes it; None stands for "self", and for no text if none is needed.
+        samples: windows.
+        length: tokens of a window.
+        seed: of all draws, those of the methods included.
+    """
+
+    name: str | None = None
+    samples: int = SAMPLES
+    length: int = LENGTH
+    seed: int = SEED
+
+    @property
+    def is_self_written(self) -> bool:
+        """Whether the model writes the text."""
+        return self.name in (None, SELF, SELF_FAST)
 
 
 def load_calibration(
@@ -50,30 +73,29 @@ def load_calibration(
     progress: Progress = None,
     work: Path | None = None,
 ) -> Calibration:
-    """Calibration text for a float model.
+    """Return calibration text for a float model.
 
     Args:
-        name: "self": the model writes it, from its BOS token; "self-fast": so does the model rounded to 4
-            bits, several times faster. Or a UTF-8 text file; a file *.jsonl whose
-            every line is an object with the document's "text"; a data set of the hub with a column
-            "text", as owner/name or owner/name:configuration; "wikitext", WikiText-2's train split.
-        source: the model; its weights are read only to write.
+        name: "self", which the model writes from its BOS token, or "self-fast", which the model rounded to 4 bits
+            writes several times faster. Or a UTF-8 text file; a file *.jsonl with an object with the document's
+            "text" in each line; a data set of the hub with a column "text", as owner/name or
+            owner/name:configuration; "wikitext", the train split of WikiText-2.
+        source: the model; its weights are read only to write text.
         samples: windows.
         length: tokens of a window.
-        seed: of the draws: same name, data and seed, same tokens.
-        work: a directory where rows that the model has written are kept, so that a killed run can go on.
+        seed: of the draws; the same name, data and seed give the same tokens.
+        work: a directory that keeps rows that the model has written, so that a killed run can resume.
 
     Raises:
         InputError: no such text, too little of it, or a window that is longer than the context.
-        RunError: the data set cannot be had, or the package that reads it is missing.
+        RunError: the data set cannot be loaded, or the package that reads it is missing.
     """
-    least_samples = processes.world()  # one for each
+    least_samples = processes.world()  # one for each process
     for option, value, least in (("--samples", samples, least_samples), ("--length", length, 2), ("--seed", seed, 0)):
         if value < least:
-            raise InputError(f"{option}", f"at least {least}", f"{value}")
+            raise InputError(option, f"at least {least}", f"{value}")
     if length > source.config.context:
-        limit = f"{source.config.context} tokens, the model's context"
-        raise InputError("--length", f"at most {limit}", f"{length}")
+        raise InputError("--length", f"at most {source.config.context} tokens, the model's context", f"{length}")
     if name in (SELF, SELF_FAST):
         tokens = _own_text(name, source, (samples, length), seed, progress, work)
     else:
@@ -88,7 +110,7 @@ def _own_text(
     name: str, source: Checkpoint | TransformedSource, shape: tuple[int, int], seed: int,
     progress: Progress, work: Path | None,
 ) -> np.ndarray:  # fmt: skip
-    """What the model writes; of several processes each writes its part, and all get the whole."""
+    """Return the text that the model writes; each of several processes writes its part, and all get the whole."""
     samples, length = shape
     mine, writer = processes.share(samples), None
     tokens = np.zeros(shape, dtype=np.int32)
@@ -105,30 +127,30 @@ def _own_text(
             writer = own_text.Writer(model, length, seed)
         before = (start - mine.start) * length
 
-        def told(count: int, before: int = before) -> None:
+        def report(count: int, before: int = before) -> None:
             if progress:
                 progress("writing calibration text", before + count, len(mine) * length)
 
-        tokens[rows.start : rows.stop] = written = writer.write(rows, told)
+        tokens[rows.start : rows.stop] = written = writer.write(rows, report)
         if kept is not None:
             write_whole(kept, lambda file, written=written: np.savez(file, ids=written))
     return collectives.all_sum(tokens)
 
 
 def draw_windows(stream: np.ndarray, samples: int, length: int, seed: int, bos: int | None, name: str) -> np.ndarray:
-    """Random windows that share no token, in the order of the text: int32 (samples, length).
+    """Return random windows that share no token, in the order of the text: int32 (samples, length).
 
-    The stream (tokens,) is cut into pieces from a random offset, and as many as wanted are drawn; each
-    goes behind a BOS token, where there is one.
+    The stream (tokens,) is cut into pieces from a random offset, and `samples` of them are drawn. Each follows a BOS
+    token, if there is one.
 
     Raises:
-        InputError: the stream, which messages call `name`, has fewer tokens than the windows take.
+        InputError: the stream, which messages call `name`, has fewer tokens than the windows need.
     """
     piece = length - (bos is not None)
     spare = len(stream) - samples * piece
     if spare < 0:
         raise InputError(
-            f"{name}",
+            name,
             f"at least {samples * piece:,} tokens for {samples} windows of {length}",
             f"{len(stream):,}",
             "try a longer text, or fewer (--samples) or shorter ones (--length)",
@@ -145,7 +167,7 @@ def draw_windows(stream: np.ndarray, samples: int, length: int, seed: int, bos: 
 
 
 def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progress: Progress) -> np.ndarray:
-    """All documents of a text, one after the other: int32 (tokens,)."""
+    """Return all documents of a text, one after the other: int32 (tokens,)."""
     if progress:
         progress(f"reading {name}", 0, 1)
     if os.path.isdir(name):
@@ -157,13 +179,13 @@ def _token_stream(tokenizer: Tokenizer, name: str, needed: int, seed: int, progr
     raise InputError(
         "--calibration",
         "'self', 'self-fast', a text file, or a data set's name like owner/name",
-        f"{name!r}",
+        shown(name),
         "there is no such file",
     )
 
 
 def _join(tokenizer: Tokenizer, documents: Iterable[str], enough: int | None) -> np.ndarray:
-    """Documents between BOS and end token, until there are enough tokens."""
+    """Join documents, each enclosed in BOS and end token, until there are enough tokens."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = list(tokenizer.eos_token_ids[:1])
     stream: list[int] = []
@@ -184,5 +206,5 @@ def _file_documents(path: Path) -> list[str]:
 def _text_of(values: dict[str, Any], where: str) -> str:
     text = values.get("text")
     if not isinstance(text, str):
-        raise InputError(f"{where}", 'an object with a string "text"')
+        raise InputError(where, 'an object with a string "text"')
     return text

@@ -1,8 +1,11 @@
-"""Time and memory to expect of `quantize`: rounding and products of matrices are timed on small ones, the
-rest follows from shapes."""
+"""Estimate sizes, time and memory of `quantize` before any work.
+
+Sizes follow from shapes. So do time and memory, from small roundings and products of matrices that are timed here.
+"""
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,24 +14,38 @@ from llamita.methods.chain import Chain
 from llamita.methods.settings import SpinQuantSettings, TuneSettings, settings_of
 from llamita.methods.setup import BATCH_TOKENS, Setup
 from llamita.models.config import ModelConfig
-from llamita.models.sizes import Plan
+from llamita.models.names import EMBEDDING, HEAD
+from llamita.models.sizes import Plan, float_bytes, make_plan
 from llamita.numerics.scheme import QuantScheme
 
-_BASE_MEMORY = 110e6  # bytes: Python, NumPy and the pieces being rounded, as measured
-_HASH_RATE = 1e9  # bytes read, hashed and written in a second, roughly
+_BASE_MEMORY = 110e6  # bytes, measured: Python, NumPy and the pieces that are rounded
+_HASH_RATE = 1e9  # bytes read, hashed and written in a second, about
 _PROBE_ROWS, _PROBE_COLUMNS = 512, 2048
 _F32, _F64 = 4, 8  # bytes
-_TORCH_MEMORY = 300e6  # bytes: Torch and transformers, loaded, without their files' pages
-_BATCH_COPIES = 4  # of the widest hidden states of a batch that live at a time
+_TORCH_MEMORY = 300e6  # bytes: Torch and transformers, without the pages of their files
+_BATCH_COPIES = 4  # of a batch's widest hidden states at a time
 _LOGIT_COPIES = 6  # of a step's logits while rotations are learned
-_SLOWER = 2.2  # than products of matrices alone, as measured on a small and on a large model
-_BACKWARD = 2  # times the work of going forward
+_SLOWER = 2.2  # times products of matrices alone, measured on a small and on a large model
+_BACKWARD = 2  # times the work of the forward pass
+
+
+def plan_chain(
+    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], chain: Chain, settings: dict[str, Any]
+) -> Plan:
+    """Return the plan (`make_plan`) of what the chain's transforms make of a model of this shape."""
+    changed, transform = chain.shape(config, settings)
+
+    def dtype(name: str) -> str:
+        return float_dtype(f"{EMBEDDING}.weight" if config.tied and name == f"{HEAD}.weight" else name)
+
+    before = float_bytes(config, float_dtype)
+    return make_plan(changed, scheme, dtype, transform=transform, source_bytes=before)
 
 
 def estimate(
     plan: Plan, scheme: QuantScheme, config: ModelConfig, chain: Chain, setup: Setup, samples: int, length: int
 ) -> tuple[float, float]:
-    """Seconds and bytes of memory to expect of `quantize` here, writing calibration text not counted.
+    """Return the seconds and bytes of memory to expect of `quantize` here, without writing calibration text.
 
     Args:
         samples, length: of the calibration text, in tokens.
@@ -55,7 +72,7 @@ def _best_time(work: Callable[[], object]) -> float:
 
 
 def expected_memory(config: ModelConfig, chain: Chain, setup: Setup, samples: int, length: int) -> float:
-    """Bytes of memory at the peak beside Python's own, pages of files not counted."""
+    """Return the bytes of memory at the peak, without Python's own and pages of files."""
     blocks = _blocks_memory(config, chain, setup, samples, length) if chain.is_blockwise else 0
     return _TORCH_MEMORY + max(blocks, _learning_memory(config, chain, setup, length))
 
@@ -69,7 +86,7 @@ def _blocks_memory(config: ModelConfig, chain: Chain, setup: Setup, samples: int
     weights = sum(rows * columns for rows, columns in shapes.values())
     block = weights * (2 * _F32 + 1)  # float, rounded, codes
     batch = _BATCH_COPIES * _F32 * max(BATCH_TOKENS, length) * config.intermediate_size
-    # Hessian, cross products, the matrix that is factored and its factor; weights, targets, codes beside them
+    # Hessian, cross products, the factored matrix and its factor; weights, targets and codes
     measured = widest * widest * (_F32 * streams + 2 * _F64 + _F32) + 3 * _F32 * widest * config.hidden_size
     # gate and up together: weights, targets, codes, and the transposed ones
     columns = 6 * _F32 * 2 * config.intermediate_size * config.hidden_size
@@ -79,7 +96,7 @@ def _blocks_memory(config: ModelConfig, chain: Chain, setup: Setup, samples: int
 
 
 def _learning_memory(config: ModelConfig, chain: Chain, setup: Setup, length: int) -> float:
-    """The whole model, a layer's weights thrice more, and what is kept of each layer and token."""
+    """Return the memory of learning: the whole model, a layer's weights three more times, and the kept activations."""
     if not chain.learns(setup.settings):
         return 0
     block = sum(rows * columns for rows, columns in config.linear_shapes().values())
@@ -91,7 +108,7 @@ def _learning_memory(config: ModelConfig, chain: Chain, setup: Setup, length: in
 
 
 def expected_work(config: ModelConfig, chain: Chain, setup: Setup, samples: int, length: int) -> float:
-    """Floating-point operations in float32."""
+    """Return the number of floating-point operations in float32."""
     tokens = samples * length
     total = _blocks_work(config, chain, tokens) if chain.is_blockwise else 0.0
     weights = sum(rows * columns for rows, columns in config.linear_shapes().values())
@@ -110,11 +127,11 @@ def expected_work(config: ModelConfig, chain: Chain, setup: Setup, samples: int,
 
 
 def _blocks_work(config: ModelConfig, chain: Chain, tokens: int) -> float:
-    """Measuring and rounding, block by block."""
+    """Return the operations of measuring and rounding, block by block."""
     total = 0.0
     compares = _compares(chain)
     for name, (rows, columns) in config.linear_shapes().items():
-        twice = not name.endswith(("o_proj", "down_proj"))  # once to measure what follows, once to go on
+        twice = not name.endswith(("o_proj", "down_proj"))  # to measure what follows, and to go on
         passes = (1 + twice) * (2 if compares else 1) if chain.rounding != "rtn" else 1 + compares
         total += 2 * passes * rows * columns * tokens
         if chain.rounding != "rtn":

@@ -1,10 +1,10 @@
-"""Choose how each layer is stored: the least loss under a size, or the least size under a loss.
+"""Choose how each layer is stored: the least loss within a size, or the least size within a loss.
 
-Each layer alone goes to int4 in a model whose other layers are int8, and the KL divergence from the float
-model is measured on calibration tokens by llamita's own engine. KL is quadratic in small errors, and errors
-of different layers are nearly uncorrelated: so increases add up, and a layer's grows with its squared error
-(as in HAWQ-V2, arXiv 1911.03852, where a Hessian's trace is the factor). The knapsack that is left is solved
-greedily over the lower convex hull of each layer's sizes and losses, optimal but for what is left over.
+Each layer alone is stored in int4 in a model whose other layers are int8, and the engine measures the KL divergence
+from the float model on calibration tokens. KL is quadratic in small errors, and errors of different layers are nearly
+uncorrelated. So increases add up, and a layer's increase grows with its squared error (as in HAWQ-V2, arXiv
+1911.03852, where the trace of a Hessian is the factor). The remaining knapsack is solved greedily over the lower
+convex hull of each layer's sizes and losses, which is optimal except for the bytes left over.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,11 +33,11 @@ from llamita.system.progress import Progress
 Rounding = Callable[[Checkpoint, QuantScheme], ModelSource]
 FINEST, _MEASURED = "w8", "w4g128"
 _WAYS = (*(f"w4g{group_size}" for group_size in sorted(GROUP_SIZES, reverse=True)), FINEST)  # smallest first
-_REFERENCE_BYTES = 256 * 2**20  # of the float model's log-probabilities; beyond, every n-th token counts
-_MOST_TOKENS = 8192  # on which each layer is measured
-_TOKENS_EACH = 4  # for a token that counts, at most: the others only give it a context
-_HEADER_SLACK = 16  # bytes: a layer's part of the header may grow by as much, and padding by 64
-_ROWS = 64  # of logits in the arithmetic at a time
+_REFERENCE_BYTES = 256 * 2**20  # of the float model's log-probabilities; above, every n-th token counts
+_MOST_TOKENS = 8192  # for the measurement of each layer
+_TOKENS_EACH = 4  # at most, for each token that counts: the others are its context
+_HEADER_SLACK = 16  # bytes by which a layer's part of the header may grow; padding may grow by 64
+_ROWS = 64  # of logits at a time
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,34 @@ Options = Mapping[str, list[Option]]  # by module name
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for, one of two: bytes of weight files at most, or nats a token at most."""
+    """A limit for the choice of layers: bytes of weight files, or KL divergence in nats a token.
+
+    Raises:
+        InputError: not exactly one of them, or a loss that is not positive.
+    """
 
     max_size: int | None = None
     max_loss: float | None = None
 
+    def __post_init__(self) -> None:
+        if (self.max_size is None) == (self.max_loss is None):
+            raise InputError("--max-size, --max-loss", "one of them", "none" if self.max_size is None else "both")
+        if self.max_loss is not None and not 0 < self.max_loss < float("inf"):
+            raise InputError("--max-loss", "nats a token above 0, such as 0.02", f"{self.max_loss}")
+
 
 @dataclass(frozen=True)
 class Selection:
-    """A scheme that was chosen, and what to expect of it. Losses are KL in nats a token, on the tokens given.
+    """A chosen scheme and its losses, as KL in nats a token on the given tokens.
 
     Attributes:
         scheme: with an override for each layer that is stored in another way than most.
         file_bytes: of its weight files.
-        predicted: what int8 costs, and the sum of what its layers add.
+        predicted: the loss of int8 plus the sum of what the layers add.
         measured: the loss of the whole.
         uniform: the scheme with one group size that loses least within the same bytes, None if none fits.
-        uniform_loss: what that one was measured to lose.
-        finished: the loss of the finished model, where it is not rounded to nearest.
+        uniform_loss: the measured loss of that one.
+        finished: the loss of the finished model, if it is not rounded to nearest.
     """
 
     scheme: QuantScheme
@@ -92,17 +102,16 @@ def select(
     rounding: Rounding = RoundedSource,
     added: int = 0,
 ) -> Selection:
-    """The scheme that fits the goal best, every layer that has no override yet stored in its own way.
+    """Return the scheme that fits the goal best; each layer without an override gets its own kind.
 
     Args:
-        scheme: decides about everything but group sizes and bits of linear layers.
+        scheme: decides everything but group sizes and bits of linear layers.
         tokens: int32 (samples, length) on which losses are measured.
-        rounding: makes the model from which single layers are taken; losses of the whole are with round to
-            nearest.
-        added: bytes of weight files that the chain's transforms add, whatever the scheme.
+        rounding: makes the model from which single layers are taken; losses of the whole are with round to nearest.
+        added: bytes that the chain's transforms add to the weight files, the same for every scheme.
 
     Raises:
-        InputError: no scheme of the kinds known is so small, or loses so little.
+        InputError: no scheme is small enough, or loses little enough.
     """
     stride = _stride(source, tokens)
     least_size, overhead = size_bounds(source, scheme)
@@ -117,7 +126,7 @@ def select(
         assert goal.max_size is not None
         chosen = allocate(options, goal.max_size - run.overhead)
     mixed = mixed_scheme(scheme, chosen)
-    if stride > 1:  # judged on samples that the choice has not seen
+    if stride > 1:  # judge on samples that the choice has not seen
         run.meter = Meter(source, tokens[1::stride])
     size = run.file_bytes(mixed)
     uniform, uniform_loss = _best_uniform(run, goal.max_size or size)
@@ -126,7 +135,7 @@ def select(
 
 
 def check_size(size: int, least: int) -> None:
-    """Raise InputError where no weight files are so small."""
+    """Raise InputError if no weight files are so small."""
     if size < least:
         raise InputError(
             "--max-size",
@@ -137,13 +146,13 @@ def check_size(size: int, least: int) -> None:
 
 
 def _stride(source: ModelSource, tokens: np.ndarray) -> int:
-    """Of how many samples one is measured, so that time and memory stay bounded."""
+    """Return n, where one of n samples is measured, so that time and memory stay bounded."""
     counted = _REFERENCE_BYTES // (4 * source.config.vocab_size)
     return -(-tokens.size // min(_MOST_TOKENS, _TOKENS_EACH * counted))
 
 
 def finished_loss(source: Checkpoint, finished: ModelSource, tokens: np.ndarray) -> Interval:
-    """What a finished model loses on the samples on which a choice is judged."""
+    """Return the loss of a finished model on the samples on which a choice is judged."""
     stride = _stride(source, tokens)
     meter = Meter(source, tokens[1 if stride > 1 else 0 :: stride])
     return mean_interval(meter.divergence(load_weights(finished)))
@@ -155,7 +164,7 @@ class _Run:
     scheme: QuantScheme
     meter: "Meter"
     least_size: int  # bytes of weight files
-    overhead: int  # bytes that no choice changes, at most
+    overhead: int  # most bytes that no choice changes
     added: int  # by transforms
 
     def loss(self, scheme: QuantScheme) -> Interval:
@@ -182,13 +191,13 @@ class Meter:
         self._reference = [_log_softmax(logits) for logits in self._logits(model, "f32")]
 
     def divergence(self, weights: ModelWeights) -> np.ndarray:
-        """KL(float || rounded) at each token that counts, in nats: float64 (tokens,)."""
+        """Return KL(float || rounded) at each token that counts, in nats: float64 (tokens,)."""
         model = Model(self._config, weights)
         pairs = zip(self._reference, self._logits(model, "f16"), strict=True)
         return np.concatenate([_divergence(reference, logits) for reference, logits in pairs])
 
     def _logits(self, model: Model, kv_dtype: str) -> Iterator[np.ndarray]:
-        """Of each sample at the tokens that count: float32 (rows, vocab)."""
+        """Yield the logits of each sample at the tokens that count: float32 (rows, vocab)."""
         length = self._tokens.shape[1]
         for ids in self._tokens:
             cache = SequenceCache(self._config, length, kv_dtype, length)
@@ -207,7 +216,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL of each row, from log-probabilities and logits (rows, vocab)."""
+    """Return the KL divergence of each row, from log-probabilities and logits (rows, vocab)."""
     out = np.empty(len(logits))
     for start in range(0, len(logits), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -217,7 +226,7 @@ def _divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 
 class _Swapped:
-    """A rounded model but for one module, which another rounding of the same model has."""
+    """A rounded model with one module from another rounding of the same model."""
 
     def __init__(self, rest: ModelSource, name: str, other: ModelSource) -> None:
         self.path, self.config, self.scheme = rest.path, rest.config, rest.scheme
@@ -235,7 +244,7 @@ class _Swapped:
 
 
 def candidates(source: Checkpoint, scheme: QuantScheme) -> dict[str, list[str]]:
-    """The ways to store each layer that has no override yet: kinds by name, smallest first."""
+    """Return the kinds in which each layer without an override can be stored, by its name, smallest first."""
     config = source.config
     shapes = dict(linear_names(config))
     if not config.tied and scheme.kind("lm_head").bits:
@@ -250,14 +259,14 @@ def candidates(source: Checkpoint, scheme: QuantScheme) -> dict[str, list[str]]:
 def measure_options(
     source: Checkpoint, scheme: QuantScheme, meter: Meter, progress: Progress = None, rounding: Rounding = RoundedSource
 ) -> tuple[float, dict[str, list[Option]]]:
-    """The loss with int8 everywhere, and of each layer its options with what each adds to that.
+    """Return the loss with int8 everywhere, and the options of each layer with what each adds to that.
 
-    What one int4 kind adds is measured; the others follow from the squared errors of the rounded weights.
+    The increase is measured for one int4 kind; the others follow from the squared errors of the rounded weights.
     """
     kinds = candidates(source, scheme)
     schemes = {kind: _all_at(scheme, kinds, kind) for kind in _WAYS}
     layouts = {k: layout(source.config, s, lambda name: source.info(name).dtype) for k, s in schemes.items()}
-    begun = {kind: rtn.begin(source, schemes[kind]) for kind in schemes}
+    rounders = {kind: rtn.rounder(source, schemes[kind]) for kind in schemes}
     measured = {n: _MEASURED if _MEASURED in ways else ways[0] for n, ways in kinds.items()}
     rounded: dict[str, ModelSource] = {
         kind: rounding(source, schemes[kind]) for kind in dict.fromkeys(measured.values())
@@ -269,7 +278,7 @@ def measure_options(
     for done, (name, ways) in enumerate(kinds.items()):
         if progress:
             progress(f"measuring {name}", done, len(kinds))
-        errors = {kind: sum(piece.squared_error for piece in begun[kind](name)) for kind in ways}
+        errors = {kind: sum(piece.squared_error for piece in rounders[kind](name)) for kind in ways}
         reference = measured[name]
         swapped = _with_module(weights, name, _Swapped(rounded[FINEST], name, rounded[reference]))
         added = max(0.0, float(meter.divergence(swapped).mean()) - least)
@@ -282,7 +291,7 @@ def measure_options(
 
 
 def _all_at(scheme: QuantScheme, kinds: Mapping[str, list[str]], kind: str) -> QuantScheme:
-    """The scheme with every layer stored in this way, or in int8 where it does not fit."""
+    """Return the scheme with each layer stored in this way, or in int8 where it does not fit."""
     return with_layers(scheme, {n: kind if kind in ways else FINEST for n, ways in kinds.items()})
 
 
@@ -296,9 +305,9 @@ def _with_module(weights: ModelWeights, name: str, source: ModelSource) -> Model
 
 
 def allocate(options: Options, budget: int) -> dict[str, Option]:
-    """The options of least total loss whose sizes together stay within a budget of bytes.
+    """Return the options of least total loss whose sizes together stay within a budget of bytes.
 
-    Where even the smallest do not, they are given.
+    If even the smallest are too large, return them.
     """
     hulls = {name: _hull(ways) for name, ways in options.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
@@ -311,7 +320,7 @@ def allocate(options: Options, budget: int) -> dict[str, Option]:
 
 
 def _hull(ways: list[Option]) -> list[Option]:
-    """From the smallest option on, each time the one that wins most for a byte more."""
+    """Return options from the smallest on; each next one is the one that gains most for a byte more."""
     hull = [min(ways, key=lambda option: (option.size, option.loss))]
     while better := [o for o in ways if o.size > hull[-1].size and o.loss < hull[-1].loss]:
         hull.append(max(better, key=lambda option: _gain(hull[-1], option)))
@@ -319,18 +328,18 @@ def _hull(ways: list[Option]) -> list[Option]:
 
 
 def _gain(before: Option, after: Option) -> float:
-    """Loss that a byte more wins."""
+    """Return the loss that one more byte saves."""
     return (before.loss - after.loss) / (after.size - before.size)
 
 
 def _steps(hulls: Mapping[str, list[Option]]) -> list[tuple[str, Option, Option]]:
-    """Every step up along every hull, the best for a byte first."""
+    """Return all steps up along all hulls, the one that gains most for a byte first."""
     steps = [(name, *pair) for name, hull in hulls.items() for pair in pairwise(hull)]
     return sorted(steps, key=lambda step: (-_gain(*step[1:]), step[0]))
 
 
 def mixed_scheme(scheme: QuantScheme, chosen: Mapping[str, Option]) -> QuantScheme:
-    """The scheme with these options, its group size the one that most layers have."""
+    """Return the scheme with these options; its group size is that of most layers."""
     groups = [KINDS[option.kind].group_size for option in chosen.values()]
     most = max(GROUP_SIZES, key=lambda group_size: (groups.count(group_size), -group_size))
     fixed = {name: scheme.kind(name).name for name in scheme.layers}
@@ -343,7 +352,7 @@ def _plan(source: Checkpoint, scheme: QuantScheme) -> Plan:
 
 
 def size_bounds(source: Checkpoint, scheme: QuantScheme) -> tuple[int, int]:
-    """The smallest weight files that there are, and how many bytes of any lie outside the layers chosen."""
+    """Return the size of the smallest weight files, and how many bytes of any are outside the chosen layers."""
     kinds = candidates(source, scheme)
     chosen = {name: Option(ways[0], 0, 0.0) for name, ways in kinds.items()}
     smallest = mixed_scheme(scheme, chosen)
@@ -354,7 +363,7 @@ def size_bounds(source: Checkpoint, scheme: QuantScheme) -> tuple[int, int]:
 
 
 def _smallest(run: _Run, options: Options, max_loss: float) -> dict[str, Option]:
-    """The first state on the way from the smallest to the finest whose measured loss is small enough."""
+    """Return the first state from the smallest to the finest whose measured loss is small enough."""
     hulls = {name: _hull(ways) for name, ways in options.items()}
     sizes = [sum(hull[0].size for hull in hulls.values())]
     for _, before, after in _steps(hulls):
@@ -371,7 +380,7 @@ def _smallest(run: _Run, options: Options, max_loss: float) -> dict[str, Option]
 
 
 def _best_uniform(run: _Run, size: int) -> tuple[QuantScheme | None, Interval | None]:
-    """The best scheme with one group size for all layers that have no override, within so many bytes."""
+    """Return the best scheme of these bytes with one group size for all layers without an override."""
     columns = [shape[1] for shape in linear_names(run.source.config).values()]
     found: list[tuple[Interval, QuantScheme]] = []
     for group_size in GROUP_SIZES:

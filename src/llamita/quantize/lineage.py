@@ -1,4 +1,4 @@
-"""Whether an adapter was made for a model, by what `finetune` has recorded of both."""
+"""Check whether an adapter was made for a model, by what `finetune` has recorded of both."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,17 +11,17 @@ from llamita.models.weights import ModelSource
 from llamita.system.files import exists_in, read_json
 from llamita.system.staging import TRAINED_MARK
 
-_TRAINING = ("data", "recipe", "seed")  # what makes a training what it is
+_TRAINING = ("data", "recipe", "seed")  # records that identify a training
 
 
 def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
-    """See that this model reads and gives what the model did that adapters were trained on.
+    """Check that this model's channels are those of the model that adapters were trained on.
 
     Raises:
-        InputError: it was rotated, or its channels were scaled, and some adapter knows nothing of that.
+        InputError: the model was rotated, or its channels were scaled, and an adapter was trained without that.
     """
-    changed = changed_channels(source)
-    if changed and not all(is_trained_beside(source, path) for path in adapters):
+    changed = _changed_channels(source)
+    if changed and not all(_is_trained_with(source, path) for path in adapters):
         raise InputError(
             "adapters",
             "a model whose channels are those of its source",
@@ -30,10 +30,10 @@ def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
         )
 
 
-def changed_channels(source: ModelSource) -> list[str]:
-    """What keeps adapters of a model's float source from fitting it, for people; nothing where they fit.
+def _changed_channels(source: ModelSource) -> list[str]:
+    """Return what keeps adapters of a model's float source from fitting it; nothing if they fit.
 
-    R4 is undone where it acts, so adapters never see it.
+    R4 is undone where it acts, so it does not matter to adapters.
     """
     rotated = [name for name in source.rotations.names if name != "R4"]
     if isinstance(source, PackedModel):  # an imported one, whose rotations are another tool's
@@ -42,18 +42,18 @@ def changed_channels(source: ModelSource) -> list[str]:
 
 
 def is_made_for(source: ModelSource, adapter: Path) -> bool | None:
-    """Whether an adapter was trained on this model or on its float source; None where nothing tells."""
+    """Return whether an adapter was trained on this model or on its float source; None if nothing records it."""
     if not isinstance(source, PackedModel) or not exists_in(adapter, TRAINED_MARK):
         return None
     record = read_json(adapter, TRAINED_MARK)
     if _is_quantized(record):
-        return is_trained_beside(source, adapter)
+        return _is_trained_with(source, adapter)
     base = record.get("base")
     return isinstance(base, dict) and base.get("files") == source.metadata["source"]["files"]
 
 
-def is_trained_beside(source: ModelSource, adapter: Path) -> bool:
-    """Whether an adapter was trained beside the very codes of this model."""
+def _is_trained_with(source: ModelSource, adapter: Path) -> bool:
+    """Return whether an adapter was trained together with the codes of this model."""
     if not isinstance(source, PackedModel) or not exists_in(adapter, TRAINED_MARK):
         return False
     record, settings = read_json(adapter, TRAINED_MARK), source.metadata["settings"]
@@ -63,7 +63,7 @@ def is_trained_beside(source: ModelSource, adapter: Path) -> bool:
 
 
 def _methods(source: ModelSource) -> list[str]:
-    """All that made a packed model, what its training began with included."""
+    """Return the methods that made a packed model, those at the start of its training included."""
     if not isinstance(source, PackedModel):
         return []
     recipe = source.metadata["settings"].get("recipe")
@@ -73,7 +73,7 @@ def _methods(source: ModelSource) -> list[str]:
 
 
 def _is_quantized(record: dict[str, Any]) -> bool:
-    """Whether the training was that of a 4-bit model."""
+    """Return whether the training was that of a 4-bit model."""
     recipe = record.get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     return isinstance(stages, list) and any(isinstance(s, dict) and s.get("quantized") for s in stages)

@@ -1,8 +1,8 @@
-"""A model writes text from nothing but its beginning-of-text token, at temperature 1.
+"""Let a model write calibration text, from only its beginning-of-text token, at temperature 1.
 
-Data-free calibration: what a model writes is what it has learned to expect, so its layers see on it what
-they see in use (LLM-QAT, arXiv 2305.17888, trains on such text; here every token is drawn from the whole
-distribution). Rows are written side by side, one token of each in every step of the model.
+A model writes what it has learned to expect, so its layers read on this text what they read in use, and no data is
+needed. LLM-QAT (arXiv 2305.17888) trains on such text; here each token is drawn from the whole distribution. Rows are
+written together, one token of each in every step of the model.
 """
 
 from collections import deque
@@ -19,18 +19,17 @@ from llamita.models.config import ModelConfig
 from llamita.models.weights import ModelSource
 from llamita.text.tokenizer import Tokenizer
 
-ROWS_AT_ONCE = 32  # in a step: beyond, a step takes longer as it has more rows, and nothing is won
-CACHE_BYTES = 2**29  # of keys and values of all rows in a step; a large model writes fewer rows at once
-_SEEDS = 2**32  # rows that share no draw with the rows of another seed
+ROWS_AT_ONCE = 32  # rows in a step; with more, the time of a step grows as fast as its rows
+CACHE_BYTES = 2**29  # bytes of keys and values of all rows; a large model writes fewer rows at once
+_SEEDS = 2**32  # rows whose draws differ from those of another seed
 
 
 class Writer:
-    """A model that writes rows of text, each of `length` tokens, which its context holds.
+    """A model that writes rows of text, each of `length` tokens, which fit into its context.
 
-    A row begins with the BOS token. Where a document ends, its end token stays and a new one begins with
-    BOS, without knowledge of those before it. Each row is a function of the weights, the seed and its
-    place alone: more samples leave the first ones as they are, and neither threads nor the number of rows
-    in a step change a token.
+    A row begins with the BOS token. Where a document ends, its end token stays, and a new document begins with BOS and
+    without knowledge of those before it. Each row depends only on the weights, the seed and its place. So more samples
+    do not change the first ones, and neither threads nor the number of rows in a step change a token.
 
     Raises:
         InputError: the model has no BOS token.
@@ -48,14 +47,14 @@ class Writer:
         self._config, self._length, self._seed = source.config, length, seed
         self._model = Model(source.config, load_weights(source))
 
-    def write(self, places: range, told: Callable[[int], None] | None = None) -> np.ndarray:
-        """The rows of these places, int32 (places, length).
+    def write(self, places: range, report: Callable[[int], None] | None = None) -> np.ndarray:
+        """Return the rows of these places, int32 (places, length).
 
         Args:
-            told: called with the number of tokens that are written, again and again.
+            report: called after each step with the number of tokens that are written.
 
         Raises:
-            RunError: logits that are not finite: broken weights.
+            RunError: logits that are not finite, from broken weights.
         """
         caches = _caches(self._config, len(places), self._length)
         rows = [_Row(place, self._length, self._seed, self._tokenizer, self._config.vocab_size) for place in places]
@@ -69,13 +68,13 @@ class Writer:
                 row.take(own)
             caches += [row.cache for row in writing if row.is_full]
             writing = [row for row in writing if not row.is_full]
-            if told:
-                told(sum(row.count for row in rows))
+            if report:
+                report(sum(row.count for row in rows))
         return np.stack([row.ids for row in rows])
 
 
 def _caches(config: ModelConfig, rows: int, length: int) -> list[SequenceCache]:
-    """Caches for the rows of a step, as many as there is room for."""
+    """Return caches for the rows of a step, as many as fit."""
     first = SequenceCache(config, length, "f16", length)
     count = max(1, min(rows, ROWS_AT_ONCE, CACHE_BYTES // first.nbytes))
     return [first, *(SequenceCache(config, length, "f16", length) for _ in range(count - 1))]
@@ -85,8 +84,8 @@ class _Row:
     """A row of the text while it is written.
 
     Attributes:
-        ids: int32 (length,), of which `count` are known.
-        cache: of the document that is being written, from `begin` on.
+        ids: int32 (length,), of which `count` are written.
+        cache: of the current document, from `begin` on.
     """
 
     cache: SequenceCache
@@ -100,7 +99,7 @@ class _Row:
 
     @property
     def is_full(self) -> bool:
-        """Whether every token is known."""
+        """Whether every token is written."""
         return self.count == len(self.ids)
 
     @property
@@ -109,7 +108,7 @@ class _Row:
         return self.ids[self.count - 1 : self.count]
 
     def begin(self, cache: SequenceCache) -> None:
-        """Begin a document, forgetting whatever the cache holds."""
+        """Begin a document, and clear the cache."""
         self.cache = cache
         cache.length = 0
         assert self._tokenizer.bos_token_id is not None

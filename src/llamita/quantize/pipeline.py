@@ -1,74 +1,240 @@
-"""From a float checkpoint to a packed directory, module by module and in pieces of rows.
+"""Make a packed model of a float one: check, calibrate, choose, round, write, judge.
 
-`quantize` reads top to bottom as the whole pipeline; `RoundedSource` gives the same numbers without a
-directory. A chain of methods begins with the whole model and gives the rounded rows of each module.
+`run` does all of it for a `QuantizeJob`, as `llamita quantize` does. `quantize` is the part that rounds an opened
+source and writes it. `RoundedSource` gives the same numbers without a directory.
 """
 
-import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llamita import __version__, _native
+from llamita import __version__
 from llamita.errors import InputError
+from llamita.imports.cache import Note
+from llamita.imports.open import resolve
 from llamita.methods import chain as chains
-from llamita.methods.chain import Chain, RoundModule, parse_chain
-from llamita.methods.setup import Setup
-from llamita.models.card import CardFacts, model_card
+from llamita.methods.chain import Chain, check_chain, choose_chain, parse_chain
+from llamita.methods.setup import Calibration, Setup
+from llamita.models import layer_kinds
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.layer_kinds import describe_kinds
-from llamita.models.names import TRANSFORM
-from llamita.models.packed import format_of, layout, tensor_bytes
+from llamita.models.config import ModelConfig
+from llamita.models.packed import METADATA, format_of
 from llamita.models.packed_writer import (
     SHARD_BYTES,
     FileTable,
-    PackedWriter,
     copy_companions,
     find_companions,
-    plan_shards,
     stored_rotations,
     write_bytes,
     write_config,
     write_metadata,
 )
 from llamita.models.sizes import Plan, make_plan
-from llamita.models.weights import FloatSource, as_stored, check_finite, transform_dtype
+from llamita.models.weights import FloatSource, transform_dtype
 from llamita.numerics.rotations import Rotations
-from llamita.numerics.scheme import QuantScheme
-from llamita.quantize.rounded import stored_scales
+from llamita.numerics.scheme import QuantScheme, make_scheme
+from llamita.quantize.calibration import SELF, CalibrationSpec, load_calibration
+from llamita.quantize.choose import check_goal, choose, judge
+from llamita.quantize.cost import estimate, plan_chain
+from llamita.quantize.layer_choice import Goal, Selection
+from llamita.quantize.records import card, source_names, source_record
+from llamita.quantize.write import ModuleError, write_weights
 from llamita.system import processes
-from llamita.system.files import sha256_file
-from llamita.system.kept_work import kept_work
+from llamita.system.files import exists_in
+from llamita.system.kept_work import has_kept_work, kept_work
 from llamita.system.machine import MemoryWatch
 from llamita.system.progress import Progress
 from llamita.system.staging import check_space, check_target, staged
+from llamita.text.printable import megabytes
 
-_ROWS = 1024  # rows of a float table copied at a time
 SMALL_FILES = 64 * 2**20  # bytes allowed for tokenizer, licence and the like when space is checked
-_WORST = 5  # layers named in summary and card
+_WORST = 5  # modules named in summary and card
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """A packed model to make.
+
+    Attributes:
+        source: a model directory, a .gguf, a hub name, or "embedded".
+        out: the directory to make.
+        preset: a scheme and the method that makes it: a key of `scheme.PRESETS`.
+        scheme: replaces the preset's, such as `make_scheme("llama3.2", 64)`.
+        method: a chain such as "equalize+gptq" that replaces the preset's method and its settings.
+        settings: of single methods, by names such as "tune.steps".
+        runtime_rotation: whether the model may rotate activations at run time.
+        calibration: the text, and the seed of all draws.
+        keep_float: patterns of layers that stay float, such as "*.down_proj".
+        goal: choose how each layer is stored, for a size or a loss.
+        overwrite: replace an `out` that llamita made.
+
+    Raises:
+        InputError: an unknown preset, method or setting.
+    """
+
+    source: str | Path
+    out: Path
+    preset: str = "llama3.2"
+    scheme: QuantScheme | None = None
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    runtime_rotation: bool = True
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    keep_float: tuple[str, ...] = ()
+    goal: Goal | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        make_scheme(self.preset)
+        assert self.chain.names
+
+    @cached_property
+    def _methods(self) -> tuple[Chain, dict[str, Any]]:
+        return choose_chain(self.preset, self.method, dict(self.settings), self.runtime_rotation)
+
+    @property
+    def chain(self) -> Chain:
+        """The methods, those of the preset unless `method` replaces them."""
+        return self._methods[0]
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """The settings of the run, those of the preset included."""
+        return self._methods[1]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything is measured on calibration text."""
+        return self.goal is not None or self.chain.needs_calibration(self.all_settings)
+
+    def scheme_for(self, config: ModelConfig) -> QuantScheme:
+        """Return the scheme for this model, with the layers that stay float.
+
+        Raises:
+            InputError: a pattern that fits no layer.
+        """
+        return layer_kinds.keep_float(config, self.scheme or make_scheme(self.preset), self.keep_float)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What quantizing made: the plan, seconds, bytes of memory at the peak without pages of files (0 where it
-    was not watched), and the error of every module as Σ(w - ŵ)² / Σw²."""
+    """What was made.
+
+    Attributes:
+        config: of the source.
+        scheme: with the layers that are stored in another way than most.
+        memory: bytes at the peak, without pages of files; 0 where it was not watched.
+        errors: of each module, as Σ(w - ŵ)² / Σw².
+        selection: how layers were chosen, if they were.
+    """
 
     out: Path
+    config: ModelConfig
+    scheme: QuantScheme
     plan: Plan
     seconds: float
     memory: int
     mean_squared_error: float
     relative_error: float
     errors: dict[str, float]
+    selection: Selection | None = None
 
     def worst(self, count: int = _WORST) -> list[tuple[str, float]]:
-        """The modules with the largest relative error, worst first."""
+        """Return the modules with the largest relative error, worst first."""
         return sorted(self.errors.items(), key=lambda item: -item[1])[:count]
+
+
+def run(job: QuantizeJob, progress: Progress = None, note: Note = None) -> Summary | None:
+    """Make the packed model of a job.
+
+    Args:
+        progress: called with what is being done, how many are done, and of how many.
+        note: called with single lines for the user, such as the time to expect.
+
+    Returns:
+        The summary. None in all processes but the first under torchrun, which only do their part of the rounding.
+
+    Raises:
+        InputError: an input or a setting is at fault.
+        RunError: a package of the Torch side, space on the disk or the network is missing.
+    """
+    source = _open(job, progress, note)
+    chain, scheme = job.chain, _check(job, source)
+    with _kept_text(job, source) as work:
+        text = _calibrate(job, source, progress, work)
+        setup = Setup(text, job.calibration.seed, settings=job.all_settings)
+        scheme, setup, selection = choose(source, scheme, job.goal, chain, setup, progress)
+        if processes.rank() > 0:
+            return take_part(source, scheme, str(chain), setup)
+        with _announced(job, source, scheme, setup, note):
+            summary = quantize(source, str(job.source), job.out, scheme, str(chain), setup, job.overwrite,
+                               progress=progress)  # fmt: skip
+    selection = judge(selection, source, job.out, chain, text)
+    source.close()
+    return replace(summary, selection=selection)
+
+
+def _open(job: QuantizeJob, progress: Progress, note: Note) -> Checkpoint:
+    """Return the float model, once OUT is known to be possible."""
+    path = resolve(job.source, progress, note)
+    if exists_in(path, METADATA):
+        raise InputError(f"{job.source}", "a float model", "one that llamita has quantized", "try its source")
+    if processes.rank() == 0:
+        check_target(job.out, job.overwrite, path)
+    return Checkpoint(path)
+
+
+def _check(job: QuantizeJob, source: Checkpoint) -> QuantScheme:
+    """Return the scheme for the source, after all checks that are possible before a text is written."""
+    check_chain(job.chain, job.all_settings, source.config)
+    if job.calibration.name is not None and not job.needs_text:
+        raise InputError("--calibration", "a method that looks at activations", f"{job.chain}", "try gptq")
+    scheme = job.scheme_for(source.config)
+    check_goal(source, scheme, job.goal, job.chain, job.all_settings)
+    return scheme
+
+
+def _kept_text(job: QuantizeJob, source: Checkpoint) -> AbstractContextManager[Path | None]:
+    """Keep text that the model writes in a directory next to OUT until OUT is made."""
+    spec = job.calibration
+    if not job.needs_text or not spec.is_self_written or processes.world() > 1:
+        return nullcontext()
+    stats = [(path.name, path.stat()) for path in sorted(source.path.iterdir())]  # weights, config, tokenizer
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    text = (spec.name or SELF, spec.samples, spec.length, spec.seed)
+    known = {"llamita": __version__, "source": str(source.path.resolve()), "files": files, "text": text}
+    return kept_work(job.out.with_name(f"{job.out.name}.text"), known)
+
+
+def _calibrate(job: QuantizeJob, source: Checkpoint, progress: Progress, work: Path | None) -> Calibration | None:
+    if not job.needs_text:
+        return None
+    spec = job.calibration
+    return load_calibration(spec.name or SELF, source, spec.samples, spec.length, spec.seed, progress, work)
+
+
+@contextmanager
+def _announced(job: QuantizeJob, source: Checkpoint, scheme: QuantScheme, setup: Setup, note: Note) -> Iterator[None]:
+    """Tell the user the cost to expect, when this run resumes an earlier one, and on Ctrl-C that it can be resumed."""
+    if note is None or setup.calibration is None or not job.chain.needs_calibration(setup.settings):
+        yield
+        return
+    plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, job.chain, setup.settings)
+    seconds, memory = estimate(plan, scheme, source.config, job.chain, setup, *setup.calibration.tokens.shape)
+    note(f"{job.chain}: about {seconds:,.0f} s and {megabytes(memory)} of memory to expect")
+    keeps = processes.world() == 1
+    if keeps and has_kept_work(job.out):
+        note(f"{job.out}: an earlier run kept what it had finished; it is used if the command is the same")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if keeps and has_kept_work(job.out):
+            note("stopped; the same command resumes here")
+        raise
 
 
 def quantize(
@@ -79,12 +245,12 @@ def quantize(
     """Write `source`, rounded by `scheme`, to the directory `out`, which appears whole or not at all.
 
     Args:
-        source_name: what the user called the source; it is recorded, a local directory by its whole path.
-        origin: what `source` was trained from, where it was: that has the name, licence and tokenizer.
+        source_name: the user's name of the source; it is recorded, a local directory by its whole path.
+        origin: the model that `source` was trained from, if it was: it has the name, licence and tokenizer.
         method: a chain such as "rtn" or "spinquant+gptq+tune".
         setup: what methods that look at activations need.
         overwrite: replace an `out` that llamita made.
-        extra: files to put beside the weights, by name.
+        extra: files to put next to the weights, by name.
 
     Raises:
         InputError: `out` exists, a layer does not fit the groups, weights are not finite, no UTF-8 path.
@@ -97,67 +263,38 @@ def quantize(
     before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype)  # does it fit?
     check_target(out, overwrite, origin.path)
     record = source_record(origin, recorded, progress)
-    watch, kept = MemoryWatch(), _work(out, chain, scheme, record, setup)
+    watch, kept = MemoryWatch(), _kept_blocks(out, chain, scheme, record, setup)
     with watch, kept as work, staged(out, overwrite, origin.path) as directory:
         setup = replace(setup, work=work)
         changed = chains.transform(source, chain, setup)
-        plan = _plan(changed, scheme, shard_bytes, before.source_bytes)
-        check_space(out, plan.file_bytes + SMALL_FILES)
-        round_module = chains.begin(changed, scheme, chain, setup)
-        files, sums = _write_weights(directory, changed, scheme, round_module, shard_bytes, progress)
-        summary = _summarize(out, plan, time.perf_counter() - began, watch.peak, sums)
         rotations = stored_rotations(changed.rotations)
+        plan = make_plan(changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes,
+                         transform_dtype(rotations), before.source_bytes)  # fmt: skip
+        check_space(out, plan.file_bytes + SMALL_FILES)
+        round_module = chains.rounder(changed, scheme, chain, setup)
+        files, errors = write_weights(directory, changed, rotations, scheme, round_module, shard_bytes, progress)
+        seconds = time.perf_counter() - began
+        summary = _summarize(out, origin.config, scheme, plan, seconds, watch.peak, errors)
         files["config.json"] = write_config(directory, changed.hf_config, scheme, rotations)
         files |= copy_companions(origin.path, directory, companions)
-        texts = {"README.md": _card(origin, shown, scheme, chain, setup, summary), **(extra or {})}
+        page = card(origin, shown, scheme, chain, setup, plan, summary.relative_error, summary.worst())
+        texts = {"README.md": page, **(extra or {})}
         files |= {file: write_bytes(directory / file, data) for file, data in texts.items()}
-        write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
+        write_metadata(directory, _metadata(chain, setup, rotations, record, summary, files))
     return summary
 
 
-def _plan(changed: Checkpoint, scheme: QuantScheme, shard_bytes: int, source_bytes: int) -> Plan:
-    """What will be written of the source after its transforms."""
-    transform = transform_dtype(stored_rotations(changed.rotations))
-    return make_plan(
-        changed.config, scheme, lambda name: changed.info(name).dtype, shard_bytes, transform, source_bytes
-    )
-
-
-def _card(source: FloatSource, shown: str, scheme: QuantScheme, chain: Chain, setup: Setup, summary: Summary) -> bytes:
-    plan = summary.plan
-    return model_card(
-        CardFacts(
-            source_name=shown, source_path=source.path, scheme=scheme, version=__version__,
-            kinds=describe_kinds(source.config, scheme), method=str(chain),
-            scales=chain.scales(scheme.scale_rule), is_measured=chain.is_blockwise,
-            source_bytes=plan.source_bytes, tensor_bytes=plan.tensor_bytes,
-            relative_error=summary.relative_error, worst=summary.worst(), remark=_training(setup.settings),
-        )
-    ).encode()  # fmt: skip
-
-
-def _training(settings: dict[str, Any]) -> str | None:
-    """What the card says of a training, which leaves its record among the settings."""
-    if "recipe" not in settings:
-        return None
-    stages, losses = len(settings["recipe"]["stages"]), settings["losses"]
-    shown = ", ".join(f"{loss:.3f}" for loss in losses)
-    after = f"; held-out loss before, and after each: {shown} nats a token" if losses else ""
-    data = Path(settings["data"]["name"]).name
-    return f"Trained on `{data}` in {stages} stage{'s' * (stages > 1)}, its rounding in the loop{after}."
-
-
 def take_part(source: FloatSource, scheme: QuantScheme, method: str, setup: Setup) -> None:
-    """What every process but the first does under torchrun: its part of a method's work, nothing written."""
+    """Do this process's part of a method's work and write nothing: for all processes but the first under torchrun."""
     chain = parse_chain(method)
     if chain.needs_calibration(setup.settings):
-        chains.begin(chains.transform(source, chain, setup), scheme, chain, setup)
+        chains.rounder(chains.transform(source, chain, setup), scheme, chain, setup)
 
 
-def _work(
+def _kept_blocks(
     out: Path, chain: Chain, scheme: QuantScheme, source: dict[str, Any], setup: Setup
 ) -> AbstractContextManager[Path | None]:
-    """Where the run keeps what it has finished; nowhere where that takes no time, or is done by several."""
+    """Keep finished blocks in a directory next to `out`, unless rounding is quick or several processes do it."""
     if not chain.needs_calibration(setup.settings) or processes.world() > 1:
         return nullcontext()
     calibration = setup.calibration.record() if setup.calibration else None
@@ -166,114 +303,25 @@ def _work(
                            "calibration": calibration})  # fmt: skip
 
 
-def source_names(source: FloatSource, name: str) -> tuple[str, str]:
-    """What llamita.json calls the source, and what the card calls it.
-
-    A directory's relative path, seen from elsewhere, could be the name of a stranger's model on the hub:
-    its whole path is recorded. The card, which others read, shows only its last part.
-    """
-    recorded = shown = name
-    if Path(name) == source.path:  # as `resolve` gives it: a directory, not "embedded" nor a hub's download
-        # "..", which may follow a symlink, is resolved; other symlinks keep the name they were given
-        path = source.path.resolve() if ".." in source.path.parts else Path(os.path.abspath(source.path))
-        recorded, shown = str(path), path.name
-        if shown == "embedded":
-            shown = "./embedded"  # not our own model, which has no licence of Meta's
-    try:
-        recorded.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{recorded!r}", "a path in UTF-8", hint="try renaming the directory") from None
-    return recorded, shown
-
-
-def _write_weights(
-    directory: Path, source: Checkpoint, scheme: QuantScheme, round_module: RoundModule,
-    shard_bytes: int, progress: Progress,
-) -> tuple[FileTable, dict[str, tuple[float, float, int]]]:  # fmt: skip
-    """Weight files, and squared error, energy and number of weights of each rounded module."""
-    rotations = stored_rotations(source.rotations)
-    transform = rotations.head_transform
-    modules = layout(source.config, scheme, lambda name: source.info(name).dtype, transform_dtype(rotations))
-    writer = PackedWriter(directory, plan_shards(modules, shard_bytes))
-    sums: dict[str, tuple[float, float, int]] = {}
-    total, done = sum(tensor_bytes(tensors) for tensors in modules.values()), 0
-    try:
-        for name, tensors in modules.items():
-            if progress:
-                progress(name, done, total)
-            if f"{name}.weight_scale" in tensors:
-                sums[name] = _write_rounded(writer, name, scheme, round_module(name))
-            elif name == TRANSFORM and transform is not None:
-                writer.put(name, transform)
-            elif name in tensors:
-                writer.put(name, source.stored_vector(name))
-            else:
-                dtype = source.info(f"{name}.weight").dtype
-                _write_float(writer, name, as_stored(source.weight(name), dtype))
-            done += tensor_bytes(tensors)
-        writer.finish()
-    finally:
-        writer.abandon()
-    return writer.files, sums
-
-
-def _write_rounded(
-    writer: PackedWriter, name: str, scheme: QuantScheme, pieces: Iterator[Any]
-) -> tuple[float, float, int]:
-    error, energy, count = 0.0, 0.0, 0
-    for piece in pieces:
-        scales = stored_scales(piece.scales, scheme)
-        if scheme.kind(name).bits == 4:
-            writer.put(f"{name}.weight_packed", _native.codes_to_packed(piece.codes))
-        else:
-            writer.put(f"{name}.weight", piece.codes)
-        writer.put(f"{name}.weight_scale", scales)
-        error, energy, count = error + piece.squared_error, energy + piece.energy, count + piece.codes.size
-    return error, energy, count
-
-
-def _write_float(writer: PackedWriter, name: str, table: np.ndarray) -> None:
-    for start in range(0, len(table), _ROWS):
-        piece = table[start : start + _ROWS]
-        check_finite(f"{name}.weight", piece, start)
-        writer.put(f"{name}.weight", piece)
-
-
 def _summarize(
-    out: Path, plan: Plan, seconds: float, memory: int, sums: dict[str, tuple[float, float, int]]
-) -> Summary:
-    error, energy, count = (sum(values) for values in zip(*sums.values(), strict=True))
-    return Summary(
-        out=out,
-        plan=plan,
-        seconds=seconds,
-        memory=memory,
-        mean_squared_error=error / count,
-        relative_error=error / energy if energy else 0.0,
-        errors={name: e / w if w else 0.0 for name, (e, w, _) in sums.items()},
-    )
-
-
-def source_record(source: FloatSource, name: str, progress: Progress) -> dict[str, Any]:
-    """Which model this was made from: its name, and the SHA-256 of config and weight files."""
-    files = {}
-    for i, file in enumerate(["config.json", *source.files]):
-        if progress:
-            progress(f"reading {file}", i, 1 + len(source.files))
-        files[file] = sha256_file(source.path / file)
-    return {"name": name, "files": files}
+    out: Path, config: ModelConfig, scheme: QuantScheme, plan: Plan, seconds: float, memory: int,
+    errors: dict[str, ModuleError],
+) -> Summary:  # fmt: skip
+    total = ModuleError(*(sum(values) for values in zip(*errors.values(), strict=True)))
+    relative = {name: error.relative for name, error in errors.items()}
+    mean = total.squared / total.weights
+    return Summary(out, config, scheme, plan, seconds, memory, mean, total.relative, relative)
 
 
 def _metadata(
-    scheme: QuantScheme, chain: Chain, setup: Setup, rotations: Rotations, source: dict[str, Any],
-    summary: Summary, files: FileTable,
-) -> dict[str, Any]:  # fmt: skip
-    """llamita.json but for its own hash; docs/reference/packed-model.md says what each key means."""
+    chain: Chain, setup: Setup, rotations: Rotations, source: dict[str, Any], summary: Summary, files: FileTable
+) -> dict[str, Any]:
+    """Return llamita.json without its own hash; docs/reference/packed-model.md explains each key."""
     measured = chain.needs_calibration(setup.settings)
     return {
-        "format": format_of(scheme),
+        "format": format_of(summary.scheme),
         "llamita": __version__,
-        "scheme": scheme.to_dict(),
+        "scheme": summary.scheme.to_dict(),
         "method": str(chain),
         "settings": setup.settings,
         "seed": setup.seed if chain.is_random else None,

@@ -1,4 +1,4 @@
-"""A float model rounded as it is read, with the codes and scales that `quantize` would write."""
+"""Round a float model as it is read, with the codes and scales that `quantize` would write."""
 
 import numpy as np
 
@@ -14,26 +14,23 @@ from llamita.numerics.scheme import QuantScheme
 
 
 class RoundedSource:
-    """A checkpoint rounded as it is read, with the codes and scales that `quantize` would write.
-
-    Methods that look at activations round all of it at once, when it is made.
-    """
+    """A float model rounded as it is read. Methods that look at activations round all of it when it is made."""
 
     def __init__(
-        self, checkpoint: FloatSource, scheme: QuantScheme, method: str = "rtn", setup: Setup | None = None
+        self, source: FloatSource, scheme: QuantScheme, method: str = "rtn", setup: Setup | None = None
     ) -> None:
         chain, setup = parse_chain(method), setup or Setup()
-        make_plan(checkpoint.config, scheme, lambda name: checkpoint.info(name).dtype)  # does it fit?
-        self._checkpoint = chains.transform(checkpoint, chain, setup)
-        self.path, self.config, self.scheme = checkpoint.path, self._checkpoint.config, scheme
-        self.rotations = stored_rotations(self._checkpoint.rotations)
-        self._round = chains.begin(self._checkpoint, scheme, chain, setup)
+        make_plan(source.config, scheme, lambda name: source.info(name).dtype)  # does it fit?
+        self._source = chains.transform(source, chain, setup)
+        self.path, self.config, self.scheme = source.path, self._source.config, scheme
+        self.rotations = stored_rotations(self._source.rotations)
+        self._round = chains.rounder(self._source, scheme, chain, setup)
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
-        """A linear layer or table as the scheme has it; float ones as the checkpoint has them."""
+        """Return a linear layer or table as the scheme rounds it, or a float one as the source has it."""
         kind = self.scheme.kind(name)
         if not kind.bits:
-            return as_stored(self._checkpoint.weight(name), self._checkpoint.info(f"{name}.weight").dtype)
+            return as_stored(self._source.weight(name), self._source.info(f"{name}.weight").dtype)
         pieces = [
             (
                 _native.codes_to_packed(piece.codes) if kind.group_size else piece.codes,
@@ -47,14 +44,14 @@ class RoundedSource:
         return Int8Weight(values, scales.reshape(-1))
 
     def vector(self, name: str) -> np.ndarray:
-        """(length,) float32."""
-        return self._checkpoint.vector(name)
+        """Return (length,) float32."""
+        return self._source.vector(name)
 
     def close(self) -> None:
         """Unmap the files."""
-        self._checkpoint.close()
+        self._source.close()
 
 
 def stored_scales(scales: np.ndarray, scheme: QuantScheme) -> np.ndarray:
-    """Scales as they are stored: float32, or bf16 bits, on whose grid they already lie."""
+    """Return scales as they are stored: float32, or the bits of bf16, on whose grid they already are."""
     return scales if scheme.scale_dtype == "float32" else f32_to_bf16(scales)

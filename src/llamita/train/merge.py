@@ -40,7 +40,8 @@ from llamita.numerics.hadamard import fast_hadamard
 from llamita.numerics.intervals import Interval, mean_interval
 from llamita.numerics.scheme import GIVEN
 from llamita.quantize.lineage import check_fits
-from llamita.quantize.pipeline import SMALL_FILES, Summary, quantize, source_names, source_record
+from llamita.quantize.pipeline import SMALL_FILES, Summary, quantize
+from llamita.quantize.records import source_names, source_record
 from llamita.system.files import read_bytes, sha256_file
 from llamita.system.progress import Progress
 from llamita.system.staging import MERGED_MARK, check_space, check_target, staged

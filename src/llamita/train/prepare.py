@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llamita.errors import InputError
 from llamita.methods.blocks import STEPS
-from llamita.methods.online import online_transform
+from llamita.methods.runtime_rotations import runtime_rotation
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.weights import FloatSource, Int4Weight, Int8Weight, ModelSource
 from llamita.numerics.affine import CODE_RANGE, to_f32
@@ -41,7 +41,7 @@ def prepare(model: Any, rounded: ModelSource, floats: FloatSource | None = None)
         raise InputError("start", "no rotation but R4", f"{', '.join(rotations.names)}", "try --set start=llamita")
     if floats is not None:
         _load_floats(model, floats)
-    switch, rotation = Switch(), online_transform(rotations)
+    switch, rotation = Switch(), runtime_rotation(rotations)
     for index, layer in enumerate(model.model.layers):
         for step in STEPS:
             shared = SharedInput()

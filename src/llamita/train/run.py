@@ -11,7 +11,7 @@ from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.packed_writer import write_bytes
 from llamita.numerics.scheme import QuantScheme
-from llamita.quantize.pipeline import source_record
+from llamita.quantize.records import source_record
 from llamita.system import collectives, processes
 from llamita.system.kept_work import shared_work
 from llamita.system.staging import TRAINED_MARK, check_space, staged

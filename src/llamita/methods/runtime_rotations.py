@@ -1,4 +1,4 @@
-"""What a rotated model does at run time, in Torch: the twin of `hadamard.py` that gradients pass through."""
+"""Rotations at run time in Torch: the twin of `numerics/hadamard.py` that passes gradients."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,16 +13,16 @@ from llamita.numerics.hadamard import butterflies, core_signs, factor
 from llamita.numerics.rotations import Rotations
 
 
-def online_transform(rotations: Rotations) -> Callable[[Tensor], Tensor] | None:
-    """R4, for the inputs of down_proj (..., inputs); None where the model has none."""
+def runtime_rotation(rotations: Rotations) -> Callable[[Tensor], Tensor] | None:
+    """Return R4, for the inputs of down_proj (..., inputs); None if the model has none."""
     return None if rotations.r4_size is None else hadamard_transform
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
-    """H·x / √n for every vector along the last axis, sums in the order of `hadamard.fast_hadamard`.
+    """Return H·x / √n for each vector along the last axis, with sums in the order of `hadamard.fast_hadamard`.
 
-    On the CPU by the engine's kernel, in float32 whatever x is, so with its bits. Elsewhere the K sums of an
-    order K > 1 are left to Torch, whose order may differ in the last bits.
+    On the CPU the engine's kernel computes it, in float32 for every dtype of x, so the bits are the engine's. On other
+    devices Torch computes the K sums of an order K > 1, and its order may change the last bits.
     """
     if x.device.type == "cpu" and x.dtype != torch.float64:
         return _OnEngine.apply(x)  # type: ignore[no-any-return]
@@ -36,7 +36,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
 
 
 class _OnEngine(torch.autograd.Function):
-    """H·x / √n; as H is orthogonal up to its factor, the gradient of x is Hᵀ·(the output's) / √n."""
+    """Compute H·x / √n; as H is orthogonal up to a factor, the gradient of x is Hᵀ·(the output's) / √n."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
