@@ -17,7 +17,7 @@ from llamita.commands.sources import convert_first
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.errors import InputError, RunError
 from llamita.imports.open import resolve
-from llamita.models.packed import METADATA
+from llamita.models.metadata import METADATA
 from llamita.numerics.scheme import FLOAT, choose_scheme
 from llamita.system.extras import load_optional
 from llamita.system.files import exists_in

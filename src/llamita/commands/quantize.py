@@ -33,7 +33,7 @@ from llamita.methods.setup import Calibration, Setup, parse_settings
 from llamita.models import layer_kinds
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import METADATA
+from llamita.models.metadata import METADATA
 from llamita.models.sizes import Plan
 from llamita.numerics.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.quantize.calibration import SELF, SELF_FAST, load_calibration

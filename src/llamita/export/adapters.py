@@ -32,7 +32,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
         progress("adapters", 0, 1)
     pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
-    base = job.packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    base = job.packed.metadata.source.name.rsplit("/", 1)[-1]
     write_adapter(StoredAdapter(pairs, rank, stored.scaling), base, job.packed.config.layers, directory)
     record = {
         "bytes": (directory / WEIGHTS).stat().st_size, "rank": rank, "scale": stored.scaling,

@@ -132,7 +132,7 @@ def _vectors(packed: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 def _values(packed: PackedModel) -> dict[str, Any]:
     config = packed.config
-    name = packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    name = packed.metadata.source.name.rsplit("/", 1)[-1]
     values: dict[str, Any] = {
         "general.architecture": "llama", "general.name": name, "general.file_type": _MOSTLY_Q4_0,
         "general.quantization_version": 2, "llama.block_count": config.layers,

@@ -117,4 +117,4 @@ Licence and use policy of the model lie here, where it had some.
 
 
 def _name_of(packed: PackedModel) -> str:
-    return packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    return packed.metadata.source.name.rsplit("/", 1)[-1]

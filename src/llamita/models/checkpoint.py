@@ -62,8 +62,30 @@ def _other_weights(directory: Path) -> str:
     return "GGUF; try the float model" if any(name.endswith(".gguf") for name in names) else "neither"
 
 
-class Checkpoint:
-    """A float model on disk; satisfies `ModelSource`.
+class StoredTensors:
+    """The part that readers of model directories share: tensors by name, whichever file they are in."""
+
+    path: Path
+    files: dict[str, TensorFile]
+    _where: dict[str, str]  # tensor to file
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Return dtype, shape and place of a tensor, by its full name."""
+        return self.files[self._where[tensor]].tensors[tensor]
+
+    def _read(self, tensor: str) -> np.ndarray:
+        if tensor not in self._where:
+            raise InputError(tensor, f"in {self.path}", "none")
+        return self.files[self._where[tensor]].read(tensor)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self.files.values():
+            file.close()
+
+
+class Checkpoint(StoredTensors):
+    """A float model on disk; satisfies `FloatSource` and `ModelSource`.
 
     Raises:
         InputError: a file is missing or broken, the architecture is not supported, or a tensor is missing,
@@ -81,7 +103,7 @@ class Checkpoint:
         if self.hf_config["model_type"] == "llamita":
             raise InputError(
                 f"{path}: llamita.json",
-                "beside packed weights",
+                "next to packed weights",
                 "none",
                 "try copying the directory again, whole, or its float source",
             )
@@ -123,15 +145,6 @@ class Checkpoint:
                 "try tie_word_embeddings: false in config.json",
             )
 
-    def info(self, tensor: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor, by its full name."""
-        return self.files[self._where[tensor]].tensors[tensor]
-
-    def _read(self, tensor: str) -> np.ndarray:
-        if tensor not in self._where:
-            raise InputError(f"{tensor}", f"in {self.path}", "none")
-        return self.files[self._where[tensor]].read(tensor)
-
     def weight(self, name: str) -> np.ndarray:
         """(rows, columns) float32, float16 or bf16 bits, on the mapped file."""
         return self._read(f"{name}.weight")
@@ -145,11 +158,6 @@ class Checkpoint:
         vector = self._read(name)
         check_finite(name, vector)
         return vector
-
-    def close(self) -> None:
-        """Unmap the files."""
-        for file in self.files.values():
-            file.close()
 
 
 def _method(quantization: object) -> str:

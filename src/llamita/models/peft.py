@@ -14,9 +14,8 @@ import numpy as np
 from llamita.errors import InputError, shown
 from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.models.config import ModelConfig
-from llamita.models.packed_writer import write_json
 from llamita.models.weights import FLOAT_DTYPES, check_finite, stored_dtype
-from llamita.system.files import exists_in, read_json, safe_path
+from llamita.system.files import exists_in, read_json, safe_path, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_RANK = 4096

@@ -1,4 +1,4 @@
-"""Checks a packed directory against llamita.json: every flipped bit, missing, extra or truncated file."""
+"""Check a packed model against llamita.json: find every flipped bit, missing, extra or truncated file."""
 
 import os
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import InputError, LlamitaError
+from llamita.models.metadata import METADATA, is_file_table, self_hash_holds
 from llamita.models.names import linear_names, table_names, vector_names
-from llamita.models.packed import METADATA, PackedModel, is_file_table, self_hash_holds
+from llamita.models.packed import PackedModel
 from llamita.system.files import exists_in, parse_json, read_bytes, safe_path, sha256_file
 from llamita.system.progress import Progress
 from llamita.system.staging import EXPORTED_MARK

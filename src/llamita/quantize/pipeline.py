@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,17 @@ from llamita.methods.setup import Setup
 from llamita.models.card import CardFacts, model_card
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.layer_kinds import describe_kinds
+from llamita.models.metadata import ErrorRecord, Metadata, SourceRecord
 from llamita.models.names import TRANSFORM
-from llamita.models.packed import format_of, layout, tensor_bytes
+from llamita.models.packed import layout, tensor_bytes
 from llamita.models.packed_writer import (
     SHARD_BYTES,
-    FileTable,
     PackedWriter,
     copy_companions,
     find_companions,
     plan_shards,
     stored_rotations,
-    write_bytes,
     write_config,
-    write_metadata,
 )
 from llamita.models.sizes import Plan, make_plan
 from llamita.models.weights import FloatSource, as_stored, check_finite, transform_dtype
@@ -42,7 +40,7 @@ from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.rounded import stored_scales
 from llamita.system import processes
-from llamita.system.files import sha256_file
+from llamita.system.files import FileTable, sha256_file, write_bytes
 from llamita.system.kept_work import kept_work
 from llamita.system.machine import MemoryWatch
 from llamita.system.progress import Progress
@@ -111,7 +109,7 @@ def quantize(
         files |= copy_companions(origin.path, directory, companions)
         texts = {"README.md": _card(origin, shown, scheme, chain, setup, summary), **(extra or {})}
         files |= {file: write_bytes(directory / file, data) for file, data in texts.items()}
-        write_metadata(directory, _metadata(scheme, chain, setup, rotations, record, summary, files))
+        _metadata(scheme, chain, setup, rotations, record, summary, files).write(directory)
     return summary
 
 
@@ -155,13 +153,13 @@ def take_part(source: FloatSource, scheme: QuantScheme, method: str, setup: Setu
 
 
 def _work(
-    out: Path, chain: Chain, scheme: QuantScheme, source: dict[str, Any], setup: Setup
+    out: Path, chain: Chain, scheme: QuantScheme, source: SourceRecord, setup: Setup
 ) -> AbstractContextManager[Path | None]:
     """Where the run keeps what it has finished; nowhere where that takes no time, or is done by several."""
     if not chain.needs_calibration(setup.settings) or processes.world() > 1:
         return nullcontext()
     calibration = setup.calibration.record() if setup.calibration else None
-    return kept_work(out, {"llamita": __version__, "source": source, "scheme": scheme.to_dict(),
+    return kept_work(out, {"llamita": __version__, "source": asdict(source), "scheme": scheme.to_dict(),
                            "method": str(chain), "settings": setup.settings, "seed": setup.seed,
                            "calibration": calibration})  # fmt: skip
 
@@ -254,34 +252,31 @@ def _summarize(
     )
 
 
-def source_record(source: FloatSource, name: str, progress: Progress) -> dict[str, Any]:
+def source_record(source: FloatSource, name: str, progress: Progress) -> SourceRecord:
     """Which model this was made from: its name, and the SHA-256 of config and weight files."""
     files = {}
     for i, file in enumerate(["config.json", *source.files]):
         if progress:
             progress(f"reading {file}", i, 1 + len(source.files))
         files[file] = sha256_file(source.path / file)
-    return {"name": name, "files": files}
+    return SourceRecord(name, files)
 
 
 def _metadata(
-    scheme: QuantScheme, chain: Chain, setup: Setup, rotations: Rotations, source: dict[str, Any],
+    scheme: QuantScheme, chain: Chain, setup: Setup, rotations: Rotations, source: SourceRecord,
     summary: Summary, files: FileTable,
-) -> dict[str, Any]:  # fmt: skip
-    """llamita.json but for its own hash; docs/reference/packed-model.md says what each key means."""
+) -> Metadata:  # fmt: skip
     measured = chain.needs_calibration(setup.settings)
-    return {
-        "format": format_of(scheme),
-        "llamita": __version__,
-        "scheme": scheme.to_dict(),
-        "method": str(chain),
-        "settings": setup.settings,
-        "seed": setup.seed if chain.is_random else None,
-        "rotations": rotations.to_list(),
-        "calibration": setup.calibration.record() if measured and setup.calibration else None,
-        "source": source,
-        "float_layers": summary.plan.float_layers,
-        "error": {"relative": summary.relative_error, "mean_squared": summary.mean_squared_error,
-                  "layers": summary.errors},
-        "files": dict(sorted(files.items())),
-    }  # fmt: skip
+    return Metadata(
+        llamita=__version__,
+        scheme=scheme,
+        method=str(chain),
+        settings=setup.settings,
+        seed=setup.seed if chain.is_random else None,
+        rotations=rotations,
+        calibration=setup.calibration.record() if measured and setup.calibration else None,
+        source=source,
+        float_layers=summary.plan.float_layers,
+        error=ErrorRecord(summary.relative_error, summary.mean_squared_error, summary.errors),
+        files=dict(sorted(files.items())),
+    )

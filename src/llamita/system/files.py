@@ -7,10 +7,11 @@ import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 
+FileTable = dict[str, dict[str, Any]]  # name to {"size": bytes, "sha256": hexadecimal}
 LARGEST_JSON = 32 * 2**20  # bytes; the index and the headers of the largest Llama take about one MB
 _BLOCK = 4 * 2**20  # bytes read at a time for a hash
 # What travels with the weights, from the hub and into what we write: tokenizer, chat template, and whatever
@@ -42,8 +43,8 @@ def safe_path(directory: Path, name: object) -> Path:
         InputError: not a plain file name, missing, not a regular file, or a link that leads elsewhere.
         RunError: the file may not be read.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or not name.isprintable():
-        raise InputError(f"{directory.name}", "the name of a file in this directory", f"{name!r}")
+    if not is_plain_name(name):
+        raise InputError(f"{directory.name}", "the name of a file in this directory", shown(name))
     path = directory / name
     try:
         real, root = path.resolve(strict=True), directory.resolve(strict=True)
@@ -70,6 +71,11 @@ def _is_hub_blob(real: Path, root: Path) -> bool:
 def exists_in(directory: Path, name: str) -> bool:
     """Whether the directory lists this name, be it readable or not."""
     return os.path.lexists(directory / name)
+
+
+def is_plain_name(name: object) -> TypeGuard[str]:
+    """Return whether this can only be the name of a file in the directory itself."""
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and "/" not in name
 
 
 def is_companion(name: str) -> bool:
@@ -169,3 +175,29 @@ def sha256_file(path: Path) -> str:
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a new file through to the disk; return its size and SHA-256."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    """Write a JSON object, one key a line, through to the disk; return the file's size and SHA-256."""
+    return write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """Return the text of a JSON object, one key a line, in UTF-8; NaN and infinity raise ValueError."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def file_table(directory: Path) -> FileTable:
+    """Return size and SHA-256 of every file of a directory."""
+    return {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(directory.iterdir())
+    }

@@ -2,16 +2,17 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llamita import __version__
 from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed_writer import write_bytes
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.pipeline import source_record
 from llamita.system import collectives, processes
+from llamita.system.files import write_bytes
 from llamita.system.kept_work import shared_work
 from llamita.system.progress import Progress
 from llamita.system.staging import TRAINED_MARK, check_space, staged
@@ -41,8 +42,8 @@ def run(order: Order, progress: Progress) -> dict[str, Any]:
         InputError: the data, the model or a setting is not for training.
         RunError: the disk is full, another run is at work there, or another process has ended.
     """
-    base = source_record(order.source, order.name, progress)
-    taught = source_record(Checkpoint(order.teacher), "", progress)["files"] if order.teacher else None
+    base = asdict(source_record(order.source, order.name, progress))
+    taught = source_record(Checkpoint(order.teacher), "", progress).files if order.teacher else None
     kept = {"llamita": __version__, "base": base["files"], "teacher": taught, "data": order.data.sha256,
             "seed": order.seed, "recipe": order.recipe.to_dict()}  # fmt: skip
     collectives.join(_PATIENCE)
