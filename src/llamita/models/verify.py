@@ -13,13 +13,13 @@ from llamita.system.files import exists_in, parse_json, read_bytes, safe_path, s
 from llamita.system.progress import Progress
 from llamita.system.staging import EXPORTED_MARK
 
-# What the hub and its client put beside a model.
+# Names that the hub and its client add to a model directory.
 _FOREIGN = (".gitattributes", ".gitignore", ".cache", ".git")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found: one line a problem, none if the directory is as it was written."""
+    """List the problems, one line each; none if the directory is as it was written."""
 
     files: int
     bytes: int
@@ -42,9 +42,8 @@ def verify(path: Path, progress: Progress = None) -> Report:
         return Report(1, 0, [str(error)])
     if not is_file_table(files):
         return Report(1, len(data), [f"{mark}: files: expected names with size and sha256"])
-    problems = [f"{METADATA}: content differs from what was written"]
-    if mark != METADATA or self_hash_holds(data):
-        problems = []
+    is_sealed = mark != METADATA or self_hash_holds(data)
+    problems = [] if is_sealed else [f"{METADATA}: content differs from what was written"]
     total = sum(record["size"] for record in files.values())
     done = 0
     for name, record in files.items():
@@ -77,7 +76,7 @@ def _extra(path: Path, files: dict[str, Any]) -> list[str]:
 
 
 def _check_model(path: Path) -> list[str]:
-    """Whether the model opens, tensor by tensor: catches a directory that was written wrong."""
+    """Open the model and read it tensor by tensor: this finds a directory that was written wrong."""
     try:
         model = PackedModel(path)
         try:
