@@ -43,7 +43,7 @@ _LONGEST = 100  # characters of a name from the file in a message
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as the file declares it; `start` and `stop` are byte offsets in the file."""
+    """Hold a tensor as the file declares it; `start` and `stop` are byte offsets in the file."""
 
     kind: str
     shape: tuple[int, ...]  # outermost first, as in NumPy; the file has the reverse order
@@ -52,7 +52,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A GGUF file, checked and mapped when made.
+    """Read a GGUF file; it is checked and mapped when opened.
 
     Attributes:
         values: metadata by key: numbers, texts, NumPy arrays of numbers, lists of texts.

@@ -33,7 +33,7 @@ _LARGEST_DIMENSION = 2**40
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as the header declares it; `start` and `stop` are byte offsets in the file."""
+    """Hold a tensor as the header declares it; `start` and `stop` are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class TensorInfo:
 
 
 class TensorFile:
-    """A safetensors file, checked and memory-mapped when made.
+    """Read a safetensors file; it is checked and memory-mapped when opened.
 
     Raises:
         InputError: the file breaks a rule of the format; the message names the rule and the tensor.

@@ -66,7 +66,7 @@ def _no_weights(directory: Path) -> LlamitaError:
 
 
 class StoredTensors:
-    """The part that readers of model directories share: tensors by name, whichever file they are in."""
+    """Read tensors by name, whichever file they are in: the shared part of readers of model directories."""
 
     path: Path
     files: dict[str, TensorFile]
@@ -88,7 +88,7 @@ class StoredTensors:
 
 
 class Checkpoint(StoredTensors):
-    """A float model on disk; satisfies `FloatSource` and `ModelSource`.
+    """Read a float model on disk; satisfies `FloatSource` and `ModelSource`.
 
     Raises:
         InputError: a file is missing or damaged, the architecture is not supported, or a tensor is missing,

@@ -1,6 +1,6 @@
-"""llamita.json, the last file of a packed model: how the model came about, and the SHA-256 of every other file.
+"""Read and write llamita.json, which says how a packed model was made and holds the SHA-256 of every other file.
 
-Its second line is the hash of its own other bytes. `docs/reference/packed-model.md` explains every key.
+Its second line is the hash of all its other bytes. `docs/reference/packed-model.md` explains every key.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _TYPES = {"llamita": str, "method": str, "settings": dict, "float_layers": dict}
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """The model that a packed model was made from: its name, and the SHA-256 of its files by name."""
+    """Name the model that a packed model was made from, and the SHA-256 of its files by name."""
 
     name: str
     files: dict[str, str]
@@ -32,7 +32,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """The error of the weights: relative as Σ(w - ŵ)² / Σw²; None where the float model was not available."""
+    """Hold the error of the weights, relative as Σ(w - ŵ)² / Σw²; None if the float model was not available."""
 
     relative: float | None
     mean_squared: float | None
@@ -41,33 +41,23 @@ class ErrorRecord:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The values of llamita.json, in the order of the file.
+    """Hold the values of llamita.json, in the order of the file."""
 
-    Attributes:
-        llamita: the version that wrote the model.
-        method: the chain of methods.
-        settings: what the methods were given, and what they report.
-        seed: None where nothing is random.
-        calibration: which text, or None.
-        float_layers: layers left in float, and why.
-        files: every other file.
-    """
-
-    llamita: str
+    llamita: str  # the version that wrote the model
     scheme: QuantScheme
-    method: str
-    settings: dict[str, Any]
-    seed: int | None
+    method: str  # a chain such as "rtn" or "spinquant+gptq+tune"
+    settings: dict[str, Any]  # settings of the methods, and values that they report
+    seed: int | None  # None if nothing is random
     rotations: Rotations
     calibration: dict[str, Any] | None
     source: SourceRecord
-    float_layers: dict[str, str]
+    float_layers: dict[str, str]  # layers left in float, with the reason
     error: ErrorRecord
-    files: FileTable
+    files: FileTable  # every other file
 
     @property
     def format(self) -> int:
-        """The number of the least format that holds this scheme, so that older versions read what they can."""
+        """Return the least format number that allows this scheme, so that older versions read what they can."""
         return 2 if self.scheme.layers else 1
 
     @classmethod
@@ -123,7 +113,7 @@ def sealed(values: dict[str, Any]) -> bytes:
 
 
 def self_hash_holds(data: bytes) -> bool:
-    """Return whether a sealed file still has the bytes that its second line has the hash of."""
+    """Return whether the hash in a sealed file's second line still fits its other bytes."""
     line = _SELF_LINE.match(data)
     return line is not None and line[1].decode() == hashlib.sha256(b"{\n" + data[line.end() :]).hexdigest()
 

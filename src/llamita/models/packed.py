@@ -1,4 +1,4 @@
-"""Packed models: their layout, and their reader. They are the one format between the methods and all that follows.
+"""Lay out and read packed models, the one format between the methods and all that follows.
 
 Linear layers are stored in compressed-tensors' `pack-quantized` layout, embedding and head in float or int8 per
 channel. `docs/reference/packed-model.md` specifies the format byte by byte.
@@ -156,7 +156,7 @@ def _patterns(names: list[str]) -> list[str]:
 
 
 class PackedModel(StoredTensors):
-    """A packed model, memory-mapped; satisfies `ModelSource`.
+    """Read a packed model, memory-mapped; satisfies `ModelSource`.
 
     Raises:
         InputError: the model is damaged, incomplete, or of a format that this version does not know.

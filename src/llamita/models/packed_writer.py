@@ -22,6 +22,7 @@ from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.system.files import FileTable, is_companion, read_bytes, write_bytes, write_json
+from llamita.system.progress import Progress
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's bound
 _LARGEST_COMPANION = 128 * 2**20  # bytes; the largest tokenizer.json of a Llama takes 17 MB
@@ -120,7 +121,7 @@ class PackedWriter:
 
 def write_shards(
     directory: Path, shards: dict[str, Tensors], pieces: Callable[[str], Iterable[np.ndarray]],
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = None,
 ) -> FileTable:  # fmt: skip
     """Write every tensor of these files in their order; return the table of the files.
 

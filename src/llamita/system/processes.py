@@ -7,7 +7,7 @@ the first process writes and prints.
 import os
 
 from llamita import _native
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 
 
 def world() -> int:
@@ -36,5 +36,5 @@ def share(count: int) -> range:
 def _number(name: str, default: int, least: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
-        raise InputError(f"{name}", f"a whole number of at least {least}", f"{text!r}", "try torchrun")
+        raise InputError(name, f"a whole number of at least {least}", shown(text), "try torchrun")
     return int(text)

@@ -104,9 +104,7 @@ def _alone(parent: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() - began > _PATIENCE:
-                    raise RunError(
-                        str(parent), "no other lock on it", "another program's lock", "try again later"
-                    ) from None
+                    raise RunError(str(parent), "no lock", "another program's lock", "try again later") from None
                 time.sleep(0.05)
             except OSError:  # a file system without locks
                 break
