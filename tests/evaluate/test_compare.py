@@ -1,6 +1,7 @@
 """The numbers of `llamita compare`: against formulas, recorded errors, and models rotated by hand."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from llamita.models.config import ModelConfig
 from llamita.models.packed import PackedModel
 from llamita.numerics import affine
 from llamita.numerics.affine import f32_to_bf16
+from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
 from llamita.system.files import read_json
@@ -80,7 +82,7 @@ def test_noise_is_an_interval_that_holds_zero(interval, noise):
 
 def test_weight_errors_are_those_that_quantize_recorded(root, comparison):
     for model in comparison.models[1:]:
-        recorded = PackedModel(root / model.name).metadata["error"]["layers"]
+        recorded = PackedModel(root / model.name).metadata.error.layers
         assert model.weight_errors == pytest.approx(recorded, rel=1e-5)
     assert comparison.models[0].weight_errors is None
 
@@ -247,7 +249,7 @@ def test_a_rotated_stream_is_turned_back(root, tmp_path):
 )  # fmt: skip
 def test_transforms_and_rotations_come_from_the_metadata(root, method, rotations, is_transformed):
     source = PackedModel(root / "g32")
-    source.metadata |= {"method": method, "rotations": rotations}
+    source.metadata = replace(source.metadata, method=method, rotations=Rotations.from_list(rotations))
     origin = origin_of(source)
     assert origin.is_transformed == is_transformed
     assert origin.rotations == tuple(r["name"] for r in rotations)

@@ -47,7 +47,7 @@ def test_a_damaged_file_is_one_typed_error(tmp_path: Path) -> None:
         (4, "<I", 9, "version: expected 2 or 3, got 9"),
         (8, "<Q", 1 << 60, "tensors: expected at most"),
         (16, "<Q", 1 << 60, "metadata: expected at most"),
-        (24, "<Q", 1 << 60, "expected a text of at most"),
+        (24, "<Q", 1 << 60, "text: expected at most"),
     ],
 )
 def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path, at: int, form: str, value: Any, told: str) -> None:

@@ -13,7 +13,7 @@ from rotated import RotatedCheckpoint
 from tiny import make_checkpoint
 
 from llamita.models.checkpoint import Checkpoint, open_tensor_files
-from llamita.models.packed_writer import write_metadata
+from llamita.models.metadata import sealed
 from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.numerics.affine import dequantize, quantize_activations, to_f32
 from llamita.numerics.packing import unpack_int4
@@ -116,5 +116,4 @@ def reseal(directory: Path, **changes: Any) -> None:
     config = (directory / "config.json").read_bytes()
     if isinstance(values.get("files"), dict):
         values["files"]["config.json"] = {"size": len(config), "sha256": hashlib.sha256(config).hexdigest()}
-    (directory / "llamita.json").unlink()
-    write_metadata(directory, values)
+    (directory / "llamita.json").write_bytes(sealed(values))

@@ -17,7 +17,7 @@ from llamita.methods.chain import parse_chain, transform
 from llamita.methods.settings import check_settings
 from llamita.methods.setup import Setup, parse_settings
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed import METADATA
+from llamita.models.metadata import METADATA
 from llamita.numerics.affine import to_f32
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize

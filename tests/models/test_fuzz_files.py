@@ -23,9 +23,9 @@ from llamita.bench.plan import describe
 from llamita.commands.inspect import facts
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.metadata import sealed
 from llamita.models.names import linear_names, table_names, vector_names
 from llamita.models.packed import PackedModel
-from llamita.models.packed_writer import write_metadata
 from llamita.models.sizes import make_plan
 from llamita.models.verify import verify
 from llamita.models.weights import bias_of
@@ -79,7 +79,7 @@ def mutate_metadata(directory: Path, rng: random.Random) -> None:
     path.unlink()
     if isinstance(values, dict) and rng.randrange(4):
         values.pop("self_sha256", None)
-        write_metadata(directory, json.loads(json.dumps(values).replace("\\ud800", "?")))
+        path.write_bytes(sealed(json.loads(json.dumps(values).replace("\\ud800", "?"))))
     else:
         path.write_bytes(to_text(values, rng))
     return None
@@ -129,7 +129,7 @@ def reseal(directory: Path) -> None:
             record.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
         del values["self_sha256"]
         path.unlink()
-        write_metadata(directory, values)
+        path.write_bytes(sealed(values))
     except Exception:  # it is damaged itself: then as it is
         return
 

@@ -146,9 +146,9 @@ def test_a_mixed_directory_holds_what_was_rounded(tmp_path: Path, preset: str, f
 
 
 def test_only_overrides_need_the_newer_format(tmp_path: Path) -> None:
-    assert PackedModel(pack(tmp_path / "1", make_scheme("llama3.2"))).metadata["format"] == 1
+    assert PackedModel(pack(tmp_path / "1", make_scheme("llama3.2"))).metadata.format == 1
     out = pack(tmp_path / "2", mixed())
-    assert PackedModel(out).metadata["format"] == 2
+    assert PackedModel(out).metadata.format == 2
     reseal(out, format=1)
     with pytest.raises(InputError, match="format: expected 2"):
         PackedModel(out)

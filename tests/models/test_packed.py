@@ -1,4 +1,4 @@
-"""The packed directory: what is written is read, sealed, sharded, and opened by transformers or refused."""
+"""Packed models: what is written is read, sealed, sharded, and opened by transformers or refused."""
 
 import hashlib
 import json
@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from packed_models import assert_same_weight, fake_quantize_input, float_weight, needs_transformers, pack, reseal
+from packed_models import (
+    assert_same_weight,
+    fake_quantize_input,
+    float_weight,
+    needs_transformers,
+    pack,
+    pack_rotated,
+    reseal,
+)
 from tiny import CONFIGS, make_checkpoint
 
 from llamita.errors import InputError
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.metadata import Metadata, self_hash_holds
 from llamita.models.names import linear_names, table_names, vector_names
-from llamita.models.packed import KEYS, PackedModel, self_hash_holds
+from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight, bias_of
 from llamita.numerics.affine import to_f32
 from llamita.numerics.scheme import make_scheme
@@ -110,7 +119,10 @@ def test_small_files_travel_along(tmp_path: Path) -> None:
 def test_what_llamita_json_says(tmp_path: Path) -> None:
     out = pack(tmp_path, "arm", family="llama3")
     values = json.loads((out / "llamita.json").read_text())
-    assert set(values) == KEYS
+    assert list(values) == [
+        "self_sha256", "format", "llamita", "scheme", "method", "settings", "seed", "rotations",
+        "calibration", "source", "float_layers", "error", "files",
+    ]  # fmt: skip
     assert values["format"] == 1
     assert values["source"]["name"] == "src"
     weights = (tmp_path / "src" / "model.safetensors").read_bytes()
@@ -123,6 +135,13 @@ def test_what_llamita_json_says(tmp_path: Path) -> None:
         assert record == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert set(values["files"]) == {path.name for path in out.iterdir()} - {"llamita.json"}
     assert self_hash_holds((out / "llamita.json").read_bytes())
+
+
+def test_metadata_that_was_read_is_written_with_the_same_bytes(tmp_path: Path) -> None:
+    out = pack_rotated(tmp_path)
+    (tmp_path / "again").mkdir()
+    Metadata.read(out).write(tmp_path / "again")
+    assert (tmp_path / "again" / "llamita.json").read_bytes() == (out / "llamita.json").read_bytes()
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -147,6 +166,15 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
         ({"files": []}, "files"),
         ({"files": {"../x": {"size": 1, "sha256": ""}}}, "files"),
         ({"files": {"": {"size": 1, "sha256": ""}}}, "files"),
+        ({"llamita": 1}, "llamita.json: llamita: expected a text, got 1"),
+        ({"method": None}, "method"),
+        ({"settings": []}, "settings"),
+        ({"float_layers": ["lm_head"]}, "float_layers"),
+        ({"error": None}, "error"),
+        ({"error": {"relative": None}}, "error"),
+        ({"error": {"layers": {}}}, "error"),
+        ({"error": {"relative": "0.1", "layers": {}}}, "error"),
+        ({"error": {"relative": 0.1, "layers": {"lm_head": "0.1"}}}, "error"),
         ({"source": None}, "source"),
         ({"source": {"name": 1, "files": {}}}, "source"),
         ({"source": {"name": "x"}}, "source"),
@@ -187,7 +215,7 @@ def test_weights_that_llamita_json_does_not_list_are_refused(tmp_path: Path) -> 
 def test_packed_weights_without_llamita_json_say_what_is_missing(tmp_path: Path) -> None:
     out = pack(tmp_path)
     (out / "llamita.json").unlink()
-    with pytest.raises(InputError, match=r"llamita\.json: expected beside packed weights, found none; try"):
+    with pytest.raises(InputError, match=r"llamita\.json: expected next to packed weights, got none; try"):
         open_source(out)
 
 

@@ -10,7 +10,8 @@ from llamita.numerics.hadamard import core_signs, factor, fast_hadamard, fast_ha
 
 # What Llamas need: intermediate and hidden sizes of Llama 2, 3, TinyLlama, and head sizes.
 SIZES = {64: 1, 128: 1, 8192: 1, 768: 12, 3072: 12, 5120: 20, 14336: 28, 28672: 28, 13824: 108, 11008: 172,
-         5632: 44, 17920: 140, 6656: 52}  # fmt: skip
+         5632: 44, 17920: 140, 6656: 52, 53248: 52, 5504: 172, 22016: 172, 576: 36, 1536: 12,
+         20480: 20, 6912: 108}  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "core"), SIZES.items())
@@ -22,6 +23,8 @@ def test_the_sizes_of_llamas_can_be_done(size: int, core: int) -> None:
 def test_cores_are_hadamard_matrices(core: int) -> None:
     if core in (100, 116, 156):  # only twice or four times these
         assert factor(4 * core)[0] > core
+        with pytest.raises(InputError, match=f"order {core}"):
+            factor(core)
         return
     signs = core_signs(core).astype(int)
     assert set(np.unique(signs)) <= {-1, 1}

@@ -170,7 +170,7 @@ def test_quantize_chooses_for_a_size(tmp_path: Path, tiny: Checkpoint, capsys: p
     assert QuantScheme.from_dict(told["scheme"]) == packed.scheme
     assert packed.scheme.kind("model.layers.0.self_attn.q_proj").name == "float"
     assert len(packed.scheme.layers) > 1
-    settings = packed.metadata["settings"]
+    settings = packed.metadata.settings
     assert settings["auto.max_size"] == size
     assert settings["auto.calibration"]["samples"] == 2
     assert run(*common, "-o", tmp_path / "table") == 0  # for people
@@ -230,5 +230,5 @@ def test_single_layers_are_measured_with_the_method(tmp_path: Path, tiny: Checkp
     for method in ("rtn", "gptq"):
         out = tmp_path / method
         assert run("quantize", tmp_path / "src", "-o", out, *text, "--max-size", size, "--method", method) == 0
-        predicted.append(PackedModel(out).metadata["settings"]["auto.predicted_loss"])
+        predicted.append(PackedModel(out).metadata.settings["auto.predicted_loss"])
     assert predicted[1] != predicted[0]

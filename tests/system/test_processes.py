@@ -55,8 +55,9 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, method: str) -> None:
     assert "torchao" not in started[0][2]  # whose warnings are about kernels that are not used
     assert_nothing_is_left(tmp_path, "src", "one", "two")
     one, two = PackedModel(tmp_path / "one"), PackedModel(tmp_path / "two")
-    assert one.metadata["calibration"] == two.metadata["calibration"]  # the same text, token for token
-    assert one.metadata["calibration"]["samples"] == 5
+    assert one.metadata.calibration == two.metadata.calibration  # the same text, token for token
+    assert one.metadata.calibration is not None
+    assert one.metadata.calibration["samples"] == 5
     # Without down_proj: behind one code of gate_proj that fell the other way, its errors are passed on.
     for linear in list(one.config.linear_shapes())[:-1]:
         found, expected = (model.weight(f"model.layers.0.{linear}") for model in (two, one))
@@ -65,7 +66,7 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, method: str) -> None:
         assert (found.packed == expected.packed).mean() > 0.97, linear  # words of eight codes
         assert (found.scales == expected.scales).mean() > 0.99, linear
     # Further on, a code that fell the other way has changed what later layers see.
-    errors = [model.metadata["error"]["layers"] for model in (two, one)]
+    errors = [model.metadata.error.layers for model in (two, one)]
     for name, error in errors[1].items():
         assert errors[0][name] == pytest.approx(error, rel=0.05), name
 

@@ -118,10 +118,10 @@ def test_a_packed_model_stays_near_and_keeps_its_scheme(model: Path, tmp_path: P
     before, after = PackedModel(base), PackedModel(out)
     assert (before.scheme, before.rotations) == (after.scheme, after.rotations)
     assert (base / "config.json").read_bytes() == (out / "config.json").read_bytes()
-    merged = after.metadata["settings"]["merged"]
+    merged = after.metadata.settings["merged"]
     assert merged["base_method"] == method
     assert merged["adapter"]["name"] == str(adapter)
-    assert after.metadata["source"]["name"] == str(base)
+    assert after.metadata.source.name == str(base)
     loss = measure(source, out, "abcdefgh" * 20)
     assert loss.kl.value < loss.alone.value / 5
     plain, beside, final = loss.losses
@@ -159,7 +159,7 @@ def test_a_calibrated_method_keeps_what_rounding_to_nearest_loses(tmp_path: Path
         kept[method] = 1 - loss["kl"]["value"] / loss["alone"]["value"]
     assert kept["rtn"] < 0.2
     assert kept["gptq"] > 0.4
-    assert PackedModel(tmp_path / "gptq").metadata["method"] == "gptq"
+    assert PackedModel(tmp_path / "gptq").metadata.method == "gptq"
 
 
 def test_the_command_tells_what_was_lost(model: Path, tmp_path: Path, capsys: Any) -> None:

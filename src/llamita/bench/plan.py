@@ -20,7 +20,8 @@ from llamita.errors import InputError, shown
 from llamita.imports.open import is_hub_name, open_source, resolve
 from llamita.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import METADATA, PackedModel
+from llamita.models.metadata import METADATA
+from llamita.models.packed import PackedModel
 from llamita.models.sizes import Plan, float_bytes, make_plan
 from llamita.models.weights import FLOAT_DTYPES, transform_dtype
 from llamita.numerics.scheme import PRESETS, QuantScheme

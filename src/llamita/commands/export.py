@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,7 @@ from llamita.export.job import ExportJob
 from llamita.export.targets import TARGETS, Target, find_target, writer_of
 from llamita.imports.open import open_source
 from llamita.models.packed import PackedModel
-from llamita.models.packed_writer import write_bytes
-from llamita.system.files import exists_in, flush_path, sha256_file
+from llamita.system.files import exists_in, file_table, flush_path, write_bytes
 from llamita.system.machine import MemoryWatch
 from llamita.system.staging import EXPORTED_MARK, check_target, staged
 from llamita.system.threads import use_threads
@@ -139,13 +139,11 @@ def _write_record(directory: Path, packed: PackedModel, target: Target, record: 
     if not exists_in(directory, CARD):
         card = plain_card(packed, target.content, target.usage("DIRECTORY"), _verdict(record))
         write_bytes(directory / CARD, card.encode())
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
-             for path in sorted(directory.iterdir())}  # fmt: skip
-    source = dict(packed.metadata["source"])
+    source = asdict(packed.metadata.source)
     if source["name"].startswith("/"):  # paths of this machine stay private
         source["name"] = Path(source["name"]).name
     values = {"llamita": __version__, "target": target.name, "source": source,
-              "packed": packed.metadata["files"], "files": files, **record}  # fmt: skip
+              "packed": packed.metadata.files, "files": file_table(directory), **record}  # fmt: skip
     write_bytes(directory / EXPORTED_MARK, json.dumps(values, indent=1).encode())
 
 

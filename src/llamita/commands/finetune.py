@@ -16,7 +16,7 @@ from llamita.errors import InputError, shown
 from llamita.imports.open import resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import METADATA
+from llamita.models.metadata import METADATA
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 from llamita.system import processes
 from llamita.system.extras import load_optional

@@ -16,9 +16,8 @@ from llamita.imports.convert import convert
 from llamita.imports.detect import files_of, has_adapters
 from llamita.imports.import_codes import Imported
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed_writer import write_json
 from llamita.models.peft import write_adapter
-from llamita.system.files import exists_in
+from llamita.system.files import exists_in, write_json
 from llamita.system.staging import IMPORTED_MARK, TRAINED_MARK, check_target, staged
 
 _Source = Annotated[

@@ -86,11 +86,11 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
         "layer_errors": {},
     }
     if isinstance(source, PackedModel):
-        metadata = source.metadata
+        metadata = source.metadata.to_dict()
         for key in ("llamita", "method", "settings", "seed", "rotations", "calibration", "source", "float_layers"):
             values[key] = metadata[key]
-        values["relative_error"] = metadata["error"]["relative"]
-        values["layer_errors"] = metadata["error"]["layers"]
+        values["relative_error"] = source.metadata.error.relative
+        values["layer_errors"] = source.metadata.error.layers
     return values
 
 

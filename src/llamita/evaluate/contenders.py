@@ -15,7 +15,7 @@ from llamita.errors import InputError, LlamitaError
 from llamita.evaluate.scores import Contender
 from llamita.imports.open import resolve
 from llamita.loading import load
-from llamita.models.packed import METADATA, read_metadata
+from llamita.models.metadata import METADATA, Metadata
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.system.files import exists_in, safe_path, sha256_file
 from llamita.system.progress import Progress
@@ -115,15 +115,15 @@ def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: P
 
 def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
     """Return the name of the model that one or more packed models were made from, after checking its files."""
-    records = {source: read_metadata(path)["source"] for source, path in packed.items()}
+    records = {source: Metadata.read(path).source for source, path in packed.items()}
     first, record = next(iter(records.items()))
-    name = record["name"]
+    name = record.name
     for source, other in records.items():
-        if other["files"] != record["files"]:
+        if other.files != record.files:
             raise InputError(
                 source,
                 f"one made from {name}, as {first} was",
-                f"one from {other['name']}",
+                f"one from {other.name}",
                 "try --baseline SRC, or each by itself",
             )
     try:
@@ -132,9 +132,9 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
         missing = error.within(f"{first}: its recorded source is missing")
         missing.hint = "try --baseline SRC, or none"
         raise missing from None
-    for i, (file, sha256) in enumerate(record["files"].items()):
+    for i, (file, sha256) in enumerate(record.files.items()):
         if progress:
-            progress(f"checking {name}", i, len(record["files"]))
+            progress(f"checking {name}", i, len(record.files))
         if not exists_in(path, file) or sha256_file(safe_path(path, file)) != sha256:
             raise InputError(
                 f"{path / file}", f"the file that {first} was made from", "another", "try --baseline SRC, or none"

@@ -59,8 +59,7 @@ def origin_of(source: ModelSource) -> Origin:
     """Read a packed model's method and rotations from its llamita.json."""
     if not isinstance(source, PackedModel):
         return Origin("rtn" if source.scheme else None, (), False)  # rounded as it was loaded
-    method = source.metadata["method"]
-    rotations = tuple(rotation["name"] for rotation in source.metadata["rotations"])
+    method, rotations = source.metadata.method, source.metadata.rotations.names
     return Origin(method, rotations, bool(rotations) or not set(TRANSFORMS).isdisjoint(method.split("+")))
 
 

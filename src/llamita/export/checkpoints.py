@@ -9,10 +9,11 @@ import numpy as np
 from llamita.errors import RunError
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
-from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
+from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_shards
 from llamita.models.weights import Weight, row_blocks
 from llamita.numerics.affine import f32_to_bf16, to_f32
 from llamita.system.extras import load_optional
+from llamita.system.files import write_json
 from llamita.system.progress import Progress
 
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # dtype, shape, and a function that returns the values

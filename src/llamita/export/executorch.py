@@ -19,7 +19,8 @@ from llamita.export.proof import Proof, compare, engine_of, own_tokens, rounded_
 from llamita.export.runtime import run
 from llamita.export.source import adapter_of, check_grid
 from llamita.models.packed import PackedModel
-from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.system.files import write_bytes
 from llamita.system.progress import Progress
 from llamita.text.tokenizer import Tokenizer
 

@@ -21,11 +21,12 @@ from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, heads_of, meta_name, pair_order
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
-from llamita.models.packed_writer import copy_companions, find_companions, write_bytes
+from llamita.models.packed_writer import copy_companions, find_companions
 from llamita.models.peft import StoredAdapter
 from llamita.models.weights import Int8Weight, Weight
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
+from llamita.system.files import write_bytes
 from llamita.system.progress import Progress
 
 FILE, PARAMS = "consolidated.00.pth", "params.json"

@@ -59,7 +59,7 @@ def codes_of(weight: Int4Weight | Int8Weight) -> np.ndarray:
 
 def source_name(packed: PackedModel) -> str:
     """Return the name of the float model without its directory."""
-    return packed.metadata["source"]["name"].rsplit("/", 1)[-1]
+    return packed.metadata.source.name.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""GGUF files, read and written: llama.cpp's container of metadata and tensors (ggml/docs/gguf.md, version 3).
+"""Read and write GGUF files: llama.cpp's container of metadata and tensors (ggml/docs/gguf.md, version 3).
 
-Reading checks every count, length and offset against the file before anything is taken from it, and maps
-the data. Integers and floats are little-endian.
+The reader checks every count, length and offset against the file before it uses them, and maps the data. Integers and
+floats are little-endian.
 """
 
 import math
-import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,16 +14,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, shown
+from llamita.system.files import map_file
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 BLOCK = 32  # weights that share a scale in Q4_0 and Q8_0
-# Types of values, in the format's order; 8 is a string, 9 an array.
+# `struct` formats of value types, in the order of their numbers; 8 is a string, 9 an array.
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")
 _STRING, _ARRAY = 8, 9
 _INT32, _UINT32, _FLOAT32, _BOOL = 5, 4, 6, 7
 _DTYPES = ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1", "", "", "<u8", "<i8", "<f8")
-# Types of tensors: number, weights of a block, bytes of a block.
+# Types of tensors: number, weights in a block, bytes of a block.
 KINDS = {
     "F32": (0, 1, 4),
     "F16": (1, 1, 2),
@@ -35,23 +35,24 @@ KINDS = {
 }
 _NAMES = {number: name for name, (number, _, _) in KINDS.items()}
 _MOST_DIMENSIONS = 4
-_MOST_STRINGS = 1 << 20  # in an array: a Python string takes some 60 bytes, whatever the file has for it
+_MOST_STRINGS = 1 << 20  # in an array: a Python string takes about 60 bytes, however short
 _LARGEST_NAME = 4096
 _LARGEST_ALIGNMENT = 1 << 16
+_LONGEST = 100  # characters of a name from the file in a message
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as the file declares it; `start` and `stop` are byte offsets in the file."""
+    """Hold a tensor as the file declares it; `start` and `stop` are byte offsets in the file."""
 
     kind: str
-    shape: tuple[int, ...]  # outermost first, as NumPy has it; the file has it the other way round
+    shape: tuple[int, ...]  # outermost first, as in NumPy; the file has the reverse order
     start: int
     stop: int
 
 
 class GgufFile:
-    """A GGUF file, checked and mapped when made.
+    """Read a GGUF file; it is checked and mapped when opened.
 
     Attributes:
         values: metadata by key: numbers, texts, NumPy arrays of numbers, lists of texts.
@@ -64,34 +65,27 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < len(MAGIC):
-                    raise InputError(f"{path.name}", "a GGUF file", f"{size} bytes")
-                self._data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+        self._data = map_file(path, len(MAGIC), "a GGUF file")
         self._at = 0
         try:
             self._read_header()
         except InputError as error:
             self._data.close()
-            raise InputError(f"{path.name}: {error}") from None
+            raise error.within(path.name) from None
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor's bytes: uint8 (rows, bytes of a row), or (bytes,) of a vector."""
+        """Return a tensor's bytes: uint8 (rows, bytes of a row), or (bytes,) of a vector."""
         tensor = self.tensors[name]
         flat = np.frombuffer(self._data, np.uint8, tensor.stop - tensor.start, tensor.start)
         return flat.reshape(tensor.shape[0], -1) if len(tensor.shape) > 1 else flat
 
     def close(self) -> None:
-        """Let go of the file; what `read` gave keeps it until it is gone."""
+        """Release the file; arrays from `read` keep it mapped until they are gone."""
         self.tensors = {}
 
     def _read_header(self) -> None:
         if self._take(len(MAGIC)) != MAGIC:
-            raise InputError("expected a GGUF file, got another beginning")
+            raise InputError("header", "a GGUF file", "another beginning")
         version = self._number("<I")
         if version not in (2, VERSION):
             raise InputError("version", f"2 or {VERSION}", f"{version}")
@@ -102,7 +96,7 @@ class GgufFile:
         for _ in range(values):
             key = self._text(_LARGEST_NAME)
             if key in self.values:
-                raise InputError(f"{key[:100]!r}", "once", "twice")
+                raise InputError(shown(key, _LONGEST), "once", "twice")
             self.values[key] = self._value(key)
         declared = [self._declared() for _ in range(tensors)]
         self.tensors = self._placed(declared)
@@ -111,12 +105,12 @@ class GgufFile:
         name = self._text(_LARGEST_NAME)
         count = self._number("<I")
         if not 1 <= count <= _MOST_DIMENSIONS:
-            raise InputError(f"{name[:100]!r}", f"1 to {_MOST_DIMENSIONS} dimensions", f"{count}")
+            raise InputError(shown(name, _LONGEST), f"1 to {_MOST_DIMENSIONS} dimensions", f"{count}")
         shape = tuple(self._number("<Q") for _ in range(count))[::-1]
         number, offset = self._number("<I"), self._number("<Q")
         if number not in _NAMES:
             raise InputError(
-                f"{name[:100]!r}",
+                shown(name, _LONGEST),
                 f"one of {', '.join(KINDS)}",
                 f"ggml's type {number}",
                 "try the model in F16, BF16 or Q8_0",
@@ -126,7 +120,7 @@ class GgufFile:
     def _placed(self, declared: Iterable[tuple[str, str, tuple[int, ...], int]]) -> dict[str, GgufTensor]:
         alignment = self.values.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= _LARGEST_ALIGNMENT or alignment % 8:
-            raise InputError("general.alignment", "a multiple of 8", f"{alignment!r}")
+            raise InputError("general.alignment", "a multiple of 8", shown(alignment))
         begin = -(-self._at // alignment) * alignment
         found: dict[str, GgufTensor] = {}
         for name, kind, shape, offset in declared:
@@ -134,7 +128,7 @@ class GgufFile:
             count = math.prod(shape)
             if name in found or count <= 0 or shape[-1] % block or offset % alignment:
                 raise InputError(
-                    f"{name[:100]!r}",
+                    shown(name, _LONGEST),
                     f"once, in whole blocks of {block}, at a multiple of {alignment}",
                     f"{shape} at {offset}",
                 )
@@ -142,13 +136,16 @@ class GgufFile:
             stop = start + count // block * width
             if stop > len(self._data):
                 raise InputError(
-                    f"{name[:100]!r}", f"within {len(self._data)} bytes", f"an end at {stop}", "is the file truncated?"
+                    shown(name, _LONGEST),
+                    f"within {len(self._data)} bytes",
+                    f"an end at {stop}",
+                    "is the file truncated?",
                 )
             found[name] = GgufTensor(kind, shape, start, stop)
         ends = 0
         for name, tensor in sorted(found.items(), key=lambda item: item[1].start):
             if tensor.start < ends:
-                raise InputError(f"{name[:100]!r}", "data of its own", "another tensor's")
+                raise InputError(shown(name, _LONGEST), "separate data", "another tensor's")
             ends = tensor.stop
         return found
 
@@ -162,7 +159,7 @@ class GgufFile:
         if kind == _STRING:
             self._check_count(key, count, 8)
             if count > _MOST_STRINGS:
-                raise InputError(f"{key[:100]}", f"at most {_MOST_STRINGS} texts", f"{count}")
+                raise InputError(key[:_LONGEST], f"at most {_MOST_STRINGS} texts", f"{count}")
             return [self._text(len(self._data)) for _ in range(count)]
         width = struct.calcsize(self._format(key, kind))
         self._check_count(key, count, width)
@@ -170,15 +167,15 @@ class GgufFile:
 
     def _format(self, key: str, kind: int) -> str:
         if kind >= len(_SCALARS) or not _SCALARS[kind]:
-            raise InputError(f"{key[:100]}", "a value, a text or an array of these", f"type {kind}")
+            raise InputError(key[:_LONGEST], "a value, a text or an array of these", f"type {kind}")
         return _SCALARS[kind]
 
     def _check_count(self, what: str, count: int, width: int) -> None:
         left = len(self._data) - self._at
         if count * width > left:
             raise InputError(
-                f"{what[:100]}",
-                f"at most {left // width}, which the file has room for",
+                what[:_LONGEST],
+                f"at most {left // width}, for which the file has room",
                 f"{count}",
                 "is it truncated or damaged?",
             )
@@ -189,15 +186,15 @@ class GgufFile:
     def _text(self, limit: int) -> str:
         length = self._number("<Q")
         if length > limit:
-            raise InputError(f"expected a text of at most {limit} bytes, got {length}")
+            raise InputError("text", f"at most {limit} bytes", f"{length}")
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
-            raise InputError("expected texts in UTF-8, got other bytes") from None
+            raise InputError("text", "UTF-8", "other bytes") from None
 
     def _take(self, count: int) -> bytes:
         if count > len(self._data) - self._at:
-            raise InputError(f"expected {count} bytes more at {self._at}, got the end of the file")
+            raise InputError("header", f"{count} bytes more at {self._at}", "the end of the file")
         data = self._data[self._at : self._at + count]
         self._at += count
         return data

@@ -1,6 +1,6 @@
-"""Matrices in GGUF's blocks: codes and scales of Q4_0 and Q8_0, and floats of whatever is read.
+"""Decode matrices in GGUF's blocks: codes and scales of Q4_0 and Q8_0, and floats of every kind that is read.
 
-llama.cpp's own Q4_0 files have their output, or the table that is both, in Q6_K.
+llama.cpp's Q4_0 files store the head, or the tied table, in Q6_K.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from llamita.numerics.affine import to_f32
 
 
 def floats_of(kind: str, data: np.ndarray) -> np.ndarray:
-    """A matrix of a file in float32 (rows, columns), or a vector."""
+    """Return a matrix of a file in float32 (rows, columns), or a vector."""
     if kind in ("F32", "F16"):
         return data.view({"F32": "<f4", "F16": "<f2"}[kind]).astype(np.float32)
     if kind == "BF16":
@@ -22,7 +22,7 @@ def floats_of(kind: str, data: np.ndarray) -> np.ndarray:
 
 
 def codes_of(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes int8 (rows, columns) and scales float32 (rows, blocks) of a matrix in Q4_0 or Q8_0."""
+    """Return codes int8 (rows, columns) and scales float32 (rows, blocks) of a matrix in Q4_0 or Q8_0."""
     blocks = data.reshape(len(data), -1, 2 + (BLOCK // 2 if kind == "Q4_0" else BLOCK))
     scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float32)
     codes = blocks[..., 2:]
@@ -32,8 +32,11 @@ def codes_of(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _q6_k(data: np.ndarray) -> np.ndarray:
-    """Blocks of 256 weights: 128 bytes with the lower 4 bits of codes, 64 with the upper 2, 16 scales of 16
-    weights each, int8, and a scale of scales; as ggml's dequantize_row_q6_K, multiplied in the same order."""
+    """Return the floats of Q6_K blocks; multiply in the order of ggml's dequantize_row_q6_K.
+
+    A block of 256 weights has 128 bytes with the lower 4 bits of codes, 64 with the upper 2, 16 int8 scales of 16
+    weights each, and a scale of scales.
+    """
     blocks = data.reshape(-1, 210)
     low, high = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 1, 32)
     low = np.concatenate([low & 15, low >> 4], axis=2)  # (blocks, halves, quarters, 32)

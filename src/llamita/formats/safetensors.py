@@ -1,9 +1,8 @@
-"""safetensors files, read and written without Torch.
+"""Read and write safetensors files without Torch.
 
-Reading checks everything before use and maps the data, so that a file costs no memory; bf16 comes as
-uint16 bits. Writing puts the header first, from declared shapes, then the data piece by piece, so that
-memory stays at one piece. Format: 8 bytes header length, JSON header, data without holes
-(huggingface.co/docs/safetensors).
+The reader checks everything before use and maps the data, so that a file costs no memory; bf16 becomes uint16 bits.
+The writer writes the header first, from declared shapes, then the data piece by piece, so that memory holds one piece.
+Format: 8 bytes header length, JSON header, data without holes (huggingface.co/docs/safetensors).
 """
 
 import hashlib
@@ -17,24 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError, RunError, shown
-from llamita.system.files import LARGEST_JSON, parse_json, safe_path
+from llamita.errors import InputError, shown
+from llamita.system.files import LARGEST_JSON, map_file, parse_json, safe_path
 
-# NumPy has no bf16 and no float8: their bits.
+# NumPy has no bf16 and no float8: these are integers with their bits.
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "u1",
 }  # fmt: skip
 _LENGTH_BYTES = 8
-_ALIGNMENT = 64  # of the first tensor in files we write: a cache line and an AVX-512 register
+_ALIGNMENT = 64  # bytes, of the first tensor in files that we write: a cache line and an AVX-512 register
 _MOST_DIMENSIONS = 8
 _LARGEST_DIMENSION = 2**40
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as the header declares it; `start` and `stop` are byte offsets in the file."""
+    """Hold a tensor as the header declares it; `start` and `stop` are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +42,7 @@ class TensorInfo:
 
 
 class TensorFile:
-    """A safetensors file, checked and memory-mapped when made.
+    """Read a safetensors file; it is checked and memory-mapped when opened.
 
     Raises:
         InputError: the file breaks a rule of the format; the message names the rule and the tensor.
@@ -52,41 +51,33 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = safe_path(path.parent, path.name)
-        try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < _LENGTH_BYTES:
-                    raise InputError(f"{path.name}", "a safetensors file", f"{size} bytes")
-                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-        self.tensors, self.metadata = _read_header(data, size, path.name)
-        self._map: mmap.mmap | None = data
+        self._map: mmap.mmap | None = map_file(self.path, _LENGTH_BYTES, "a safetensors file")
+        self.tensors, self.metadata = _read_header(self._map, path.name)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as a read-only array on the mapped file (copied only where it is not aligned)."""
+        """Return the tensor as a read-only array on the mapped file; copy it only if it is not aligned."""
         assert self._map is not None, f"{self.path} is closed"
         info = self.tensors[name]
         array = np.ndarray(info.shape, DTYPES[info.dtype], self._map, info.start)
         return array if array.flags.aligned else array.copy()
 
     def forget(self) -> None:
-        """Leave the pages that were read to the system; arrays read them again when they are looked at."""
+        """Let the system drop the pages that were read; arrays read them again on use."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Let go of the file; it stays mapped until the last array that looks at it is gone.
+        """Release the file; it stays mapped until its last array is gone.
 
-        Never `mmap.close()`: NumPy holds a reference to the map but no lock on it, and an array on a closed
-        map ends the process.
+        Never call `mmap.close()`: NumPy holds a reference to the map but no lock on it, and reading an array on a
+        closed map crashes the process.
         """
         self._map = None
 
 
-def _read_header(data: mmap.mmap, size: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
-    """The tensors by name, and what the file says of itself."""
-    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+def _read_header(data: mmap.mmap, where: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """Return the tensors by name, and the file's metadata."""
+    size, length = len(data), int.from_bytes(data[:_LENGTH_BYTES], "little")
     if length > LARGEST_JSON:
         raise InputError(f"{where}: header", f"at most {LARGEST_JSON} bytes", f"{length}")
     if length > size - _LENGTH_BYTES:
@@ -102,16 +93,16 @@ def _read_header(data: mmap.mmap, size: int, where: str) -> tuple[dict[str, Tens
             raise InputError(f"{where}: {name!r}: data_offsets: {kind}")
         position = info.stop
     if position != size:
-        raise InputError(f"{where}", f"{position} bytes from its header", f"{size}", "is it truncated?")
+        raise InputError(where, f"{position} bytes from its header", f"{size}", "is it truncated?")
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _tensor_info(values: Any, begin: int, where: str) -> TensorInfo:
     if not isinstance(values, dict) or set(values) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}", "the keys dtype, shape and data_offsets")
+        raise InputError(where, "the keys dtype, shape and data_offsets")
     dtype, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where}: dtype", f"one of {', '.join(DTYPES)}", f"{dtype!r}")
+        raise InputError(f"{where}: dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
     if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _LARGEST_DIMENSION:
         raise InputError(f"{where}: shape", "a list of sizes", shown(shape))
     if not _are_counts(offsets) or len(offsets) != 2:
@@ -119,7 +110,7 @@ def _tensor_info(values: Any, begin: int, where: str) -> TensorInfo:
     start, stop = offsets
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if stop - start != expected:
-        raise InputError(f"{where}", f"{expected} bytes from its shape", f"{stop - start}")
+        raise InputError(where, f"{expected} bytes from its shape", f"{stop - start}")
     return TensorInfo(dtype, tuple(shape), begin + start, begin + stop)
 
 
@@ -128,9 +119,7 @@ def _are_counts(values: Any) -> bool:
 
 
 class TensorWriter:
-    """Writes a safetensors file: the declared tensors in their order, each in one or more pieces of rows.
-
-    `sha256` is that of the bytes as they were handed to the file, taken while writing.
+    """Write a safetensors file: the declared tensors in their order, each in one or more pieces of rows.
 
     Args:
         path: a file that does not exist yet.
@@ -146,7 +135,7 @@ class TensorWriter:
         self._put(header)
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Append a piece of the tensor that is due."""
+        """Append a piece of the current tensor."""
         if not self._left and self._pieces:
             self._name, self._dtype, self._left = self._pieces.pop(0)
         if name != self._name or array.dtype != self._dtype or array.nbytes > self._left:
@@ -156,7 +145,7 @@ class TensorWriter:
         self._put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def finish(self) -> str:
-        """Flush to the disk and close; the file's SHA-256 in hexadecimal."""
+        """Flush to the disk and close; return the SHA-256 of the written bytes in hexadecimal."""
         if self._left or any(size for _, _, size in self._pieces):
             raise ValueError(f"expected {self._left} more bytes of {self._name}, then {self._pieces[:1]}")
         self._file.flush()
@@ -165,7 +154,7 @@ class TensorWriter:
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
-        """Close a file that will not be finished."""
+        """Close the file unfinished."""
         self._file.close()
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -175,13 +164,13 @@ class TensorWriter:
 
 
 def _make_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[tuple[str, np.dtype, int]]]:
-    """The header's bytes, and name, dtype and size of each tensor in order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    """Return the header's bytes, and name, dtype and size of each tensor in order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     pieces, position = [], 0
     for name, (dtype, shape) in tensors.items():
         item = np.dtype(DTYPES[dtype])
         size = math.prod(shape) * item.itemsize
-        # Readers that map the file, safetensors itself among them, need every tensor aligned.
+        # Readers that map the file, such as safetensors itself, need every tensor aligned.
         assert position % item.itemsize == 0, f"{name} would not be aligned"
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         pieces.append((name, item, size))
@@ -192,5 +181,5 @@ def _make_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes
 
 
 def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Size of what stands before the data in a file of these tensors."""
+    """Return the bytes before the data in a file of these tensors."""
     return len(_make_header(tensors)[0])

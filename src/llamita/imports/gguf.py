@@ -18,7 +18,8 @@ from llamita.imports.tokenizers import LLAMA3_ENDS, WORDS, byte_level, with_scor
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, gguf_name, hf_order, rope_factors
 from llamita.models.names import expected_tensors
-from llamita.models.packed_writer import plan_shards, write_bytes, write_json, write_shards
+from llamita.models.packed_writer import plan_shards, write_shards
+from llamita.system.files import write_bytes, write_json
 from llamita.system.progress import Progress
 
 _SIGNED = "weights are multiplied out: llama.cpp's int4 scales have both signs, which no other runtime takes"

@@ -17,16 +17,17 @@ from llamita.imports.codes import Coded, Found, find_kinds, scales_for, scheme_o
 from llamita.models.card import CardFacts, model_card
 from llamita.models.config import ModelConfig
 from llamita.models.layer_kinds import describe_kinds
+from llamita.models.metadata import ErrorRecord, Metadata, SourceRecord
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
-from llamita.models.packed import PackedModel, format_of, layout
-from llamita.models.packed_writer import plan_shards, write_bytes, write_config, write_metadata, write_shards
+from llamita.models.packed import PackedModel, layout
+from llamita.models.packed_writer import plan_shards, write_config, write_shards
 from llamita.models.peft import StoredAdapter
 from llamita.models.weights import as_stored, check_finite, stored_dtype
 from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 from llamita.numerics.packing import pack_int4
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
-from llamita.system.files import sha256_file
+from llamita.system.files import file_table, sha256_file, write_bytes
 from llamita.system.progress import Progress
 
 _METHOD = "imported"  # in llamita.json
@@ -298,13 +299,17 @@ def _card(model: CodedModel, found: Survey, directory: Path, remark: str | None)
 
 def _write_metadata(model: CodedModel, codes: ImportedCodes, directory: Path) -> None:
     """Write llamita.json, with the hash of every file of the directory."""
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
-             for path in sorted(directory.iterdir())}  # fmt: skip
     sources = {path.name: sha256_file(path) for path in model.files}
-    write_metadata(directory, {
-        "format": format_of(codes.scheme), "llamita": __version__, "scheme": codes.scheme.to_dict(),
-        "method": _METHOD, "settings": {"form": model.format, "rotated": list(model.rotated)}, "seed": None,
-        "rotations": model.rotations.to_list(), "calibration": None,
-        "source": {"name": str(model.path.resolve()), "files": sources}, "float_layers": codes.float_layers,
-        "error": {"relative": None, "mean_squared": None, "layers": {}}, "files": files,
-    })  # fmt: skip
+    Metadata(
+        llamita=__version__,
+        scheme=codes.scheme,
+        method=_METHOD,
+        settings={"form": model.format, "rotated": list(model.rotated)},
+        seed=None,
+        rotations=model.rotations,
+        calibration=None,
+        source=SourceRecord(str(model.path.resolve()), sources),
+        float_layers=codes.float_layers,
+        error=ErrorRecord(None, None, {}),
+        files=file_table(directory),
+    ).write(directory)

@@ -21,8 +21,8 @@ from llamita.imports.torch_files import FLOATS, bits_of, load_tensors
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, hf_order, meta_name
 from llamita.models.names import expected_tensors
-from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_json, write_shards
-from llamita.system.files import read_json
+from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_shards
+from llamita.system.files import read_json, write_json
 from llamita.system.progress import Progress
 
 PARAMS = "params.json"

@@ -9,7 +9,8 @@ from llamita.errors import InputError, RunError
 from llamita.imports.cache import Note, converted
 from llamita.imports.detect import detect_format
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed import METADATA, PackedModel
+from llamita.models.metadata import METADATA
+from llamita.models.packed import PackedModel
 from llamita.models.weights import ModelSource
 from llamita.system.files import exists_in
 from llamita.system.progress import Progress

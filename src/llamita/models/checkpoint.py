@@ -1,6 +1,5 @@
-"""A float Llama in Hugging Face form: config.json and safetensors, sharded or not, memory-mapped.
+"""Read a float Llama in Hugging Face's format: config.json and safetensors, sharded or not, memory-mapped.
 
-Also defines how weights travel between sources and engine (`Int4Weight`, `Int8Weight`, `ModelSource`).
 Every tensor of the architecture is checked for name, dtype and shape before anything is computed.
 """
 
@@ -9,25 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, LlamitaError, shown
 from llamita.formats.safetensors import TensorFile, TensorInfo
 from llamita.models.config import ModelConfig
-from llamita.models.names import expected_tensors
+from llamita.models.names import EMBEDDING, HEAD, expected_tensors
 from llamita.models.weights import FLOAT_DTYPES, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
-from llamita.system.files import exists_in, read_json, safe_path
+from llamita.system.files import exists_in, read_json, safe_path, unreadable
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # old checkpoints; recomputed
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # in old checkpoints; recomputed
 _MOST_NAMED = 3  # tensors named in one message
+_ROWS = 1024  # of two tables compared at a time: a few MB
 
 
 def open_tensor_files(directory: Path) -> tuple[dict[str, TensorFile], dict[str, str]]:
-    """The safetensors files of a directory by name, and the file that holds each tensor.
+    """Return the safetensors files of a directory by name, and the name of the file that holds each tensor.
 
     Raises:
-        InputError: no such file, a bad index, or an index that disagrees with the files.
+        InputError: there is no such file, or the index is damaged or disagrees with the files.
     """
     if exists_in(directory, INDEX):
         index = read_json(directory, INDEX).get("weight_map")
@@ -39,34 +39,59 @@ def open_tensor_files(directory: Path) -> tuple[dict[str, TensorFile], dict[str,
     elif exists_in(directory, SINGLE):
         index, names = None, [SINGLE]
     else:
-        raise InputError(f"{directory}", f"{SINGLE} or {INDEX}", f"{_other_weights(directory)}")
-    # member first: TensorFile would take the directory from a name like ../other/model.safetensors
+        raise _no_weights(directory)
+    # `safe_path` first: TensorFile would accept a name like ../other/model.safetensors
     files = {file: TensorFile(safe_path(directory, file)) for file in names}
     where = {tensor: file for file in names for tensor in files[file].tensors}
     if sum(len(file.tensors) for file in files.values()) != len(where):
-        raise InputError(f"{INDEX}: a tensor lies in two files")
+        raise InputError(f"{INDEX}: a tensor is in two files")
     if index is not None and index != where:
         wrong = sorted(t for t in index.keys() | where.keys() if index.get(t) != where.get(t))
         raise InputError(f"{INDEX}: disagrees with the files about {_some(wrong)}")
     return files, where
 
 
-def _other_weights(directory: Path) -> str:
-    """What is there instead, and what to do about it."""
+def _no_weights(directory: Path) -> LlamitaError:
+    """Return the error for a directory without safetensors; it names other weights there, with a hint."""
     try:
-        names = {path.name for path in directory.iterdir()}
+        endings = {path.suffix for path in directory.iterdir()}
     except OSError as error:
-        raise RunError(f"{directory}: cannot be read: {error.strerror}") from None
-    if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
-        return "pickled weights, which are not loaded; try the model's safetensors"
-    return "GGUF; try the float model" if any(name.endswith(".gguf") for name in names) else "neither"
+        return unreadable(directory, error)
+    got, hint = "neither", None
+    if endings & {".bin", ".pth", ".pt"}:
+        got, hint = "pickled weights, which are not loaded", "try the model's safetensors"
+    elif ".gguf" in endings:
+        got, hint = "GGUF", "try the float model"
+    return InputError(str(directory), f"{SINGLE} or {INDEX}", got, hint)
 
 
-class Checkpoint:
-    """A float model on disk; satisfies `ModelSource`.
+class StoredTensors:
+    """Read tensors by name, whichever file they are in: the shared part of readers of model directories."""
+
+    path: Path
+    files: dict[str, TensorFile]
+    _where: dict[str, str]  # tensor to file
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Return dtype, shape and place of a tensor, by its full name."""
+        return self.files[self._where[tensor]].tensors[tensor]
+
+    def _read(self, tensor: str) -> np.ndarray:
+        if tensor not in self._where:
+            raise InputError(tensor, f"in {self.path}", "none")
+        return self.files[self._where[tensor]].read(tensor)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self.files.values():
+            file.close()
+
+
+class Checkpoint(StoredTensors):
+    """Read a float model on disk; satisfies `FloatSource` and `ModelSource`.
 
     Raises:
-        InputError: a file is missing or broken, the architecture is not supported, or a tensor is missing,
+        InputError: a file is missing or damaged, the architecture is not supported, or a tensor is missing,
             unexpected, or of the wrong dtype or shape.
         RunError: a file cannot be read.
     """
@@ -74,14 +99,14 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         if exists_in(path, "adapter_config.json") and not exists_in(path, "config.json"):
-            raise InputError(f"{path}", "a model", "adapters", f"try --adapter {path} with their base")
+            raise InputError(str(path), "a model", "adapters", f"try --adapter {path} with their base")
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()
         if self.hf_config["model_type"] == "llamita":
             raise InputError(
                 f"{path}: llamita.json",
-                "beside packed weights",
+                "next to packed weights",
                 "none",
                 "try copying the directory again, whole, or its float source",
             )
@@ -89,7 +114,7 @@ class Checkpoint:
             raise InputError(
                 f"{path}: config.json: quantization_config",
                 "a float model",
-                f"{_method(self.hf_config['quantization_config'])}",
+                _method(self.hf_config["quantization_config"]),
                 "try its source",
             )
         self.files, self._where = open_tensor_files(path)
@@ -98,77 +123,63 @@ class Checkpoint:
     def _check(self) -> None:
         expected = expected_tensors(self.config)
         found = {name for name in self._where if not _IGNORED.fullmatch(name)}
-        if self.config.tied and "lm_head.weight" in found:
+        if self.config.tied and f"{HEAD}.weight" in found:
             self._check_tied_head()
-            found.remove("lm_head.weight")
+            found.remove(f"{HEAD}.weight")
         check_names(set(expected), found, "is tie_word_embeddings right?")
         for name, shape in expected.items():
             info = self.info(name)
             if info.dtype not in FLOAT_DTYPES:
-                raise InputError(f"{name}: dtype", f"one of {', '.join(FLOAT_DTYPES)}", f"{info.dtype}")
+                raise InputError(f"{name}: dtype", f"one of {', '.join(FLOAT_DTYPES)}", info.dtype)
             if info.shape != shape:
                 raise InputError(f"{name}: shape", f"{shape} from config.json", f"{info.shape}")
 
     def _check_tied_head(self) -> None:
-        """Some tools write the tied head a second time; a different one would be silently lost."""
-        table, head = self._read("model.embed_tokens.weight"), self._read("lm_head.weight")
+        """Check that a tied head, which some tools write again, is the embedding: another would be silently lost."""
+        table, head = self.weight(EMBEDDING), self.weight(HEAD)
         same = table.shape == head.shape and table.dtype == head.dtype
-        for start in range(0, len(table) if same and table.ndim == 2 else 0, 1024):  # rows: a few MB at a time
-            same = same and np.array_equal(table[start : start + 1024], head[start : start + 1024])
+        for start in range(0, len(table) if same and table.ndim == 2 else 0, _ROWS):
+            same = same and np.array_equal(table[start : start + _ROWS], head[start : start + _ROWS])
         if not same:
             raise InputError(
-                "lm_head.weight",
+                f"{HEAD}.weight",
                 "the embedding again (tie_word_embeddings is true)",
                 "other values",
                 "try tie_word_embeddings: false in config.json",
             )
 
-    def info(self, tensor: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor, by its full name."""
-        return self.files[self._where[tensor]].tensors[tensor]
-
-    def _read(self, tensor: str) -> np.ndarray:
-        if tensor not in self._where:
-            raise InputError(f"{tensor}", f"in {self.path}", "none")
-        return self.files[self._where[tensor]].read(tensor)
-
     def weight(self, name: str) -> np.ndarray:
-        """(rows, columns) float32, float16 or bf16 bits, on the mapped file."""
+        """Return a matrix (rows, columns), float32, float16 or bf16 bits, on the mapped file."""
         return self._read(f"{name}.weight")
 
     def vector(self, name: str) -> np.ndarray:
-        """(length,) float32."""
+        """Return a norm's weight or a bias, float32 (length,)."""
         return to_f32(self.stored_vector(name))
 
     def stored_vector(self, name: str) -> np.ndarray:
-        """(length,) as stored, found finite."""
+        """Return a norm's weight or a bias (length,) as it is stored; check that it is finite."""
         vector = self._read(name)
         check_finite(name, vector)
         return vector
 
-    def close(self) -> None:
-        """Unmap the files."""
-        for file in self.files.values():
-            file.close()
-
 
 def _method(quantization: object) -> str:
-    """The name of a way to quantize, from a stranger's file."""
+    """Return the name of the quantization method in config.json."""
     named = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    return repr(named)[:40] if named else "a quantized one"
+    return shown(named, 40) if named else "a quantized one"
 
 
 def check_names(expected: set[str], found: set[str], hint: str) -> None:
-    """Raise InputError naming tensors that are missing or unexpected; `hint` goes with a missing head."""
+    """Raise InputError with the names of missing or unexpected tensors; `hint` is for a missing head."""
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing:
-        try_this = f"; {hint}" if missing[0].startswith("lm_head") else ""
-        raise InputError(f"{_some(missing)}", f"by config.json, missing from the files{try_this}")
+        try_this = hint if missing[0].startswith(HEAD) else None
+        raise InputError(_some(missing), "by config.json, missing from the files", hint=try_this)
     if extra:
         raise InputError(f"{_some(extra)}: unexpected for the architecture in config.json")
 
 
 def _some(names: list[str]) -> str:
-    """A few names for a message; the first is the one to look at."""
+    """Return the first few names, for a message."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(repr(name)[1:-1] for name in names[:_MOST_NAMED]) + more

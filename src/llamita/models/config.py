@@ -1,7 +1,7 @@
-"""The architecture of a model as a plain value, read from a Hugging Face `config.json`.
+"""Read the architecture of a model from a Hugging Face `config.json` into a plain value.
 
-Covers Llama 2, 3, 3.1, 3.2 and what shares their forward pass. A key that would change the forward
-pass in a way the engine does not know is refused, never ignored.
+Covers Llama 2, 3, 3.1, 3.2 and models with the same forward pass. A key that would change the forward pass in a way
+that the engine does not know is refused, never ignored.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ _LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products
 _LARGEST_DEPTH = 1024  # the deepest Llama has 126 layers; tensors are listed by name before files are read
 _LARGEST_WIDTH = 65536  # inputs of a linear layer: kMaxColumns of native/pack.h, for sums within int32
 _LARGEST_HEAD = 1024  # kMaxHeadDim of native/bind_cache.cpp, room of the attention kernels
-_LARGEST_CONTEXT = 2**27  # tokens after stretching; ten times the longest that was ever announced
-_LARGEST_FACTOR = 1e6  # with the base below: the grown base of dynamic scaling stays within float32
+_LARGEST_CONTEXT = 2**27  # tokens after stretching; ten times the longest ever announced
+_LARGEST_FACTOR = 1e6  # with the next limit, keeps the grown base of dynamic scaling within float32
 _LARGEST_THETA = 1e12
 _EPS_RANGE = (1e-20, 1.0)  # more than zero in float32 and below the mean square of any activation
 _TURNS_RANGE = (1e-6, 1e6)  # low_freq_factor and high_freq_factor; context / factor stays within float32
 
-# Keys that change the forward pass, with the one value that leaves it a Llama.
+# Keys that change the forward pass, with the one value at which it is a Llama's.
 _MUST_BE = {
     "hidden_act": "silu",
     "pretraining_tp": 1,
@@ -44,10 +44,10 @@ _MUST_BE = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base frequency and the scaling of long contexts.
+    """Describe the rotary embedding: its base frequency and its scaling for long contexts.
 
-    `original_context`, `low_freq_factor` and `high_freq_factor` matter for "llama3" alone
-    (Llama 3.1, section "rope scaling" of its reference code), `factor` for all but "default".
+    `low_freq_factor` and `high_freq_factor` matter for "llama3" alone (Llama 3.1, section "rope scaling" of its
+    reference code), `original_context` for "llama3" and "dynamic", `factor` for all but "default".
     """
 
     theta: float = 10000.0
@@ -60,7 +60,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a Llama. Sizes count elements; `context` counts tokens."""
+    """Hold shapes and constants of a Llama. Sizes count elements; `context` counts tokens."""
 
     vocab_size: int
     hidden_size: int
@@ -80,20 +80,20 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "ModelConfig":
-        """From the keys of a Hugging Face `config.json`.
+        """Read the keys of a Hugging Face `config.json`.
 
         Raises:
-            InputError: unsupported architecture, missing key, impossible value, or a key that matters
-                and that the engine does not know.
+            InputError: the architecture is not supported, a key is missing, or a value is impossible or changes the
+                forward pass in an unknown way.
         """
         if not isinstance(values, dict):
-            raise InputError("config.json", "an object", f"{type(values).__name__}")
+            raise InputError("config.json", "an object", type(values).__name__)
         if values.get("model_type") not in ARCHITECTURES:
             known, found = ", ".join(ARCHITECTURES), values.get("model_type")
-            raise InputError("config.json: model_type", f"one of {known}", f"{found!r}")
+            raise InputError("config.json: model_type", f"one of {known}", shown(found))
         for key, required in _MUST_BE.items():
             if values.get(key, required) not in (required, None):
-                raise InputError(f"config.json: {key}", f"{required!r}", f"{values[key]!r}: not a plain Llama")
+                raise InputError(f"config.json: {key}", f"{required!r}", f"{shown(values[key])}: not a plain Llama")
         hidden, heads = (_count(values, "hidden_size", limit=_LARGEST_WIDTH), _count(values, "num_attention_heads"))
         kv_heads = _count(values, "num_key_value_heads", heads)
         if heads % kv_heads:
@@ -101,7 +101,7 @@ class ModelConfig:
         head_dim = _count(values, "head_dim", hidden // heads or None, limit=_LARGEST_HEAD)
         context = _count(values, "max_position_embeddings")
         rope = _rope(values, context)
-        if rope.kind in ("linear", "dynamic"):  # these give the trained context and how far it is stretched
+        if rope.kind in ("linear", "dynamic"):  # their config gives the trained context, and a factor
             context = int(context * rope.factor)
         _check_shapes(heads, head_dim, context, rope)
         return cls(
@@ -123,7 +123,7 @@ class ModelConfig:
         )
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one block: name within the block to (outputs, inputs), in order of use."""
+        """Return the linear layers of one block: name within the block to (outputs, inputs), in order of use."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
@@ -137,12 +137,12 @@ class ModelConfig:
         }
 
     def has_bias(self, linear: str) -> bool:
-        """Whether the linear layer of this name (as in `linear_shapes`) has a bias."""
+        """Return whether the linear layer of this name (as in `linear_shapes`) has a bias."""
         return self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
 
 
 def _check_shapes(heads: int, head_dim: int, context: int, rope: RopeConfig) -> None:
-    """What no key says alone."""
+    """Check the rules that concern several keys."""
     if head_dim % 2:
         raise InputError("config.json: head_dim", "an even number", f"{head_dim}")
     if head_dim == 2 and rope.kind == "dynamic":  # its exponent is head_dim / (head_dim - 2)
@@ -158,13 +158,13 @@ def _check_shapes(heads: int, head_dim: int, context: int, rope: RopeConfig) -> 
 
 
 def _rope(values: dict[str, Any], context: int) -> RopeConfig:
-    """Both spellings: transformers 5 `rope_parameters`; before it, `rope_theta` and `rope_scaling`."""
+    """Read either spelling: `rope_parameters` of transformers 5, or the older `rope_theta` and `rope_scaling`."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise InputError("config.json: rope_scaling", "an object", f"{type(scaling).__name__}")
+        raise InputError("config.json: rope_scaling", "an object", type(scaling).__name__)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise InputError("config.json: rope_scaling", f"one of {', '.join(ROPE_TYPES)}", f"{kind!r}")
+        raise InputError("config.json: rope_scaling", f"one of {', '.join(ROPE_TYPES)}", shown(kind))
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("config.json: partial_rotary_factor", "1.0", hint="the engine rotates whole heads")
     theta = _number(values, "rope_theta", 1, _LARGEST_THETA, default=10000.0)
@@ -208,7 +208,7 @@ def _number(values: dict[str, Any], key: str, smallest: float, largest: float, d
 def _flag(values: dict[str, Any], key: str) -> bool:
     value = values.get(key, False)
     if not isinstance(value, bool):
-        raise InputError(f"config.json: {key}", "true or false", f"{value!r}")
+        raise InputError(f"config.json: {key}", "true or false", shown(value))
     return value
 
 
@@ -218,8 +218,8 @@ def _token(value: object) -> int | None:
 
 
 def _tokens(value: object) -> tuple[int, ...]:
-    """Llama 3 gives a list of end tokens, Llama 2 one."""
+    """Return token ids from a list, as Llama 3 has, or from one number, as Llama 2 has."""
     tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens):
-        raise InputError("config.json: token ids", "whole numbers", f"{value!r}")
+        raise InputError("config.json: token ids", "whole numbers", shown(value))
     return tuple(tokens)

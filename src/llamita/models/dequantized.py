@@ -1,4 +1,4 @@
-"""A packed model read as a float one: its codes times their scales, in float32."""
+"""Read a packed model as a float one: its codes times their scales, in float32."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from llamita.models.weights import FLOAT_DTYPES, row_blocks
 
 
 class DequantizedSource:
-    """A packed model, dequantized when it is read; satisfies `FloatSource` and `ModelSource`."""
+    """Dequantize a packed model as it is read; satisfies `FloatSource` and `ModelSource`."""
 
     def __init__(self, packed: PackedModel) -> None:
         self.path, self.config, self.hf_config = packed.path, packed.config, packed.hf_config
@@ -18,14 +18,14 @@ class DequantizedSource:
         self._shapes = table_names(packed.config) | linear_names(packed.config)
 
     def info(self, tensor: str) -> TensorInfo:
-        """Dtype and shape of a tensor that is stored in float; BF16 for the others."""
+        """Return dtype and shape of a tensor that is stored in float; BF16 for the others."""
         found = next((file.tensors[tensor] for file in self.files.values() if tensor in file.tensors), None)
         if found is not None and found.dtype in FLOAT_DTYPES:
             return found
         return TensorInfo("BF16", self._shapes[tensor.removesuffix(".weight")], 0, 0)
 
     def weight(self, name: str) -> np.ndarray:
-        """(rows, columns) float32; float ones as they are stored."""
+        """Return a matrix (rows, columns): dequantized in float32, or float as it is stored."""
         weight = self._packed.weight(name)
         if isinstance(weight, np.ndarray):
             return weight
@@ -36,12 +36,12 @@ class DequantizedSource:
         return values
 
     def vector(self, name: str) -> np.ndarray:
-        """(length,) float32."""
+        """Return a norm's weight or a bias, float32 (length,)."""
         return self._packed.vector(name)
 
     def stored_vector(self, name: str) -> np.ndarray:
-        """(length,) as it is stored, found finite."""
-        self._packed.vector(name)
+        """Return a norm's weight or a bias (length,) as it is stored; check that it is finite."""
+        self._packed.vector(name)  # checks it
         return next(file.read(name) for file in self.files.values() if name in file.tensors)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Meta's and llama.cpp's names of tensors and order of rows: in what their files and ours differ."""
+"""Translate to Meta's and llama.cpp's names of tensors and order of rows: the differences of their files from ours."""
 
 import numpy as np
 
@@ -21,13 +21,13 @@ GGUF = {
 }  # fmt: skip
 
 
-# How Llama 3.1 and 3.2 stretch their rotary embedding, but for the factor: constants of the reference code
+# Rotary scaling of Llama 3.1 and 3.2 without the factor: constants of the reference code.
 SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}  # fmt: skip
 
 
 def meta_name(name: str) -> str:
-    """Meta's name of a tensor."""
+    """Return Meta's name of a tensor."""
     module, _, kind = name.rpartition(".")
     if not module.startswith("model.layers."):
         return f"{META[module]}.{kind}"
@@ -36,7 +36,7 @@ def meta_name(name: str) -> str:
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor."""
+    """Return llama.cpp's name of a tensor."""
     module, _, kind = name.rpartition(".")
     if not module.startswith("model.layers."):
         return "rope_freqs.weight" if name == "rope_freqs.weight" else f"{GGUF[module]}.{kind}"
@@ -45,26 +45,27 @@ def gguf_name(name: str) -> str:
 
 
 def pair_order(rows: int, heads: int) -> np.ndarray:
-    """Which row of q or k goes where: Meta and llama.cpp rotate neighbours, transformers halves of a head."""
+    """Return the order of q's or k's rows there: Meta and llama.cpp rotate neighbours, transformers head halves."""
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
 
 
 def heads_of(name: str, config: ModelConfig) -> int | None:
-    """Heads of a module whose rows are rotated; None of others."""
+    """Return the heads of a module whose rows are rotated, None for other modules."""
     own = name.rpartition(".")[2]
     return config.heads if own == "q_proj" else config.kv_heads if own == "k_proj" else None
 
 
 def hf_order(tensor: str, config: ModelConfig) -> np.ndarray | None:
-    """Where rows of Meta's tensor are taken from for transformers' order; None where they stay."""
+    """Return the order in which Meta's rows become transformers', None if they stay."""
     heads = heads_of(tensor.rpartition(".")[0], config)
     return None if heads is None else np.argsort(pair_order(heads * config.head_dim, heads))
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray:
-    """By what Llama 3.1 divides each frequency, float32 (head_dim / 2,).
+    """Return the number by which Llama 3.1 divides each frequency, float32 (head_dim / 2,).
 
-    As `apply_scaling` of Meta's reference code.
+    This is `apply_scaling` of Meta's reference code. Files hold these factors, computed in float64; the engine takes
+    transformers' steps in float32 (`rope_frequencies`), whose last bits differ.
     """
     rope = config.rope
     frequencies = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)

@@ -1,7 +1,6 @@
-"""Mixed schemes: layers whose weights are stored in another way than the rest, by name.
+"""Mix schemes: store the weights of some layers in another way than the rest, by name.
 
-`QuantScheme.layers` has them; here names meet a model: patterns become layers, and layers are counted for
-people.
+`QuantScheme.layers` lists them. This module matches patterns with a model's layers, and counts layers for people.
 """
 
 from collections import Counter
@@ -11,33 +10,33 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 from llamita.models.config import ModelConfig
-from llamita.models.names import linear_names, table_names
+from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names
 from llamita.numerics.scheme import QuantScheme
 
 _MOST_NAMED = 3  # near matches in a message
-_NEAR = 0.5  # of the letters of a pattern and of a name must agree for a near match
+_NEAR = 0.5  # share of letters of a pattern and a name that must agree for a near match
 
 
 def with_layers(scheme: QuantScheme, layers: Mapping[str, str], name: str = "custom") -> QuantScheme:
-    """The scheme with these layers stored in another way; one that nothing changes keeps its name.
+    """Return the scheme with these layers stored in another way; keep its name if nothing changes.
 
     Args:
-        layers: full module name to a key of `scheme.KINDS`, over the overrides that the scheme has.
+        layers: full module name to a key of `scheme.KINDS`; they replace the scheme's overrides of the same layers.
     """
     mixed = replace(scheme, layers={**scheme.layers, **layers})
     return mixed if mixed == scheme else replace(mixed, name=name)
 
 
 def keep_float(config: ModelConfig, scheme: QuantScheme, patterns: Iterable[str]) -> QuantScheme:
-    """The scheme with every layer or table that matches a pattern left in float.
+    """Return the scheme with every layer or table that matches a pattern left in float.
 
     Args:
-        patterns: module names with `*`, `?` and `[...]`, where `*` takes dots too: "*.down_proj".
+        patterns: module names with `*`, `?` and `[...]`, where `*` also matches dots: "*.down_proj".
 
     Raises:
-        InputError: a pattern that matches nothing.
+        InputError: a pattern matches nothing.
     """
     names = [*table_names(config), *linear_names(config)]
     found: dict[str, str] = {}
@@ -47,16 +46,16 @@ def keep_float(config: ModelConfig, scheme: QuantScheme, patterns: Iterable[str]
             raise InputError(
                 "--keep-float",
                 "a pattern of module names",
-                f"{pattern!r}, which matches none",
-                f"{_hint(config, pattern, names)}",
+                f"{shown(pattern)}, which matches none",
+                _hint(config, pattern, names),
             )
         found |= dict.fromkeys(matched, "float")
     return with_layers(scheme, found)
 
 
 def _hint(config: ModelConfig, pattern: str, names: list[str]) -> str:
-    if config.tied and fnmatchcase("lm_head", pattern):
-        return "the head is tied to the embedding; try model.embed_tokens"
+    if config.tied and fnmatchcase(HEAD, pattern):
+        return f"the head is tied to the embedding; try {EMBEDDING}"
     shapes = [f"*.{name.rpartition('.')[2]}" for name in names]
     blocks = [f"model.layers.{i}.*" for i in range(config.layers)]
     known = list(dict.fromkeys([*shapes, *blocks, *names]))
@@ -65,17 +64,17 @@ def _hint(config: ModelConfig, pattern: str, names: list[str]) -> str:
 
 
 def count_kinds(config: ModelConfig, scheme: QuantScheme) -> dict[str, int]:
-    """How many linear layers of the blocks are stored in each way, most first."""
+    """Count the linear layers of the blocks that are stored in each way, most first."""
     counts = Counter(scheme.kind(name).name for name in linear_names(config))
     return dict(counts.most_common())
 
 
 def describe_groups(scheme: Mapping[str, Any]) -> str:
-    """Weights that share a scale, by the scheme's JSON values: "32", or "32 (4 layers otherwise)"."""
+    """Return a scheme's group size from its JSON values, for people: "32", or "32 (4 layers otherwise)"."""
     others = len(scheme.get("layers", ()))
     return f"{scheme['group_size']}" + (f" ({others} layers otherwise)" if others else "")
 
 
 def describe_kinds(config: ModelConfig, scheme: QuantScheme) -> str:
-    """`count_kinds` in words: "w4g32 (38), w8 (3), float (1)"."""
+    """Return `count_kinds` in words: "w4g32 (38), w8 (3), float (1)"."""
     return ", ".join(f"{kind} ({count})" for kind, count in count_kinds(config, scheme).items())

@@ -1,4 +1,4 @@
-"""Names and shapes of a Llama's modules and tensors, as Hugging Face writes them."""
+"""List names and shapes of a Llama's modules and tensors, as Hugging Face writes them."""
 
 from llamita.models.config import ModelConfig
 
@@ -7,19 +7,19 @@ TRANSFORM = "lm_head.transform"  # the dense matrix between the final norm and a
 
 
 def linear_names(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every linear layer of the blocks: full module name to (rows, columns), in order of use."""
+    """Return every linear layer of the blocks: full module name to (rows, columns), in order of use."""
     shapes = config.linear_shapes()
     return {f"model.layers.{i}.{name}": shapes[name] for i in range(config.layers) for name in shapes}
 
 
 def table_names(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Embedding and, where it is not tied to it, head: module name to (rows, columns)."""
+    """Return the embedding and, if it is not tied, the head: module name to (rows, columns)."""
     names = [EMBEDDING] if config.tied else [EMBEDDING, HEAD]
     return {name: (config.vocab_size, config.hidden_size) for name in names}
 
 
 def vector_names(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Norm weights and biases: full tensor name to (length,)."""
+    """Return norm weights and biases: full tensor name to (length,)."""
     names: dict[str, tuple[int]] = {}
     for i in range(config.layers):
         block = f"model.layers.{i}"
@@ -33,7 +33,7 @@ def vector_names(config: ModelConfig) -> dict[str, tuple[int]]:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the float architecture: full name to shape."""
+    """Return every tensor of the float architecture: full name to shape."""
     matrices = {**table_names(config), **linear_names(config)}
     return {f"{name}.weight": shape for name, shape in matrices.items()} | vector_names(config)
 

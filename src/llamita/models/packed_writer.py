@@ -1,10 +1,8 @@
-"""Writes what a packed directory holds: tensors in shards as they come, small files, llamita.json last.
+"""Write the files of a packed model: tensors in shards as they come, config.json, and the source's small files.
 
-Memory stays at one piece of a tensor and the scales that wait for their turn.
+Memory holds one piece of a tensor, and scales that wait for their turn. llamita.json follows (`metadata.py`).
 """
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -18,20 +16,20 @@ from llamita.errors import RunError
 from llamita.formats.safetensors import TensorWriter, header_bytes
 from llamita.models.checkpoint import INDEX, SINGLE
 from llamita.models.config import ModelConfig
-from llamita.models.packed import METADATA, Tensors, int8_tables, quantization_config, tensor_bytes
+from llamita.models.packed import Tensors, int8_tables, quantization_config, tensor_bytes
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
-from llamita.system.files import is_companion, read_bytes
+from llamita.system.files import FileTable, is_companion, read_bytes, write_bytes, write_json
+from llamita.system.progress import Progress
 
-SHARD_BYTES = 5_000_000_000  # Hugging Face's own bound
+SHARD_BYTES = 5_000_000_000  # Hugging Face's bound
 _LARGEST_COMPANION = 128 * 2**20  # bytes; the largest tokenizer.json of a Llama takes 17 MB
-FileTable = dict[str, dict[str, Any]]  # name to {"size": bytes, "sha256": hexadecimal}
 
 
 def plan_shards(modules: dict[str, Tensors], shard_bytes: int = SHARD_BYTES) -> dict[str, Tensors]:
-    """File name to its tensors in the order of the file; a module is never divided."""
+    """Return the tensors of each file, by its name and in its order; a module is never divided."""
     shards: list[Tensors] = [{}]
     for tensors in modules.values():
         if shards[-1] and tensor_bytes(shards[-1]) + tensor_bytes(tensors) > shard_bytes:
@@ -39,25 +37,28 @@ def plan_shards(modules: dict[str, Tensors], shard_bytes: int = SHARD_BYTES) -> 
         shards[-1] |= tensors
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    return {name: dict(sorted(shard.items(), key=_place)) for name, shard in zip(names, shards, strict=True)}
+    return {name: dict(sorted(shard.items(), key=alignment_order)) for name, shard in zip(names, shards, strict=True)}
 
 
-def _place(item: tuple[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Keeps every tensor aligned: 8-byte numbers first; one 2-byte scale for each row, as int8 has, whose
-    rows may be odd in number, last; whatever lies between is a multiple of 4 bytes."""
-    name, (dtype, shape) = item
-    return 0 if dtype == "I64" else 2 if name.endswith("_scale") and math.prod(shape[1:]) == 1 else 1
+def alignment_order(tensor: tuple[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Return a tensor's place in its file (name, (dtype, shape)), which keeps the next one aligned to its elements."""
+    name, (dtype, shape) = tensor
+    if dtype == "I64":
+        return 0  # first: 8-byte elements need a multiple of 8 before them
+    if name.endswith("_scale") and math.prod(shape[1:]) == 1:
+        return 2  # last: one bf16 scale a row, as int8 has; an odd number of rows ends at an odd multiple of 2
+    return 1  # between: every other tensor is a multiple of 4 bytes long
 
 
 def total_bytes(shards: dict[str, Tensors]) -> int:
-    """Size of the weight files on disk, headers included."""
+    """Return the size of the weight files on disk, headers included."""
     return sum(header_bytes(tensors) + tensor_bytes(tensors) for tensors in shards.values())
 
 
 class PackedWriter:
-    """Writes the weight files of a packed directory; `put` takes modules in the order of the layout.
+    """Write the weight files of a packed model; `put` takes modules in the order of the layout.
 
-    `weight_shape` tensors follow from the layout and are not put.
+    Do not put `weight_shape` tensors: they follow from the layout.
     """
 
     def __init__(self, directory: Path, shards: dict[str, Tensors]) -> None:
@@ -71,7 +72,7 @@ class PackedWriter:
         self.files: FileTable = {}
 
     def put(self, name: str, piece: np.ndarray) -> None:
-        """A piece of rows of a tensor; pieces of one tensor come in order, tensors in any within a shard."""
+        """Take some rows of a tensor: its pieces in order, the tensors of a shard in any order."""
         writer = self._writer or self._open_next()
         self._waiting.setdefault(name, []).append(piece)
         while self._order and self._order[0] in self._waiting:
@@ -86,7 +87,7 @@ class PackedWriter:
             self._close()
 
     def finish(self) -> None:
-        """Check that every tensor came, and write the index if there are several files."""
+        """Check that every tensor came; write the index if there are several files."""
         if self._todo or self._order or self._waiting:
             raise ValueError(f"expected more tensors: {(self._order or list(self._waiting) or self._todo)[0]}")
         if len(self._shards) > 1:
@@ -105,7 +106,7 @@ class PackedWriter:
         self._writer = writer = TensorWriter(self._directory / self._todo[0], tensors)
         self._order = list(tensors)
         self._left = {name: tensor_bytes({name: tensor}) for name, tensor in tensors.items()}
-        while self._order and self._order[0].endswith(".weight_shape"):  # they follow from the layout
+        while self._order and self._order[0].endswith(".weight_shape"):
             name = self._order.pop(0)
             rows, words = tensors[name.replace("weight_shape", "weight_packed")][1]
             writer.write(name, np.array([rows, words * CODES_PER_WORD], np.int64))
@@ -120,12 +121,12 @@ class PackedWriter:
 
 def write_shards(
     directory: Path, shards: dict[str, Tensors], pieces: Callable[[str], Iterable[np.ndarray]],
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = None,
 ) -> FileTable:  # fmt: skip
-    """Write every tensor of these files in their order; their table.
+    """Write every tensor of these files in their order; return the table of the files.
 
     Args:
-        pieces: a tensor's rows, some at a time; `weight_shape` tensors are not asked for.
+        pieces: gives a tensor's rows, some at a time; it is not called for `weight_shape` tensors.
     """
     writer = PackedWriter(directory, shards)
     names = [name for shard in shards.values() for name in shard]
@@ -133,7 +134,7 @@ def write_shards(
         for done, name in enumerate(names):
             if progress:
                 progress(name, done, len(names))
-            if not name.endswith(".weight_shape"):  # which the writer knows
+            if not name.endswith(".weight_shape"):
                 for piece in pieces(name):
                     writer.put(name, piece)
         writer.finish()
@@ -142,62 +143,37 @@ def write_shards(
     return writer.files
 
 
-def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
-    """Write a new file through to the disk; its record for llamita.json."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-    """Write a JSON object, one key a line; its record for llamita.json."""
-    return write_bytes(path, _json(value))
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
 def write_config(
     directory: Path, hf_config: dict[str, Any], scheme: QuantScheme, rotations: Rotations
 ) -> dict[str, Any]:
-    """The source's config.json with the scheme added, so that transformers opens it right or not at all."""
+    """Write the source's config.json with the scheme, so that transformers opens the model correctly or refuses it."""
     dropped = ("torch_dtype", "auto_map")  # the old name of dtype; code of a repository, which no Llama needs
     values = {key: value for key, value in hf_config.items() if key not in dropped}
-    values["dtype"] = "float32"  # else transformers would round FP32 scales to bf16
+    values["dtype"] = "float32"  # otherwise transformers would round FP32 scales to bf16
     config = ModelConfig.from_hf(hf_config)
     if int8_tables(config, scheme) or rotations.is_online:
-        # transformers would read the int8 codes of a table as weights and only warn, and leave out what
-        # rotations need at run time; it knows no such type.
+        # transformers would take a table's int8 codes for weights with only a warning, and leave out run-time
+        # rotations. A type that it does not know makes it refuse.
         values |= {"model_type": "llamita", "architectures": ["LlamitaForCausalLM"]}
     values["quantization_config"] = quantization_config(config, scheme)
     return write_json(directory / "config.json", values)
 
 
 def stored_rotations(rotations: Rotations) -> Rotations:
-    """Rotations as they are stored: the head's transform in bf16 (docs/reference/numerics.md has what that costs)."""
+    """Return the rotations with the head's transform in bf16, as it is stored (cost: docs/reference/numerics.md)."""
     transform = rotations.head_transform
     if transform is None or transform.dtype != np.float32:
         return rotations
     return replace(rotations, head_transform=f32_to_bf16(transform))
 
 
-def write_metadata(directory: Path, values: dict[str, Any]) -> None:
-    """llamita.json: `values` after a line with the hash of all other bytes of the file."""
-    rest = _json(values).removeprefix(b"{\n")
-    digest = hashlib.sha256(b"{\n" + rest).hexdigest()
-    write_bytes(directory / METADATA, b'{\n  "self_sha256": "' + digest.encode() + b'",\n' + rest)
-
-
 def find_companions(source: Path) -> dict[str, str]:
-    """Files of the source that travel with the weights, and their names beside them; each can be read.
+    """Return the source's files that are copied next to the weights, with their new names; check that each can be read.
 
     Directories are left out: LICENSES/ of the REUSE layout holds the licences of a repository's code.
 
     Raises:
-        InputError, RunError: one is too large, a link that leads elsewhere, or may not be read.
+        InputError, RunError: a file is too large, is a link that leads elsewhere, or may not be read.
     """
     try:
         names = sorted(name for name in os.listdir(source) if not os.path.isdir(source / name))
@@ -212,7 +188,7 @@ def find_companions(source: Path) -> dict[str, str]:
 
 
 def copy_companions(source: Path, directory: Path, names: dict[str, str]) -> FileTable:
-    """Copy tokenizer, chat template, licence, use policy and attribution; the card by another name."""
+    """Copy tokenizer, chat template, licence, use policy and attribution, and the card under another name."""
     return {
         new: write_bytes(directory / new, read_bytes(source, name, _LARGEST_COMPANION)) for name, new in names.items()
     }

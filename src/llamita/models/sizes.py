@@ -1,4 +1,4 @@
-"""What quantizing a model of some shape will make, before anything is read: files, sizes, float layers."""
+"""Predict files, sizes and float layers of a packed model from a model's shape, before any weight is read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from llamita.numerics.scheme import QuantScheme
 
 @dataclass(frozen=True)
 class Plan:
-    """What quantizing will make. Sizes in bytes.
+    """List what quantizing will make. Sizes in bytes.
 
     Attributes:
         source_bytes: tensors of the float model.
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def ratio(self) -> float:
-        """Size after over size before."""
+        """Return the size after over the size before."""
         return self.tensor_bytes / self.source_bytes
 
 
@@ -46,10 +46,10 @@ def make_plan(
     transform: str | None = None,
     source_bytes: int | None = None,
 ) -> Plan:
-    """The plan for a model of this shape whose tensors are stored in these dtypes, as `layout` takes them.
+    """Return the plan for a model of this shape whose tensors have these dtypes, given as for `layout`.
 
     Args:
-        source_bytes: of the model before its transforms, which can bring tied tables apart; by default of
+        source_bytes: size of the model before its transforms, which can untie its tables; by default the size of
             this shape.
 
     Raises:
@@ -79,5 +79,5 @@ def _why_float(name: str, scheme: QuantScheme) -> str:
 
 
 def float_bytes(config: ModelConfig, float_dtype: Callable[[str], str]) -> int:
-    """Bytes of the float model's tensors, which are stored in these dtypes."""
+    """Return the bytes of the float model's tensors in these dtypes."""
     return tensor_bytes({name: (float_dtype(name), shape) for name, shape in expected_tensors(config).items()})

@@ -1,7 +1,7 @@
-"""A float model whose weights are changed as they are read: how transforms stack without a second checkpoint.
+"""Change the weights of a float model as they are read, so that transforms stack without a second checkpoint.
 
-A change of a module acts on its inputs, its outputs or both, in float64; what comes out is float32, rounded
-once. Together the changes of a transform keep the model's function (`methods/equalize.py`, `spinquant.py`).
+A change of a module acts on its inputs, its outputs or both, in float64; the result is rounded once, to float32.
+Together the changes of a transform keep the model's function (`methods/equalize.py`, `spinquant.py`).
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -17,17 +17,17 @@ from llamita.numerics.affine import F32, to_f32
 from llamita.numerics.rotations import Rotations
 
 F64 = npt.NDArray[np.float64]
-Change = Callable[[F64], F64]  # of vectors along the last axis
-_PIECE = 2**21  # weights in float64 at a time where rows are changed one by one: 16 MB
+Change = Callable[[F64], F64]  # maps vectors along the last axis
+_PIECE = 2**21  # weights in float64 at a time if rows change one by one: 16 MB
 
 
 @dataclass(frozen=True)
 class ModuleChange:
-    """What happens to a module's weights W (outputs, inputs) and bias (outputs,).
+    """Change a module's weights W (outputs, inputs) and bias (outputs,).
 
     Attributes:
-        inputs: one after the other, of every row of W.
-        outputs: one after the other, of every column of W, and of the bias.
+        inputs: applied one after the other to every row of W.
+        outputs: applied one after the other to every column of W, and to the bias.
     """
 
     inputs: tuple[Change, ...] = ()
@@ -35,13 +35,13 @@ class ModuleChange:
 
 
 class TransformedSource:
-    """`source`, changed module by module when it is read; satisfies `FloatSource` and `ModelSource`.
+    """Read `source` with some modules changed; satisfies `FloatSource` and `ModelSource`.
 
     Args:
-        changes: module name to change; what is not named stays as it is.
+        changes: module name to change; other modules stay the same.
         ones: full names of norm weights that are now 1.
-        rotations: of the result, those of `source` included.
-        untie: give the head a table of its own, which begins as the embedding's.
+        rotations: of the result, including those of `source`.
+        untie: give the head a separate table, which starts as a copy of the embedding.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class TransformedSource:
         self._source, self._changes, self._ones = source, changes, ones
 
     def info(self, tensor: str) -> TensorInfo:
-        """Dtype and shape in which a tensor is stored where it stays float.
+        """Return dtype and shape in which a tensor that stays float is stored.
 
-        Tables keep their dtype, to which the writer rounds them, or they would double; biases become float32.
+        Tables keep their dtype, to which the writer rounds them: float32 could double them. Biases become float32.
         """
         info = self._source.info(self._stored_name(tensor))
         name, _, kind = tensor.rpartition(".")
         return replace(info, dtype="F32") if kind == "bias" and name in self._changes else info
 
     def weight(self, name: str) -> np.ndarray:
-        """(rows, columns): float32 where it is changed, else as the source has it."""
+        """Return a matrix (rows, columns): float32 if it is changed, else the source's."""
         stored = self._source.weight(self._stored_name(f"{name}.weight").removesuffix(".weight"))
         change = self._changes.get(name)
         if change is None:
@@ -88,14 +88,14 @@ class TransformedSource:
         return changed
 
     def vector(self, name: str) -> F32:
-        """(length,) float32."""
+        """Return a norm's weight or a bias, float32 (length,)."""
         return to_f32(self.stored_vector(name))
 
     def stored_vector(self, name: str) -> np.ndarray:
-        """(length,) in the dtype of `info`."""
+        """Return a norm's weight or a bias (length,) in the dtype of `info`."""
         stored = self._source.stored_vector(name)
         if name in self._ones:
-            # 1.0 in bf16, whose bits lie in uint16, or in a float type.
+            # 1.0 as bf16 bits in uint16, or in a float type.
             return np.full_like(stored, 0x3F80 if stored.dtype == np.uint16 else 1)
         module, _, kind = name.rpartition(".")
         change = self._changes.get(module)
@@ -104,7 +104,7 @@ class TransformedSource:
         return _apply(change.outputs, _to_f64(stored)).astype(np.float32)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Unmap the files."""
         self._source.close()
 
     def _stored_name(self, tensor: str) -> str:

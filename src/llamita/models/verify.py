@@ -1,4 +1,4 @@
-"""Checks a packed directory against llamita.json: every flipped bit, missing, extra or truncated file."""
+"""Check a packed model against llamita.json: find every flipped bit, missing, extra or truncated file."""
 
 import os
 from dataclasses import dataclass
@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import InputError, LlamitaError
+from llamita.models.metadata import METADATA, is_file_table, self_hash_holds
 from llamita.models.names import linear_names, table_names, vector_names
-from llamita.models.packed import METADATA, PackedModel, is_file_table, self_hash_holds
+from llamita.models.packed import PackedModel
 from llamita.system.files import exists_in, parse_json, read_bytes, safe_path, sha256_file
 from llamita.system.progress import Progress
 from llamita.system.staging import EXPORTED_MARK
 
-# What the hub and its client put beside a model.
+# Names that the hub and its client add to a model directory.
 _FOREIGN = (".gitattributes", ".gitignore", ".cache", ".git")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found: one line a problem, none if the directory is as it was written."""
+    """List the problems, one line each; none if the directory is as it was written."""
 
     files: int
     bytes: int
@@ -41,9 +42,8 @@ def verify(path: Path, progress: Progress = None) -> Report:
         return Report(1, 0, [str(error)])
     if not is_file_table(files):
         return Report(1, len(data), [f"{mark}: files: expected names with size and sha256"])
-    problems = [f"{METADATA}: content differs from what was written"]
-    if mark != METADATA or self_hash_holds(data):
-        problems = []
+    is_sealed = mark != METADATA or self_hash_holds(data)
+    problems = [] if is_sealed else [f"{METADATA}: content differs from what was written"]
     total = sum(record["size"] for record in files.values())
     done = 0
     for name, record in files.items():
@@ -76,7 +76,7 @@ def _extra(path: Path, files: dict[str, Any]) -> list[str]:
 
 
 def _check_model(path: Path) -> list[str]:
-    """Whether the model opens, tensor by tensor: catches a directory that was written wrong."""
+    """Open the model and read it tensor by tensor: this finds a directory that was written wrong."""
     try:
         model = PackedModel(path)
         try:

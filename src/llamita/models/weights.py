@@ -1,4 +1,4 @@
-"""How weights travel from a model's files to methods and engine: their types, and what a source of them offers."""
+"""Define the types of weights, and the sources that give them to methods and engine."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from llamita.numerics.scheme import QuantScheme
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 _FINITE_CHUNK = 2**22  # values tested at a time
-_ROWS = 1024  # of a matrix in float at a time
+_ROWS = 1024  # rows of a matrix in float at a time
 
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A linear layer in int4: `packed` int32 (rows, columns/8), `scales` (rows, columns/group_size)."""
+    """Hold a linear layer in int4: `packed` int32 (rows, columns/8), `scales` (rows, columns/group_size)."""
 
     packed: np.ndarray
     scales: np.ndarray  # float32, or uint16 holding bf16
@@ -32,38 +32,38 @@ class Int4Weight:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A table in int8 per channel: `codes` int8 (rows, columns), `scales` float32 or bf16 bits (rows,)."""
+    """Hold a table in int8 per channel: `codes` int8 (rows, columns), `scales` float32 or bf16 bits (rows,)."""
 
     codes: np.ndarray
     scales: np.ndarray
 
 
 class ModelSource(Protocol):
-    """Where the engine gets a model's weights; module names are those of Hugging Face, without `.weight`."""
+    """Give the engine a model's weights; module names are those of Hugging Face, without `.weight`."""
 
     path: Path
     config: ModelConfig
 
     @property
     def scheme(self) -> QuantScheme | None:
-        """How the weights are rounded, None for a float model."""
+        """Return how the weights are rounded, None for a float model."""
         ...
 
     @property
     def rotations(self) -> Rotations:
-        """What was rotated in the weights, and what the engine has to do about it."""
+        """Return the rotations in the weights, with those that the engine has to do."""
         ...
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | np.ndarray:
-        """A linear layer or table; float ones as (rows, columns) float32, float16 or bf16 bits."""
+        """Return a linear layer or table; float ones as (rows, columns) float32, float16 or bf16 bits."""
         ...
 
     def vector(self, name: str) -> np.ndarray:
-        """A norm's weight as float32 (columns,); the name ends in `.weight`."""
+        """Return a norm's weight or a bias, float32 (length,); the name ends in `.weight` or `.bias`."""
         ...
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Unmap the files."""
         ...
 
 
@@ -71,7 +71,7 @@ Weight = Int4Weight | Int8Weight | np.ndarray
 
 
 class FloatSource(Protocol):
-    """A float model as methods read it: a `Checkpoint`, or a `TransformedSource` over one."""
+    """Give methods the weights of a float model: a `Checkpoint`, or a `TransformedSource` over one."""
 
     path: Path
     config: ModelConfig
@@ -80,27 +80,27 @@ class FloatSource(Protocol):
 
     @property
     def rotations(self) -> Rotations:
-        """How the weights are rotated; a checkpoint's are not."""
+        """Return how the weights are rotated; a checkpoint's are not."""
         ...
 
     def info(self, tensor: str) -> TensorInfo:
-        """Dtype and shape in which a tensor is stored where it stays float."""
+        """Return dtype and shape in which a tensor that stays float is stored."""
         ...
 
     def weight(self, name: str) -> np.ndarray:
-        """(rows, columns) float32, float16 or bf16 bits."""
+        """Return a matrix (rows, columns), float32, float16 or bf16 bits."""
         ...
 
     def vector(self, name: str) -> np.ndarray:
-        """(length,) float32."""
+        """Return a norm's weight or a bias, float32 (length,)."""
         ...
 
     def stored_vector(self, name: str) -> np.ndarray:
-        """(length,) as it is stored, found finite."""
+        """Return a norm's weight or a bias (length,) as it is stored; check that it is finite."""
         ...
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Unmap the files."""
         ...
 
 
@@ -110,7 +110,7 @@ def bias_of(source: ModelSource | FloatSource, name: str) -> np.ndarray | None:
 
 
 def row_blocks(weight: Weight) -> Iterator[F32]:
-    """A matrix in float32, some rows at a time."""
+    """Yield a matrix in float32, some rows at a time."""
     if isinstance(weight, Int4Weight):
         for start in range(0, len(weight.packed), _ROWS):
             rows = slice(start, start + _ROWS)
@@ -125,7 +125,7 @@ def row_blocks(weight: Weight) -> Iterator[F32]:
 
 
 def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values in the float type in which a tensor is stored ("BF16", "F16" or "F32"), rounded if need be."""
+    """Return values in the float type of a stored tensor ("BF16", "F16" or "F32"), rounded if needed."""
     if stored_dtype(values) == dtype:
         return values
     floats = to_f32(values)
@@ -141,7 +141,7 @@ def check_finite(name: str, array: np.ndarray, first_row: int = 0) -> None:
         if bad.any():
             row, column = (int(i) for i in np.argwhere(bad)[0])
             place = f"row {first_row + start + row}, column {column}"
-            raise InputError(f"{name}", "finite weights", f"NaN or infinity at {place}", "the checkpoint is damaged")
+            raise InputError(name, "finite weights", f"NaN or infinity at {place}", "the checkpoint is damaged")
 
 
 def _not_finite(array: np.ndarray) -> np.ndarray:
@@ -151,11 +151,11 @@ def _not_finite(array: np.ndarray) -> np.ndarray:
 
 
 def transform_dtype(rotations: Rotations) -> str | None:
-    """The safetensors name of the dtype of the head's transform, None where there is none."""
+    """Return the safetensors name of the dtype of the head's transform, or None without one."""
     transform = rotations.head_transform
     return None if transform is None else stored_dtype(transform)
 
 
 def stored_dtype(array: np.ndarray) -> str:
-    """The safetensors name of an array's dtype; uint16 means bf16."""
+    """Return the safetensors name of an array's dtype; uint16 means bf16."""
     return next(name for name in ("BF16", *DTYPES) if np.dtype(DTYPES[name]) == array.dtype)

@@ -1,8 +1,8 @@
-"""Rounding as NumPy arithmetic: the specification that every native kernel must match bit for bit.
+"""Round weights and activations in NumPy: the specification that every native kernel must match bit for bit.
 
-Symmetric weights (Jacob et al. 2018, per group), dynamic asymmetric activations (per token): the formulas
-of torchao's W4A8, in FP32, half to even. bf16 travels as uint16 arrays that hold its bits. Slow on purpose:
-`llamita._native` is the fast twin.
+Weights are symmetric (Jacob et al. 2018, per group), activations dynamic and asymmetric (per token): the formulas of
+torchao's W4A8, in FP32, half to even. bf16 is held as its bits in uint16 arrays. Slow on purpose: `llamita._native`
+is the fast twin.
 """
 
 import numpy as np
@@ -11,27 +11,27 @@ import numpy.typing as npt
 Array = npt.NDArray[np.generic]
 F32 = npt.NDArray[np.float32]
 
-SMALLEST_NORMAL = np.float32(2.0**-126)  # torchao's eps: scales below it would be subnormal
+SMALLEST_NORMAL = np.float32(2.0**-126)  # torchao's eps: smaller scales would be subnormal
 CODE_RANGE = {4: (-8, 7), 8: (-128, 127)}
 RULES = ("torchao", "torchao_bf16", "search")
 LANES = 16  # partial sums of the squared error: one AVX-512 register
 
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> F32:
-    """bf16 bits to float32, exactly: bf16 is the upper half of a float32."""
+    """Return bf16 bits as float32, exactly: bf16 is the upper half of a float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def f32_to_bf16(x: F32) -> npt.NDArray[np.uint16]:
-    """float32 to bf16 bits, half to even; NaN stays NaN."""
+    """Round float32 to bf16 bits, half to even; NaN stays NaN."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    # Adding half of the part cut off, less one where the kept part is even, carries exactly when due.
+    # Add half of the part to cut off, less one if the kept part is even: this carries exactly when it should.
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def to_f32(array: Array) -> F32:
-    """float32, float16 or bf16 bits (uint16) as float32."""
+    """Return float32, float16 or bf16 bits (uint16) as float32."""
     if array.dtype == np.uint16:
         return bf16_to_f32(array.view(np.uint16))
     if array.dtype not in (np.float32, np.float16):
@@ -53,8 +53,8 @@ def round_weights(
         importance: (columns,) positive factors of each input's squared error in the search.
 
     Returns:
-        codes (rows, columns), scales (rows, columns / group_size), and the plain squared error of each row
-        (rows,), in which importance takes no part: FP32 within a group, FP64 across groups.
+        codes (rows, columns), scales (rows, columns / group_size), and the squared error of each row (rows,)
+        without importance: FP32 within a group, FP64 across groups.
     """
     weights = to_f32(w)
     rows, columns = weights.shape
@@ -84,8 +84,8 @@ def _torchao_scales(groups: F32, bits: int) -> F32:
 
 
 def codes_at(groups: F32, scales: F32, bits: int) -> F32:
-    """The codes nearest to groups (groups, group_size) on scales (groups,), as float32."""
-    reciprocal = np.float32(1) / scales[:, None]  # multiplied, not divided: as torchao does
+    """Return the codes nearest to groups (groups, group_size) at scales (groups,), as float32."""
+    reciprocal = np.float32(1) / scales[:, None]  # multiply, as torchao does, instead of dividing
     return np.clip(np.rint(groups * reciprocal), *CODE_RANGE[bits])
 
 
@@ -94,10 +94,10 @@ def _per_group(importance: F32, rows: int, group_size: int) -> F32:
 
 
 def _searched_scales(groups: F32, bits: int, importance: F32 | None) -> F32:
-    """The scale of least squared error among all bf16 values of a little more than an octave, per group.
+    """Return the scale of least squared error per group, among all bf16 values of a little more than an octave.
 
-    Below largest/(2·qmax+2) the largest weight would be cut to less than half; above largest/qmax the grid
-    is coarser than the weights need. torchao's scale, on the bf16 grid, is always among the candidates.
+    Below largest/(2·qmax+2) the largest weight would be clipped to less than half; above largest/qmax the grid is
+    coarser than the weights need. torchao's scale, rounded to bf16, is always a candidate.
     """
     qmax = CODE_RANGE[bits][1]
     largest = np.abs(groups).max(axis=1)
@@ -115,9 +115,9 @@ def _searched_scales(groups: F32, bits: int, importance: F32 | None) -> F32:
 
 
 def _squared_error(groups: F32, scales: F32, bits: int, importance: F32 | None) -> F32:
-    """Σ importance·e² of each group, in the order that the native kernels sum: lane k mod 16, then a tree."""
+    """Return Σ importance·e² of each group in the native kernels' order of sums: lane k mod 16, then a tree."""
     error = groups - codes_at(groups, scales, bits) * scales[:, None]
-    with np.errstate(over="ignore"):  # weights near 1e19 and beyond: infinite errors tie, largest scale wins
+    with np.errstate(over="ignore"):  # weights from about 1e19 on: infinite errors tie, largest scale wins
         terms = error * error if importance is None else error * error * importance
         lanes = np.zeros((len(groups), LANES), np.float32)
         for start in range(0, groups.shape[1], LANES):
@@ -150,7 +150,7 @@ def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32, npt.NDArray
 
 
 def dequantize(codes: npt.NDArray[np.int8], scales: Array, zero_points: npt.NDArray[np.int32] | None = None) -> F32:
-    """(codes - zero point) · scale in float32: of weights (scales per group or channel) or activations.
+    """Return (codes - zero point) · scale in float32, of weights (scales per group or channel) or activations.
 
     Args:
         codes: (rows, columns).

@@ -1,7 +1,7 @@
-"""Hadamard matrices H with H·Hᵀ = n·I, made by construction, and the fast transform of vectors.
+"""Make Hadamard matrices, H·Hᵀ = n·I, and transform vectors fast.
 
-n = K·2^m: H = H_K ⊗ H_{2^m}, Sylvester's matrix over the low part of an index, and over the high part one of
-order K by Paley's first or second construction (1933) or Williamson's (1944). The order of the transform's
+n = K·2^m: H = H_K ⊗ H_{2^m}. Sylvester's matrix acts on the low part of an index. A matrix of order K by Paley's
+first or second construction (1933), or Williamson's (1944), acts on the high part. The order of the transform's
 sums is part of the format (docs/reference/numerics.md); the native twin gives the same bits.
 """
 
@@ -16,29 +16,35 @@ from llamita.errors import InputError
 
 Signs = npt.NDArray[np.int8]
 _LARGEST_CORE = 1024  # K: the dense part of a transform costs K sums a value
-_MOST_SEQUENCES = 2048  # candidates of Williamson's search: its pairs must fit memory
-_MOST_CHECKED = 64  # finds of the look-up; one that is wrong is as good as impossible
+# First rows of Williamson's circulant matrices, by K: value i is -1 where bit i is set. Paley's constructions reach
+# none of these K, only multiples, whose matrices differ: published models need these. 52 is for the widths 6656 and
+# 53248 (Llama 1 30B, Llama 3.1 405B), 172 for 5504, 11008 and 22016 (Llama 1 and 2, Code Llama).
+_WILLIAMSON = {
+    52: (0x1122, 0x13F2, 0x13F2, 0x0EDC),
+    92: (0x6A0056, 0x6542A6, 0x1CC338, 0x6C7E36),
+    172: (0x730A26450CE, 0x385B3FCDA1C, 0x14D42F42B28, 0x207AC935E04),
+}
 
 
 def fast_hadamard(x: np.ndarray) -> np.ndarray:
-    """H·x / √n for every vector along the last axis, in float32 or float64 as x is.
+    """Return H·x / √n for every vector along the last axis, in the dtype of x: float32 or float64.
 
-    Sums in the specified order: butterflies over strides 1, 2, 4, …, then K values in order, then one
+    The order of sums is specified: butterflies over strides 1, 2, 4, …, then K values in order, then one
     multiplication. H is not symmetric where K > 1; the inverse is `fast_hadamard_inverse`.
 
     Raises:
-        InputError: no matrix of this order is known here.
+        InputError: no construction here reaches this order.
     """
     return _transform(x, lambda signs: signs)
 
 
 def fast_hadamard_inverse(x: np.ndarray) -> np.ndarray:
-    """Hᵀ·x / √n for every vector along the last axis: undoes `fast_hadamard`."""
+    """Return Hᵀ·x / √n for every vector along the last axis: undo `fast_hadamard`."""
     return _transform(x, lambda signs: signs.T)
 
 
 def hadamard_matrix(n: int) -> npt.NDArray[np.float64]:
-    """The orthonormal matrix H / √n, float64 (n, n). Raises InputError where none is known here."""
+    """Return the orthonormal matrix H / √n, float64 (n, n); raise InputError as `factor` does."""
     core, power = factor(n)
     sylvester = np.ones((1, 1))
     for _ in range(power):
@@ -48,10 +54,10 @@ def hadamard_matrix(n: int) -> npt.NDArray[np.float64]:
 
 @lru_cache
 def factor(n: int) -> tuple[int, int]:
-    """(K, m) with n = K·2^m and the least K whose matrix can be made.
+    """Return (K, m) with n = K·2^m and the least K whose matrix can be made.
 
     Raises:
-        InputError: there is none, as for odd n, or for 4·47, which no method here reaches.
+        InputError: no construction reaches any such K, as for odd n, 4·25, 4·29 and 4·47.
     """
     odd = n
     while odd > 1 and odd % 2 == 0:
@@ -61,11 +67,11 @@ def factor(n: int) -> tuple[int, int]:
         if _make_core(core) is not None:
             return core, (n // core).bit_length() - 1
         core *= 2
-    raise InputError(f"Hadamard matrix of order {n}: none is known here; try without the rotation")
+    raise InputError(f"Hadamard matrix of order {n}: none is known here", hint="try without the rotation")
 
 
 def core_signs(core: int) -> Signs:
-    """H_K of the orders that `factor` gives: int8 (K, K) of ±1."""
+    """Return H_K, int8 (K, K) of ±1, for a K that `factor` returns."""
     signs = _make_core(core)
     if signs is None:
         raise InputError(f"Hadamard matrix of order {core}: none is known here")
@@ -73,11 +79,11 @@ def core_signs(core: int) -> Signs:
 
 
 def butterflies(y: Any, stack: Callable[[list[Any], int], Any]) -> Any:
-    """Sylvester's part of the transform along the last axis, 2^m, of a NumPy array or a Torch tensor.
+    """Return Sylvester's part of the transform along the last axis, of a NumPy array or a Torch tensor.
 
     Args:
         y: (rows, K, 2^m).
-        stack: NumPy's or Torch's.
+        stack: the function of this name, NumPy's or Torch's.
     """
     rows, core, length = y.shape
     for step in (2**i for i in range(length.bit_length() - 1)):
@@ -102,7 +108,7 @@ def _transform(x: np.ndarray, orient: Callable[[Signs], Signs]) -> np.ndarray:
 
 @lru_cache
 def _make_core(core: int) -> Signs | None:
-    """A Hadamard matrix of this order from the first construction that reaches it, found to be one."""
+    """Return the matrix of this order from the first construction that reaches it; check that it is Hadamard."""
     if core == 1:
         return np.ones((1, 1), np.int8)
     for construct in (_paley_1, _paley_2, _williamson):
@@ -120,7 +126,7 @@ def _is_prime(q: int) -> bool:
 
 
 def _jacobsthal(q: int) -> npt.NDArray[np.int64]:
-    """(q, q) for a prime q: 1 where i - j is a square mod q, else -1; 0 on the diagonal."""
+    """Return (q, q) for a prime q: 1 where i - j is a square mod q, else -1; 0 on the diagonal."""
     character = np.full(q, -1)
     character[np.arange(1, q) ** 2 % q] = 1
     character[0] = 0
@@ -128,7 +134,7 @@ def _jacobsthal(q: int) -> npt.NDArray[np.int64]:
 
 
 def _paley_1(core: int) -> Signs | None:
-    """From the squares modulo a prime q = K - 1, 3 more than a multiple of 4."""
+    """Use the squares modulo a prime q = K - 1, 3 more than a multiple of 4."""
     q = core - 1
     if q % 4 != 3 or not _is_prime(q):
         return None
@@ -138,7 +144,7 @@ def _paley_1(core: int) -> Signs | None:
 
 
 def _paley_2(core: int) -> Signs | None:
-    """From the squares modulo a prime q = K/2 - 1, 1 more than a multiple of 4."""
+    """Use the squares modulo a prime q = K/2 - 1, 1 more than a multiple of 4."""
     q = core // 2 - 1
     if q % 4 != 1 or not _is_prime(q):
         return None
@@ -150,62 +156,10 @@ def _paley_2(core: int) -> Signs | None:
 
 
 def _williamson(core: int) -> Signs | None:
-    """From four symmetric circulant matrices of odd order n = K/4 with A² + B² + C² + D² = K·I.
-
-    Their first rows are looked for among the sequences that a group of multipliers leaves as they are,
-    largest group first: that such rows exist for 43 is Williamson's own find.
-    """
-    n = core // 4
-    if core % 8 != 4 or n < 3:
+    """Return the block matrix of four symmetric circulant ones, A² + B² + C² + D² = K·I."""
+    if core not in _WILLIAMSON:
         return None
-    for orbits in _orbits(n):
-        rows = _sequences(n, orbits)
-        found = _four_that_cancel(rows)
-        if found is not None:
-            a, b, c, d = (_circulant(rows[i]) for i in found)
-            return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]]).astype(np.int8)
-    return None
-
-
-def _orbits(n: int) -> list[list[list[int]]]:
-    """Partitions of 1 … n-1 into orbits of the groups {±1}·⟨g⟩ mod n, coarsest first, without repetition."""
-    units = [g for g in range(1, n) if np.gcd(g, n) == 1]
-    partitions = {}
-    for g in units:
-        group = {1, n - 1}
-        while not (grown := {a * g % n for a in group}) <= group:
-            group |= grown
-        orbits = sorted({tuple(sorted({i * a % n for a in group})) for i in range(1, n)})
-        partitions[tuple(orbits)] = None
-    small = [p for p in partitions if 2 ** len(p) <= _MOST_SEQUENCES]
-    return [[list(orbit) for orbit in p] for p in sorted(small, key=lambda p: (len(p), p))]
-
-
-def _sequences(n: int, orbits: list[list[int]]) -> npt.NDArray[np.int64]:
-    """Every ±1 row (count, n) that is constant on the orbits and begins with 1."""
-    rows = np.ones((2 ** len(orbits), n), np.int64)
-    for bit, orbit in enumerate(orbits):
-        rows[(np.arange(len(rows)) >> bit & 1 == 1)[:, None] & np.isin(np.arange(n), orbit)] = -1
-    return rows
-
-
-def _four_that_cancel(rows: npt.NDArray[np.int64]) -> tuple[int, int, int, int] | None:
-    """The first four rows whose periodic autocorrelations add up to 0 at every shift but 0."""
-    shifts = range(1, rows.shape[1] // 2 + 1)
-    correlations = np.stack([(rows * np.roll(rows, shift, axis=1)).sum(axis=1) for shift in shifts], axis=1)
-    # A sum of rows is looked up by one number; what it finds is checked.
-    keys = correlations @ np.random.default_rng(0).integers(0, 2**40, len(shifts))
-    a, b = np.triu_indices(len(rows))
-    sums = keys[a] + keys[b]
-    order = np.argsort(sums, kind="stable")
-    place = np.minimum(np.searchsorted(sums[order], -sums), len(sums) - 1)
-    for first in np.flatnonzero(sums[order[place]] == -sums)[:_MOST_CHECKED]:
-        four = (a[first], b[first], a[order[place[first]]], b[order[place[first]]])
-        if not correlations[list(four)].sum(axis=0).any():
-            return tuple(int(i) for i in four)  # type: ignore[return-value]
-    return None
-
-
-def _circulant(row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(n, n): each row is the one above, moved on by one."""
-    return np.stack([np.roll(row, shift) for shift in range(len(row))])
+    n = core // 4
+    signs = [np.array([-1 if bits >> i & 1 else 1 for i in range(n)]) for bits in _WILLIAMSON[core]]
+    a, b, c, d = (np.stack([np.roll(row, shift) for shift in range(n)]) for row in signs)
+    return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]]).astype(np.int8)

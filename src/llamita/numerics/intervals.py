@@ -1,8 +1,8 @@
-"""Intervals for a mean over tokens, whose values depend on their neighbours: the block bootstrap.
+"""Estimate intervals for a mean over tokens, whose values depend on their neighbours, by the block bootstrap.
 
-Consecutive values are cut into blocks, blocks are drawn with replacement, and the percentiles of the
-redrawn means bound the interval (Carlstein 1986). Comparing two models on the same tokens goes through
-the differences token by token, so that the text's own variance, which both share, cancels.
+Consecutive values are cut into blocks, blocks are drawn with replacement, and the percentiles of the redrawn means
+bound the interval (Carlstein 1986). Two models are compared by their differences token by token, so that the text's
+variance, which both share, cancels.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 128  # tokens; beyond this distance the errors of two tokens of one text are nearly independent
-FEWEST_BLOCKS = 20  # a short text gets shorter blocks: percentiles of a handful of blocks mean nothing
+FEWEST_BLOCKS = 20  # a short text gets shorter blocks: percentiles of a few blocks mean nothing
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 1
@@ -19,7 +19,7 @@ _DRAWN_AT_ONCE = 2**20  # block numbers in memory at a time
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the bounds of its interval, at `LEVEL`."""
+    """Hold an estimate with the bounds of its interval at `LEVEL`."""
 
     value: float
     low: float
@@ -27,16 +27,16 @@ class Interval:
 
 
 def mean_interval(values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """The mean of values in the order of their tokens, with its block bootstrap interval.
+    """Return the mean of values in the order of their tokens, with its block bootstrap interval.
 
     Args:
         values: (tokens,), finite, at least one.
-        block: consecutive values that stay together; fewer where the text is short.
-        resamples: means drawn.
-        seed: the interval is a function of the values and this number.
+        block: consecutive values that stay together; fewer if the text is short.
+        resamples: means to draw.
+        seed: the interval depends on the values and this number alone.
 
     Raises:
-        ValueError: no values, or NaN or infinity among them.
+        ValueError: there are no values, or NaN or infinity among them.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
@@ -49,20 +49,20 @@ def mean_interval(values: np.ndarray, *, block: int = BLOCK, resamples: int = RE
 
 
 def paired_difference(values: np.ndarray, baseline: np.ndarray, **options: int) -> Interval:
-    """The mean of `values - baseline`, token by token, with its interval; options as in `mean_interval`."""
+    """Return the mean of `values - baseline`, token by token, with its interval; options as in `mean_interval`."""
     difference = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     return mean_interval(difference, **options)
 
 
 def _block_sums(values: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and count of each block; the last one may be shorter."""
+    """Return sum and count of each block; the last one may be shorter."""
     starts = np.arange(0, values.size, block)
     counts = np.minimum(block, values.size - starts)
     return np.add.reduceat(values, starts), counts.astype(np.float64)
 
 
 def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of as many blocks as there are, drawn with replacement: (resamples,)."""
+    """Return means of blocks drawn with replacement, as many as there are: (resamples,)."""
     means = np.empty(resamples)
     step = max(1, _DRAWN_AT_ONCE // sums.size)
     for start in range(0, resamples, step):

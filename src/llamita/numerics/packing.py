@@ -1,4 +1,4 @@
-"""int4 codes to and from compressed-tensors' `pack-quantized` words.
+"""Pack int4 codes into compressed-tensors' `pack-quantized` words, and unpack them.
 
 Eight codes per int32, lowest bits first, each stored as code + 8 (so 0 to 15).
 """
@@ -11,7 +11,7 @@ OFFSET = 8  # makes int4 codes unsigned
 
 
 def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    """Codes -8 to 7, (rows, columns) int8, to words (rows, columns / 8) int32."""
+    """Pack codes from -8 to 7, (rows, columns) int8, into words (rows, columns / 8) int32."""
     rows, columns = codes.shape
     if columns % CODES_PER_WORD:
         raise ValueError(f"pack_int4: expected columns in eights, got {columns}")
@@ -23,7 +23,7 @@ def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
 
 
 def unpack_int4(packed: npt.NDArray[np.int32]) -> npt.NDArray[np.int8]:
-    """Words (rows, columns / 8) int32 to codes (rows, columns) int8: the inverse of `pack_int4`."""
+    """Unpack words (rows, columns / 8) int32 to codes (rows, columns) int8: the inverse of `pack_int4`."""
     rows, words = packed.shape
     pairs = np.ascontiguousarray(packed, "<i4").view(np.uint8).reshape(rows, 4 * words)  # 4 bytes a word
     codes = np.empty((rows, CODES_PER_WORD * words), np.int8)

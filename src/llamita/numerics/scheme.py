@@ -1,26 +1,24 @@
-"""Quantization schemes as plain values: what is rounded, to how many bits, on which grid.
+"""Describe quantization schemes as plain values: which weights are rounded, to how many bits, on which grid.
 
-The scheme is W4A8: int4 weights in groups along each output channel (symmetric, static), int8
-activations per token (asymmetric, at run time). A preset is a named scheme; `docs/reference/numerics.md` has the
-formulas.
+A scheme is W4A8: int4 weights in groups along each output channel (symmetric, static), int8 activations per token
+(asymmetric, at run time). `docs/reference/numerics.md` has the formulas.
 """
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 
 GROUP_SIZES = (32, 64, 128, 256)  # what XNNPACK, KleidiAI and torchao all take
-_LONGEST_NAME = 80  # characters of a module's name that a message shows
 SCALE_RULES = ("torchao", "search", "weighted")
-GIVEN = "given"  # in place of a rule: codes and scales are those of the tool that made them
+GIVEN = "given"  # in place of a rule: codes and scales were imported
 SCALE_DTYPES = ("float32", "bfloat16")
-FLOAT = "none"  # in place of a preset: the weights as they are
+FLOAT = "none"  # in place of a preset: no rounding
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How one layer's weights are stored: int4 in groups, int8 per channel, or float (no bits)."""
+    """Say how one layer's weights are stored: int4 in groups, int8 per channel, or float (no bits)."""
 
     name: str
     bits: int | None
@@ -38,23 +36,23 @@ KINDS = {kind.name: kind for kind in _ALL_KINDS}
 def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not any(type(value) is type(a) and value == a for a in allowed):  # 32.0 and True are not 32 and 1
         choices = ", ".join(str(a) for a in allowed)
-        raise InputError(f"{name}", f"one of {choices}", f"{value!r}")
+        raise InputError(name, f"one of {choices}", shown(value))
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How the weights of a model are rounded.
+    """Say how the weights of a model are rounded.
 
     Attributes:
-        name: the preset, or "custom".
+        name: of a preset, or "custom".
         group_size: consecutive inputs of one output channel that share a scale.
-        scale_rule: how scales are chosen: "torchao" (largest weight / 7.5), "search" (least squared
-            error on the bf16 grid), "weighted" (likewise, inputs weighted by their expected energy) or
-            "given" (taken over from another tool, with its codes).
-        scale_dtype: "float32" or "bfloat16", the grid on which the scales lie and are stored.
+        scale_rule: how scales are chosen: "torchao" (largest weight / 7.5), "search" (least squared error on the
+            bf16 grid), "weighted" (likewise, inputs weighted by their expected energy) or "given" (imported from
+            another tool, with its codes).
+        scale_dtype: "float32" or "bfloat16", the type to which scales are rounded and in which they are stored.
         table_bits: 8 for embedding and head in int8 per channel, None to keep them in float.
-        layers: what is stored in another way than this: full module name to a key of `KINDS`. Not to be
-            changed; an override that changes nothing is dropped, so that equal schemes compare equal.
+        layers: overrides: full module name to a key of `KINDS`. Do not change them; an override that changes
+            nothing is dropped, so that equal schemes compare equal.
     """
 
     name: str
@@ -66,22 +64,22 @@ class QuantScheme:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isprintable():
-            raise InputError("scheme: name", "text", f"{self.name!r}")
+            raise InputError("scheme: name", "text", shown(self.name))
         _expect("group_size", self.group_size, GROUP_SIZES)
         _expect("scale_rule", self.scale_rule, (*SCALE_RULES, GIVEN))
         _expect("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _expect("table_bits", self.table_bits, (8, None))
         if self.scale_rule not in ("torchao", GIVEN) and self.scale_dtype != "bfloat16":
-            raise InputError("scale_dtype", f"bfloat16 with scales '{self.scale_rule}'", f"{self.scale_dtype}")
+            raise InputError("scale_dtype", f"bfloat16 with scales '{self.scale_rule}'", self.scale_dtype)
         if not isinstance(self.layers, dict):
-            raise InputError("layers", "module names with kinds", f"{type(self.layers).__name__}")
+            raise InputError("layers", "module names with kinds", type(self.layers).__name__)
         for name, kind in self.layers.items():
-            _expect(f"layers: {str(name)[:_LONGEST_NAME]!r}", kind, tuple(KINDS))
+            _expect(f"layers: {shown(name)}", kind, tuple(KINDS))
         changed = {name: kind for name, kind in self.layers.items() if kind != self._usual(name)}
         object.__setattr__(self, "layers", dict(sorted(changed.items())))
 
     def kind(self, name: str) -> LayerKind:
-        """How the weights of this linear layer or table are stored, by its full module name."""
+        """Return how the weights of a linear layer or table are stored, by its full module name."""
         return KINDS[self.layers.get(name) or self._usual(name)]
 
     def _usual(self, name: str) -> str:
@@ -90,17 +88,17 @@ class QuantScheme:
         return "w8" if self.table_bits else "float"
 
     def to_dict(self) -> dict[str, Any]:
-        """The scheme as JSON values; `from_dict` is its inverse. No overrides, no key `layers`."""
+        """Return the scheme as JSON values, without the key `layers` if it is empty; `from_dict` is the inverse."""
         values = asdict(self)
         return values if self.layers else {key: values[key] for key in values if key != "layers"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantScheme":
-        """A scheme from JSON values; unknown or missing keys raise InputError."""
+        """Read a scheme from JSON values; unknown or missing keys raise InputError."""
         expected = set(cls.__dataclass_fields__)
         if not isinstance(values, dict) or {*values, "layers"} != expected:
-            found = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise InputError("scheme", f"the keys {sorted(expected)}", f"{found}")
+            found = shown(sorted(values), 400) if isinstance(values, dict) else type(values).__name__
+            raise InputError("scheme", f"the keys {sorted(expected)}", found)
         return cls(**values)
 
 
@@ -112,7 +110,7 @@ PRESETS = {
 
 
 def make_scheme(preset: str, group_size: int | None = None, scale_rule: str | None = None) -> QuantScheme:
-    """A preset, with its group size or scale rule replaced where they are given.
+    """Return a preset's scheme, with its group size or scale rule replaced if they are given.
 
     Raises:
         InputError: unknown preset, group size or rule.
@@ -124,7 +122,7 @@ def make_scheme(preset: str, group_size: int | None = None, scale_rule: str | No
         scheme = replace(scheme, group_size=group_size)
     if scale_rule is not None:
         _expect("--scales", scale_rule, SCALE_RULES)
-        # torchao's rule keeps FP32 scales only where the preset does; a search lies on the bf16 grid.
+        # torchao's rule keeps FP32 scales only if the preset does; a search uses the bf16 grid.
         dtype = scheme.scale_dtype if scale_rule == "torchao" else "bfloat16"
         scheme = replace(scheme, scale_rule=scale_rule, scale_dtype=dtype)
     if scheme == PRESETS[preset] or (preset == "arm" and scheme.group_size == 256 and scale_rule is None):
@@ -133,7 +131,7 @@ def make_scheme(preset: str, group_size: int | None = None, scale_rule: str | No
 
 
 def choose_scheme(preset: str, group_size: int | None = None) -> QuantScheme | None:
-    """As `make_scheme`, and None for "none".
+    """Return the scheme of `make_scheme`, or None for "none".
 
     Raises:
         InputError: unknown preset or group size, or a group size for "none".

@@ -37,7 +37,7 @@ def _changed_channels(source: ModelSource) -> list[str]:
     """
     rotated = [name for name in source.rotations.names if name != "R4"]
     if isinstance(source, PackedModel):  # an imported one, whose rotations are another tool's
-        rotated += source.metadata["settings"].get("rotated", [])
+        rotated += source.metadata.settings.get("rotated", [])
     return [*rotated, *(["equalize"] if "equalize" in _methods(source) else [])]
 
 
@@ -49,14 +49,14 @@ def is_made_for(source: ModelSource, adapter: Path) -> bool | None:
     if _is_quantized(record):
         return _is_trained_with(source, adapter)
     base = record.get("base")
-    return isinstance(base, dict) and base.get("files") == source.metadata["source"]["files"]
+    return isinstance(base, dict) and base.get("files") == source.metadata.source.files
 
 
 def _is_trained_with(source: ModelSource, adapter: Path) -> bool:
     """Return whether an adapter was trained together with the codes of this model."""
     if not isinstance(source, PackedModel) or not exists_in(adapter, TRAINED_MARK):
         return False
-    record, settings = read_json(adapter, TRAINED_MARK), source.metadata["settings"]
+    record, settings = read_json(adapter, TRAINED_MARK), source.metadata.settings
     return _is_quantized(record) and all(
         _respelled(record.get(key)) == _respelled(settings.get(key)) for key in _TRAINING
     )
@@ -66,10 +66,10 @@ def _methods(source: ModelSource) -> list[str]:
     """Return the methods that made a packed model, those at the start of its training included."""
     if not isinstance(source, PackedModel):
         return []
-    recipe = source.metadata["settings"].get("recipe")
+    recipe = source.metadata.settings.get("recipe")
     start = recipe.get("start", "rtn") if isinstance(recipe, dict) else "rtn"
     chain, _ = PRESET_METHODS.get(start, (start, {}))
-    return f"{source.metadata['method']}+{chain}".split("+")
+    return f"{source.metadata.method}+{chain}".split("+")
 
 
 def _is_quantized(record: dict[str, Any]) -> bool:

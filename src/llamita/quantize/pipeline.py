@@ -7,7 +7,7 @@ source and writes it. `RoundedSource` gives the same numbers without a directory
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,8 @@ from llamita.methods.setup import Calibration, Setup
 from llamita.models import layer_kinds
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
-from llamita.models.packed import METADATA, format_of
-from llamita.models.packed_writer import (
-    SHARD_BYTES,
-    FileTable,
-    copy_companions,
-    find_companions,
-    stored_rotations,
-    write_bytes,
-    write_config,
-    write_metadata,
-)
+from llamita.models.metadata import METADATA, ErrorRecord, Metadata, SourceRecord
+from llamita.models.packed_writer import SHARD_BYTES, copy_companions, find_companions, stored_rotations, write_config
 from llamita.models.sizes import Plan, make_plan
 from llamita.models.weights import FloatSource, transform_dtype
 from llamita.numerics.rotations import Rotations
@@ -44,7 +35,7 @@ from llamita.quantize.layer_choice import Goal, Selection
 from llamita.quantize.records import card, source_names, source_record
 from llamita.quantize.write import ModuleError, write_weights
 from llamita.system import processes
-from llamita.system.files import exists_in
+from llamita.system.files import FileTable, exists_in, write_bytes
 from llamita.system.kept_work import has_kept_work, kept_work
 from llamita.system.machine import MemoryWatch
 from llamita.system.progress import Progress
@@ -280,7 +271,7 @@ def quantize(
         page = card(origin, shown, scheme, chain, setup, plan, summary.relative_error, summary.worst())
         texts = {"README.md": page, **(extra or {})}
         files |= {file: write_bytes(directory / file, data) for file, data in texts.items()}
-        write_metadata(directory, _metadata(chain, setup, rotations, record, summary, files))
+        _metadata(chain, setup, rotations, record, summary, files).write(directory)
     return summary
 
 
@@ -292,13 +283,13 @@ def take_part(source: FloatSource, scheme: QuantScheme, method: str, setup: Setu
 
 
 def _kept_blocks(
-    out: Path, chain: Chain, scheme: QuantScheme, source: dict[str, Any], setup: Setup
+    out: Path, chain: Chain, scheme: QuantScheme, source: SourceRecord, setup: Setup
 ) -> AbstractContextManager[Path | None]:
     """Keep finished blocks in a directory next to `out`, unless rounding is quick or several processes do it."""
     if not chain.needs_calibration(setup.settings) or processes.world() > 1:
         return nullcontext()
     calibration = setup.calibration.record() if setup.calibration else None
-    return kept_work(out, {"llamita": __version__, "source": source, "scheme": scheme.to_dict(),
+    return kept_work(out, {"llamita": __version__, "source": asdict(source), "scheme": scheme.to_dict(),
                            "method": str(chain), "settings": setup.settings, "seed": setup.seed,
                            "calibration": calibration})  # fmt: skip
 
@@ -314,22 +305,19 @@ def _summarize(
 
 
 def _metadata(
-    chain: Chain, setup: Setup, rotations: Rotations, source: dict[str, Any], summary: Summary, files: FileTable
-) -> dict[str, Any]:
-    """Return llamita.json without its own hash; docs/reference/packed-model.md explains each key."""
+    chain: Chain, setup: Setup, rotations: Rotations, source: SourceRecord, summary: Summary, files: FileTable
+) -> Metadata:
     measured = chain.needs_calibration(setup.settings)
-    return {
-        "format": format_of(summary.scheme),
-        "llamita": __version__,
-        "scheme": summary.scheme.to_dict(),
-        "method": str(chain),
-        "settings": setup.settings,
-        "seed": setup.seed if chain.is_random else None,
-        "rotations": rotations.to_list(),
-        "calibration": setup.calibration.record() if measured and setup.calibration else None,
-        "source": source,
-        "float_layers": summary.plan.float_layers,
-        "error": {"relative": summary.relative_error, "mean_squared": summary.mean_squared_error,
-                  "layers": summary.errors},
-        "files": dict(sorted(files.items())),
-    }  # fmt: skip
+    return Metadata(
+        llamita=__version__,
+        scheme=summary.scheme,
+        method=str(chain),
+        settings=setup.settings,
+        seed=setup.seed if chain.is_random else None,
+        rotations=rotations,
+        calibration=setup.calibration.record() if measured and setup.calibration else None,
+        source=source,
+        float_layers=summary.plan.float_layers,
+        error=ErrorRecord(summary.relative_error, summary.mean_squared_error, summary.errors),
+        files=dict(sorted(files.items())),
+    )

@@ -10,6 +10,7 @@ from llamita.methods.chain import Chain
 from llamita.methods.setup import Setup
 from llamita.models.card import CardFacts, model_card
 from llamita.models.layer_kinds import describe_kinds
+from llamita.models.metadata import SourceRecord
 from llamita.models.sizes import Plan
 from llamita.models.weights import FloatSource
 from llamita.numerics.scheme import QuantScheme
@@ -37,14 +38,14 @@ def source_names(source: FloatSource, name: str) -> tuple[str, str]:
     return recorded, shown
 
 
-def source_record(source: FloatSource, name: str, progress: Progress) -> dict[str, Any]:
+def source_record(source: FloatSource, name: str, progress: Progress) -> SourceRecord:
     """Return the record of a source: its name, and the SHA-256 of its config and weight files."""
     files = {}
     for i, file in enumerate(["config.json", *source.files]):
         if progress:
             progress(f"reading {file}", i, 1 + len(source.files))
         files[file] = sha256_file(source.path / file)
-    return {"name": name, "files": files}
+    return SourceRecord(name, files)
 
 
 def card(

@@ -10,11 +10,12 @@ from llamita import _native
 from llamita.methods.rtn import RoundedRows, RoundModule
 from llamita.models.names import TRANSFORM
 from llamita.models.packed import layout, tensor_bytes
-from llamita.models.packed_writer import FileTable, PackedWriter, plan_shards
+from llamita.models.packed_writer import PackedWriter, plan_shards
 from llamita.models.weights import FloatSource, as_stored, check_finite, transform_dtype
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.rounded import stored_scales
+from llamita.system.files import FileTable
 from llamita.system.progress import Progress
 
 _ROWS = 1024  # rows of a float table copied at a time

@@ -1,4 +1,4 @@
-"""What only an extra of the installation brings, imported on use, so that nothing lean ever imports it."""
+"""Import the packages of optional extras on use, so that the lean rooms never import them."""
 
 import logging
 from importlib import import_module
@@ -6,18 +6,18 @@ from typing import Any
 
 from llamita.errors import RunError
 
-# What these say when transformers imports them is about kernels that nothing here uses.
+# When transformers imports these, they warn about kernels that nothing here uses.
 _QUIET = ("torchao", "torch.utils._pytree")
 
 
 def load_optional(entry: str, lacking: str) -> Any:
-    """The function "module:function", or the module "module".
+    """Return the function "module:function", or the module "module".
 
     Args:
-        lacking: what to say where a package is missing, whose name stands for {package}.
+        lacking: the message if a package is missing; {package} becomes its name.
 
     Raises:
-        RunError: that.
+        RunError: a package is missing.
     """
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Where a long run keeps what it has finished: `.NAME.work` beside the directory that it makes.
+"""Keep the finished parts of a long run in `.NAME.work`, next to the directory NAME that it makes.
 
-A run that is killed leaves it; the next run with the same settings goes on from there, one with others
-starts anew, or is refused. A lock, which ends with its process, keeps two runs apart.
+A run that is killed leaves them. The next run with the same settings resumes from them; one with others starts anew,
+or is refused. A lock, which ends with its process, keeps two runs apart.
 """
 
 import fcntl
@@ -17,6 +17,7 @@ import numpy as np
 
 from llamita.errors import InputError, RunError
 from llamita.system import collectives, processes
+from llamita.system.files import unreadable
 
 _SETTINGS, _PARTIAL = "settings.json", ".partial"
 T = TypeVar("T")
@@ -24,29 +25,29 @@ T = TypeVar("T")
 
 @contextmanager
 def kept_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) -> Iterator[Path]:
-    """The work directory of `out`; it goes when the block ends well, or if nothing was finished in it.
+    """Provide the work directory of `out`; remove it when the block succeeds, or if nothing in it is finished.
 
     Args:
-        settings: whatever decides the result, as JSON values.
-        may_discard: what was finished with other settings goes.
+        settings: everything that decides the result, as JSON values.
+        may_discard: remove parts that were finished with other settings.
 
     Raises:
-        InputError: something else has this name, or something was finished with other settings.
-        RunError: another run is at work there, or it cannot be made.
+        InputError: something else has this name, or parts are there from other settings.
+        RunError: another run is at work there, or the directory cannot be made.
     """
     work = _work_of(out)
     try:
         work.mkdir(exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise RunError(f"{work}: cannot be made: {error.strerror}; try another --out") from None
+        raise RunError(f"{work}: cannot be made: {error.strerror}", hint="try another --out") from None
     try:
         _take(lock, work)
         if any(work.iterdir()) and not any(path.name.startswith(_SETTINGS) for path in work.iterdir()):
-            raise InputError(f"{work}", "what llamita left there", "other files", "try another --out")
+            raise InputError(str(work), "what llamita left there", "other files", "try another --out")
         if not (may_discard or _is_of(work, settings)) and _finished(work):
             raise InputError(
-                f"{work}",
+                str(work),
                 "what a run with these settings and data left",
                 "another run's",
                 "try its settings again, another --out, or --overwrite, which starts anew",
@@ -65,9 +66,9 @@ def kept_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) 
 
 @contextmanager
 def shared_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True) -> Iterator[Path]:
-    """The same for several processes that see one file system: the first keeps it, the others come in behind.
+    """Provide the same to several processes on one file system: the first one manages it, the others wait for that.
 
-    All must be done with reading where the first leaves.
+    All must have finished reading when the first leaves.
     """
     if processes.rank() == 0:
         with kept_work(out, settings, may_discard=may_discard) as work:
@@ -79,7 +80,7 @@ def shared_work(out: Path, settings: dict[str, Any], *, may_discard: bool = True
 
 
 def _remove(work: Path) -> None:
-    """The settings last: without them, what a kill in between leaves would be a stranger's."""
+    """Remove a work directory, the settings last: without them, the rest after a kill would look like a stranger's."""
     for path in work.iterdir():
         if path.name != _SETTINGS:
             with suppress(OSError):
@@ -92,7 +93,7 @@ def _remove_one(path: Path) -> None:
 
 
 def has_kept_work(out: Path) -> bool:
-    """Whether a run that was to make `out` has left something finished."""
+    """Return whether an earlier run for `out` has left finished parts."""
     work = _work_of(out)
     return work.is_dir() and _finished(work)
 
@@ -109,13 +110,13 @@ def _take(lock: int, work: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunError(f"{work}", "to be alone here", "another run", "try another --out") from None
+        raise RunError(str(work), "no other run there", "one", "try another --out") from None
     except OSError:  # a file system without locks
         pass
 
 
 def _is_of(work: Path, settings: dict[str, Any]) -> bool:
-    """Whether a work directory was made with these settings."""
+    """Return whether a work directory was made with these settings."""
     try:
         return (work / _SETTINGS).read_text("utf-8") == _as_text(settings)
     except (OSError, UnicodeDecodeError):
@@ -127,7 +128,7 @@ def _as_text(settings: dict[str, Any]) -> str:
 
 
 def _prepare(work: Path, settings: dict[str, Any]) -> None:
-    """Keep what is there if it was made with these settings; half-written files go in any case."""
+    """Keep the files of a run with these settings; remove all others, and half-written ones in any case."""
     if _is_of(work, settings):
         for partial in work.glob(f"*{_PARTIAL}"):
             partial.unlink()
@@ -138,22 +139,22 @@ def _prepare(work: Path, settings: dict[str, Any]) -> None:
 
 
 def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
-    """What `read` makes of a kept file; None, and the file is gone, where it is none that llamita wrote.
+    """Return what `read` returns for a kept file; if its content is damaged, remove the file and return None.
 
     Raises:
-        RunError: the file cannot be read, which says nothing about what is in it.
+        RunError: the file cannot be read, which says nothing about its content.
     """
     try:
         return read(path)
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror or error}; try again") from None
+        raise RunError(unreadable(path, error).where, hint="try again") from None
     except Exception:  # NumPy's readers fail in a dozen ways
         path.unlink(missing_ok=True)
         return None
 
 
 def kept_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray] | None:
-    """These arrays of a kept .npz file, all of which is read, so that its checksums are checked; or None."""
+    """Return these arrays of a kept .npz file, or None; read all of it, so that its checksums are checked."""
 
     def read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path) as file:
@@ -164,12 +165,12 @@ def kept_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray] | Non
 
 
 def partial_of(path: Path) -> Path:
-    """What a file is called until it is whole."""
+    """Return a file's name until it is whole."""
     return path.with_name(path.name + _PARTIAL)
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file that is there whole or not at all, whatever happens; `write` fills it."""
+    """Write a file that appears whole or not at all; `write` fills it."""
     partial = partial_of(path)
     with partial.open("wb") as file:
         write(file)

@@ -1,4 +1,4 @@
-"""This machine, and the memory of this process, as Linux tells them; elsewhere what little is known."""
+"""Describe this machine and the memory of this process, from Linux's files; elsewhere little is known."""
 
 import os
 import platform
@@ -8,17 +8,18 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-_UNKNOWN_CACHE = 64 * 2**20  # bytes: taken for the last-level cache where the system does not tell
+_UNKNOWN_CACHE = 64 * 2**20  # bytes: assumed last-level cache if the system does not report it
 _ROOT = Path("/")
-_GROUP_FILES = (  # limit and use of a control group, and pages of files in its memory.stat; versions 2 and 1
+# Names of a control group's limit and use, and of the pages of files in its memory.stat: versions 2 and 1.
+_GROUP_FILES = (
     (("memory.max", "memory.current"), ("active_file", "inactive_file")),
     (("memory.limit_in_bytes", "memory.usage_in_bytes"), ("total_active_file", "total_inactive_file")),
 )
-_INTERVAL = 0.01  # seconds between two looks at the memory
+_INTERVAL = 0.01  # seconds between two measurements of memory
 
 
 def cpu_name() -> str:
-    """The CPU's name, with family and model where there are: virtual machines often hide more of the name."""
+    """Return the CPU's name, with family and model if known: virtual machines often hide more of the name."""
     facts: dict[str, str] = {}
     for line in _lines("/proc/cpuinfo"):
         key, _, value = line.partition(":")
@@ -30,13 +31,13 @@ def cpu_name() -> str:
 
 
 def usable_memory(root: Path = _ROOT) -> int:
-    """Bytes of memory that this process may use, used ones included: all, or what a container allows."""
+    """Return the bytes of memory that this process may use, used ones included: all, or a container's limit."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([total, *(limit for limit, _ in _group_limits(root))])
 
 
 def free_memory(root: Path = _ROOT) -> int:
-    """Bytes that this process may still take; pages of files count as free, for they are given back."""
+    """Return the bytes that this process may still take; pages of files count as free, as the system drops them."""
     free = usable_memory(root)
     for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
@@ -45,10 +46,10 @@ def free_memory(root: Path = _ROOT) -> int:
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of the process's control group and of all around it that have a limit.
+    """Yield limit and use, in bytes, of the process's control group and of each group around it with a limit.
 
-    In a container whose path is the host's, the path leads nowhere, but its own group is mounted as the
-    root: `native/cpus_linux.cpp` reads quotas of processor time in the same way.
+    In a container whose path is the host's, the path leads nowhere, but the container's group is mounted as the root.
+    `native/cpus_linux.cpp` reads quotas of processor time in the same way.
     """
     for line in _lines(root / "proc/self/cgroup"):  # "0::/path" is version 2, "4:memory:/path" version 1
         _, _, named = line.partition(":")
@@ -68,7 +69,7 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level caches together that the CPUs of this process reach."""
+    """Return the bytes of all last-level caches together that the CPUs of this process reach."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
     sizes: dict[str, int] = {}
     for cpu in cpus:
@@ -81,7 +82,7 @@ def last_level_cache() -> int:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process without pages of files; where that is not told, its peak of all."""
+    """Return this process's resident bytes without pages of files; if unknown, the peak with them."""
     for line in _lines("/proc/self/status"):
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -90,7 +91,7 @@ def anonymous_bytes() -> int:
 
 
 class MemoryWatch:
-    """The most that `anonymous_bytes` ever was, looked at every hundredth of a second while it is entered."""
+    """Measure the peak of `anonymous_bytes` within a block, every hundredth of a second."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -98,7 +99,7 @@ class MemoryWatch:
         self._thread: threading.Thread | None = None
 
     def look(self) -> None:
-        """Count the memory of this moment."""
+        """Take the memory of this moment into account."""
         self.peak = max(self.peak, anonymous_bytes())
 
     def __enter__(self) -> "MemoryWatch":

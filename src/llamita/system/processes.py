@@ -1,40 +1,40 @@
-"""Several processes that work on one model: which of them this one is, and its share of the work.
+"""Give this process its place among several that work on one model, and its share of the work.
 
-`torchrun` starts them and says so in the environment. Calibration windows and training rows are spread over
-them. Only the first process writes and prints.
+`torchrun` starts them and sets their environment. Calibration windows and training rows are spread over them. Only
+the first process writes and prints.
 """
 
 import os
 
 from llamita import _native
-from llamita.errors import InputError
+from llamita.errors import InputError, shown
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return _number("WORLD_SIZE", 1, 1) if "MASTER_ADDR" in os.environ else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Return the number of this process, from 0."""
     return _number("RANK", 0, 0) if world() > 1 else 0
 
 
 def fair_threads(threads: int | None) -> int | None:
-    """Threads for this process: those asked for, or its part of this machine's where it shares it."""
-    beside = _number("LOCAL_WORLD_SIZE", 1, 1) if world() > 1 else 1
-    if threads is not None or beside == 1 or os.environ.get("LLAMITA_THREADS"):
+    """Return the threads for this process: `threads` if given, or its share of the CPUs if processes share them."""
+    local = _number("LOCAL_WORLD_SIZE", 1, 1) if world() > 1 else 1
+    if threads is not None or local == 1 or os.environ.get("LLAMITA_THREADS"):
         return threads
-    return max(1, _native.usable_cpus() // beside)
+    return max(1, _native.usable_cpus() // local)
 
 
 def share(count: int) -> range:
-    """The places, of `count`, that are this process's part: in order, and none of another's."""
+    """Return the indices below `count` that are this process's part: consecutive, and shared with no other."""
     return range(count * rank() // world(), count * (rank() + 1) // world())
 
 
 def _number(name: str, default: int, least: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
-        raise InputError(f"{name}", f"a whole number of at least {least}", f"{text!r}", "try torchrun")
+        raise InputError(name, f"a whole number of at least {least}", shown(text), "try torchrun")
     return int(text)

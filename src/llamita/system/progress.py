@@ -1,5 +1,5 @@
-"""The type of the callback through which long work reports how far it is."""
+"""Define the callback through which long work reports its progress."""
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None] | None  # what is being done, how many of it are done, of how many
+Progress = Callable[[str, int, int], None] | None  # (current item, number done, total)

@@ -1,8 +1,8 @@
-"""A directory that exists is whole: written beside its place, flushed to the disk, then renamed.
+"""Make directories appear whole or not at all: write them next to their place, flush them, then rename them.
 
-A run that is killed leaves `.NAME.partial-*` behind; the next run to the same place removes it. A lock on
-the directory, which ends with its process, tells a dead run from one that still writes. Another lock, on the
-directory around, lets one run at a time put names in order.
+A run that is killed leaves `.NAME.partial-*` behind; the next run to the same place removes it. A lock on that
+directory, which ends with its process, tells a dead run from one that still writes. Another lock, on the parent
+directory, lets one run at a time rename.
 """
 
 import errno
@@ -19,16 +19,17 @@ from pathlib import Path
 from llamita.errors import InputError, RunError
 from llamita.system.files import flush_path
 
-MARK = "llamita.json"  # only a directory that holds it may be overwritten, or
-TRAINED_MARK = "llamita_training.json"  # that holds one of these, as what `finetune` leaves does,
-MERGED_MARK = "llamita_merge.json"  # a float model that `merge` leaves,
-IMPORTED_MARK = "llamita_import.json"  # and `import`,
-EXPORTED_MARK = "llamita_export.json"  # and what `export` does
-_PATIENCE = 30.0  # seconds; another run holds the lock while it renames and removes, no longer
+# Files that mark a directory as made by llamita; `--overwrite` refuses all others.
+MARK = "llamita.json"  # by `quantize`
+TRAINED_MARK = "llamita_training.json"  # by `finetune`
+MERGED_MARK = "llamita_merge.json"  # by `merge`
+IMPORTED_MARK = "llamita_import.json"  # by `import`, a float model
+EXPORTED_MARK = "llamita_export.json"  # by `export`
+_PATIENCE = 30.0  # seconds; another run holds the lock only while it renames and removes
 
 
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Raise InputError if `out` cannot be made: it exists, or its parent does not, or it holds the source."""
+    """Raise InputError if `out` cannot be made: it exists, its parent does not exist, or it holds the source."""
     if not out.name or out.name == "..":
         raise InputError("--out", "the name of a new directory", f"{str(out)!r}")
     if not out.parent.is_dir():
@@ -36,11 +37,11 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise InputError(f"--out: {out} exists; try --overwrite or another name")
+        raise InputError(f"--out: {out} exists", hint="try --overwrite or another name")
     if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not _is_ours(out)):
         raise InputError(f"--out: --overwrite replaces only what llamita made, and {out} holds no {MARK}")
     if source is not None and source.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"--out: {out} holds the source {source}; try another name")
+        raise InputError(f"--out: {out} holds the source {source}", hint="try another name")
 
 
 def _is_ours(directory: Path) -> bool:
@@ -52,18 +53,15 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RunError(
-            f"{out}",
-            f"{needed / 1000000.0:,.0f} MB free on its disk",
-            f"{free / 1000000.0:,.0f} MB",
-            "try another disk",
+            str(out), f"{needed / 1e6:,.0f} MB free on its disk", f"{free / 1e6:,.0f} MB", "try another disk"
         )
 
 
 @contextmanager
 def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
-    """A temporary directory beside `out`, which becomes `out` if the block ends well and vanishes if not.
+    """Provide a temporary directory next to `out`; rename it to `out` if the block succeeds, else remove it.
 
-    What earlier runs to `out` left is put in order first.
+    Leftovers of earlier runs to `out` are removed or restored first.
 
     Raises:
         InputError: see `check_target`.
@@ -74,7 +72,7 @@ def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> It
         check_target(out, overwrite, source)
         with _alone(out.parent):
             _recover(out)
-            check_target(out, overwrite, source)  # what came back is in the way, too
+            check_target(out, overwrite, source)  # a restored `out` is in the way, too
             lock, partial = _make_partial(out)
         yield partial
         flush_path(partial)
@@ -94,9 +92,9 @@ def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> It
 
 @contextmanager
 def _alone(parent: Path) -> Iterator[None]:
-    """No other run renames or removes in `parent` during this block, where the file system has locks.
+    """Keep other runs from renaming or removing in `parent` during the block, if the file system has locks.
 
-    The lock is on the directory itself: a file for it would be left behind by a run that is killed.
+    The lock is on the directory itself: a run that is killed would leave a lock file behind.
     """
     descriptor, began = os.open(parent, os.O_RDONLY), time.monotonic()
     try:
@@ -106,9 +104,7 @@ def _alone(parent: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() - began > _PATIENCE:
-                    raise RunError(
-                        f"{parent}", "to be alone here", "another program's lock", "try again later"
-                    ) from None
+                    raise RunError(str(parent), "no lock", "another program's lock", "try again later") from None
                 time.sleep(0.05)
             except OSError:  # a file system without locks
                 break
@@ -118,12 +114,12 @@ def _alone(parent: Path) -> Iterator[None]:
 
 
 def _make_partial(out: Path) -> tuple[int, Path]:
-    """A new locked directory; another run may take it for a leftover before it is locked: then once more."""
+    """Return the lock and path of a new directory; try again if another run removes it before it is locked."""
     while True:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-{os.getpid()}-", dir=out.parent))
         with suppress(FileNotFoundError):
             lock = os.open(partial, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks: leftovers are not removed there
+            with suppress(OSError):  # a file system without locks: leftovers stay there
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if partial.is_dir():
                 partial.chmod(0o777 & ~umask())  # mkdtemp's is private; a model is as readable as any file
@@ -132,24 +128,24 @@ def _make_partial(out: Path) -> tuple[int, Path]:
 
 
 def umask() -> int:
-    """What new files' rights lack."""
+    """Return the rights that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def flush_files(directory: Path) -> None:
-    """What other libraries wrote here reaches the disk, with the rights that any new file has."""
+    """Flush the files that other libraries wrote here, and give them the rights of any new file."""
     mask = umask()
     for path in directory.iterdir():
-        path.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
+        path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         flush_path(path)
 
 
 def _recover(out: Path) -> None:
-    """Remove what killed runs left; bring back an `out` that one had moved aside."""
+    """Remove leftovers of killed runs; restore an `out` that one had moved aside."""
     for leftover in _leftovers(out, r"replaced-[0-9]+"):
-        if not _is_ours(leftover):  # a user's own
+        if not _is_ours(leftover):  # it is the user's
             continue
         if os.path.lexists(out):
             _remove(leftover, out)
@@ -166,7 +162,7 @@ def _recover(out: Path) -> None:
 
 
 def _leftovers(out: Path, kind: str) -> list[Path]:
-    """Directories beside `out` with a name that only this module gives."""
+    """Return directories next to `out` with a name that only this module gives."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}")
     found = (path for path in out.parent.iterdir() if pattern.fullmatch(path.name))
     return sorted(path for path in found if path.is_dir() and not path.is_symlink())
@@ -184,13 +180,13 @@ def _move_into_place(partial: Path, out: Path) -> None:
 
 
 def remove_whole(directory: Path) -> None:
-    """Remove a directory so that nobody takes what is left, if this is killed, for a whole one."""
+    """Remove a directory; if this is killed halfway, nobody takes the rest for a whole one."""
     _remove(directory, directory)
 
 
 def _remove(aside: Path, out: Path) -> None:
-    """Remove a directory; killed halfway, the rest is found as partial and never taken for a whole model."""
-    with suppress(OSError):  # then the next run removes it
+    """Rename a directory to a partial one, then remove it: if this is killed halfway, the next run finds the rest."""
+    with suppress(OSError):  # if this fails, the next run removes it
         doomed = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-{os.getpid()}-", dir=out.parent))
         aside.rename(doomed)  # replaces the empty one
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,7 +1,4 @@
-"""Sums over the processes of a run, through torch.distributed: gloo, which needs nothing but a CPU.
-
-One process needs none of it: its sums are its own.
-"""
+"""Sum over the processes of a run through torch.distributed: gloo, which needs only a CPU, and NCCL on GPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +12,11 @@ from torch import Tensor
 from llamita.errors import RunError
 from llamita.system.processes import share, world
 
-_PATIENCE = 7 * 24 * 3600.0  # seconds for each other; torchrun ends all where one fails
+_PATIENCE = 7 * 24 * 3600.0  # seconds to wait for each other; torchrun ends all processes if one fails
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, in place; each process gets the same bits."""
+    """Return the sum of every process's tensor, in place; each process gets the same bits."""
     if world() > 1:
         join()
         dist.all_reduce(tensor)
@@ -27,18 +24,18 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_sum_array(array: np.ndarray) -> None:
-    """The same for an array."""
+    """Sum every process's array in place."""
     all_sum(torch.from_numpy(array))
 
 
 def own_rows(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that are this process's part."""
+    """Return the rows of a tensor that are this process's part."""
     mine = share(len(tensor))
     return tensor[mine.start : mine.stop]
 
 
 def gather_rows(rows: Tensor, count: int) -> Tensor:
-    """All `count` rows, of which each process brings its part, `own_rows` of them."""
+    """Return all `count` rows; each process gives its part, as `own_rows` cuts them."""
     if world() == 1:
         return rows
     mine = share(count)
@@ -48,13 +45,13 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def join(patience: float = _PATIENCE) -> None:
-    """Find the other processes, unless that is done. What lies on GPUs is summed there.
+    """Find the other processes, unless that is done. Tensors on GPUs are summed there.
 
     Args:
-        patience: seconds that one waits for another, here and in every sum.
+        patience: seconds that one process waits for another, here and in every sum.
 
     Raises:
-        RunError: they are not to be found.
+        RunError: the processes do not find each other.
     """
     if world() == 1 or dist.is_initialized():
         return
@@ -63,21 +60,15 @@ def join(patience: float = _PATIENCE) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=patience))
     except (RuntimeError, ValueError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError("torchrun", f"the processes to find each other, got: {line}") from None
+        raise RunError("torchrun", "processes that find each other", line) from None
 
 
 @contextmanager
 def told_when_lost(advice: str) -> Iterator[None]:
-    """One line for what Torch raises where another process has gone.
-
-    Raises:
-        RunError: with `advice` at its end.
-    """
+    """Turn the error that Torch raises when another process is gone into a RunError with `advice` as its hint."""
     try:
         yield
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise RunError(
-            "torchrun", "every process to go on", "one that ended or no longer answers", f"{advice}"
-        ) from None
+        raise RunError("torchrun", "every process to go on", "one that ended or no longer answers", advice) from None

@@ -6,7 +6,7 @@ all of it if it moves weights by less than half a step and they are rounded to n
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class MergedSource(TransformedSource):
         is_packed = isinstance(base, PackedModel)
         super().__init__(DequantizedSource(base) if is_packed else base, {})
         self.adapter, self.base_scheme = adapter, base.scheme
-        self.base_method: str | None = base.metadata["method"] if is_packed else None
+        self.base_method: str | None = base.metadata.method if is_packed else None
         self._stored = read_adapter(adapter, base.config)
 
     def weight(self, name: str) -> np.ndarray:
@@ -132,7 +132,7 @@ def merge_float(source: MergedSource, name: str, out: Path, overwrite: bool = Fa
     layout = _layout(source)
     companions, shards = find_companions(source.path), plan_shards(layout)
     record = {"llamita": __version__, "adapter": source.record(),
-              "source": source_record(source, source_names(source, name)[0], progress)}  # fmt: skip
+              "source": asdict(source_record(source, source_names(source, name)[0], progress))}  # fmt: skip
     with staged(out, overwrite, source.path) as directory:
         check_space(out, total_bytes(shards) + SMALL_FILES)
         write_shards(directory, shards, lambda tensor: _pieces(source, tensor), progress)

@@ -9,10 +9,10 @@ from typing import Any
 from llamita import __version__
 from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.packed_writer import write_bytes
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.records import source_record
 from llamita.system import collectives, processes
+from llamita.system.files import write_bytes
 from llamita.system.kept_work import shared_work
 from llamita.system.staging import TRAINED_MARK, check_space, staged
 from llamita.system.torch_processes import told_when_lost
@@ -40,8 +40,8 @@ def run(job: FinetuneJob) -> dict[str, Any]:
         InputError: the data, the model or a setting cannot be trained with.
         RunError: the disk is full, another run works in the same place, or another process has ended.
     """
-    base = source_record(job.source, job.name, job.progress)
-    teacher = source_record(Checkpoint(job.teacher), "", job.progress)["files"] if job.teacher else None
+    base = asdict(source_record(job.source, job.name, job.progress))
+    teacher = source_record(Checkpoint(job.teacher), "", job.progress).files if job.teacher else None
     kept = {"llamita": __version__, "base": base["files"], "teacher": teacher, "data": job.data.sha256,
             "seed": job.seed, "recipe": job.recipe.to_dict()}  # fmt: skip
     collectives.join(_PATIENCE)
