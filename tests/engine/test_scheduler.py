@@ -16,10 +16,8 @@ from llamita.engine import scheduler, sequence
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.prefixes import BLOCK
-from llamita.engine.requests import Answer
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Scheduler, SequenceLimits
-from llamita.engine.sequence import SequenceState
 from llamita.engine.speculation import StepTimes
 from llamita.errors import InputError, RunError
 
@@ -207,74 +205,6 @@ def test_impossible_limits_are_refused(directory: Path, options: dict[str, int])
         make(directory, **options)
 
 
-# A driver with a thread
-
-
-def state(llm: LLM, ids: list[int], **options: Any) -> SequenceState:
-    request = llm._check(ids, {"max_tokens": 8, "greedy": True, **options})  # type: ignore[typeddict-item]
-    return SequenceState(request, Answer(request, llm.tokenizer))
-
-
-def test_steps_say_whether_work_remains(llm: LLM) -> None:
-    prompts = [ids_of(seed, 20) for seed in range(3)]
-    watched = Watched(llm)
-    assert not llm.scheduler.step()
-    assert not watched.steps
-    states = [state(llm, ids, speculate=0) for ids in prompts]
-    for one in states:
-        llm.scheduler.submit(one)
-    assert [llm.scheduler.step() for _ in range(8)] == [True] * 7 + [False]
-    assert watched.steps == [[20] * 3, *[[1] * 3] * 7]
-    for one, ids in zip(states, prompts, strict=True):
-        assert isinstance(generation := one.events[-1], Generation)
-        assert generation.token_ids == plain(llm, ids, 8, Sampling(0.0))[0]
-
-
-def test_a_step_for_a_reader_who_has_an_event_runs_nothing(llm: LLM) -> None:
-    one, other = state(llm, ids_of(0, 20)), state(llm, ids_of(1, 20))
-    llm.scheduler.submit(one)
-    llm.scheduler.submit(other)
-    while not one.events:
-        assert llm.scheduler.step(one)
-    watched = Watched(llm)
-    assert llm.scheduler.step(one)
-    assert not watched.steps
-    llm.scheduler.cancel(other)
-    assert llm.scheduler.step()
-    assert [len(step) for step in watched.steps] == [1]
-
-
-def test_a_thread_steps_for_all_while_others_submit_and_cancel(llm: LLM) -> None:
-    expected = [plain(llm, ids_of(seed, 20), 8, Sampling(0.0))[0] for seed in range(4)]
-    is_closed, is_submitted = threading.Event(), threading.Event()
-
-    def drive() -> None:
-        is_last = False
-        while not is_last:
-            is_submitted.wait()
-            is_submitted.clear()
-            is_last = is_closed.is_set()
-            while llm.scheduler.step():
-                pass
-
-    driver = threading.Thread(target=drive)
-    driver.start()
-    states = [state(llm, ids_of(seed, 20)) for seed in range(4)]
-    long = state(llm, ids_of(9, 20), max_tokens=CONTEXT - 20)
-    for one in [long, *states]:
-        llm.scheduler.submit(one)
-        is_submitted.set()
-    llm.scheduler.cancel(long)
-    streamed = finish(llm.stream(ids_of(0, 20), max_tokens=8, greedy=True))  # its reader takes turns with the driver
-    is_closed.set()
-    is_submitted.set()
-    driver.join()
-    assert streamed.token_ids == expected[0]
-    assert [one.events[-1].token_ids for one in states] == expected  # type: ignore[union-attr]
-    assert not any(isinstance(event, Generation) for event in long.events)
-    assert running(llm) == 0
-
-
 # Ends before the end
 
 
@@ -298,6 +228,24 @@ def test_an_error_ends_its_own_sequence_alone(llm: LLM) -> None:
     with pytest.raises(RunError, match="logits"):
         llm.generate_many(prompts, max_tokens=8, greedy=True, speculate=0)
     gc.collect()
+    assert running(llm) == 0
+
+
+def test_without_memory_for_its_cache_a_sequence_ends_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1000))
+
+    def allocate(*arguments: Any) -> SequenceCache:
+        if next(calls) == 1:  # the second sequence's
+            raise MemoryError
+        return SequenceCache(*arguments)
+
+    monkeypatch.setattr(scheduler, "SequenceCache", allocate)
+    prompts = [ids_of(seed, 20) for seed in range(3)]
+    streams = [llm.stream(ids, max_tokens=4, greedy=True, speculate=0) for ids in prompts]
+    with pytest.raises(RunError, match="memory: expected room for keys and values of 128 tokens"):
+        finish(streams[1])
+    for place in (0, 2):
+        assert finish(streams[place]).token_ids == plain(llm, prompts[place], 4, Sampling(0.0))[0]
     assert running(llm) == 0
 
 

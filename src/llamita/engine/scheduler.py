@@ -252,17 +252,13 @@ class Scheduler:
         for s in self._prompts:
             if not budget:
                 break
-            if s.is_over:
-                continue
-            if not s.is_begun:
+            if not (s.is_begun or s.is_over):
                 found, shared = self._find_prefix(s)
                 if self._is_longer_prefix_coming(s, shared):
                     continue  # it waits for that, but those behind it need not wait
-                try:
-                    self._begin(s, found, shared)
-                except RunError as error:
-                    s.fail(error)
-                    continue
+                self._begin(s, found, shared)
+            if s.is_over:  # cancelled, or there is no memory for it
+                continue
             start = s.settle()
             stop = min(s.count, start + budget)
             parts.append(StepPart(s, s.ids[start:stop], int(stop == s.count)))
@@ -294,10 +290,9 @@ class Scheduler:
         return False
 
     def _begin(self, sequence: SequenceState, found: Prefix | None, shared: int) -> None:
-        """Give a sequence its cache, with the first `shared` tokens of `found`. Kept caches give way to it.
+        """Give a sequence its cache, with the first `shared` tokens of `found`, or end it if there is no memory.
 
-        Raises:
-            RunError: there is no memory for it.
+        Kept caches give way to it.
         """
         config, declared = self.model.config, sequence.request.declared_length
         room = self._room - sum(s.positions for s in self._begun()) - sequence.positions
@@ -310,7 +305,8 @@ class Scheduler:
             try:
                 cache = SequenceCache(config, capacity, self._limits.kv_dtype, declared)
             except MemoryError:
-                raise RunError("memory", f"room for keys and values of {capacity} tokens") from None
+                sequence.fail(RunError("memory", f"room for keys and values of {capacity} tokens"))
+                return
             cache.adapter = sequence.request.adapter
             if found:  # it can be copied even if it just gave way: `found` still holds it
                 cache.copy_prefix(found.cache, shared)
