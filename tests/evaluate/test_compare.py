@@ -19,7 +19,7 @@ from llamita.evaluate.contenders import first_float, open_contenders
 from llamita.evaluate.layers import first_tokens, origin_of, rotation_between, watch_layers, weight_errors
 from llamita.evaluate.scores import Contender, score_text, score_tokens
 from llamita.imports.open import open_source
-from llamita.models import dequantized
+from llamita.models import weights
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.packed import PackedModel
@@ -340,7 +340,7 @@ def test_the_layers_are_watched_on_the_first_tokens(root, monkeypatch):
 def test_weight_errors_of_large_matrices_come_in_blocks(root, monkeypatch):
     sources = open_source(root / "g32"), open_source(root / "base")
     whole = weight_errors(*sources)
-    monkeypatch.setattr(dequantized, "_ROWS", 7)
+    monkeypatch.setattr(weights, "_ROWS", 7)
     assert weight_errors(*sources) == pytest.approx(whole, rel=1e-6)
     assert set(weight_errors(sources[1], sources[1]).values()) == {0.0}
 
