@@ -5,6 +5,7 @@ Jinja's templates in this folder escape every value. No script, no font, nothing
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +42,38 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(_TEMPLATES.get_template(template).render(**values))
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """The part of a picture inside its axes: from 0 to `last` across, from `low` to `high` upward."""
+
+    right: int
+    bottom: int
+    last: float
+    low: float
+    high: float
+    is_log: bool
+
+    def x(self, place: float) -> float:
+        return round(_LEFT + (self.right - _LEFT) * place / max(1, self.last), 1)
+
+    def y(self, value: float) -> float:
+        at = (value - self.low) / (self.high - self.low)
+        if self.is_log:
+            at = math.log10(max(value, self.low) / self.low) / math.log10(self.high / self.low)
+        return round(self.bottom - (self.bottom - _TOP) * at, 1)
+
+    def path(self, places: Sequence[float], values: Sequence[float]) -> str:
+        points = [f"{self.x(place)},{self.y(value)}" for place, value in zip(places, values, strict=True)]
+        return f"M{points[0]}h0.1" if len(points) == 1 else "M" + "L".join(points)
+
+
 def line_chart(
-    title: str,
-    lines: Mapping[str, Sequence[float]],
-    x_label: str,
-    *,
-    x: Mapping[str, Sequence[float]] | None = None,
-    width: int = 460,
-    height: int = 220,
-    log: bool = False,
-    x_last: int | None = None,
-    least: float = 0.0,
-    most: float | None = None,
-    colors: Sequence[str] = COLORS,
-    faint: Collection[str] = (),
-    marks: Mapping[str, float] | None = None,
-    dots: Sequence[tuple[str, float, float]] = (),
-    key: Sequence[tuple[str, str]] = (),
-    style: str = "",
-) -> Markup:
+    title: str, lines: Mapping[str, Sequence[float]], x_label: str, *, x: Mapping[str, Sequence[float]] | None = None,
+    width: int = 460, height: int = 220, log: bool = False, x_last: int | None = None, least: float = 0.0,
+    most: float | None = None, colors: Sequence[str] = COLORS, faint: Collection[str] = (),
+    marks: Mapping[str, float] | None = None, dots: Sequence[tuple[str, float, float]] = (),
+    key: Sequence[tuple[str, str]] = (), style: str = "",
+) -> Markup:  # fmt: skip
     """Draw lines through values.
 
     Args:
@@ -79,29 +93,18 @@ def line_chart(
     low, high = _range(values, log, least, most)
     count = max((len(line) for line in lines.values()), default=1)
     last = count - 1 if x_last is None else x_last
-    right, bottom = width - _RIGHT, height - _BOTTOM
-
-    def x_of(place: float) -> float:
-        return round(_LEFT + (right - _LEFT) * place / max(1, last), 1)
-
-    def y_of(value: float) -> float:
-        at = math.log10(max(value, low) / low) / math.log10(high / low) if log else (value - low) / (high - low)
-        return round(bottom - (bottom - _TOP) * at, 1)
-
-    def path_of(name: str) -> str:
-        places = [i * last / max(1, count - 1) for i in range(len(lines[name]))] if x is None else x[name]
-        points = [f"{x_of(place)},{y_of(value)}" for place, value in zip(places, lines[name], strict=True)]
-        return f"M{points[0]}h0.1" if len(points) == 1 else "M" + "L".join(points)
-
-    x_ticks = [0, last // 2, last] if x is None else [tick for tick in ticks(0, max(1, last)) if tick == int(tick)]
+    frame = _Frame(width - _RIGHT, height - _BOTTOM, last, low, high, log)
+    places = x or {n: [i * last / max(1, count - 1) for i in range(len(line))] for n, line in lines.items()}
+    x_ticks = {0, last // 2, last} if x is None else {tick for tick in ticks(0, max(1, last)) if tick == int(tick)}
     return render(
         "lines.svg.j2", title=title, x_label=x_label, width=width, height=height, key=key, style=style,
-        left=_LEFT, right=right, top=_TOP, bottom=bottom,
-        y_ticks=[(f"{tick:.4g}", y_of(tick)) for tick in ticks(low, high, log)],
-        x_ticks=[(f"{place:,.0f}", x_of(place)) for place in sorted({*x_ticks})],
-        marks=[(label, x_of(place)) for label, place in (marks or {}).items()],
-        lines=[(n, path_of(n), colors[i % len(colors)], n in faint) for i, n in enumerate(lines)],
-        dots=[(label, x_of(place), y_of(value)) for label, place, value in dots],
+        left=_LEFT, right=frame.right, top=_TOP, bottom=frame.bottom,
+        y_ticks=[(f"{tick:.4g}", frame.y(tick)) for tick in ticks(low, high, log)],
+        x_ticks=[(f"{place:,.0f}", frame.x(place)) for place in sorted(x_ticks)],
+        marks=[(label, frame.x(place)) for label, place in (marks or {}).items()],
+        lines=[(n, frame.path(places[n], line), colors[i % len(colors)], n in faint)
+               for i, (n, line) in enumerate(lines.items())],
+        dots=[(label, frame.x(place), frame.y(value)) for label, place, value in dots],
     )  # fmt: skip
 
 
