@@ -68,12 +68,12 @@ def test_damaged_work_is_done_again(
     source = make_checkpoint(tmp_path / "src")
     assert run("quantize", source, "-o", tmp_path / "whole", *options) == 0
     stopped(monkeypatch, source, tmp_path / "out", options)
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "the same command resumes here" in capsys.readouterr().err
     (kept,) = tmp_path.glob(pattern)
     if damage is not None:
         damage(kept)
     assert run("quantize", source, "-o", tmp_path / "out", *options) == 0
-    assert "left what it had finished" in capsys.readouterr().err
+    assert "kept what it had finished" in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     for name in names:
