@@ -23,6 +23,7 @@ QRONOS: Numbers = {
     "residual": 0.5,  # of the correction for the residual stream
     "ridge": 0.05,  # as a share of the inputs' mean energy
 }
+CHECKED = 16  # samples on which spinquant compares its learned rotations with the random ones
 LOSSES = ("kl", "cross-entropy")
 DTYPES = ("float32", "bfloat16")
 READ_BY = {"qronos": ("gptq", "qronos")}  # methods whose settings a method reads, where not its own alone
