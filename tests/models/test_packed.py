@@ -8,19 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from packed_models import (
-    assert_same_weight,
-    fake_quantize_input,
-    float_weight,
-    needs_transformers,
-    pack,
-    pack_rotated,
-    reseal,
-)
+from packed_models import assert_same_weight, float_weight, needs_transformers, pack, pack_rotated, reseal
 from tiny import CONFIGS, make_checkpoint
 
 from llamita.errors import InputError
 from llamita.imports.open import open_source
+from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.metadata import Metadata, self_hash_holds
 from llamita.models.names import linear_names, table_names, vector_names
@@ -265,24 +258,33 @@ def test_transformers_opens_an_arm_directory_and_computes_the_same(
     tmp_path: Path, family: str, dtype: str, group_size: int
 ) -> None:
     import torch
+    from layerwise import guided, linear_modules, watch
     from transformers import AutoModelForCausalLM
 
     out = pack(tmp_path, "arm", group_size, family=family, dtype=dtype, attention_bias=family == "llama3")
     packed = PackedModel(out)
     ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
-    opened = AutoModelForCausalLM.from_pretrained(out)
+    opened: Any = AutoModelForCausalLM.from_pretrained(out)
     assert opened.dtype == torch.float32
-    with torch.no_grad():
-        found = opened(ids).logits
-        exact = AutoModelForCausalLM.from_pretrained(tmp_path / "src", dtype=torch.float32)
-        unquantized = exact(ids).logits
-        for name in linear_names(packed.config):
-            module: Any = exact.get_submodule(name)
-            module.weight.copy_(torch.from_numpy(float_weight(packed.weight(name))))
-            module.register_forward_pre_hook(fake_quantize_input)
-        expected = exact(ids).logits
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert (unquantized - expected).abs().max() > 1e-2 * expected.abs().max()  # it is quantized at all
+    passed, modules = watch(load(out, kv_dtype="f32"), ids), linear_modules(opened, packed)
+
+    def run() -> None:
+        with guided(modules, packed, passed):
+            opened(ids)
+
+    run()
+    # What is compared is found: inputs that are not rounded, a wrong weight, another norm.
+    last = modules["model.layers.1.mlp.down_proj"]
+    last.quantization_enabled = False
+    with pytest.raises(AssertionError, match="output of"):
+        run()
+    last.quantization_enabled = True
+    last.weight.data[3, 5] += 0.01  # a fraction of a code's distance
+    with pytest.raises(AssertionError, match="output of"):
+        run()
+    opened.model.layers[1].input_layernorm.weight.data[7] *= 1.01
+    with pytest.raises(AssertionError, match="input of"):
+        run()
 
 
 @needs_transformers

@@ -2,7 +2,8 @@
 
 The step is Cayley's (Li et al. 2020, arXiv 2002.01113): R becomes R·(I + a/2·S)⁻¹·(I - a/2·S), solved instead of
 iterated, so that R stays orthogonal. S is skew: the gradient in the tangent space, with momentum. Rounding is
-differentiated with fixed codes, so a rotation learns that a smaller range makes smaller errors.
+differentiated with fixed codes, so a rotation learns that a smaller range makes smaller errors. Losses, steps and sums
+of gradients are in float32 or wider, whatever dtype products have.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from llamita.errors import InputError
 from llamita.methods.blocks import llama_config, rotary_tables
 from llamita.methods.rotation_matrices import RotationMatrices, rotated
 from llamita.methods.runtime_rotations import hadamard_transform
-from llamita.methods.settings import SpinQuantSettings
+from llamita.methods.settings import CHECKED, SpinQuantSettings
 from llamita.methods.setup import Setup
 from llamita.models.weights import FloatSource, bias_of
 from llamita.numerics.affine import to_f32
@@ -32,12 +33,15 @@ _MOMENTUM = 0.9
 _ITERATIONS = 12  # give the norm within a few per cent, enough for the length of a step
 _SMALLEST = 2.0**-126  # of scales: torchao's
 _FILE, _KEPT = "rotations.npz", 10  # in the work directory; steps between two writes
+_GAINED = (None, False, True)  # the file stores the place of the value here
 
 
 def learn(
     source: FloatSource, matrices: RotationMatrices, settings: SpinQuantSettings, setup: Setup
 ) -> RotationMatrices:
     """Return the rotations after `settings.steps` steps from `matrices`, on one device or, under Accelerate, several.
+
+    Where these do not lower the float32 loss of the first `CHECKED` samples, it is `matrices`.
 
     Raises:
         InputError: no calibration text, or groups of weights that do not fit.
@@ -51,7 +55,7 @@ def learn(
     torch_processes.join()  # before Accelerate, which would leave either CPU or GPU without sums
     accelerator = Accelerator()
     state = _begin(matrices, setup, accelerator.device)
-    if state.step < settings.steps:
+    if state.has_gained is None:
         model = _Model(source, matrices, settings, accelerator.device)
         for tokens in _batches(setup.calibration.tokens, settings, setup.seed, accelerator, state.step):
             if setup.progress:
@@ -65,17 +69,28 @@ def learn(
             state.step += 1
             if state.step % _KEPT == 0 or state.step == settings.steps:
                 _keep(state, setup)
+        checked = setup.calibration.tokens[:CHECKED]
+        first = {name: _parameter(r, accelerator.device) for name, r in _used(matrices).items()}
+        before, after = (_mean_loss(model, checked, r, accelerator) for r in (first, state.rotations))
+        state.has_gained = after < before
+        _keep(state, setup)
+    if not state.has_gained:
+        return matrices
     found = {name: _orthogonal(r) for name, r in state.rotations.items()}
     return RotationMatrices(found.get("r1"), found.get("r2"), matrices.r4_size)
 
 
 @dataclass
 class _State:
-    """Rotations after some steps, and their momenta, by name: "r1" (hidden, hidden), "r2" (layers, d, d)."""
+    """Rotations after some steps, and their momenta, by name: "r1" (hidden, hidden), "r2" (layers, d, d).
+
+    `has_gained` is None until all steps are done and the first and the last rotations are compared.
+    """
 
     step: int
     rotations: dict[str, Tensor]
     momenta: dict[str, Tensor]
+    has_gained: bool | None = None
 
 
 def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _State:
@@ -84,10 +99,11 @@ def _begin(matrices: RotationMatrices, setup: Setup, device: torch.device) -> _S
     state = _State(0, rotations, {name: torch.zeros_like(r) for name, r in rotations.items()})
     if setup.work is None or not (setup.work / _FILE).exists():
         return state
-    names = ["step", *rotations, *(f"{name}.momentum" for name in rotations)]
+    names = ["step", "has_gained", *rotations, *(f"{name}.momentum" for name in rotations)]
     kept = kept_arrays(setup.work / _FILE, names)
     if kept is not None:
         state.step = int(kept["step"])
+        state.has_gained = _GAINED[int(kept["has_gained"])]
         with torch.no_grad():
             for name in rotations:
                 rotations[name].copy_(torch.from_numpy(kept[name]))
@@ -101,7 +117,18 @@ def _keep(state: _State, setup: Setup) -> None:
         return
     arrays = {name: r.detach().cpu().numpy() for name, r in state.rotations.items()}
     arrays |= {f"{name}.momentum": m.cpu().numpy() for name, m in state.momenta.items()}
-    write_whole(setup.work / _FILE, lambda file: np.savez(file, step=state.step, **arrays))  # pyright: ignore[reportArgumentType]
+    arrays |= {"step": np.array(state.step), "has_gained": np.array(_GAINED.index(state.has_gained))}
+    write_whole(setup.work / _FILE, lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
+
+
+def _mean_loss(model: "_Model", tokens: np.ndarray, rotations: dict[str, Tensor], accelerator: Any) -> float:
+    """In float32 over samples (samples, length), each process with its part of them."""
+    total = torch.zeros((), device=accelerator.device)
+    mine = torch.from_numpy(tokens[accelerator.process_index :: accelerator.num_processes].astype(np.int64))
+    with torch.no_grad():
+        for sample in mine.to(accelerator.device):
+            total += model.loss(sample[None], rotations, in_float32=True)
+    return float(accelerator.reduce(total, "sum")) / len(tokens)
 
 
 def _used(matrices: RotationMatrices) -> dict[str, np.ndarray]:
@@ -184,9 +211,11 @@ class _Model:
         self._gamma = self._tensor(source.vector("model.norm.weight"))
         self._rotary = llama_config(self._config)
 
-    def loss(self, tokens: Tensor, rotations: dict[str, Tensor]) -> Tensor:
+    def loss(self, tokens: Tensor, rotations: dict[str, Tensor], in_float32: bool = False) -> Tensor:
         """Return the loss with rounded activations, mean over the predicted tokens of (samples, length)."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+        is_bf16 = self._dtype == torch.bfloat16 and not in_float32
+        # No cache: one bf16 copy of a rotation would sum the gradients of all layers in bf16.
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=False):
             return self._loss(tokens, rotations)
 
     def _loss(self, tokens: Tensor, rotations: dict[str, Tensor]) -> Tensor:
@@ -208,8 +237,10 @@ class _Model:
             # Recomputed in the backward pass, so that only one layer's activations and rotated weights are kept.
             x = checkpoint(self._block, x, layer, r1, r2_i, rotary, rounded, use_reentrant=False)  # type: ignore[assignment]
         hidden = _unrotate(_norm(x, self._config.norm_eps), r1) * self._gamma
+        head = self._head if torch.is_autocast_enabled(self._device.type) else self._head.float()
         # Instead of rotating the table: (h·R1, rounded)·R1ᵀ·Wᵀ.
-        return _unrotate(rounded(_times(hidden, r1)), r1) @ self._head.T
+        logits = _unrotate(rounded(_times(hidden, r1)), r1) @ head.T
+        return logits.float()  # on a CPU, autocast leaves log_softmax in bf16
 
     def _block(
         self, x: Tensor, layer: _Layer, r1: Tensor | None, r2: Tensor | None,
@@ -237,7 +268,7 @@ class _Model:
 
     def _rotated(self, layer: _Layer, name: str, r1: Tensor | None, r2: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of a layer under the rotations, as `rotation_matrices.rotated` merges them."""
-        weight, bias, d = layer.weights[name], layer.biases[name], self._config.head_dim
+        weight, bias, d = layer.weights[name].float(), layer.biases[name], self._config.head_dim
         if name in ("self_attn.o_proj", "mlp.down_proj"):
             if name == "self_attn.o_proj" and r2 is not None:
                 weight = (weight.unflatten(1, (-1, d)) @ r2).flatten(1)
@@ -290,6 +321,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _round_tokens(x: Tensor) -> Tensor:
     """Round as `activations.quantize_activations` does, but differentiable in the range, too."""
+    x = x.float()  # in bf16, codes from 128 on would not be rounded at all
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scales = ((high - low) / 255).clamp(min=_SMALLEST)
     with torch.no_grad():
@@ -301,7 +333,7 @@ def _round_tokens(x: Tensor) -> Tensor:
 
 def _round_groups(weight: Tensor, group_size: int) -> Tensor:
     """Round weights (outputs, inputs) to int4 in groups, differentiable in weights and scales."""
-    groups = weight.unflatten(1, (-1, group_size))
+    groups = weight.float().unflatten(1, (-1, group_size))
     scales = (groups.abs().amax(-1, keepdim=True) / 7.5).clamp(min=_SMALLEST)
     with torch.no_grad():
         residual = torch.round(groups / scales).clamp(-8, 7) - groups / scales

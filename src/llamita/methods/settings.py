@@ -23,6 +23,7 @@ QRONOS: Numbers = {
     "residual": 0.5,  # factor of the correction for the residual stream
     "ridge": 0.05,  # share of the inputs' mean energy
 }
+CHECKED = 16  # samples on which spinquant compares its learned rotations with the random ones
 LOSSES = ("kl", "cross-entropy")
 DTYPES = ("float32", "bfloat16")
 READ_BY = {"qronos": ("gptq", "qronos")}  # a method that also reads the settings of another

@@ -11,7 +11,7 @@ import numpy as np
 
 from llamita import _native
 from llamita.methods.chain import Chain
-from llamita.methods.settings import SpinQuantSettings, TuneSettings, settings_of
+from llamita.methods.settings import CHECKED, SpinQuantSettings, TuneSettings, settings_of
 from llamita.methods.setup import BATCH_TOKENS, Setup
 from llamita.models.config import ModelConfig
 from llamita.models.names import EMBEDDING, HEAD
@@ -103,8 +103,10 @@ def _learning_memory(config: ModelConfig, chain: Chain, setup: Setup, length: in
     settings = settings_of(SpinQuantSettings, "spinquant", setup.settings)
     tokens, stored = settings.batch * length, 2 if settings.dtype == "bfloat16" else _F32
     kept = config.layers * config.hidden_size + _LOGIT_COPIES * config.vocab_size
-    table = (1 if config.tied else 2) * config.vocab_size * config.hidden_size
-    return stored * (block * config.layers + table) + _F32 * (3 * block + tokens * kept)
+    head = config.vocab_size * config.hidden_size
+    whole = block * config.layers + (1 if config.tied else 2) * head
+    compared = 0 if stored == _F32 else head  # rotations are compared in float32
+    return stored * whole + _F32 * (3 * block + tokens * kept + compared)
 
 
 def expected_work(config: ModelConfig, chain: Chain, setup: Setup, samples: int, length: int) -> float:
@@ -123,6 +125,8 @@ def expected_work(config: ModelConfig, chain: Chain, setup: Setup, samples: int,
         per_token = config.layers * weights + config.vocab_size * config.hidden_size
         rotating = config.layers * weights * config.hidden_size * (2 + _BACKWARD)
         total += spin.steps * 2 * (passes * spin.batch * length * per_token + rotating)
+        compared = 2 * min(samples, CHECKED)  # before and after, float and rounded
+        total += compared * 2 * (2 * length * per_token + rotating / (2 + _BACKWARD))
     return total
 
 
