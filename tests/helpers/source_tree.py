@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from places import ROOT
@@ -21,7 +21,7 @@ TORCH_PACKAGES |= {"coremltools", "compressed_tensors", "safetensors", "evaluate
 _ENTRY = re.compile(r"llamita\.([\w.]+?)(?::(\w+))?")
 
 
-@lru_cache
+@cache
 def tree_of(path: Path) -> ast.Module:
     """Return a file's syntax tree."""
     return ast.parse(path.read_text("utf-8"), str(path))
@@ -47,6 +47,7 @@ def entries_of(path: Path) -> Iterator[tuple[str, str | None]]:
             yield match[1], match[2]
 
 
+@cache
 def own_imports(path: Path) -> set[str]:
     """Return the modules of the package that a file imports by statement."""
     found = set()
@@ -58,6 +59,7 @@ def own_imports(path: Path) -> set[str]:
     return found
 
 
+@cache
 def uses(module: str) -> set[str]:
     """Return the modules that a module imports, by statement or by string."""
     path = MODULES[module]
@@ -76,6 +78,7 @@ def room_of(module: str) -> str:
     return module.split(".")[0]
 
 
+@cache
 def torch_side() -> set[str]:
     """Return the modules that reach a package of the Torch side by top-level imports."""
     reaching = {m for m, path in MODULES.items() if {n.split(".")[0] for n in imports_of(path, True)} & TORCH_PACKAGES}

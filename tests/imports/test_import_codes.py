@@ -89,7 +89,7 @@ def test_what_was_imported_is_like_any_packed_model(tmp_path: Path, capsys: Any)
     assert record["taken"]["scheme"]["scale_rule"] == "given"
     assert run("inspect", back) == 0
     assert "imported" in capsys.readouterr().out
-    assert "not known" in (back / "README.md").read_text("utf-8")
+    assert "unknown: the float model was not available" in (back / "README.md").read_text("utf-8")
     adapter = make_adapter(tmp_path / "adapter", model)
     assert run("merge", back, adapter, "-o", tmp_path / "merged") == 0
     merged = PackedModel(tmp_path / "merged").scheme

@@ -296,7 +296,7 @@ def test_a_run_that_is_killed_twenty_times_goes_on(tmp_path: Path) -> None:
 def test_two_runs_to_one_place_keep_apart(tmp_path: Path) -> None:
     with kept_work(tmp_path / "out", {"a": 1}) as work:
         (work / "block-0000.npz").write_bytes(b"kept")
-        with pytest.raises(RunError, match="another run"), kept_work(tmp_path / "out", {"a": 1}):
+        with pytest.raises(RunError, match="expected no other run there"), kept_work(tmp_path / "out", {"a": 1}):
             pass
         assert (work / "block-0000.npz").exists()
 
