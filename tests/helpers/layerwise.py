@@ -170,11 +170,11 @@ def guided(
     guide, hooks = Guide(source, passed, orders), []
 
     def attach(name: str, module: Any) -> None:
-        turn = getattr(module, "online", None)
+        turn = getattr(module, "rotation", None)
         if turn is None:
             hooks.append(module.register_forward_pre_hook(lambda _, given: (guide.read(name, given[0]),)))
         else:  # of `FakeQuantLinear`: it rotates what it is given
-            module.online = lambda x: guide.read(name, turn(x))
+            module.rotation = lambda x: guide.read(name, turn(x))
         hooks.append(module.register_forward_hook(lambda _module, _given, out: guide.write(name, out)))
 
     for name, module in modules.items():

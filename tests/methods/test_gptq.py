@@ -21,6 +21,10 @@ gptq = pytest.importorskip("llamita.methods.gptq")
 qronos = pytest.importorskip("llamita.methods.qronos")
 
 GROUP = 32
+# The rest of a row may differ behind a code that two sums of other bits put on two sides of a half. In
+# float32, sums and the factored Hessian differ by some 1e-5 of a code's distance, and a row has 160 codes:
+# one row in 300, so that of 12 rows, which is the least that a test here has, two in a thousand runs have one.
+SAME_ROWS = 0.9
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +85,7 @@ def test_codes_are_the_textbooks(monkeypatch: pytest.MonkeyPatch, seed: int, lea
         torch.from_numpy(weights), torch.from_numpy(scales), torch.from_numpy(hessian).float(), damping
     ).numpy()
     assert found.dtype == np.int8
-    # Where float32 and float64 fall on two sides of a half, the rest of that row may differ.
-    assert (found == expected).all(axis=1).mean() > 0.9
+    assert (found == expected).all(axis=1).mean() > SAME_ROWS
     errors = [loss(weights, codes, scales, hessian) for codes in (found, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
@@ -122,7 +125,7 @@ def test_sweeps_are_coordinate_descent(monkeypatch: pytest.MonkeyPatch, leaf: in
         errors[:, k] = 0
         best = weights[:, k] + errors @ damped[:, k] / damped[k, k]
         codes[:, k] = np.clip(np.rint(best / wide[:, k]), -8, 7)
-    assert (codes == found[1]).all(axis=1).mean() > 0.9
+    assert (codes == found[1]).all(axis=1).mean() > SAME_ROWS
     losses = [loss(weights, c, scales, damped) for c in found]
     assert losses[2] <= losses[1] < losses[0]
 
@@ -158,7 +161,8 @@ def test_layers_that_share_an_input_come_apart_again() -> None:
     for name, part in tensors.items():
         alone = gptq.round_layers(calibrated.Layers({name: part}, hessian), scheme, GPTQ)[name]
         np.testing.assert_array_equal(together[name].scales, alone.scales)
-        assert (together[name].codes == alone.codes).mean() > 0.99
+        same = (together[name].codes == alone.codes).all(axis=1)
+        assert same.mean() > SAME_ROWS
 
 
 # ---- the corrected target -------------------------------------------------------------------------
@@ -232,17 +236,24 @@ def test_statistics_are_the_means_over_all_tokens(tmp_path: Path, monkeypatch: p
     }
     rng = torch.Generator().manual_seed(0)
     at = {kind: torch.randn(5, 32, source.config.hidden_size, generator=rng) for kind in both}
+    parts = list(calibrated._batches(at["quantized"]))
+    # Means of 160 products in float32 are within 160 roundings of 6e-8 of the mean of their sizes, below 10.
+    close = {"rtol": 0, "atol": 1e-4}
     for step, names in enumerate(calibrated.STEPS):
         with torch.no_grad():
             layers = calibrated._measure(
                 step, both, at, at, {name: both["float"].weight(name) for name in names}, needs_cross=True
             )
-            x_q, x_f = (both[kind].inputs(step, at[kind]).flatten(0, 1).double() for kind in both)
+            # In the same batches: in others, sums may end in other bits, and an activation get another code.
+            x_q, x_f = (
+                torch.cat([both[kind].inputs(step, at[kind][part]) for part in parts]).flatten(0, 1).double()
+                for kind in both
+            )
         lost = (at["float"] - at["quantized"]).flatten(0, 1).double()
         assert layers.tokens == len(x_q) == 160
-        torch.testing.assert_close(layers.hessian.double(), x_q.T @ x_q / 160, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(layers.cross.double(), (x_f - x_q).T @ x_q / 160, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layers.hessian.double(), x_q.T @ x_q / 160, **close)
+        torch.testing.assert_close(layers.cross.double(), (x_f - x_q).T @ x_q / 160, **close)
         if step in (1, 3):
-            torch.testing.assert_close(layers.residual.double(), lost.T @ x_q / 160, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layers.residual.double(), lost.T @ x_q / 160, **close)
         else:
             assert layers.residual is None
