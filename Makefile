@@ -17,8 +17,8 @@ help:            ## this list
 demo: $(VENV)/.lean  ## the main job on the embedded model, with the lean installation alone
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev   ## the whole default suite
-	$(BIN)/python -m pytest -q --durations=10
+test: $(VENV)/.dev   ## the whole default suite, on all cores
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10
 
 test-all: $(VENV)/.dev  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "slow or not slow"

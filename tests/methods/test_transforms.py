@@ -239,7 +239,7 @@ def test_learned_rotations_are_rotations_and_lower_the_loss(
     np.testing.assert_allclose(learned.r1 @ learned.r1.T, np.eye(source.config.hidden_size), atol=1e-12)
     np.testing.assert_allclose(learned.r2[1].T @ learned.r2[1], np.eye(source.config.head_dim), atol=1e-12)
     before, after = losses
-    assert after < 0.75 * before
+    assert after < 0.75 * before  # 0.26 to 0.57 over checkpoints, dtypes and two kinds of kernels
     assert_same_function(source, spinquant.rotated(source, learned))
 
 

@@ -99,8 +99,11 @@ def test_the_error_falls_on_samples_that_it_has_not_learned_from(source: Checkpo
     block = rounded_block(source)
     start = block.rounded
     found = tuned(block, steps=40, held_out=3, **what)
+    # Tuning is never worse on its held-out samples. With rates for codes alone it may keep the start: then nothing falls.
+    may_keep_start = what == {"scale_rate": 0}
     for part in (slice(-SAMPLES // 3, None), slice(None)):
-        assert loss(block, found, part) < loss(block, start, part)
+        before, after = loss(block, start, part), loss(block, found, part)
+        assert after < before or (may_keep_start and after == before)
 
 
 def test_codes_and_scales_are_valid(source: Checkpoint) -> None:
