@@ -99,7 +99,7 @@ def test_the_error_falls_on_samples_that_it_has_not_learned_from(source: Checkpo
     block = rounded_block(source)
     start = block.rounded
     found = tuned(block, steps=40, held_out=3, **what)
-    # Tuning is never worse on its held-out samples. With rates for codes alone it may keep the start: then nothing falls.
+    # Tuning is never worse on its held-out samples. With a rate for codes alone it may keep the start.
     may_keep_start = what == {"scale_rate": 0}
     for part in (slice(-SAMPLES // 3, None), slice(None)):
         before, after = loss(block, start, part), loss(block, found, part)
