@@ -67,8 +67,8 @@ def note(message: str | None) -> None:
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Progress]:
     """Yield the callback of a progress bar on stderr, as library functions take it, or None if quiet."""
-    if quiet:
-        yield None
+    if quiet or not err.is_terminal:  # in a file, a bar would leave only an empty line
+        yield None if quiet else lambda _what, _done, _total: None
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -77,8 +77,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    disable = not err.is_terminal  # in a file it would leave only an empty line
-    with Bar(*columns, console=err, transient=True, disable=disable) as bar:
+    with Bar(*columns, console=err, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def report(what: str, done: int, total: int) -> None:
