@@ -54,3 +54,8 @@ class RunError(LlamitaError):
 def shown(value: object, longest: int = _LONGEST) -> str:
     """Return a value from a file or a caller as Python writes it, cut to a length that a message can bear."""
     return repr(value)[:longest]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message, or the error's type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

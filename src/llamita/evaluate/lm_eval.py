@@ -25,10 +25,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llamita.engine.llm import LLM, PREFILL_CHUNK, Options
-from llamita.errors import InputError, RunError, shown
+from llamita.errors import InputError, RunError, first_line, shown
 from llamita.evaluate.scores import token_losses
 from llamita.system.progress import Progress
-from llamita.text.printable import first_line
 
 WIKITEXT = "wikitext"
 DEFAULT_NEW_TOKENS = 256  # the most that LM Eval's backend generates if a task does not say

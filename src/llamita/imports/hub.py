@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, errors, snapshot_download
 
-from llamita.errors import LlamitaError, RunError
+from llamita.errors import LlamitaError, RunError, first_line
 from llamita.system.files import COMPANIONS
 
 
@@ -55,15 +55,11 @@ def _explain(name: str, error: Exception) -> LlamitaError:
         where = f"{name}: no such directory, and the hub has no such model that you may see"
         return RunError(where, hint="check the name, or run `hf auth login` if it is private")
     if isinstance(error, _NO_FILE) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return RunError(f"{name}: the hub's model lacks a file: {_first_line(error)}")
+        return RunError(f"{name}: the hub's model lacks a file: {first_line(error)}")
     out_of_reach = errors.LocalEntryNotFoundError | _NO_REVISION | ConnectionError
     if isinstance(error, out_of_reach):
         offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         where = f"{name}: no such directory, not in the hub's cache, and {why}"
         return RunError(where, hint="try a local directory")
-    return RunError(f"{name}: download failed: {_first_line(error)}", hint="try again")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return RunError(f"{name}: download failed: {first_line(error)}", hint="try again")

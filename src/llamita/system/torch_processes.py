@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamita.errors import RunError
+from llamita.errors import RunError, first_line
 from llamita.system.processes import share, world
 
 _PATIENCE = 7 * 24 * 3600.0  # seconds to wait for each other; torchrun ends all processes if one fails
@@ -59,8 +59,7 @@ def join(patience: float = _PATIENCE) -> None:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=patience))
     except (RuntimeError, ValueError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError("torchrun", "processes that find each other", line) from None
+        raise RunError("torchrun", "processes that find each other", first_line(error)) from None
 
 
 @contextmanager

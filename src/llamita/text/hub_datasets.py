@@ -9,8 +9,7 @@ from typing import Any
 
 import datasets
 
-from llamita.errors import InputError, RunError
-from llamita.text.printable import first_line
+from llamita.errors import InputError, RunError, first_line
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _BUFFER = 1000  # documents from which the next one is drawn

@@ -1,4 +1,4 @@
-"""Write values as text for people: sizes, messages, and strangers' names made harmless."""
+"""Write values as text for people: sizes, and strangers' names made harmless."""
 
 
 def printable(text: str) -> str:
@@ -9,8 +9,3 @@ def printable(text: str) -> str:
 def megabytes(count: float) -> str:
     """Write bytes as MB (10^6 bytes), with three figures or more."""
     return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's message, or the error's type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
