@@ -60,7 +60,7 @@ LEAN_PACKAGES = {
 }
 ONLY_IN = {
     "tokenizers": {"text.tokenizer", "imports.tokenizers"},
-    "jinja2": {"text.chat_template", "evaluate.charts"},
+    "jinja2": {"text.template_process", "evaluate.charts"},
     "markupsafe": {"evaluate.charts"},
     "huggingface_hub": {"imports.hub"},
     "rich": {"commands.console"},

@@ -1,12 +1,14 @@
 """Chat templates: where they are found, what they may do, and the same text as transformers renders."""
 
 import json
-import tracemalloc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from llamita.errors import InputError
+from llamita.text import chat_template
 from llamita.text.chat_template import ChatTemplate, read_template
 
 CHAT = [
@@ -137,44 +139,66 @@ def test_a_bad_template_is_one_clear_line(template: str) -> None:
 
 
 GROWING = [
-    "{{ ('a' * 400000000)|length }}",
-    "{% set x = 'c' * 600000000 %}",
+    "{% set x = 'c' * 2000000000 %}",
     "{% set x = 600000000 * [1] %}",
-    "{% set x = 10 ** 10000000 %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns }}",
-    "{% set ns = namespace(x=9) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(40) %}"
     "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
     "{% set x = 'a'|center(4000000000) %}",
-    "{% set x = 'a'.ljust(4000000000) %}",
-    "{% set x = '%4000000000d' % 1 %}",
-    "{% set x = '%*d' % (4000000000, 1) %}",
-    "{% set x = '%4000000000d'|format(1) %}",
-    "{% set x = '{:>4000000000}'.format(1) %}",
+    "{% set x = '%*d' % (2000000000, 1) %}",
     "{% set x = '{:>{}}'.format(1, 4000000000) %}",
-    "{% set x = ('a' * 100000).replace('a', 'b' * 100000) %}",
     "{% set x = ('a' * 100000)|replace('a', 'b' * 100000) %}",
-    "{% set x = range(90000)|join('b' * 100000) %}",
-    "{% set x = ('b' * 100000).join(('a' * 90000)|list) %}",
     "{% set x = (1).to_bytes(4000000000, 'big') %}",
-    "{% set x = ('a' * 4000000).encode() * 100000 %}",
     "{% set x = [1]|tojson(indent=4000000000) %}",
-    "{{ lipsum(4000000) }}",
 ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 @pytest.mark.parametrize("template", GROWING)
 def test_a_template_cannot_take_much_memory(template: str) -> None:
-    tracemalloc.start()
-    try:
-        with pytest.raises(InputError, match="chat template"):
-            ChatTemplate(template).render(CHAT)
-        assert tracemalloc.get_traced_memory()[1] < 400e6  # a list of the longest text's letters
-    finally:
-        tracemalloc.stop()
+    with pytest.raises(InputError, match="it takes too much memory"):
+        ChatTemplate(template).render(CHAT)
+
+
+SLOW = [
+    "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "{% set ns = namespace(x=9) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "{{ (messages|length + 3) ** 100000000 }}",
+]
+
+
+@pytest.mark.parametrize("template", SLOW)
+def test_a_template_cannot_take_long(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    switched = ChatTemplate("{% if messages %}" + template + "{% endif %}fine")
+    with pytest.raises(InputError, match="more than 1 seconds"):
+        switched.render(CHAT)
+    assert switched.render([]) == "fine"  # the next conversation is not the worse for it
+
+
+def test_an_ended_process_is_started_again() -> None:
+    template = ChatTemplate("{{ messages|length }}")
+    assert template._process
+    template._process.kill()
+    with pytest.raises(InputError, match="its process ended"):
+        template.render(CHAT)
+    assert template.render(CHAT) == "4"
+
+
+def test_the_process_ends_with_its_template() -> None:
+    template = ChatTemplate("x")
+    process = template._process
+    assert process
+    del template
+    assert process.returncode is not None
+
+
+def test_threads_share_a_template() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    with ThreadPoolExecutor(8) as pool:
+        texts = pool.map(lambda i: template.render([{"role": "user", "content": str(i)}]), range(200))
+        assert list(texts) == [str(i) for i in range(200)]
 
 
 def test_json_in_the_styles_of_transformers_and_no_other() -> None:
