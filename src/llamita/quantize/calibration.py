@@ -7,13 +7,15 @@ Documents are enclosed in BOS and end token. `own_text` writes the text that nee
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llamita import __version__
 from llamita.errors import InputError, shown
 from llamita.methods.setup import Calibration
 from llamita.models.checkpoint import Checkpoint
@@ -24,7 +26,7 @@ from llamita.quantize.rounded import RoundedSource
 from llamita.system import collectives, processes
 from llamita.system.extras import load_optional
 from llamita.system.files import json_lines, read_text
-from llamita.system.kept_work import kept_arrays, write_whole
+from llamita.system.kept_work import kept_arrays, kept_work, write_whole
 from llamita.system.progress import Progress
 from llamita.text.tokenizer import Tokenizer
 
@@ -58,10 +60,23 @@ class CalibrationSpec:
     length: int = LENGTH
     seed: int = SEED
 
-    @property
-    def is_self_written(self) -> bool:
-        """Whether the model writes the text."""
-        return self.name in (None, SELF, SELF_FAST)
+
+@contextmanager
+def calibrated(spec: CalibrationSpec, source: Checkpoint, out: Path, progress: Progress) -> Iterator[Calibration]:
+    """Yield calibration text; text that the model writes is kept in a directory next to `out` until all ends well.
+
+    Raises:
+        InputError, RunError: see `load_calibration`.
+    """
+    name, kept = spec.name or SELF, nullcontext()
+    if name in (SELF, SELF_FAST) and processes.world() == 1:
+        stats = [(path.name, path.stat()) for path in sorted(source.path.iterdir())]  # weights, config, tokenizer
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        text = (name, spec.samples, spec.length, spec.seed)
+        known = {"llamita": __version__, "source": str(source.path.resolve()), "files": files, "text": text}
+        kept = kept_work(out.with_name(f"{out.name}.text"), known)
+    with kept as work:
+        yield load_calibration(name, source, spec.samples, spec.length, spec.seed, progress, work)
 
 
 def load_calibration(

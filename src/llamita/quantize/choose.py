@@ -15,28 +15,24 @@ from llamita.quantize.rounded import RoundedSource
 from llamita.system.progress import Progress
 
 
-def check_goal(
-    source: Checkpoint, scheme: QuantScheme, goal: Goal | None, chain: Chain, settings: dict[str, Any]
-) -> None:
+def check_goal(source: Checkpoint, scheme: QuantScheme, goal: Goal, chain: Chain, settings: dict[str, Any]) -> None:
     """Check that some scheme is small enough for the goal, before a text is written.
 
     Raises:
         InputError: none is.
     """
-    if goal is not None and goal.max_size is not None:
+    if goal.max_size is not None:
         check_size(goal.max_size, size_bounds(source, scheme)[0] + _added_bytes(source, scheme, chain, settings))
 
 
 def choose(
-    source: Checkpoint, scheme: QuantScheme, goal: Goal | None, chain: Chain, setup: Setup, progress: Progress
-) -> tuple[QuantScheme, Setup, Selection | None]:
+    source: Checkpoint, scheme: QuantScheme, goal: Goal, chain: Chain, setup: Setup, progress: Progress
+) -> tuple[QuantScheme, Setup, Selection]:
     """Return the scheme that fits the goal, the setup with a record of it, and the losses.
 
     Raises:
         InputError: see `select`.
     """
-    if goal is None:
-        return scheme, setup, None
     assert setup.calibration is not None
 
     def rounding(source: Checkpoint, scheme: QuantScheme) -> RoundedSource:
@@ -48,11 +44,9 @@ def choose(
     return selection.scheme, replace(setup, settings=setup.settings | record), selection
 
 
-def judge(
-    selection: Selection | None, source: Checkpoint, out: Path, chain: Chain, text: Calibration | None
-) -> Selection | None:
+def judge(selection: Selection, source: Checkpoint, out: Path, chain: Chain, text: Calibration | None) -> Selection:
     """Return the selection with the loss of the finished model; of one rounded to nearest it is already known."""
-    if selection is None or text is None or chain.names == ("rtn",):
+    if text is None or chain.names == ("rtn",):
         return selection
     finished = open_source(out)
     try:

@@ -18,7 +18,7 @@ from llamita.imports.cache import Note
 from llamita.imports.open import resolve
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, check_chain, choose_chain, parse_chain
-from llamita.methods.setup import Calibration, Setup
+from llamita.methods.setup import Setup
 from llamita.models import layer_kinds
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
@@ -28,7 +28,7 @@ from llamita.models.sizes import Plan, make_plan
 from llamita.models.weights import FloatSource, transform_dtype
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.quantize.calibration import SELF, CalibrationSpec, load_calibration
+from llamita.quantize.calibration import CalibrationSpec, calibrated
 from llamita.quantize.choose import check_goal, choose, judge
 from llamita.quantize.cost import estimate, plan_chain
 from llamita.quantize.layer_choice import Goal, Selection
@@ -155,18 +155,19 @@ def run(job: QuantizeJob, progress: Progress = None, note: Note = None) -> Summa
     """
     source = _open(job, progress, note)
     chain, scheme = job.chain, _check(job, source)
-    with _kept_text(job, source) as work:
-        text = _calibrate(job, source, progress, work)
-        setup = Setup(text, job.calibration.seed, settings=job.all_settings)
-        scheme, setup, selection = choose(source, scheme, job.goal, chain, setup, progress)
+    with calibrated(job.calibration, source, job.out, progress) if job.needs_text else nullcontext() as text:
+        setup, selection = Setup(text, job.calibration.seed, settings=job.all_settings), None
+        if job.goal is not None:
+            scheme, setup, selection = choose(source, scheme, job.goal, chain, setup, progress)
         if processes.rank() > 0:
             return take_part(source, scheme, str(chain), setup)
         with _announced(job, source, scheme, setup, note):
             summary = quantize(source, str(job.source), job.out, scheme, str(chain), setup, job.overwrite,
                                progress=progress)  # fmt: skip
-    selection = judge(selection, source, job.out, chain, text)
+    if selection is not None:
+        summary = replace(summary, selection=judge(selection, source, job.out, chain, text))
     source.close()
-    return replace(summary, selection=selection)
+    return summary
 
 
 def _open(job: QuantizeJob, progress: Progress, note: Note) -> Checkpoint:
@@ -185,27 +186,9 @@ def _check(job: QuantizeJob, source: Checkpoint) -> QuantScheme:
     if job.calibration.name is not None and not job.needs_text:
         raise InputError("--calibration", "a method that looks at activations", f"{job.chain}", "try gptq")
     scheme = job.scheme_for(source.config)
-    check_goal(source, scheme, job.goal, job.chain, job.all_settings)
+    if job.goal is not None:
+        check_goal(source, scheme, job.goal, job.chain, job.all_settings)
     return scheme
-
-
-def _kept_text(job: QuantizeJob, source: Checkpoint) -> AbstractContextManager[Path | None]:
-    """Keep text that the model writes in a directory next to OUT until OUT is made."""
-    spec = job.calibration
-    if not job.needs_text or not spec.is_self_written or processes.world() > 1:
-        return nullcontext()
-    stats = [(path.name, path.stat()) for path in sorted(source.path.iterdir())]  # weights, config, tokenizer
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    text = (spec.name or SELF, spec.samples, spec.length, spec.seed)
-    known = {"llamita": __version__, "source": str(source.path.resolve()), "files": files, "text": text}
-    return kept_work(job.out.with_name(f"{job.out.name}.text"), known)
-
-
-def _calibrate(job: QuantizeJob, source: Checkpoint, progress: Progress, work: Path | None) -> Calibration | None:
-    if not job.needs_text:
-        return None
-    spec = job.calibration
-    return load_calibration(spec.name or SELF, source, spec.samples, spec.length, spec.seed, progress, work)
 
 
 @contextmanager
