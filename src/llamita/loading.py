@@ -71,7 +71,11 @@ def load(
 
 
 def _rounded(source: ModelSource, scheme: str | QuantScheme | None, name: str | Path) -> ModelSource:
-    scheme = choose_scheme(scheme) if isinstance(scheme, str) else scheme
+    if isinstance(scheme, str):
+        try:
+            scheme = choose_scheme(scheme)
+        except InputError as error:
+            raise error.at("scheme") from None
     if scheme is None:
         return source
     if not isinstance(source, Checkpoint):

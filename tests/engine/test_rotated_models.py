@@ -48,12 +48,12 @@ def test_rotations_leave_the_function_as_it_was(
 ) -> None:
     make_checkpoint(tmp_path, family, dtype="F32", intermediate_size=inputs)
     rotated = RotatedCheckpoint(tmp_path, names)
-    assert rotated.rotations.is_online == ("R4" in names or family == "llama32")
+    assert rotated.rotations.acts_at_run_time == ("R4" in names or family == "llama32")
     expected = logits(Checkpoint(tmp_path))
     assert relative_error(logits(rotated), expected) < TOLERANCE
     without = RotatedCheckpoint(tmp_path, names)
     without.rotations = Rotations()
-    if rotated.rotations.is_online:  # the test can fail
+    if rotated.rotations.acts_at_run_time:  # the test can fail
         assert relative_error(logits(without), expected) > 0.01
 
 

@@ -75,7 +75,7 @@ def test_rotations_keep_the_function(tmp_path: Path, name: str, rotations: str) 
 def test_without_runtime_rotation_a_plain_llama_is_left(tmp_path: Path, name: str) -> None:
     source = model(tmp_path, name)
     rotated = spinquant.transform(source, setup_of(steps=0, online=False))
-    assert not rotated.rotations.is_online
+    assert not rotated.rotations.acts_at_run_time
     assert rotated.rotations.names == ("R1", "R2")
     assert not rotated.config.tied
     assert rotated.hf_config["tie_word_embeddings"] is False

@@ -15,9 +15,9 @@ def test_a_list_of_llamita_json_and_back() -> None:
 
 
 def test_only_r4_and_the_head_need_the_runtime() -> None:
-    assert not Rotations(("R1", "R2")).is_online
-    assert Rotations(("R4",), 64).is_online
-    assert Rotations(("R1",), None, np.eye(4, dtype=np.float32)).is_online
+    assert not Rotations(("R1", "R2")).acts_at_run_time
+    assert Rotations(("R4",), 64).acts_at_run_time
+    assert Rotations(("R1",), None, np.eye(4, dtype=np.float32)).acts_at_run_time
 
 
 @pytest.mark.parametrize(

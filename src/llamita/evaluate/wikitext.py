@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError
+from llamita.system.files import unreadable
 
 ORIGINAL_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 PAGES = 62
@@ -45,7 +46,7 @@ def read(path: Path) -> WikiText:
     except (FileNotFoundError, IsADirectoryError):
         raise InputError("--wikitext", "the file wiki.test.raw", f"none at {path}") from None
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     try:
         # Line ends of every system become "\n", as in the script that made the hub's data set.
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")

@@ -25,7 +25,7 @@ _LARGEST_CHANGE = 2.0**-8  # of a scale by rounding to bf16
 
 def refuse_rotation(packed: PackedModel, target: str) -> None:
     """Raise InputError if a model needs more at run time than a plain Llama."""
-    if packed.rotations.is_online:
+    if packed.rotations.acts_at_run_time:
         what = "R4" if packed.rotations.r4_size else "the matrix in front of a tied head"
         expected = "a model that needs no rotation at run time"
         raise InputError(f"--to {target}", expected, f"{what}, which this format cannot hold", NO_ROTATION)

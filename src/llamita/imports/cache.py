@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from llamita.errors import InputError
 from llamita.imports.convert import convert
 from llamita.imports.detect import files_of, has_adapters
 from llamita.models.packed_writer import find_companions
-from llamita.system.progress import Progress
+from llamita.system.progress import Note, Progress
 from llamita.system.staging import remove_whole, staged
 
-Note = Callable[[str], None] | None  # gets one line for the user
 _KEY = 16  # hexadecimal digits
 _LONGEST_NAME = 80  # characters of the source's name
 _SPARED = 24 * 3600.0  # seconds that an outdated conversion is kept

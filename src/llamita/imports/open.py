@@ -6,14 +6,14 @@ from importlib import import_module
 from pathlib import Path
 
 from llamita.errors import InputError, RunError
-from llamita.imports.cache import Note, converted
+from llamita.imports.cache import converted
 from llamita.imports.detect import detect_format
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.metadata import METADATA
 from llamita.models.packed import PackedModel
 from llamita.models.weights import ModelSource
 from llamita.system.files import exists_in
-from llamita.system.progress import Progress
+from llamita.system.progress import Note, Progress
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 

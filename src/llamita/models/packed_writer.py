@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import RunError
 from llamita.formats.safetensors import TensorWriter, header_bytes
 from llamita.models.checkpoint import INDEX, SINGLE
 from llamita.models.config import ModelConfig
@@ -21,7 +20,7 @@ from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
-from llamita.system.files import FileTable, is_companion, read_bytes, write_bytes, write_json
+from llamita.system.files import FileTable, is_companion, read_bytes, unreadable, write_bytes, write_json
 from llamita.system.progress import Progress
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's bound
@@ -151,7 +150,7 @@ def write_config(
     values = {key: value for key, value in hf_config.items() if key not in dropped}
     values["dtype"] = "float32"  # otherwise transformers would round FP32 scales to bf16
     config = ModelConfig.from_hf(hf_config)
-    if int8_tables(config, scheme) or rotations.is_online:
+    if int8_tables(config, scheme) or rotations.acts_at_run_time:
         # transformers would take a table's int8 codes for weights with only a warning, and leave out run-time
         # rotations. A type that it does not know makes it refuse.
         values |= {"model_type": "llamita", "architectures": ["LlamitaForCausalLM"]}
@@ -178,7 +177,7 @@ def find_companions(source: Path) -> dict[str, str]:
     try:
         names = sorted(name for name in os.listdir(source) if not os.path.isdir(source / name))
     except OSError as error:
-        raise RunError(f"{source}: cannot be read: {error.strerror}") from None
+        raise unreadable(source, error) from None
     found = {name: name for name in names if is_companion(name)}
     if "README.md" in names and "SOURCE_README.md" not in found:
         found["README.md"] = "SOURCE_README.md"

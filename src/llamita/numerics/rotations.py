@@ -43,7 +43,7 @@ class Rotations:
             raise InputError("rotations", "a square transform with R1", f"{transform.shape}")
 
     @property
-    def is_online(self) -> bool:
+    def acts_at_run_time(self) -> bool:
         """Return whether a runtime must do more than a plain Llama does."""
         return self.r4_size is not None or self.head_transform is not None
 

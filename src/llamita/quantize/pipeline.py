@@ -14,7 +14,6 @@ from typing import Any
 
 from llamita import __version__
 from llamita.errors import InputError
-from llamita.imports.cache import Note
 from llamita.imports.open import resolve
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, check_chain, choose_chain, parse_chain
@@ -38,7 +37,7 @@ from llamita.system import processes
 from llamita.system.files import FileTable, exists_in, write_bytes
 from llamita.system.kept_work import has_kept_work, kept_work
 from llamita.system.machine import MemoryWatch
-from llamita.system.progress import Progress
+from llamita.system.progress import Note, Progress
 from llamita.system.staging import check_space, check_target, staged
 from llamita.text.printable import megabytes
 

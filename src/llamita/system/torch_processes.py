@@ -63,7 +63,7 @@ def join(patience: float = _PATIENCE) -> None:
 
 
 @contextmanager
-def told_when_lost(advice: str) -> Iterator[None]:
+def advise_when_lost(advice: str) -> Iterator[None]:
     """Turn the error that Torch raises when another process is gone into a RunError with `advice` as its hint."""
     try:
         yield

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from llamita.errors import InputError, RunError, shown
+from llamita.errors import InputError, shown
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
+from llamita.system.files import unreadable
 
 METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # the recipe of each
 RECIPES = Path(__file__).parent / "recipes"
@@ -202,7 +203,7 @@ def read_recipe(name: str) -> Recipe:
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise InputError("--recipe", f"{names}, or a YAML file", name) from None
     except OSError as error:
-        raise RunError(f"{name}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if len(data) > _LARGEST:
         raise InputError(name, f"at most {_LARGEST} bytes", f"{len(data)}")
     try:

@@ -15,7 +15,7 @@ from llamita.system import collectives, processes
 from llamita.system.files import write_bytes
 from llamita.system.kept_work import shared_work
 from llamita.system.staging import TRAINED_MARK, check_space, staged
-from llamita.system.torch_processes import told_when_lost
+from llamita.system.torch_processes import advise_when_lost
 from llamita.train.finetune import Trained, quiet, scheme_of, train
 from llamita.train.history import stage_results
 from llamita.train.job import FinetuneJob
@@ -47,7 +47,7 @@ def run(job: FinetuneJob) -> dict[str, Any]:
     collectives.join(_PATIENCE)
     with (
         shared_work(job.out, kept, may_discard=job.overwrite) as work,
-        told_when_lost("run the same command again to resume"),
+        advise_when_lost("run the same command again to resume"),
     ):
         made = _make(job, base, work)
     if not made:
