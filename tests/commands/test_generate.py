@@ -88,7 +88,7 @@ def test_speculation_can_be_turned_off_and_changes_no_text() -> None:
         (("--prompt", "x", "--stop", ""), b"", "stop"),
         (("--prompt", "x", "--max-tokens", "0"), b"", "max_tokens"),
         (("--prompt", "x", "--speculate", "-1"), b"", "speculate"),
-        (("--prompt", "x", "--preset", "nope"), b"", "--preset: expected one of arm, llama3.2, llamita, none"),
+        (("--prompt", "x", "--preset", "nope"), b"", "scheme: expected one of arm, llama3.2, llamita, none"),
         (("--prompt", "x", "--context", "5000"), b"", "context"),
     ],
 )

@@ -339,7 +339,7 @@ def test_load_refuses(tmp_path: Path) -> None:
         ({"context": 513}, "context: expected 1 to 512"),
         ({"kv_dtype": "f64"}, r"kv_dtype \(--kv-cache\): expected one of f32, f16, int8, got 'f64'"),
         ({"threads": 0}, "threads"),
-        ({"scheme": "nope"}, "--preset"),
+        ({"scheme": "nope"}, "scheme: expected"),
     ]:
         with pytest.raises(InputError, match=expected):
             llamita.load(directory, **options)  # type: ignore[arg-type]
