@@ -34,6 +34,7 @@ def load(
     adapters: Mapping[str, str | Path] | None = None,
     progress: Progress = None,
     preset: str | QuantScheme | None = None,
+    adaptors: Mapping[str, str | Path] | None = None,
 ) -> LLM:
     """Load a model: a checkpoint, a packed model, another tool's model, a hub name, or "embedded".
 
@@ -51,7 +52,7 @@ def load(
             those of one whole context, at most an eighth of the memory; 0 turns it off.
         adapters: directories of low-rank adapters in PEFT's format, by the names that requests give them.
         progress: gets how far the conversion of another tool's model is; see `system/progress.py`.
-        preset: the former name of `scheme`.
+        preset, adaptors: the former names of `scheme` and `adapters`.
 
     Raises:
         InputError, RunError: one line that says what is wrong.
@@ -66,7 +67,7 @@ def load(
         max_sequences=max_sequences,
         cache_memory=cache_memory,
         prefix_cache=prefix_cache,
-        adapters=open_adapters(source, adapters or {}),
+        adapters=open_adapters(source, adapters or adaptors or {}),
     )
 
 

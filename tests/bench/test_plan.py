@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import run
+from foreign_models import make_gguf_checkpoint
 from packed_models import pack
 from tiny import CONFIGS, make_checkpoint
 
@@ -143,6 +145,19 @@ def test_a_packed_model_is_planned_for_by_itself(tmp_path: Path) -> None:
     assert estimate.file_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     with pytest.raises(InputError, match="float model"):
         describe(str(tmp_path / "out" / "config.json"))
+
+
+def test_a_gguf_is_planned_for_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is converted: the data of its tensors could be anything."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model = make_gguf_checkpoint(tmp_path, "llama3")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    file = tmp_path / "out" / "model.gguf"
+    assert describe(str(file)).config == describe(str(model)).config
+    assert run("plan", file) == 0
+    assert run("quantize", file, "--dry-run") == 0
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_hub_model_costs_one_small_download(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> None:

@@ -156,7 +156,7 @@ def test_rates_are_factors_and_the_rest_is_what_was_saved(key: str, ratio: float
         ((), "got neither"),
         (("embedded", "--shape", "1b"), "got both"),
         (("--shape", "70b"), "--shape: expected one of llama-3.2-1b"),
-        (("embedded", "--preset", "q4"), "--preset: expected one of arm, llama3.2, llamita, none, got 'q4'"),
+        (("embedded", "--preset", "q4"), "--scheme: expected one of arm, llama3.2, llamita, none, got 'q4'"),
         (("embedded", "--threads", "0"), "threads: expected 1 to 1024, got 0"),
         (("embedded", "--preset", "none", "--group-size", "32"), "--group-size"),
         (("embedded", "--group-size", "48"), "--group-size: expected one of"),

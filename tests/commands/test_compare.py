@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -169,6 +170,9 @@ def test_report(root, capsys, tmp_path):
                   "Activation ranges", "residual stream", "input of down_proj", "Where they differ most",
                   "Continued greedily", "mlp.down_proj", "model.embed_tokens"):  # fmt: skip
         assert words in text, words
+    legends = re.findall(r'<i style="background:(#\w+)"></i>([^<]*)<', source)
+    drawn = re.findall(r'<g><title>([^<]*)</title><path d="[^"]*" stroke="(#\w+)"', source)
+    assert {(color, name) for name, color in drawn} == set(legends)
     # one bar chart; stream; seven kinds of weights; five places, each with one for all and one for each
     assert page.tags.count("svg") == 1 + 1 + 7 + 5 * (1 + 3)
 

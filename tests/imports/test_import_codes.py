@@ -125,6 +125,22 @@ def test_every_command_takes_it_and_says_that_it_was_converted(
     assert second.exists()
 
 
+def test_a_tensor_below_a_vector_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """Its module would have the name of the missing vector."""
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    source = export(tmp_path / "packed", "compressed-tensors", tmp_path / "there")
+    (path,) = source.glob("*.safetensors")
+    data = path.read_bytes()
+    name = b'"model.norm.weight":'
+    size = int.from_bytes(data[:8], "little") + len(b".scale")
+    header = data[8:].replace(name, name[:-2] + b'.scale":', 1)
+    path.write_bytes(size.to_bytes(8, "little") + header)
+    capsys.readouterr()
+    assert run("import", source, "-o", tmp_path / "back") == 2
+    assert "model.norm.weight: unexpected" in one_line(capsys)
+
+
 def test_loading_a_gguf_prints_nothing_and_reports_progress(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

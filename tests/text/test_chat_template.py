@@ -1,13 +1,16 @@
 """Chat templates: where they are found, what they may do, and the same text as transformers renders."""
 
 import json
+import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llamita.errors import InputError
+from llamita.errors import InputError, RunError
 from llamita.text import chat_template
 from llamita.text.chat_template import ChatTemplate, read_template
 
@@ -179,19 +182,52 @@ def test_a_template_cannot_take_long(template: str, monkeypatch: pytest.MonkeyPa
 
 def test_an_ended_process_is_started_again() -> None:
     template = ChatTemplate("{{ messages|length }}")
-    assert template._process
-    template._process.kill()
-    with pytest.raises(InputError, match="its process ended"):
-        template.render(CHAT)
+    process_of(template).kill()
+    process_of(template).wait()
     assert template.render(CHAT) == "4"
+
+
+def process_of(template: ChatTemplate) -> Any:
+    assert template._process
+    return template._process._popen
 
 
 def test_the_process_ends_with_its_template() -> None:
     template = ChatTemplate("x")
-    process = template._process
-    assert process
+    process = process_of(template)
     del template
     assert process.returncode is not None
+
+
+def test_a_process_that_cannot_run_is_no_fault_of_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_PROGRAM", "/nowhere/program.py")
+    with pytest.raises(RunError, match=r"a process that renders it, got exit code 2; .*No such file"):
+        ChatTemplate("x")
+
+
+def test_limits_hold_where_the_parent_ignores_their_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with pytest.raises(InputError, match="more than 1 seconds"):
+            ChatTemplate(SLOW[0]).render(CHAT)
+    finally:
+        signal.signal(signal.SIGPROF, before)
+
+
+def test_forked_processes_render_their_own_conversations() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    children = []
+    for child in range(3):
+        pid = os.fork()
+        if pid == 0:
+            texts = [f"{child} {i}" for i in range(50)]
+            found = [template.render([{"role": "user", "content": text}]) for text in texts]
+            os._exit(found != texts)
+        children.append(pid)
+    mine = [template.render([{"role": "user", "content": str(i)}]) for i in range(50)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
+    assert mine == [str(i) for i in range(50)]
 
 
 def test_threads_share_a_template() -> None:
@@ -234,3 +270,17 @@ def test_a_huge_template_is_refused(tmp_path: Path) -> None:
 def test_a_malformed_message_is_refused(message: object) -> None:
     with pytest.raises(InputError, match="messages"):
         ChatTemplate("x").render([message])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("extra", [{1: 2}, (1, 2), {1, 2}, float("nan")])
+def test_values_that_json_would_change_are_refused(extra: object) -> None:
+    with pytest.raises(InputError, match="messages: expected values that JSON has"):
+        ChatTemplate("x").render([{"role": "user", "content": "x", "extra": extra}])
+
+
+def test_messages_that_are_nested_too_deeply_are_refused() -> None:
+    extra: list[Any] = []
+    for _ in range(100_000):
+        extra = [extra]
+    with pytest.raises(InputError, match="messages"):
+        ChatTemplate("x").render([{"role": "user", "content": "x", "extra": extra}])

@@ -61,6 +61,12 @@ def test_any_losses_can_be_drawn(losses: list[float]) -> None:
         assert "nan" not in str(attribute.attrib.values())
 
 
+def test_the_style_names_what_it_is_for() -> None:
+    style = ElementTree.fromstring(loss_plot(history(10))).findtext(f"{SVG}style") or ""
+    selectors = [rule.split("{")[0].strip() for rule in style.split("}") if rule.strip()]
+    assert selectors == ["svg", ".title", ".left", ".middle", ".grid", "path", "circle"]
+
+
 def test_a_run_without_held_out_examples_has_none_in_its_legend() -> None:
     rows = [row for row in history(8) if "eval_loss" not in row]
     assert "held out" not in loss_plot(rows)

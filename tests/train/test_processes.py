@@ -158,7 +158,6 @@ def test_two_processes_with_parts_go_on_where_one_was_stopped(
     assert len(found) == 2
 
 
-@pytest.mark.slow
 def test_a_mistake_is_printed_once(model: Path, data: Path, tmp_path: Path) -> None:
     code, out, err = finished(
         started(

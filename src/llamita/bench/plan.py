@@ -5,6 +5,7 @@ every weight once a token, prefill by int8 multiply-adds, both at shares of the 
 bound by the time that a layer takes whatever its size.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +18,7 @@ from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.errors import InputError, shown
+from llamita.imports.detect import gguf_of
 from llamita.imports.open import is_hub_name, open_source, resolve
 from llamita.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llamita.models.config import ModelConfig
@@ -80,12 +82,14 @@ class Described:
 
 
 def describe(name: str) -> Described:
-    """Describe a model by config.json, directory, hub name (only its config.json is downloaded) or "embedded".
+    """Describe a model by config.json, GGUF (its header), directory, hub name (its config.json) or "embedded".
 
     Raises:
         InputError, RunError: the config cannot be read, or is not a Llama's.
     """
     path = Path(name)
+    if os.path.exists(name) and (file := gguf_of(path)) is not None:
+        return _from_config(import_module("llamita.imports.gguf").read_config(file), name)
     if path.is_file():
         return _from_config(read_json(path.parent, path.name), name)
     if is_hub_name(name):

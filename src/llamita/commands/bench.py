@@ -105,7 +105,10 @@ def _model(src: str | None, shape: str | None, scheme: str | None, group_size: i
         if scheme not in (None, FLOAT) or group_size:
             raise InputError("--scheme, --group-size", "a float model", f"{src}, which is quantized")
         return ModelSpec(src, None)
-    return ModelSpec(src, shape, choose_scheme(scheme or DEFAULT_SCHEME, group_size))
+    try:
+        return ModelSpec(src, shape, choose_scheme(scheme or DEFAULT_SCHEME, group_size))
+    except InputError as error:
+        raise error.at(error.where.replace("--preset", "--scheme")) from None
 
 
 def _baseline(name: str | None, model: ModelSpec) -> ModelSpec | None:

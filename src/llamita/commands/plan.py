@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from llamita.bench.plan import Estimate, Machine, describe, describe_shape, estimate_all, measure_machine
+from llamita.bench.plan import Estimate, Machine, describe_shape, estimate_all, measure_machine
 from llamita.commands import console
 from llamita.commands.options import GroupSize, Json, KvCache, Shape, Threads
-from llamita.commands.sources import convert_first
+from llamita.commands.sources import describe_source
 from llamita.errors import InputError
-from llamita.imports.open import is_hub_name
 from llamita.numerics.scheme import PRESETS, make_scheme
 from llamita.system.threads import remark, use_threads
 from llamita.text.printable import megabytes
@@ -44,9 +43,7 @@ def command(
         raise InputError("plan", "a model or --shape", "both" if src else "neither", "try --shape 1b")
     use_threads(threads)
     schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
-    if src is not None and not is_hub_name(src):
-        convert_first(src, quiet=json)
-    name, model = (src, describe(src)) if src is not None else describe_shape(str(shape))
+    name, model = describe_shape(str(shape)) if src is None else (src, describe_source(src, quiet=json))
     console.note(remark())
     with console.progress(quiet=json) as progress:
         if progress:

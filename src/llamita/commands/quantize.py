@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from llamita.bench.plan import describe
 from llamita.commands import console
 from llamita.commands.options import CalibrationText, GroupSize, Json, Length, Out, Overwrite, Samples, Seed, Threads
 from llamita.commands.selection import parse_goal, print_selection, selection_values
+from llamita.commands.sources import describe_source
 from llamita.errors import InputError
 from llamita.methods.chain import METHODS, check_sizes
 from llamita.methods.setup import Setup, parse_settings
@@ -103,7 +103,7 @@ def command(
 
 
 def _dry_run(job: QuantizeJob, json: bool) -> None:
-    model, chain = describe(str(job.source)), job.chain
+    model, chain = describe_source(str(job.source), quiet=json), job.chain
     scheme, setup = job.scheme_for(model.config), Setup(settings=job.all_settings)
     if model.scheme is not None:
         raise InputError(f"{job.source}", "a float model", "one that llamita has quantized", "try its source")

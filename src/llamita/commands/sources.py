@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llamita.bench.plan import Described, describe
 from llamita.commands import console
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
-from llamita.imports.detect import detect_format
+from llamita.imports.detect import detect_format, gguf_of
 from llamita.imports.open import is_hub_name, open_source, resolve
 from llamita.loading import load
 from llamita.quantize.lineage import is_made_for
@@ -32,6 +33,13 @@ def convert_first(*names: str | None, quiet: bool = False) -> None:
         if base and (is_hub_name(base) or (os.path.exists(base) and detect_format(Path(base)) is not None)):
             with console.progress(quiet) as progress:
                 resolve(base, progress, console.note)
+
+
+def describe_source(name: str, quiet: bool) -> Described:
+    """Describe a model; one in a format whose config.json must be made is converted first."""
+    if not is_hub_name(name) and (not os.path.exists(name) or gguf_of(Path(name)) is None):
+        convert_first(name, quiet=quiet)
+    return describe(name)
 
 
 def load_with_adapter(model: str, adapter: Path | None, **options: Any) -> LLM:

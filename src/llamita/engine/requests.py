@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]  # the text ends before the first of these to occur
     speculate: int  # the most tokens drafted from the text so far and verified together; 4 by default, 0 for none
     adapter: str | None  # the name of an adapter that the model was loaded with; none by default
+    adaptor: str | None  # its former name
 
 
 @dataclass
@@ -151,7 +152,7 @@ def check_request(
         sampling=_sampling(recommended, options),
         stop=stop,
         speculate=speculate,
-        adapter=find_adapter(options.get("adapter"), adapters),
+        adapter=find_adapter(options.get("adapter", options.get("adaptor")), adapters),
         started=started,
     )
 

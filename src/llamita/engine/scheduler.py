@@ -144,7 +144,8 @@ class Scheduler:
                         self._is_stepping = False
                         with self._lock:
                             self._changed.notify_all()
-        return bool(self._waiting or self._running())
+        # In the order in which sequences move on: another thread's step moves none past this look.
+        return bool(self._waiting or self._prompts or self._decoding)
 
     def _schedule(self) -> list[StepPart]:
         """Let waiting sequences in; return the parts of the next step."""

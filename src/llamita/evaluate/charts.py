@@ -97,7 +97,7 @@ def line_chart(
     places = x or {n: [i * last / max(1, count - 1) for i in range(len(line))] for n, line in lines.items()}
     x_ticks = {0, last // 2, last} if x is None else {tick for tick in ticks(0, max(1, last)) if tick == int(tick)}
     return render(
-        "lines.svg.j2", title=title, x_label=x_label, width=width, height=height, key=key, style=style,
+        "lines.svg.j2", title=title, x_label=x_label, width=width, height=height, key=key, style=Markup(style),
         left=_LEFT, right=frame.right, top=_TOP, bottom=frame.bottom,
         y_ticks=[(f"{tick:.4g}", frame.y(tick)) for tick in ticks(low, high, log)],
         x_ticks=[(f"{place:,.0f}", frame.x(place)) for place in sorted(x_ticks)],

@@ -91,7 +91,7 @@ def _parse(source: str) -> _Model:
     try:
         scheme = make_scheme(match[2], int(match[3]) if match[3] else None)
     except InputError as error:
-        raise error.within(f"{source} (SRC:SCHEME or SRC:SCHEME:GROUP)") from None
+        raise error.at(f"{source} (SRC:SCHEME or SRC:SCHEME:GROUP)") from None
     path = resolve(match[1])
     if exists_in(path, METADATA):
         raise InputError(source, "a float model before the scheme", "one that is quantized")
@@ -127,7 +127,7 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
                 "try --baseline SRC, or each by itself",
             )
     try:
-        path = resolve(name)
+        path = resolve(name, progress)
     except LlamitaError as error:
         missing = error.within(f"{first}: its recorded source is missing")
         missing.hint = "try --baseline SRC, or none"

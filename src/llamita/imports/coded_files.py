@@ -65,9 +65,9 @@ class ModuleFiles:
                 self._parts.setdefault(module, {})[part] = tensor
         if self.config.tied and HEAD in self._parts:
             self._drop_tied_head()
-        known = table_names(self.config) | linear_names(self.config) | vectors
-        found = set(self._parts) | (vectors.keys() & self._where.keys())
-        check_names(set(known), found, "is tie_word_embeddings right?")
+        modules = table_names(self.config) | linear_names(self.config)
+        check_names(set(modules), set(self._parts), "is tie_word_embeddings right?")
+        check_names(set(vectors), vectors.keys() & self._where.keys(), "is attention_bias right?")
 
     def _drop_tied_head(self) -> None:
         """Leave out a tied head that some tools write a second time; it must repeat the embedding."""

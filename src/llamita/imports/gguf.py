@@ -69,6 +69,19 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         file.close()
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Return config.json for a file, of which only the header is read.
+
+    Raises:
+        InputError, RunError: see `GgufFile` and `hf_config`.
+    """
+    file = GgufFile(path)
+    try:
+        return hf_config(file)
+    finally:
+        file.close()
+
+
 def hf_config(file: GgufFile) -> dict[str, Any]:
     """Return config.json for the file's metadata.
 

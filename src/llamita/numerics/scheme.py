@@ -140,5 +140,5 @@ def choose_scheme(preset: str, group_size: int | None = None) -> QuantScheme | N
     if preset != FLOAT:
         return make_scheme(preset, group_size)
     if group_size is not None:
-        raise InputError("--group-size", "with a preset that rounds", "--preset none")
+        raise InputError("--group-size", "a scheme that rounds", "none")
     return None

@@ -5,22 +5,25 @@ process, with limits to their memory and time.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from llamita.errors import InputError, shown
+from llamita.errors import InputError, RunError, shown
 from llamita.system.files import exists_in, read_bytes
 from llamita.text.tokenizer import read_settings
 
 Message = dict[str, Any]  # {"role": str, "content": str or [{"type": "text", "text": str}, ...]}
 _LARGEST_TEMPLATE = 1 << 20  # characters; the longest real ones have about 20,000
-_SECONDS = 10  # of CPU time for one conversation; real templates take milliseconds
+_SECONDS = 5  # of CPU time for one conversation; real templates take milliseconds
+_PROGRAM = str(Path(__file__).with_name("template_process.py"))  # by its path: it imports nothing of llamita
 
 
 class ChatTemplate:
@@ -28,6 +31,7 @@ class ChatTemplate:
 
     Raises:
         InputError: the source is not a template of Jinja.
+        RunError: the process that renders it cannot run.
     """
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
@@ -35,8 +39,9 @@ class ChatTemplate:
             raise InputError("chat template", f"at most {_LARGEST_TEMPLATE} characters", f"{len(source)}")
         self._source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._process: _Process | None = None
         self._lock = Lock()
-        self._process: subprocess.Popen[str] | None = None
+        _TEMPLATES.add(self)
         self._ask(None)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -45,6 +50,7 @@ class ChatTemplate:
         Raises:
             InputError: a message is not a role with a text, or the template refuses the conversation, takes too long
                 or takes too much memory.
+            RunError: the process that renders it cannot run.
         """
         values = {"messages": [_plain(m) for m in messages], "add_generation_prompt": add_generation_prompt}
         return self._ask({**values, **self._tokens})
@@ -53,55 +59,91 @@ class ChatTemplate:
         """Return the text for these values; without values, only check the template."""
         try:
             request = json.dumps({"template": self._source, "values": values})
-        except (TypeError, ValueError) as error:
+            is_kept = json.loads(request)["values"] == values  # JSON turns the keys of objects into texts
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError("messages", "values that JSON has", str(error)) from None
+        if not is_kept:
+            raise InputError("messages", "values that JSON has", "others, such as keys that are no texts")
         with self._lock:
-            answer = json.loads(self._answer(request))
+            if self._process is None or self._process.has_ended():
+                self._forget()
+                self._process = _Process(self)
+            try:
+                answer = json.loads(self._process.answer(request))
+            except BaseException:  # an interrupt, too: the next request must not get this one's answer
+                self._forget()
+                raise
         if "invalid" in answer:
             raise InputError("chat template", "a Jinja template", answer["invalid"])
         if "refused" in answer:
             raise InputError(f"chat template: refused this conversation: {answer['refused']}")
         return answer["text"]
 
-    def _answer(self, request: str) -> str:
-        """Return the process's answer to a request; start the process if there is none."""
-        process = self._process or self._start()
-        assert process.stdin
-        assert process.stdout
-        line = ""
-        try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            pass  # it ended before the request
-        finally:
-            if not line:  # also if this thread is interrupted: the next request must not get this one's answer
-                self._process = None
-                _end(process)
-        if not line:
-            is_late = process.returncode == -signal.SIGPROF
-            why = f"it takes more than {_SECONDS} seconds" if is_late else f"its process ended ({process.returncode})"
-            raise InputError(f"chat template: {why}")
-        return line
+    def _forget(self) -> None:
+        if self._process is not None:
+            self._process.end()
+        self._process = None
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _leave_to_parent(self) -> None:
+        """In a forked child: start another process when one is needed, and leave the present one to the parent."""
+        self._lock = Lock()  # another thread may have held it
+        if self._process is not None:
+            self._process.end.detach()
+        self._process = None
+
+
+_TEMPLATES: "weakref.WeakSet[ChatTemplate]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for template in _TEMPLATES:
+        template._leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Process:
+    """The process of a template; it ends with the template, or by `end`."""
+
+    def __init__(self, template: ChatTemplate) -> None:
         # In a process group of its own: Ctrl-C at the terminal stops an answer, not this process.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "llamita.text.template_process", str(_SECONDS)],
+        self._popen = subprocess.Popen(
+            [sys.executable, "-P", _PROGRAM, str(_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},  # to find Jinja
             process_group=0,
         )
-        weakref.finalize(self, _end, self._process)
-        return self._process
+        self.end = weakref.finalize(template, _end, self._popen)
+
+    def has_ended(self) -> bool:
+        return self._popen.poll() is not None
+
+    def answer(self, request: str) -> str:
+        """Return the answer to a request, a line of JSON."""
+        assert self._popen.stdin
+        assert self._popen.stdout
+        with suppress(BrokenPipeError):
+            self._popen.stdin.write(request + "\n")
+            self._popen.stdin.flush()
+        if line := self._popen.stdout.readline():
+            return line
+        _, errors = self._popen.communicate()
+        code = self._popen.returncode
+        if code == -signal.SIGPROF:
+            raise InputError(f"chat template: it takes more than {_SECONDS} seconds")
+        if code < 0:
+            raise InputError(f"chat template: its process ended with signal {-code}")
+        last = errors.strip().splitlines()[-1:]
+        raise RunError("chat template", "a process that renders it", f"exit code {code}", *last)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
+def _end(popen: "subprocess.Popen[str]") -> None:
+    popen.kill()
+    popen.communicate()
 
 
 def find_template(directory: Path) -> str | None:

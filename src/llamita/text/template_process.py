@@ -31,6 +31,8 @@ _LONGEST_REASON = 500  # characters
 def main() -> None:
     """Answer requests until the input ends; `sys.argv` has the seconds of CPU time for each."""
     seconds = float(sys.argv[1])
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent may have had it ignored or blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     with suppress(ValueError, OSError):
         memory = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
