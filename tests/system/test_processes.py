@@ -18,6 +18,7 @@ from llamita.system import processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OPTIONS = ("--samples", "5", "--length", "48", "--group-size", "32")
+_FLIPPED = 0.3  # of what differs with another calibration text; half of the samples alone differ by more
 METHODS = {"qronos": (), "spinquant+gptq": ("--set", "spinquant.steps=3", "--set", "spinquant.batch=2")}
 
 
@@ -58,17 +59,26 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, method: str) -> None:
     assert one.metadata.calibration == two.metadata.calibration  # the same text, token for token
     assert one.metadata.calibration is not None
     assert one.metadata.calibration["samples"] == 5
-    # Without down_proj: behind one code of gate_proj that fell the other way, its errors are passed on.
-    for linear in list(one.config.linear_shapes())[:-1]:
-        found, expected = (model.weight(f"model.layers.0.{linear}") for model in (two, one))
-        assert isinstance(found, Int4Weight)
-        assert isinstance(expected, Int4Weight)
-        assert (found.packed == expected.packed).mean() > 0.97, linear  # words of eight codes
-        assert (found.scales == expected.scales).mean() > 0.99, linear
-    # Further on, a code that fell the other way has changed what later layers see.
+    # Sums in another order flip codes near a tie. The layers of the first step read the same inputs in both; behind
+    # them a flipped code changes all that follows.
+    assert run("quantize", source, "-o", tmp_path / "other", *options, "--seed", 1) == 0
+    other = PackedModel(tmp_path / "other")
+    for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        codes, scales = differences(two, one, linear)
+        most_codes, most_scales = differences(other, one, linear)
+        assert codes < _FLIPPED * most_codes, linear
+        assert scales <= _FLIPPED * most_scales, linear
     errors = [model.metadata.error.layers for model in (two, one)]
     for name, error in errors[1].items():
         assert errors[0][name] == pytest.approx(error, rel=0.05), name
+
+
+def differences(model: PackedModel, other: PackedModel, linear: str) -> tuple[float, float]:
+    """The shares of words of eight codes and of scales that differ in a layer of the first block."""
+    found, expected = (one.weight(f"model.layers.0.{linear}") for one in (model, other))
+    assert isinstance(found, Int4Weight)
+    assert isinstance(expected, Int4Weight)
+    return (found.packed != expected.packed).mean(), (found.scales != expected.scales).mean()
 
 
 def test_shares_are_parts_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
