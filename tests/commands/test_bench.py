@@ -27,6 +27,13 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 @pytest.fixture(autouse=True)
 def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_run, "PROBE_BYTES", 2**22)
+    measured = bench_run._probe
+
+    def probe(*arguments: Any) -> dict[str, Any]:
+        found = measured(*arguments)  # the limits here are far above: a busy machine must not decide a test
+        return {**found, "int8_rate": 100 * found["int8_rate"], "bandwidth": 100 * found["bandwidth"]}
+
+    monkeypatch.setattr(bench_run, "_probe", probe)
 
 
 @pytest.fixture
