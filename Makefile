@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # What an installed llamita is made of: when one of these changes, it is installed anew.
 SOURCES := $(shell find src native -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-all test-lowest test-arm lint types format native-checks mutations clean help
+.PHONY: demo test test-all test-lowest test-newest test-arm lint types format native-checks mutations clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -23,10 +23,13 @@ test: $(VENV)/.dev   ## the whole default suite, on all cores
 test-all: $(VENV)/.dev  ## the slow tests too
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
+test-lowest: VERSIONS = --constraint constraints-lowest.txt
 test-lowest:     ## the lean side's tests with the lowest versions that pyproject.toml allows, in .venv-lowest
-	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt $(PIP_FLAGS) . pytest hypothesis
-	$(VENV)-lowest/bin/python -m pytest -q --durations=10
+test-newest:     ## the lean side's tests with the newest versions that there are, in .venv-newest
+test-lowest test-newest:
+	$(PYTHON) -m venv $(VENV)-$(@:test-%=%)
+	$(VENV)-$(@:test-%=%)/bin/python -m pip install --quiet --disable-pip-version-check $(VERSIONS) $(PIP_FLAGS) . pytest pytest-xdist hypothesis safetensors
+	$(VENV)-$(@:test-%=%)/bin/python -m pytest -q -n auto --dist loadfile --durations=10
 
 test-arm: $(VENV)/.dev  ## the tests of kernels on Arm's instruction sets, cross-compiled, under qemu
 	$(BIN)/python tools/arm.py $(ARM_FLAGS)
@@ -50,7 +53,7 @@ mutations: $(VENV)/.dev      ## break a dozen lines by hand, one at a time, and 
 	$(BIN)/python tools/mutations.py
 
 clean:           ## remove everything that make built
-	rm -rf $(VENV) $(VENV)-lowest build dist
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
