@@ -108,6 +108,7 @@ def test_shares_are_parts_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_process_needs_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    pytest.importorskip("torch", reason="gptq needs Torch: pip install '.[torch]'")
     for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "3", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     source = make_checkpoint(tmp_path / "src")
