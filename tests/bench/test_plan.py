@@ -192,6 +192,25 @@ def test_the_command_measures_this_machine(
     assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2"]
 
 
+def test_a_preset_that_does_not_fit_is_left_out_unless_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda: MACHINE)
+    model = make_checkpoint(tmp_path, hidden_size=192, num_attention_heads=6)
+    assert run("plan", model, "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2", "llamita"]
+    assert values["notes"] == ["arm: does not fit: 192 inputs are no multiple of 128"]
+    assert run("plan", model) == 0
+    assert values["notes"][0] in capsys.readouterr().err
+    for named in (("--preset", "arm"), ("--group-size", "128")):
+        assert run("plan", model, *named) == 2
+        assert "expected inputs in groups of 128, got 192; try --group-size 64" in capsys.readouterr().err
+    assert run("plan", model, "--group-size", "64", "--json") == 0
+    names = [e["name"] for e in json.loads(capsys.readouterr().out)["estimates"]]
+    assert names == ["float", *(f"{preset}, groups of 64" for preset in PRESETS)]
+
+
 def test_a_published_shape_needs_no_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda: MACHINE)
     cli.main(["plan", "--shape", "1b", "--preset", "llama3.2", "--json"])

@@ -102,6 +102,12 @@ def test_a_model_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     expect_error(run("generate", tmp_path, "--prompt", "x"), 2, "tokenizer.model alone")
 
 
+def test_a_scheme_that_does_not_fit_names_one_that_does(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, hidden_size=192, num_attention_heads=6)
+    result = run("generate", model, "--prompt", "a", "--scheme", "arm")
+    expect_error(result, 2, "expected inputs in groups of 128, got 192; try scheme llama3.2, which has groups of 32")
+
+
 def test_chat_answers_every_line_of_a_pipe() -> None:
     lines = b"Tell me a story.\n\n/system Be kind.\n/reset\n/nonsense\nOnce upon a time\n/exit\nnever asked\n"
     result = run("chat", "embedded", "--max-tokens", "8", "--greedy", "--json", stdin=lines)

@@ -13,11 +13,11 @@ import typer
 
 from llamita.commands import console
 from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Text, Threads
-from llamita.commands.show import interval_rows
+from llamita.commands.show import interval_rows, scored
 from llamita.commands.sources import convert_first
 from llamita.evaluate import wikitext
 from llamita.evaluate.contenders import NO_BASELINE, open_contenders
-from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, embedded_text, read_text, score_text
+from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, default_text, read_text, score_text
 from llamita.models.layer_kinds import describe_kinds
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
@@ -45,7 +45,7 @@ class _Job:
 
 _Baseline = Annotated[
     str | None,
-    typer.Option(metavar="SRC", help="Compare with this float model, or 'none'; by default the one SRC was made from."),
+    typer.Option(metavar="SRC", help="Compare with this model, or 'none'; by default the one SRC was made from."),
 ]
 _Tasks = Annotated[str | None, typer.Option(help="Run tasks of LM Eval, separated by commas: wikitext,arc_easy.")]
 _Wikitext = Annotated[
@@ -93,6 +93,8 @@ def command(
     with console.progress(quiet=json) as progress:
         contenders = open_contenders(models, baseline, threads=threads, kv_dtype=kv_cache, progress=progress)
         console.note(remark())
+        if job.text is None and not names:
+            job.text_name, job.text = "embedded text", default_text(contenders)
         scores = _score(job, contenders, progress)
         results = _run_tasks(job, contenders, harness, progress)
     if json:
@@ -103,7 +105,7 @@ def command(
     columns = ["", *(f"{c.name} (float)" if c.llm.scheme is None else c.name for c in contenders)]
     console.print_table("", columns, _rows(job, contenders, scores, results))
     if scores:
-        console.note(f"{job.text_name}: {scores[0].tokens:,} tokens predicted; intervals: 95 %, block bootstrap")
+        console.note(scored(job.text_name, scores[0].tokens))
 
 
 def _import_harness() -> Any:
@@ -128,8 +130,6 @@ def _choose_text(job: _Job, text: Path | None, wikitext_file: Path | None, harne
         job.notes += [found.note] if found.note else []
     if text:
         job.text_name, job.text, job.whole_chunks = str(text), read_text(text), False
-    elif not job.tasks:
-        job.text_name, job.text = "embedded text", embedded_text()
 
 
 def _score(job: _Job, contenders: list[Contender], progress: Progress) -> list[TextScores]:
@@ -205,9 +205,11 @@ def _rows(
             rows.append([label, *(_with_error(own[i], metric) for own in results)])
     if not scores:
         return rows
-    rows.append([f"token perplexity, chunks of {job.max_seq_len:,}", *(f"{s.perplexity:.4g}" for s in scores)])
+    chunk_tokens = min(job.max_seq_len, *(c.llm.context for c in contenders))
+    rows.append([f"token perplexity, chunks of {chunk_tokens:,}", *(f"{s.perplexity:.4g}" for s in scores)])
     if any(s.kl for s in scores):
-        rows += interval_rows("  over the float model's", [s.increase for s in scores], 100, ".2f", "\xa0%")
+        baseline = "baseline" if schemes[0] else "float model"
+        rows += interval_rows(f"  over the {baseline}'s", [s.increase for s in scores], 100, ".2f", "\xa0%")
         rows += interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", "")
         rows += interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%")
     return rows
