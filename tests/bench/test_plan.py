@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import run
+from command import one_line, run
 from foreign_models import make_gguf_checkpoint
 from packed_models import pack
 from tiny import CONFIGS, make_checkpoint
@@ -241,6 +241,22 @@ def test_the_command_prints_estimates_as_such(
     with pytest.raises(SystemExit) as exit_:
         cli.main(["plan", str(config_file), "--preset", "q4"])
     assert exit_.value.code == 2
+
+
+def test_what_is_no_model_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    packed = pack(tmp_path, "arm")
+    (packed / "llamita.json").write_text("{")
+    for arguments, line in (
+        (("inspect", empty), f"{empty}: expected a model directory, got one without config.json"),
+        (("inspect", packed), f"{packed}: llamita.json: expected valid JSON"),
+        (("verify", empty), f"{empty}: expected a directory with llamita.json or llamita_export.json, got a directory"),
+        (("verify", tmp_path / "src"), "got a float checkpoint, which records no hashes"),
+        (("import", "owner/model", "-o", tmp_path / "new"), "got no such file or directory; import takes local files"),
+    ):
+        assert run(*arguments) == 2
+        assert line in one_line(capsys)
 
 
 def test_inspect_shows_float_and_packed_models(tmp_path: Path, capsys: Any) -> None:

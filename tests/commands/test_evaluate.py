@@ -135,6 +135,14 @@ def test_without_lm_eval_one_line_says_what_to_install(root, capsys, monkeypatch
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_file_that_is_missing_is_said_before_a_package_that_is(root, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "llamita.evaluate.lm_eval", raising=False)
+    code, _, err = run(capsys, root / "base", "--wikitext", root / "nofile")
+    assert code == 2
+    assert "--wikitext: expected the file wiki.test.raw, got none" in err
+
+
 def test_without_network_one_line_says_what_to_give(root, capsys, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval", reason="needs LM Eval: pip install '.[torch]'")
     harness = pytest.importorskip("llamita.evaluate.lm_eval")

@@ -55,7 +55,8 @@ _Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N do
 _AddBos = Annotated[
     bool | None,
     typer.Option(
-        "--add-bos-token/--no-add-bos-token", help="Begin with a BOS token in tasks; by default as the tokenizer says."
+        "--add-bos-token/--no-add-bos-token",
+        help="Begin texts of tasks with the token for it (BOS); by default as the tokenizer says.",
     ),
 ]
 
@@ -87,8 +88,9 @@ def command(
     job = _Job(max_seq_len, limit, tasks=names, add_bos_token=add_bos_token)
     if limit:
         job.notes.append(f"--limit {limit}: the figures compare only with others of the same limit")
+    found = wikitext.read(wikitext_file) if wikitext_file else None
     harness = _import_harness() if names else None  # before anything that takes time
-    _choose_text(job, text, wikitext_file, harness)
+    _choose_text(job, text, found, str(wikitext_file or "the hub's wikitext"), harness)
     convert_first(*models, None if baseline == NO_BASELINE else baseline, quiet=json)
     with console.progress(quiet=json) as progress:
         contenders = open_contenders(models, baseline, threads=threads, kv_dtype=kv_cache, progress=progress)
@@ -112,21 +114,19 @@ def _import_harness() -> Any:
     os.environ.setdefault("TQDM_DISABLE", "1")  # LM Eval's progress bars would break into ours
     return load_optional(
         HARNESS,
-        "--tasks: expected the package {package}, found none; try pip install 'llamita[torch]' "
+        "--tasks and --wikitext: expected the package {package}, found none; try pip install 'llamita[torch]' "
         "(in a checkout '.[torch]'), or --text FILE, which needs none",
     )
 
 
-def _choose_text(job: _Job, text: Path | None, wikitext_file: Path | None, harness: Any) -> None:
-    """Find the text to score and the pages of the wikitext task, and put them into the job."""
+def _choose_text(job: _Job, text: Path | None, found: wikitext.WikiText | None, name: str, harness: Any) -> None:
+    """Put the text to score and the pages of the wikitext task, which come from the hub if not given, into the job."""
     if WIKITEXT in job.tasks:
-        if wikitext_file:
-            found = wikitext.read(wikitext_file)
-        else:
+        if found is None:
             with contextlib.redirect_stdout(sys.stderr):
-                found = wikitext.from_pages(harness.wikitext_pages(), "the hub's wikitext")
-        name = "WikiText-2 test" if found.is_original else str(wikitext_file or "the hub's wikitext")
-        job.text_name, job.text, job.whole_chunks, job.pages = name, found.text, True, found.pages
+                found = wikitext.from_pages(harness.wikitext_pages(), name)
+        job.text_name = "WikiText-2 test" if found.is_original else name
+        job.text, job.whole_chunks, job.pages = found.text, True, found.pages
         job.notes += [found.note] if found.note else []
     if text:
         job.text_name, job.text, job.whole_chunks = str(text), read_text(text), False

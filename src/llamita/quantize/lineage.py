@@ -26,7 +26,7 @@ def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
             "adapters",
             "a model whose channels are those of its source",
             f"one changed by {' and '.join(changed)}",
-            "try quantize --method qronos+tune --set tune.rate=0",
+            f"try quantizing without {' and '.join(changed)}",
         )
 
 
@@ -38,7 +38,8 @@ def _changed_channels(source: ModelSource) -> list[str]:
     rotated = [name for name in source.rotations.names if name != "R4"]
     if isinstance(source, PackedModel):  # an imported one, whose rotations are another tool's
         rotated += source.metadata.settings.get("rotated", [])
-    return [*rotated, *(["equalize"] if "equalize" in _methods(source) else [])]
+    named = [f"spinquant's {' and '.join(rotated)}"] if rotated else []
+    return [*named, *(["equalize"] if "equalize" in _methods(source) else [])]
 
 
 def is_made_for(source: ModelSource, adapter: Path) -> bool | None:
