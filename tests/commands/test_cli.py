@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from command import one_line
@@ -9,6 +11,7 @@ from command import run as run_here
 
 from llamita.cli import COMMANDS
 from llamita.errors import InputError
+from llamita.methods.chain import METHODS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -83,9 +86,9 @@ def test_an_option_that_was_not_typed_is_not_named(
 
 def test_a_missing_target_is_said_to_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("export", "small", "-o", "out") == 2
-    assert one_line(capsys).startswith("error: --to: expected one of ")
-    assert run_here("export", "small", "-o", "out") == 2
-    assert one_line(capsys).endswith(", got none\n")
+    line = one_line(capsys)
+    assert line.startswith("error: --to: expected one of ")
+    assert line.endswith(", got none\n")
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,12 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments: tuple[str, ...]) -> No
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not result.stdout
+
+
+def test_a_missing_package_is_not_blamed_on_an_option_that_was_not_typed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    qronos = replace(METHODS["qronos"], layer_method="no_such_package:layer_method")
+    monkeypatch.setitem(METHODS, "qronos", qronos)
+    assert run_here("quantize", "embedded", "-o", tmp_path / "out", "--preset", "llamita") == 1
+    assert one_line(capsys).startswith("error: method qronos: expected the package no_such_package, found none; try ")

@@ -22,11 +22,12 @@ def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
     """
     changed = _changed_channels(source)
     if changed and not all(_is_trained_with(source, path) for path in adapters):
+        whose = "" if changed[0] == "equalize" else "spinquant's "
         raise InputError(
             "adapters",
             "a model whose channels are those of its source",
             f"one changed by {' and '.join(changed)}",
-            f"try quantizing without {' and '.join(changed)}",
+            f"try quantizing without {whose}{' and '.join(changed)}",
         )
 
 
@@ -38,8 +39,7 @@ def _changed_channels(source: ModelSource) -> list[str]:
     rotated = [name for name in source.rotations.names if name != "R4"]
     if isinstance(source, PackedModel):  # an imported one, whose rotations are another tool's
         rotated += source.metadata.settings.get("rotated", [])
-    named = [f"spinquant's {' and '.join(rotated)}"] if rotated else []
-    return [*named, *(["equalize"] if "equalize" in _methods(source) else [])]
+    return [*rotated, *(["equalize"] if "equalize" in _methods(source) else [])]
 
 
 def is_made_for(source: ModelSource, adapter: Path) -> bool | None:
