@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, cast
 import typer
 
 from llamita import __version__
-from llamita.commands import console
+from llamita.commands import console, typed
 from llamita.errors import InputError, LlamitaError, RunError
 
 
@@ -63,8 +63,12 @@ _INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the surroundings failed, 2 the input is at fault, 130 Ctrl-C."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command = arguments[0] if arguments[0] in COMMANDS else None
+    parameters = []
     try:
-        code = _make_app(arguments)(args=arguments, prog_name="llamita", standalone_mode=False)
+        app = typer.main.get_command(_make_app(arguments))
+        parameters = cast(Any, app).commands[command].params if command else []
+        code = app.main(args=arguments, prog_name="llamita", standalone_mode=False)
         if code == _INTERRUPTED:  # Typer returns the code of an exit or an interruption and raises neither
             raise KeyboardInterrupt
         if code:
@@ -72,14 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except _UsageError as error:
-        console.print_error(cast(Any, error).format_message())
+        hint = f"try llamita {command} --help" if command else "try llamita --help"
+        console.print_error(str(typed.usage_error(error, arguments, hint)))
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         console.print_error("interrupted")
         sys.exit(_INTERRUPTED)
     except LlamitaError as error:
         if not isinstance(error, InputError) or _prints_input_errors():
-            console.print_error(str(error))
+            console.print_error(str(typed.at_option(error, parameters, arguments)))
         sys.exit(error.exit_code)
     except MemoryError:
         console.print_error("memory: too little on this machine for this work; try `llamita plan`")
@@ -138,7 +143,8 @@ def _root(
     """Turn a Llama checkpoint into a 4-bit model that runs at the limit of the hardware.
 
     `llamita COMMAND --help` shows the options of a command. An error is one line of text on stderr, also
-    with --json. Exit codes: 0 done, 1 the surroundings failed, 2 the input is at fault.
+    with --json. Exit codes: 0 done, 1 the surroundings failed, 2 the input is at fault, 130 stopped by
+    Ctrl-C.
 
     Example: llamita quantize embedded -o my-model && llamita chat my-model
     """

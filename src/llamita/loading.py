@@ -81,7 +81,12 @@ def _rounded(source: ModelSource, scheme: str | QuantScheme | None, name: str | 
         return source
     if not isinstance(source, Checkpoint):
         raise InputError("scheme", "a float model", f"{name}, which is quantized")
-    return RoundedSource(source, scheme)
+    try:
+        return RoundedSource(source, scheme)
+    except InputError as error:
+        if error.hint and error.hint.startswith("try --group-size"):  # an option of quantize
+            error.hint = "try scheme llama3.2, which has groups of 32"
+        raise
 
 
 def open_adapters(source: ModelSource, paths: Mapping[str, str | Path]) -> dict[str, Adapter]:

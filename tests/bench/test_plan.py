@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import run
+from command import one_line, run
 from foreign_models import make_gguf_checkpoint
 from packed_models import pack
 from tiny import CONFIGS, make_checkpoint
@@ -192,6 +192,25 @@ def test_the_command_measures_this_machine(
     assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2"]
 
 
+def test_a_preset_that_does_not_fit_is_left_out_unless_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda: MACHINE)
+    model = make_checkpoint(tmp_path, hidden_size=192, num_attention_heads=6)
+    assert run("plan", model, "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2", "llamita"]
+    assert values["notes"] == ["arm: does not fit: 192 inputs are no multiple of 128"]
+    assert run("plan", model) == 0
+    assert values["notes"][0] in capsys.readouterr().err
+    for named in (("--preset", "arm"), ("--group-size", "128")):
+        assert run("plan", model, *named) == 2
+        assert "expected inputs in groups of 128, got 192; try --group-size 64" in capsys.readouterr().err
+    assert run("plan", model, "--group-size", "64", "--json") == 0
+    names = [e["name"] for e in json.loads(capsys.readouterr().out)["estimates"]]
+    assert names == ["float", *(f"{preset}, groups of 64" for preset in PRESETS)]
+
+
 def test_a_published_shape_needs_no_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamita.commands.plan.measure_machine", lambda: MACHINE)
     cli.main(["plan", "--shape", "1b", "--preset", "llama3.2", "--json"])
@@ -222,6 +241,22 @@ def test_the_command_prints_estimates_as_such(
     with pytest.raises(SystemExit) as exit_:
         cli.main(["plan", str(config_file), "--preset", "q4"])
     assert exit_.value.code == 2
+
+
+def test_what_is_no_model_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    packed = pack(tmp_path, "arm")
+    (packed / "llamita.json").write_text("{")
+    for arguments, line in (
+        (("inspect", empty), f"{empty}: expected a model directory, got one without config.json"),
+        (("inspect", packed), f"{packed}: llamita.json: expected valid JSON"),
+        (("verify", empty), f"{empty}: expected a directory with llamita.json or llamita_export.json, got a directory"),
+        (("verify", tmp_path / "src"), "got a float checkpoint, which records no hashes"),
+        (("import", "owner/model", "-o", tmp_path / "new"), "got no such file or directory; import takes local files"),
+    ):
+        assert run(*arguments) == 2
+        assert line in one_line(capsys)
 
 
 def test_inspect_shows_float_and_packed_models(tmp_path: Path, capsys: Any) -> None:

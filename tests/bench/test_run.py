@@ -239,7 +239,7 @@ def test_a_float_model_counts_the_weights_that_it_uses_in_place(tmp_path: Path) 
     ("request_", "code", "text"),
     [
         (load_request(ModelSpec("/no/such/model", None)), 2, "expected a model directory"),
-        (load_request(ModelSpec("embedded", None), kv_dtype="f8"), 2, "kv_dtype (--kv-cache): expected one of"),
+        (load_request(ModelSpec("embedded", None), kv_dtype="f8"), 2, "kv_dtype: expected one of"),
         (load_request(ModelSpec("embedded", None), context=10**6), 2, "context: expected 1 to"),
         ({"do": "limits", "threads": 5000, "probe_bytes": 2**22}, 2, "threads: expected 1 to 1024"),
     ],

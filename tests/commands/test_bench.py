@@ -139,7 +139,7 @@ def test_the_table_has_metas_rows(capsys: pytest.CaptureFixture[str]) -> None:
     places = [out.index(f"  {row} ") for row in rows]
     assert places == sorted(places)
     assert "embedded llama3.2: prefill, attention counted" in out
-    assert "decode: no limit" in out
+    assert "no memory limit for decode: the " in out
     assert "memory of embedded llama3.2:" in out
     assert "avx" in out or "scalar" in out or "neon" in out
     assert "llamita 0." in out
@@ -164,14 +164,14 @@ def test_rates_are_factors_and_the_rest_is_what_was_saved(key: str, ratio: float
         (("embedded", "--shape", "1b"), "got both"),
         (("--shape", "70b"), "--shape: expected one of llama-3.2-1b"),
         (("embedded", "--preset", "q4"), "--scheme: expected one of arm, llama3.2, llamita, none, got 'q4'"),
-        (("embedded", "--threads", "0"), "threads: expected 1 to 1024, got 0"),
+        (("embedded", "--threads", "0"), "error: --threads: expected 1 to 1024, got 0"),
         (("embedded", "--preset", "none", "--group-size", "32"), "--group-size"),
         (("embedded", "--group-size", "48"), "--group-size: expected one of"),
         (("/no/such/place",), "expected a model directory"),
         (("embedded", "--baseline", "/no/such/place"), "expected a model directory"),
         (("embedded", "--prompt-tokens", "5000"), "expected at most 2048 tokens, the context, got 5128"),
-        (("embedded", "--kv-cache", "f8"), "kv_dtype (--kv-cache): expected one of"),
-        (("embedded", "--context", "4096"), "context: expected 1 to 2048"),
+        (("embedded", "--kv-cache", "f8"), "error: --kv-cache: expected one of"),
+        (("embedded", "--context", "4096"), "error: --context: expected 1 to 2048"),
         (("embedded", "--repeats", "0"), "repeats"),
         (("embedded", "--plot", "picture.jpg"), "--plot: expected a name that ends in .png"),
         (("embedded", "--plot", "/no/such/place/a.png"), "--plot: expected an existing directory"),
@@ -211,7 +211,7 @@ def test_a_weak_probe_loses_no_figure(
     else:
         assert "decode tok/s" in captured.out
         assert captured.out.count("too weak") == 2  # with and without attention
-        assert "decode: no limit" in captured.out
+        assert "no memory limit for decode: the " in captured.out
 
 
 @pytest.mark.parametrize(

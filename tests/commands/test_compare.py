@@ -51,10 +51,11 @@ def test_tables(root, capsys):
     header = next(line for line in lines if "g128" in line)
     assert header.index("base") < header.index("g128") < header.index("g32")
     for label in ("scheme", "weight files", "token perplexity", "mean KL", "top-1 agreement", "g32 - g128",
+                  "difference (second minus first)",
                   "block 0", "block 1", "Weights: ", "Residual stream, 590 tokens"):  # fmt: skip
         assert any(line.strip().startswith(label) for line in lines), label
     assert sum("model.layers." in line for line in lines) == 2
-    assert sum(line.startswith("Token ") for line in lines) == 2
+    assert sum(line.startswith("Token ") and ", where they differ most: …" in line for line in lines) == 2
     assert "Continued greedily: The \\x1b[31mrain" in captured.out
     assert f"{10 * len(SENTENCE) - 2:,} tokens" in captured.err  # two chunks: the context is 512
     assert "\x1b" not in captured.out

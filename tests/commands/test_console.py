@@ -20,6 +20,11 @@ def test_tables_show_names_as_they_are(name: str, capsys: pytest.CaptureFixture[
         assert f"{what} {name}" in shown
 
 
+def test_a_table_without_names_of_columns_has_no_empty_line_for_them(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table("title", ["", ""], [["cell", "figure"]])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["title"], [], ["cell", "figure"], []]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_and_notes_show_names_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     console.print_error(f"{name}: expected\n a model")

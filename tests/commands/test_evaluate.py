@@ -44,6 +44,19 @@ def test_several_directories_give_one_table(root, capsys):
     assert f"{12 * len(SENTENCE) - chunks:,} tokens" in err
 
 
+def test_the_table_says_what_was_done(root, capsys):
+    few = root / "few.txt"
+    few.write_text(SENTENCE)
+    _, out, err = run(capsys, root / "g32", "--text", root / "text.txt", "--max-seq-len", 99999)
+    assert "token perplexity, chunks of 512 " in out
+    assert "  over the float model's" in out
+    assert "few tokens" not in err
+    _, out, err = run(capsys, root / "base", "--text", few, "--baseline", root / "g32", "--max-seq-len", 300)
+    assert "token perplexity, chunks of 300 " in out
+    assert "  over the baseline's" in out
+    assert "few tokens: the figures mean little" in err
+
+
 def test_json_has_every_number_and_nothing_else(root, capsys):
     arguments = (root / "g128", root / "g32", "--text", root / "text.txt", "--json")
     code, out, err = run(capsys, *arguments)
@@ -81,10 +94,16 @@ def test_the_cache_is_for_all_but_the_baseline(root, capsys):
     assert "expected one of f32, f16, int8, got 'int4'" in err
 
 
-def test_the_embedded_text_is_the_default(root, capsys):
-    values = json.loads(run(capsys, root / "base", "--limit", 1, "--json")[1])
+def test_the_embedded_text_is_the_default(capsys):
+    values = json.loads(run(capsys, "embedded", "--limit", 1, "--json")[1])
     assert values["text"] == {"name": "embedded text", "whole_chunks": False}
-    assert values["models"][0]["text"]["tokens"] == 511
+    assert values["models"][0]["text"]["tokens"] == 2047
+
+
+def test_the_embedded_text_is_refused_for_another_tokenizer(root, capsys):
+    code, out, err = run(capsys, root / "base")
+    assert (code, out) == (2, "")
+    assert "--text: expected a file, got none, and the tokenizer of base is not the embedded model's" in err
 
 
 def test_local_wikitext_through_lm_eval(root, capsys, tmp_path):
@@ -114,6 +133,14 @@ def test_without_lm_eval_one_line_says_what_to_install(root, capsys, monkeypatch
     assert (code, out) == (1, "")
     assert "pip install 'llamita[torch]'" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_missing_is_said_before_a_package_that_is(root, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "llamita.evaluate.lm_eval", raising=False)
+    code, _, err = run(capsys, root / "base", "--wikitext", root / "nofile")
+    assert code == 2
+    assert "--wikitext: expected the file wiki.test.raw, got none" in err
 
 
 def test_without_network_one_line_says_what_to_give(root, capsys, monkeypatch):

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from packed_models import pack
 from tiny import make_checkpoint
+
+from llamita.commands import chat
 
 CLI = [sys.executable, "-m", "llamita.cli"]
 
@@ -55,7 +58,9 @@ def test_the_cache_can_be_int8_and_nothing_unknown() -> None:
     result = run(*GENERATE, "--prompt", "Once upon a time", "--kv-cache", "int8")
     assert result.returncode == 0, result.stderr
     for command in ((*GENERATE, "--prompt", "Once"), ("chat", "embedded")):
-        expect_error(run(*command, "--kv-cache", "int4"), 2, "expected one of f32, f16, int8, got 'int4'")
+        expect_error(
+            run(*command, "--kv-cache", "int4"), 2, "error: --kv-cache: expected one of f32, f16, int8, got 'int4'"
+        )
 
 
 def test_stop_and_seed_reach_the_engine() -> None:
@@ -86,9 +91,9 @@ def test_speculation_can_be_turned_off_and_changes_no_text() -> None:
         (("--prompt", "x", "--temperature", "-1"), b"", "temperature"),
         (("--prompt", "x", "--greedy", "--top-k", "3"), b"", "greedy"),
         (("--prompt", "x", "--stop", ""), b"", "stop"),
-        (("--prompt", "x", "--max-tokens", "0"), b"", "max_tokens"),
+        (("--prompt", "x", "--max-tokens", "0"), b"", "--max-tokens: expected a whole number of at least 1, got 0"),
         (("--prompt", "x", "--speculate", "-1"), b"", "speculate"),
-        (("--prompt", "x", "--preset", "nope"), b"", "scheme: expected one of arm, llama3.2, llamita, none"),
+        (("--prompt", "x", "--preset", "nope"), b"", "error: --preset: expected one of arm, llama3.2, llamita, none"),
         (("--prompt", "x", "--context", "5000"), b"", "context"),
     ],
 )
@@ -100,6 +105,19 @@ def test_a_model_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
     expect_error(run("generate", tmp_path, "--prompt", "x"), 2, "tokenizer.model alone")
+
+
+def test_a_packed_model_without_tokenizer_gets_it_from_its_source(tmp_path: Path) -> None:
+    out = pack(tmp_path, "arm")
+    (out / "tokenizer.json").unlink()
+    expected = "expected tokenizer.json, got none; try copying it from the source again"
+    expect_error(run("generate", out, "--prompt", "x"), 2, expected)
+
+
+def test_a_scheme_that_does_not_fit_names_one_that_does(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, hidden_size=192, num_attention_heads=6)
+    result = run("generate", model, "--prompt", "a", "--scheme", "arm")
+    expect_error(result, 2, "expected inputs in groups of 128, got 192; try scheme llama3.2, which has groups of 32")
 
 
 def test_chat_answers_every_line_of_a_pipe() -> None:
@@ -120,6 +138,19 @@ def test_chat_remembers_until_reset() -> None:
     first, second, third = prompt_tokens(b"Hello\nHello\n/reset\nHello")
     assert first == third < second
     assert prompt_tokens(b"Hello\n", "--system", "Be kind.")[0] > first
+
+
+def test_the_help_of_chat_says_that_a_system_message_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(chat.console, "note", notes.append)
+    conversation = chat.Conversation("be brief")
+    conversation.add("a", "b")
+    assert chat._obey("/help", conversation)
+    assert notes == [chat.HELP]
+    assert "/system TEXT does so too and sets the system message (none without TEXT)" in chat.HELP
+    assert "/system TEXT does so too and sets the system message (none without TEXT)" in (chat.command.__doc__ or "")
+    assert chat._obey("/system", conversation)
+    assert (conversation.system, conversation.turns) == (None, [])
 
 
 def test_chat_does_not_compute_a_conversation_again() -> None:

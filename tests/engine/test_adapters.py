@@ -158,11 +158,11 @@ def test_adapters_read_the_inputs_before_r4(model: Path, tmp_path: Path) -> None
 def test_models_whose_channels_changed_are_refused(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     adapters = {"a": make_adapter(tmp_path / "a", model)}
-    for method, named in (("equalize", "equalize"), ("spinquant", "R1 and R2")):
+    for method, named, whose in (("equalize", "equalize", ""), ("spinquant", "R1 and R2", "spinquant's ")):
         out = tmp_path / method
         settings = {} if method == "equalize" else {"spinquant.rotations": "R1,R2", "spinquant.steps": 0}
         quantize(Checkpoint(model), str(model), out, make_scheme("llama3.2"), method, Setup(settings=settings))
-        with pytest.raises(InputError, match=f"changed by {named}; try quantize"):
+        with pytest.raises(InputError, match=f"changed by {named}; try quantizing without {whose}{named}$"):
             llamita.load(out, adapters=adapters)
 
 
@@ -225,7 +225,10 @@ def test_commands_take_an_adapter(model: Path, tmp_path: Path, capsys: pytest.Ca
     expected = llamita.load(model, adapters={"x": path}).generate("hello", greedy=True, max_tokens=8, adapter="x")
     assert texts[1] == expected.text != texts[0]
     assert run("generate", model, "--prompt", "hello", "--adapter", tmp_path / "none") == 2
-    assert "none: expected a directory with adapter_config.json, as PEFT writes adapters, got none" in one_line(capsys)
+    assert (
+        "none: expected a directory with adapter_config.json, as PEFT writes adapters, got no such directory"
+        in one_line(capsys)
+    )
 
 
 def test_an_unknown_name_is_refused(model: Path, tmp_path: Path) -> None:

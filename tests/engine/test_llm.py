@@ -337,7 +337,7 @@ def test_load_refuses(tmp_path: Path) -> None:
     for options, expected in [
         ({"context": 0}, "context"),
         ({"context": 513}, "context: expected 1 to 512"),
-        ({"kv_dtype": "f64"}, r"kv_dtype \(--kv-cache\): expected one of f32, f16, int8, got 'f64'"),
+        ({"kv_dtype": "f64"}, "kv_dtype: expected one of f32, f16, int8, got 'f64'"),
         ({"threads": 0}, "threads"),
         ({"scheme": "nope"}, "scheme: expected"),
     ]:
@@ -349,6 +349,11 @@ def test_load_takes_a_scheme_and_a_shorter_context(tmp_path: Path) -> None:
     llm = llamita.load(make_checkpoint(tmp_path), scheme=make_scheme("arm", group_size=64), context=100)
     assert llm.scheme is not None
     assert (llm.scheme.group_size, llm.context, llm.kv_dtype) == (64, 100, "f16")
+    for wrong in ("100", 1.5):
+        with pytest.raises(InputError, match=r"^context: expected 1 to 512 tokens, got "):
+            llamita.load(llm.path, context=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^model: expected a path or a name, got None$"):
+        llamita.load(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at most 100 tokens"):
         llm.generate("x" * 101)
 

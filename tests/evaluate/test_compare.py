@@ -354,6 +354,14 @@ def test_who_is_the_baseline(root):
         compare(open_contenders([paths[1]], paths[1]), TEXT, prompt=PROMPT, max_tokens=1)
 
 
+def test_a_relative_path_is_the_model_that_a_whole_path_names(root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert [c.name for c in open_contenders(["g32", "base:arm"])] == ["base", "g32", "base:arm"]
+    assert [c.name for c in open_contenders(["g32", "base"])] == ["base", "g32"]
+    with pytest.raises(InputError, match="expected every model once"):
+        open_contenders(["base", str(root / "base")])
+
+
 def test_models_rounded_as_they_load_are_checked(root, tmp_path):
     other = make_checkpoint(tmp_path / "other", seed=1)
     base, g32 = str(root / "base"), str(root / "g32")
@@ -362,8 +370,11 @@ def test_models_rounded_as_they_load_are_checked(root, tmp_path):
         ([f"{base}:arm:48"], "SRC:SCHEME:GROUP\\): expected one of 32, 64, 128, 256, got 48"),
         ([f"{g32}:arm"], "expected a float model before the scheme"),
         ([f"{base}:arm", f"{base}:arm"], "expected every model once"),
-        ([f"{base}:arm", f"{other}:arm"], r"other:arm: expected one made from .*base, as another is"),
-        ([f"{other}:arm", g32], r"other:arm: expected one made from .*base, as another is"),
+        (
+            [f"{base}:arm", f"{other}:arm"],
+            r"other:arm: expected models made from the same one, got .*base and .*other; try ",
+        ),
+        ([f"{other}:arm", g32], r"other:arm: expected models made from the same one, got .*base and .*other; try "),
     ):
         with pytest.raises(InputError, match=message):
             open_contenders(sources)

@@ -64,8 +64,20 @@ def test_json_output_is_the_whole_of_stdout(source: Path, tmp_path: Path, capsys
 def test_the_summary_shows_size_error_and_worst_layers(source: Path, tmp_path: Path, capsys: Any) -> None:
     assert run("quantize", source, "-o", tmp_path / "out") == 0
     captured = capsys.readouterr()
-    for text in ("size before", "size after", "relative squared error", "worst: model."):
+    for text in ("size before", "size after", "weight files, with headers", "relative squared error of weights",
+                 "worst: model."):  # fmt: skip
         assert text in captured.out
+    assert "calibrated methods" not in captured.err
+
+
+def test_the_summary_says_that_a_calibrated_method_lowers_other_errors(
+    source: Path, tmp_path: Path, capsys: Any
+) -> None:
+    pytest.importorskip("torch")
+    assert run("quantize", source, "-o", tmp_path / "out", "--method", "gptq", "--samples", "2", "--length", "16") == 0
+    assert "the errors are those of weights; calibrated methods lower the errors of layers' outputs instead" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_dry_run_tells_the_exact_size_and_writes_nothing(source: Path, tmp_path: Path, capsys: Any) -> None:

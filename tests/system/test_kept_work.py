@@ -1,5 +1,7 @@
 """What a stopped run has kept: used where it is whole, made anew where it is damaged."""
 
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from command import run
 from tiny import make_checkpoint
 
 from llamita.errors import RunError
-from llamita.system.kept_work import kept_work, read_kept, write_whole
+from llamita.system.kept_work import discard_kept_work, kept_work, read_kept, write_whole
 
 calibrated = pytest.importorskip("llamita.methods.blockwise", reason="on the Torch side")
 FEW = ("--method", "qronos", "--samples", "4", "--length", "16", "--threads", "1")
@@ -79,6 +81,63 @@ def test_damaged_work_is_done_again(
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_another_command_leaves_no_kept_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint(tmp_path / "src")
+    stopped(monkeypatch, source, tmp_path / "out", FEW)
+    assert sorted(path.name for path in tmp_path.glob(".out*")) == [".out.text.work", ".out.work"]
+    assert run("quantize", source, "-o", tmp_path / "out") == 0
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_only_ones_own_kept_work_is_discarded(tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+
+    def leave(settings: str) -> None:
+        work.mkdir(exist_ok=True)
+        (work / "settings.json").write_text(settings)
+        (work / "first.npz").write_bytes(b"1")
+
+    discard_kept_work(out, "scheme")  # there is none
+    for settings in ('{"base": {}}', "[]", "{", ""):
+        leave(settings)
+        discard_kept_work(out, "scheme")
+        assert (work / "first.npz").exists()
+    (work / "settings.json").unlink()  # a stranger's
+    discard_kept_work(out, "scheme")
+    assert (work / "first.npz").exists()
+    leave('{"scheme": {}}')
+    lock = os.open(work, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    discard_kept_work(out, "scheme")
+    assert (work / "first.npz").exists()
+    os.close(lock)
+    work.rename(tmp_path / "elsewhere")
+    work.symlink_to(tmp_path / "elsewhere")
+    discard_kept_work(out, "scheme")
+    assert (tmp_path / "elsewhere" / "first.npz").exists()
+    work.unlink()
+    (tmp_path / "elsewhere").rename(work)
+    discard_kept_work(out, "scheme")
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("stop_at", ["_own_text", "load_calibration"])
+def test_an_interruption_says_whether_anything_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, stop_at: str
+) -> None:
+    source = make_checkpoint(tmp_path / "src")
+
+    def stop(*arguments: Any) -> None:
+        if stop_at == "_own_text":
+            (arguments[-1] / "rows-000000.npz").write_bytes(b"1")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"llamita.quantize.calibration.{stop_at}", stop)
+    assert run("quantize", source, "-o", tmp_path / "out", *FEW) == 130
+    said = "; the same command resumes here" if stop_at == "_own_text" else " before anything was kept"
+    assert capsys.readouterr().err.splitlines() == [f"stopped{said}", "error: interrupted"]
 
 
 def test_a_kept_file_is_read_or_gone(tmp_path: Path) -> None:

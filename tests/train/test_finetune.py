@@ -372,7 +372,8 @@ def test_adapters_are_the_last_stage() -> None:
     [
         ("batch", "expected NAME=VALUE"),
         ("2.batch=4", "expected a stage from 1 to 1, got '2'"),
-        ("batches=4", "expected settings among"),
+        ("batches=4", "expected settings among .*, got 'batches'; did you mean batch[?]"),
+        ("zzz=4", "expected settings among .*, got 'zzz'$"),
         ("batch=5", "expected a multiple of micro_batch, 2, got 5"),
         ("train=all", "train: expected weights, adapters, got 'all'"),
         ("learning_rate=fast", "learning_rate: expected a number"),

@@ -132,6 +132,18 @@ def measure_machine() -> Machine:
     return Machine(bandwidth, int8_rate, memory, free, threads, last_level_cache())
 
 
+def fitting(model: Described, schemes: list[QuantScheme]) -> tuple[list[QuantScheme], list[str]]:
+    """Return the schemes whose groups fit the model, and a line about each of the others."""
+    fit, notes = list[QuantScheme](), list[str]()
+    for scheme in schemes:
+        try:
+            make_plan(model.config, scheme, model.float_dtype)
+            fit.append(scheme)
+        except InputError as error:
+            notes.append(f"{scheme.name}: does not fit: {error.got} inputs are no multiple of {scheme.group_size}")
+    return fit, notes
+
+
 def estimate_all(
     model: Described, machine: Machine, schemes: list[QuantScheme] | None = None, kv_dtype: str | None = None
 ) -> list[Estimate]:
@@ -145,7 +157,8 @@ def estimate_all(
     """
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise InputError("--kv-cache", f"one of {', '.join(KV_DTYPES)}", shown(kv_dtype))
-    wanted = [model.scheme] if model.scheme else [None, *(schemes or PRESETS.values())]
+    chosen = list(PRESETS.values()) if schemes is None else schemes
+    wanted = [model.scheme] if model.scheme else [None, *chosen]
     return [_estimate(model, scheme, machine, kv_dtype) for scheme in wanted]
 
 

@@ -51,7 +51,11 @@ _NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to decode after the
 _Batch = Annotated[int, typer.Option(min=1, max=64, help="Also decode so many sequences together.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Runs; the figures are their medians.")]
 _Plot = Annotated[
-    Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline, and bars that compare with the baseline.")
+    Path | None,
+    typer.Option(
+        metavar="FILE.png",
+        help="Draw a roofline (speeds under the machine's limits), and bars that compare with the baseline.",
+    ),
 ]
 
 
@@ -152,7 +156,7 @@ def _print(result: dict[str, Any]) -> None:
             console.print_line(_memory_line(result[key]))
     if model["of_limit"]["decode"]["limit"] is None:
         cache = megabytes(limits["cache_bytes"])
-        console.print_line(f"decode: no limit, because the model need not come from memory with {cache} of cache")
+        console.print_line(f"no memory limit for decode: the {cache} cache may hold much of the model")
     versions = "Python {python}, NumPy {numpy}, {os}".format(**result["machine"])
     console.print_line(machine_line(result, versions))
 

@@ -31,7 +31,10 @@ from llamita.engine.requests import DEFAULT_SPECULATE, Options
 from llamita.errors import InputError
 
 LEAST_ROOM = 16  # tokens of the context that a reply needs
-HELP = "/reset forgets what was said, /system TEXT sets the system message, /exit ends; Ctrl-C stops a reply"
+HELP = (
+    "/reset forgets what was said, /system TEXT does so too and sets the system message (none without TEXT), "
+    "/exit ends; Ctrl-C stops a reply"
+)
 
 _System = Annotated[str | None, typer.Option(help="The system message.")]
 _MaxTokens = Annotated[int, typer.Option(help="Most tokens of a reply.")]
@@ -72,9 +75,9 @@ def command(
 ) -> None:
     """Talk to a model. Each line is a message; so is each line of a pipe.
 
-    /reset forgets what was said, /system TEXT sets the system message, /exit ends. When the context has no
-    room for a reply, messages go unanswered until /reset. With --json, each reply is one line of JSON; a
-    message without room for a reply gets {"error": TEXT}.
+    /reset forgets what was said, /system TEXT does so too and sets the system message (none without TEXT),
+    /exit ends. When the context has no room for a reply, messages go unanswered until /reset. With --json,
+    each reply is one line of JSON; a message without room for a reply gets {"error": TEXT}.
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """

@@ -7,21 +7,18 @@ import typer
 
 from llamita.commands import console
 from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Text, Threads
-from llamita.commands.show import interval_rows
+from llamita.commands.show import interval_rows, scored
 from llamita.commands.sources import convert_first, read_prompt
 from llamita.errors import InputError
 from llamita.evaluate.compare import Comparison, Difference, Disagreement, compare, is_noise, to_values
 from llamita.evaluate.contenders import NO_BASELINE, first_float, open_contenders
 from llamita.evaluate.report import check_target, render_report, write
-from llamita.evaluate.scores import CHUNK_TOKENS, Contender, embedded_text, read_text
-from llamita.imports.open import resolve
+from llamita.evaluate.scores import CHUNK_TOKENS, default_text, read_text
 from llamita.models.layer_kinds import describe_groups
 from llamita.numerics.intervals import Interval
-from llamita.system.files import exists_in, read_bytes
 from llamita.text.printable import megabytes, printable
 
 _PROMPT_WORDS = 8  # of the text, used if no prompt is given
-_TOKENIZER = "tokenizer.json"
 
 _Baseline = Annotated[
     str | None,
@@ -71,7 +68,7 @@ def command(
             models, baseline or first_float(models), threads=threads, kv_dtype=kv_cache, progress=progress
         )
         if content is None:
-            content = _default_text(contenders)
+            content = default_text(contenders)
         if words is None:
             words = " ".join(content.split()[:_PROMPT_WORDS])
         comparison = compare(contenders, content, prompt=words, max_tokens=max_tokens, limit=limit,
@@ -87,31 +84,15 @@ def command(
             write(html, render_report(comparison, text_name), overwrite)
 
 
-def _default_text(contenders: list[Contender]) -> str:
-    """Return the text that ships; raise InputError for a model without the embedded model's tokenizer."""
-    embedded = resolve("embedded")
-    for contender in contenders:
-        path = contender.llm.path
-        if not exists_in(path, _TOKENIZER) or read_bytes(path, _TOKENIZER) != read_bytes(embedded, _TOKENIZER):
-            raise InputError(
-                "--text",
-                "a file",
-                f"none, and the tokenizer of {contender.name} is not the embedded model's",
-                "try a text of the kind that the models are for",
-            )
-    return embedded_text()
-
-
 def _print(comparison: Comparison, text_name: str, top: int) -> None:
     for note in comparison.notes:
         console.note(printable(note))
     names = [printable(model.name) for model in comparison.models]
     console.print_table("", ["", *names], _facts(comparison))
-    tokens = comparison.models[0].scores.tokens
-    console.note(f"{printable(text_name)}: {tokens:,} tokens predicted; intervals: 95 %, block bootstrap")
+    console.note(scored(printable(text_name), comparison.models[0].scores.tokens))
     if comparison.differences:
         rows = [row for difference in comparison.differences for row in _difference(difference)]
-        columns = ["second less first", "KL, nats a token", "perplexity", "top-1 agreement"]
+        columns = ["difference (second minus first)", "KL, nats a token", "perplexity", "top-1 agreement"]
         _print_titled("Differences, token by token; noise where the interval holds zero:", columns, rows)
     _print_layers(comparison, names, top)
     for place in comparison.disagreements:
@@ -190,7 +171,7 @@ def _print_place(place: Disagreement, names: list[str]) -> None:
         for name, o in zip(names, place.opinions, strict=True)
     ]
     context, token = printable(place.context), printable(place.token)
-    title = f"Token {place.position:,}, where they differ: …{context}[{token}]"
+    title = f"Token {place.position:,}, where they differ most: …{context}[{token}]"
     _print_titled(title, ["", "would have said", f"of [{token}]", "KL, nats"], rows)
 
 

@@ -37,7 +37,8 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], figures: bool = True) -> None:
     """Print a table: the first column is text, the others are figures, or text that wraps if not `figures`."""
-    table = Table(title=Text(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD,
+                  show_header=any(columns))  # fmt: skip
     for i, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if i == 0 or not figures else "right", no_wrap=i == 0)
     for row in rows:

@@ -13,11 +13,11 @@ import typer
 
 from llamita.commands import console
 from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Text, Threads
-from llamita.commands.show import interval_rows
+from llamita.commands.show import interval_rows, scored
 from llamita.commands.sources import convert_first
 from llamita.evaluate import wikitext
 from llamita.evaluate.contenders import NO_BASELINE, open_contenders
-from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, embedded_text, read_text, score_text
+from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, default_text, read_text, score_text
 from llamita.models.layer_kinds import describe_kinds
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
@@ -45,7 +45,7 @@ class _Job:
 
 _Baseline = Annotated[
     str | None,
-    typer.Option(metavar="SRC", help="Compare with this float model, or 'none'; by default the one SRC was made from."),
+    typer.Option(metavar="SRC", help="Compare with this model, or 'none'; by default the one SRC was made from."),
 ]
 _Tasks = Annotated[str | None, typer.Option(help="Run tasks of LM Eval, separated by commas: wikitext,arc_easy.")]
 _Wikitext = Annotated[
@@ -55,7 +55,8 @@ _Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N do
 _AddBos = Annotated[
     bool | None,
     typer.Option(
-        "--add-bos-token/--no-add-bos-token", help="Begin with a BOS token in tasks; by default as the tokenizer says."
+        "--add-bos-token/--no-add-bos-token",
+        help="Begin texts of tasks with the token for it (BOS); by default as the tokenizer says.",
     ),
 ]
 
@@ -87,12 +88,15 @@ def command(
     job = _Job(max_seq_len, limit, tasks=names, add_bos_token=add_bos_token)
     if limit:
         job.notes.append(f"--limit {limit}: the figures compare only with others of the same limit")
+    found = wikitext.read(wikitext_file) if wikitext_file else None
     harness = _import_harness() if names else None  # before anything that takes time
-    _choose_text(job, text, wikitext_file, harness)
+    _choose_text(job, text, found, str(wikitext_file or "the hub's wikitext"), harness)
     convert_first(*models, None if baseline == NO_BASELINE else baseline, quiet=json)
     with console.progress(quiet=json) as progress:
         contenders = open_contenders(models, baseline, threads=threads, kv_dtype=kv_cache, progress=progress)
         console.note(remark())
+        if job.text is None and not names:
+            job.text_name, job.text = "embedded text", default_text(contenders)
         scores = _score(job, contenders, progress)
         results = _run_tasks(job, contenders, harness, progress)
     if json:
@@ -103,33 +107,29 @@ def command(
     columns = ["", *(f"{c.name} (float)" if c.llm.scheme is None else c.name for c in contenders)]
     console.print_table("", columns, _rows(job, contenders, scores, results))
     if scores:
-        console.note(f"{job.text_name}: {scores[0].tokens:,} tokens predicted; intervals: 95 %, block bootstrap")
+        console.note(scored(job.text_name, scores[0].tokens))
 
 
 def _import_harness() -> Any:
     os.environ.setdefault("TQDM_DISABLE", "1")  # LM Eval's progress bars would break into ours
     return load_optional(
         HARNESS,
-        "--tasks: expected the package {package}, found none; try pip install 'llamita[torch]' "
+        "--tasks and --wikitext: expected the package {package}, found none; try pip install 'llamita[torch]' "
         "(in a checkout '.[torch]'), or --text FILE, which needs none",
     )
 
 
-def _choose_text(job: _Job, text: Path | None, wikitext_file: Path | None, harness: Any) -> None:
-    """Find the text to score and the pages of the wikitext task, and put them into the job."""
+def _choose_text(job: _Job, text: Path | None, found: wikitext.WikiText | None, name: str, harness: Any) -> None:
+    """Put the text to score and the pages of the wikitext task, which come from the hub if not given, into the job."""
     if WIKITEXT in job.tasks:
-        if wikitext_file:
-            found = wikitext.read(wikitext_file)
-        else:
+        if found is None:
             with contextlib.redirect_stdout(sys.stderr):
-                found = wikitext.from_pages(harness.wikitext_pages(), "the hub's wikitext")
-        name = "WikiText-2 test" if found.is_original else str(wikitext_file or "the hub's wikitext")
-        job.text_name, job.text, job.whole_chunks, job.pages = name, found.text, True, found.pages
+                found = wikitext.from_pages(harness.wikitext_pages(), name)
+        job.text_name = "WikiText-2 test" if found.is_original else name
+        job.text, job.whole_chunks, job.pages = found.text, True, found.pages
         job.notes += [found.note] if found.note else []
     if text:
         job.text_name, job.text, job.whole_chunks = str(text), read_text(text), False
-    elif not job.tasks:
-        job.text_name, job.text = "embedded text", embedded_text()
 
 
 def _score(job: _Job, contenders: list[Contender], progress: Progress) -> list[TextScores]:
@@ -205,9 +205,11 @@ def _rows(
             rows.append([label, *(_with_error(own[i], metric) for own in results)])
     if not scores:
         return rows
-    rows.append([f"token perplexity, chunks of {job.max_seq_len:,}", *(f"{s.perplexity:.4g}" for s in scores)])
+    chunk_tokens = min(job.max_seq_len, *(c.llm.context for c in contenders))
+    rows.append([f"token perplexity, chunks of {chunk_tokens:,}", *(f"{s.perplexity:.4g}" for s in scores)])
     if any(s.kl for s in scores):
-        rows += interval_rows("  over the float model's", [s.increase for s in scores], 100, ".2f", "\xa0%")
+        baseline = "baseline" if schemes[0] else "float model"
+        rows += interval_rows(f"  over the {baseline}'s", [s.increase for s in scores], 100, ".2f", "\xa0%")
         rows += interval_rows("mean KL, nats a token", [s.kl for s in scores], 1, ".5f", "")
         rows += interval_rows("top-1 agreement", [s.agreement for s in scores], 100, ".2f", "\xa0%")
     return rows

@@ -45,7 +45,12 @@ _RoundScales = Annotated[
 ]
 _Adapter = Annotated[
     Path | None,
-    typer.Option("--adapter", "--adaptor", metavar="ADAPTER", help="An adapter in PEFT's format to add, unmerged."),
+    typer.Option(
+        "--adapter",
+        "--adaptor",
+        metavar="ADAPTER",
+        help="An adapter in the format of Hugging Face's PEFT to add, unmerged.",
+    ),
 ]
 
 

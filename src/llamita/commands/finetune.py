@@ -41,7 +41,8 @@ _LACKING = (
 _Base = Annotated[str, typer.Argument(metavar="BASE", help="A Hugging Face directory, a hub name, or 'embedded'.")]
 _Data = Annotated[str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")]
 _Preferences = Annotated[
-    str | None, typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for a recipe's DPO stage.")
+    str | None,
+    typer.Option(metavar="DATA", help="Pairs (prompt, chosen, rejected) for the stage that learns preferences (DPO)."),
 ]
 _Task = Annotated[str | None, typer.Option(help=f"The kind of records: {', '.join(TASKS)}; by columns by default.")]
 _Method = Annotated[str | None, typer.Option(help=f"What to train: {', '.join(METHODS)}; {_DEFAULT} by default.")]
@@ -59,7 +60,7 @@ _Set = Annotated[
 _Limit = Annotated[int | None, typer.Option(min=1, help="Read at most this many records.")]
 _ReportTo = Annotated[str, typer.Option(help="Where transformers reports to: none, tensorboard, wandb, ….")]
 _Shard = Annotated[
-    bool, typer.Option("--shard", help="Under torchrun: each process holds its part of the weights (FSDP2).")
+    bool, typer.Option("--shard", help="Under torchrun: each process holds its part of the weights (Torch's FSDP2).")
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Read the data, show the plan, and train nothing.")]
 

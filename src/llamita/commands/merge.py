@@ -29,7 +29,9 @@ from llamita.train.merge import MergedSource, MergeLoss, check_targets, measure,
 _Base = Annotated[
     str, typer.Argument(metavar="BASE", help="The model that the adapter was trained on: float or 4-bit.")
 ]
-_Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The directory of the adapter, in PEFT's format.")]
+_Adapter = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="The adapter's directory, in the format of Hugging Face's PEFT.")
+]
 _Method = Annotated[str, typer.Option(help="How to round a 4-bit BASE again: rtn, gptq, qronos, tune, as in quantize.")]
 _Text = Annotated[
     Path | None,

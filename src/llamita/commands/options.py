@@ -56,7 +56,9 @@ KvCache = Annotated[
 ]
 AdapterPath = Annotated[
     Path | None,
-    typer.Option("--adapter", "--adaptor", metavar="DIR", help="Use this low-rank adapter, in PEFT's format."),
+    typer.Option(
+        "--adapter", "--adaptor", metavar="DIR", help="Use this low-rank adapter, in the format of Hugging Face's PEFT."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed.")]
 

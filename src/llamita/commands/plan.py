@@ -1,16 +1,16 @@
 """`llamita plan`: estimate size, memory and speed before anything is downloaded or made."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
-from llamita.bench.plan import Estimate, Machine, describe_shape, estimate_all, measure_machine
+from llamita.bench.plan import Estimate, Machine, describe_shape, estimate_all, fitting, measure_machine
 from llamita.commands import console
 from llamita.commands.options import GroupSize, Json, KvCache, Shape, Threads
 from llamita.commands.sources import describe_source
 from llamita.errors import InputError
-from llamita.numerics.scheme import PRESETS, make_scheme
+from llamita.numerics.scheme import PRESETS, QuantScheme, make_scheme
 from llamita.system.threads import remark, use_threads
 from llamita.text.printable import megabytes
 
@@ -42,8 +42,11 @@ def command(
     if (src is None) == (shape is None):
         raise InputError("plan", "a model or --shape", "both" if src else "neither", "try --shape 1b")
     use_threads(threads)
-    schemes = [make_scheme(name, group_size) for name in preset or PRESETS]
+    schemes = [_named(name, group_size) for name in preset or PRESETS]
     name, model = describe_shape(str(shape)) if src is None else (src, describe_source(src, quiet=json))
+    notes: list[str] = []
+    if not preset and group_size is None and model.scheme is None:  # what the user names is refused if it does not fit
+        schemes, notes = fitting(model, schemes)
     console.note(remark())
     with console.progress(quiet=json) as progress:
         if progress:
@@ -52,9 +55,17 @@ def command(
     estimates = estimate_all(model, machine, schemes, kv_cache)
     if json:
         console.print_json({"source": name, "context": model.config.context, "machine": asdict(machine),
-                            "estimates": [asdict(e) for e in estimates]})  # fmt: skip
+                            "estimates": [asdict(e) for e in estimates], "notes": notes})  # fmt: skip
         return
     _print(name, estimates, machine)
+    for note in notes:
+        console.note(note)
+
+
+def _named(preset: str, group_size: int | None) -> QuantScheme:
+    """Return the scheme of a preset, under a name that tells it from the others."""
+    scheme = make_scheme(preset, group_size)
+    return scheme if scheme.name == preset else replace(scheme, name=f"{preset}, groups of {group_size}")
 
 
 def _print(name: str, estimates: list[Estimate], machine: Machine) -> None:

@@ -50,7 +50,9 @@ _Set = Annotated[
 _NoRuntimeRotation = Annotated[
     bool,
     typer.Option(
-        "--no-runtime-rotation", "--no-online", help="Make a plain Llama: no R4; under R1 a table for the head."
+        "--no-runtime-rotation",
+        "--no-online",
+        help="Rotate nothing at run time (R4, see docs/reference/glossary.md); R1 then gives the head a table.",
     ),
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
@@ -132,7 +134,7 @@ def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
         ["embedding and head", tables],
         ["size before", megabytes(plan.source_bytes)],
         ["size after", f"{megabytes(plan.tensor_bytes)} ({plan.ratio:.1%})"],
-        ["weight files", f"{len(plan.files)}, {megabytes(plan.file_bytes)}"],
+        ["weight files, with headers", f"{len(plan.files)}, {megabytes(plan.file_bytes)}"],
     ]
 
 
@@ -140,11 +142,13 @@ def _print_summary(job: QuantizeJob, summary: Summary) -> None:
     # A blockwise method may move a weight far and lose little, so the largest errors would mislead.
     worst = [] if job.chain.is_blockwise else summary.worst()
     rows = [*_plan_rows(summary.plan, summary.scheme), ["mean squared error", f"{summary.mean_squared_error:.3e}"],
-            ["relative squared error", f"{summary.relative_error:.3e}"],
+            ["relative squared error of weights", f"{summary.relative_error:.3e}"],
             *([f"  worst: {name}", f"{error:.3e}"] for name, error in worst),
             ["time", f"{summary.seconds:,.1f} s"],
             *([["memory", megabytes(summary.memory)]] if summary.memory else [])]  # fmt: skip
     console.print_table(f"{summary.out}", ["what", "figure"], rows)
+    if job.chain.is_blockwise:
+        console.note("the errors are those of weights; calibrated methods lower the errors of layers' outputs instead")
     console.note(f"try: llamita chat {summary.out}")
     if job.chain.names == ("rtn",) and summary.selection is None:
         console.note("closer to the float model: --preset llamita, which calibrates (needs llamita[torch])")

@@ -9,6 +9,8 @@ from llamita.engine.llm import LLM
 from llamita.engine.requests import Generation, Options, Prompt
 from llamita.numerics.intervals import Interval
 
+_FEW_TOKENS = 1000  # with fewer, intervals say little
+
 
 def show_stream(llm: LLM, prompt: Prompt, options: Options, shown: list[str]) -> Generation:
     """Write each piece of a generation to stdout as it comes, append it to `shown`, and return the generation."""
@@ -46,6 +48,12 @@ def summary(generation: Generation) -> str:
         f"at {t.prefill_rate:,.0f} tok/s, first token after {t.first_token_seconds:.3f} s, "
         f"{t.generated_tokens} tokens{drafts} at {t.decode_rate:,.1f} tok/s"
     )
+
+
+def scored(text_name: str, tokens: int) -> str:
+    """Return one line about the text that models were scored on."""
+    few = "" if tokens >= _FEW_TOKENS else "; few tokens: the figures mean little"
+    return f"{text_name}: {tokens:,} tokens predicted; intervals: 95 %, block bootstrap{few}"
 
 
 def interval_rows(label: str, intervals: list[Interval | None], factor: int, spec: str, unit: str) -> list[list[str]]:

@@ -46,11 +46,11 @@ def check_cache(source: ModelSource, context: int | None, kv_dtype: str | None) 
     """
     longest = source.config.context
     context = longest if context is None else context
-    if not 0 < context <= longest:
-        raise InputError("context", f"1 to {longest} tokens", f"{context}", f"try {longest}, the most that it allows")
+    if not isinstance(context, int | np.integer) or not 0 < context <= longest:
+        raise InputError("context", f"1 to {longest} tokens", shown(context), f"try {longest}, the most that it allows")
     chosen = kv_dtype or ("f32" if source.scheme is None else "f16")
     if chosen not in KV_DTYPES:
-        raise InputError("kv_dtype (--kv-cache)", f"one of {', '.join(KV_DTYPES)}", shown(kv_dtype))
+        raise InputError("kv_dtype", f"one of {', '.join(KV_DTYPES)}", shown(kv_dtype))
     return context, chosen
 
 

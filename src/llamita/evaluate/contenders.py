@@ -26,9 +26,13 @@ _ROUNDED = re.compile(r"(.+):([A-Za-z][^:/]*)(?::(\d+))?")  # SRC:SCHEME, SRC:SC
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to load: its directory, how to round it on the way, the user's name for the unrounded one."""
+    """A model to load: its directory, how to round it on the way, the user's name for the unrounded one.
 
-    path: Path
+    Two are equal if their resolved directories and their schemes are.
+    """
+
+    path: Path = field(compare=False)
+    real: Path
     scheme: QuantScheme | None
     source: str = field(compare=False)
 
@@ -87,7 +91,8 @@ def _parse(source: str) -> _Model:
     """Find a model by directory, hub name or "embedded", and the scheme that follows it, if any."""
     match = None if os.path.exists(source) else _ROUNDED.fullmatch(source)
     if match is None:
-        return _Model(resolve(source), None, source)
+        path = resolve(source)
+        return _Model(path, path.resolve(), None, source)
     try:
         scheme = make_scheme(match[2], int(match[3]) if match[3] else None)
     except InputError as error:
@@ -95,7 +100,7 @@ def _parse(source: str) -> _Model:
     path = resolve(match[1])
     if exists_in(path, METADATA):
         raise InputError(source, "a float model before the scheme", "one that is quantized")
-    return _Model(path, scheme, match[1])
+    return _Model(path, path.resolve(), scheme, match[1])
 
 
 def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: Progress) -> str | None:
@@ -106,10 +111,9 @@ def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: P
         if model.scheme is None:
             continue
         name = name or model.source
-        if model.path != resolve(name):
-            raise InputError(
-                source, f"one made from {name}, as another is", hint="try --baseline SRC, or each by itself"
-            )
+        if model.real != resolve(name).resolve():
+            hint = "try --baseline SRC, or each by itself"
+            raise InputError(source, "models made from the same one", f"{name} and {model.source}", hint)
     return name
 
 

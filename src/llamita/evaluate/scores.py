@@ -15,17 +15,19 @@ import numpy as np
 
 from llamita.engine.llm import LLM
 from llamita.errors import InputError, RunError
-from llamita.imports.open import open_source
+from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.sizes import make_plan
 from llamita.models.weights import ModelSource
 from llamita.numerics.intervals import Interval, mean_interval, paired_difference
 from llamita.quantize.rounded import RoundedSource
+from llamita.system.files import exists_in, read_bytes
 from llamita.system.progress import Progress
 
 CHUNK_TOKENS = 2048
 _LOGIT_BYTES = 64 * 2**20  # of one model's logits in memory at a time
 _VALUES_AT_ONCE = 2**20  # logits in the arithmetic at a time, so that intermediate values stay in the cache
+_TOKENIZER = "tokenizer.json"
 _LARGEST_LOSS = 100  # nats a token; guessing blindly among a million tokens costs 14
 
 
@@ -182,6 +184,21 @@ def embedded_text() -> str:
     if not path.exists():
         raise RunError("embedded text: this installation has none; try --text FILE")
     return path.read_text("utf-8")
+
+
+def default_text(contenders: Sequence[Contender]) -> str:
+    """Return the text that ships; raise InputError for a model without the embedded model's tokenizer."""
+    embedded = resolve("embedded")
+    for contender in contenders:
+        path = contender.llm.path
+        if not exists_in(path, _TOKENIZER) or read_bytes(path, _TOKENIZER) != read_bytes(embedded, _TOKENIZER):
+            raise InputError(
+                "--text",
+                "a file",
+                f"none, and the tokenizer of {contender.name} is not the embedded model's",
+                "try a text of the kind that the models are for",
+            )
+    return embedded_text()
 
 
 def read_text(path: Path) -> str:

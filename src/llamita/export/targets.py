@@ -83,7 +83,7 @@ def find_target(name: str) -> Target:
     """
     found = TARGETS.get(_ALIASES.get(name, name))
     if found is None:
-        raise InputError("--to", f"one of {', '.join(TARGETS)}", shown(name))
+        raise InputError("--to", f"one of {', '.join(TARGETS)}", shown(name) if name else "none")
     return found
 
 

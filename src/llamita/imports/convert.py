@@ -67,4 +67,6 @@ def _describe(source: Path) -> tuple[str, str | None]:
         return "an ExecuTorch program, which cannot be read back", None
     if source.suffix in (".pth", ".safetensors", ".json"):
         return "one file of a model", f"try its directory, {source.parent}"
-    return "another file" if source.is_file() else "a directory without" if source.is_dir() else "none", None
+    if source.exists():
+        return "another file" if source.is_file() else "a directory without", None
+    return "no such file or directory", "import takes local files; other commands take hub names too"

@@ -2,10 +2,11 @@
 
 import os
 import re
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, RunError, shown
 from llamita.imports.cache import converted
 from llamita.imports.detect import detect_format
 from llamita.models.checkpoint import Checkpoint
@@ -39,6 +40,8 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
         InputError: the name is neither a directory nor possible on the hub, or another tool's model is damaged.
         RunError: the hub's model is gated, missing or out of reach.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InputError("model", "a path or a name", shown(name))
     if str(name) == "embedded":
         directory = Path(__file__).parents[1] / "embedded"
         if not exists_in(directory, "config.json"):
@@ -49,8 +52,10 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
         if not os.path.isdir(name) and detect_format(path) is None:
             raise InputError(f"{name}", "a model directory", "a file")
     elif not is_hub_name(name):
-        where, got = (f"{name}", None) if str(name) else ("model", "''")
-        raise InputError(where, "a model directory, 'embedded' or a hub name like owner/model", got)
+        near = get_close_matches(str(name), ["embedded"])
+        hint = f"did you mean {near[0]!r}?" if near else None
+        where, got = (f"{name}", "no such file or directory") if str(name) else ("model", "''")
+        raise InputError(where, "a model directory, a .gguf, 'embedded' or a hub name like owner/model", got, hint)
     else:
         path = import_module("llamita.imports.hub").download(name)
     if detect_format(path) is not None:

@@ -214,7 +214,7 @@ def check_chain(chain: Chain, settings: dict[str, Any], config: ModelConfig) -> 
             if name.split(".")[0] != chain.tuning
         ]
         raise InputError(
-            f"--method {chain}",
+            f"method {chain}",
             f"a single process for {chain.tuning}",
             f"{processes.world()}",
             f"try --method {replace(chain, tuning=None)}{''.join(kept)}",
@@ -260,6 +260,6 @@ def _load(name: str, entry: str | None) -> Any:
     assert entry is not None, f"{name} has no such function"
     return load_optional(
         entry,
-        f"--method {name}: expected the package {{package}}, found none; try pip install "
+        f"method {name}: expected the package {{package}}, found none; try pip install "
         "'llamita[torch]' (in a checkout '.[torch]'), or --method rtn, which needs none",
     )

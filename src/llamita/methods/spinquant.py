@@ -20,7 +20,7 @@ from llamita.system.extras import load_optional
 
 _LEARN = "llamita.methods.learn_rotations:learn"
 _NO_TORCH = (
-    "--method spinquant: expected the package {package}, found none; try pip install "
+    "method spinquant: expected the package {package}, found none; try pip install "
     "'llamita[torch]', or --set spinquant.steps=0, which learns nothing and needs none"
 )
 

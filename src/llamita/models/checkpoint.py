@@ -100,6 +100,8 @@ class Checkpoint(StoredTensors):
         self.path = path
         if exists_in(path, "adapter_config.json") and not exists_in(path, "config.json"):
             raise InputError(str(path), "a model", "adapters", f"try --adapter {path} with their base")
+        if path.is_dir() and not exists_in(path, "config.json"):
+            raise InputError(str(path), "a model directory", "one without config.json")
         self.hf_config = read_json(path, "config.json")
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()

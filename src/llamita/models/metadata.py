@@ -68,6 +68,16 @@ class Metadata:
             InputError: it is missing, damaged or of another version, or a weight file has another size.
             RunError: it cannot be read.
         """
+        try:
+            return cls._read(path)
+        except InputError as error:
+            if error.where.startswith(str(path)):
+                raise
+            where = path if error.where.startswith(METADATA) else f"{path}: {METADATA}"
+            raise error.within(str(where)) from None
+
+    @classmethod
+    def _read(cls, path: Path) -> "Metadata":
         data = read_bytes(path, METADATA)
         values = parse_json(data, METADATA)
         version = values.pop("format", None)

@@ -51,7 +51,7 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
         RunError: a file cannot be read.
     """
     if not exists_in(path, CONFIG):
-        there = "a file" if path.is_file() else "none" if not path.exists() else "a directory without it"
+        there = "a file" if path.is_file() else "a directory without it" if path.exists() else "no such directory"
         raise InputError(str(path), f"a directory with {CONFIG}, as PEFT writes adapters", there)
     settings = read_json(path, CONFIG)
     rank, scaling = _check_settings(settings, path)

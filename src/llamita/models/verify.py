@@ -34,7 +34,9 @@ def verify(path: Path, progress: Progress = None) -> Report:
     """
     mark = METADATA if exists_in(path, METADATA) else EXPORTED_MARK
     if not exists_in(path, mark):
-        raise InputError(f"{path}: {METADATA}", "a directory that llamita made", "none", "try quantize")
+        is_float = exists_in(path, "config.json")
+        found = "a float checkpoint, which records no hashes" if is_float else "a directory without"
+        raise InputError(str(path), f"a directory with {METADATA} or {EXPORTED_MARK}", found)
     try:
         data = read_bytes(path, mark)
         files = parse_json(data, mark).get("files")

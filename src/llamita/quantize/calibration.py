@@ -74,9 +74,14 @@ def calibrated(spec: CalibrationSpec, source: Checkpoint, out: Path, progress: P
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         text = (name, spec.samples, spec.length, spec.seed)
         known = {"llamita": __version__, "source": str(source.path.resolve()), "files": files, "text": text}
-        kept = kept_work(out.with_name(f"{out.name}.text"), known)
+        kept = kept_work(text_of(out), known)
     with kept as work:
         yield load_calibration(name, source, spec.samples, spec.length, spec.seed, progress, work)
+
+
+def text_of(out: Path) -> Path:
+    """Return the name under which the text that the model writes for `out` is kept."""
+    return out.with_name(f"{out.name}.text")
 
 
 def load_calibration(

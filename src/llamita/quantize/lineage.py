@@ -22,11 +22,12 @@ def check_fits(source: ModelSource, adapters: Iterable[Path]) -> None:
     """
     changed = _changed_channels(source)
     if changed and not all(_is_trained_with(source, path) for path in adapters):
+        whose = "" if changed[0] == "equalize" else "spinquant's "
         raise InputError(
             "adapters",
             "a model whose channels are those of its source",
             f"one changed by {' and '.join(changed)}",
-            "try quantize --method qronos+tune --set tune.rate=0",
+            f"try quantizing without {whose}{' and '.join(changed)}",
         )
 
 

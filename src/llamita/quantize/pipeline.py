@@ -5,8 +5,8 @@ source and writes it. `RoundedSource` gives the same numbers without a directory
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from llamita.models.sizes import Plan, make_plan
 from llamita.models.weights import FloatSource, transform_dtype
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.quantize.calibration import CalibrationSpec, calibrated
+from llamita.quantize.calibration import CalibrationSpec, calibrated, text_of
 from llamita.quantize.choose import check_goal, choose, judge
 from llamita.quantize.cost import estimate, plan_chain
 from llamita.quantize.layer_choice import Goal, Selection
@@ -35,7 +35,7 @@ from llamita.quantize.records import card, source_names, source_record
 from llamita.quantize.write import ModuleError, write_weights
 from llamita.system import processes
 from llamita.system.files import FileTable, exists_in, write_bytes
-from llamita.system.kept_work import has_kept_work, kept_work
+from llamita.system.kept_work import discard_kept_work, has_kept_work, kept_work
 from llamita.system.machine import MemoryWatch
 from llamita.system.progress import Note, Progress
 from llamita.system.staging import check_space, check_target, staged
@@ -152,6 +152,16 @@ def run(job: QuantizeJob, progress: Progress = None, note: Note = None) -> Summa
         InputError: an input or a setting is at fault.
         RunError: a package of the Torch side, space on the disk or the network is missing.
     """
+    try:
+        return _run(job, progress, note)
+    except KeyboardInterrupt:
+        if note and job.needs_text and processes.world() == 1:
+            is_kept = has_kept_work(job.out) or has_kept_work(text_of(job.out))
+            note("stopped; the same command resumes here" if is_kept else "stopped before anything was kept")
+        raise
+
+
+def _run(job: QuantizeJob, progress: Progress, note: Note) -> Summary | None:
     source = _open(job, progress, note)
     chain, scheme = job.chain, _check(job, source)
     with calibrated(job.calibration, source, job.out, progress) if job.needs_text else nullcontext() as text:
@@ -160,12 +170,14 @@ def run(job: QuantizeJob, progress: Progress = None, note: Note = None) -> Summa
             scheme, setup, selection = choose(source, scheme, job.goal, chain, setup, progress)
         if processes.rank() > 0:
             return take_part(source, scheme, str(chain), setup)
-        with _announced(job, source, scheme, setup, note):
-            summary = quantize(source, str(job.source), job.out, scheme, str(chain), setup, job.overwrite,
-                               progress=progress)  # fmt: skip
+        _announce(job, source, scheme, setup, note)
+        summary = quantize(source, str(job.source), job.out, scheme, str(chain), setup, job.overwrite,
+                           progress=progress)  # fmt: skip
     if selection is not None:
         summary = replace(summary, selection=judge(selection, source, job.out, chain, text))
     source.close()
+    discard_kept_work(job.out, "scheme")  # an unfinished run with other settings may have left these
+    discard_kept_work(text_of(job.out), "text")
     return summary
 
 
@@ -190,24 +202,15 @@ def _check(job: QuantizeJob, source: Checkpoint) -> QuantScheme:
     return scheme
 
 
-@contextmanager
-def _announced(job: QuantizeJob, source: Checkpoint, scheme: QuantScheme, setup: Setup, note: Note) -> Iterator[None]:
-    """Tell the user the cost to expect, when this run resumes an earlier one, and on Ctrl-C that it can be resumed."""
+def _announce(job: QuantizeJob, source: Checkpoint, scheme: QuantScheme, setup: Setup, note: Note) -> None:
+    """Tell the user the cost to expect, and when this run resumes an earlier one."""
     if note is None or setup.calibration is None or not job.chain.needs_calibration(setup.settings):
-        yield
         return
     plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, job.chain, setup.settings)
     seconds, memory = estimate(plan, scheme, source.config, job.chain, setup, *setup.calibration.tokens.shape)
     note(f"{job.chain}: about {seconds:,.0f} s and {megabytes(memory)} of memory to expect")
-    keeps = processes.world() == 1
-    if keeps and has_kept_work(job.out):
+    if processes.world() == 1 and has_kept_work(job.out):
         note(f"{job.out}: an earlier run kept what it had finished; it is used if the command is the same")
-    try:
-        yield
-    except KeyboardInterrupt:
-        if keeps and has_kept_work(job.out):
-            note("stopped; the same command resumes here")
-        raise
 
 
 def quantize(

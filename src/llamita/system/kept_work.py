@@ -15,9 +15,9 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from llamita.errors import InputError, RunError
+from llamita.errors import InputError, LlamitaError, RunError
 from llamita.system import collectives, processes
-from llamita.system.files import unreadable
+from llamita.system.files import read_json, unreadable
 
 _SETTINGS, _PARTIAL = "settings.json", ".partial"
 T = TypeVar("T")
@@ -90,6 +90,26 @@ def _remove(work: Path) -> None:
 
 def _remove_one(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def discard_kept_work(out: Path, key: str) -> None:
+    """Remove what an unfinished run left for `out`, if its settings have this key and no run is at work there.
+
+    Other directories of this name stay: a stranger's, another command's, one that cannot be locked.
+    """
+    work = _work_of(out)
+    try:
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # most often there is none
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if key in read_json(work, _SETTINGS):
+            _remove(work)
+    except (OSError, LlamitaError):
+        pass
+    finally:
+        os.close(lock)
 
 
 def has_kept_work(out: Path) -> bool:

@@ -31,7 +31,8 @@ _PATIENCE = 30.0  # seconds; another run holds the lock only while it renames an
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
     """Raise InputError if `out` cannot be made: it exists, its parent does not exist, or it holds the source."""
     if not out.name or out.name == "..":
-        raise InputError("--out", "the name of a new directory", f"{str(out)!r}")
+        found = "'.' or ''" if out == Path() else f"{str(out)!r}"  # pathlib makes one of the other
+        raise InputError("--out", "the name of a new directory", found)
     if not out.parent.is_dir():
         raise InputError("--out", "an existing directory to write into", f"{out.parent}", "try mkdir -p")
     if not os.path.lexists(out):

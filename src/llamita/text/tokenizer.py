@@ -18,9 +18,11 @@ import tokenizers
 
 from llamita.errors import InputError, shown
 from llamita.models.config import ModelConfig
+from llamita.models.metadata import METADATA
 from llamita.system.files import exists_in, read_json, safe_path
 
 _CONVERT = 'try `AutoTokenizer.from_pretrained("{0}").save_pretrained("{0}")` of transformers to make one'
+_COPY = "try copying it from the source again"  # of a packed model, which transformers cannot convert
 _ID_LIMIT = 2**32  # the library's ids are 32 bits
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # SentencePiece's spelling of a byte
 
@@ -171,7 +173,8 @@ def read_settings(directory: Path, name: str) -> dict[str, Any]:
 def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     if not exists_in(directory, "tokenizer.json"):
         found = "tokenizer.model alone" if exists_in(directory, "tokenizer.model") else "none"
-        raise InputError(str(directory), "tokenizer.json", found, _CONVERT.format(directory))
+        hint = _COPY if exists_in(directory, METADATA) else _CONVERT.format(directory)
+        raise InputError(str(directory), "tokenizer.json", found, hint)
     path = safe_path(directory, "tokenizer.json")
     with _one_line(str(path)):
         inner = tokenizers.Tokenizer.from_file(str(path))

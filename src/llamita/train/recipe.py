@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
         known = [field.name for field in fields(Stage)]
         if name not in known and (dot or name not in whole):
             names = known if dot else [*(n for n in whole if n != "stages"), *known]
-            raise InputError("--set", f"settings among {', '.join(names)}", shown(name))
+            raise InputError("--set", f"settings among {', '.join(names)}", shown(name), _nearest(name, names))
         if not dot and name in whole and name != "stages":
             whole[name] = read
         else:
@@ -263,11 +264,17 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
     return parse_recipe(whole, "--set")
 
 
+def _nearest(name: str, known: list[str]) -> str | None:
+    """Return a hint for a name that is almost one of these, None if it is not."""
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else None
+
+
 def _made(kind: Any, values: dict[str, Any], where: str) -> Any:
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:
-            raise InputError(where, f"settings among {', '.join(known)}", shown(name))
+            raise InputError(where, f"settings among {', '.join(known)}", shown(name), _nearest(str(name), known))
     if isinstance(values.get("targets"), list):
         values = values | {"targets": tuple(values["targets"])}
     for name in _FRACTIONS:  # YAML 1.1 reads 1e-4, which has no point, as a text
