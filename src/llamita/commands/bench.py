@@ -79,7 +79,7 @@ def command(
 
     Give a model or --shape, which needs no files.
 
-    Example: llamita bench --shape llama-3.2-1b --baseline bf16
+    Example: llamita bench --shape 1b --baseline bf16
     """
     convert_first(src, None if baseline and baseline.lower() == BF16 else baseline, quiet=json)
     model = _model(src, shape, scheme, group_size)

@@ -38,7 +38,9 @@ _LACKING = (
     "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' (in a checkout '.[torch]')"
 )
 
-_Base = Annotated[str, typer.Argument(metavar="BASE", help="A Hugging Face directory, a hub name, or 'embedded'.")]
+_Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="A directory, a .gguf or a hub name of a float model, or 'embedded'.")
+]
 _Data = Annotated[str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")]
 _Preferences = Annotated[
     str | None,
