@@ -36,7 +36,8 @@ def usage_error(error: Any, arguments: list[str], hint: str) -> InputError:
         if found and (match := re.fullmatch(pattern, message)):
             bounds = [bound for bound in match.groups() if bound]
             return InputError(found[0], " ".join([expected, *bounds]), shown(found[1]))
-    return InputError(error.format_message().rstrip("."), hint=hint)
+    text = error.format_message().replace(" (env var: 'None')", "")  # which some versions of Typer add
+    return InputError(text.rstrip("."), hint=hint)
 
 
 def _typed(parameter: Any, arguments: list[str]) -> tuple[str, str] | None:
