@@ -7,7 +7,7 @@ import pytest
 from places import DATA
 from real_tokenizers import model_file, write_llama2, write_llama3
 
-from llamita.imports.tokenizers import WORDS
+from llamita.formats.gguf_words import LLAMA3 as WORDS
 from llamita.text.tokenizer import Tokenizer
 
 LINES = 10_000

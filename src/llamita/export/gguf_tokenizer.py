@@ -5,15 +5,13 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError, shown
-from llamita.imports.tokenizers import WORDS
+from llamita.formats.gguf_words import SPLITS, expressions_of, name_of
 from llamita.models.packed import PackedModel
 from llamita.system.files import parse_json, read_bytes
 from llamita.text.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # llama.cpp's kinds of tokens
 _LARGEST = 64 << 20  # bytes of a tokenizer.json
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLITS = {_GPT2: "gpt-2", WORDS: "llama-bpe"}  # llama.cpp's names for regular expressions
 
 
 def tokenizer_values(packed: PackedModel) -> dict[str, Any]:
@@ -70,22 +68,16 @@ def _sentencepiece(tokens: list[str], merges: list[str], added: dict[int, Any]) 
 
 def _split_name(whole: dict[str, Any]) -> str:
     """Return llama.cpp's name for the rule by which this tokenizer splits a text; refuse any other step."""
-    before = whole.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    kinds = [step.get("type") for step in steps]
-    expression = None
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        expression = _GPT2
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and _is_isolated(steps[0]):
-        expression = steps[0]["pattern"].get("Regex")
-    if whole.get("normalizer") or expression not in _SPLITS:
-        expected = "GPT-2's or Llama 3's way to split a text"
-        raise InputError("tokenizer.json: pre_tokenizer", expected, "another, for which llama.cpp has no name")
-    return _SPLITS[expression]
-
-
-def _is_isolated(step: dict[str, Any]) -> bool:
-    return step.get("behavior") == "Isolated" and not step.get("invert") and isinstance(step.get("pattern"), dict)
+    before, normalizer = whole.get("pre_tokenizer") or {}, whole.get("normalizer") or {}
+    expressions = expressions_of(before.get("pretokenizers", [before]))
+    is_composed = normalizer.get("type") == "NFC"
+    name = None
+    if expressions is not None and (is_composed or not normalizer):
+        name = name_of(expressions, bool(whole["model"].get("ignore_merges")), is_composed)
+    if name is None:
+        expected = f"a way to split a text that llama.cpp has a name for ({', '.join(SPLITS)})"
+        raise InputError("tokenizer.json: pre_tokenizer", expected, "another")
+    return name
 
 
 def _adds_space(whole: dict[str, Any]) -> bool:

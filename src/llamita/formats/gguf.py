@@ -26,13 +26,14 @@ _INT32, _UINT32, _FLOAT32, _BOOL = 5, 4, 6, 7
 _DTYPES = ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1", "", "", "<u8", "<i8", "<f8")
 # Types of tensors: number, weights in a block, bytes of a block.
 KINDS = {
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "Q4_0": (2, BLOCK, 18),
-    "Q8_0": (8, BLOCK, 34),
-    "Q6_K": (14, 256, 210),
-    "BF16": (30, 1, 2),
-}
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "F64": (28, 1, 8),
+    "Q4_0": (2, BLOCK, 18), "Q4_1": (3, BLOCK, 20), "Q5_0": (6, BLOCK, 22), "Q5_1": (7, BLOCK, 24),
+    "Q8_0": (8, BLOCK, 34), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "IQ2_XXS": (16, 256, 66), "IQ2_XS": (17, 256, 74),
+    "IQ3_XXS": (18, 256, 98), "IQ1_S": (19, 256, 50), "IQ4_NL": (20, BLOCK, 18), "IQ3_S": (21, 256, 110),
+    "IQ2_S": (22, 256, 82), "IQ4_XS": (23, 256, 136), "IQ1_M": (29, 256, 56), "TQ1_0": (34, 256, 54),
+    "TQ2_0": (35, 256, 66), "MXFP4": (39, BLOCK, 17), "NVFP4": (40, 64, 36),
+}  # fmt: skip
 _NAMES = {number: name for name, (number, _, _) in KINDS.items()}
 _MOST_DIMENSIONS = 4
 _MOST_STRINGS = 1 << 20  # in an array: a Python string takes about 60 bytes, however short

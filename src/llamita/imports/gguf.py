@@ -13,17 +13,17 @@ from llamita.errors import InputError, shown
 from llamita.formats.gguf import GgufFile
 from llamita.formats.gguf_blocks import floats_of
 from llamita.imports.gguf_codes import STORED, GgufCodes
+from llamita.imports.gguf_tokenizer import convert_tokenizer
 from llamita.imports.import_codes import CodesLostError, Imported, import_codes
-from llamita.imports.tokenizers import LLAMA3_ENDS, WORDS, byte_level, with_scores, write_tokenizer
+from llamita.imports.tokenizers import LLAMA3_ENDS
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, gguf_name, hf_order, rope_factors
 from llamita.models.names import expected_tensors
 from llamita.models.packed_writer import plan_shards, write_shards
-from llamita.system.files import write_bytes, write_json
+from llamita.system.files import write_json
 from llamita.system.progress import Progress
 
 _SIGNED = "weights are multiplied out: llama.cpp's int4 scales have both signs, which no other runtime takes"
-_FLAGS = ("add_bos_token", "add_space_prefix")
 # Values that change the forward pass, with those that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0, 0.0), "embedding_scale": (1.0, 0.0), "residual_scale": (1.0, 0.0),
@@ -31,8 +31,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "rope.scale_linear": (1.0,), "rope.scaling.attn_factor": (1.0,),
     "expert_count": (0,), "use_parallel_residual": (False,),
 }  # fmt: skip
-_CONTROL = (3, 4)  # kinds of tokens: control, and those that users add
-_SPLITS = {"gpt-2": None, "llama-bpe": WORDS, "llama3": WORDS, "llama-v3": WORDS}
 
 
 def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
@@ -52,10 +50,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         _check_plain(file, config)
         _check_rope(file, config)
         _check_tensors(file, config)
-        _write_tokenizer(file, directory)
-        template = file.values.get("tokenizer.chat_template")
-        if isinstance(template, str):
-            write_bytes(directory / "chat_template.jinja", template.encode())
+        convert_tokenizer(file, directory)
         coded, note = GgufCodes(file, values), None
         if coded.is_int4():
             try:
@@ -183,38 +178,6 @@ def _read(file: GgufFile, tensor: str, shape: tuple[int, ...], kind: str, config
     values = data.view(STORED[kind]).reshape(shape) if is_same else floats_of(stored, data)
     order = hf_order(tensor, config)
     return values if order is None else values[order]
-
-
-def _write_tokenizer(file: GgufFile, directory: Path) -> None:
-    values, name = file.values, file.path.name
-    tokens, kinds = values["tokenizer.ggml.tokens"], values.get("tokenizer.ggml.token_type")
-    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
-        raise InputError(f"{name}: tokenizer.ggml.token_type", "a number for each token")
-    bos, eos = (_token(values.get(f"tokenizer.ggml.{one}_token_id"), tokens) for one in ("bos", "eos"))
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL]
-    settings = {"bos_token": bos, "eos_token": eos}
-    if values.get("tokenizer.ggml.model") == "llama":
-        scores = values.get("tokenizer.ggml.scores")
-        if not isinstance(scores, np.ndarray) or len(scores) != len(tokens) or tokens[:3] != ["<unk>", "<s>", "</s>"]:
-            raise InputError(f"{name}: tokenizer.ggml.scores", "one for each token, and Llama 2's first three")
-        pieces = list(zip(tokens, (float(score) for score in scores), strict=True))
-        flags = {key: values.get(f"tokenizer.ggml.{key}", True) is not False for key in _FLAGS}
-        made = with_scores(pieces, special, bos if flags[_FLAGS[0]] else None, flags[_FLAGS[1]])
-        return write_tokenizer(made, {**settings, "add_bos_token": flags[_FLAGS[0]]}, directory)
-    merges, split = values.get("tokenizer.ggml.merges"), values.get("tokenizer.ggml.pre")
-    if values.get("tokenizer.ggml.model") != "gpt2" or split not in _SPLITS or not isinstance(merges, list):
-        raise InputError(f"{name}: tokenizer.ggml.pre", f"one of {', '.join(_SPLITS)} with merges", shown(split, 40))
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if any(len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys() for pair in pairs):
-        raise InputError(f"{name}: tokenizer.ggml.merges", "pairs of tokens that make a token")
-    adds = bos if values.get("tokenizer.ggml.add_bos_token", True) else None
-    made = byte_level(vocabulary, [(a, b) for a, b in pairs], _SPLITS[split], special, adds)  # type: ignore[misc]
-    return write_tokenizer(made, settings, directory)
-
-
-def _token(number: Any, tokens: list[str]) -> str | None:
-    return tokens[number] if type(number) is int and 0 <= number < len(tokens) else None
 
 
 def _integer(file: GgufFile, key: str, default: int | None = None) -> int:

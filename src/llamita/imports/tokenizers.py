@@ -8,7 +8,7 @@ import base64
 import binascii
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llamita.errors import InputError, shown
+from llamita.formats.gguf_words import SPLITS, WordSplit
 from llamita.system.files import exists_in, read_bytes, read_json
 
 FILE = "tokenizer.model"
@@ -24,11 +25,6 @@ _LARGEST = 32 << 20  # bytes of a tokenizer.model; Llama 3's has 2.2 MB
 _MOST_PIECES = 1 << 20
 _LONGEST_PIECE = 256  # bytes; Llama 3's longest has 128
 _MOST_MERGES = 1 << 22
-# Llama 3's split into words, from Meta's tokenizer.py
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _BOS, _END, _TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 LLAMA3_ENDS = (_END, "<|eom_id|>", _TURN)
 _SPECIAL = {  # by their place behind the ranks; the others are reserved, with numbers of their own
@@ -37,6 +33,7 @@ _SPECIAL = {  # by their place behind the ranks; the others are reserved, with n
 }  # fmt: skip
 _SPECIALS = 256
 _UNIGRAM, _BPE = 1, 2  # kinds of SentencePiece's models; the first is the default
+Added = Sequence[str] | Mapping[str, bool]  # tokens that are never cut; false for those that are part of a text
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -114,33 +111,35 @@ def _from_ranks(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
     reserved = count()
     names = [_SPECIAL.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(_SPECIALS)]
-    tokenizer = byte_level(vocabulary, [(spell(a), spell(b)) for _, a, b in merges], WORDS, names, _BOS)
+    tokenizer = byte_level(vocabulary, [(spell(a), spell(b)) for _, a, b in merges], SPLITS["llama-bpe"], names, _BOS)
     return tokenizer, {"bos_token": _BOS, "eos_token": _TURN}
 
 
 def byte_level(
-    vocabulary: dict[str, int], merges: list[tuple[str, str]], words: str | None, special: list[str], bos: str | None
-) -> Tokenizer:
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], split: WordSplit, special: Added,
+    bos: str | None,
+) -> Tokenizer:  # fmt: skip
     """Return a BPE of bytes, as Llama 3 and GPT-2 have it.
 
     Args:
         vocabulary: pieces in GPT-2's letters for bytes.
-        words: the expression that splits a text first, None for GPT-2's; with one, whole words are looked up before
-            any merge.
         special: tokens to add, unless the vocabulary has them.
         bos: the token in front of every text.
     """
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=words is not None))
-    split = [pre_tokenizers.Split(Regex(words), behavior="isolated")] if words else []
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, bytes_])
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.whole_words))
+    if split.is_composed:
+        tokenizer.normalizer = normalizers.NFC()
+    steps = [pre_tokenizers.Split(Regex(words), behavior="isolated") for words in split.expressions]
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     return _with_special(tokenizer, special, bos)
 
 
-def _with_special(tokenizer: Tokenizer, special: Sequence[str], bos: str | None) -> Tokenizer:
+def _with_special(tokenizer: Tokenizer, special: Added, bos: str | None) -> Tokenizer:
     """Add tokens that are never cut, and the one in front of every text."""
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    flags = special if isinstance(special, Mapping) else dict.fromkeys(special, True)
+    tokenizer.add_tokens([AddedToken(name, special=flag, normalized=False) for name, flag in flags.items()])
     if bos is not None:
         number = tokenizer.token_to_id(bos)
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
@@ -178,7 +177,7 @@ def _from_sentencepiece(data: bytes) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def with_scores(
-    pieces: list[tuple[str, float]], special: Sequence[str] = ("<unk>", "<s>", "</s>"),
+    pieces: list[tuple[str, float]], special: Added = ("<unk>", "<s>", "</s>"),
     bos: str | None = "<s>", adds_space: bool = True,
 ) -> Tokenizer:  # fmt: skip
     """Return a BPE whose merges are ordered by the score of the whole, as in SentencePiece, then by ids.
