@@ -112,7 +112,7 @@ def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
         ("general.architecture", "bert", "general.architecture: expected llama, got 'bert'"),
         ("llama.block_count", 3, "blk.2.attn_q.weight: expected"),
         ("llama.rope.scaling.type", "yarn", "rope.scaling.type: expected linear or none, got 'yarn'"),
-        ("tokenizer.ggml.pre", "odd", "tokenizer.ggml.pre: expected one of gpt-2"),
+        ("tokenizer.ggml.pre", "odd", "tokenizer.ggml.pre: expected one of llama-bpe"),
         ("tokenizer.ggml.tokens", ["a"], "token_embd.weight: expected \\(1, 128\\)"),
         ("llama.embedding_length", 1.5, "llama.embedding_length: expected a whole number"),
         ("llama.rope.dimension_count", 8, "llama.rope.dimension_count: expected 32, got 8: not a plain"),

@@ -13,7 +13,7 @@ from llamita.formats import gguf_grids
 from llamita.formats.gguf import KINDS
 from llamita.numerics.affine import to_f32
 
-_ROWS_AT_ONCE = 1 << 20  # weights; what is computed in between takes some ten times their bytes
+_WEIGHTS_AT_ONCE = 1 << 20  # weights; what is computed in between takes some ten times their bytes
 _CURVE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)  # IQ4_*
 _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice the float of 4 bits
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
@@ -29,7 +29,7 @@ def floats_of(kind: str, data: np.ndarray) -> np.ndarray:
     decode = DECODERS[kind]
     blocks = data.reshape(-1, width)
     out = np.empty((len(blocks), weights), np.float32)
-    step = max(1, _ROWS_AT_ONCE // weights)
+    step = max(1, _WEIGHTS_AT_ONCE // weights)
     for start in range(0, len(blocks), step):
         out[start : start + step] = decode(blocks[start : start + step])
     return out.reshape(*data.shape[:-1], -1)
