@@ -15,6 +15,7 @@ from llamita.errors import InputError
 from llamita.export.source import module_names
 from llamita.formats.gguf import GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
+from llamita.formats.gguf_parts import GgufModel
 from llamita.imports.convert import convert
 from llamita.imports.gguf import _ends
 from llamita.imports.tokenizers import with_scores
@@ -100,7 +101,7 @@ def test_special_tokens_and_flags_of_llama_2s_kind_hold() -> None:
 
 
 def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
-    file = GgufFile(write_small_gguf(tmp_path / "a.gguf"))
+    file = GgufModel(write_small_gguf(tmp_path / "a.gguf"))
     file.values["tokenizer.ggml.eos_token_id"] = 1
     tokens = ["a", "</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
     assert _ends(file, tokens) == [1, 2, 4, 3]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llamita.errors import LlamitaError
+from llamita.formats.gguf_parts import parts_of
 from llamita.system.files import exists_in, read_json, safe_path
 
 META, GGUF = "meta", "gguf"
@@ -27,10 +28,11 @@ def detect_format(source: Path) -> str | None:
 
 
 def gguf_of(source: Path) -> Path | None:
-    """Return `source` if it is a GGUF file, or the only such file of a directory, as `export` writes it."""
+    """Return `source` if it is a GGUF file, or the first one of a directory that has one model in that format alone."""
     if source.is_dir():
-        files = list(source.glob("*.gguf"))
-        return files[0] if len(files) == 1 and not exists_in(source, "config.json") else None
+        files = sorted(source.glob("*.gguf"))
+        is_one = len(files) == 1 or (files and parts_of(files[0]) == files)
+        return files[0] if is_one and not exists_in(source, "config.json") else None
     if not source.is_file():
         return None
     try:
@@ -59,7 +61,7 @@ def files_of(source: Path) -> list[Path]:
     """Return the files that decide what another tool's model is; Meta's parts come first, in order."""
     gguf = gguf_of(source)
     if gguf is not None:
-        return [gguf]
+        return parts_of(gguf)
     if exists_in(source, "params.json") and not exists_in(source, "config.json"):
         tokenizer = "tokenizer.model" if exists_in(source, "tokenizer.model") else "tokenizer.json"
         weights = sorted(path.name for path in source.glob("consolidated.*.pth"))

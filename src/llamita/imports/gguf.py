@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError, shown
-from llamita.formats.gguf import GgufFile
 from llamita.formats.gguf_blocks import floats_of
+from llamita.formats.gguf_parts import GgufModel
 from llamita.imports.gguf_codes import STORED, GgufCodes
 from llamita.imports.gguf_tokenizer import convert_tokenizer
 from llamita.imports.import_codes import CodesLostError, Imported, import_codes
@@ -43,7 +43,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         InputError: the file is damaged, or no Llama that the engine knows.
         RunError: the file cannot be read.
     """
-    file = GgufFile(source)
+    file = GgufModel(source)
     try:
         values = hf_config(file)
         config = ModelConfig.from_hf(values)
@@ -68,16 +68,16 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return config.json for a file, of which only the header is read.
 
     Raises:
-        InputError, RunError: see `GgufFile` and `hf_config`.
+        InputError, RunError: see `GgufModel` and `hf_config`.
     """
-    file = GgufFile(path)
+    file = GgufModel(path)
     try:
         return hf_config(file)
     finally:
         file.close()
 
 
-def hf_config(file: GgufFile) -> dict[str, Any]:
+def hf_config(file: GgufModel) -> dict[str, Any]:
     """Return config.json for the file's metadata.
 
     Raises:
@@ -106,14 +106,14 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     return values | _scaling(file)
 
 
-def _ends(file: GgufFile, tokens: list[str]) -> list[int]:
+def _ends(file: GgufModel, tokens: list[str]) -> list[int]:
     """Return every token that ends an answer: those of the metadata, and Llama 3's by their names."""
     given = [file.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     named = [tokens.index(name) for name in LLAMA3_ENDS if name in tokens]
     return list(dict.fromkeys([*(number for number in given if type(number) is int), *named]))
 
 
-def _check_plain(file: GgufFile, config: ModelConfig) -> None:
+def _check_plain(file: GgufModel, config: ModelConfig) -> None:
     """Raise InputError at the first value that asks for more than a Llama's forward pass."""
     width = (config.head_dim,)
     for key, plain in {"rope.dimension_count": width, "attention.value_length": width, **_PLAIN}.items():
@@ -122,7 +122,7 @@ def _check_plain(file: GgufFile, config: ModelConfig) -> None:
             raise InputError(f"{file.path.name}: llama.{key}", f"{plain[0]}", f"{shown(value, 40)}: not a plain Llama")
 
 
-def _scaling(file: GgufFile) -> dict[str, Any]:
+def _scaling(file: GgufModel) -> dict[str, Any]:
     """Return the keys of config.json that say how rotary embeddings are stretched."""
     kind = file.values.get("llama.rope.scaling.type")
     if kind == "linear":
@@ -138,7 +138,7 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
     return {"rope_scaling": {**SCALED_ROPE, "factor": float(np.round(factors.max(), 3))}}
 
 
-def _check_rope(file: GgufFile, config: ModelConfig) -> None:
+def _check_rope(file: GgufModel, config: ModelConfig) -> None:
     """Check that frequencies are divided as in Llama 3.1; the file has the factors, not the rule behind them."""
     if config.rope.kind == "llama3":
         found = floats_of("F32", file.read("rope_freqs.weight"))
@@ -147,7 +147,7 @@ def _check_rope(file: GgufFile, config: ModelConfig) -> None:
             raise InputError(f"{file.path.name}: rope_freqs.weight", "the factors of Llama 3.1 and 3.2")
 
 
-def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
+def _check_tensors(file: GgufModel, config: ModelConfig) -> None:
     """Check that the file has a Llama's tensors, and nothing else."""
     tensors = expected_tensors(config)
     for tensor, shape in tensors.items():
@@ -163,7 +163,7 @@ def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
             raise InputError(f"{file.path.name}: {shown(name)}", "a Llama's tensors alone")
 
 
-def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progress: Progress) -> None:
+def _write_weights(file: GgufModel, config: ModelConfig, directory: Path, progress: Progress) -> None:
     tensors = expected_tensors(config)
     kinds = {t: kind if (kind := file.tensors[gguf_name(t)].kind) in STORED else "F32" for t in tensors}
     order = sorted(tensors, key=lambda t: kinds[t] != "F32")  # so that each starts at a multiple of its element's size
@@ -171,7 +171,7 @@ def _write_weights(file: GgufFile, config: ModelConfig, directory: Path, progres
     write_shards(directory, shards, lambda t: [_read(file, t, tensors[t], kinds[t], config)], progress)
 
 
-def _read(file: GgufFile, tensor: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> np.ndarray:
+def _read(file: GgufModel, tensor: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> np.ndarray:
     """Return a tensor as it is stored, with its rows in transformers' order."""
     stored, data = file.tensors[gguf_name(tensor)].kind, file.read(gguf_name(tensor))
     is_same = stored == kind
@@ -180,14 +180,14 @@ def _read(file: GgufFile, tensor: str, shape: tuple[int, ...], kind: str, config
     return values if order is None else values[order]
 
 
-def _integer(file: GgufFile, key: str, default: int | None = None) -> int:
+def _integer(file: GgufModel, key: str, default: int | None = None) -> int:
     value = file.values.get(f"llama.{key}", default)
     if type(value) is not int or value < 1:
         raise InputError(f"{file.path.name}: llama.{key}", "a whole number", shown(value, 40))
     return value
 
 
-def _number(file: GgufFile, key: str, default: float) -> float:
+def _number(file: GgufModel, key: str, default: float) -> float:
     value = file.values.get(f"llama.{key}", default)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InputError(f"{file.path.name}: llama.{key}", "a number", shown(value, 40))

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from llamita.formats.gguf import GgufFile
 from llamita.formats.gguf_blocks import codes_of, floats_of
+from llamita.formats.gguf_parts import GgufModel, parts_of
 from llamita.imports.codes import Coded
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import gguf_name, hf_order
@@ -21,8 +21,8 @@ class GgufCodes:
 
     format = "GGUF"
 
-    def __init__(self, file: GgufFile, hf_config: dict[str, Any]) -> None:
-        self._file, self.path, self.files = file, file.path, [file.path]
+    def __init__(self, file: GgufModel, hf_config: dict[str, Any]) -> None:
+        self._file, self.path, self.files = file, file.path, parts_of(file.path)
         self.hf_config, self.config = hf_config, ModelConfig.from_hf(hf_config)
         self.rotations, self.rotated = Rotations(), ()
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import InputError, shown
-from llamita.formats.gguf import GgufFile
+from llamita.formats.gguf_parts import GgufModel
 from llamita.formats.gguf_words import SPLITS
 from llamita.imports.tokenizers import byte_level, with_scores, write_tokenizer
 from llamita.system.files import write_bytes
@@ -15,7 +15,7 @@ _CONTROL, _USER = 3, 4  # kinds of tokens: never part of a text; added by users,
 _BEGINS = ("llama-bpe", "tekken")  # splits whose models begin with BOS where the file does not say
 
 
-def convert_tokenizer(file: GgufFile, directory: Path) -> None:
+def convert_tokenizer(file: GgufModel, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and, if the file has one, chat_template.jinja.
 
     Raises:
@@ -37,7 +37,7 @@ def convert_tokenizer(file: GgufFile, directory: Path) -> None:
         write_bytes(directory / "chat_template.jinja", template.encode())
 
 
-def _with_scores(file: GgufFile, tokens: list[str], kinds: np.ndarray, directory: Path) -> None:
+def _with_scores(file: GgufModel, tokens: list[str], kinds: np.ndarray, directory: Path) -> None:
     scores = file.values.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens) or tokens[:3] != ["<unk>", "<s>", "</s>"]:
         expected = "one for each token, and Llama 2's first three"
@@ -49,7 +49,7 @@ def _with_scores(file: GgufFile, tokens: list[str], kinds: np.ndarray, directory
     write_tokenizer(made, {**settings, "add_bos_token": adds}, directory)
 
 
-def _byte_level(file: GgufFile, tokens: list[str], kinds: np.ndarray, directory: Path) -> None:
+def _byte_level(file: GgufModel, tokens: list[str], kinds: np.ndarray, directory: Path) -> None:
     merges, name = file.values.get("tokenizer.ggml.merges"), file.values.get("tokenizer.ggml.pre")
     where = f"{file.path.name}: tokenizer.ggml"
     if name not in SPLITS or not isinstance(merges, list):
@@ -70,12 +70,12 @@ def _added(tokens: list[str], kinds: np.ndarray) -> dict[str, bool]:
     return {token: kind == _CONTROL for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER)}
 
 
-def _settings(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
+def _settings(file: GgufModel, tokens: list[str]) -> dict[str, Any]:
     numbers = (file.values.get(f"tokenizer.ggml.{one}_token_id") for one in ("bos", "eos"))
     bos, eos = (tokens[n] if type(n) is int and 0 <= n < len(tokens) else None for n in numbers)
     return {"bos_token": bos, "eos_token": eos}
 
 
-def _flag(file: GgufFile, key: str, default: bool) -> bool:
+def _flag(file: GgufModel, key: str, default: bool) -> bool:
     value = file.values.get(f"tokenizer.ggml.{key}", default)
     return value if isinstance(value, bool) else default
