@@ -13,13 +13,14 @@ from tiny import llama3_rope
 
 from llamita.errors import InputError
 from llamita.export.source import module_names
-from llamita.formats.gguf import GgufFile, write_gguf
+from llamita.formats.gguf import KINDS, GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
 from llamita.formats.gguf_parts import GgufModel
 from llamita.imports.convert import convert
 from llamita.imports.gguf import _ends
 from llamita.imports.tokenizers import with_scores
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.foreign_names import hf_order
 from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.text.tokenizer import Tokenizer
@@ -88,6 +89,43 @@ def test_a_q6_k_table_is_multiplied_out_next_to_kept_codes(tmp_path: Path) -> No
     assert isinstance(one, Int4Weight)
     assert isinstance(other, Int4Weight)
     np.testing.assert_array_equal(one.packed, other.packed)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q2_K", "Q4_K", "Q5_K", "IQ4_XS", "IQ3_S", "MXFP4"])
+def test_a_file_in_other_blocks_becomes_a_float_checkpoint(tmp_path: Path, kind: str, capsys: Any) -> None:
+    """With the values of each block, q and k in transformers' order of rows; every command takes it."""
+    model = make_gguf_checkpoint(tmp_path, "llama3", hidden_size=256, num_attention_heads=8)
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
+    file = GgufFile(tmp_path / "out" / "model.gguf")
+    random, (_, weights, width) = np.random.default_rng(0), KINDS[kind]
+    tensors, data = {}, {}
+    for name, tensor in file.tensors.items():
+        tensors[name], data[name] = (tensor.kind, tensor.shape), file.read(name)
+        if ".attn_q." in name or ".attn_k." in name or ".ffn_down." in name:
+            rows, columns = tensor.shape
+            blocks = random.integers(0, 256, (rows, columns // weights, width), dtype=np.uint8)
+            if kind == "MXFP4":
+                blocks[..., 0] = 120  # the exponent of a scale
+            else:  # a scale of scales is the first or the last two bytes, a minimum next to it
+                at = slice(width - 2, width) if kind in ("Q3_K", "Q6_K") else slice(0, 2)
+                blocks[..., at] = np.array([0.01], "<f2").view(np.uint8)
+                if kind in ("Q4_1", "Q4_K", "Q5_K"):
+                    blocks[..., 2:4] = np.array([0.02], "<f2").view(np.uint8)
+                if kind == "Q2_K":
+                    blocks[..., 80:] = np.array([0.01, 0.02], "<f2").view(np.uint8)
+            tensors[name], data[name] = (kind, tensor.shape), blocks.reshape(rows, -1)
+    write_gguf(tmp_path / "a.gguf", file.values, tensors, iter(data.items()))
+    assert run("import", tmp_path / "a.gguf", "-o", tmp_path / "back") == 0
+    back = Checkpoint(tmp_path / "back")
+    for module, name in (("mlp.down_proj", "ffn_down"), ("self_attn.k_proj", "attn_k")):
+        expected = floats_of(kind, data[f"blk.1.{name}.weight"])
+        order = hf_order(f"model.layers.1.{module}.weight", back.config)
+        found = back.weight(f"model.layers.1.{module}")
+        np.testing.assert_array_equal(found, expected if order is None else expected[order])
+    assert run("quantize", tmp_path / "a.gguf", "-o", tmp_path / "again", "--overwrite") == 0
+    assert run("inspect", tmp_path / "a.gguf") == 0
+    assert kind in capsys.readouterr().out
 
 
 def test_special_tokens_and_flags_of_llama_2s_kind_hold() -> None:

@@ -1,6 +1,9 @@
 """`llamita inspect`: show what a model directory holds."""
 
+import math
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,11 +11,17 @@ import typer
 from llamita.commands import console
 from llamita.commands.options import Json
 from llamita.commands.sources import convert_first
+from llamita.errors import shown
+from llamita.formats.gguf_parts import GgufModel, parts_of
+from llamita.imports.detect import gguf_of
+from llamita.imports.gguf import hf_config
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.config import ModelConfig
 from llamita.models.layer_kinds import count_kinds
 from llamita.models.names import expected_tensors
 from llamita.models.packed import PackedModel
+from llamita.numerics.scheme import QuantScheme
 
 _WORST = 5  # layers shown without --layers
 
@@ -29,11 +38,7 @@ def command(directory: _Directory, layers: _Layers = False, json: Json = False) 
 
     Example: llamita inspect my-model
     """
-    convert_first(directory, quiet=json)
-    source = open_source(directory)
-    assert isinstance(source, Checkpoint | PackedModel)
-    values = facts(source)
-    source.close()
+    values, scheme = _facts_of(directory, json)
     if json:
         console.print_json(values)
         return
@@ -47,7 +52,7 @@ def command(directory: _Directory, layers: _Layers = False, json: Json = False) 
     worst = sorted(values["layer_errors"].items(), key=lambda item: -item[1])
     if worst:
         listed = worst if layers else worst[:_WORST]
-        kinds = {name: source.scheme.kind(name).name for name, _ in worst} if source.scheme else {}
+        kinds = {name: scheme.kind(name).name for name, _ in worst} if scheme else {}
         console.print_table(
             "relative squared error, worst first",
             ["layer", "stored as", "error"],
@@ -55,32 +60,44 @@ def command(directory: _Directory, layers: _Layers = False, json: Json = False) 
         )
 
 
+def _facts_of(name: str, quiet: bool) -> tuple[dict[str, Any], QuantScheme | None]:
+    """Return the facts about a model, and its scheme; of a GGUF only the header is read."""
+    gguf = gguf_of(Path(name)) if os.path.exists(name) else None
+    if gguf is not None:
+        return gguf_facts(gguf), None
+    convert_first(name, quiet=quiet)
+    source = open_source(name)
+    assert isinstance(source, Checkpoint | PackedModel)
+    try:
+        return facts(source), source.scheme
+    finally:
+        source.close()
+
+
+def gguf_facts(path: Path) -> dict[str, Any]:
+    """Return what the header of a GGUF says, as JSON values."""
+    file = GgufModel(path)
+    try:
+        sizes: Counter[str] = Counter()
+        for tensor in file.tensors.values():
+            sizes[tensor.kind] += tensor.stop - tensor.start
+        files = [part.name for part in parts_of(path)]
+        values = _shape_facts(path, ModelConfig.from_hf(hf_config(file)), files, sizes)
+        words = file.values.get("tokenizer.ggml.pre")
+        return {**values, "scheme": None, "tokenizer": shown(words) if words else None, "layer_errors": {}}
+    finally:
+        file.close()
+
+
 def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
     """Return what there is to know about an open model, as JSON values."""
     config = source.config
-    infos = [info for file in source.files.values() for info in file.tensors.values()]
     sizes: Counter[str] = Counter()
-    for info in infos:
-        sizes[info.dtype] += info.stop - info.start
-    weights = 0
-    for shape in expected_tensors(config).values():
-        weights += shape[0] * (shape[1] if len(shape) > 1 else 1)
-    values: dict[str, Any] = {
-        "path": str(source.path),
-        "weights": weights,
-        "layers": config.layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "context": config.context,
-        "rope": config.rope.kind,
-        "tied": config.tied,
-        "files": list(source.files),
-        "tensor_bytes": sum(sizes.values()),
-        "bytes_by_dtype": dict(sizes.most_common()),
+    for file in source.files.values():
+        for info in file.tensors.values():
+            sizes[info.dtype] += info.stop - info.start
+    values = {
+        **_shape_facts(source.path, config, list(source.files), sizes),
         "scheme": source.scheme.to_dict() if source.scheme else None,
         "layers_by_kind": count_kinds(config, source.scheme) if source.scheme else None,
         "layer_errors": {},
@@ -92,6 +109,26 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
         values["relative_error"] = source.metadata.error.relative
         values["layer_errors"] = source.metadata.error.layers
     return values
+
+
+def _shape_facts(path: Path, config: ModelConfig, files: list[str], sizes: Counter[str]) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "weights": sum(math.prod(shape) for shape in expected_tensors(config).values()),
+        "layers": config.layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "context": config.context,
+        "rope": config.rope.kind,
+        "tied": config.tied,
+        "files": files,
+        "tensor_bytes": sum(sizes.values()),
+        "bytes_by_dtype": dict(sizes.most_common()),
+    }
 
 
 def _rotations(rotations: list[dict[str, Any]]) -> str:

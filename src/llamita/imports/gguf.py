@@ -18,12 +18,13 @@ from llamita.imports.import_codes import CodesLostError, Imported, import_codes
 from llamita.imports.tokenizers import LLAMA3_ENDS
 from llamita.models.config import ModelConfig
 from llamita.models.foreign_names import SCALED_ROPE, gguf_name, hf_order, rope_factors
-from llamita.models.names import expected_tensors
+from llamita.models.names import expected_tensors, linear_names
 from llamita.models.packed_writer import plan_shards, write_shards
 from llamita.system.files import write_json
 from llamita.system.progress import Progress
 
 _SIGNED = "weights are multiplied out: llama.cpp's int4 scales have both signs, which no other runtime takes"
+_OTHER = "weights are multiplied out: their blocks ({kinds}) have no counterpart among our codes"
 # Values that change the forward pass, with those that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0, 0.0), "embedding_scale": (1.0, 0.0), "residual_scale": (1.0, 0.0),
@@ -57,6 +58,9 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
                 return Imported(import_codes(coded, directory, progress, keep_all=True))
             except CodesLostError:
                 note = _SIGNED
+        kinds = sorted({file.tensors[gguf_name(name + ".weight")].kind for name in linear_names(config)} - set(STORED))
+        if kinds and note is None:
+            note = _OTHER.format(kinds=", ".join(kinds))
         _write_weights(file, config, directory, progress)
         write_json(directory / "config.json", values)
         return Imported(note=note)
