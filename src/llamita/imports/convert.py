@@ -15,12 +15,11 @@ _CONVERTERS = {  # called as convert(source, directory, progress)
     detect.COMPRESSED_TENSORS: "llamita.imports.compressed_tensors:convert",
     detect.GPTQ: "llamita.imports.gptq:convert",
     detect.TORCHAO: "llamita.imports.torchao:convert",
+    detect.BIN: "llamita.imports.pytorch_bin:convert",
 }
-_KNOWN = (
-    "a directory with Meta's consolidated.*.pth and params.json, or of compressed-tensors, GPTQ or torchao, or a .gguf"
-)
+_KNOWN = "Meta's consolidated.*.pth with params.json, pytorch_model.bin, compressed-tensors, GPTQ, torchao, or a .gguf"
 _LACKING = (
-    "{source}: Meta's checkpoints need the package {{package}} to be read, which is missing; try pip install "
+    "{source}: weights of torch.save need the package {{package}} to be read, which is missing; try pip install "
     "'llamita[torch]' (in a checkout '.[torch]')"
 )
 

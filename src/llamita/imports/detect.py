@@ -7,10 +7,11 @@ from llamita.errors import LlamitaError
 from llamita.formats.gguf_parts import parts_of
 from llamita.system.files import exists_in, read_json, safe_path
 
-META, GGUF = "meta", "gguf"
+META, GGUF, BIN = "meta", "gguf", "pytorch_model.bin"
 COMPRESSED_TENSORS, GPTQ, TORCHAO = "compressed-tensors", "gptq", "torchao"
 _METHODS = (COMPRESSED_TENSORS, GPTQ, TORCHAO)  # of quantization_config in config.json
 _OLD_GPTQ = "quantize_config.json"
+_BIN = "pytorch_model.bin"
 _MAGIC = b"GGUF"
 _OURS = ("llamita.json", "llamita_training.json")
 
@@ -23,6 +24,8 @@ def detect_format(source: Path) -> str | None:
         return None
     if not exists_in(source, "config.json"):
         return META if exists_in(source, "params.json") else None
+    if bins_of(source) and not any(source.glob("*.safetensors")):
+        return BIN
     method = quantization_of(source).get("quant_method")
     return method if isinstance(method, str) and method in _METHODS else None
 
@@ -40,6 +43,13 @@ def gguf_of(source: Path) -> Path | None:
             return source if source.suffix == ".gguf" or file.read(len(_MAGIC)) == _MAGIC else None
     except OSError:  # the next reader reports it
         return source if source.suffix == ".gguf" else None
+
+
+def bins_of(source: Path) -> list[str]:
+    """Return the names of a checkpoint's files of torch.save: pytorch_model.bin, or those of its index."""
+    if exists_in(source, _BIN):
+        return [_BIN]
+    return sorted(path.name for path in source.glob("pytorch_model-*.bin"))
 
 
 def quantization_of(source: Path) -> dict[str, Any]:
@@ -66,6 +76,8 @@ def files_of(source: Path) -> list[Path]:
         tokenizer = "tokenizer.model" if exists_in(source, "tokenizer.model") else "tokenizer.json"
         weights = sorted(path.name for path in source.glob("consolidated.*.pth"))
         names = [*weights, "params.json", tokenizer]
+    elif detect_format(source) == BIN:
+        names = ["config.json", *bins_of(source)]
     else:
         names = ["config.json", *sorted(path.name for path in source.glob("*.safetensors"))]
     return [safe_path(source, name) for name in names]

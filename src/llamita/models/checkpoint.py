@@ -59,7 +59,7 @@ def _no_weights(directory: Path) -> LlamitaError:
         return unreadable(directory, error)
     got, hint = "neither", None
     if endings & {".bin", ".pth", ".pt"}:
-        got, hint = "pickled weights, which are not loaded", "try the model's safetensors"
+        got, hint = "pickled weights", "try llamita import, or the model's safetensors"
     elif ".gguf" in endings:
         got, hint = "GGUF", "try the float model"
     return InputError(str(directory), f"{SINGLE} or {INDEX}", got, hint)
