@@ -8,17 +8,22 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from command import run
 from places import DATA
 
 import llamita
-from llamita.formats.gguf import GgufFile
+from llamita.formats.gguf import GgufFile, write_gguf
+from llamita.formats.gguf_parts import GgufModel
+from llamita.formats.gguf_words import SPLITS
+from llamita.imports.gguf_tokenizer import convert_tokenizer
 from llamita.imports.open import resolve
 
 pytestmark = pytest.mark.real
@@ -29,7 +34,7 @@ import json, sys
 from llama_cpp import Llama
 model = Llama(model_path=sys.argv[1], vocab_only=True, verbose=False)
 lines = json.load(open(sys.argv[2]))
-json.dump([model.tokenize(line.encode(), add_bos=False, special=False) for line in lines], open(sys.argv[3], "w"))
+json.dump([model.tokenize(line.encode(), add_bos=False, special=True) for line in lines], open(sys.argv[3], "w"))
 """
 
 
@@ -69,7 +74,9 @@ def test_logits_are_transformers(gguf: Path) -> None:
     np.testing.assert_allclose(llm.logits(ids), expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_tokens_are_llamacpps(gguf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokens_are_llamacpps(gguf: Path, tmp_path: Path, split: str) -> None:
+    """With the file's own way to split texts, and with each other way that has a name."""
     python = os.environ.get("LLAMITA_LLAMACPP")
     if python is None or not DATA.is_dir():
         pytest.skip("LLAMITA_LLAMACPP: expected a Python with llama-cpp-python; and texts in LLAMITA_DATA")
@@ -77,12 +84,19 @@ def test_tokens_are_llamacpps(gguf: Path, tmp_path: Path) -> None:
     lines = [line for path in paths for line in path.read_text("utf-8", "replace").splitlines() if line]
     lines = lines[:: max(1, len(lines) // LINES)][:LINES]
     assert len(lines) == LINES
+    if SPLITS[split].is_composed:  # llama.cpp composes no text
+        lines = [unicodedata.normalize("NFC", line) for line in lines]
     (tmp_path / "lines.json").write_text(json.dumps(lines))
-    program = [python, "-c", _IN_LLAMACPP, gguf, tmp_path / "lines.json", tmp_path / "ids.json"]
+    file = GgufFile(gguf)
+    write_gguf(tmp_path / "words.gguf", {**file.values, "tokenizer.ggml.pre": split}, {}, iter(()))
+    program = [python, "-c", _IN_LLAMACPP, tmp_path / "words.gguf", tmp_path / "lines.json", tmp_path / "ids.json"]
     subprocess.run(program, check=True)
-    tokenizer = llamita.load(gguf).tokenizer
-    found = [tokenizer.encode(line, add_bos=False) for line in lines]
-    assert found == json.loads((tmp_path / "ids.json").read_text())
+    (tmp_path / "made").mkdir()
+    convert_tokenizer(GgufModel(tmp_path / "words.gguf"), tmp_path / "made")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "made" / "tokenizer.json"))
+    found = [one.ids for one in tokenizer.encode_batch(lines, add_special_tokens=False)]
+    expected = json.loads((tmp_path / "ids.json").read_text())
+    assert [line for line, one, other in zip(lines, found, expected, strict=True) if one != other] == []
 
 
 def test_an_export_has_the_files_tokens(gguf: Path, tmp_path: Path) -> None:
