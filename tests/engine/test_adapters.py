@@ -97,12 +97,25 @@ def test_outputs_beside_an_adapters_stay_as_they_are(dtype: type, rows: int) -> 
     assert (out[:, 2 + rows :] == 7.0).all()
 
 
-@pytest.mark.parametrize("targets", [LINEARS, ["self_attn.v_proj", "mlp.up_proj"]])
-def test_a_float_model_with_an_adapter_is_pefts(model: Path, tmp_path: Path, targets: list[str]) -> None:
+PATTERNS = {"rank_pattern": {"v_proj": 8, "down_proj": 2}, "alpha_pattern": {"up_proj": 3, ".*1.self_attn.q_proj": 1}}
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings"),
+    [
+        (LINEARS, {}),
+        (["self_attn.v_proj", "mlp.up_proj"], {}),
+        (LINEARS, PATTERNS),
+        (LINEARS, {**PATTERNS, "use_rslora": True}),
+    ],
+)
+def test_a_float_model_with_an_adapter_is_pefts(
+    model: Path, tmp_path: Path, targets: list[str], settings: dict[str, Any]
+) -> None:
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    path = make_adapter(tmp_path / "a", model, targets=targets)
+    path = make_adapter(tmp_path / "a", model, targets=targets, **settings)
     base = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, path).eval()
     with torch.no_grad():
@@ -237,3 +250,23 @@ def test_an_unknown_name_is_refused(model: Path, tmp_path: Path) -> None:
         llm.generate(PROMPT, adapter="b")
     with pytest.raises(InputError, match="expected none, because the model was loaded without, got 'a'"):
         llamita.load(model).logits(PROMPT, adapter="a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"(a+)+$": 4}}, r"adapter_config.json: expected names, or expressions with at most 3 stars"),
+        ({"rank_pattern": {".*.*.*.*q_proj": 4}}, "at most 3 stars"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: expected 1 to 4096, got 0"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: expected a number, got 'x'"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: expected a number"),
+    ],
+)
+def test_patterns_that_cannot_be_are_refused(
+    model: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    path = make_adapter(tmp_path / "a", model)
+    values = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(values | settings))
+    with pytest.raises(InputError, match=message):
+        llamita.load(model, adapters={"a": path})

@@ -32,7 +32,8 @@ def make_adapter(
         for name in targets:
             rows, columns = config.linear_shapes()[name]
             prefix = f"base_model.model.model.layers.{layer}.{name}"
-            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            own = settings.get("rank_pattern", {}).get(name.split(".")[1], rank)
+            for part, shape in (("A", (own, columns)), ("B", (rows, own))):
                 values = random.normal(0, 0.1, shape).astype(np.float32)
                 tensors[f"{prefix}.lora_{part}.weight"] = f32_to_bf16(values)
     directory.mkdir()

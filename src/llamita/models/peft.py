@@ -5,6 +5,7 @@ LoRA: Hu et al. 2021, arXiv 2106.09685.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from llamita.errors import InputError, shown
 from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.models.config import ModelConfig
 from llamita.models.weights import FLOAT_DTYPES, check_finite, stored_dtype
+from llamita.numerics.affine import to_f32
 from llamita.system.files import exists_in, read_json, safe_path, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_RANK = 4096
 _LARGEST_ALPHA = 1e6
 _NAME = re.compile(r"base_model\.model\.model\.layers\.([0-9]{1,5})\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight")
+# Keys of rank_pattern: names, or simple expressions; others could take for ever to match.
+_SIMPLE = re.compile(r"[\w.*\\^$]{1,120}")
+_MOST_STARS = 3
+Strengths = Callable[[str], tuple[int, float]]  # from a module to its rank and scaling
 _PLAIN: dict[str, Any] = {  # settings that can change the computation, with the value at which they do not
-    "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {}, "layer_replication": None, "lora_bias": False, "trainable_token_indices": None,
+    "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None,
+    "layer_replication": None, "lora_bias": False, "trainable_token_indices": None,
     "alora_invocation_tokens": None,
 }  # fmt: skip
 
@@ -54,7 +60,7 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
         there = "a file" if path.is_file() else "a directory without it" if path.exists() else "no such directory"
         raise InputError(str(path), f"a directory with {CONFIG}, as PEFT writes adapters", there)
     settings = read_json(path, CONFIG)
-    rank, scaling = _check_settings(settings, path)
+    strengths = _check_settings(settings, path)
     file = TensorFile(safe_path(path, WEIGHTS))
     found: dict[str, dict[str, np.ndarray]] = {}
     shapes = config.linear_shapes()
@@ -63,6 +69,7 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
         if match is None or match[2] not in shapes or int(match[1]) >= config.layers:
             raise InputError(f"{path}: {shown(tensor, 100)}", "adapters of this model's linear layers")
         rows, columns = shapes[match[2]]
+        rank, _ = strengths(f"model.layers.{int(match[1])}.{match[2]}")
         expected = (rank, columns) if match[3] == "A" else (rows, rank)
         if info.dtype not in FLOAT_DTYPES or info.shape != expected:
             raise InputError(
@@ -82,12 +89,26 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
     for module, pair in found.items():
         if len(pair) != 2:
             raise InputError(f"{path}: {module}", "both lora_A and lora_B")
-    pairs = {module: (pair["A"], pair["B"]) for module, pair in found.items()}
-    return StoredAdapter(pairs, rank, scaling)
+    return _alike({module: (pair["A"], pair["B"]) for module, pair in found.items()}, strengths)
 
 
-def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
-    """Return rank and scaling; refuse settings that are not supported."""
+def _alike(pairs: dict[str, tuple[np.ndarray, np.ndarray]], strengths: Strengths) -> StoredAdapter:
+    """Return an adapter of one rank and one scaling; where modules differ, zeros and factors make up for it."""
+    found = {module: strengths(module) for module in pairs}
+    if len(set(found.values())) == 1:
+        return StoredAdapter(pairs, *next(iter(found.values())))
+    most, scaling = max(rank for rank, _ in found.values()), max(found.values(), key=lambda one: abs(one[1]))[1]
+    alike = {}
+    for module, (down, up) in pairs.items():
+        rank, own = found[module]
+        factor = np.float32(own / scaling if scaling else 0.0)
+        wide = np.pad(to_f32(down), ((0, most - rank), (0, 0))), np.pad(to_f32(up) * factor, ((0, 0), (0, most - rank)))
+        alike[module] = wide
+    return StoredAdapter(alike, most, scaling)
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> Strengths:
+    """Return the function from a module to its rank and scaling; refuse settings that are not supported."""
     if settings.get("peft_type") != "LORA":
         raise InputError(f"{path}: {CONFIG}: peft_type", "LORA", shown(settings.get("peft_type")))
     for name, plain in _PLAIN.items():
@@ -104,12 +125,46 @@ def _check_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
             shown(start, 60),
             "try converting it to plain LoRA with PEFT",
         )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
-        raise InputError(f"{path}: {CONFIG}: r", f"1 to {_LARGEST_RANK}", shown(rank))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= _LARGEST_ALPHA:
-        raise InputError(f"{path}: {CONFIG}: lora_alpha", "a number", shown(alpha))
-    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    patterns: list[dict[str, Any]] = []
+    for key, plain, check in (("rank_pattern", "r", _is_rank), ("alpha_pattern", "lora_alpha", _is_alpha)):
+        pattern = settings.get(key) or {}
+        given = [(plain, settings.get(plain))]
+        given += [(key, value) for value in pattern.values()] if isinstance(pattern, dict) else [(key, pattern)]
+        for where, value in given:
+            if not check(value):
+                expected = f"1 to {_LARGEST_RANK}" if check is _is_rank else "a number"
+                raise InputError(f"{path}: {CONFIG}: {where}", expected, shown(value, 60))
+        patterns.append(pattern)
+
+    def strength(module: str) -> tuple[int, float]:
+        rank = _matching(patterns[0], module, settings["r"])
+        return rank, _matching(patterns[1], module, settings["lora_alpha"]) / (
+            math.sqrt(rank) if settings.get("use_rslora") else rank
+        )
+
+    return strength
+
+
+def _matching(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    """Return the value of the first key that is the module's name or the end of it, as PEFT finds it."""
+    for key, value in pattern.items():
+        try:
+            if _SIMPLE.fullmatch(key) is None or key.count("*") > _MOST_STARS:
+                raise re.error("unknown")
+            if re.fullmatch(rf"(.*\.)?({key})", module):
+                return value
+        except re.error:
+            expected = f"names, or expressions with at most {_MOST_STARS} stars, in rank_pattern and alpha_pattern"
+            raise InputError(CONFIG, expected, shown(key, 60)) from None
+    return default
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST_RANK
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_ALPHA
 
 
 def write_adapter(adapter: StoredAdapter, base: str, layers: int, directory: Path) -> None:
