@@ -216,3 +216,22 @@ def test_a_packed_model_is_refused(model: Path, data: Path, tmp_path: Path, caps
     capsys.readouterr()
     assert run("finetune", tmp_path / "packed", "--data", data, "-o", tmp_path / "out") == 2
     assert "expected a float model, got a packed one" in one_line(capsys)
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(model: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = [json.dumps({"prompt": f"say {i}", "completion": f"it is {i}"}) for i in range(30)]
+    lines[3], lines[7], lines[9] = '{"prompt": "a", "completion": ""}', "{", "[1]"
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(lines))
+    options = ("finetune", model, "--data", data, "--set", "length=64", "--dry-run")
+    assert run(*options) == 2
+    assert "rows.jsonl: line 4: completion: expected a text, got an empty text" in one_line(capsys)
+    assert run(*options, "--skip-bad-rows", "--json") == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["examples"] + found["held_out_examples"] == 27
+    assert "3 of 30 rows cannot be used: left out (rows.jsonl: line 4, " in captured.err
+    table = tmp_path / "rows.tsv"
+    table.write_text("\n".join(f"one {i}\tun {i}" for i in range(20)) + "\nalone\nempty\t\n")
+    assert run("finetune", model, "--data", table, *options[4:], "--task", "translation", "--skip-bad-rows") == 0
+    assert "2 of 22 rows cannot be used" in capsys.readouterr().err

@@ -60,6 +60,9 @@ _Set = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the recipe: learning_rate=1e-4; repeatable."),
 ]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Read at most this many records.")]
+_SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, such as those with an empty cell.")
+]
 _ReportTo = Annotated[str, typer.Option(help="Where transformers reports to: none, tensorboard, wandb, ….")]
 _Shard = Annotated[
     bool, typer.Option("--shard", help="Under torchrun: each process holds its part of the weights (Torch's FSDP2).")
@@ -81,6 +84,7 @@ def command(
     settings: _Set = None,
     seed: Seed = 0,
     limit: _Limit = None,
+    skip_bad_rows: _SkipBadRows = False,
     report_to: _ReportTo = "none",
     shard: _Shard = False,
     dry_run: _DryRun = False,
@@ -102,7 +106,7 @@ def command(
     if not dry_run:
         _check_out(out, chosen, overwrite, source.path, other)
     with console.progress(quiet=json or not is_first) as progress:
-        found = load_data(data, task, source, chosen, seed, limit, progress)
+        found = load_data(data, task, source, chosen, seed, limit, progress, skip_bad_rows)
         if preferences is not None:
             found = with_preferences(found, preferences, source, chosen, seed, limit)
         if is_first:

@@ -1,6 +1,7 @@
 """Read training data by name; tokenize, divide and pack it into rows that are learned and rows only measured."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -12,10 +13,10 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.system.progress import Progress
 from llamita.text.chat_template import ChatTemplate, find_template
 from llamita.text.tokenizer import Tokenizer
-from llamita.train.examples import Example, Windows, keep_fitting, pack, tokenize
+from llamita.train.examples import Example, Windows, join_places, keep_fitting, pack, tokenize
 from llamita.train.preferences import Pair, read_pairs
 from llamita.train.recipe import Recipe
-from llamita.train.records import read_data
+from llamita.train.records import Record, read_data
 from llamita.train.tasks import TASKS, Conversation, conversation
 
 T = TypeVar("T", Example, Pair)
@@ -58,7 +59,7 @@ class Data:
 
 def load_data(
     name: str, task: str | None, source: Checkpoint, recipe: Recipe, seed: int, limit: int | None = None,
-    progress: Progress = None,
+    progress: Progress = None, skip_bad_rows: bool = False,
 ) -> Data:  # fmt: skip
     """Read, tokenize, divide and pack.
 
@@ -67,6 +68,7 @@ def load_data(
         task: a key of `TASKS`; None if the columns of the records say it.
         seed: draws the order and the examples that are held out.
         limit: read at most this many records.
+        skip_bad_rows: leave out records that cannot be used, and name them in the note.
 
     Raises:
         InputError: an unknown task, a bad record, or nothing to learn.
@@ -77,7 +79,7 @@ def load_data(
         expected = f"at most {source.config.context} tokens, the model's context"
         raise InputError("length", expected, str(recipe.length), "try --set length=N")
     tokenizer, template = _text_readers(source)
-    conversations = [conversation(record, task) for record in read_data(name, limit)]
+    conversations, bad = _conversations(read_data(name, limit, skip_bad_rows), task, skip_bad_rows)
     examples = []
     for number, one in enumerate(conversations):
         if progress and number % 100 == 0:
@@ -85,6 +87,7 @@ def load_data(
         examples.append(tokenize(one, tokenizer, template))
     bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
     kept, note = keep_fitting(examples, recipe.length, bos)
+    note = "; ".join(part for part in (bad, note) if part) or None
     if not kept:
         found, hint = (f"none: {note}", "try --set length=N") if note else ("none", None)
         raise InputError(name, "examples to learn from", found, hint)
@@ -97,6 +100,22 @@ def load_data(
     for windows in (rows, held_out):
         digest.update(windows.ids.astype("<i4").tobytes() + windows.labels.astype("<i4").tobytes())
     return Data(rows, held_out, len(learned), measured, note, digest.hexdigest())
+
+
+def _conversations(records: Iterable[Record], task: str | None, skips: bool) -> tuple[list[Conversation], str | None]:
+    """Return the conversations of records, and a line about those that were left out."""
+    found, bad, total = list[Conversation](), list[str](), 0
+    for record in records:
+        total += 1
+        try:
+            found.append(conversation(record, task))
+        except InputError:
+            if not skips:
+                raise
+            bad.append(record.place)
+    if not bad:
+        return found, None
+    return found, f"{len(bad)} of {total} rows cannot be used: left out ({join_places(bad)})"
 
 
 def with_preferences(

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamita.errors import InputError, shown
 from llamita.system.extras import load_optional
-from llamita.system.files import json_lines, read_text
+from llamita.system.files import parse_json, read_text
 
 LARGEST_FILE = 2**30  # bytes: a file is read whole, and its records take several times as much memory
 HUB = "llamita.text.hub_datasets:rows"  # imported on use: it needs the package datasets
@@ -27,13 +27,14 @@ _COLUMNS = ("source", "target")  # of a TSV whose first line names none
 
 @dataclass(frozen=True)
 class Record:
-    """One object of the data, with its place for messages."""
+    """One object of the data, with its place for messages, or what is wrong there."""
 
     place: str
     values: dict[str, Any]
+    problem: InputError | None = None
 
 
-def read_data(name: str, limit: int | None = None) -> Iterator[Record]:
+def read_data(name: str, limit: int | None = None, with_problems: bool = False) -> Iterator[Record]:
     """Yield the records of a file (see `read_records`) or of the train split of a data set of the hub.
 
     Args:
@@ -48,14 +49,14 @@ def read_data(name: str, limit: int | None = None) -> Iterator[Record]:
     if path.exists() or path.suffix in _FILES or not _HUB_NAME.fullmatch(name):
         if path.is_dir():
             raise InputError(name, "a file", "a directory", "try one of its files")
-        records = read_records(path)
+        records = read_records(path, with_problems)
     else:
         rows = load_optional(HUB, _NO_DATASETS)(name)
         records = (Record(f"{name}: row {number}", row) for number, row in enumerate(rows, 1))
     return islice(records, limit)
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, with_problems: bool = False) -> Iterator[Record]:
     """Yield the records of a file.
 
     Args:
@@ -63,20 +64,28 @@ def read_records(path: Path) -> Iterator[Record]:
             or columns that the first line names; any other file is one document of plain text.
 
     Raises:
-        InputError: no such file, not UTF-8, or the record at a named line or number is not an object.
+        InputError: no such file, not UTF-8, or the record at a named line or number is not an object; with
+            `with_problems`, such a record is returned with its problem.
         RunError: the file cannot be read.
     """
     if path.suffix in _TABLES:
         raise InputError(f"{path}", ", ".join(_FILES), path.suffix, "try saving it as JSON lines")
     text = read_text(path, LARGEST_FILE).removeprefix("\ufeff")  # Windows puts it before UTF-8
-    if path.suffix == ".jsonl":
-        yield from (Record(place, values) for place, values in json_lines(text, path.name))
-    elif path.suffix == ".json":
-        yield from _json_records(path, text)
-    elif path.suffix == ".tsv":
-        yield from _tsv_records(path, text)
-    else:
-        yield Record(path.name, {"text": text})
+    read = {".jsonl": _json_lines, ".json": _json_records, ".tsv": _tsv_records}.get(path.suffix)
+    for record in read(path, text) if read else [Record(path.name, {"text": text})]:
+        if record.problem is not None and not with_problems:
+            raise record.problem
+        yield record
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            place = f"{path.name}: line {number}"
+            try:
+                yield Record(place, parse_json(line.encode(), place))
+            except InputError as error:
+                yield Record(place, {}, error)
 
 
 def _json_records(path: Path, text: str) -> Iterator[Record]:
@@ -90,9 +99,11 @@ def _json_records(path: Path, text: str) -> Iterator[Record]:
     if not isinstance(values, list):
         raise InputError(f"{path}", "a list of objects", type(values).__name__)
     for number, value in enumerate(values, 1):
-        if not isinstance(value, dict):
-            raise InputError(f"{path}: item {number}", "an object", type(value).__name__)
-        yield Record(f"{path.name}: item {number}", value)
+        place = f"{path.name}: item {number}"
+        if isinstance(value, dict):
+            yield Record(place, value)
+        else:
+            yield Record(place, {}, InputError(f"{path}: item {number}", "an object", type(value).__name__))
 
 
 def _squad_records(path: Path, articles: list[Any]) -> Iterator[Record]:
@@ -126,5 +137,7 @@ def _tsv_records(path: Path, text: str) -> Iterator[Record]:
             columns = tuple(cell.strip().lower() for cell in row)
             continue
         if len(row) < len(_COLUMNS):
-            raise InputError(f"{path}: line {number}", "two columns or more", f"{len(row)}")
+            problem = InputError(f"{path}: line {number}", "two columns or more", f"{len(row)}")
+            yield Record(f"{path.name}: line {number}", {}, problem)
+            continue
         yield Record(f"{path.name}: line {number}", dict(zip(columns, row, strict=False)))

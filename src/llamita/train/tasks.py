@@ -36,6 +36,8 @@ def conversation(record: Record, task: str | None) -> Conversation:
     Raises:
         InputError: a column of the record at a named place is missing or is not a text.
     """
+    if record.problem is not None:
+        raise record.problem
     if task is not None:
         return TASKS[task](record)
     if "messages" in record.values:
