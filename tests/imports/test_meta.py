@@ -172,7 +172,10 @@ def test_what_import_made_it_replaces(model: Path, tmp_path: Path) -> None:
 def test_each_mistake_is_one_line(model: Path, tmp_path: Path, capsys: Any) -> None:
     for arguments, message in (
         ((model, "-o", tmp_path / "out"), "got a float checkpoint; try llamita quantize"),
-        ((tmp_path / "none", "-o", tmp_path / "out"), "with Meta's consolidated.*.pth and params.json, or of"),
+        (
+            (tmp_path / "none", "-o", tmp_path / "out"),
+            "expected Meta's consolidated.*.pth with params.json, pytorch_model.bin",
+        ),
         ((model,), "--out: expected the directory to make"),
     ):
         assert run("import", *arguments) == 2

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def test_a_tied_head_under_its_second_name_is_written_once(tmp_path: Path, monke
     monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
     model = make_checkpoint(tmp_path / "model", "llama32")
     source = as_bin(model)
-    state = torch.load(source / "pytorch_model.bin")
+    state = torch.load(source / "pytorch_model.bin", weights_only=True)
     torch.save({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, source / "pytorch_model.bin")
     assert "lm_head.weight" not in weights(source)
 
@@ -84,7 +83,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, capsys: Any) -> None:
     torch.save({"model.norm.weight": Hostile(mark)}, source / "pytorch_model.bin")
     assert run("import", source, "-o", tmp_path / "out") == 2
     assert "expected a file of torch.save with tensors alone" in one_line(capsys)
-    (source / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Hostile(mark)}))
+    torch.save({"a": Hostile(mark)}, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert run("import", source, "-o", tmp_path / "out") == 2
     assert "pytorch_model.bin: expected a file of torch.save" in one_line(capsys)
     assert not mark.exists()

@@ -109,11 +109,9 @@ def command(
         found = load_data(data, task, source, chosen, seed, limit, progress, skip_bad_rows)
         if preferences is not None:
             found = with_preferences(found, preferences, source, chosen, seed, limit)
-        if is_first:
-            console.note(found.note)
+        console.note(found.note if is_first else None)
         if dry_run or out is None:
-            shards = processes.world() if shard else 1
-            return _print_plan(found, chosen, source.config, shards, json) if is_first else None
+            return _print_plan(found, chosen, source.config, shard, json) if is_first else None
         job = FinetuneJob(source, chosen, found, out, base, data, task, other, seed, report_to, overwrite, shard,
                           progress)  # fmt: skip
         result = _train(load_optional(RUN, _LACKING), job)
@@ -221,7 +219,8 @@ def _train(run: Callable[[FinetuneJob], dict[str, Any]], job: FinetuneJob) -> di
     return result | {"seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
 
 
-def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, shards: int, json: bool) -> None:
+def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, is_sharded: bool, json: bool) -> None:
+    shards = processes.world() if is_sharded else 1
     learned, measured = data.learned, len(data.measured)
     rows, length = data.rows.ids.shape
     values = {"examples": learned, "held_out_examples": measured, "rows": rows, "length": length,
