@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_models import write_small_gguf
+from foreign_models import write_parts, write_small_gguf
 
 from llamita.errors import InputError
 from llamita.formats.gguf import GgufFile, write_gguf
@@ -13,23 +13,8 @@ from llamita.formats.gguf_parts import GgufModel, parts_of
 from llamita.imports.detect import files_of, gguf_of
 
 
-def write_parts(directory: Path, **changes: Any) -> list[Path]:
-    """Cut the small file in three: metadata alone, then tensors, as gguf-split does with --no-tensor-first-split."""
-    whole = GgufFile(write_small_gguf(directory.parent / "whole.gguf"))
-    directory.mkdir()
-    names = list(whole.tensors)
-    shares, paths = [[], names[:1], names[1:]], []
-    for number, share in enumerate(shares):
-        values = {"split.no": number, "split.count": 3, "split.tensors.count": len(names), **changes}
-        values = {**whole.values, **values} if number == 0 else values
-        tensors = {name: (whole.tensors[name].kind, whole.tensors[name].shape) for name in share}
-        paths.append(directory / f"model-{number + 1:05}-of-00003.gguf")
-        write_gguf(paths[-1], values, tensors, ((name, whole.read(name)) for name in share))
-    return paths
-
-
 def test_any_part_and_the_directory_name_the_model(tmp_path: Path) -> None:
-    paths = write_parts(tmp_path / "parts")
+    paths = write_parts(write_small_gguf(tmp_path / "whole.gguf"), tmp_path / "parts")
     whole = GgufFile(tmp_path / "whole.gguf")
     for path in paths:
         model = GgufModel(path)
@@ -44,7 +29,7 @@ def test_any_part_and_the_directory_name_the_model(tmp_path: Path) -> None:
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
-    paths = write_parts(tmp_path / "parts")
+    paths = write_parts(write_small_gguf(tmp_path / "whole.gguf"), tmp_path / "parts")
     paths[1].unlink()
     with pytest.raises(InputError, match=r"expected all 3 parts of the model, got none named model-00002-of-00003"):
         GgufModel(paths[0])
@@ -59,13 +44,13 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    paths = write_parts(tmp_path / "parts", **changes)
+    paths = write_parts(write_small_gguf(tmp_path / "whole.gguf"), tmp_path / "parts", **changes)
     with pytest.raises(InputError, match=message):
         GgufModel(paths[0])
 
 
 def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
-    paths = write_parts(tmp_path / "parts")
+    paths = write_parts(write_small_gguf(tmp_path / "whole.gguf"), tmp_path / "parts")
     second = GgufFile(paths[1])
     tensors = {name: (tensor.kind, tensor.shape) for name, tensor in second.tensors.items()}
     data = [(name, second.read(name)) for name in tensors]

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 from command import run
 from tiny import make_checkpoint
 
-from llamita.formats.gguf import write_gguf
-from llamita.formats.safetensors import TensorWriter
+from llamita.formats.gguf import KINDS, GgufFile, write_gguf
+from llamita.formats.safetensors import TensorFile, TensorWriter
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import heads_of, meta_name, pair_order
 from llamita.models.names import expected_tensors, linear_names
@@ -38,6 +39,21 @@ def write_arrays(path: Path, tensors: dict[str, np.ndarray]) -> None:
     for name in order:
         writer.write(name, tensors[name])
     writer.finish()
+
+
+def as_bin(model: Path, shards: int = 1, **more: Any) -> Path:
+    """Turn a checkpoint's safetensors into torch.save's files, with `more` tensors in the first."""
+    torch = pytest.importorskip("torch", reason="such files are written by torch.save")
+    file = TensorFile(model / "model.safetensors")
+    tensors = {name: torch.from_numpy(np.array(to_f32(file.read(name)))).bfloat16() for name in file.tensors}
+    file.close()
+    (model / "model.safetensors").unlink()
+    tensors |= more
+    names = list(tensors)
+    for number in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        torch.save({tensor: tensors[tensor] for tensor in names[number::shards]}, model / name)
+    return model
 
 
 # ---- Meta ----------------------------------------------------------------------------------------
@@ -143,6 +159,52 @@ def make_gguf_checkpoint(directory: Path, family: str = "llama32", **overrides: 
                                   "use_regex": True}  # fmt: skip
     (path / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     return path
+
+
+def write_in_blocks(source: Path, out: Path, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Write a GGUF file with random blocks of these kinds in place of Q4_0; return the bytes of all tensors."""
+    file, random = GgufFile(source), np.random.default_rng(0)
+    tensors, data = {}, {}
+    for name, tensor in file.tensors.items():
+        tensors[name], data[name] = (tensor.kind, tensor.shape), file.read(name)
+        if tensor.kind == "Q4_0":
+            kind = kinds[len(data) % len(kinds)]
+            _, weights, width = KINDS[kind]
+            blocks = random.integers(0, 256, (tensor.shape[0], tensor.shape[1] // weights, width), dtype=np.uint8)
+            _calm(kind, blocks)
+            tensors[name], data[name] = (kind, tensor.shape), blocks.reshape(tensor.shape[0], -1)
+    write_gguf(out, file.values, tensors, iter(data.items()))
+    return data
+
+
+def _calm(kind: str, blocks: np.ndarray) -> None:
+    """Give random blocks (…, bytes) scales and minima of usual size."""
+    pair = np.array([0.01, 0.02], "<f2").view(np.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = 120  # the exponent of a scale
+    elif kind in ("Q3_K", "Q6_K"):
+        blocks[..., -2:] = pair[:2]
+    elif kind == "Q2_K":
+        blocks[..., -4:] = pair
+    elif kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+        blocks[..., :4] = pair
+    else:
+        blocks[..., :2] = pair[:2]
+
+
+def write_parts(source: Path, directory: Path, **changes: Any) -> list[Path]:
+    """Cut a GGUF file in three: metadata alone, then tensors, as gguf-split does with --no-tensor-first-split."""
+    whole = GgufFile(source)
+    directory.mkdir()
+    names = list(whole.tensors)
+    shares, paths = [[], names[:1], names[1:]], []
+    for number, share in enumerate(shares):
+        values = {"split.no": number, "split.count": 3, "split.tensors.count": len(names), **changes}
+        values = {**whole.values, **values} if number == 0 else values
+        tensors = {name: (whole.tensors[name].kind, whole.tensors[name].shape) for name in share}
+        paths.append(directory / f"model-{number + 1:05}-of-00003.gguf")
+        write_gguf(paths[-1], values, tensors, ((name, whole.read(name)) for name in share))
+    return paths
 
 
 def write_small_gguf(path: Path) -> Path:

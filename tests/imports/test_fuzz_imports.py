@@ -14,11 +14,21 @@ from pathlib import Path
 import pytest
 from command import run
 from damage import mutate_value, outcome, to_text
-from foreign_models import as_gptq, as_meta, make_gguf_checkpoint, sentencepiece_model
+from foreign_models import (
+    as_bin,
+    as_gptq,
+    as_meta,
+    make_gguf_checkpoint,
+    sentencepiece_model,
+    write_in_blocks,
+    write_parts,
+)
 from tiny import SMALL, make_checkpoint
 
 from llamita.imports.convert import convert
+from llamita.imports.detect import BIN, detect_format, files_of
 from llamita.imports.open import open_source
+from llamita.imports.pytorch_bin import write_safetensors
 
 pytest.importorskip("torch", reason="Meta's files are read by torch.load")
 
@@ -102,21 +112,29 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
         (source / "tokenizer.model").write_bytes(sentencepiece_model(300))
         return source, "tokenizer.model", flip
     model = make_gguf_checkpoint(directory, "llama3", **SMALL)
+    if kind == "bin":
+        return as_bin(model), "pytorch_model.bin", flip
     if kind == "gptq":
         as_gptq(model, directory / "there")
         return directory / "there", WEIGHTS, change_header
     assert run("quantize", model, "-o", directory / "packed") == 0
-    target = {"gguf": "gguf", "torchao": "torchao"}.get(kind, "compressed-tensors")
+    target = "gguf" if "gguf" in kind else "torchao" if kind == "torchao" else "compressed-tensors"
     flavor = ("--flavor", "vllm-cpu") if kind == "int-quantized" else ()
     assert run("export", directory / "packed", "--to", target, "-o", directory / "there", *flavor) == 0
     if kind == "gguf":
         return directory / "there" / "model.gguf", "", flip
+    if kind == "gguf blocks":
+        write_in_blocks(directory / "there" / "model.gguf", directory / "a.gguf", ["Q4_1", "Q5_0", "IQ4_NL", "MXFP4"])
+        return directory / "a.gguf", "", flip
+    if kind == "gguf part":
+        parts = write_parts(directory / "there" / "model.gguf", directory / "parts")
+        return directory / "parts", parts[1].name, flip
     name = "config.json" if kind == "config.json" else WEIGHTS
     return directory / "there", name, change_json if kind == "config.json" else change_header
 
 
-KINDS = ["gguf", "pth", "quantized pth", "params.json", "tiktoken", "sentencepiece", "safetensors", "torchao",
-         "int-quantized", "gptq", "config.json"]  # fmt: skip
+KINDS = ["gguf", "gguf blocks", "gguf part", "bin", "pth", "quantized pth", "params.json", "tiktoken",
+         "sentencepiece", "safetensors", "torchao", "int-quantized", "gptq", "config.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("cases", [250, pytest.param(5000, marks=pytest.mark.slow)])
@@ -141,9 +159,17 @@ def test_what_is_damaged_is_one_typed_error(tmp_path: Path, kind: str, cases: in
 def refusal(source: Path, out: Path, case: int) -> str | None:
     """What is said of a model that is refused."""
     try:
-        return outcome(lambda path: convert(source, path), out)
+        return outcome(lambda path: converted_here(source, path), out)
     except Exception as problem:
         raise AssertionError(f"case {case}") from problem
+
+
+def converted_here(source: Path, directory: Path) -> None:
+    """Convert in this process, what has a process of its own, too: its memory and time are measured."""
+    if detect_format(source) == BIN:
+        write_safetensors(source, files_of(source)[1:], directory, None)
+    else:
+        convert(source, directory)
 
 
 def fresh(directory: Path) -> Path:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from command import run
-from foreign_models import make_gguf_checkpoint, write_small_gguf
+from foreign_models import make_gguf_checkpoint, write_in_blocks, write_small_gguf
 from packed_models import float_weight
 from tiny import llama3_rope
 
 from llamita.errors import InputError
 from llamita.export.source import module_names
-from llamita.formats.gguf import KINDS, GgufFile, write_gguf
+from llamita.formats.gguf import GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
 from llamita.formats.gguf_parts import GgufModel
 from llamita.imports.convert import convert
@@ -97,25 +97,7 @@ def test_a_file_in_other_blocks_becomes_a_float_checkpoint(tmp_path: Path, kind:
     model = make_gguf_checkpoint(tmp_path, "llama3", hidden_size=256, num_attention_heads=8)
     assert run("quantize", model, "-o", tmp_path / "packed") == 0
     assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out") == 0
-    file = GgufFile(tmp_path / "out" / "model.gguf")
-    random, (_, weights, width) = np.random.default_rng(0), KINDS[kind]
-    tensors, data = {}, {}
-    for name, tensor in file.tensors.items():
-        tensors[name], data[name] = (tensor.kind, tensor.shape), file.read(name)
-        if tensor.kind == "Q4_0":
-            rows, columns = tensor.shape
-            blocks = random.integers(0, 256, (rows, columns // weights, width), dtype=np.uint8)
-            if kind == "MXFP4":
-                blocks[..., 0] = 120  # the exponent of a scale
-            else:  # a scale of scales is the first or the last two bytes, a minimum next to it
-                at = slice(width - 2, width) if kind in ("Q3_K", "Q6_K") else slice(0, 2)
-                blocks[..., at] = np.array([0.01], "<f2").view(np.uint8)
-                if kind in ("Q4_1", "Q4_K", "Q5_K"):
-                    blocks[..., 2:4] = np.array([0.02], "<f2").view(np.uint8)
-                if kind == "Q2_K":
-                    blocks[..., 80:] = np.array([0.01, 0.02], "<f2").view(np.uint8)
-            tensors[name], data[name] = (kind, tensor.shape), blocks.reshape(rows, -1)
-    write_gguf(tmp_path / "a.gguf", file.values, tensors, iter(data.items()))
+    data = write_in_blocks(tmp_path / "out" / "model.gguf", tmp_path / "a.gguf", [kind])
     capsys.readouterr()
     assert run("import", tmp_path / "a.gguf", "-o", tmp_path / "back") == 0
     assert f"weights are multiplied out: their blocks ({kind})" in capsys.readouterr().err

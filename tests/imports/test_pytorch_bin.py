@@ -8,29 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from command import one_line, run
+from foreign_models import as_bin
 from tiny import make_checkpoint
 
-from llamita.formats.safetensors import TensorFile
 from llamita.imports.detect import BIN, detect_format
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.affine import to_f32
 
 torch = pytest.importorskip("torch", reason="such files are read by torch.load")
-
-
-def as_bin(model: Path, shards: int = 1, **more: Any) -> Path:
-    """Turn a checkpoint's safetensors into torch.save's files, with `more` tensors in the first."""
-    file = TensorFile(model / "model.safetensors")
-    tensors = {name: torch.from_numpy(np.array(to_f32(file.read(name)))).bfloat16() for name in file.tensors}
-    file.close()
-    (model / "model.safetensors").unlink()
-    tensors |= more
-    names = list(tensors)
-    for number in range(shards):
-        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
-        torch.save({tensor: tensors[tensor] for tensor in names[number::shards]}, model / name)
-    return model
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:

@@ -30,8 +30,9 @@ def floats_of(kind: str, data: np.ndarray) -> np.ndarray:
     blocks = data.reshape(-1, width)
     out = np.empty((len(blocks), weights), np.float32)
     step = max(1, _WEIGHTS_AT_ONCE // weights)
-    for start in range(0, len(blocks), step):
-        out[start : start + step] = decode(blocks[start : start + step])
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales; readers refuse what is not finite
+        for start in range(0, len(blocks), step):
+            out[start : start + step] = decode(blocks[start : start + step])
     return out.reshape(*data.shape[:-1], -1)
 
 

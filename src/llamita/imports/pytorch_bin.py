@@ -63,14 +63,19 @@ def main(source: Path, directory: Path) -> None:
         replies.flush()
 
     try:
-        _write(source, files, directory, lambda *step: report(step))
+        write_safetensors(source, files, directory, lambda *step: report(step))
     except LlamitaError as error:
         report({"error": str(error), "exit_code": error.exit_code})
     except MemoryError:
         report({"error": f"{source}: too little memory to read it", "exit_code": RunError.exit_code})
 
 
-def _write(source: Path, files: list[Path], directory: Path, progress: Progress) -> None:
+def write_safetensors(source: Path, files: list[Path], directory: Path, progress: Progress) -> None:
+    """Write config.json and the tensors of `files` to a directory.
+
+    Raises:
+        InputError, RunError: see `convert`.
+    """
     config = read_json(source, "config.json")
     tensors = {}
     for path in files:
