@@ -17,6 +17,7 @@ from llamita.models.names import linear_names
 from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight
 from llamita.numerics.affine import dequantize, f32_to_bf16, round_weights, to_f32
+from llamita.numerics.packing import unpack_int4
 
 # ---- GPTQ ----------------------------------------------------------------------------------------
 
@@ -43,11 +44,9 @@ def test_gptq(tmp_path: Path, capsys: Any, group_size: int, version: str) -> Non
     [
         ({"bits": 8}, "bits: expected 4, got 8"),
         ({"desc_act": True, "no_order": True}, "g_idx: expected one, as desc_act is set, got none"),
-        ({"few_zeros": True}, "qzeros: expected the zero point of symmetric weights"),
-        ({"sym": False}, "sym: expected True"),
+        ({"few_zeros": True}, "qzeros: expected (4, "),
         ({"checkpoint_format": "marlin"}, "checkpoint_format: expected gptq or gptq_v2, got 'marlin'"),
-        ({"order": True}, "g_idx: expected inputs in their own order"),
-        ({"zeros": True}, "qzeros: expected the zero point of symmetric weights"),
+        ({"order": True}, "g_idx: expected a group below 4 for each of 128 inputs"),
         ({"bias": True}, "bias: expected none by config.json"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -59,9 +58,7 @@ def test_other_kinds_of_gptq_are_refused(tmp_path: Path, capsys: Any, changes: d
     tensors = {name: file.read(name).copy() for name in file.tensors}
     name = "model.layers.1.mlp.up_proj"
     if "order" in changes:
-        tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"][::-1].copy()
-    if "zeros" in changes:
-        tensors[f"{name}.qzeros"][0, 0] += 1
+        tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"] + 1
     if "no_order" in changes:
         tensors.pop(f"{name}.g_idx")
     if "few_zeros" in changes:
@@ -73,6 +70,76 @@ def test_other_kinds_of_gptq_are_refused(tmp_path: Path, capsys: Any, changes: d
     assert run("import", tmp_path / "gptq", "-o", tmp_path / "out") == 2
     assert message in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+AWQ_SETTINGS = {"quant_method": "awq", "version": "gemm", "zero_point": True}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2", "gptq in another order", "awq"])
+def test_codes_with_zero_points_or_in_another_order_are_multiplied_out(
+    tmp_path: Path, capsys: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against scale · (code - zero point), weight by weight, of words packed one code at a time."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    settings = AWQ_SETTINGS if kind == "awq" else {"checkpoint_format": kind.split()[0], "sym": False}
+    as_gptq(model, tmp_path / "there", 32, **settings)
+    file, random = TensorFile(tmp_path / "there" / "model.safetensors"), np.random.default_rng(0)
+    tensors = {name: file.read(name).copy() for name in file.tensors}
+    expected, added = {}, {"gptq": 1, "gptq in another order": 1}.get(kind, 0)
+    for name, (rows, columns) in linear_names(Checkpoint(model).config).items():
+        groups = columns // 32
+        codes, zeros = random.integers(0, 16, (columns, rows)), random.integers(0, 16, (groups, rows))
+        if "order" in kind:
+            zeros[:] = 7  # which is 8: only the order is unusual
+        scales, group = random.uniform(0.01, 0.02, (groups, rows)).astype(np.float16), np.arange(columns) // 32
+        group = random.permutation(group) if "order" in kind else group
+        expected[name] = (scales[group].astype(np.float32) * (codes - (zeros[group] + added))).T.astype(np.float32)
+        tensors[f"{name}.scales"], tensors[f"{name}.qzeros"] = scales, packed_words(zeros, kind == "awq")
+        tensors[f"{name}.g_idx"] = group.astype(np.int32)
+        if kind == "awq":
+            tensors[f"{name}.qweight"] = packed_words(codes, True)
+            tensors.pop(f"{name}.g_idx")
+        else:
+            tensors[f"{name}.qweight"] = packed_words(codes.T, False).T.copy()
+    (tmp_path / "there" / "model.safetensors").unlink()
+    write_arrays(tmp_path / "there" / "model.safetensors", tensors)
+    assert run("import", tmp_path / "there", "-o", tmp_path / "out") == 0
+    assert "weights are multiplied out: " in capsys.readouterr().err
+    made = Checkpoint(tmp_path / "out")
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(made.weight(name), weight, err_msg=name)
+    np.testing.assert_array_equal(made.weight("lm_head"), Checkpoint(model).weight("lm_head"))
+    assert run("quantize", tmp_path / "there", "-o", tmp_path / "packed") == 0
+
+
+def packed_words(codes: np.ndarray, is_awq: bool) -> np.ndarray:
+    """Codes (rows, columns) from 0 to 15 as words of eight columns, one code at a time."""
+    order = [0, 2, 4, 6, 1, 3, 5, 7] if is_awq else range(8)
+    words = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
+    for place, column in enumerate(order):
+        words |= codes[:, column::8].astype(np.uint32) << np.uint32(4 * place)
+    return words.view(np.int32)
+
+
+def test_awq_without_zero_points_keeps_its_codes(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama3")
+    as_gptq(model, tmp_path / "there", 32, **AWQ_SETTINGS)
+    file = TensorFile(tmp_path / "there" / "model.safetensors")
+    tensors = {name: file.read(name).copy() for name in file.tensors}
+    codes = {}
+    for name, (rows, columns) in linear_names(Checkpoint(model).config).items():
+        codes[name] = np.random.default_rng(0).integers(0, 16, (columns, rows))
+        tensors[f"{name}.qweight"] = packed_words(codes[name], True)
+        tensors[f"{name}.qzeros"] = packed_words(np.full((columns // 32, rows), 8), True)
+        tensors.pop(f"{name}.g_idx")
+    (tmp_path / "there" / "model.safetensors").unlink()
+    write_arrays(tmp_path / "there" / "model.safetensors", tensors)
+    assert run("import", tmp_path / "there", "-o", tmp_path / "out") == 0
+    weight = PackedModel(tmp_path / "out").weight("model.layers.1.mlp.up_proj")
+    assert isinstance(weight, Int4Weight)
+    expected = codes["model.layers.1.mlp.up_proj"].T.astype(np.int8) - np.int8(8)
+    np.testing.assert_array_equal(unpack_int4(weight.packed), expected)
 
 
 # ---- compressed-tensors and torchao, by these libraries themselves ---------------------------------
@@ -150,7 +217,7 @@ def test_what_torchao_itself_wrote(tmp_path: Path) -> None:
         (("config_groups", "group_0", "input_activations", "dynamic"), False, "input_activations: dynamic"),
         (("config_groups",), [], "config_groups: expected groups by name"),
         (("kv_cache_scheme",), {"num_bits": 8}, "expected weights alone"),
-        (("quant_method",), "awq", "quant_method: expected compressed-tensors, gptq, torchao, got 'awq'"),
+        (("quant_method",), "hqq", "quant_method: expected compressed-tensors, gptq, awq, torchao, got 'hqq'"),
     ],
     ids=str,
 )

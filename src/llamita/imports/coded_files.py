@@ -11,27 +11,53 @@ import numpy as np
 from llamita.errors import InputError
 from llamita.imports.codes import Coded
 from llamita.imports.detect import quantization_of
-from llamita.imports.import_codes import CodedModel, Imported, import_codes
+from llamita.imports.import_codes import CodesLostError, Imported, import_codes
 from llamita.models.checkpoint import INDEX, check_names, open_tensor_files
 from llamita.models.config import ModelConfig
-from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names, vector_names
-from llamita.models.packed_writer import copy_companions, find_companions
-from llamita.models.weights import FLOAT_DTYPES
+from llamita.models.names import EMBEDDING, HEAD, expected_tensors, linear_names, table_names, vector_names
+from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_shards
+from llamita.models.weights import FLOAT_DTYPES, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
-from llamita.system.files import exists_in, read_json, safe_path
+from llamita.system.files import exists_in, read_json, safe_path, write_json
 from llamita.system.progress import Progress
 
 _IGNORED = ".rotary_emb.inv_freq"  # in old checkpoints; the engine computes it
 _NO_TOKENIZER = "the model has no tokenizer, so it takes token ids only; to add one, import again with tokenizer.json"
 
 
-def import_files(model: CodedModel, directory: Path, progress: Progress) -> Imported:
+def import_files(model: "ModuleFiles", directory: Path, progress: Progress) -> Imported:
     """Write a packed model from an open checkpoint, with its tokenizer and companions."""
     companions = find_companions(model.path)
     copy_companions(model.path, directory, companions)
     note = None if any(name.startswith("tokenizer.") for name in companions) else _NO_TOKENIZER
-    return Imported(import_codes(model, directory, progress), note=note)
+    try:
+        return Imported(import_codes(model, directory, progress), note=note)
+    except CodesLostError as lost:
+        _write_floats(model, directory, progress)
+        return Imported(note=f"weights are multiplied out: {lost}")
+
+
+def _write_floats(model: "ModuleFiles", directory: Path, progress: Progress) -> None:
+    """Write a float checkpoint: what has codes in float32, all else as it is stored."""
+    tensors = expected_tensors(model.config)
+
+    def values(tensor: str) -> np.ndarray:
+        name = tensor.removesuffix(".weight")
+        return model.vector(tensor) if len(tensors[tensor]) == 1 else model.values(name)
+
+    dtypes = {t: "F32" if model.is_coded(t.removesuffix(".weight")) else model.dtype(t) for t in tensors}
+    modules = {t: {t: (dtypes[t], tensors[t])} for t in tensors}
+
+    def piece(tensor: str) -> list[np.ndarray]:
+        found = values(tensor)
+        if found.shape != tensors[tensor]:
+            raise InputError(tensor, f"{tensors[tensor]}", f"{found.shape}")
+        check_finite(tensor, found)
+        return [found]
+
+    write_shards(directory, plan_shards(modules), piece, progress)
+    write_json(directory / "config.json", {**model.hf_config, "dtype": "float32"})
 
 
 class ModuleFiles:
@@ -121,9 +147,29 @@ class ModuleFiles:
             return self.read(tensor)
         return self.coded(name)
 
-    def coded(self, name: str) -> Coded:
-        """Return a module that is quantized."""
+    def activations(self) -> str | None:
+        """See `import_codes.CodedModel`."""
         raise NotImplementedError
+
+    def coded(self, name: str) -> Coded:
+        """Return a module that is quantized.
+
+        Raises:
+            CodesLostError: the module's codes cannot be kept, but `floats` gives its values.
+        """
+        raise NotImplementedError
+
+    def floats(self, name: str) -> np.ndarray:
+        """Return the values of a module that is quantized: float32 (rows, columns)."""
+        return self.coded(name).floats()
+
+    def is_coded(self, name: str) -> bool:
+        """Return whether a module is quantized."""
+        return name in self._parts and "weight" not in self._parts[name]
+
+    def values(self, name: str) -> np.ndarray:
+        """Return the values of a module, as they are stored if it is not quantized."""
+        return self.floats(name) if self.is_coded(name) else self.read(self._parts[name]["weight"])
 
     def vector(self, name: str) -> np.ndarray:
         """See `import_codes.CodedModel`."""

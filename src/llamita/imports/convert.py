@@ -14,10 +14,13 @@ _CONVERTERS = {  # called as convert(source, directory, progress)
     detect.GGUF: "llamita.imports.gguf:convert",
     detect.COMPRESSED_TENSORS: "llamita.imports.compressed_tensors:convert",
     detect.GPTQ: "llamita.imports.gptq:convert",
+    detect.AWQ: "llamita.imports.gptq:convert",
     detect.TORCHAO: "llamita.imports.torchao:convert",
     detect.BIN: "llamita.imports.pytorch_bin:convert",
 }
-_KNOWN = "Meta's consolidated.*.pth with params.json, pytorch_model.bin, compressed-tensors, GPTQ, torchao, or a .gguf"
+_KNOWN = (
+    "Meta's consolidated.*.pth with params.json, pytorch_model.bin, compressed-tensors, GPTQ, AWQ, torchao, or a .gguf"
+)
 _LACKING = (
     "{source}: weights of torch.save need the package {{package}} to be read, which is missing; try pip install "
     "'llamita[torch]' (in a checkout '.[torch]')"
@@ -50,7 +53,7 @@ def _not_foreign(source: Path) -> InputError:
         return InputError(f"{source}", expected, "a packed model", "every command takes it as it is")
     method = detect.quantization_of(source).get("quant_method") if source.is_dir() else None
     if method is not None:
-        known = ", ".join((detect.COMPRESSED_TENSORS, detect.GPTQ, detect.TORCHAO))
+        known = ", ".join((detect.COMPRESSED_TENSORS, detect.GPTQ, detect.AWQ, detect.TORCHAO))
         return InputError(f"{source}: config.json: quant_method", known, shown(method, 40), "try its float source")
     if exists_in(source, "config.json"):
         return InputError(f"{source}", expected, "a float checkpoint", "try llamita quantize")

@@ -8,8 +8,8 @@ from llamita.formats.gguf_parts import parts_of
 from llamita.system.files import exists_in, read_json, safe_path
 
 META, GGUF, BIN = "meta", "gguf", "pytorch_model.bin"
-COMPRESSED_TENSORS, GPTQ, TORCHAO = "compressed-tensors", "gptq", "torchao"
-_METHODS = (COMPRESSED_TENSORS, GPTQ, TORCHAO)  # of quantization_config in config.json
+COMPRESSED_TENSORS, GPTQ, TORCHAO, AWQ = "compressed-tensors", "gptq", "torchao", "awq"
+_METHODS = (COMPRESSED_TENSORS, GPTQ, TORCHAO, AWQ)  # of quantization_config in config.json
 _OLD_GPTQ = "quantize_config.json"
 _BIN = "pytorch_model.bin"
 _MAGIC = b"GGUF"
