@@ -44,6 +44,14 @@ def test_it_is_the_same_model(
     assert (tmp_path / "again" / "tokenizer.json").exists()
 
 
+def test_its_plan_needs_no_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    source = as_bin(make_checkpoint(tmp_path / "model", "llama32"))
+    assert run("plan", source) == 0
+    assert run("quantize", source, "--dry-run") == 0
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_tied_head_under_its_second_name_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
     model = make_checkpoint(tmp_path / "model", "llama32")

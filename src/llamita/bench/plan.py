@@ -18,7 +18,7 @@ from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.errors import InputError, shown
-from llamita.imports.detect import gguf_of
+from llamita.imports.detect import BIN, detect_format, gguf_of
 from llamita.imports.open import is_hub_name, open_source, resolve
 from llamita.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llamita.models.config import ModelConfig
@@ -95,6 +95,8 @@ def describe(name: str) -> Described:
     if is_hub_name(name):
         file = import_module("llamita.imports.hub").download_file(name, "config.json")
         return _from_config(read_json(file.parent, file.name), name)
+    if detect_format(path) == BIN:  # its config.json says all
+        return _from_config(read_json(path, "config.json"), name)
     path = resolve(name)
     if not any(exists_in(path, file) for file in (METADATA, SINGLE, INDEX)):
         return _from_config(read_json(path, "config.json"), "config.json")

@@ -9,7 +9,7 @@ from llamita.bench.plan import Described, describe
 from llamita.commands import console
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
-from llamita.imports.detect import detect_format, gguf_of
+from llamita.imports.detect import BIN, GGUF, detect_format
 from llamita.imports.open import is_hub_name, open_source, resolve
 from llamita.loading import load
 from llamita.quantize.lineage import is_made_for
@@ -37,7 +37,7 @@ def convert_first(*names: str | None, quiet: bool = False) -> None:
 
 def describe_source(name: str, quiet: bool) -> Described:
     """Describe a model; one in a format whose config.json must be made is converted first."""
-    if not is_hub_name(name) and (not os.path.exists(name) or gguf_of(Path(name)) is None):
+    if not is_hub_name(name) and not (os.path.exists(name) and detect_format(Path(name)) in (GGUF, BIN)):
         convert_first(name, quiet=quiet)
     return describe(name)
 
