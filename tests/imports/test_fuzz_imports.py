@@ -28,7 +28,6 @@ from tiny import SMALL, make_checkpoint
 from llamita.imports.convert import convert
 from llamita.imports.detect import BIN, detect_format, files_of
 from llamita.imports.open import open_source
-from llamita.imports.pytorch_bin import write_safetensors
 
 pytest.importorskip("torch", reason="Meta's files are read by torch.load")
 
@@ -167,6 +166,8 @@ def refusal(source: Path, out: Path, case: int) -> str | None:
 def converted_here(source: Path, directory: Path) -> None:
     """Convert in this process, what has a process of its own, too: its memory and time are measured."""
     if detect_format(source) == BIN:
+        from llamita.imports.pytorch_bin import write_safetensors  # needs Torch
+
         write_safetensors(source, files_of(source)[1:], directory, None)
     else:
         convert(source, directory)
