@@ -67,7 +67,9 @@ def _byte_level(file: GgufModel, tokens: list[str], kinds: np.ndarray, directory
 
 def _added(tokens: list[str], kinds: np.ndarray) -> dict[str, bool]:
     """Return the tokens that are never cut, in order, with a flag: they are no part of a text."""
-    return {token: bool(kind == _CONTROL) for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER)}
+    return {
+        token: bool(kind == _CONTROL) for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER)
+    }
 
 
 def _settings(file: GgufModel, tokens: list[str]) -> dict[str, Any]:
