@@ -6,11 +6,8 @@ report progress, [name, done, total], or the error, {"error": …, "exit_code": 
 """
 
 import json
-import os
-import resource
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from llamita.imports.detect import files_of
 from llamita.imports.import_codes import Imported
 from llamita.imports.torch_files import FLOATS, bits_of, load_tensors
 from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_shards
+from llamita.system import child
 from llamita.system.files import read_json, write_json
 from llamita.system.progress import Progress
 
@@ -34,8 +32,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         RunError: a file cannot be read, or there is too little memory.
     """
     command = [sys.executable, "-P", "-m", "llamita.imports.pytorch_bin", str(source), str(directory)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=env) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=child.environment()) as process:
         assert process.stdout
         for line in process.stdout:
             values = json.loads(line)
@@ -52,10 +49,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
 def main(source: Path, directory: Path) -> None:
     """Write config.json and the weights of `source`; report on stdout."""
     files = [path for path in files_of(source) if path.suffix == ".bin"]
-    limit = sum(path.stat().st_size for path in files) + _SPARE
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    child.limit_memory(sum(path.stat().st_size for path in files) + _SPARE)
     replies = sys.stdout  # of this process alone: its parent reads them
 
     def report(values: Any) -> None:

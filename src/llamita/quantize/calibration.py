@@ -25,7 +25,7 @@ from llamita.quantize import own_text
 from llamita.quantize.rounded import RoundedSource
 from llamita.system import collectives, processes
 from llamita.system.extras import load_optional
-from llamita.system.files import json_lines, read_text
+from llamita.system.files import json_lines, parse_json, read_text
 from llamita.system.kept_work import kept_arrays, kept_work, write_whole
 from llamita.system.progress import Progress
 from llamita.text.tokenizer import Tokenizer
@@ -220,7 +220,7 @@ def _file_documents(path: Path) -> list[str]:
     text = read_text(path, LARGEST_FILE)
     if path.suffix != ".jsonl":
         return [text]
-    return [_text_of(values, place) for place, values in json_lines(text, str(path))]
+    return [_text_of(parse_json(line, place), place) for place, line in json_lines(text, str(path))]
 
 
 def _text_of(values: dict[str, Any], where: str) -> str:

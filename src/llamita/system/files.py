@@ -181,12 +181,11 @@ def read_text(path: Path, limit: int) -> str:
         raise InputError(str(path), "UTF-8", f"a stray byte at {error.start}") from None
 
 
-def json_lines(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each object of a text of JSON lines after its place, for messages; skip empty lines."""
+def json_lines(text: str, where: str) -> Iterator[tuple[str, bytes]]:
+    """Yield each line of a text of JSON lines that is not empty, after its place; `parse_json` takes both."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            place = f"{where}: line {number}"
-            yield place, parse_json(line.encode(), place)
+            yield f"{where}: line {number}", line.encode()
 
 
 def sha256_file(path: Path) -> str:

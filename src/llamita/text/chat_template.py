@@ -17,13 +17,14 @@ from threading import Lock
 from typing import Any
 
 from llamita.errors import InputError, RunError, shown
+from llamita.system import child
 from llamita.system.files import exists_in, read_bytes
 from llamita.text.tokenizer import read_settings
 
 Message = dict[str, Any]  # {"role": str, "content": str or [{"type": "text", "text": str}, ...]}
 _LARGEST_TEMPLATE = 1 << 20  # characters; the longest real ones have about 20,000
 _SECONDS = 5  # of CPU time for one conversation; real templates take milliseconds
-_PROGRAM = str(Path(__file__).with_name("template_process.py"))  # by its path: it imports nothing of llamita
+_PROGRAM = str(Path(__file__).with_name("template_process.py"))
 
 
 class ChatTemplate:
@@ -114,7 +115,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},  # to find Jinja
+            env=child.environment(),
             process_group=0,
         )
         self.end = weakref.finalize(template, _end, self._popen)

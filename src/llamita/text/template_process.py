@@ -9,10 +9,8 @@ A request that takes too much time ends the process. Where the system cannot lim
 """
 
 import json
-import resource
 import signal
 import sys
-from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -22,6 +20,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llamita.system.child import limit_memory
 
 MEMORY = 1 << 30  # bytes of address space; Python and Jinja take some 30 MB
 LARGEST_TEXT = 1 << 24  # characters of a rendered conversation; a million tokens have some five million
@@ -33,10 +33,7 @@ def main() -> None:
     seconds = float(sys.argv[1])
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent may have had it ignored or blocked
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with suppress(ValueError, OSError):
-        memory = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (memory, hard))
+    limit_memory(MEMORY)
     replies = sys.stdout  # of this process alone: nothing else is written there
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends this process, also inside of a long operation

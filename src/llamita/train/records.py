@@ -10,7 +10,7 @@ from typing import Any
 
 from llamita.errors import InputError, shown
 from llamita.system.extras import load_optional
-from llamita.system.files import parse_json, read_text
+from llamita.system.files import json_lines, parse_json, read_text
 
 LARGEST_FILE = 2**30  # bytes: a file is read whole, and its records take several times as much memory
 HUB = "llamita.text.hub_datasets:rows"  # imported on use: it needs the package datasets
@@ -79,13 +79,11 @@ def read_records(path: Path, with_problems: bool = False) -> Iterator[Record]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            place = f"{path.name}: line {number}"
-            try:
-                yield Record(place, parse_json(line.encode(), place))
-            except InputError as error:
-                yield Record(place, {}, error)
+    for place, line in json_lines(text, path.name):
+        try:
+            yield Record(place, parse_json(line, place))
+        except InputError as error:
+            yield Record(place, {}, error)
 
 
 def _json_records(path: Path, text: str) -> Iterator[Record]:
