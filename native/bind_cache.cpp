@@ -95,18 +95,18 @@ size_t check_step(const Batch& batch, size_t layer, size_t heads) {
   return HeadShape{heads, cache.kv_heads, cache.head_dim}.row();
 }
 
-void rope_and_cache_array(const Batch& batch, size_t layer, nb::handle qkv, size_t heads) {
+void rope_and_cache_array(const Batch& batch, size_t layer, nb::handle qkv, size_t heads, bool rotates) {
   const Array a(qkv, "qkv", "f", {batch.tokens, check_step(batch, layer, heads)}, true);
   const nb::gil_scoped_release release;
-  rope_and_cache(batch, layer, a.as<float>(), heads);
+  rope_and_cache(batch, layer, a.as<float>(), heads, rotates);
 }
 
-void attention_arrays(const Batch& batch, size_t layer, nb::handle qkv, size_t heads, nb::handle out) {
+void attention_arrays(const Batch& batch, size_t layer, nb::handle qkv, size_t heads, nb::handle out, size_t window) {
   const Array a(qkv, "qkv", "f", {batch.tokens, check_step(batch, layer, heads)});
   const size_t width = batch.sequences.empty() ? kAny : heads * batch.sequences.front().cache->head_dim;
   const Array y(out, "out", "f", {batch.tokens, width}, true);
   const nb::gil_scoped_release release;
-  attention(batch, layer, a.as<float>(), heads, y.as<float>());
+  attention(batch, layer, a.as<float>(), heads, window == 0 ? SIZE_MAX : window, y.as<float>());
 }
 
 }  // namespace
@@ -122,8 +122,8 @@ void bind_cache(nb::module_& m) {
       .def(
           "__init__", [](Batch* self, const nb::list& list) { new (self) Batch(new_batch(list)); }, "sequences"_a)
       .def_ro("tokens", &Batch::tokens);
-  m.def("rope_and_cache", rope_and_cache_array, "batch"_a, "layer"_a, "qkv"_a, "heads"_a);
-  m.def("attention", attention_arrays, "batch"_a, "layer"_a, "qkv"_a, "heads"_a, "out"_a);
+  m.def("rope_and_cache", rope_and_cache_array, "batch"_a, "layer"_a, "qkv"_a, "heads"_a, "rotates"_a = true);
+  m.def("attention", attention_arrays, "batch"_a, "layer"_a, "qkv"_a, "heads"_a, "out"_a, "window"_a = 0);
 }
 
 }  // namespace llamita

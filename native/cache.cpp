@@ -22,9 +22,19 @@ HeadShape shape_of(const Batch& batch, size_t heads) {
   return {heads, cache.kv_heads, cache.head_dim};
 }
 
-// Rotates pairs (i, i + dim / 2) by angle i, in the head layout of Hugging Face.
-void rotate(const float* x, const float* cos, const float* sin, size_t dim, float* out) {
+// Of dim / 2 angles; null: a layer without rotary embedding
+struct Rotation {
+  const float *cos, *sin;
+};
+
+// Rotates pairs (i, i + dim / 2) by angle i, in the head layout of Hugging Face. x and out may be the same.
+void rotate(const float* x, const Rotation& rotation, size_t dim, float* out) {
+  const auto [cos, sin] = rotation;
   const size_t half = dim / 2;
+  if (!cos) {
+    std::memmove(out, x, dim * sizeof(float));
+    return;
+  }
   for (size_t i = 0; i < half; i++) {
     const float low = x[i], high = x[i + half];
     out[i] = low * cos[i] - high * sin[i];
@@ -73,12 +83,12 @@ Hadamard head_transform(size_t dim) {
   return {dim, 1, nullptr, static_cast<float>(1 / std::sqrt(static_cast<double>(dim)))};
 }
 
-void cache_token(const KVCache& cache, size_t layer, size_t position, const float* key_value, const float* cos,
-                 const float* sin, float* scratch) {
+void cache_token(const KVCache& cache, size_t layer, size_t position, const float* key_value, const Rotation& rotation,
+                 float* scratch) {
   const size_t dim = cache.head_dim;
   const Hadamard transform = head_transform(dim);
   for (size_t h = 0; h < cache.kv_heads; h++) {
-    rotate(key_value + h * dim, cos, sin, dim, scratch);
+    rotate(key_value + h * dim, rotation, dim, scratch);
     if (cache.is_transformed()) kernels().hadamard(scratch, transform, nullptr, scratch);
     cache_head(cache, scratch, key_value + (cache.kv_heads + h) * dim, position % kKeyBlock,
                cache.block(position / kKeyBlock, layer, h), reinterpret_cast<uint8_t*>(scratch + cache.value_stride));
@@ -171,7 +181,7 @@ Batch::Batch(std::vector<Sequence> list) : sequences(std::move(list)) {
   }
 }
 
-void rope_and_cache(const Batch& batch, size_t layer, float* qkv, size_t heads) {
+void rope_and_cache(const Batch& batch, size_t layer, float* qkv, size_t heads, bool rotates) {
   if (batch.tokens == 0) return;
   const HeadShape shape = shape_of(batch, heads);
   const size_t dim = shape.head_dim, grain = std::max<size_t>(1, 16384 / shape.row());
@@ -182,18 +192,19 @@ void rope_and_cache(const Batch& batch, size_t layer, float* qkv, size_t heads) 
     float* row = reinterpret_cast<float*>(scratch);
     for (size_t t = begin; t < end; t++) {
       const Sequence& sequence = batch.sequences[batch.owner[t]];
-      const float *cos = &batch.cos[t * dim / 2], *sin = &batch.sin[t * dim / 2];
+      const Rotation rotation =
+          rotates ? Rotation{&batch.cos[t * dim / 2], &batch.sin[t * dim / 2]} : Rotation{nullptr, nullptr};
       float* q = qkv + t * shape.row();
       for (size_t h = 0; h < heads; h++) {
-        rotate(q + h * dim, cos, sin, dim, q + h * dim);
+        rotate(q + h * dim, rotation, dim, q + h * dim);
         if (sequence.cache->is_transformed()) k.hadamard(q + h * dim, transform, nullptr, q + h * dim);
       }
-      cache_token(*sequence.cache, layer, sequence.start + t - sequence.first, q + heads * dim, cos, sin, row);
+      cache_token(*sequence.cache, layer, sequence.start + t - sequence.first, q + heads * dim, rotation, row);
     }
   });
 }
 
-void attention(const Batch& batch, size_t layer, const float* qkv, size_t heads, float* out) {
+void attention(const Batch& batch, size_t layer, const float* qkv, size_t heads, size_t window, float* out) {
   if (batch.tokens == 0) return;
   const Kernels& k = kernels();
   const HeadShape shape = shape_of(batch, heads);
@@ -217,6 +228,7 @@ void attention(const Batch& batch, size_t layer, const float* qkv, size_t heads,
                             heads * dim,
                             group,
                             sequence.start,
+                            window,
                             static_cast<float>(kLog2e / std::sqrt(static_cast<double>(dim)))};
       k.attention(a, item.first, item.last, reinterpret_cast<float*>(scratch));
     }

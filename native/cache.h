@@ -58,7 +58,8 @@ struct HeadShape {
   size_t row() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-void rope_and_cache(const Batch& batch, size_t layer, float* qkv, size_t heads);
-void attention(const Batch& batch, size_t layer, const float* qkv, size_t heads, float* out);
+void rope_and_cache(const Batch& batch, size_t layer, float* qkv, size_t heads, bool rotates);
+// window: the most keys that a query sees, at least 1
+void attention(const Batch& batch, size_t layer, const float* qkv, size_t heads, size_t window, float* out);
 
 }  // namespace llamita

@@ -30,6 +30,8 @@ MUTATIONS = [
      "int4: the zero point's correction, by a thousandth"),
     ("native/kernels/attention.inc", "limit = a.start + token + 1, left", "limit = a.start + token + 2, left",
      "attention: a token sees the next one"),
+    ("native/kernels/attention.inc", "lowest = limit > a.window ? limit - a.window : 0, below", "lowest = limit > a.window ? limit - a.window - 1 : 0, below",
+     "attention: a window is a key wider"),
     ("native/kernels/attention.inc", "load(sums + r * stride + d + i * kLanes) * set1(correction[r])",
      "load(sums + r * stride + d + i * kLanes) * set1(correction[r] < 0.0f ? 0.0f : 1.0f)",
      "attention: earlier blocks are not scaled to the new maximum"),

@@ -97,9 +97,10 @@ struct AttentionHead {
   size_t query_stride;
   float* out;
   size_t out_stride;
-  size_t group;  // query heads per key/value head
-  size_t start;  // position of the first token
-  float scale;   // log2(e) / sqrt(head_dim)
+  size_t group;   // query heads per key/value head
+  size_t start;   // position of the first token
+  size_t window;  // the most keys that a query sees, itself included: the last ones; at least 1
+  float scale;    // log2(e) / sqrt(head_dim)
 };
 
 // The rule for the scale: torchao's formula, the same rounded to bf16, or least squared error on the bf16 grid.

@@ -183,8 +183,14 @@ class Batch:
     @property
     def tokens(self) -> int: ...
 
-def rope_and_cache(batch: Batch, layer: int, qkv: F32, heads: int) -> None:
-    """qkv (tokens, (heads + 2 * kv_heads) * head_dim): rotates q in place and k into the cache, copies v."""
+def rope_and_cache(batch: Batch, layer: int, qkv: F32, heads: int, rotates: bool = True) -> None:
+    """qkv (tokens, (heads + 2 * kv_heads) * head_dim): rotates q in place and k into the cache, copies v.
 
-def attention(batch: Batch, layer: int, qkv: F32, heads: int, out: F32) -> None:
-    """Causal attention of rotated queries over the cache; out (tokens, heads * head_dim)."""
+    rotates: False for a layer without rotary embedding. An int8 cache's Hadamard transform is done either way.
+    """
+
+def attention(batch: Batch, layer: int, qkv: F32, heads: int, out: F32, window: int = 0) -> None:
+    """Causal attention of queries that `rope_and_cache` prepared, over the cache; out (tokens, heads * head_dim).
+
+    window: the most keys that a query sees, the last ones, its own included; 0 for all.
+    """

@@ -113,22 +113,33 @@ def coded(x: F32) -> npt.NDArray[Any]:
 
 
 def attention(
-    qkv: F32, heads: int, kv_heads: int, inv_freq: F32, rope_scaling: float = 1.0, dtype: str = "f32"
+    qkv: F32,
+    heads: int,
+    kv_heads: int,
+    inv_freq: F32,
+    rope_scaling: float = 1.0,
+    dtype: str = "f32",
+    window: int = 0,
+    rotates: bool = True,
 ) -> npt.NDArray[np.float64]:
     """Rotary embedding and causal attention of a whole sequence: qkv (tokens, (heads + 2 kv_heads) * dim).
 
-    Of an int8 cache, heads of a power of two are Hadamard transformed.
+    Of an int8 cache, heads of a power of two are Hadamard transformed. A query sees the last `window` keys; 0 for all.
     """
     tokens, dim = len(qkv), 2 * len(inv_freq)
     q, k, v = np.split(qkv.reshape(tokens, heads + 2 * kv_heads, dim), [heads, heads + kv_heads], axis=1)
     angles = (np.arange(tokens, dtype=np.float32)[:, None] * inv_freq)[:, None]
-    q, k = (rotate(x, angles, rope_scaling) for x in (q, k))
+    if rotates:
+        q, k = (rotate(x, angles, rope_scaling) for x in (q, k))
     if dtype == "int8" and dim & (dim - 1) == 0:
         q, k = (hadamard(x.reshape(-1, dim)).reshape(x.shape) for x in (q, k))
     stored = {"f32": lambda x: x, "f16": lambda x: x.astype(np.float16), "int8": coded}[dtype]
     k, v = (np.repeat(stored(x).astype(np.float64), heads // kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("thd,shd->hts", q.astype(np.float64), k) / np.sqrt(dim)
-    scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
+    seen = np.tri(tokens, dtype=bool)  # (queries, keys)
+    if window:
+        seen &= ~np.tri(tokens, k=-window, dtype=bool)
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     return np.einsum("hts,shd->thd", weights, v).reshape(tokens, heads * dim)

@@ -7,10 +7,14 @@ from pathlib import Path
 import kernel_specs as spec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llamita import _native
 
 SHAPES = [(4, 1, 64), (8, 8, 32), (6, 2, 128), (4, 2, 24), (2, 1, 6), (9, 1, 80)]  # heads, kv_heads, head_dim
+WINDOW_SHAPES = [(6, 2, 32), (9, 1, 24), (2, 2, 80)]
+WINDOWS = [1, 2, 15, 16, 17, 100, 127, 128, 129, 200, 256]  # around a tile of keys, a block of keys, two blocks
 DTYPES = ["f32", "f16", "int8"]
 TOLERANCE = 3e-6
 STATM = Path("/proc/self/statm")  # pages: all, resident, ...
@@ -28,19 +32,29 @@ def new_cache(kv_heads: int, dim: int, capacity: int, dtype: str = "f32") -> _na
     return _native.KVCache(2, kv_heads, dim, capacity, dtype, frequencies(dim))
 
 
-def step(batch: _native.Batch, qkv: np.ndarray, heads: int, width: int, layer: int = 1) -> np.ndarray:
+def step(
+    batch: _native.Batch, qkv: np.ndarray, heads: int, width: int, layer: int = 1, window: int = 0, rotates: bool = True
+) -> np.ndarray:
     rotated, out = qkv.copy(), np.full((len(qkv), width), np.nan, np.float32)
-    _native.rope_and_cache(batch, layer, rotated, heads)
-    _native.attention(batch, layer, rotated, heads, out)
+    _native.rope_and_cache(batch, layer, rotated, heads, rotates)
+    _native.attention(batch, layer, rotated, heads, out, window)
     return out
 
 
-def in_chunks(cache: _native.KVCache, qkv: np.ndarray, heads: int, width: int, chunk: int) -> np.ndarray:
-    pieces = [
-        step(_native.Batch([(cache, start, len(qkv[start : start + chunk]))]), qkv[start : start + chunk], heads, width)
-        for start in range(0, len(qkv), chunk)
-    ]
-    return np.concatenate(pieces)
+def in_pieces(
+    cache: _native.KVCache, pieces: list[np.ndarray], heads: int, width: int, window: int = 0, rotates: bool = True
+) -> np.ndarray:
+    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
+    batches = [_native.Batch([(cache, int(s), len(piece))]) for s, piece in zip(starts, pieces, strict=False)]
+    results = [step(b, p, heads, width, 1, window, rotates) for b, p in zip(batches, pieces, strict=True)]
+    return np.concatenate(results)
+
+
+def in_chunks(
+    cache: _native.KVCache, qkv: np.ndarray, heads: int, width: int, chunk: int, window: int = 0, rotates: bool = True
+) -> np.ndarray:
+    pieces = [qkv[start : start + chunk] for start in range(0, len(qkv), chunk)]
+    return in_pieces(cache, pieces, heads, width, window, rotates)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +77,98 @@ def test_chunks_change_nothing(isa: str, dtype: str, heads: int, kv_heads: int, 
         np.testing.assert_array_equal(pieces, whole)
 
 
-def test_instruction_sets_and_threads_give_the_same_bits() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), WINDOW_SHAPES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window(isa: str, dtype: str, heads: int, kv_heads: int, dim: int, window: int) -> None:
+    qkv = random_qkv(300, heads, kv_heads, dim)
+    expected = spec.attention(qkv, heads, kv_heads, frequencies(dim), dtype=dtype, window=window)
+    found = in_chunks(new_cache(kv_heads, dim, 300, dtype), qkv, heads, heads * dim, 300, window)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), WINDOW_SHAPES)
+@pytest.mark.parametrize("window", [1, 5, 100, 130])
+def test_chunks_change_nothing_in_a_window(
+    isa: str, dtype: str, heads: int, kv_heads: int, dim: int, window: int
+) -> None:
+    qkv = random_qkv(280, heads, kv_heads, dim)
+    whole = in_chunks(new_cache(kv_heads, dim, 280, dtype), qkv, heads, heads * dim, 280, window)
+    for chunk in (1, 7, 64):
+        pieces = in_chunks(new_cache(kv_heads, dim, 280, dtype), qkv, heads, heads * dim, chunk, window)
+        np.testing.assert_array_equal(pieces, whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_window_and_any_pieces(data: st.DataObject) -> None:
+    group, kv_heads = data.draw(st.integers(1, 9), "group"), data.draw(st.integers(1, 2), "kv_heads")
+    dim, dtype = 2 * data.draw(st.integers(1, 20), "half a head"), data.draw(st.sampled_from(DTYPES), "dtype")
+    tokens, window = data.draw(st.integers(1, 300), "tokens"), data.draw(st.integers(1, 310), "window")
+    cuts = data.draw(st.lists(st.integers(0, tokens), max_size=6), "cuts")
+    heads, width = group * kv_heads, group * kv_heads * dim
+    qkv = random_qkv(tokens, heads, kv_heads, dim)
+    whole = in_chunks(new_cache(kv_heads, dim, tokens, dtype), qkv, heads, width, tokens, window)
+    expected = spec.attention(qkv, heads, kv_heads, frequencies(dim), dtype=dtype, window=window)
+    np.testing.assert_allclose(whole, expected, atol=TOLERANCE)
+    pieces = np.split(qkv, sorted(cuts))
+    np.testing.assert_array_equal(
+        in_pieces(new_cache(kv_heads, dim, tokens, dtype), pieces, heads, width, window), whole
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_window_as_long_as_the_text_is_none(isa: str, dtype: str) -> None:
+    qkv = random_qkv(140, 6, 2, 32)
+    everything = in_chunks(new_cache(2, 32, 140, dtype), qkv, 6, 192, 140)
+    for window in (140, 141, 4096, 2**64 - 1):
+        found = in_chunks(new_cache(2, 32, 140, dtype), qkv, 6, 192, 140, window)
+        np.testing.assert_array_equal(found, everything)
+    shorter = in_chunks(new_cache(2, 32, 140, dtype), qkv, 6, 192, 140, 139)
+    np.testing.assert_array_equal(shorter[:139], everything[:139])
+    assert (shorter[139] != everything[139]).any()
+
+
+def test_a_window_of_one_gives_the_values(isa: str) -> None:
+    qkv = random_qkv(140, 6, 2, 32)
+    values = qkv.reshape(140, 10, 32)[:, 8:]
+    found = in_chunks(new_cache(2, 32, 140), qkv, 6, 192, 140, 1)
+    np.testing.assert_array_equal(found.reshape(140, 2, 3, 32), np.repeat(values[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("window", [1, 20, 130])
+def test_what_left_the_window_is_not_there(isa: str, dtype: str, bad: float, window: int) -> None:
+    heads, dim, at = 3, 32, 125
+    qkv = random_qkv(280, heads, 1, dim)
+    clean = in_chunks(new_cache(1, dim, 280, dtype), qkv, heads, heads * dim, 280, window)
+    qkv[at, heads * dim :] = bad
+    for chunk in (280, 50, 1):
+        found = in_chunks(new_cache(1, dim, 280, dtype), qkv, heads, heads * dim, chunk, window)
+        shows = np.isnan(found).any(axis=1)
+        np.testing.assert_array_equal(np.flatnonzero(shows), np.arange(at, min(280, at + window)))
+        np.testing.assert_array_equal(found[~shows], clean[~shows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [24, 64])  # of an int8 cache, only the second is transformed
+def test_a_layer_without_rotary_embedding(isa: str, dtype: str, dim: int) -> None:
+    qkv = random_qkv(150, 4, 2, dim)
+    expected = spec.attention(qkv, 4, 2, frequencies(dim), dtype=dtype, rotates=False)
+    whole = in_chunks(new_cache(2, dim, 150, dtype), qkv, 4, 4 * dim, 150, rotates=False)
+    np.testing.assert_allclose(whole, expected, atol=TOLERANCE)
+    pieces = in_chunks(new_cache(2, dim, 150, dtype), qkv, 4, 4 * dim, 7, rotates=False)
+    np.testing.assert_array_equal(pieces, whole)
+    queries = qkv.copy()
+    _native.rope_and_cache(_native.Batch([(new_cache(2, dim, 150, dtype), 0, 150)]), 1, queries, 4, False)
+    if dtype != "int8" or dim == 24:
+        np.testing.assert_array_equal(queries, qkv)
+
+
+@pytest.mark.parametrize("window", [0, 1, 70, 130])
+def test_instruction_sets_and_threads_give_the_same_bits(window: int) -> None:
     before, threads, results = _native.isa(), _native.threads(), []
     qkv = random_qkv(200, 6, 2, 64)
     try:
@@ -71,7 +176,7 @@ def test_instruction_sets_and_threads_give_the_same_bits() -> None:
             for count in (1, 2, 3):
                 _native.set_isa(name)
                 _native.set_threads(count)
-                results += [in_chunks(new_cache(2, 64, 200, d), qkv, 6, 384, 50) for d in DTYPES]
+                results += [in_chunks(new_cache(2, 64, 200, d), qkv, 6, 384, 50, window) for d in DTYPES]
     finally:
         _native.set_isa(before)
         _native.set_threads(threads)
@@ -79,17 +184,18 @@ def test_instruction_sets_and_threads_give_the_same_bits() -> None:
         np.testing.assert_array_equal(results[i], results[i % len(DTYPES)])
 
 
-def test_company_in_a_batch_changes_nothing(isa: str) -> None:
+@pytest.mark.parametrize("window", [0, 35])
+def test_company_in_a_batch_changes_nothing(isa: str, window: int) -> None:
     heads, kv_heads, dim, lengths = 4, 2, 32, [130, 1, 40]
     sequences = [random_qkv(n, heads, kv_heads, dim, seed=n) for n in lengths]
-    alone = [in_chunks(new_cache(kv_heads, dim, 200), s, heads, 128, 200) for s in sequences]
+    alone = [in_chunks(new_cache(kv_heads, dim, 200), s, heads, 128, 200, window) for s in sequences]
     caches = [new_cache(kv_heads, dim, 200) for _ in sequences]
     found: list[list[np.ndarray]] = [[] for _ in sequences]
     for pieces in ([(0, 100), (0, 1), (0, 0)], [(100, 30), (1, 0), (0, 40)]):
         batch = _native.Batch([(c, *p) for c, p in zip(caches, pieces, strict=True)])
         qkv = np.concatenate([s[a : a + n] for s, (a, n) in zip(sequences, pieces, strict=True)])
         assert batch.tokens == len(qkv)
-        out = step(batch, qkv, heads, 128)
+        out = step(batch, qkv, heads, 128, window=window)
         for i, part in enumerate(np.split(out, np.cumsum([n for _, n in pieces])[:-1])):
             found[i].append(part)
     for pieces, expected in zip(found, alone, strict=True):
@@ -97,13 +203,14 @@ def test_company_in_a_batch_changes_nothing(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_lies_beyond_a_token_is_never_read(isa: str, dtype: str) -> None:
+@pytest.mark.parametrize("window", [0, 50])
+def test_what_lies_beyond_a_token_is_never_read(isa: str, dtype: str, window: int) -> None:
     heads, kv_heads, dim, width = 8, 2, 64, 512
     qkv = random_qkv(140, heads, kv_heads, dim)
-    clean = in_chunks(new_cache(kv_heads, dim, 140, dtype), qkv, heads, width, 140)
+    clean = in_chunks(new_cache(kv_heads, dim, 140, dtype), qkv, heads, width, 140, window)
     cache = new_cache(kv_heads, dim, 140, dtype)
     step(_native.Batch([(cache, 0, 140)]), np.full_like(qkv, np.nan), heads, width)  # leftovers of another text
-    np.testing.assert_array_equal(in_chunks(cache, qkv, heads, width, 9), clean)
+    np.testing.assert_array_equal(in_chunks(cache, qkv, heads, width, 9, window), clean)
 
 
 def test_layers_are_apart() -> None:
