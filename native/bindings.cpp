@@ -251,6 +251,20 @@ void rmsnorm_arrays(nb::handle x, nb::handle gamma, float eps, nb::handle out) {
   rmsnorm(a.as<float>(), g.as<float>(), a.shape(0), a.shape(1), eps, y.as<float>());
 }
 
+void rmsnorm_heads_array(nb::handle qkv, nb::handle q_gamma, nb::handle k_gamma, size_t heads, float eps) {
+  const Array a(qkv, "qkv", "f", {kAny, kAny}, true), q(q_gamma, "q_gamma", "f", {kAny});
+  const size_t columns = a.shape(1), dim = q.shape(0);
+  const Array k(k_gamma, "k_gamma", "f", {dim});
+  REQUIRE(dim >= 1, "q_gamma: expected at least one number, got none");
+  const size_t all = columns / dim;  // query heads, and as many key as value heads
+  REQUIRE(columns % dim == 0 && heads >= 1 && heads < all && (all - heads) % 2 == 0,
+          "qkv: expected (heads + 2 * kv_heads) * " + text(dim) + " columns for " + text(heads) + " heads, got " +
+              text(columns));
+  const HeadNorms norms{q.as<float>(), k.as<float>(), heads, (all - heads) / 2, dim, eps};
+  const nb::gil_scoped_release release;
+  rmsnorm_heads(norms, a.shape(0), a.as<float>());
+}
+
 void quantize_array(nb::handle x, Activations& acts) {
   const Array a(x, "x", "f", {kAny, acts.columns});
   check_tokens(a.shape(0), acts);
@@ -337,6 +351,7 @@ void bind_operations(nb::module_& m) {
   m.def("new_buffer", new_buffer, "rows"_a, "columns"_a);
   m.def("quantize", quantize_array, "x"_a, "acts"_a);
   m.def("rmsnorm", rmsnorm_arrays, "x"_a, "gamma"_a, "eps"_a, "out"_a);
+  m.def("rmsnorm_heads", rmsnorm_heads_array, "qkv"_a, "q_gamma"_a, "k_gamma"_a, "heads"_a, "eps"_a);
   m.def("rmsnorm_quantize", rmsnorm_quantize_arrays, "x"_a, "gamma"_a, "eps"_a, "acts"_a);
   m.def("hadamard", hadamard_arrays, "transform"_a, "x"_a, "out"_a);
   m.def("hadamard_quantize", hadamard_quantize_array, "transform"_a, "x"_a, "acts"_a);

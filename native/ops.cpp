@@ -50,6 +50,18 @@ void rmsnorm(const float* x, const float* gamma, size_t tokens, size_t columns, 
   });
 }
 
+void rmsnorm_heads(const HeadNorms& norms, size_t tokens, float* qkv) {
+  const Kernels& k = kernels();
+  const size_t normed = norms.heads + norms.kv_heads, columns = (normed + norms.kv_heads) * norms.dim;
+  parallel_for(tokens, grain(columns), 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t t = begin; t < end; t++)
+      for (size_t h = 0; h < normed; h++) {
+        float* head = qkv + t * columns + h * norms.dim;
+        k.rmsnorm(head, h < norms.heads ? norms.q_gamma : norms.k_gamma, norms.dim, norms.eps, head);
+      }
+  });
+}
+
 void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float eps, Activations& acts) {
   const Kernels& k = kernels();
   const size_t columns = acts.columns;

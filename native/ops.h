@@ -8,6 +8,13 @@ namespace llamita {
 
 void quantize(const float* x, size_t tokens, Activations& acts);
 void rmsnorm(const float* x, const float* gamma, size_t tokens, size_t columns, float eps, float* out);
+// In place, of each head of `dim` numbers of rows (heads + 2 * kv_heads) * dim: queries and keys, not values
+struct HeadNorms {
+  const float *q_gamma, *k_gamma;  // (dim,)
+  size_t heads, kv_heads, dim;
+  float eps;
+};
+void rmsnorm_heads(const HeadNorms& norms, size_t tokens, float* qkv);
 void rmsnorm_quantize(const float* x, const float* gamma, size_t tokens, float eps, Activations& acts);
 void hadamard(const Hadamard& h, const float* x, size_t tokens, float* out);  // x and out may be the same
 void hadamard_quantize(const Hadamard& h, const float* x, size_t tokens, Activations& acts);

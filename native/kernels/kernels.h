@@ -123,6 +123,7 @@ struct Kernels {
   void (*linear_float)(const FloatLinear&, float* scratch);
   size_t float_scratch_rows;
   void (*quantize)(const float* x, size_t columns, const QuantizedRow&);
+  // x and out may be the same
   void (*rmsnorm)(const float* x, const float* gamma, size_t columns, float eps, float* out);
   void (*swiglu)(const float* gate, const float* up, size_t columns, float* out);
   // x and out may be the same. scratch: outer * kLanes floats

@@ -111,6 +111,12 @@ def quantize(x: F32, acts: Activations) -> None:
 def rmsnorm(x: F32, gamma: F32, eps: float, out: F32) -> None:
     """x, out (tokens, columns); gamma (columns,)."""
 
+def rmsnorm_heads(qkv: F32, q_gamma: F32, k_gamma: F32, heads: int, eps: float) -> None:
+    """RMSNorm of each query head and each key head, in place; values stay as they are.
+
+    qkv (tokens, (heads + 2 * kv_heads) * head_dim); gammas (head_dim,). It has the bits of `rmsnorm`.
+    """
+
 def rmsnorm_quantize(x: F32, gamma: F32, eps: float, acts: Activations) -> None: ...
 
 class Hadamard:

@@ -38,6 +38,12 @@ def low_rank(count: int = 3, start: int = 0, rank: int = 2) -> _native.LowRank:
     return _native.LowRank([np.zeros((rank, 64), np.float32)], [(panels, start, count)], 3, 1.0)
 
 
+def heads_norm(gamma: int = 16, k_gamma: int | None = None, heads: int = 2) -> None:
+    """On rows of 64 columns: two query heads, a key head and a value head of 16."""
+    gammas = (np.ones(gamma if size is None else size, np.float32) for size in (gamma, k_gamma))
+    _native.rmsnorm_heads(F32.copy(), *gammas, heads, 1e-5)
+
+
 CASES: dict[str, tuple[Callable[[], object], str]] = {
     "low rank, parts": (lambda: _native.LowRank([], [], 3, 1.0), "downs, ups: expected as many of one"),
     "low rank, rank": (lambda: low_rank(rank=4), r"ups: expected .*\(1, 4, 16\), got float32"),
@@ -84,6 +90,20 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "buffer": (lambda: _native.new_buffer(2**61, 2), "rows, columns: expected a size that exists"),
     "empty buffer": (lambda: _native.new_buffer(1, 0), "rows, columns: expected a size that exists"),
     "gamma": (lambda: _native.rmsnorm(F32, F32[0, :8], 1e-5, F32.copy()), r"gamma: expected float32 \(64,\)"),
+    "q_gamma": (lambda: heads_norm(gamma=0), "q_gamma: expected at least one number"),
+    "k_gamma": (lambda: heads_norm(k_gamma=8), r"k_gamma: expected float32 \(16,\), got float32 \(8,\)"),
+    "columns of heads": (
+        lambda: heads_norm(gamma=24),
+        r"qkv: expected \(heads \+ 2 \* kv_heads\) \* 24 columns for 2 heads, got 64",
+    ),
+    "heads of an odd rest": (lambda: heads_norm(heads=1), "qkv: expected .* 16 columns for 1 heads, got 64"),
+    "heads alone": (lambda: heads_norm(heads=4), "qkv: expected .* 16 columns for 4 heads, got 64"),
+    "no heads": (lambda: heads_norm(heads=0), "qkv: expected .* 16 columns for 0 heads, got 64"),
+    "more heads than columns": (lambda: heads_norm(heads=2**64 - 2), "qkv: expected .* 16 columns for"),
+    "read-only heads": (
+        lambda: _native.rmsnorm_heads(locked(), F32[0, :1], F32[0, :1], 1, 1e-5),
+        "qkv: expected a C-contiguous, writable array",
+    ),
     "bits": (lambda: _native.round_weights(F32, 3, 32, "search"), "bits: expected 4 or 8, got 3"),
     "rule": (lambda: _native.round_weights(F32, 4, 32, "best"), "rule: expected 'torchao'.* got 'best'"),
     "rounding groups": (lambda: _native.round_weights(F32, 4, 48, "search"), "group_size: expected a divisor of 64"),

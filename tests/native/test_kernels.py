@@ -217,6 +217,21 @@ def test_rmsnorm(isa: str, columns: int) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 1), (4, 2, 16), (3, 1, 31), (8, 8, 128)])
+def test_rmsnorm_of_heads(isa: str, heads: int, kv_heads: int, dim: int) -> None:
+    qkv, gammas = normal(5, (heads + 2 * kv_heads) * dim), (normal(dim), normal(dim))
+    qkv[2] = 0
+    found = qkv.copy()
+    _native.rmsnorm_heads(found, *gammas, heads, 1e-5)
+    ends = [heads * dim, (heads + kv_heads) * dim]
+    *pairs, (values, kept) = zip(np.split(found, ends, axis=1), np.split(qkv, ends, axis=1), strict=True)
+    np.testing.assert_array_equal(values, kept)
+    for (normed, x), gamma in zip(pairs, gammas, strict=True):
+        expected = np.empty((x.size // dim, dim), np.float32)
+        _native.rmsnorm(np.ascontiguousarray(x).reshape(-1, dim), gamma, 1e-5, expected)
+        np.testing.assert_array_equal(normed.reshape(-1, dim), expected)
+
+
 @pytest.mark.parametrize("columns", [1, 16, 31, 1000])
 def test_swiglu(isa: str, columns: int) -> None:
     gate_up, out = normal(6, 2 * columns), np.empty((6, columns), np.float32)
@@ -273,14 +288,15 @@ def test_every_half_value_is_widened_exactly(isa: str) -> None:
 def _all_operations() -> list[np.ndarray]:
     local = np.random.default_rng(7)
     x = local.standard_normal((23, 416)).astype(np.float32)
-    norm, gated = np.empty_like(x), np.empty((23, 208), np.float32)
+    norm, gated, heads = np.empty_like(x), np.empty((23, 208), np.float32), x.copy()
     _native.rmsnorm(x, x[0].copy(), 1e-6, norm)
+    _native.rmsnorm_heads(heads, x[0, :52].copy(), x[1, :52].copy(), 4, 1e-6)
     _native.swiglu(x * 30, gated)
     acts = quantized(x)
     w4 = pack_w4(local.integers(-8, 8, (200, 416), dtype=np.int8), np.abs(x[:1, :13]).repeat(200, 0))
     w8 = _native.pack_w8(local.integers(-128, 128, (200, 416), dtype=np.int8), np.abs(x[0, :200]))
     bf16 = _native.wrap_float([f32_to_bf16(local.standard_normal((200, 416)).astype(np.float32))])
-    return [norm, gated, *acts.get(), linear(w4, acts, 23), linear(w8, acts, 23), linear(bf16, x, 23)]
+    return [norm, gated, heads, *acts.get(), linear(w4, acts, 23), linear(w8, acts, 23), linear(bf16, x, 23)]
 
 
 def test_instruction_sets_and_threads_give_the_same_bits() -> None:
@@ -304,6 +320,7 @@ def test_no_tokens_are_no_work(isa: str) -> None:
     assert linear(_native.wrap_float([normal(3, 64)]), normal(0, 64), 0).shape == (0, 3)
     _native.embed(_native.wrap_float([normal(3, 64)]), np.zeros(0, np.int32), np.empty((0, 64), np.float32))
     _native.swiglu(normal(0, 64), np.empty((0, 32), np.float32))
+    _native.rmsnorm_heads(normal(0, 64), normal(16), normal(16), 2, 1e-5)
 
 
 # ---- choice of instruction set, probes -----------------------------------------------------------
