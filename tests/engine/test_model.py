@@ -9,9 +9,9 @@ from distances import relative_error
 from tiny import make_checkpoint
 
 import llamita
-from llamita.engine.kv_cache import rope_frequencies
+from llamita.engine.rope import rope_frequencies
 from llamita.errors import InputError
-from llamita.models.config import RopeConfig
+from llamita.models.rope import RopeConfig
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' Llama")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers' Llama")
@@ -99,6 +99,16 @@ ROPES = {
         {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 8192},
         {"kind": "llama3", "factor": 32.0, "original_context": 8192},
+    ),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"kind": "yarn", "factor": 4.0, "original_context": 64},
+    ),
+    "yarn, other ends": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 24.0,
+         "beta_slow": 2.0, "truncate": False},
+        {"kind": "yarn", "factor": 4.0, "original_context": 64, "beta_fast": 24.0, "beta_slow": 2.0,
+         "is_truncated": False},
     ),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM
 from llamita.engine.prefixes import BLOCK, Prefix, PrefixCache, common_length
 from llamita.engine.sampler import Sampling
-from llamita.models.config import RopeConfig
+from llamita.models.rope import RopeConfig
 
 CONTEXT = 512
 ROPE = {"rope_type": "dynamic", "factor": 4.0}

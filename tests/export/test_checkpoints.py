@@ -12,6 +12,7 @@ from packed_models import pack_by_command
 from tiny import llama3_rope
 
 import llamita
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import pair_order
 from llamita.models.names import EMBEDDING, HEAD
 from llamita.models.packed import PackedModel
@@ -25,7 +26,7 @@ pytest.importorskip("compressed_tensors", reason="these formats are read by comp
 
 from layerwise import guided, linear_modules, values_of, watch  # noqa: E402
 
-from llamita.train import finetune  # noqa: E402
+from llamita.train.load import load_float  # noqa: E402
 from llamita.train.prepare import prepare  # noqa: E402
 
 SCALED = {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
@@ -74,7 +75,7 @@ def test_logits_are_those_of_our_layers(tmp_path: Path) -> None:
     path = pack_by_command(tmp_path)
     assert run("export", path, "--to", "compressed-tensors", "-o", tmp_path / "out") == 0
     packed, passed = PackedModel(path), watch(llamita.load(path, kv_dtype="f32"), IDS)
-    fake_quantized = finetune.load_float(tmp_path / "model")
+    fake_quantized = load_float(Checkpoint(tmp_path / "model"))
     prepare(fake_quantized, packed)
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for model in (fake_quantized, exported):

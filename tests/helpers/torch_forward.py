@@ -7,7 +7,7 @@ import torch
 
 from llamita.methods import rtn
 from llamita.methods.activations import quantize_activations
-from llamita.methods.blocks import Block, llama_config, rotary_tables
+from llamita.methods.blocks import Block, rotary_tables
 from llamita.methods.runtime_rotations import runtime_rotation
 from llamita.models.names import linear_names
 from llamita.models.weights import FloatSource
@@ -37,13 +37,12 @@ def logits_of(source: FloatSource, tokens: np.ndarray, scheme: QuantScheme | Non
     config, rotations = source.config, source.rotations
     model: Any = source if scheme is None else _Rounded(source, scheme)
     activations = None if scheme is None else quantize_activations
-    llama = llama_config(config)
-    rotary = rotary_tables(llama, tokens.shape[1])
+    rotary = rotary_tables(config, tokens.shape[1])
     table = _tensor(model.weight("model.embed_tokens"))
     with torch.no_grad():
         x = table[torch.from_numpy(tokens.astype(np.int64))]
         for layer in range(config.layers):
-            x = Block(model, llama, layer, rotary, activations, runtime_rotation(rotations))(x)
+            x = Block(model, layer, rotary, activations, runtime_rotation(rotations))(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps)
         x = x * _tensor(source.vector("model.norm.weight"))
         if rotations.head_transform is not None:

@@ -17,7 +17,7 @@ from llamita.formats.gguf import GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
 from llamita.formats.gguf_parts import GgufModel
 from llamita.imports.convert import convert
-from llamita.imports.gguf import _ends
+from llamita.imports.gguf_config import _ends
 from llamita.imports.tokenizers import with_scores
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import hf_order
@@ -132,9 +132,9 @@ def test_every_end_of_llama_3_ends_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("general.architecture", "bert", "general.architecture: expected llama, got 'bert'"),
+        ("general.architecture", "bert", "general.architecture: expected one of llama, qwen2.*, got 'bert'"),
         ("llama.block_count", 3, "blk.2.attn_q.weight: expected"),
-        ("llama.rope.scaling.type", "yarn", "rope.scaling.type: expected linear or none, got 'yarn'"),
+        ("llama.rope.scaling.type", "odd", "rope.scaling.type: expected linear, yarn, longrope or none, got 'odd'"),
         ("tokenizer.ggml.pre", "odd", "tokenizer.ggml.pre: expected one of llama-bpe"),
         ("tokenizer.ggml.tokens", ["a"], "token_embd.weight: expected \\(1, 128\\)"),
         ("llama.embedding_length", 1.5, "llama.embedding_length: expected a whole number"),

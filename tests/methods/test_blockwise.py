@@ -72,12 +72,11 @@ def test_blocks_one_after_the_other_are_the_model_of_transformers(tmp_path: Path
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         expected = model.model(torch.from_numpy(tokens).long(), output_hidden_states=True).hidden_states
-        config = blocks.llama_config(source.config)
-        rotary = blocks.rotary_tables(config, tokens.shape[1])
+        rotary = blocks.rotary_tables(source.config, tokens.shape[1])
         states = blocks.embed(source, tokens, None)
         for index in range(source.config.layers):
             assert torch.equal(states, expected[index]) or torch.allclose(states, expected[index], atol=1e-5, rtol=1e-5)
-            states = blocks.Block(source, config, index, rotary)(states)
+            states = blocks.Block(source, index, rotary)(states)
         final = model.model.norm(states)
     torch.testing.assert_close(final, expected[-1], atol=1e-5, rtol=1e-4)
 
@@ -132,7 +131,7 @@ def test_the_rounded_stream_is_what_the_engine_computes(kept: tuple[str, ...]) -
     tokens = np.array(llm.tokenizer.encode(TEXT)[:128], np.int32)
     rounded, passed = RoundedSource(source, scheme), layerwise.watch(llm, tokens)
     guide = layerwise.Guide(rounded, passed)
-    rotary = blocks.rotary_tables(blocks.llama_config(source.config), len(tokens))
+    rotary = blocks.rotary_tables(source.config, len(tokens))
     states = blocks.embed(source, tokens[None], scheme)
     with torch.no_grad():
         for index in range(source.config.layers):
@@ -159,7 +158,7 @@ def guided_block(guide: Any, source: Checkpoint, rounded: RoundedSource, index: 
             linear.register_forward_pre_hook(lambda _module, given: (guide.read(full, given[0]),))
         linear.register_forward_hook(lambda _module, _given, out: guide.write(full, out))
 
-    block = blocks.Block(source, blocks.llama_config(source.config), index, rotary, activations, floats=floats)
+    block = blocks.Block(source, index, rotary, activations, floats=floats)
     for own, linear in block.linears.items():
         block.set_weight(own, torch.from_numpy(layerwise.values_of(rounded.weight(f"{name}.{own}"))).float())
         attach(linear, f"{name}.{own}", own in floats)
@@ -169,12 +168,11 @@ def guided_block(guide: Any, source: Checkpoint, rounded: RoundedSource, index: 
 def test_float_layers_read_what_was_not_rounded() -> None:
     """As in the engine: each by itself gives the float block's output of that layer."""
     source = Checkpoint(resolve("embedded"))
-    config = blocks.llama_config(source.config)
-    rotary = blocks.rotary_tables(config, 8)
+    rotary = blocks.rotary_tables(source.config, 8)
     states = torch.randn(1, 8, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def seen(name: str, floats: tuple[str, ...], rounds: Any) -> Any:
-        block, found = blocks.Block(source, config, 0, rotary, rounds, floats=floats), []
+        block, found = blocks.Block(source, 0, rotary, rounds, floats=floats), []
         block.linears[name].register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].clone()))
         block(states)
         return found[0]

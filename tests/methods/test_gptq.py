@@ -228,11 +228,10 @@ def test_statistics_are_the_means_over_all_tokens(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(calibrated, "_PANEL", panel)
     monkeypatch.setattr(calibrated, "BATCH_TOKENS", 64)
     source = Checkpoint(make_checkpoint(tmp_path))
-    config = blocks.llama_config(source.config)
-    rotary = blocks.rotary_tables(config, 32)
+    rotary = blocks.rotary_tables(source.config, 32)
     both = {
-        "quantized": blocks.Block(source, config, 0, rotary, calibrated.quantize_activations),
-        "float": blocks.Block(source, config, 0, rotary),
+        "quantized": blocks.Block(source, 0, rotary, calibrated.quantize_activations),
+        "float": blocks.Block(source, 0, rotary),
     }
     rng = torch.Generator().manual_seed(0)
     at = {kind: torch.randn(5, 32, source.config.hidden_size, generator=rng) for kind in both}

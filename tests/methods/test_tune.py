@@ -36,10 +36,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def rounded_block(source: Checkpoint, scheme: QuantScheme = SCHEME, samples: int = SAMPLES) -> Any:
     """The first block rounded to nearest, as the loop over blocks hands it to tuning."""
     tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (samples, LENGTH))
-    config = blocks.llama_config(source.config)
-    rotary = blocks.rotary_tables(config, LENGTH)
-    block = blocks.Block(source, config, 0, rotary, fakequant.quantize_activations)
-    floats = blocks.Block(source, config, 0, rotary)
+    rotary = blocks.rotary_tables(source.config, LENGTH)
+    block = blocks.Block(source, 0, rotary, fakequant.quantize_activations)
+    floats = blocks.Block(source, 0, rotary)
     weights, rounded = {}, {}
     for name in block.linears:
         full = f"{block.name}.{name}"

@@ -104,7 +104,8 @@ def test_other_dtypes_are_refused(tmp_path: Path, dtype: str) -> None:
     ("key", "value", "message"),
     [
         ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
-        ("model_type", "qwen3", "model_type"),
+        ("model_type", "gemma3", "model_type"),
+        ("model_type", "qwen3", "self_attn.k_norm.weight"),
         ("model_type", "llamita", "llamita.json"),
         ("num_hidden_layers", 10**6, "num_hidden_layers"),
         ("num_hidden_layers", 3, "model.layers.2"),

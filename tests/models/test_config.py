@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from llamita import _native
-from llamita.engine.kv_cache import rope_frequencies
+from llamita.engine.rope import rope_frequencies
 from llamita.errors import InputError
 from llamita.models import config
-from llamita.models.config import ModelConfig, RopeConfig
+from llamita.models.config import ModelConfig
+from llamita.models.rope import RopeConfig
 
 LLAMA3_ROPE = {
     "factor": 32.0,
@@ -82,7 +83,14 @@ def test_stretched_context(kind: str) -> None:
         ({"model_type": "gpt2"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"pretraining_tp": 2}, "pretraining_tp"),
-        ({"sliding_window": 4096, "model_type": "mistral"}, "sliding_window"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"sliding_window": -1, "model_type": "mistral"}, "sliding_window"),
+        ({"sliding_window": 64, "model_type": "mistral", "layer_types": ["odd"] * 16}, "layer_types"),
+        ({"no_rope_layers": [1], "model_type": "smollm3"}, "no_rope_layers"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"residual_multiplier": 0, "model_type": "granite"}, "residual_multiplier"),
+        ({"logits_scaling": "8", "model_type": "granite"}, "logits_scaling"),
+        ({"model_type": "mllama"}, "text_config"),
         ({"num_experts": 8}, "num_experts"),
         ({"num_key_value_heads": 5}, "num_key_value_heads"),
         ({"head_dim": 65}, "head_dim"),
@@ -93,7 +101,10 @@ def test_stretched_context(kind: str) -> None:
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 2}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),

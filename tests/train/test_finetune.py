@@ -33,6 +33,7 @@ from layerwise import guided, linear_modules, watch  # noqa: E402
 from llamita.methods.blocks import STEPS  # noqa: E402
 from llamita.train import finetune  # noqa: E402
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear, SharedInput, Switch, codes_of  # noqa: E402
+from llamita.train.load import load_float  # noqa: E402
 from llamita.train.objective import loss_sum  # noqa: E402
 from llamita.train.prepare import prepare  # noqa: E402
 from llamita.train.save import save_float, save_packed  # noqa: E402
@@ -145,7 +146,7 @@ def test_a_prepared_model_has_the_codes_it_was_given(tmp_path: Path, family: str
     calibration = Calibration("rows", "0" * 64, tokens)
     setup = Setup(calibration) if method == "qronos" else None
     rounded = RoundedSource(Checkpoint(path), make_scheme("llama3.2"), method, setup)
-    model = finetune.load_float(path)
+    model = load_float(Checkpoint(path))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     prepare(model, rounded)
     modules = [f"model.layers.{i}.{name}" for i in range(2) for name in LINEARS]
@@ -200,7 +201,7 @@ def test_the_loss_does_not_depend_on_how_it_is_divided(monkeypatch: pytest.Monke
 
 def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
     """The second example of a row has the logits it has alone."""
-    model = finetune.load_float(make_checkpoint(tmp_path / "model")).eval()
+    model = load_float(Checkpoint(make_checkpoint(tmp_path / "model"))).eval()
     rows = rows_of(1)
     ids, positions = torch.from_numpy(rows.ids), torch.from_numpy(rows.positions)
     with torch.no_grad():

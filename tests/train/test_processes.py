@@ -15,6 +15,8 @@ from command import assert_nothing_is_left, one_line, run
 from jsonl import write_jsonl
 from tiny import make_checkpoint
 
+from llamita.models.checkpoint import Checkpoint
+
 torch = pytest.importorskip("torch", reason="training is on the Torch side")
 pytest.importorskip("trl", reason="training is on the Torch side")
 
@@ -22,6 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from llamita.train import finetune, trainer  # noqa: E402
 from llamita.train.batches import StepRows, count_parts, own_parts  # noqa: E402
+from llamita.train.load import load_float  # noqa: E402
 
 SMALL = ("--set", "length=64", "--set", "held_out=0.3", "--set", "batch=4", "--set", "micro_batch=1",
          "--set", "learning_rate=1e-3", "--set", "save_every=2", "--set", "evaluate_every=3")  # fmt: skip
@@ -175,11 +178,12 @@ import sys
 from pathlib import Path
 import torch
 from llamita.system import collectives
-from llamita.train.finetune import load_float
+from llamita.models.checkpoint import Checkpoint
+from llamita.train.load import load_float
 from llamita.train.sharding import keep, optimizer_state, restore, restore_optimizer, shard
 
 collectives.join(60)
-models = [load_float(Path(sys.argv[1])) for _ in range(2)]
+models = [load_float(Checkpoint(Path(sys.argv[1]))) for _ in range(2)]
 with torch.no_grad():
     for parameter in models[1].parameters():
         parameter.zero_()
@@ -220,7 +224,7 @@ def test_each_process_holds_half_and_what_is_kept_is_whole(model: Path, tmp_path
     code, _, err = finished(started(2, tmp_path / "parts.py", model, kept))
     assert code == 0, err
     state = load_file(kept)
-    whole = finetune.load_float(model)
+    whole = load_float(Checkpoint(model))
     shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
     assert {name: tensor.shape for name, tensor in state.items()} == shapes
     finetune.restore(whole, kept)

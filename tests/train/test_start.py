@@ -16,8 +16,8 @@ from llamita.numerics.scheme import make_scheme
 torch = pytest.importorskip("torch", reason="training is on the Torch side")
 pytest.importorskip("trl", reason="training is on the Torch side")
 
-from llamita.train import finetune  # noqa: E402
 from llamita.train.fake_quant import FakeQuantLinear, codes_of  # noqa: E402
+from llamita.train.load import load_float  # noqa: E402
 from llamita.train.prepare import prepare  # noqa: E402
 from llamita.train.start import Start, parse_start, start  # noqa: E402
 
@@ -42,7 +42,7 @@ def test_transforms_keep_the_function_and_codes_are_those_of_the_start(
     tmp_path: Path, family: str, method: str
 ) -> None:
     path = make_checkpoint(tmp_path / "model", family)
-    model = finetune.load_float(path)
+    model = load_float(Checkpoint(path))
     before, weights = logits(model), model.model.layers[0].mlp.down_proj.weight.clone()
     found = begun(path, tmp_path / "place", method)
     switch = prepare(model, found.rounded, found.floats)

@@ -89,7 +89,7 @@ def describe(name: str) -> Described:
     """
     path = Path(name)
     if os.path.exists(name) and (file := gguf_of(path)) is not None:
-        return _from_config(import_module("llamita.imports.gguf").read_config(file), name)
+        return _from_config(import_module("llamita.imports.gguf_config").read_config(file), name)
     if path.is_file():
         return _from_config(read_json(path.parent, path.name), name)
     if is_hub_name(name):

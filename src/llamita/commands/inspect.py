@@ -14,7 +14,7 @@ from llamita.commands.sources import convert_first
 from llamita.errors import shown
 from llamita.formats.gguf_parts import GgufModel, parts_of
 from llamita.imports.detect import gguf_of
-from llamita.imports.gguf import hf_config
+from llamita.imports.gguf_config import hf_config
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig

@@ -118,8 +118,12 @@ class Model:
         _norm(b.x, block.attention_norm, eps, block.qkv, b.hidden, bool(spans))  # x (T, C) -> hidden (T, C)
         _linear(block.qkv, b.hidden, b.qkv)  # (T, C) -> qkv (T, Q + 2 * K)
         add_adapters(spans, layer, "qkv", b.hidden.floats, b.qkv)
-        ops.rope_and_cache(batch, layer, b.qkv, heads)  # rotates q in place; k, v (T, kv_heads, head_dim) to the caches
-        ops.attention(batch, layer, b.qkv, heads, b.attended.floats)  # q and the caches -> attended (T, Q)
+        if block.head_norms:
+            ops.rmsnorm_heads(b.qkv, *block.head_norms, heads, eps)  # each head of q and k, in place
+        # rotates q in place; k, v (T, kv_heads, head_dim) to the caches
+        ops.rope_and_cache(batch, layer, b.qkv, heads, layer not in self.config.unrotated)
+        # q and the caches -> attended (T, Q)
+        ops.attention(batch, layer, b.qkv, heads, b.attended.floats, self.config.window_of(layer))
         if block.attention_out.takes_codes:
             ops.quantize(b.attended.floats, b.attended.codes)
         _linear(block.attention_out, b.attended, b.x, accumulate=True)  # x (T, C) += (T, Q) @ (Q, C)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llamita.engine.adapters import Adapter
-from llamita.engine.kv_cache import SequenceCache, rope_frequencies
-from llamita.models.config import RopeConfig
+from llamita.engine.kv_cache import SequenceCache
+from llamita.engine.rope import rope_frequencies
+from llamita.models.rope import RopeConfig
 
 SHORTEST = 16  # tokens worth sharing; fewer are computed about as fast
 BLOCK = 128  # a cache takes memory for this many positions at a time: kKeyBlock of native/kernels/kernels.h
@@ -109,7 +110,7 @@ class PrefixCache:
         if prefix.adapter is not adapter:
             return 0
         length = common_length(prefix.ids, ids)
-        if length < SHORTEST or self._rope.kind != "dynamic" or prefix.declared_length == declared_length:
+        if length < SHORTEST or not self._rope.depends_on_length or prefix.declared_length == declared_length:
             return length
         lengths = (prefix.declared_length, declared_length)
         theirs, ours = (rope_frequencies(self._rope, self._head_dim, n) for n in lengths)

@@ -10,6 +10,7 @@ import numpy as np
 
 from llamita import _native
 from llamita.errors import InputError
+from llamita.models.names import HEAD_NORMS
 from llamita.models.weights import Int4Weight, Int8Weight, ModelSource, bias_of
 from llamita.numerics.hadamard import core_signs, factor
 
@@ -48,6 +49,7 @@ class BlockWeights:
 
     attention_norm: np.ndarray  # float32 (hidden,)
     qkv: Linear
+    head_norms: tuple[np.ndarray, np.ndarray] | None  # of queries and of keys, float32 (head_dim,) each
     attention_out: Linear
     mlp_norm: np.ndarray  # float32 (hidden,)
     gate_up: Linear
@@ -125,11 +127,19 @@ def load_block(source: ModelSource, index: int, gated: bool = True) -> BlockWeig
     return BlockWeights(
         attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
         qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        head_norms=_head_norms(source, prefix),
         attention_out=fused("self_attn.o_proj"),
         mlp_norm=source.vector(f"{prefix}.post_attention_layernorm.weight"),
         gate_up=fused("mlp.gate_proj", "mlp.up_proj", gated=gated),
         down=fused("mlp.down_proj"),
     )
+
+
+def _head_norms(source: ModelSource, block: str) -> tuple[np.ndarray, np.ndarray] | None:
+    if not source.config.qk_norm:
+        return None
+    queries, keys = (source.vector(f"{block}.{norm}.weight") for norm in HEAD_NORMS)
+    return queries, keys
 
 
 def _linear(

@@ -236,7 +236,7 @@ class _Scorer:
 
     def _resume(self, ids: np.ndarray, first: int) -> int:
         """Keep what is common with the text before, up to row `first`; return the position to continue from."""
-        if self._llm.config.rope.kind == "dynamic":  # its frequencies depend on the whole length
+        if self._llm.config.rope.depends_on_length:
             self._cache = self._llm.new_sequence(len(ids))
             return 0
         shared = min(len(self._done), first)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import RunError
+from llamita.models.families import FAMILIES
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_shards
@@ -30,7 +31,9 @@ def write_checkpoint(
     """
     shards = plan_shards({name: {name: (dtype, shape)} for name, (dtype, shape, _) in tensors.items()})
     files = write_shards(directory, shards, lambda name: [tensors[name][2]()], progress)
-    values = {**packed.hf_config, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **changes}
+    family = packed.config.family
+    architecture = {"model_type": family, "architectures": [f"{FAMILIES[family].classes}ForCausalLM"]}
+    values = {**packed.hf_config, **architecture, **changes}
     write_json(directory / "config.json", {key: value for key, value in values.items() if value is not None})
     copy_companions(packed.path, directory, find_companions(packed.path))
     return sum(record["size"] for record in files.values())

@@ -1,14 +1,12 @@
-"""Build transformers' Llama in the shape of a packed model, on Torch's "meta" device, without weights."""
+"""Build transformers' model in the shape of a packed one, on Torch's "meta" device, without weights."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from llamita.methods.architecture import class_of, transformers_config
 from llamita.models.packed import PackedModel
-
-_STORAGE = ("quantization_config", "model_type", "architectures", "dtype", "torch_dtype")  # keys about the files
 
 
 def empty_llama(packed: PackedModel, attention: str | None = None, **changes: Any) -> Any:
@@ -16,14 +14,14 @@ def empty_llama(packed: PackedModel, attention: str | None = None, **changes: An
 
     Args:
         attention: a name in transformers' registry of attention.
-        changes: other values of config.json.
+        changes: other values of its configuration.
     """
-    keys = {key: value for key, value in packed.hf_config.items() if key not in _STORAGE}
-    config = LlamaConfig(**keys | changes)
+    config = transformers_config(packed.config)
+    config.update({"pad_token_id": packed.hf_config.get("pad_token_id"), **changes})
     if attention is not None:
         config._attn_implementation = attention
     with torch.device("meta"):
-        return LlamaForCausalLM(config)
+        return class_of(packed.config, "ForCausalLM")(config)
 
 
 def put(llama: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:

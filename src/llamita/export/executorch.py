@@ -73,8 +73,8 @@ def _context_of(packed: PackedModel, context: int | None) -> int:
     context = context or min(_CONTEXT, most)
     if not _LEAST_CONTEXT <= context <= most:
         raise InputError("--context", f"{_LEAST_CONTEXT} to {most} tokens, as the model itself takes", f"{context}")
-    if rope.kind == "dynamic" and context > rope.original_context:
-        expected = f"at most {rope.original_context} tokens with dynamic rotary embeddings, whose base a program fixes"
+    if rope.depends_on_length and context > rope.original_context:
+        expected = f"at most {rope.original_context} tokens with {rope.kind} rotary embeddings, which a program fixes"
         raise InputError("--context", expected, f"{context}")
     return context
 

@@ -6,6 +6,7 @@ Activations are not: llama.cpp rounds them to int8 in blocks of 32, without a ze
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from llamita.export.job import ExportJob
 from llamita.export.source import RoundedScales, check_grid, module_names, refuse_rotation, shape_of, source_name
 from llamita.formats.gguf import BLOCK, GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
-from llamita.models.foreign_names import gguf_name, heads_of, pair_order, rope_factors
+from llamita.models.config import ModelConfig
+from llamita.models.families import FAMILIES
+from llamita.models.foreign_names import gguf_heads_of, gguf_name, pair_order, rope_factors
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.models.rope import RopeConfig
 from llamita.models.weights import Int4Weight, Int8Weight, ModelSource, Weight, row_blocks, stored_dtype
 from llamita.numerics.affine import to_f32
 from llamita.numerics.packing import unpack_int4
@@ -38,9 +42,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
         InputError: the format cannot hold the model.
     """
     refuse_rotation(job.packed, "gguf")
-    if job.packed.config.rope.kind == "dynamic":
-        expected = "rotary embeddings that do not depend on the length of a text"
-        raise InputError("--to gguf", expected, "dynamic ones, which llama.cpp does not have")
+    _check_family(job.packed.config)
     grid = check_grid(job.packed, "f16", bool(job.options.get("round_scales")), "gguf")
     model: ModelSource = RoundedScales(job.packed, "f16") if grid.off else job.packed
     modules, path = module_names(model), directory / FILE
@@ -91,7 +93,7 @@ def blocks_of(weight: Weight) -> np.ndarray:
 
 def _ordered(model: ModelSource, name: str) -> Weight:
     """Return a matrix with its rows in llama.cpp's order."""
-    weight, heads = model.weight(name), heads_of(name, model.config)
+    weight, heads = model.weight(name), gguf_heads_of(name, model.config)
     if heads is None:
         return weight
     if isinstance(weight, np.ndarray):
@@ -113,7 +115,7 @@ def _kind(weight: Weight) -> tuple[str, tuple[int, ...]]:
 def _vectors(model: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
     """Yield norms and biases in llama.cpp's order, and the factors of scaled rotary embeddings, by our names."""
     for name in vector_names(model.config):
-        heads = heads_of(name.rpartition(".")[0], model.config)
+        heads = gguf_heads_of(name.rpartition(".")[0], model.config)
         values = model.vector(name)
         yield name, values if heads is None else values[pair_order(len(values), heads)]
     if model.config.rope.kind == "llama3":
@@ -123,27 +125,53 @@ def _vectors(model: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
 def _values(packed: PackedModel) -> dict[str, Any]:
     """Return the file's metadata."""
     config = packed.config
-    values: dict[str, Any] = {
-        "general.architecture": "llama", "general.name": source_name(packed), "general.file_type": _MOSTLY_Q4_0,
-        "general.quantization_version": 2, "llama.block_count": config.layers,
-        "llama.context_length": config.context, "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size, "llama.attention.head_count": config.heads,
-        "llama.attention.head_count_kv": config.kv_heads, "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim, "llama.vocab_size": config.vocab_size,
-        "llama.attention.layer_norm_rms_epsilon": config.norm_eps, "llama.rope.freq_base": config.rope.theta,
-        "llama.rope.dimension_count": config.head_dim,
+    name = FAMILIES[config.family].gguf
+    own = {
+        "block_count": config.layers, "context_length": _context(config), "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads, "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim, "vocab_size": config.vocab_size,
+        "attention.layer_norm_rms_epsilon": config.norm_eps, "rope.freq_base": config.rope.theta,
+        "rope.dimension_count": config.head_dim,
     }  # fmt: skip
-    if config.rope.kind == "linear":
-        values |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": config.rope.factor}
-    values |= tokenizer_values(packed)
+    if config.rope.kind in ("linear", "yarn"):
+        own |= {"rope.scaling.type": config.rope.kind, "rope.scaling.factor": config.rope.factor}
+    if config.rope.kind == "yarn":
+        own |= {"rope.scaling.original_context_length": config.rope.original_context,
+                "rope.scaling.yarn_beta_fast": config.rope.beta_fast,
+                "rope.scaling.yarn_beta_slow": config.rope.beta_slow}  # fmt: skip
+    values: dict[str, Any] = {
+        "general.architecture": name, "general.name": source_name(packed), "general.file_type": _MOSTLY_Q4_0,
+        "general.quantization_version": 2, **{f"{name}.{key}": value for key, value in own.items()},
+        **tokenizer_values(packed),
+    }  # fmt: skip
     template = find_template(packed.path)
     return values if template is None else values | {"tokenizer.chat_template": template}
+
+
+def _context(config: ModelConfig) -> int:
+    """Return the tokens of a text at most: within the window, as llama.cpp has none for these architectures."""
+    return min(config.context, config.window) if config.windowed else config.context
+
+
+def _check_family(config: ModelConfig) -> None:
+    """Raise InputError for what llama.cpp computes in another way than the engine."""
+    rope = config.rope
+    if rope.depends_on_length:
+        expected = "rotary embeddings that do not depend on the length of a text"
+        raise InputError("--to gguf", expected, f"{rope.kind} ones")
+    plain = RopeConfig.yarn(rope.theta, rope.factor, rope.original_context)
+    if rope.kind == "yarn" and rope != replace(plain, beta_fast=rope.beta_fast, beta_slow=rope.beta_slow):
+        raise InputError("--to gguf", "yarn with the paper's attention factor, truncated", "another")
+    fourth = frozenset(range(3, config.layers, 4))  # fixed in llama.cpp
+    if FAMILIES[config.family].skips_rope and config.unrotated != fourth:
+        raise InputError("--to gguf", "every fourth layer without rotary embedding", f"{sorted(config.unrotated)}")
 
 
 def _is_equal(model: ModelSource, name: str, file: GgufFile) -> bool:
     """Return whether the file's matrix has the very values of the packed one; compare some rows at a time."""
     found = gguf_name(f"{name}.weight")
-    data, kind, heads = file.read(found), file.tensors[found].kind, heads_of(name, model.config)
+    data, kind, heads = file.read(found), file.tensors[found].kind, gguf_heads_of(name, model.config)
     back = np.argsort(pair_order(len(data), heads)) if heads is not None else None
     done = 0
     for part in row_blocks(model.weight(name)):

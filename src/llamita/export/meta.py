@@ -87,7 +87,9 @@ def _check(packed: PackedModel) -> None:
     """Raise InputError for what the format cannot hold."""
     config, scheme = packed.config, packed.scheme
     assert scheme is not None
-    if config.attention_bias or config.mlp_bias or config.head_dim * config.heads != config.hidden_size:
+    if config.family != "llama":
+        raise InputError("--to meta", "a Llama", config.family)
+    if config.biases or config.head_dim * config.heads != config.hidden_size:
         raise InputError("--to meta", "no biases and heads as wide as the model", "others")
     if config.rope.kind not in ("default", "llama3"):
         raise InputError("--to meta", "Llama's rotary embedding", f"{config.rope.kind}")

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llamita import _native
+from llamita.methods.architecture import class_of, transformers_config, window_mask
 from llamita.methods.rtn import rule_of
 from llamita.models.config import ModelConfig
+from llamita.models.names import HEAD_NORMS
 from llamita.models.weights import FloatSource, bias_of, check_finite
 from llamita.numerics.affine import dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
@@ -27,33 +27,13 @@ STEPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+NORMS = ("input_layernorm", "post_attention_layernorm")
 Activations = Callable[[Tensor], Tensor]
 
 
-def llama_config(config: ModelConfig) -> LlamaConfig:
-    """Return the architecture as a configuration of transformers."""
-    rope = config.rope
-    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        parameters["factor"] = rope.factor
-    if rope.kind == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor,
-                       "original_max_position_embeddings": rope.original_context}  # fmt: skip
-    trained = rope.original_context if rope.kind in ("linear", "dynamic") else config.context
-    llama = LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_dim,
-        max_position_embeddings=trained, rms_norm_eps=config.norm_eps, rope_parameters=parameters,
-        attention_bias=config.attention_bias, mlp_bias=config.mlp_bias,
-    )  # fmt: skip
-    llama._attn_implementation = "sdpa"
-    return llama
-
-
-def rotary_tables(config: LlamaConfig, length: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """Return cos and sin of every position, each (1, length, head_dim)."""
-    embedding = LlamaRotaryEmbedding(config)
+    embedding = class_of(config, "RotaryEmbedding")(transformers_config(config))
     return embedding(torch.zeros(1), torch.arange(length)[None])
 
 
@@ -81,7 +61,7 @@ class Block:
     """
 
     def __init__(
-        self, source: FloatSource, config: LlamaConfig, index: int, rotary: tuple[Tensor, Tensor],
+        self, source: FloatSource, index: int, rotary: tuple[Tensor, Tensor],
         activations: Activations | None = None, rotation: Activations | None = None,
         floats: Collection[str] = (),
     ) -> None:  # fmt: skip
@@ -95,19 +75,20 @@ class Block:
         Raises:
             InputError: weights that are not finite.
         """
-        self.name = f"model.layers.{index}"
+        self.name, config = f"model.layers.{index}", source.config
         with torch.device("meta"):  # the weights follow, so nothing is drawn or takes memory twice
-            self.layer: Any = LlamaDecoderLayer(config, 0).eval()
+            self.layer: Any = class_of(config, "DecoderLayer")(transformers_config(config), index).eval()
         self.linears: dict[str, Any] = {name: self.layer.get_submodule(name) for step in STEPS for name in step}
         for name, linear in self.linears.items():
             self.set_weight(name, _weight(source, f"{self.name}.{name}"))
             bias = bias_of(source, f"{self.name}.{name}")
             linear.bias = None if bias is None else _parameter(torch.from_numpy(bias.copy()))
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        for norm in NORMS + (HEAD_NORMS if config.qk_norm else ()):
             vector = source.vector(f"{self.name}.{norm}.weight")
             self.layer.get_submodule(norm).weight = _parameter(torch.from_numpy(np.array(vector, np.float32)))
         self.layer.self_attn.o_proj = nn.Identity()  # attention returns the input of o_proj
         self._rotary = rotary
+        self._mask = window_mask(config.window_of(index), rotary[0].shape[1])
         self._activations = activations or _same
         self._rotation = rotation or _same
         self._floats = set(floats)
@@ -140,7 +121,7 @@ class Block:
             return self._normed
         x = self._activations(self._normed)
         if step == 1:
-            return layer.self_attn(x, position_embeddings=self._rotary)[0]
+            return layer.self_attn(x, position_embeddings=self._rotary, attention_mask=self._mask)[0]
         gated = layer.mlp.act_fn(self.linears["mlp.gate_proj"](x)) * self.linears["mlp.up_proj"](x)
         return self._rotation(gated)
 

@@ -17,7 +17,7 @@ from llamita import _native
 from llamita.errors import InputError
 from llamita.methods import rtn
 from llamita.methods.activations import quantize_activations
-from llamita.methods.blocks import STEPS, Block, embed, llama_config, rotary_tables
+from llamita.methods.blocks import STEPS, Block, embed, rotary_tables
 from llamita.methods.energy import pieces_of
 from llamita.methods.hidden_states import Store
 from llamita.methods.rtn import RoundedRows, RoundModule
@@ -157,8 +157,7 @@ def rounder(
 def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
     source, count = run.source, run.source.config.layers
     store = Store(run.setup, (*tokens.shape, source.config.hidden_size), run.kinds)
-    config, rotation = llama_config(source.config), runtime_rotation(source.rotations)
-    rotary = rotary_tables(config, tokens.shape[1])
+    rotation, rotary = runtime_rotation(source.rotations), rotary_tables(source.config, tokens.shape[1])
     first = store.finished(count)
     if first == count:
         return store
@@ -168,9 +167,9 @@ def _round_blocks(run: _Run, tokens: np.ndarray) -> Store:
         streams = {kind: _embedded(run, store, kind, tokens) for kind in run.kinds}
     for index in range(first, count):
         floats = [name for names in STEPS for name in names if not _bits(run, index, name)]
-        blocks = {"quantized": Block(source, config, index, rotary, quantize_activations, rotation, floats)}
+        blocks = {"quantized": Block(source, index, rotary, quantize_activations, rotation, floats)}
         if "float" in streams:
-            blocks["float"] = Block(source, config, index, rotary, rotation=rotation)
+            blocks["float"] = Block(source, index, rotary, rotation=rotation)
         after = {kind: store.new(kind, index + 1) for kind in streams}
         rounded = _round_block(run, index, blocks, streams, after)
         coarse = _int4(run.scheme, rounded)  # the others are rounded to nearest again when they are written

@@ -19,11 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from llamita import _native
 from llamita.errors import InputError
-from llamita.methods.blocks import llama_config, rotary_tables
+from llamita.methods.architecture import window_mask
+from llamita.methods.blocks import rotary_tables
 from llamita.methods.rotation_matrices import RotationMatrices, rotated
 from llamita.methods.runtime_rotations import hadamard_transform
 from llamita.methods.settings import CHECKED, SpinQuantSettings
 from llamita.methods.setup import Setup
+from llamita.models.names import HEAD_NORMS
 from llamita.models.weights import FloatSource, bias_of
 from llamita.numerics.affine import to_f32
 from llamita.system import torch_processes
@@ -191,6 +193,7 @@ class _Layer:
 
     weights: dict[str, Tensor]
     biases: dict[str, Tensor | None]
+    head_norms: tuple[Tensor, ...]  # of queries and keys, (head_dim,) each; none in most families
 
 
 class _Model:
@@ -209,7 +212,6 @@ class _Model:
         if not self._config.tied:
             self._head = self._tensor(source.weight("lm_head")).to(self._dtype)
         self._gamma = self._tensor(source.vector("model.norm.weight"))
-        self._rotary = llama_config(self._config)
 
     def loss(self, tokens: Tensor, rotations: dict[str, Tensor], in_float32: bool = False) -> Tensor:
         """Return the loss with rounded activations, mean over the predicted tokens of (samples, length)."""
@@ -229,13 +231,13 @@ class _Model:
     def _logits(self, tokens: Tensor, rotations: dict[str, Tensor], is_rounded: bool) -> Tensor:
         r1, r2 = rotations.get("r1"), rotations.get("r2")
         rounded = _round_tokens if is_rounded else _same
-        rotary = rotary_tables(self._rotary, tokens.shape[1])
+        rotary = rotary_tables(self._config, tokens.shape[1])
         rotary = (rotary[0].to(self._device), rotary[1].to(self._device))
         x = _times(self._table[tokens].float(), r1).float()  # (samples, length, hidden)
         for i, layer in enumerate(self._layers):
             r2_i = None if r2 is None else r2[i]
             # Recomputed in the backward pass, so that only one layer's activations and rotated weights are kept.
-            x = checkpoint(self._block, x, layer, r1, r2_i, rotary, rounded, use_reentrant=False)  # type: ignore[assignment]
+            x = checkpoint(self._block, x, i, layer, r1, r2_i, rotary, rounded, use_reentrant=False)  # type: ignore[assignment]
         hidden = _unrotate(_norm(x, self._config.norm_eps), r1) * self._gamma
         head = self._head if torch.is_autocast_enabled(self._device.type) else self._head.float()
         # Instead of rotating the table: (h·R1, rounded)·R1ᵀ·Wᵀ.
@@ -243,7 +245,7 @@ class _Model:
         return logits.float()  # on a CPU, autocast leaves log_softmax in bf16
 
     def _block(
-        self, x: Tensor, layer: _Layer, r1: Tensor | None, r2: Tensor | None,
+        self, x: Tensor, index: int, layer: _Layer, r1: Tensor | None, r2: Tensor | None,
         rotary: tuple[Tensor, Tensor], rounded: Callable[[Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
         config = self._config
@@ -259,8 +261,13 @@ class _Model:
         q, k, v = (
             linear(f"self_attn.{name}_proj", n).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for name in "qkv"
         )  # (samples, heads, length, head_dim)
-        q, k = (_rotary(t, *rotary) for t in (q, k))
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if layer.head_norms:
+            q, k = (_norm(t, config.norm_eps) * norm for t, norm in zip((q, k), layer.head_norms, strict=True))
+        if index not in config.unrotated:
+            q, k = (_rotary(t, *rotary) for t in (q, k))
+        mask = window_mask(config.window_of(index), x.shape[1])
+        mask = None if mask is None else mask.to(x.device)
+        attended = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         x = x + linear("self_attn.o_proj", rounded(attended.transpose(1, 2).flatten(2)))
         n = rounded(_norm(x, config.norm_eps))
         inner = functional.silu(linear("mlp.gate_proj", n)) * linear("mlp.up_proj", n)
@@ -281,16 +288,17 @@ class _Model:
 
     def _layer(self, source: FloatSource, index: int) -> _Layer:
         block = f"model.layers.{index}"
-        norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+        before = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
         weights, biases = {}, {}
         for name in self._config.linear_shapes():
             weight, bias = self._tensor(source.weight(f"{block}.{name}")), bias_of(source, f"{block}.{name}")
             if name not in ("self_attn.o_proj", "mlp.down_proj"):
-                norm = norms[name.partition(".")[0]]
+                norm = before[name.partition(".")[0]]
                 weight = weight * self._tensor(source.vector(f"{block}.{norm}.weight"))
             weights[name] = weight.to(self._dtype)
             biases[name] = None if bias is None else self._tensor(bias)
-        return _Layer(weights, biases)
+        norms = HEAD_NORMS if self._config.qk_norm else ()
+        return _Layer(weights, biases, tuple(self._tensor(source.vector(f"{block}.{norm}.weight")) for norm in norms))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(to_f32(array), np.float32)).to(self._device)

@@ -4,6 +4,7 @@ Every tensor of the architecture is checked for name, dtype and shape before any
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from llamita.errors import InputError, LlamitaError, shown
 from llamita.formats.safetensors import TensorFile, TensorInfo
 from llamita.models.config import ModelConfig
+from llamita.models.families import PACKED, plain_config
+from llamita.models.layout import layout_of
 from llamita.models.names import EMBEDDING, HEAD, expected_tensors
 from llamita.models.weights import FLOAT_DTYPES, check_finite
 from llamita.numerics.affine import to_f32
@@ -102,10 +105,11 @@ class Checkpoint(StoredTensors):
             raise InputError(str(path), "a model", "adapters", f"try --adapter {path} with their base")
         if path.is_dir() and not exists_in(path, "config.json"):
             raise InputError(str(path), "a model directory", "one without config.json")
-        self.hf_config = read_json(path, "config.json")
+        stored = read_json(path, "config.json")
+        self.hf_config = plain_config(stored)
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()
-        if self.hf_config["model_type"] == "llamita":
+        if self.hf_config["model_type"].startswith(PACKED):
             raise InputError(
                 f"{path}: llamita.json",
                 "next to packed weights",
@@ -120,15 +124,16 @@ class Checkpoint(StoredTensors):
                 "try its source",
             )
         self.files, self._where = open_tensor_files(path)
+        self._layout = layout_of(stored, self._where)
         self._check()
 
     def _check(self) -> None:
         expected = expected_tensors(self.config)
-        found = {name for name in self._where if not _IGNORED.fullmatch(name)}
+        found = {name for name in self._where if not (_IGNORED.fullmatch(name) or self._layout.is_ignored(name))}
         if self.config.tied and f"{HEAD}.weight" in found:
             self._check_tied_head()
             found.remove(f"{HEAD}.weight")
-        check_names(set(expected), found, "is tie_word_embeddings right?")
+        check_names({self._layout.piece(name).stored for name in expected}, found, "is tie_word_embeddings right?")
         for name, shape in expected.items():
             info = self.info(name)
             if info.dtype not in FLOAT_DTYPES:
@@ -138,7 +143,7 @@ class Checkpoint(StoredTensors):
 
     def _check_tied_head(self) -> None:
         """Check that a tied head, which some tools write again, is the embedding: another would be silently lost."""
-        table, head = self.weight(EMBEDDING), self.weight(HEAD)
+        table, head = (super(Checkpoint, self)._read(f"{name}.weight") for name in (EMBEDDING, HEAD))
         same = table.shape == head.shape and table.dtype == head.dtype
         for start in range(0, len(table) if same and table.ndim == 2 else 0, _ROWS):
             same = same and np.array_equal(table[start : start + _ROWS], head[start : start + _ROWS])
@@ -150,8 +155,22 @@ class Checkpoint(StoredTensors):
                 "try tie_word_embeddings: false in config.json",
             )
 
+    def info(self, tensor: str) -> TensorInfo:
+        """Return dtype and shape of a tensor of the architecture."""
+        piece = self._layout.piece(tensor)
+        info = super().info(piece.stored)
+        if piece.rows is not None and info.shape and piece.rows[1] <= info.shape[0] == (piece.total or info.shape[0]):
+            info = replace(info, shape=(piece.rows[1] - piece.rows[0], *info.shape[1:]))
+        return info if piece.factor == 1.0 else replace(info, dtype="F32" if info.dtype in FLOAT_DTYPES else info.dtype)
+
+    def _read(self, tensor: str) -> np.ndarray:
+        piece = self._layout.piece(tensor)
+        values = super()._read(piece.stored)
+        values = values if piece.rows is None else values[slice(*piece.rows)]
+        return values if piece.factor == 1.0 else to_f32(values) * np.float32(piece.factor)
+
     def weight(self, name: str) -> np.ndarray:
-        """Return a matrix (rows, columns), float32, float16 or bf16 bits, on the mapped file."""
+        """Return a matrix (rows, columns), float32, float16 or bf16 bits; on the mapped file unless it is scaled."""
         return self._read(f"{name}.weight")
 
     def vector(self, name: str) -> np.ndarray:

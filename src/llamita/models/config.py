@@ -1,6 +1,6 @@
 """Read the architecture of a model from a Hugging Face `config.json` into a plain value.
 
-Covers Llama 2, 3, 3.1, 3.2 and models with the same forward pass. A key that would change the forward pass in a way
+Covers Llama 2, 3, 3.1, 3.2 and the families of `models/families.py`. A key that would change the forward pass in a way
 that the engine does not know is refused, never ignored.
 """
 
@@ -8,25 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamita.errors import InputError, shown
+from llamita.models.families import FAMILIES, QUERY_FACTOR, Family, family_name, plain_config
+from llamita.models.rope import RopeConfig, read_rope
+from llamita.models.values import count, flag, number
 
-ARCHITECTURES = ("llama", "mistral", "llamita")  # values of model_type
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-
-_LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products of two within int64
 _LARGEST_DEPTH = 1024  # the deepest Llama has 126 layers; tensors are listed by name before files are read
 _LARGEST_WIDTH = 65536  # inputs of a linear layer: kMaxColumns of native/pack.h, for sums within int32
 _LARGEST_HEAD = 1024  # kMaxHeadDim of native/bind_cache.cpp, room of the attention kernels
 _LARGEST_CONTEXT = 2**27  # tokens after stretching; ten times the longest ever announced
-_LARGEST_FACTOR = 1e6  # with the next limit, keeps the grown base of dynamic scaling within float32
-_LARGEST_THETA = 1e12
 _EPS_RANGE = (1e-20, 1.0)  # more than zero in float32 and below the mean square of any activation
-_TURNS_RANGE = (1e-6, 1e6)  # low_freq_factor and high_freq_factor; context / factor stays within float32
+_FACTOR_RANGE = (1e-6, 1e6)
+_FIRST_LATE = 28  # default of max_window_layers
+LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 
 # Keys that change the forward pass, with the one value at which it is a Llama's.
 _MUST_BE = {
     "hidden_act": "silu",
     "pretraining_tp": 1,
-    "sliding_window": None,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "clip_qkv": None,
@@ -43,24 +44,17 @@ _MUST_BE = {
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Describe the rotary embedding: its base frequency and its scaling for long contexts.
-
-    `low_freq_factor` and `high_freq_factor` matter for "llama3" alone (Llama 3.1, section "rope scaling" of its
-    reference code), `original_context` for "llama3" and "dynamic", `factor` for all but "default".
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """Hold shapes and constants of a Llama. Sizes count elements; `context` counts tokens."""
+    """Hold shapes and constants of a model. Sizes count elements; `context` counts tokens.
+
+    Attributes:
+        family: a key of `families.FAMILIES`: the architecture that other tools know the model by.
+        biases: the linear layers that have a bias, by their name within a block.
+        qk_norm: see `Family`.
+        window: positions that attention sees in the layers `windowed`, its own included; 0 for all.
+        windowed, unrotated: numbers of layers whose attention has the window, or whose heads are not rotated.
+        query_factor: q_proj holds the family's own weights times this; 1 but for rewritten families.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -73,10 +67,15 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig
     tied: bool
-    attention_bias: bool
-    mlp_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    family: str = "llama"
+    biases: frozenset[str] = frozenset()
+    qk_norm: bool = False
+    window: int = 0
+    windowed: frozenset[int] = frozenset()
+    unrotated: frozenset[int] = frozenset()
+    query_factor: float = 1.0
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -86,59 +85,112 @@ class ModelConfig:
             InputError: the architecture is not supported, a key is missing, or a value is impossible or changes the
                 forward pass in an unknown way.
         """
-        if not isinstance(values, dict):
-            raise InputError("config.json", "an object", type(values).__name__)
-        if values.get("model_type") not in ARCHITECTURES:
-            known, found = ", ".join(ARCHITECTURES), values.get("model_type")
-            raise InputError("config.json: model_type", f"one of {known}", shown(found))
-        for key, required in _MUST_BE.items():
-            if values.get(key, required) not in (required, None):
-                raise InputError(f"config.json: {key}", f"{required!r}", f"{shown(values[key])}: not a plain Llama")
-        hidden, heads = (_count(values, "hidden_size", limit=_LARGEST_WIDTH), _count(values, "num_attention_heads"))
-        kv_heads = _count(values, "num_key_value_heads", heads)
+        values = plain_config(values)
+        name = family_name(values["model_type"]) or "llama"
+        family = FAMILIES[name]
+        values = {**family.defaults, **values}
+        _check_plain(values, family)
+        hidden, heads = (count(values, "hidden_size", limit=_LARGEST_WIDTH), count(values, "num_attention_heads"))
+        kv_heads = count(values, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise InputError("config.json: num_key_value_heads", f"a divisor of {heads}", f"{kv_heads}")
-        head_dim = _count(values, "head_dim", hidden // heads or None, limit=_LARGEST_HEAD)
-        context = _count(values, "max_position_embeddings")
-        rope = _rope(values, context)
-        if rope.kind in ("linear", "dynamic"):  # their config gives the trained context, and a factor
-            context = int(context * rope.factor)
+        head_dim = count(values, "head_dim", hidden // heads or None, limit=_LARGEST_HEAD)
+        rope, context = read_rope(values, count(values, "max_position_embeddings"), head_dim)
         _check_shapes(heads, head_dim, context, rope)
+        layers = count(values, "num_hidden_layers", limit=_LARGEST_DEPTH)
+        unrotated = _unrotated(values, layers) if family.skips_rope else frozenset[int]()
+        window, windowed = _windowed(values, family, layers, unrotated)
+        if window >= context:  # no text is longer
+            window, windowed = 0, frozenset()
         return cls(
-            vocab_size=_count(values, "vocab_size"),
+            vocab_size=count(values, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_count(values, "intermediate_size", limit=_LARGEST_WIDTH),
-            layers=_count(values, "num_hidden_layers", limit=_LARGEST_DEPTH),
+            intermediate_size=count(values, "intermediate_size", limit=_LARGEST_WIDTH),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             context=context,
-            norm_eps=_number(values, "rms_norm_eps", *_EPS_RANGE, default=1e-6),
+            norm_eps=number(values, "rms_norm_eps", *_EPS_RANGE, default=1e-6),
             rope=rope,
-            tied=_flag(values, "tie_word_embeddings"),
-            attention_bias=_flag(values, "attention_bias"),
-            mlp_bias=_flag(values, "mlp_bias"),
+            tied=flag(values, "tie_word_embeddings"),
             bos_token_id=_token(values.get("bos_token_id")),
             eos_token_ids=_tokens(values.get("eos_token_id")),
+            family="llama" if name == "mistral" and not windowed else name,  # then they are the same
+            biases=_biases(values, family),
+            qk_norm=family.qk_norm,
+            window=window,
+            windowed=windowed,
+            unrotated=unrotated,
+            query_factor=number(values, QUERY_FACTOR, *_FACTOR_RANGE, default=1.0),
         )
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the linear layers of one block: name within the block to (outputs, inputs), in order of use."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        shapes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+        return dict(zip(LINEARS, [*shapes, (inner, hidden), (inner, hidden), (hidden, inner)], strict=True))
 
     def has_bias(self, linear: str) -> bool:
         """Return whether the linear layer of this name (as in `linear_shapes`) has a bias."""
-        return self.attention_bias if linear.startswith("self_attn") else self.mlp_bias
+        return linear in self.biases
+
+    def window_of(self, layer: int) -> int:
+        """Return how many positions attention sees in a layer, its own included; 0 for all."""
+        return self.window if layer in self.windowed else 0
+
+
+def _check_plain(values: dict[str, Any], family: Family) -> None:
+    """Raise InputError at the first key with a value that the engine does not know."""
+    for key, required in _MUST_BE.items():
+        if values.get(key, required) not in (required, None):
+            raise InputError(f"config.json: {key}", f"{required!r}", f"{shown(values[key])}: not a plain Llama")
+    if family.window is None and values.get("sliding_window") is not None:
+        raise InputError("config.json: sliding_window", "None", f"{shown(values['sliding_window'])}: not a plain Llama")
+
+
+def _biases(values: dict[str, Any], family: Family) -> frozenset[str]:
+    """Return the linear layers with a bias: the family's own, or those of the two flags."""
+    if family.biases:
+        return frozenset(family.biases)
+    attention, mlp = flag(values, "attention_bias"), flag(values, "mlp_bias")
+    rooms = {"self_attn": attention, "mlp": mlp}
+    return frozenset(name for name in LINEARS if rooms[name.partition(".")[0]])
+
+
+def _unrotated(values: dict[str, Any], layers: int) -> frozenset[int]:
+    """Return the layers without rotary embedding: those with a 0 in the list, or every fourth."""
+    listed = values.get("no_rope_layers")
+    if listed is None:
+        step = count(values, "no_rope_layer_interval", 4)
+        return frozenset(range(step - 1, layers, step))
+    if not isinstance(listed, list) or len(listed) < layers or not all(type(i) is int and i in (0, 1) for i in listed):
+        raise InputError("config.json: no_rope_layers", f"0 or 1 for each of {layers} layers", shown(listed, 40))
+    return frozenset(i for i in range(layers) if not listed[i])
+
+
+def _windowed(
+    values: dict[str, Any], family: Family, layers: int, unrotated: frozenset[int]
+) -> tuple[int, frozenset[int]]:
+    """Return attention's window, 0 for none, and the layers that have it."""
+    needs_flag = family.window in ("late", "unrotated")
+    if values.get("sliding_window") is None or (needs_flag and not flag(values, "use_sliding_window")):
+        return 0, frozenset()
+    window, everywhere = count(values, "sliding_window", limit=_LARGEST_CONTEXT), frozenset(range(layers))
+    chosen = everywhere
+    if family.window == "late":
+        first = number(values, "max_window_layers", 0, _LARGEST_DEPTH, default=_FIRST_LATE)
+        chosen = frozenset(i for i in everywhere if i >= first)
+    elif family.window == "unrotated":
+        chosen = unrotated
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return window, chosen
+    known = {"full_attention": False, "sliding_attention": True}
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
+        raise InputError("config.json: layer_types", f"{' or '.join(known)} for each of {layers} layers", shown(kinds))
+    return window, frozenset(i for i, kind in enumerate(kinds) if known[kind])
 
 
 def _check_shapes(heads: int, head_dim: int, context: int, rope: RopeConfig) -> None:
@@ -155,61 +207,6 @@ def _check_shapes(heads: int, head_dim: int, context: int, rope: RopeConfig) -> 
         )
     if context > _LARGEST_CONTEXT:
         raise InputError("config.json: rope_scaling", f"at most {_LARGEST_CONTEXT} tokens of context", f"{context}")
-
-
-def _rope(values: dict[str, Any], context: int) -> RopeConfig:
-    """Read either spelling: `rope_parameters` of transformers 5, or the older `rope_theta` and `rope_scaling`."""
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise InputError("config.json: rope_scaling", "an object", type(scaling).__name__)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise InputError("config.json: rope_scaling", f"one of {', '.join(ROPE_TYPES)}", shown(kind))
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError("config.json: partial_rotary_factor", "1.0", hint="the engine rotates whole heads")
-    theta = _number(values, "rope_theta", 1, _LARGEST_THETA, default=10000.0)
-    theta = _number(scaling, "rope_theta", 1, _LARGEST_THETA, default=theta)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if "factor" not in scaling:
-        raise InputError("config.json: rope_scaling", f"a factor with type {kind!r}", "none")
-    factor = _number(scaling, "factor", 1, _LARGEST_FACTOR)  # below 1 it would shorten the context
-    if kind != "llama3":
-        return RopeConfig(theta=theta, kind=kind, factor=factor, original_context=context)
-    low, high = (_number(scaling, f"{end}_freq_factor", *_TURNS_RANGE) for end in ("low", "high"))
-    if low >= high:
-        raise InputError("config.json: high_freq_factor", f"more than low_freq_factor {low}", f"{high}")
-    return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_context=_count(scaling, "original_max_position_embeddings"),
-    )
-
-
-def _count(values: dict[str, Any], key: str, default: int | None = None, limit: int = _LARGEST_COUNT) -> int:
-    value = values.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-        raise InputError(f"config.json: {key}", f"a positive integer up to {limit}", shown(value, 40))
-    return value
-
-
-def _number(values: dict[str, Any], key: str, smallest: float, largest: float, default: float | None = None) -> float:
-    value = values.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not smallest <= value <= largest:
-        raise InputError(f"config.json: {key}", f"a number from {smallest:g} to {largest:g}", shown(value, 40))
-    return float(value)
-
-
-def _flag(values: dict[str, Any], key: str) -> bool:
-    value = values.get(key, False)
-    if not isinstance(value, bool):
-        raise InputError(f"config.json: {key}", "true or false", shown(value))
-    return value
 
 
 def _token(value: object) -> int | None:

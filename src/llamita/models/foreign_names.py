@@ -3,6 +3,7 @@
 import numpy as np
 
 from llamita.models.config import ModelConfig
+from llamita.models.families import FAMILIES
 
 META = {
     "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm",
@@ -18,8 +19,10 @@ GGUF = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
-
+GGUF_IN_PAIRS = ("llama", "smollm3", "granite")  # architectures whose q and k are in `pair_order` there
 
 # Rotary scaling of Llama 3.1 and 3.2 without the factor: constants of the reference code.
 SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -53,6 +56,11 @@ def heads_of(name: str, config: ModelConfig) -> int | None:
     """Return the heads of a module whose rows are rotated, None for other modules."""
     own = name.rpartition(".")[2]
     return config.heads if own == "q_proj" else config.kv_heads if own == "k_proj" else None
+
+
+def gguf_heads_of(name: str, config: ModelConfig) -> int | None:
+    """Return the heads of a module whose rows are in another order in a GGUF of this model, None for the rest."""
+    return heads_of(name, config) if FAMILIES[config.family].gguf in GGUF_IN_PAIRS else None
 
 
 def hf_order(tensor: str, config: ModelConfig) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 from llamita.models.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # of query and key heads, in families with them
 TRANSFORM = "lm_head.transform"  # the dense matrix between the final norm and a tied head under R1
 
 
@@ -25,6 +26,8 @@ def vector_names(config: ModelConfig) -> dict[str, tuple[int]]:
         block = f"model.layers.{i}"
         names[f"{block}.input_layernorm.weight"] = (config.hidden_size,)
         names[f"{block}.post_attention_layernorm.weight"] = (config.hidden_size,)
+        if config.qk_norm:
+            names |= {f"{block}.{norm}.weight": (config.head_dim,) for norm in HEAD_NORMS}
         for linear, (rows, _) in config.linear_shapes().items():
             if config.has_bias(linear):
                 names[f"{block}.{linear}.bias"] = (rows,)

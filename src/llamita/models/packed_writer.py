@@ -15,12 +15,14 @@ import numpy as np
 from llamita.formats.safetensors import TensorWriter, header_bytes
 from llamita.models.checkpoint import INDEX, SINGLE
 from llamita.models.config import ModelConfig
+from llamita.models.families import packed_type
 from llamita.models.packed import Tensors, int8_tables, quantization_config, tensor_bytes
+from llamita.models.weights import FloatSource
 from llamita.numerics.affine import f32_to_bf16
 from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
-from llamita.system.files import FileTable, is_companion, read_bytes, unreadable, write_bytes, write_json
+from llamita.system.files import FileTable, is_companion, read_bytes, read_json, unreadable, write_bytes, write_json
 from llamita.system.progress import Progress
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's bound
@@ -153,7 +155,7 @@ def write_config(
     if int8_tables(config, scheme) or rotations.acts_at_run_time:
         # transformers would take a table's int8 codes for weights with only a warning, and leave out run-time
         # rotations. A type that it does not know makes it refuse.
-        values |= {"model_type": "llamita", "architectures": ["LlamitaForCausalLM"]}
+        values |= {"model_type": packed_type(config.family), "architectures": ["LlamitaForCausalLM"]}
     values["quantization_config"] = quantization_config(config, scheme)
     return write_json(directory / "config.json", values)
 
@@ -184,6 +186,14 @@ def find_companions(source: Path) -> dict[str, str]:
     for name in found:
         read_bytes(source, name, _LARGEST_COMPANION)  # now, not after the weights have been rounded
     return found
+
+
+def copy_config(source: FloatSource, directory: Path) -> None:
+    """Write config.json for the tensors that a source gives: the file's own bytes, unless reading rewrote it."""
+    if read_json(source.path, "config.json") == source.hf_config:
+        write_bytes(directory / "config.json", read_bytes(source.path, "config.json"))
+    else:
+        write_json(directory / "config.json", source.hf_config)
 
 
 def copy_companions(source: Path, directory: Path, names: dict[str, str]) -> FileTable:

@@ -80,6 +80,8 @@ def read_adapter(path: Path, config: ModelConfig) -> StoredAdapter:
             )
         values = file.read(tensor)
         check_finite(tensor, values)
+        if config.query_factor != 1.0 and match[2].endswith("q_proj") and match[3] == "B":
+            values = to_f32(values) * np.float32(config.query_factor)
         pair = found.setdefault(f"model.layers.{int(match[1])}.{match[2]}", {})
         if match[3] in pair:  # once with the adapter's name, once without
             raise InputError(f"{path}: {WEIGHTS}: {tensor}", "once", "it twice")

@@ -17,6 +17,7 @@ from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # their NumPy types in files, BF16 as bits
 _FINITE_CHUNK = 2**22  # values tested at a time
 _ROWS = 1024  # rows of a matrix in float at a time
 

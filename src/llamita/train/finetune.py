@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
+from transformers import AutoTokenizer, PrinterCallback
 
 from llamita.errors import InputError
 from llamita.methods.setup import Setup
@@ -25,6 +25,7 @@ from llamita.system.kept_work import write_whole
 from llamita.train.batches import as_dataset, collate
 from llamita.train.fake_quant import Switch
 from llamita.train.job import FinetuneJob
+from llamita.train.load import load_float
 from llamita.train.preference_trainer import PairTrainer, as_pairs
 from llamita.train.prepare import prepare
 from llamita.train.recipe import Recipe, Stage
@@ -90,7 +91,7 @@ def train(job: FinetuneJob, work: Path) -> Trained:
     if job.report_to != "none":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.out.with_name(f"{job.out.name}-logs")))
     with quiet(), writing(work):
-        trained = Trained(load_float(job.source.path))
+        trained = Trained(load_float(job.source))
         switch: Switch | None = None
         for number, stage in enumerate(job.recipe.stages, 1):
             if stage.quantized and switch is None:
@@ -100,11 +101,6 @@ def train(job: FinetuneJob, work: Path) -> Trained:
             _run_stage(trained, job, work, number, switch)
     collectives.wait()  # other processes may still read the work directory, which the first one removes
     return trained
-
-
-def load_float(path: Path) -> Any:
-    """Return transformers' model in float32, on the CPU."""
-    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
 
 
 def _quantize(model: Any, job: FinetuneJob, work: Path) -> Switch:
@@ -230,7 +226,7 @@ def _make_trainer(model: Any, job: FinetuneJob, stage: Stage, folder: Path, swit
         callbacks.append(RoundingStart(switch, stage.fake_quant_after))
     if job.recipe.patience is not None:
         callbacks.append(Patience(job.recipe.patience))
-    teacher = load_float(job.teacher or job.source.path).eval() if stage.distill else None
+    teacher = load_float(Checkpoint(job.teacher) if job.teacher else job.source) if stage.distill else None
     trainer = RowTrainer(
         model=model, args=config, train_dataset=as_dataset(rows), eval_dataset=as_dataset(held_out),
         data_collator=collate, processing_class=_tokenizer(job), callbacks=callbacks,

@@ -25,10 +25,10 @@ from llamita.models.names import expected_tensors
 from llamita.models.packed import PackedModel, Tensors
 from llamita.models.packed_writer import (
     copy_companions,
+    copy_config,
     find_companions,
     plan_shards,
     total_bytes,
-    write_bytes,
     write_json,
     write_shards,
 )
@@ -42,7 +42,7 @@ from llamita.numerics.scheme import GIVEN
 from llamita.quantize.lineage import check_fits
 from llamita.quantize.pipeline import SMALL_FILES, Summary, quantize
 from llamita.quantize.records import source_names, source_record
-from llamita.system.files import read_bytes, sha256_file
+from llamita.system.files import sha256_file
 from llamita.system.progress import Progress
 from llamita.system.staging import MERGED_MARK, check_space, check_target, staged
 
@@ -136,7 +136,7 @@ def merge_float(source: MergedSource, name: str, out: Path, overwrite: bool = Fa
     with staged(out, overwrite, source.path) as directory:
         check_space(out, total_bytes(shards) + SMALL_FILES)
         write_shards(directory, shards, lambda tensor: _pieces(source, tensor), progress)
-        write_bytes(directory / "config.json", read_bytes(source.path, "config.json"))
+        copy_config(source, directory)
         copy_companions(source.path, directory, companions)
         write_json(directory / MERGED_MARK, record)
 

@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaForCausalLM
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from llamita.train.examples import IGNORED
@@ -61,7 +60,7 @@ class LabelScores(dict[str, Tensor]):
 
 def _forward(model: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
     """Run transformers' forward pass; with `fused_lm_head` return scores of the labels in place of logits."""
-    outputs: Any = LlamaForCausalLM.forward(model, *args, **kwargs)
+    outputs: Any = type(model).forward(model, *args, **kwargs)
     return label_scores(outputs.logits, labels) if fused_lm_head else outputs
 
 

@@ -15,6 +15,7 @@ from llamita.numerics.affine import CODE_RANGE, to_f32
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.rotations import Rotations
 from llamita.train.fake_quant import FakeQuantEmbedding, FakeQuantLinear, SharedInput, Switch
+from llamita.train.load import load_weights
 
 _INSIDE = 0.49  # steps by which a weight may begin beyond the last code
 _CROSSED = 0.25  # steps from its code at which a weight begins whose nearest code is another
@@ -40,7 +41,7 @@ def prepare(model: Any, rounded: ModelSource, floats: FloatSource | None = None)
     if set(rotations.names) - {"R4"}:
         raise InputError("start", "no rotation but R4", f"{', '.join(rotations.names)}", "try --set start=llamita")
     if floats is not None:
-        _load_floats(model, floats)
+        load_weights(model, floats)
     switch, rotation = Switch(), runtime_rotation(rotations)
     for index, layer in enumerate(model.model.layers):
         for step in STEPS:
@@ -71,14 +72,6 @@ def _prepare_tables(model: Any, rounded: ModelSource, switch: Switch) -> None:
         if not rounded.config.tied:
             _move_to_codes(model.lm_head, codes, scales, bits)
         model.lm_head = FakeQuantLinear(model.lm_head, bits, scales, SharedInput(), switch)
-
-
-def _load_floats(model: Any, floats: FloatSource) -> None:
-    """Load the weights of a source of the same shape; a tied head has those of the embedding."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = floats.vector(name) if parameter.ndim == 1 else floats.weight(name.removesuffix(".weight"))
-            parameter.copy_(torch.from_numpy(np.array(to_f32(values))))
 
 
 def _unpack(weight: Int4Weight | Int8Weight) -> tuple[Tensor, Tensor, int]:

@@ -105,7 +105,7 @@ def _save(trained: Trained, job: FinetuneJob, work: Path, record: dict[str, Any]
         with staged(out, job.overwrite, job.source.path) as directory:
             _write_record(directory, record)
             if recipe.has_adapters:
-                save_adapters(trained.model, job.name, directory)
+                save_adapters(trained.model, job.name, directory, job.source.config.query_factor)
                 return "adapters in PEFT's format", f"llamita generate {job.name} --prompt TEXT --adapter {out}"
             save_float(trained.model, job.source, directory)
             return "a float checkpoint", f"llamita quantize {out} -o {out}-4bit"
@@ -115,7 +115,7 @@ def _save(trained: Trained, job: FinetuneJob, work: Path, record: dict[str, Any]
     adapters = adapter_place(out)
     with staged(adapters, job.overwrite, job.source.path) as directory:
         _write_record(directory, record)
-        save_adapters(trained.model, str(out), directory)
+        save_adapters(trained.model, str(out), directory, job.source.config.query_factor)
         _save_packed(trained.model.unload(), job, work, record)  # both directories appear one right after the other
     return f"a 4-bit model and, in {adapters}, adapters", f"llamita generate {out} --prompt TEXT --adapter {adapters}"
 

@@ -16,7 +16,7 @@ from llamita.methods.setup import Setup
 from llamita.methods.trained import SCALES
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.names import EMBEDDING, HEAD
-from llamita.models.packed_writer import copy_companions, find_companions
+from llamita.models.packed_writer import copy_companions, copy_config, find_companions
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.pipeline import Summary, quantize
@@ -36,22 +36,24 @@ def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
     shared = {f"{HEAD}.weight"} if source.config.tied else set()
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name not in shared}
     model.save_pretrained(directory, state_dict=state)
-    shutil.copyfile(source.path / "config.json", directory / "config.json")  # the architecture is the same
+    copy_config(source, directory)  # the architecture is the same
     _copy_companions(source, directory)
     flush_files(directory)
 
 
-def save_adapters(model: Any, base: str, directory: Path) -> None:
+def save_adapters(model: Any, base: str, directory: Path, query_factor: float = 1.0) -> None:
     """Save low-rank adapters in BF16, in PEFT's own files.
 
     Args:
         model: PEFT's.
         base: the name of the model that the adapters are for.
+        query_factor: see `ModelConfig`; on disk, adapters are for the family's own weights.
     """
     model.peft_config["default"].base_model_name_or_path = base
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            own = parameter.data / query_factor if "q_proj.lora_B" in name else parameter.data
+            parameter.data = own.to(torch.bfloat16)
     model.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's template, which says nothing
     flush_files(directory)

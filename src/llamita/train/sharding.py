@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llamita.system import processes
 from llamita.system.files import flush_path
@@ -24,9 +24,9 @@ from llamita.system.kept_work import partial_of
 def shard(model: Any, device: torch.device) -> None:
     """Keep only this process's part of every parameter, on the device; tied parameters stay tied."""
     mesh = init_device_mesh(device.type, (processes.world(),))
-    for module in model.modules():
-        if isinstance(module, LlamaDecoderLayer):
-            fully_shard(module, mesh=mesh)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

@@ -1,0 +1,87 @@
+"""Read a GGUF's weights as a float model, multiplied out as they are read; nothing is written."""
+
+import numpy as np
+
+from llamita.errors import InputError, shown
+from llamita.formats.gguf_blocks import floats_of
+from llamita.formats.gguf_parts import GgufModel
+from llamita.imports.gguf_config import (
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    architecture_of,
+    check_rope,
+    hf_config,
+)
+from llamita.models.config import ModelConfig
+from llamita.models.families import plain_config
+from llamita.models.foreign_names import GGUF_IN_PAIRS, gguf_name, heads_of, pair_order
+from llamita.models.layout import Piece, layout_of
+from llamita.models.names import expected_tensors
+from llamita.models.weights import STORED
+
+_ROPE_TENSORS: set[str] = {LONG_FACTORS, SHORT_FACTORS, ROPE_FACTORS}
+
+
+class GgufTensors:
+    """The tensors of a GGUF by llamita's names, in float.
+
+    Attributes:
+        values: config.json of the model as the file describes it.
+        hf_config, config: of the same model as llamita runs it; see `families.plain_config`.
+        layout: see `models/layout.py`.
+
+    Raises:
+        InputError: the file's tensors are not those of its architecture, or its values are impossible.
+    """
+
+    def __init__(self, file: GgufModel) -> None:
+        self.file, self.values = file, hf_config(file)
+        self.hf_config = plain_config(self.values)
+        self.config = ModelConfig.from_hf(self.hf_config)
+        self.layout = layout_of(self.values, ())
+        self._in_pairs = architecture_of(file) in GGUF_IN_PAIRS
+        self._shapes = expected_tensors(self.config)
+        check_rope(file, self.config)
+        self._check()
+
+    def kind(self, tensor: str) -> str:
+        """Return the float type in which `read` gives a tensor: as it is stored, or "F32" for all else."""
+        piece = self.layout.piece(tensor)
+        stored = self.file.tensors[gguf_name(piece.stored)].kind
+        return stored if stored in STORED and piece.factor == 1.0 else "F32"
+
+    def read(self, tensor: str) -> np.ndarray:
+        """Return a tensor of the architecture: BF16 as bits, its rows in transformers' order."""
+        piece, shape = self.layout.piece(tensor), self._shapes[tensor]
+        stored, data = self.file.tensors[gguf_name(piece.stored)].kind, self.file.read(gguf_name(piece.stored))
+        data = data if piece.rows is None else data[slice(*piece.rows)]
+        as_stored = stored in STORED and piece.factor == 1.0
+        values = data.view(STORED[stored]).reshape(shape) if as_stored else floats_of(stored, data).reshape(shape)
+        values = values if piece.factor == 1.0 else values * np.float32(piece.factor)
+        heads = heads_of(tensor.rpartition(".")[0], self.config) if self._in_pairs else None
+        return values if heads is None else values[np.argsort(pair_order(len(values), heads))]
+
+    def _check(self) -> None:
+        """Check that the file has the architecture's tensors, and nothing else."""
+        name, known = self.file.path.name, _ROPE_TENSORS.copy()
+        for tensor, shape in self._shapes.items():
+            piece = self.layout.piece(tensor)
+            stored = gguf_name(piece.stored)
+            found = self.file.tensors.get(stored)
+            if found is None or _shape(found.shape, piece) != shape:
+                got = "none" if found is None else f"{found.shape}"
+                raise InputError(f"{name}: {stored}", f"{shape}", got)
+            if len(shape) == 1 and found.kind not in STORED:
+                raise InputError(f"{name}: {stored}", "floats", found.kind)
+            known.add(stored)
+        for stored in self.file.tensors:
+            if stored not in known:
+                raise InputError(f"{name}: {shown(stored)}", "a Llama's tensors alone")
+
+
+def _shape(stored: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
+    """Return the shape of a piece of a stored tensor; that of the whole if the piece does not fit."""
+    if piece.rows is None or not piece.rows[1] <= stored[0] == (piece.total or stored[0]):
+        return stored
+    return (piece.rows[1] - piece.rows[0], *stored[1:])

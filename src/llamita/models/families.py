@@ -1,0 +1,151 @@
+"""List the model families: what each adds to a Llama, and how config.json of some becomes that of a plain Llama.
+
+Granite, Phi-3 and the text model of Llama 3.2 Vision compute what a Llama with other weights computes. They are
+rewritten as one while their files are read (`models/layout.py`), so no other code knows them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamita.errors import InputError, shown
+
+QUERY_FACTOR = "llamita_query_factor"  # key of a rewritten config.json: q_proj was multiplied by this
+_SCALED = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+_SCALES_RANGE = (1e-6, 1e6)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family adds to a Llama.
+
+    Attributes:
+        classes: the beginning of its classes' names in transformers, as in "LlamaForCausalLM".
+        biases: linear layers that have a bias, whatever config.json says; by name within a block.
+        qk_norm: every query and key head passes an RMSNorm before it is rotated.
+        window: the layers whose attention has the window `sliding_window`: "all"; "late", from `max_window_layers` on
+            and only with `use_sliding_window`; "unrotated", those without rotary embedding and with the same flag.
+        skips_rope: layers without rotary embedding are listed in `no_rope_layers`.
+        defaults: values of keys that config.json may leave out, where they differ from Llama's.
+        gguf: the architecture's name in a GGUF.
+    """
+
+    classes: str
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    window: str | None = None
+    skips_rope: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    gguf: str = "llama"
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+FAMILIES = {  # by model_type
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral", window="all", defaults={"sliding_window": 4096}),
+    "qwen2": Family("Qwen2", biases=_QKV, window="late", gguf="qwen2"),
+    "qwen3": Family("Qwen3", qk_norm=True, window="late", defaults={"head_dim": 128}, gguf="qwen3"),
+    "smollm3": Family(
+        "SmolLM3", window="unrotated", skips_rope=True, gguf="smollm3",
+        defaults={"tie_word_embeddings": True, "rope_theta": 2e6},
+    ),
+}  # fmt: skip
+PACKED = "llamita"  # model_type of a packed model that only llamita runs; families but Llama append "-" and their name
+
+
+def plain_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json of a family of FAMILIES, rewritten if the model is of one that a Llama can express.
+
+    Raises:
+        InputError: another architecture, or a value that no rewriting can express.
+    """
+    if not isinstance(values, dict):
+        raise InputError("config.json", "an object", type(values).__name__)
+    found = values.get("model_type")
+    if family_name(found) is not None:
+        return values
+    if not isinstance(found, str) or found not in _REWRITES:
+        known = ", ".join((*FAMILIES, *_REWRITES))
+        raise InputError("config.json: model_type", f"one of {known}", shown(found))
+    return _REWRITES[found](values)
+
+
+def family_name(model_type: Any) -> str | None:
+    """Return the key of FAMILIES for a model_type, a packed model's included; None for another architecture."""
+    if not isinstance(model_type, str):
+        return None
+    name = model_type.removeprefix(f"{PACKED}-") if model_type != PACKED else "llama"
+    return name if name in FAMILIES else None
+
+
+def packed_type(family: str) -> str:
+    """Return the model_type of a packed model that only llamita runs."""
+    return PACKED if family == "llama" else f"{PACKED}-{family}"
+
+
+def granite_scales(values: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Return Granite's factors of embeddings, of what a layer adds, of attention's scores, and the logits' divisor.
+
+    Raises:
+        InputError: a factor is no number, or not more than zero.
+    """
+    found = []
+    for key in _SCALED:
+        value = values.get(key, 1.0)
+        low, high = _SCALES_RANGE
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise InputError(f"config.json: {key}", f"a number from {low:g} to {high:g}", shown(value, 40))
+        found.append(float(value))
+    return found[0], found[1], found[2], found[3]
+
+
+def _plain_granite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a Llama's config.json. Its residual stream is Granite's divided by `residual_multiplier`.
+
+    So what a layer adds needs no factor. RMSNorm does not see the division, if epsilon is divided by its square.
+    """
+    _, residual, attention, _ = granite_scales(values)
+    hidden, heads, eps = (values.get(k) for k in ("hidden_size", "num_attention_heads", "rms_norm_eps"))
+    head_dim = values.get("head_dim") or (hidden // heads if isinstance(hidden, int) and heads else 1)
+    eps = 1e-6 if eps is None else eps
+    kept = {key: value for key, value in values.items() if key not in _SCALED}
+    scaled = eps / residual**2 if isinstance(eps, int | float) else eps
+    return _as_llama(kept, rms_norm_eps=scaled, **{QUERY_FACTOR: attention * head_dim**0.5})
+
+
+def _plain_phi3(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a Llama's config.json, or a Mistral's if attention has a window; only the matrices are fused in Phi-3."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling")
+    original = values.get("original_max_position_embeddings")
+    if isinstance(rope, dict) and original is not None:
+        values = {**values, "rope_scaling": {**rope, "original_max_position_embeddings": original}}
+        values.pop("rope_parameters", None)
+    values = {"rms_norm_eps": 1e-5, **values}
+    if values.get("sliding_window") is None:
+        return _as_llama(values)
+    return {**_as_llama(values), "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
+def _plain_mllama(values: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json of the text model without its cross-attention layers, which only images use."""
+    text = values.get("text_config", values)
+    crossing = text.get("cross_attention_layers") if isinstance(text, dict) else None
+    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    if type(layers) is not int or not isinstance(crossing, list) or not all(type(i) is int for i in crossing):
+        raise InputError("config.json: text_config", "num_hidden_layers and cross_attention_layers", shown(crossing))
+    kept = {key: value for key, value in text.items() if key != "cross_attention_layers"}
+    return _as_llama(kept, num_hidden_layers=layers - len({i for i in crossing if 0 <= i < layers}))
+
+
+def _as_llama(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    dropped = ("auto_map", "layer_types")
+    kept = {key: value for key, value in values.items() if key not in dropped}
+    return {**kept, "architectures": ["LlamaForCausalLM"], "model_type": "llama", **changes}
+
+
+_REWRITES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "granite": _plain_granite,
+    "phi3": _plain_phi3,
+    "mllama": _plain_mllama,
+    "mllama_text_model": _plain_mllama,
+}
