@@ -48,7 +48,7 @@ MUTATIONS = [
      "out[i + half] = high * cos[i] - low * sin[i];", "rotary embedding: a sign"),
     ("src/llamita/numerics/affine.py", "largest / np.float32((qmax - qmin) / 2)", "largest / np.float32(qmax)",
      "torchao's scale: 7 for 7.5"),
-    ("src/llamita/engine/kv_cache.py", "(turns - np.float32(low)) / np.float32(high - low)",
+    ("src/llamita/engine/rope.py", "(turns - np.float32(low)) / np.float32(high - low)",
      "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
     ("src/llamita/engine/sequence.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
      "speculation: what follows a refused draft is kept"),

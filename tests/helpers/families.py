@@ -52,7 +52,7 @@ def make_family(directory: Path, name: str, seed: int = 0, **changes: Any) -> Pa
             elif key.endswith(".bias"):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     model.float().save_pretrained(directory)
-    write_tokenizer(directory)
+    write_tokenizer(directory, use_regex=True)
     return directory
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import run
-from tiny import make_checkpoint
+from tiny import make_checkpoint, write_tokenizer
 
 from llamita.formats.gguf import KINDS, GgufFile, write_gguf
 from llamita.formats.safetensors import TensorFile, TensorWriter
@@ -154,10 +154,7 @@ def as_gptq(source: Path, directory: Path, group_size: int = 32, **changes: Any)
 def make_gguf_checkpoint(directory: Path, family: str = "llama32", **overrides: Any) -> Path:
     """Write a checkpoint that GGUF can hold: its tokenizer splits texts as GPT-2's does. Return its path."""
     path = make_checkpoint(directory / "model", family, **overrides)
-    tokenizer = json.loads((path / "tokenizer.json").read_text("utf-8"))
-    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                                  "use_regex": True}  # fmt: skip
-    (path / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    write_tokenizer(path, use_regex=True)
     return path
 
 

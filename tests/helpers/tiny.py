@@ -101,11 +101,15 @@ def write_file(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
     writer.finish()
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer without merges: ids 0 to 255 are bytes, then begin, end and a turn's end."""
+def write_tokenizer(directory: Path, use_regex: bool = False) -> None:
+    """A byte-level tokenizer without merges: ids 0 to 255 are bytes, then begin, end and a turn's end.
+
+    Args:
+        use_regex: split texts as GPT-2's does, which GGUF has a name for.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     tokenizer.save(str(directory / "tokenizer.json"))

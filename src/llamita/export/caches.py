@@ -20,13 +20,17 @@ class LayerCache(nn.Module):
 
     Attributes:
         start: the position of this pass's first token, a number; set before each pass.
+        window: positions that a query sees, its own included; 0 for all.
     """
 
     keys: Tensor
     values: Tensor
+    positions: Tensor | None
 
-    def __init__(self, context: int, heads: int, head_dim: int) -> None:
+    def __init__(self, context: int, heads: int, head_dim: int, window: int = 0) -> None:
         super().__init__()
+        self.window = window if window < context else 0
+        self.register_buffer("positions", torch.arange(context) if self.window else None, persistent=False)
         self.register_buffer("keys", torch.zeros(1, context, heads, head_dim), persistent=False)
         self.register_buffer("values", torch.zeros(1, context, heads, head_dim), persistent=False)
         self.start: Any = 0
@@ -44,13 +48,15 @@ class StaticCache(nn.Module):
 
     Attributes:
         start: the position of this pass's token, (1,) int64; set before each pass.
+        window: positions that a query sees, its own included; 0 for all.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, context: int, heads: int, head_dim: int) -> None:
+    def __init__(self, context: int, heads: int, head_dim: int, window: int = 0) -> None:
         super().__init__()
+        self.window = window if window < context else 0
         self.register_buffer("keys", torch.zeros(1, heads, context, head_dim), persistent=False)
         self.register_buffer("values", torch.zeros(1, heads, context, head_dim), persistent=False)
         self.start: Any = torch.zeros(1, dtype=torch.int64)
@@ -65,9 +71,12 @@ class StaticCache(nn.Module):
 
 def attend(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
     """Return causal attention (1, n, heads, head_dim) of queries (1, heads, n, head_dim) on whole caches."""
-    del mask
-    scale, start = options["scaling"], module.cache.start
-    out = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scale)
+    cache, scale, mask = module.cache, options["scaling"], None
+    if cache.window:  # (n, context), added to the scores
+        distance = cache.positions.narrow(0, cache.start, query.shape[2])[:, None] - cache.positions
+        mask = torch.where((distance >= 0) & (distance < cache.window), 0.0, -torch.inf)
+    is_causal = mask is None
+    out = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, cache.start, mask, 0.0, is_causal, scale)
     return out, None
 
 
@@ -77,8 +86,10 @@ def attend_plainly(module: Any, query: Tensor, keys: Tensor, values: Tensor, mas
     kv_heads, context, head_dim = keys.shape[1:]
     grouped = query.reshape(1, kv_heads, -1, head_dim)  # heads that share keys are neighbours
     scores = torch.matmul(grouped, keys.transpose(2, 3)) * options["scaling"]  # (1, kv_heads, group, context)
-    is_ahead = torch.arange(context) > module.cache.start
-    weights = torch.softmax(scores + is_ahead.to(scores.dtype) * _NEVER, dim=-1)
+    is_unseen = torch.arange(context) > module.cache.start
+    if module.cache.window:
+        is_unseen = is_unseen | (torch.arange(context) <= module.cache.start - module.cache.window)
+    weights = torch.softmax(scores + is_unseen.to(scores.dtype) * _NEVER, dim=-1)
     return torch.matmul(weights, values).reshape(1, 1, -1, head_dim), None
 
 

@@ -34,7 +34,8 @@ def write_checkpoint(
     family = packed.config.family
     architecture = {"model_type": family, "architectures": [f"{FAMILIES[family].classes}ForCausalLM"]}
     values = {**packed.hf_config, **architecture, **changes}
-    write_json(directory / "config.json", {key: value for key, value in values.items() if value is not None})
+    left_out = {key for key, value in changes.items() if value is None}
+    write_json(directory / "config.json", {key: value for key, value in values.items() if key not in left_out})
     copy_companions(packed.path, directory, find_companions(packed.path))
     return sum(record["size"] for record in files.values())
 

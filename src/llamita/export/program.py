@@ -17,7 +17,8 @@ from llamita.export.embedding import embedding_of
 from llamita.export.empty_llama import empty_llama, put
 from llamita.export.source import codes_of
 from llamita.imports.torchao import PER_TOKEN
-from llamita.models.names import EMBEDDING, HEAD
+from llamita.methods.blocks import NORMS
+from llamita.models.names import EMBEDDING, HEAD, HEAD_NORMS
 from llamita.models.packed import PackedModel
 from llamita.models.peft import StoredAdapter
 from llamita.models.weights import Int4Weight, Weight, bias_of
@@ -25,7 +26,6 @@ from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import core_signs, factor
 
 INT4: Any = vars(torch)["int4"]  # Torch's stubs lack it
-_VECTORS = ("input_layernorm", "post_attention_layernorm")
 
 
 class LoRALinear(nn.Module):
@@ -112,7 +112,7 @@ class Program(nn.Module):
         for layer in self.model.layers:
             cache = layer.self_attn.cache
             cache.start = start
-            x = layer(x, position_embeddings=turns, past_key_values=cache)
+            x = layer(x, attention_mask=None, position_embeddings=turns, past_key_values=cache)
         return self.head(self.model.norm(x[:, -1]))
 
     def _rows(self, table: Tensor, start: Any, count: Any) -> Tensor:
@@ -137,11 +137,12 @@ def make_program(
     llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config)  # with values: the other is empty
     cache_class = StaticCache if is_static else LayerCache
     for index, layer in enumerate(llama.model.layers):
-        layer.self_attn.cache = cache_class(context, packed.config.kv_heads, packed.config.head_dim)
+        window = packed.config.window_of(index)
+        layer.self_attn.cache = cache_class(context, packed.config.kv_heads, packed.config.head_dim, window)
         for name in packed.config.linear_shapes():
             module = f"model.layers.{index}.{name}"
             put(layer, name, _linear_of(packed, module, adapter, activations, is_static))
-        for name in _VECTORS:
+        for name in NORMS + (HEAD_NORMS if packed.config.qk_norm else ()):
             layer.get_submodule(name).weight = _parameter(packed.vector(f"model.layers.{index}.{name}.weight"))
     llama.model.norm.weight = _parameter(packed.vector("model.norm.weight"))
     llama.model.embed_tokens = embedding_of(packed, embedding_bits)

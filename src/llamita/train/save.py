@@ -36,6 +36,7 @@ def save_float(model: Any, source: Checkpoint, directory: Path) -> None:
     shared = {f"{HEAD}.weight"} if source.config.tied else set()
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name not in shared}
     model.save_pretrained(directory, state_dict=state)
+    (directory / "config.json").unlink(missing_ok=True)  # transformers' own
     copy_config(source, directory)  # the architecture is the same
     _copy_companions(source, directory)
     flush_files(directory)

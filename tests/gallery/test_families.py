@@ -1,0 +1,166 @@
+"""Every family through the whole path, on tiny models that transformers' own classes made.
+
+In float the oracle is transformers; after rounding it is transformers' classes with fake-quantized layers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import run
+from distances import relative_error
+from families import FAMILIES, make_family
+from jsonl import write_jsonl
+
+import llamita
+from llamita.export.source import module_names
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import vector_names
+from llamita.models.packed import PackedModel
+from llamita.models.weights import ModelSource, row_blocks
+
+torch = pytest.importorskip("torch", reason="the oracle is transformers")
+transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+
+from layerwise import guided, linear_modules, watch  # noqa: E402
+from torch_forward import logits_of  # noqa: E402
+
+from llamita.methods import chain as chains  # noqa: E402
+from llamita.methods.setup import Setup  # noqa: E402
+from llamita.train.load import load_float  # noqa: E402
+from llamita.train.prepare import prepare  # noqa: E402
+
+TOLERANCE = 1e-4  # largest difference over largest logit, both in float32; the families differ by far more
+IDS = np.random.default_rng(1).integers(0, 256, 300)  # beyond every window, and beyond a block of 128 keys
+SHORT = IDS[:40]
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+OFTEN = ("compressed-tensors",)  # of the formats that transformers opens; the others are in the slow set
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Return the name of a family."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny checkpoint of the family."""
+    return make_family(tmp_path_factory.mktemp("model") / "model", family)
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoint, quantized."""
+    out = tmp_path_factory.mktemp("packed") / "packed"
+    assert run("quantize", model, "-o", out) == 0
+    return out
+
+
+def theirs(path: Path, ids: np.ndarray) -> np.ndarray:
+    """Return the logits of transformers' own class in float32: (tokens, vocab)."""
+    is_vision = json.loads((path / "config.json").read_text("utf-8"))["model_type"] == "mllama"
+    kind = transformers.MllamaForConditionalGeneration if is_vision else transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        return kind.from_pretrained(path, dtype=torch.float32)(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+def test_float_logits_are_those_of_transformers(model: Path) -> None:
+    assert relative_error(llamita.load(model).logits(IDS), theirs(model, IDS)) <= TOLERANCE
+
+
+def test_a_token_at_a_time_gives_the_bits_of_the_whole_text(model: Path) -> None:
+    """Also beyond the window, and where a layer does not rotate."""
+    llm = llamita.load(model, kv_dtype="int8")
+    ids, whole = IDS[:150].astype(np.int32), llm.logits(IDS[:150])
+    cache = llm.new_sequence(len(ids))
+    parts = [llm.model.step([(cache, ids[:100])], np.arange(100)).copy()]
+    parts += [llm.model.step([(cache, ids[i : i + 1])]).copy() for i in range(100, len(ids))]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_rounded_layers_are_those_of_fake_quantized_ones(model: Path, packed: Path) -> None:
+    rounded, passed = PackedModel(packed), watch(llamita.load(packed, kv_dtype="f32"), SHORT)
+    other = load_float(Checkpoint(model))
+    prepare(other, rounded)
+    with guided(linear_modules(other, rounded), rounded, passed):
+        other.eval()(torch.from_numpy(SHORT)[None])
+
+
+@pytest.mark.parametrize("method", ["equalize", "equalize+spinquant"])
+def test_transforms_keep_the_function(model: Path, method: str) -> None:
+    """Scaled channels; R1, R2 and R4 with random signs."""
+    source = Checkpoint(model)
+    setup = Setup(settings={"spinquant.steps": 0} if "spinquant" in method else {})
+    changed = chains.transform(source, chains.parse_chain(method), setup)
+    before, after = (logits_of(one, SHORT[None]).numpy() for one in (source, changed))
+    assert relative_error(after, before) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_learned_and_calibrated_methods_make_a_better_model(model: Path, packed: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT, "utf-8")
+    chain = ("--method", "spinquant+gptq+tune", "--set", "spinquant.steps=2", "--set", "tune.steps=2")
+    sizes = ("--calibration", text, "--samples", "8", "--length", "64")
+    assert run("quantize", model, "-o", out, *chain, *sizes) == 0
+    ids = np.array(llamita.load(model).tokenizer.encode(TEXT))[:64]
+    floats = llamita.load(model).logits(ids)
+    nearest, better = (np.abs(llamita.load(path).logits(ids) - floats).mean() for path in (packed, out))
+    assert better < nearest
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_training_lower_the_loss(model: Path, tmp_path: Path, capsys: Any) -> None:
+    """With rounding in the loop and adapters; the engine runs what was trained."""
+    data = write_jsonl(tmp_path / "data.jsonl", [{"text": f"say {i % 7} and {i % 7}"} for i in range(64)])
+    fast = ("--set", "steps=20", "--set", "batch=4", "--set", "length=64", "--set", "learning_rate=2e-3")
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert run("finetune", model, "--data", data, "--method", "qat-lora", "-o", out, *fast, "--json") == 0
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert losses[-1] < losses[0]
+    adapter = next(path for path in tmp_path.iterdir() if (path / "adapter_config.json").exists())
+    assert run("generate", out, "--adapter", adapter, "--prompt", "say 3", "--max-tokens", "4") == 0
+
+
+def same_values(one: ModelSource, other: ModelSource) -> None:
+    """Check that two models have the same values in every matrix and vector."""
+    for name in module_names(one):
+        for mine, its in zip(row_blocks(one.weight(name)), row_blocks(other.weight(name)), strict=True):
+            np.testing.assert_array_equal(mine, its, err_msg=name)
+    for name in vector_names(one.config):
+        np.testing.assert_array_equal(one.vector(name), other.vector(name), err_msg=name)
+
+
+@pytest.mark.parametrize("target", [*OFTEN, *(pytest.param(t, marks=pytest.mark.slow) for t in ("torchao", "hf"))])
+def test_checkpoints_of_other_libraries_hold_it(target: str, packed: Path, tmp_path: Path, capsys: Any) -> None:
+    """transformers opens the export by the family's own class; its weights and logits are compared."""
+    capsys.readouterr()
+    assert run("export", packed, "--to", target, "-o", tmp_path / "out", "--json") == 0
+    proof = json.loads(capsys.readouterr().out)["proof"]
+    assert proof["holds"], proof
+    if target != "hf":
+        assert run("import", tmp_path / "out", "-o", tmp_path / "back") == 0
+        same_values(PackedModel(packed), PackedModel(tmp_path / "back"))
+
+
+def test_gguf_there_and_back(family: str, packed: Path, tmp_path: Path, capsys: Any) -> None:
+    code = run("export", packed, "--to", "gguf", "-o", tmp_path / "out")
+    if family == "phi3, longrope":
+        assert code != 0
+        assert "--to gguf: expected rotary embeddings that do not depend on the length" in capsys.readouterr().err
+        return
+    assert code == 0
+    assert run("import", tmp_path / "out" / "model.gguf", "-o", tmp_path / "back") == 0
+    same_values(PackedModel(packed), PackedModel(tmp_path / "back"))
+
+
+@pytest.mark.slow
+def test_executorch_says_the_same(packed: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("executorch", reason="the export is on the Torch side")
+    capsys.readouterr()
+    assert run("export", packed, "--to", "executorch", "-o", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["proof"]["holds"]
