@@ -242,7 +242,7 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
     Raises:
         InputError: a text is not NAME=VALUE, there is no such setting or stage, or a value is wrong.
     """
-    whole = recipe.to_dict() | {"fit_groups": recipe.fit_groups}
+    whole: dict[str, Any] = recipe.to_dict() | {"fit_groups": recipe.fit_groups}
     for text in texts:
         name, equals, value = text.partition("=")
         number, dot, rest = name.partition(".")
