@@ -200,15 +200,23 @@ def test_a_preset_that_does_not_fit_is_left_out_unless_it_is_named(
     assert run("plan", model, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert [e["name"] for e in values["estimates"]] == ["float", "llama3.2", "llamita"]
-    assert values["notes"] == ["arm: does not fit: 192 inputs are no multiple of 128"]
+    assert values["notes"] == [
+        "arm: does not fit: 192 inputs are no multiple of 128; try --group-size 64, or --fit-groups"
+    ]
     assert run("plan", model) == 0
     assert values["notes"][0] in capsys.readouterr().err
     for named in (("--preset", "arm"), ("--group-size", "128")):
         assert run("plan", model, *named) == 2
-        assert "expected inputs in groups of 128, got 192; try --group-size 64" in capsys.readouterr().err
+        assert "expected inputs in groups of 128, got 192; try --group-size 64, or" in capsys.readouterr().err
     assert run("plan", model, "--group-size", "64", "--json") == 0
     names = [e["name"] for e in json.loads(capsys.readouterr().out)["estimates"]]
     assert names == ["float", *(f"{preset}, groups of 64" for preset in PRESETS)]
+    assert run("plan", model, "--fit-groups", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [e["name"] for e in values["estimates"]] == ["float", "arm, fitted", "llama3.2", "llamita"]
+    assert values["notes"] == ["arm, fitted: w4g64 (12), w4g128 (2)"]
+    assert run("quantize", model, "-o", tmp_path / "out", "--preset", "arm", "--fit-groups") == 0
+    assert values["estimates"][1]["file_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
 def test_a_published_shape_needs_no_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from command import assert_nothing_is_left, one_line, run
 from packed_models import pack
-from tiny import CONFIGS
+from tiny import CONFIGS, make_checkpoint
 
 from llamita import _native
 from llamita.bench import run as bench_run
@@ -166,6 +166,7 @@ def test_rates_are_factors_and_the_rest_is_what_was_saved(key: str, ratio: float
         (("embedded", "--preset", "q4"), "--scheme: expected one of arm, llama3.2, llamita, none, got 'q4'"),
         (("embedded", "--threads", "0"), "error: --threads: expected 1 to 1024, got 0"),
         (("embedded", "--preset", "none", "--group-size", "32"), "--group-size"),
+        (("embedded", "--preset", "none", "--fit-groups"), "--fit-groups: expected a scheme that rounds, got none"),
         (("embedded", "--group-size", "48"), "--group-size: expected one of"),
         (("/no/such/place",), "expected a model directory"),
         (("embedded", "--baseline", "/no/such/place"), "expected a model directory"),
@@ -184,10 +185,20 @@ def test_mistakes_are_one_line_and_exit_2(
     assert text in one_line(capsys)
 
 
+def test_groups_that_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "tinyllama")  # 352 inputs of down_proj: no multiple of 64
+    assert run("bench", model, "--group-size", "64", *QUICK) == 2
+    assert "try --group-size 32, or --fit-groups" in one_line(capsys)
+    scheme = results(capsys, model, "--group-size", "64", "--fit-groups")["model"]["scheme"]
+    assert scheme["group_size"] == 64
+    assert set(scheme["layers"].values()) == {"w4g32"}
+
+
 def test_a_quantized_model_takes_no_preset(capsys: pytest.CaptureFixture[str], packed: Path) -> None:
     results(capsys, packed, "--preset", "none", "--repeats", "1")
-    assert run("bench", packed, "--preset", "arm") == 2
-    assert "expected a float model" in one_line(capsys)
+    for options in (("--preset", "arm"), ("--fit-groups",)):
+        assert run("bench", packed, *options) == 2
+        assert "expected a float model" in one_line(capsys)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -13,6 +13,8 @@ from tiny import make_checkpoint
 
 import llamita
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.layer_kinds import count_kinds
+from llamita.models.packed import PackedModel
 
 pytest.importorskip("trl", reason="training is on the Torch side")
 FAST = ("--set", "steps=2", "--set", "batch=4", "--set", "micro_batch=2", "--set", "length=64")
@@ -32,6 +34,18 @@ def data(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "data.jsonl", lines)
 
 
+def test_qat_trains_in_groups_that_fit(data: Path, tmp_path: Path, capsys: Any) -> None:
+    model = make_checkpoint(tmp_path / "other", "tinyllama")  # 352 inputs of down_proj: no multiple of 64
+    command = ("finetune", model, "--data", data, "--method", "qat", "--group-size", "64", *FAST)
+    assert run(*command, "-o", tmp_path / "out") == 2
+    assert "down_proj: expected inputs in groups of 64, got 352; try --group-size 32, or" in capsys.readouterr().err
+    assert run(*command, "-o", tmp_path / "out", "--fit-groups") == 0
+    packed = PackedModel(tmp_path / "out")
+    assert count_kinds(packed.config, packed.scheme) == {"w4g64": 12, "w4g32": 2}
+    assert packed.metadata.settings["recipe"]["fit_groups"] is True
+    assert np.isfinite(llamita.load(tmp_path / "out").logits([1, 2, 3])).all()
+
+
 def test_a_dry_run_shows_data_and_steps(model: Path, data: Path, capsys: Any) -> None:
     options = ("--data", data, "--method", "qat", "--set", "length=64", "--json")
     assert run("finetune", model, *options, "--dry-run") == 0
@@ -40,6 +54,7 @@ def test_a_dry_run_shows_data_and_steps(model: Path, data: Path, capsys: Any) ->
     assert values["examples"] + values["held_out_examples"] == 40
     assert values["learned_tokens"] > 0
     assert values["recipe"]["stages"][0]["quantized"] is True
+    assert "fit_groups" not in values["recipe"]
     assert "1 of 41 examples have more than 64 tokens: left out (data.jsonl: line 41)" in captured.err
     assert run("finetune", model, "--data", data, "--set", "length=64", "--dry-run") == 0
     shown = capsys.readouterr()
@@ -140,7 +155,9 @@ def test_a_teacher_is_not_replaced(model: Path, data: Path, tmp_path: Path, caps
         (("--recipe", "nothing"), "--recipe: expected llama3.2-qat-lora, lora, qat, sft, or a YAML file"),
         (("--task", "cooking"), "--task: expected one of translation"),
         (("--task", "translation"), "data.jsonl: line 1: expected the column source or sentence"),
-        (("--preset", "llama3.2"), "--preset, --group-size: expected a method that makes a 4-bit model, such as qat"),
+        (("--preset", "llama3.2"), "--preset, --group-size, --fit-groups: expected a method that makes a 4-bit model"),
+        (("--fit-groups",), "--fit-groups: expected a method that makes a 4-bit model, such as qat"),
+        (("--method", "qat", "--set", "fit_groups=1"), "fit_groups: expected true or false, got 1"),
         (("--set", "rank=0"), "rank: expected a whole number of at least 1, got 0"),
         (("--set", "length=100000"), "length: expected at most 512 tokens, the model's context"),
         (("--set", "length=4"), "expected examples to learn from, got none"),

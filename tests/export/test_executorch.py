@@ -132,6 +132,7 @@ def test_nothing_in_the_users_directory_is_run(
     ("family", "options"),
     [
         ("llama2", ("--group-size", "64")),
+        ("tinyllama", ("--group-size", "64", "--fit-groups")),  # 352 inputs of down_proj: groups of 32
         ("llama31", ()),
         ("llama32", ("--method", "spinquant", "--set", "spinquant.steps=0")),
         ("llama3", ("--preset", "arm", "--group-size", "32")),

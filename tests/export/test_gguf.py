@@ -48,6 +48,15 @@ def test_every_weight_is_carried_exactly(tmp_path: Path, family: str, group_size
     assert len(file.values["tokenizer.ggml.tokens"]) == packed.config.vocab_size
 
 
+def test_groups_of_two_sizes_are_carried_exactly(tmp_path: Path, capsys: Any) -> None:
+    model = make_gguf_checkpoint(tmp_path, "tinyllama")  # 352 inputs of down_proj, 128 of the other layers
+    assert run("quantize", model, "-o", tmp_path / "packed", "--group-size", "128", "--fit-groups") == 0
+    capsys.readouterr()
+    assert run("export", tmp_path / "packed", "--to", "gguf", "-o", tmp_path / "out", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["equal_layers"] == record["layers"]
+
+
 def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, capsys: Any) -> None:
     model = make_gguf_checkpoint(tmp_path)
     rotated = ("--method", "spinquant", "--set", "spinquant.rotations=R4")

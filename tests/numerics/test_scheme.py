@@ -3,7 +3,7 @@
 import pytest
 
 from llamita.errors import InputError
-from llamita.numerics.scheme import PRESETS, QuantScheme, make_scheme
+from llamita.numerics.scheme import PRESETS, QuantScheme, fitting_group_size, make_scheme
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -51,6 +51,15 @@ def test_refuses(change: dict[str, object], word: str) -> None:
     values = make_scheme("arm").to_dict() | change
     with pytest.raises(InputError, match=word):
         QuantScheme.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("columns", "most", "expected"),
+    [(576, 128, 64), (1536, 128, 128), (1536, 256, 256), (960, 256, 64), (352, 128, 32), (352, 32, 32), (512, 64, 64),
+     (96, 64, 32), (208, 256, None), (16, 32, None)],
+)  # fmt: skip
+def test_the_largest_group_size_that_divides(columns: int, most: int, expected: int | None) -> None:
+    assert fitting_group_size(columns, most) == expected
 
 
 @pytest.mark.parametrize("arguments", [("nope",), ("arm", 100), ("arm", 128, "nope")])

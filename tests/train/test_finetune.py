@@ -235,7 +235,7 @@ def test_trained_codes_are_the_packed_models_and_both_compute_the_same(tmp_path:
     recipe = replace(recipe_of(quantized=True, distill=0.5), start=start)
     job = job_of(path, tmp_path / "work", recipe)
     trained = train(job)
-    scheme = finetune.scheme_of(job.recipe)
+    scheme = finetune.scheme_of(job.recipe, job.source.config)
     out = tmp_path / "out"
     save_packed(trained.model, job.source, "tiny", out, scheme, job.out, {}, overwrite=False)
     packed = PackedModel(out)

@@ -142,7 +142,8 @@ def fitting(model: Described, schemes: list[QuantScheme]) -> tuple[list[QuantSch
             make_plan(model.config, scheme, model.float_dtype)
             fit.append(scheme)
         except InputError as error:
-            notes.append(f"{scheme.name}: does not fit: {error.got} inputs are no multiple of {scheme.group_size}")
+            problem = f"{error.got} inputs are no multiple of {scheme.group_size}"
+            notes.append(f"{scheme.name}: does not fit: {problem}; {error.hint}")
     return fit, notes
 
 

@@ -7,16 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from llamita.bench import run as bench_run
+from llamita.bench.plan import describe, describe_shape
 from llamita.bench.report import Settings, machine_line
 from llamita.bench.run import Job, run_bench
 from llamita.bench.shapes import find_shape
 from llamita.bench.speed import NEW_TOKENS, PROMPT_TOKENS
 from llamita.bench.worker import ModelSpec
 from llamita.commands import console
-from llamita.commands.options import Context, GroupSize, Json, KvCache, Shape, Threads
+from llamita.commands.options import Context, FitGroups, GroupSize, Json, KvCache, Shape, Threads
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError, RunError
 from llamita.imports.open import resolve
+from llamita.models.layer_kinds import fit_groups
 from llamita.models.packed import METADATA
 from llamita.numerics.scheme import FLOAT, PRESETS, choose_scheme
 from llamita.system.extras import load_optional
@@ -64,6 +66,7 @@ def command(
     shape: Shape = None,
     scheme: _Scheme = None,
     group_size: GroupSize = None,
+    fit_groups: FitGroups = False,
     baseline: _Baseline = None,
     prompt_tokens: _PromptTokens = PROMPT_TOKENS,
     new_tokens: _NewTokens = NEW_TOKENS,
@@ -82,7 +85,7 @@ def command(
     Example: llamita bench --shape 1b --baseline bf16
     """
     convert_first(src, None if baseline and baseline.lower() == BF16 else baseline, quiet=json)
-    model = _model(src, shape, scheme, group_size)
+    model = _model(src, shape, scheme, group_size, fit_groups)
     draw = _plotter(plot) if plot else None
     settings = Settings(prompt_tokens, new_tokens, batch)
     job = Job(model, _baseline(baseline, model), settings, repeats, threads, context, kv_cache, bench_run.PROBE_BYTES)
@@ -99,20 +102,28 @@ def command(
         raise RunError(f"{'; '.join(weak)}; try more --repeats on a quiet machine")
 
 
-def _model(src: str | None, shape: str | None, scheme: str | None, group_size: int | None) -> ModelSpec:
+def _model(
+    src: str | None, shape: str | None, scheme: str | None, group_size: int | None, fits: bool
+) -> ModelSpec:  # fmt: skip
     if (src is None) == (shape is None):
         found, hint = ("both", "try one of them") if src else ("neither", "try --shape 1b")
         raise InputError("bench", "a model or --shape", found, hint)
     if shape is not None:
         shape, _ = find_shape(shape)
     elif exists_in(resolve(str(src)), METADATA):
-        if scheme not in (None, FLOAT) or group_size:
-            raise InputError("--scheme, --group-size", "a float model", f"{src}, which is quantized")
+        if scheme not in (None, FLOAT) or group_size or fits:
+            raise InputError("--scheme, --group-size, --fit-groups", "a float model", f"{src}, which is quantized")
         return ModelSpec(src, None)
     try:
-        return ModelSpec(src, shape, choose_scheme(scheme or DEFAULT_SCHEME, group_size))
+        chosen = choose_scheme(scheme or DEFAULT_SCHEME, group_size)
     except InputError as error:
         raise error.at(error.where.replace("--preset", "--scheme")) from None
+    if fits:
+        if chosen is None:
+            raise InputError("--fit-groups", "a scheme that rounds", FLOAT)
+        described = describe(str(src)) if shape is None else describe_shape(shape)[1]
+        chosen = fit_groups(described.config, chosen)
+    return ModelSpec(src, shape, chosen)
 
 
 def _baseline(name: str | None, model: ModelSpec) -> ModelSpec | None:

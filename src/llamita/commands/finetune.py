@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import GroupSize, Json, Out, Overwrite, Seed, Threads
+from llamita.commands.options import FitGroups, GroupSize, Json, Out, Overwrite, Seed, Threads
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError, shown
 from llamita.imports.open import resolve
@@ -80,6 +80,7 @@ def command(
     recipe: _Recipe = None,
     preset: _Preset = None,
     group_size: GroupSize = None,
+    fit_groups: FitGroups = False,
     teacher: _Teacher = None,
     settings: _Set = None,
     seed: Seed = 0,
@@ -96,7 +97,7 @@ def command(
 
     Example: llamita finetune meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --method qat -o tuned-4bit
     """
-    chosen = _recipe(method, recipe, preset, group_size, settings or [], preferences)
+    chosen = _recipe(method, recipe, preset, group_size, fit_groups, settings or [], preferences)
     _check_processes(chosen, shard)
     use_threads(processes.fair_threads(threads))
     is_first = processes.rank() == 0
@@ -150,8 +151,8 @@ def _teacher_path(name: str | None, source: Checkpoint, recipe: Recipe) -> Path 
 
 
 def _recipe(
-    method: str | None, name: str | None, preset: str | None, group_size: int | None, settings: list[str],
-    preferences: str | None,
+    method: str | None, name: str | None, preset: str | None, group_size: int | None, fits: bool,
+    settings: list[str], preferences: str | None,
 ) -> Recipe:  # fmt: skip
     if method is not None and method not in METHODS:
         raise InputError("--method", f"one of {', '.join(METHODS)}", shown(method))
@@ -164,10 +165,11 @@ def _recipe(
     recipe = _with_or_without(read_recipe(name or METHODS[method or _DEFAULT]), preferences)
     scheme = [f"preset={preset}"] if preset else []
     scheme += [f"group_size={group_size}"] if group_size else []
+    scheme += ["fit_groups=true"] if fits else []
     changed = change(recipe, [*scheme, *settings])
     if scheme and not changed.is_quantized:
         expected = "a method that makes a 4-bit model, such as qat"
-        raise InputError("--preset, --group-size", expected, hint="try quantize on the result")
+        raise InputError("--preset, --group-size, --fit-groups", expected, hint="try quantize on the result")
     parse_start(changed.start)
     return changed
 

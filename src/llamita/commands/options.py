@@ -27,6 +27,12 @@ GroupSize = Annotated[
         help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}; by default what the scheme says.",
     ),
 ]
+FitGroups = Annotated[
+    bool,
+    typer.Option(
+        "--fit-groups", help="Give layers whose inputs the group size does not divide the next smaller size that does."
+    ),
+]
 Scheme = Annotated[
     str | None,
     typer.Option(

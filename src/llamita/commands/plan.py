@@ -7,9 +7,11 @@ import typer
 
 from llamita.bench.plan import Estimate, Machine, describe_shape, estimate_all, fitting, measure_machine
 from llamita.commands import console
-from llamita.commands.options import GroupSize, Json, KvCache, Shape, Threads
+from llamita.commands.options import FitGroups, GroupSize, Json, KvCache, Shape, Threads
 from llamita.commands.sources import describe_source
 from llamita.errors import InputError
+from llamita.models.config import ModelConfig
+from llamita.models.layer_kinds import describe_kinds, fit_groups
 from llamita.numerics.scheme import PRESETS, QuantScheme, make_scheme
 from llamita.system.threads import remark, use_threads
 from llamita.text.printable import megabytes
@@ -28,6 +30,7 @@ def command(
     shape: Shape = None,
     preset: _Presets = None,
     group_size: GroupSize = None,
+    fit_groups: FitGroups = False,
     threads: Threads = None,
     kv_cache: KvCache = None,
     json: Json = False,
@@ -44,9 +47,12 @@ def command(
     use_threads(threads)
     schemes = [_named(name, group_size) for name in preset or PRESETS]
     name, model = describe_shape(str(shape)) if src is None else (src, describe_source(src, quiet=json))
+    if fit_groups:
+        schemes = [_fitted(model.config, scheme) for scheme in schemes]
     notes: list[str] = []
     if not preset and group_size is None and model.scheme is None:  # what the user names is refused if it does not fit
         schemes, notes = fitting(model, schemes)
+    notes += [f"{s.name}: {describe_kinds(model.config, s)}" for s in schemes if s.layers and model.scheme is None]
     console.note(remark())
     with console.progress(quiet=json) as progress:
         if progress:
@@ -66,6 +72,11 @@ def _named(preset: str, group_size: int | None) -> QuantScheme:
     """Return the scheme of a preset, under a name that tells it from the others."""
     scheme = make_scheme(preset, group_size)
     return scheme if scheme.name == preset else replace(scheme, name=f"{preset}, groups of {group_size}")
+
+
+def _fitted(config: ModelConfig, scheme: QuantScheme) -> QuantScheme:
+    fitted = fit_groups(config, scheme)
+    return fitted if fitted == scheme else replace(fitted, name=f"{scheme.name}, fitted")
 
 
 def _print(name: str, estimates: list[Estimate], machine: Machine) -> None:

@@ -7,12 +7,25 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import CalibrationText, GroupSize, Json, Length, Out, Overwrite, Samples, Seed, Threads
+from llamita.commands.options import (
+    CalibrationText,
+    FitGroups,
+    GroupSize,
+    Json,
+    Length,
+    Out,
+    Overwrite,
+    Samples,
+    Seed,
+    Threads,
+)
 from llamita.commands.selection import parse_goal, print_selection, selection_values
 from llamita.commands.sources import describe_source
 from llamita.errors import InputError
 from llamita.methods.chain import METHODS, check_sizes
 from llamita.methods.setup import Setup, parse_settings
+from llamita.models.config import ModelConfig
+from llamita.models.layer_kinds import describe_kinds
 from llamita.models.sizes import Plan
 from llamita.numerics.scheme import PRESETS, SCALE_RULES, QuantScheme, make_scheme
 from llamita.quantize.calibration import CalibrationSpec
@@ -63,6 +76,7 @@ def command(
     out: Out = None,
     preset: _Preset = "llama3.2",
     group_size: GroupSize = None,
+    fit_groups: FitGroups = False,
     method: _Method = None,
     scales: _Scales = None,
     calibration: CalibrationText = None,
@@ -86,7 +100,7 @@ def command(
     job = QuantizeJob(
         src, out or Path(), preset, make_scheme(preset, group_size, scales), method, parse_settings(settings or []),
         not no_runtime_rotation, CalibrationSpec(calibration, samples, length, seed), tuple(keep_float or ()),
-        parse_goal(max_size, max_loss, dry_run), overwrite,
+        parse_goal(max_size, max_loss, dry_run), overwrite, fit_groups,
     )  # fmt: skip
     use_threads(processes.fair_threads(threads))
     if dry_run:
@@ -117,20 +131,20 @@ def _dry_run(job: QuantizeJob, json: bool) -> None:
         expected = {"method": str(chain), "seconds_estimate": seconds, "memory_bytes_estimate": memory}
         console.print_json({"dry_run": True, "scheme": scheme.to_dict(), **asdict(plan), **expected})
         return
-    rows = [*_plan_rows(plan, scheme), ["method", str(chain)],
+    rows = [*_plan_rows(plan, scheme, model.config), ["method", str(chain)],
             ["time to quantize, about", f"{seconds:,.0f} s"],
             ["memory to quantize, about", megabytes(memory)]]  # fmt: skip
     console.print_table(f"plan for {job.source} (nothing is written)", ["what", "figure"], rows)
 
 
-def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
+def _plan_rows(plan: Plan, scheme: QuantScheme, config: ModelConfig) -> list[list[str]]:
     tables = "int8 per channel" if scheme.table_bits else "float"
     others = [["layers stored otherwise", f"{len(scheme.layers)}"]] if scheme.layers else []
     return [
         ["scheme", f"{scheme.name}: int4, groups of {scheme.group_size}"],
         *others,
         ["scales", f"{scheme.scale_rule}, {scheme.scale_dtype}"],
-        ["linear layers", f"{plan.linear_layers}"],
+        ["linear layers", describe_kinds(config, scheme) if scheme.layers else f"{plan.linear_layers}"],
         ["embedding and head", tables],
         ["size before", megabytes(plan.source_bytes)],
         ["size after", f"{megabytes(plan.tensor_bytes)} ({plan.ratio:.1%})"],
@@ -141,7 +155,8 @@ def _plan_rows(plan: Plan, scheme: QuantScheme) -> list[list[str]]:
 def _print_summary(job: QuantizeJob, summary: Summary) -> None:
     # A blockwise method may move a weight far and lose little, so the largest errors would mislead.
     worst = [] if job.chain.is_blockwise else summary.worst()
-    rows = [*_plan_rows(summary.plan, summary.scheme), ["mean squared error", f"{summary.mean_squared_error:.3e}"],
+    rows = [*_plan_rows(summary.plan, summary.scheme, summary.config),
+            ["mean squared error", f"{summary.mean_squared_error:.3e}"],
             ["relative squared error of weights", f"{summary.relative_error:.3e}"],
             *([f"  worst: {name}", f"{error:.3e}"] for name, error in worst),
             ["time", f"{summary.seconds:,.1f} s"],

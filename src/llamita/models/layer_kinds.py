@@ -1,6 +1,7 @@
 """Mix schemes: store the weights of some layers in another way than the rest, by name.
 
-`QuantScheme.layers` lists them. This module matches patterns with a model's layers, and counts layers for people.
+`QuantScheme.layers` lists them. This module matches patterns with a model's layers, gives layers group sizes that fit,
+and counts layers for people.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 from llamita.errors import InputError, shown
 from llamita.models.config import ModelConfig
 from llamita.models.names import EMBEDDING, HEAD, linear_names, table_names
-from llamita.numerics.scheme import QuantScheme
+from llamita.numerics.scheme import GROUP_SIZES, KINDS, QuantScheme, fitting_group_size
 
 _MOST_NAMED = 3  # near matches in a message
 _NEAR = 0.5  # share of letters of a pattern and a name that must agree for a near match
@@ -51,6 +52,28 @@ def keep_float(config: ModelConfig, scheme: QuantScheme, patterns: Iterable[str]
             )
         found |= dict.fromkeys(matched, "float")
     return with_layers(scheme, found)
+
+
+def fit_groups(config: ModelConfig, scheme: QuantScheme) -> QuantScheme:
+    """Return the scheme with a smaller group size for each layer whose inputs its own does not divide.
+
+    A layer gets the largest size that divides; one that no size divides is left, for `packed.layout` to refuse. The
+    scheme's group size becomes that of most layers: where all layers shrink alike, no override remains.
+    """
+    kinds: dict[str, str] = {}
+    for name, (_, columns) in (table_names(config) | linear_names(config)).items():
+        size = scheme.kind(name).group_size
+        if size is not None:
+            kinds[name] = f"w4g{fitting_group_size(columns, size) or size}"
+    if all(kind == scheme.kind(name).name for name, kind in kinds.items()):
+        return scheme
+    return replace(scheme, name="custom", group_size=usual_group_size(kinds.values()), layers=scheme.layers | kinds)
+
+
+def usual_group_size(kinds: Iterable[str]) -> int:
+    """Return the group size that most of these keys of `scheme.KINDS` have, the smaller one of two as frequent."""
+    counts = Counter(KINDS[kind].group_size for kind in kinds)
+    return max(GROUP_SIZES, key=lambda size: (counts[size], -size))
 
 
 def _hint(config: ModelConfig, pattern: str, names: list[str]) -> str:

@@ -24,7 +24,7 @@ from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import factor
 from llamita.numerics.packing import CODES_PER_WORD
 from llamita.numerics.rotations import Rotations
-from llamita.numerics.scheme import KINDS, LayerKind, QuantScheme
+from llamita.numerics.scheme import KINDS, LayerKind, QuantScheme, fitting_group_size
 from llamita.system.files import parse_json, read_bytes
 
 _SCALE_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
@@ -74,8 +74,8 @@ def _rounded_tensors(name: str, shape: tuple[int, int], kind: LayerKind, scale: 
         per_row = (rows, 1) if name.startswith("model.layers.") else (rows,)
         return {f"{name}.weight": ("I8", shape), f"{name}.weight_scale": (scale, per_row)}
     if columns % kind.group_size:
-        fitting = [g for g in (256, 128, 64, 32) if columns % g == 0]
-        try_this = f"try --group-size {fitting[0]}" if fitting else "no group size fits this model"
+        fitting = fitting_group_size(columns)
+        try_this = f"try --group-size {fitting}, or --fit-groups" if fitting else "no group size fits this model"
         raise InputError(name, f"inputs in groups of {kind.group_size}", f"{columns}", try_this)
     return {
         f"{name}.weight_shape": ("I64", (2,)),

@@ -8,6 +8,7 @@ from llamita.imports.open import open_source
 from llamita.methods.chain import Chain
 from llamita.methods.setup import Calibration, Setup
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.layer_kinds import fit_groups
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.cost import plan_chain
 from llamita.quantize.layer_choice import Goal, Selection, check_size, finished_loss, select, size_bounds
@@ -57,8 +58,9 @@ def judge(selection: Selection, source: Checkpoint, out: Path, chain: Chain, tex
 
 def _added_bytes(source: Checkpoint, scheme: QuantScheme, chain: Chain, settings: dict[str, Any]) -> int:
     """Return what the transforms add to the weight files: a table for the head, or a matrix before it."""
+    fitted = fit_groups(source.config, scheme)  # the choice gives every layer a size that fits
     plain, changed = (
-        plan_chain(source.config, scheme, lambda name: source.info(name).dtype, methods, settings).file_bytes
+        plan_chain(source.config, fitted, lambda name: source.info(name).dtype, methods, settings).file_bytes
         for methods in (replace(chain, transforms=()), chain)
     )
     return changed - plain

@@ -20,7 +20,7 @@ from llamita.engine.weights import ModelWeights, load_block, load_head, load_wei
 from llamita.errors import InputError
 from llamita.methods import rtn
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.layer_kinds import with_layers
+from llamita.models.layer_kinds import usual_group_size, with_layers
 from llamita.models.names import linear_names
 from llamita.models.packed import layout, tensor_bytes
 from llamita.models.sizes import Plan, make_plan
@@ -340,8 +340,7 @@ def _steps(hulls: Mapping[str, list[Option]]) -> list[tuple[str, Option, Option]
 
 def mixed_scheme(scheme: QuantScheme, chosen: Mapping[str, Option]) -> QuantScheme:
     """Return the scheme with these options; its group size is that of most layers."""
-    groups = [KINDS[option.kind].group_size for option in chosen.values()]
-    most = max(GROUP_SIZES, key=lambda group_size: (groups.count(group_size), -group_size))
+    most = usual_group_size(option.kind for option in chosen.values())
     fixed = {name: scheme.kind(name).name for name in scheme.layers}
     layers = fixed | {name: option.kind for name, option in chosen.items()}
     return replace(scheme, name="auto", group_size=most, layers=layers)

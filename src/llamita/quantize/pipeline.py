@@ -61,9 +61,10 @@ class QuantizeJob:
         keep_float: patterns of layers that stay float, such as "*.down_proj".
         goal: choose how each layer is stored, for a size or a loss.
         overwrite: replace an `out` that llamita made.
+        fit_groups: give each layer whose inputs the group size does not divide the next smaller size that does.
 
     Raises:
-        InputError: an unknown preset, method or setting.
+        InputError: an unknown preset, method or setting, or `fit_groups` with a goal.
     """
 
     source: str | Path
@@ -77,9 +78,13 @@ class QuantizeJob:
     keep_float: tuple[str, ...] = ()
     goal: Goal | None = None
     overwrite: bool = False
+    fit_groups: bool = False
 
     def __post_init__(self) -> None:
         make_scheme(self.preset)
+        if self.fit_groups and self.goal is not None:
+            expected = "neither --max-size nor --max-loss, which choose among the sizes that fit each layer"
+            raise InputError("--fit-groups", expected)
         assert self.chain.names
 
     @cached_property
@@ -102,12 +107,13 @@ class QuantizeJob:
         return self.goal is not None or self.chain.needs_calibration(self.all_settings)
 
     def scheme_for(self, config: ModelConfig) -> QuantScheme:
-        """Return the scheme for this model, with the layers that stay float.
+        """Return the scheme for this model, with the layers that stay float or take a smaller group size.
 
         Raises:
             InputError: a pattern that fits no layer.
         """
-        return layer_kinds.keep_float(config, self.scheme or make_scheme(self.preset), self.keep_float)
+        scheme = layer_kinds.keep_float(config, self.scheme or make_scheme(self.preset), self.keep_float)
+        return layer_kinds.fit_groups(config, scheme) if self.fit_groups else scheme
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, PrinterCallback
 from llamita.errors import InputError
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.config import ModelConfig
+from llamita.models.layer_kinds import fit_groups
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.system import collectives, processes
 from llamita.system.kept_work import write_whole
@@ -72,9 +74,10 @@ class Trained:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def scheme_of(recipe: Recipe) -> QuantScheme:
-    """Return the scheme of a recipe's quantized stages."""
-    return make_scheme(recipe.preset, recipe.group_size)
+def scheme_of(recipe: Recipe, config: ModelConfig) -> QuantScheme:
+    """Return the scheme of a recipe's quantized stages for this model."""
+    scheme = make_scheme(recipe.preset, recipe.group_size)
+    return fit_groups(config, scheme) if recipe.fit_groups else scheme
 
 
 def train(job: FinetuneJob, work: Path) -> Trained:
@@ -107,7 +110,7 @@ def _quantize(model: Any, job: FinetuneJob, work: Path) -> Switch:
     """Round the model as it is now; from here on it computes with rounded weights."""
     setup = Setup(job.calibration(), job.seed, progress=job.progress)
     with _as_checkpoint(model, job, work) as source:
-        scheme, place = scheme_of(job.recipe), work / "start"
+        scheme, place = scheme_of(job.recipe, source.config), work / "start"
         begun = start(source, job.source, scheme, job.recipe.start, setup, place)
         return prepare(model, begun.rounded, begun.floats)
 

@@ -111,6 +111,7 @@ class Recipe:
         evaluate_every: steps between measurements; 0 measures only at the end, as stages with preferences always do.
         save_every: steps between checkpoints, from which a killed run resumes.
         patience: end a stage after this many measurements without gain; None never ends early.
+        fit_groups: give layers that `group_size` does not divide the next smaller size that does.
     """
 
     stages: tuple[Stage, ...]
@@ -122,6 +123,7 @@ class Recipe:
     evaluate_every: int = 0
     save_every: int = 100
     patience: int | None = None
+    fit_groups: bool = False
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -139,6 +141,8 @@ class Recipe:
             _integer("patience", self.patience, 1)
             if not self.evaluate_every:
                 raise InputError("patience", "evaluate_every above 0", shown(self.evaluate_every))
+        if type(self.fit_groups) is not bool:
+            raise InputError("fit_groups", "true or false", shown(self.fit_groups))
         self._check_order()
 
     def _check_order(self) -> None:
@@ -177,8 +181,10 @@ class Recipe:
         return self.stages[-1].train != "weights"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON and YAML."""
+        """Return plain values for JSON and YAML, without `fit_groups` if it is off, as older versions wrote them."""
         values = asdict(self)
+        if not self.fit_groups:
+            del values["fit_groups"]
         for stage in values["stages"]:
             stage["targets"] = list(stage["targets"])
         values["stages"] = list(values["stages"])
@@ -236,7 +242,7 @@ def change(recipe: Recipe, texts: Iterable[str]) -> Recipe:
     Raises:
         InputError: a text is not NAME=VALUE, there is no such setting or stage, or a value is wrong.
     """
-    whole = recipe.to_dict()
+    whole: dict[str, Any] = recipe.to_dict() | {"fit_groups": recipe.fit_groups}
     for text in texts:
         name, equals, value = text.partition("=")
         number, dot, rest = name.partition(".")

@@ -86,7 +86,7 @@ def _scores(job: FinetuneJob) -> list[list[Any]]:
     recipe, base, out = job.recipe, job.source.path, job.out
     models: dict[str, tuple[Path, QuantScheme | None, Path | None]] = {"base": (base, None, None)}
     if recipe.is_quantized:
-        models["base, rounded to nearest"] = (base, scheme_of(recipe), None)
+        models["base, rounded to nearest"] = (base, scheme_of(recipe, job.source.config), None)
         models["tuned, 4-bit"] = (out, None, adapter_place(out) if recipe.has_adapters else None)
     else:
         models["tuned"] = (base, None, out) if recipe.has_adapters else (out, None, None)
@@ -122,8 +122,8 @@ def _save(trained: Trained, job: FinetuneJob, work: Path, record: dict[str, Any]
 
 def _save_packed(model: Any, job: FinetuneJob, work: Path, record: dict[str, Any]) -> None:
     settings = {key: value for key, value in record.items() if key != "history"}
-    save_packed(model, job.source, job.name, job.out, scheme_of(job.recipe), work, settings, job.overwrite,
-                _plot(record))  # fmt: skip
+    scheme = scheme_of(job.recipe, job.source.config)
+    save_packed(model, job.source, job.name, job.out, scheme, work, settings, job.overwrite, _plot(record))
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
