@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from command import run
 from distances import relative_error
-from families import FAMILIES, make_family
+from families import FAMILIES, make_family, write_family_gguf
 from jsonl import write_jsonl
 
 import llamita
@@ -35,6 +35,17 @@ from llamita.train.prepare import prepare  # noqa: E402
 TOLERANCE = 1e-4  # largest difference over largest logit, both in float32; the families differ by far more
 IDS = np.random.default_rng(1).integers(0, 256, 300)  # beyond every window, and beyond a block of 128 keys
 SHORT = IDS[:40]
+OWN_GGUF = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "granite, untied",
+    "phi3",
+    "phi3, window",
+    "phi3, longrope",
+)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 OFTEN = ("compressed-tensors",)  # of the formats that transformers opens; the others are in the slow set
 
@@ -156,6 +167,15 @@ def test_gguf_there_and_back(family: str, packed: Path, tmp_path: Path, capsys: 
     assert code == 0
     assert run("import", tmp_path / "out" / "model.gguf", "-o", tmp_path / "back") == 0
     same_values(PackedModel(packed), PackedModel(tmp_path / "back"))
+
+
+def test_its_own_gguf_is_read(family: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with the family's own architecture, keys, fused matrices and order of rows, as llama.cpp writes it."""
+    if family not in OWN_GGUF:
+        pytest.skip("llama.cpp writes this one as a family above, or not at all")
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    file = write_family_gguf(model, tmp_path / "model.gguf")
+    assert relative_error(llamita.load(file).logits(IDS), theirs(model, IDS)) <= TOLERANCE
 
 
 @pytest.mark.slow

@@ -1,9 +1,16 @@
 """Tiny models of every family that llamita takes, with random weights, made by transformers' own classes."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tiny import write_tokenizer
+
+from llamita.formats.gguf import write_gguf
+from llamita.models.checkpoint import open_tensor_files
+from llamita.models.foreign_names import GGUF_IN_PAIRS, gguf_name, pair_order
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -15,6 +22,8 @@ _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_
          "short_factor": [1 + i / 50 for i in range(16)], "long_factor": [1 + i / 5 for i in range(16)]}  # fmt: skip
 _SCALED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125,
            "logits_scaling": 8.0}  # fmt: skip
+_GRANITE = {"embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier", "logit_scale": "logits_scaling"}  # fmt: skip
 # By the name that tests and docs show: transformers' model_type, and what differs from _COMMON.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -65,3 +74,50 @@ def _vision_model(values: dict[str, Any]) -> Any:
               "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}  # fmt: skip
     config = transformers.MllamaConfig(vision_config=vision, text_config=values)
     return transformers.MllamaForConditionalGeneration(config)
+
+
+def write_family_gguf(source: Path, out: Path) -> Path:
+    """Write a checkpoint as llama.cpp's own converter does, in F32: the family's own architecture, keys and rows."""
+    values = json.loads((source / "config.json").read_text("utf-8"))
+    arch, rope = values["model_type"], values.get("rope_parameters") or {}
+    heads, head_dim = values["num_attention_heads"], values.get("head_dim") or values["hidden_size"] // 4
+    own: dict[str, Any] = {
+        "block_count": values["num_hidden_layers"], "context_length": values["max_position_embeddings"],
+        "embedding_length": values["hidden_size"], "feed_forward_length": values["intermediate_size"],
+        "attention.head_count": heads, "attention.head_count_kv": values["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": values["rms_norm_eps"], "rope.freq_base": rope.get("rope_theta", 1e4),
+        "rope.dimension_count": head_dim, "vocab_size": values["vocab_size"],
+    }  # fmt: skip
+    for key, name in _GRANITE.items():
+        if arch == "granite":
+            own[key] = float(values[name])
+    if arch == "phi3":
+        own["attention.sliding_window"] = values.get("sliding_window") or 0
+    if arch == "qwen3":
+        own |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    files, where = open_tensor_files(source)
+    tensors = {gguf_name(name): files[file].read(name) for name, file in where.items()}
+    if rope.get("rope_type") == "longrope":
+        original = rope["original_max_position_embeddings"]
+        factor = values["max_position_embeddings"] / original
+        own |= {"rope.scaling.original_context_length": original,
+                "rope.scaling.attn_factor": math.sqrt(1 + math.log(factor) / math.log(original))}  # fmt: skip
+        for kind in ("long", "short"):
+            tensors[f"rope_factors_{kind}.weight"] = np.array(rope[f"{kind}_factor"], np.float32)
+    for name, x in tensors.items():
+        if arch in GGUF_IN_PAIRS and name.split(".")[-2] in ("attn_q", "attn_k"):
+            tensors[name] = x[pair_order(len(x), len(x) // head_dim)]
+    alphabet = json.loads((source / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    tokens = [*alphabet, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    tokens += [f"<unused{i}>" for i in range(len(tokens), values["vocab_size"] - 1)] + ["ab"]
+    write_gguf(
+        out,
+        {
+            "general.architecture": arch, **{f"{arch}.{key}": value for key, value in own.items()},
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": np.array([1] * 256 + [3] * (len(tokens) - 257) + [1], np.int32),
+            "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.bos_token_id": 256, "tokenizer.ggml.eos_token_id": 257,
+        },
+        {name: ("F32", x.shape) for name, x in tensors.items()}, iter(tensors.items()),
+    )  # fmt: skip
+    return out

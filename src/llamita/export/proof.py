@@ -111,7 +111,9 @@ def own_tokens(llm: LLM, limit: int) -> tuple[list[int], int, int]:
     Args:
         limit: the most tokens of a sequence.
     """
-    bos = llm.tokenizer.bos_token_id
+    rope, bos = llm.config.rope, llm.tokenizer.bos_token_id
+    if rope.depends_on_length:  # beyond, tools differ in when they take other frequencies
+        limit = min(limit, rope.original_context)
     tokens, seed = [0 if bos is None else bos], 0
     room = min(_TOKENS, limit)
     while len(tokens) < room:
