@@ -30,7 +30,7 @@ from llamita.engine.llm import LLM, check_cache
 from llamita.engine.weights import Linear
 from llamita.errors import InputError, LlamitaError, RunError
 from llamita.imports.open import open_source, resolve
-from llamita.models.checkpoint import Checkpoint, open_tensor_files
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.packed import PackedModel
 from llamita.models.sizes import float_bytes, make_plan
@@ -225,11 +225,11 @@ def _warm(spec: ModelSpec) -> None:
     """Read a model's files once, so that loading does not wait for a disk."""
     if spec.source is None or spec.random:
         return
-    path = resolve(spec.source)
-    files, _ = open_tensor_files(path)
-    for name, file in files.items():
-        file.close()
-        with (path / name).open("rb", buffering=0) as stream:
+    source = open_source(spec.source)
+    assert isinstance(source, Checkpoint | PackedModel)
+    source.close()
+    for file in source.files.values():
+        with file.path.open("rb", buffering=0) as stream:
             while stream.read(_READ_BYTES):
                 pass
 
@@ -256,7 +256,7 @@ def _size(source: ModelSource, float_dtype: Callable[[str], str]) -> tuple[int, 
         size = plan.file_bytes if plan else float_bytes(source.config, float_dtype)
         return size, size
     assert isinstance(source, Checkpoint | PackedModel)
-    size = sum((source.path / name).stat().st_size for name in source.files)
+    size = sum(file.path.stat().st_size for file in source.files.values())
     return size, 0 if source.scheme is None else size
 
 

@@ -13,7 +13,7 @@ from llamita.commands import console
 from llamita.commands.options import FitGroups, GroupSize, Json, Out, Overwrite, Seed, Threads
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError, shown
-from llamita.imports.open import resolve
+from llamita.imports.open import open_float, resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.metadata import METADATA
@@ -207,7 +207,7 @@ def _open_float(name: str, option: str) -> Checkpoint:
     path = resolve(name)
     if (path / METADATA).exists():
         raise InputError(option, "a float model", "a packed one", "try the model that it was made from")
-    return Checkpoint(path)
+    return open_float(path)
 
 
 def _train(run: Callable[[FinetuneJob], dict[str, Any]], job: FinetuneJob) -> dict[str, Any]:

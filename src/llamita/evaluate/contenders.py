@@ -13,11 +13,12 @@ from pathlib import Path
 
 from llamita.errors import InputError, LlamitaError
 from llamita.evaluate.scores import Contender
-from llamita.imports.open import resolve
+from llamita.imports.open import open_float, resolve
 from llamita.loading import load
 from llamita.models.metadata import METADATA, Metadata
 from llamita.numerics.scheme import QuantScheme, make_scheme
-from llamita.system.files import exists_in, safe_path, sha256_file
+from llamita.quantize.records import source_record
+from llamita.system.files import exists_in
 from llamita.system.progress import Progress
 
 NO_BASELINE = "none"
@@ -136,13 +137,13 @@ def _recorded_source(packed: dict[str, Path], progress: Progress) -> str:
         missing = error.within(f"{first}: its recorded source is missing")
         missing.hint = "try --baseline SRC, or none"
         raise missing from None
-    for i, (file, sha256) in enumerate(record.files.items()):
-        if progress:
-            progress(f"checking {name}", i, len(record.files))
-        if not exists_in(path, file) or sha256_file(safe_path(path, file)) != sha256:
-            raise InputError(
-                f"{path / file}", f"the file that {first} was made from", "another", "try --baseline SRC, or none"
-            )
+    source = open_float(path)
+    found = source_record(source, name, progress).files
+    source.close()
+    for file, sha256 in record.files.items():
+        if found.get(file) != sha256:
+            where, expected = f"{name}: {file}", f"the file that {first} was made from"
+            raise InputError(where, expected, "another", "try --baseline SRC, or none")
     return name
 
 

@@ -5,6 +5,7 @@ floats are little-endian.
 """
 
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,6 +80,11 @@ class GgufFile:
         tensor = self.tensors[name]
         flat = np.frombuffer(self._data, np.uint8, tensor.stop - tensor.start, tensor.start)
         return flat.reshape(tensor.shape[0], -1) if len(tensor.shape) > 1 else flat
+
+    def forget(self) -> None:
+        """Let the system drop the pages that were read; arrays read them again on use."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Release the file; arrays from `read` keep it mapped until they are gone."""

@@ -21,6 +21,7 @@ class GgufModel:
 
     Attributes:
         path: the first file.
+        files: all of them, in order.
         values: its metadata by key.
         tensors: those of all files, by name.
 
@@ -32,9 +33,9 @@ class GgufModel:
     def __init__(self, path: Path) -> None:
         paths = parts_of(path)
         self.path = paths[0]
-        self._files = [GgufFile(part) for part in paths]
+        self.files = [GgufFile(part) for part in paths]
         try:
-            self.values: dict[str, Any] = self._files[0].values
+            self.values: dict[str, Any] = self.files[0].values
             self.tensors: dict[str, GgufTensor] = {}
             self._owner: dict[str, GgufFile] = {}
             self._join(len(paths))
@@ -48,11 +49,11 @@ class GgufModel:
 
     def close(self) -> None:
         """Release the files; arrays from `read` keep them mapped until they are gone."""
-        for file in self._files:
+        for file in self.files:
             file.close()
 
     def _join(self, parts: int) -> None:
-        for number, file in enumerate(self._files):
+        for number, file in enumerate(self.files):
             place = (file.values.get("split.no", 0), file.values.get("split.count", 0) or 1)
             if place != (number, parts):
                 got = f"{shown(place[0], 20)} of {shown(place[1], 20)}"

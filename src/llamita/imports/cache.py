@@ -44,7 +44,7 @@ def converted(source: Path, progress: Progress = None, note: Note = None) -> Pat
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with staged(place) as directory:
-            convert(source, directory, progress)
+            convert(source, directory, progress, may_link=True)
         if note:
             note(f"{source}: converted; the result is kept in {place}")
     except InputError:

@@ -18,6 +18,7 @@ _CONVERTERS = {  # called as convert(source, directory, progress)
     detect.TORCHAO: "llamita.imports.torchao:convert",
     detect.BIN: "llamita.imports.pytorch_bin:convert",
 }
+_LINKERS = {detect.GGUF: "llamita.imports.gguf:link"}  # called in the same way
 _KNOWN = (
     "Meta's consolidated.*.pth with params.json, pytorch_model.bin, compressed-tensors, GPTQ, AWQ, torchao, or a .gguf"
 )
@@ -27,11 +28,12 @@ _LACKING = (
 )
 
 
-def convert(source: Path, directory: Path, progress: Progress = None) -> Imported:
+def convert(source: Path, directory: Path, progress: Progress = None, *, may_link: bool = False) -> Imported:
     """Write a packed model where the codes of another tool's model can be kept, else a float checkpoint.
 
     Args:
         directory: exists, empty.
+        may_link: leave the weights in the source where they can be read from there.
 
     Raises:
         InputError: the format is not known, or the model is damaged.
@@ -42,7 +44,7 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         raise _not_foreign(source)
     if found == detect.META and not list(source.glob("consolidated.*.pth")):
         raise InputError(f"{source}", "Meta's consolidated.*.pth next to params.json", "none")
-    entry = load_optional(_CONVERTERS[found], _LACKING.format(source=source))
+    entry = load_optional((may_link and _LINKERS.get(found)) or _CONVERTERS[found], _LACKING.format(source=source))
     return entry(detect.gguf_of(source) or source, directory, progress)
 
 

@@ -13,6 +13,7 @@ _METHODS = (COMPRESSED_TENSORS, GPTQ, TORCHAO, AWQ)  # of quantization_config in
 _OLD_GPTQ = "quantize_config.json"
 _BIN = "pytorch_model.bin"
 _MAGIC = b"GGUF"
+LINK = "gguf.json"  # names the file, in a directory whose weights are read from a GGUF
 _OURS = ("llamita.json", "llamita_training.json")
 
 

@@ -4,9 +4,11 @@ llama.cpp's own Q4_0 has scales of both signs, which no other runtime here takes
 out: float32 holds every product of a code and a scale exactly. F32, F16 and BF16 stay as they are.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from llamita.formats.gguf_parts import GgufModel
+from llamita.imports.detect import LINK
 from llamita.imports.gguf_codes import GgufCodes
 from llamita.imports.gguf_source import GgufTensors
 from llamita.imports.gguf_tokenizer import convert_tokenizer
@@ -32,6 +34,17 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
         InputError: the file is damaged, or of no family that the engine knows.
         RunError: the file cannot be read.
     """
+    return _converted(source, directory, progress, _write_weights)
+
+
+def link(source: Path, directory: Path, progress: Progress = None) -> Imported:
+    """Write the same, but in place of a float checkpoint's weights the name of the file; see `GgufCheckpoint`."""
+    return _converted(source, directory, progress, _write_link)
+
+
+def _converted(
+    source: Path, directory: Path, progress: Progress, write: Callable[[GgufTensors, Path, Progress], None]
+) -> Imported:
     file = GgufModel(source)
     try:
         tensors = GgufTensors(file)
@@ -42,15 +55,19 @@ def convert(source: Path, directory: Path, progress: Progress = None) -> Importe
                 return Imported(import_codes(coded, directory, progress, keep_all=True))
             except CodesLostError:
                 note = _SIGNED
-        note = note or multiplied_out(tensors)
-        _write_weights(tensors, directory, progress)
+        write(tensors, directory, progress)
         write_json(directory / "config.json", tensors.hf_config)
-        return Imported(note=note)
+        return Imported(note=note or _multiplied_out(tensors))
     finally:
         file.close()
 
 
-def multiplied_out(tensors: GgufTensors) -> str | None:
+def _write_link(tensors: GgufTensors, directory: Path, progress: Progress) -> None:
+    del progress
+    write_json(directory / LINK, {"gguf": str(tensors.file.path.resolve())})
+
+
+def _multiplied_out(tensors: GgufTensors) -> str | None:
     """Say that the weights are not those of a float file, None if they are."""
     stored = [gguf_name(tensors.layout.piece(f"{name}.weight").stored) for name in linear_names(tensors.config)]
     others = sorted({tensors.file.tensors[name].kind for name in stored} - set(STORED))

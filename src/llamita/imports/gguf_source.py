@@ -1,10 +1,14 @@
 """Read a GGUF's weights as a float model, multiplied out as they are read; nothing is written."""
 
+from pathlib import Path
+
 import numpy as np
 
 from llamita.errors import InputError, shown
 from llamita.formats.gguf_blocks import floats_of
 from llamita.formats.gguf_parts import GgufModel
+from llamita.formats.safetensors import TensorInfo
+from llamita.imports.detect import LINK
 from llamita.imports.gguf_config import (
     LONG_FACTORS,
     ROPE_FACTORS,
@@ -13,12 +17,15 @@ from llamita.imports.gguf_config import (
     check_rope,
     hf_config,
 )
+from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.families import plain_config
 from llamita.models.foreign_names import GGUF_IN_PAIRS, gguf_name, heads_of, pair_order
 from llamita.models.layout import Piece, layout_of
 from llamita.models.names import expected_tensors
 from llamita.models.weights import STORED
+from llamita.numerics.rotations import Rotations
+from llamita.system.files import read_json
 
 _ROPE_TENSORS: set[str] = {LONG_FACTORS, SHORT_FACTORS, ROPE_FACTORS}
 
@@ -30,6 +37,7 @@ class GgufTensors:
         values: config.json of the model as the file describes it.
         hf_config, config: of the same model as llamita runs it; see `families.plain_config`.
         layout: see `models/layout.py`.
+        shapes: of the architecture's tensors, by name.
 
     Raises:
         InputError: the file's tensors are not those of its architecture, or its values are impossible.
@@ -41,7 +49,7 @@ class GgufTensors:
         self.config = ModelConfig.from_hf(self.hf_config)
         self.layout = layout_of(self.values, ())
         self._in_pairs = architecture_of(file) in GGUF_IN_PAIRS
-        self._shapes = expected_tensors(self.config)
+        self.shapes = expected_tensors(self.config)
         check_rope(file, self.config)
         self._check()
 
@@ -53,7 +61,7 @@ class GgufTensors:
 
     def read(self, tensor: str) -> np.ndarray:
         """Return a tensor of the architecture: BF16 as bits, its rows in transformers' order."""
-        piece, shape = self.layout.piece(tensor), self._shapes[tensor]
+        piece, shape = self.layout.piece(tensor), self.shapes[tensor]
         stored, data = self.file.tensors[gguf_name(piece.stored)].kind, self.file.read(gguf_name(piece.stored))
         data = data if piece.rows is None else data[slice(*piece.rows)]
         as_stored = stored in STORED and piece.factor == 1.0
@@ -65,7 +73,7 @@ class GgufTensors:
     def _check(self) -> None:
         """Check that the file has the architecture's tensors, and nothing else."""
         name, known = self.file.path.name, _ROPE_TENSORS.copy()
-        for tensor, shape in self._shapes.items():
+        for tensor, shape in self.shapes.items():
             piece = self.layout.piece(tensor)
             stored = gguf_name(piece.stored)
             found = self.file.tensors.get(stored)
@@ -78,6 +86,31 @@ class GgufTensors:
         for stored in self.file.tensors:
             if stored not in known:
                 raise InputError(f"{name}: {shown(stored)}", "a Llama's tensors alone")
+
+
+class GgufCheckpoint(Checkpoint):
+    """A GGUF as a float model: weights from the file, the rest from a directory that `gguf.link` made.
+
+    Raises:
+        InputError: the file is no longer there, or see `GgufTensors`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.scheme, self.rotations = path, None, Rotations()
+        place = read_json(path, LINK).get("gguf")
+        if not isinstance(place, str) or not Path(place).is_file():
+            raise InputError(f"{path}: {LINK}", "the GGUF that this was made from", shown(place), "try the GGUF itself")
+        self.gguf = GgufModel(Path(place))
+        self._tensors = GgufTensors(self.gguf)
+        self.hf_config, self.config = self._tensors.hf_config, self._tensors.config
+        self.files = {file.path.name: file for file in self.gguf.files}
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Return dtype and shape of a tensor as `weight` and `vector` give it."""
+        return TensorInfo(self._tensors.kind(tensor), self._tensors.shapes[tensor], 0, 0)
+
+    def _read(self, tensor: str) -> np.ndarray:
+        return self._tensors.read(tensor)
 
 
 def _shape(stored: tuple[int, ...], piece: Piece) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llamita.errors import InputError, RunError, shown
 from llamita.imports.cache import converted
-from llamita.imports.detect import detect_format
+from llamita.imports.detect import LINK, detect_format
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.metadata import METADATA
 from llamita.models.packed import PackedModel
@@ -26,7 +26,14 @@ def open_source(name: str | Path, progress: Progress = None, note: Note = None) 
         InputError, RunError: see `resolve`, `PackedModel` and `Checkpoint`.
     """
     path = resolve(name, progress, note)
-    return PackedModel(path) if exists_in(path, METADATA) else Checkpoint(path)
+    return PackedModel(path) if exists_in(path, METADATA) else open_float(path)
+
+
+def open_float(path: Path) -> Checkpoint:
+    """Open a directory that `resolve` returned as a float model."""
+    if not exists_in(path, LINK):
+        return Checkpoint(path)
+    return import_module("llamita.imports.gguf_source").GgufCheckpoint(path)
 
 
 def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> Path:

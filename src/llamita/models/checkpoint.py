@@ -4,6 +4,7 @@ Every tensor of the architecture is checked for name, dtype and shape before any
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llamita.models.config import ModelConfig
 from llamita.models.families import PACKED, plain_config
 from llamita.models.layout import layout_of
 from llamita.models.names import EMBEDDING, HEAD, expected_tensors
-from llamita.models.weights import FLOAT_DTYPES, check_finite
+from llamita.models.weights import FLOAT_DTYPES, WeightFile, check_finite
 from llamita.numerics.affine import to_f32
 from llamita.numerics.rotations import Rotations
 from llamita.system.files import exists_in, read_json, safe_path, unreadable
@@ -72,7 +73,7 @@ class StoredTensors:
     """Read tensors by name, whichever file they are in: the shared part of readers of model directories."""
 
     path: Path
-    files: dict[str, TensorFile]
+    files: Mapping[str, WeightFile]
     _where: dict[str, str]  # tensor to file
 
     def info(self, tensor: str) -> TensorInfo:

@@ -1,6 +1,6 @@
 """Define the types of weights, and the sources that give them to methods and engine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.formats.safetensors import DTYPES, TensorFile, TensorInfo
+from llamita.formats.safetensors import DTYPES, TensorInfo
 from llamita.models.config import ModelConfig
 from llamita.models.names import name_in_block
 from llamita.numerics.affine import F32, dequantize, f32_to_bf16, to_f32
@@ -71,13 +71,36 @@ class ModelSource(Protocol):
 Weight = Int4Weight | Int8Weight | np.ndarray
 
 
+class WeightFile(Protocol):
+    """A file of weights, mapped: a `TensorFile` or a `GgufFile`."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Return the stored tensors by name, each with shape, start and stop."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor as it is stored, mapped."""
+        ...
+
+    def forget(self) -> None:
+        """Let the system drop the pages that were read."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
 class FloatSource(Protocol):
     """Give methods the weights of a float model: a `Checkpoint`, or a `TransformedSource` over one."""
 
     path: Path
     config: ModelConfig
     hf_config: dict[str, Any]
-    files: dict[str, TensorFile]
+    files: Mapping[str, WeightFile]
 
     @property
     def rotations(self) -> Rotations:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llamita import __version__
 from llamita.errors import InputError
-from llamita.imports.open import resolve
+from llamita.imports.open import open_float, resolve
 from llamita.methods import chain as chains
 from llamita.methods.chain import Chain, check_chain, choose_chain, parse_chain
 from llamita.methods.setup import Setup
@@ -194,7 +194,7 @@ def _open(job: QuantizeJob, progress: Progress, note: Note) -> Checkpoint:
         raise InputError(f"{job.source}", "a float model", "one that llamita has quantized", "try its source")
     if processes.rank() == 0:
         check_target(job.out, job.overwrite, path)
-    return Checkpoint(path)
+    return open_float(path)
 
 
 def _check(job: QuantizeJob, source: Checkpoint) -> QuantScheme:

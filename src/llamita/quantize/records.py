@@ -41,10 +41,11 @@ def source_names(source: FloatSource, name: str) -> tuple[str, str]:
 def source_record(source: FloatSource, name: str, progress: Progress) -> SourceRecord:
     """Return the record of a source: its name, and the SHA-256 of its config and weight files."""
     files = {}
-    for i, file in enumerate(["config.json", *source.files]):
+    paths = {"config.json": source.path / "config.json"} | {file: own.path for file, own in source.files.items()}
+    for i, (file, path) in enumerate(paths.items()):
         if progress:
-            progress(f"reading {file}", i, 1 + len(source.files))
-        files[file] = sha256_file(source.path / file)
+            progress(f"reading {file}", i, len(paths))
+        files[file] = sha256_file(path)
     return SourceRecord(name, files)
 
 

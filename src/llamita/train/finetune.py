@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PrinterCallback
 
 from llamita.errors import InputError
+from llamita.imports.open import open_float
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
@@ -229,7 +230,7 @@ def _make_trainer(model: Any, job: FinetuneJob, stage: Stage, folder: Path, swit
         callbacks.append(RoundingStart(switch, stage.fake_quant_after))
     if job.recipe.patience is not None:
         callbacks.append(Patience(job.recipe.patience))
-    teacher = load_float(Checkpoint(job.teacher) if job.teacher else job.source) if stage.distill else None
+    teacher = load_float(open_float(job.teacher) if job.teacher else job.source) if stage.distill else None
     trainer = RowTrainer(
         model=model, args=config, train_dataset=as_dataset(rows), eval_dataset=as_dataset(held_out),
         data_collator=collate, processing_class=_tokenizer(job), callbacks=callbacks,

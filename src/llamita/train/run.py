@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llamita import __version__
+from llamita.imports.open import open_float
 from llamita.loading import load
-from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import QuantScheme
 from llamita.quantize.records import source_record
 from llamita.system import collectives, processes
@@ -41,7 +41,7 @@ def run(job: FinetuneJob) -> dict[str, Any]:
         RunError: the disk is full, another run works in the same place, or another process has ended.
     """
     base = asdict(source_record(job.source, job.name, job.progress))
-    teacher = source_record(Checkpoint(job.teacher), "", job.progress).files if job.teacher else None
+    teacher = source_record(open_float(job.teacher), "", job.progress).files if job.teacher else None
     kept = {"llamita": __version__, "base": base["files"], "teacher": teacher, "data": job.data.sha256,
             "seed": job.seed, "recipe": job.recipe.to_dict()}  # fmt: skip
     collectives.join(_PATIENCE)
