@@ -40,8 +40,8 @@ def low_rank(count: int = 3, start: int = 0, rank: int = 2) -> _native.LowRank:
 
 def heads_norm(gamma: int = 16, k_gamma: int | None = None, heads: int = 2) -> None:
     """On rows of 64 columns: two query heads, a key head and a value head of 16."""
-    gammas = (np.ones(gamma if size is None else size, np.float32) for size in (gamma, k_gamma))
-    _native.rmsnorm_heads(F32.copy(), *gammas, heads, 1e-5)
+    q, k = (np.ones(size, np.float32) for size in (gamma, gamma if k_gamma is None else k_gamma))
+    _native.rmsnorm_heads(F32.copy(), q, k, heads, 1e-5)
 
 
 CASES: dict[str, tuple[Callable[[], object], str]] = {
