@@ -100,7 +100,11 @@ class FloatSource(Protocol):
     path: Path
     config: ModelConfig
     hf_config: dict[str, Any]
-    files: Mapping[str, WeightFile]
+
+    @property
+    def files(self) -> Mapping[str, WeightFile]:
+        """Return the files of weights by name."""
+        ...
 
     @property
     def rotations(self) -> Rotations:
