@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_files import make_adapter, read_adapter_tensors, replace_adapter_tensors
 from command import run
 from distances import relative_error
 from families import FAMILIES, make_family, write_family_gguf
 from jsonl import write_jsonl
 
 import llamita
+from llamita.errors import InputError
 from llamita.export.source import module_names
+from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
@@ -169,13 +172,50 @@ def test_gguf_there_and_back(family: str, packed: Path, tmp_path: Path, capsys: 
     same_values(PackedModel(packed), PackedModel(tmp_path / "back"))
 
 
-def test_its_own_gguf_is_read(family: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", OWN_GGUF)
+def test_its_own_gguf_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file with the family's own architecture, keys, fused matrices and order of rows, as llama.cpp writes it."""
-    if family not in OWN_GGUF:
-        pytest.skip("llama.cpp writes this one as a family above, or not at all")
     monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model = make_family(tmp_path / "model", name)
     file = write_family_gguf(model, tmp_path / "model.gguf")
     assert relative_error(llamita.load(file).logits(IDS), theirs(model, IDS)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "granite, untied"])
+def test_an_adapter_acts_as_in_peft_and_can_be_merged(name: str, tmp_path: Path, capsys: Any) -> None:
+    """On the family's own weights: Granite's q_proj is scaled here, and so is what an adapter adds to it."""
+    peft = pytest.importorskip("peft", reason="the oracle is PEFT")
+    model = make_family(tmp_path / "model", name)
+    adapter = make_adapter(tmp_path / "adapter", model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(base, adapter)(torch.from_numpy(SHORT)[None]).logits[0].numpy()
+    found = llamita.load(model, adapters={"a": adapter}).logits(SHORT, "a")
+    assert relative_error(found, expected) <= TOLERANCE
+    assert run("merge", model, adapter, "-o", tmp_path / "merged", "--text", __file__) == 0
+    merged = tmp_path / "merged"
+    for logits in (llamita.load(merged).logits(SHORT), theirs(merged, SHORT)):
+        assert relative_error(logits, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["phi3", "mllama"])
+def test_adapters_of_other_layers_are_refused_by_name(name: str, tmp_path: Path, capsys: Any) -> None:
+    adapter = make_adapter(tmp_path / "adapter", make_family(tmp_path / "model", name))
+    tensors = read_adapter_tensors(adapter)
+    renamed = {key.replace("self_attn.q_proj", "self_attn.qkv_proj"): value for key, value in tensors.items()}
+    replace_adapter_tensors(adapter, renamed)
+    with pytest.raises(InputError, match=r"qkv_proj.*expected adapters of this model's linear layers"):
+        llamita.load(tmp_path / "model", adapters={"a": adapter})
+
+
+def test_the_cached_directory_of_a_gguf_that_is_gone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    file = write_family_gguf(make_family(tmp_path / "model", "qwen3"), tmp_path / "model.gguf")
+    place = resolve(file)
+    assert not list(place.glob("*.safetensors"))  # nothing was copied
+    file.unlink()
+    with pytest.raises(InputError, match=r"gguf\.json: expected the GGUF that this was made from"):
+        open_source(place)
 
 
 @pytest.mark.slow

