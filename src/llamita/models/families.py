@@ -64,10 +64,10 @@ def plain_config(values: dict[str, Any]) -> dict[str, Any]:
     found = values.get("model_type")
     if family_name(found) is not None:
         return values
-    if not isinstance(found, str) or found not in _REWRITES:
-        known = ", ".join((*FAMILIES, *_REWRITES))
+    if not isinstance(found, str) or found not in REWRITTEN:
+        known = ", ".join((*FAMILIES, *REWRITTEN))
         raise InputError("config.json: model_type", f"one of {known}", shown(found))
-    return _REWRITES[found](values)
+    return REWRITTEN[found](values)
 
 
 def family_name(model_type: Any) -> str | None:
@@ -143,7 +143,7 @@ def _as_llama(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**kept, "architectures": ["LlamaForCausalLM"], "model_type": "llama", **changes}
 
 
-_REWRITES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+REWRITTEN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "granite": _plain_granite,
     "phi3": _plain_phi3,
     "mllama": _plain_mllama,
