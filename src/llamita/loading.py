@@ -10,6 +10,7 @@ from pathlib import Path
 from llamita.engine.adapters import Adapter, prepare_adapter
 from llamita.engine.llm import LLM, MAX_SEQUENCES
 from llamita.errors import InputError
+from llamita.imports.names import at_revision
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.peft import read_adapter
@@ -24,6 +25,7 @@ from llamita.system.threads import use_threads
 def load(
     path_or_name: str | Path,
     *,
+    revision: str | None = None,
     scheme: str | QuantScheme | None = None,
     threads: int | None = None,
     context: int | None = None,
@@ -40,6 +42,7 @@ def load(
 
     Args:
         path_or_name: a float model stays float unless a scheme is given.
+        revision: a branch, tag or commit of the hub's model, in place of "@REVISION" in its name.
         scheme: round a float model to nearest by this scheme while it loads; "none" and None do not.
         threads: 1 to 1024 threads for the kernels of the whole process; by default one for each usable core.
         context: the most tokens of a sequence; by default the model's own context.
@@ -59,7 +62,8 @@ def load(
     """
     use_threads(threads)
     scheme = preset if scheme is None else scheme
-    source = _rounded(open_source(path_or_name, progress), scheme, path_or_name)
+    name = at_revision(path_or_name, revision)
+    source = _rounded(open_source(name, progress), scheme, name)
     return LLM(
         source,
         context=context,
