@@ -39,11 +39,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files of a repository at a commit; `snapshot` is their place in the cache if the hub is out of reach."""
+    """The files of a repository at a commit.
+
+    Attributes:
+        snapshot: their place in the cache, if the hub is out of reach.
+        is_whole: whether the repository has no others.
+    """
 
     files: Files
     commit: str
     snapshot: Path | None = None
+    is_whole: bool = True
 
 
 def download(name: str) -> Path:
@@ -56,8 +62,7 @@ def download(name: str) -> Path:
     hub = _parse(name)
     try:
         listing = _list(hub)
-        choice = choose(hub, listing.files)
-        return _bring(hub, listing, choice)
+        return _bring(hub, listing, _choose(hub, listing))
     except Exception as error:  # the hub, its HTTP client and its downloader share no class
         raise _explain(hub, error) from None
 
@@ -73,7 +78,7 @@ def described(name: str) -> Iterator[Path]:
     with TemporaryDirectory() as directory:
         try:
             listing = _list(hub)
-            choice = choose(hub, listing.files)
+            choice = _choose(hub, listing, or_config=True)
             if choice.gguf is None:
                 file = _bring(hub, listing, Choice(["config.json"])) / "config.json"
             elif listing.snapshot is not None or _is_cached(hub, listing, choice):
@@ -104,20 +109,34 @@ def _list(hub: HubName) -> _Listing:
         except errors.LocalEntryNotFoundError:
             is_answer = isinstance(error, errors.HfHubHTTPError)
             raise (error if is_answer else ConnectionError(first_line(error))) from None
-        return _Listing(_cached_files(hub, Path(place)), Path(place).name, Path(place))
+        return _cached(hub, Path(place))
     return _Listing({file.rfilename: file.size or 0 for file in info.siblings or []}, str(info.sha))
 
 
-def _cached_files(hub: HubName, snapshot: Path) -> Files:
+def _cached(hub: HubName, snapshot: Path) -> _Listing:
     """Return the files that the repository had, where the client has kept that, else those in the cache."""
     kept_tree = getattr(huggingface_hub, "get_cached_repo_tree", None)  # later versions have it
     if kept_tree is not None:
         try:
-            return {file.path: file.size for file in kept_tree(hub.model, revision=snapshot.name)}
+            tree = kept_tree(hub.model, revision=snapshot.name)
+            return _Listing({file.path: file.size for file in tree}, snapshot.name, snapshot)
         except errors.CachedRepoTreeNotFoundError:
             pass
     found = [path for path in snapshot.rglob("*") if path.is_file()]
-    return {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in found}
+    files = {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in found}
+    return _Listing(files, snapshot.name, snapshot, is_whole=False)
+
+
+def _choose(hub: HubName, listing: _Listing, or_config: bool = False) -> Choice:
+    """Return the files that a name stands for; with `or_config`, config.json where the cache has nothing better."""
+    try:
+        return choose(hub, listing.files)
+    except InputError:
+        if listing.is_whole:
+            raise
+        if or_config and hub.kind is hub.file is None and "config.json" in listing.files:
+            return Choice(["config.json"])
+        raise _incomplete(hub, "the model") from None
 
 
 def _bring(hub: HubName, listing: _Listing, choice: Choice) -> Path:
@@ -133,9 +152,13 @@ def _bring(hub: HubName, listing: _Listing, choice: Choice) -> Path:
         patterns = [escape(file) for file in choice.files]
         place = Path(snapshot_download(hub.model, revision=hub.revision, allow_patterns=patterns))
     if missing := _missing(place, choice):
-        where = f"{hub.base}: incomplete in the hub's cache: {printable(missing)} is missing"
-        raise RunError(where, hint="was the download interrupted? run again with a network to resume")
+        raise _incomplete(hub, missing)
     return place if choice.gguf is None else place / choice.gguf
+
+
+def _incomplete(hub: HubName, missing: str) -> RunError:
+    where = f"{hub.base}: incomplete in the hub's cache: {printable(missing)} is missing"
+    return RunError(where, hint="was the download interrupted? run again with a network to resume")
 
 
 def _missing(place: Path, choice: Choice) -> str | None:
