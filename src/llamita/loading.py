@@ -49,8 +49,7 @@ def load(
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, else "f16".
             "int8" takes little more than half the memory of "f16".
         max_sequences: how many generations run at once; more wait.
-        cache_memory: bytes for the keys and values of all sequences, each in whole blocks of 128 tokens; by default
-            half of what the process may use.
+        cache_memory: bytes for all keys and values, in blocks of 128 tokens; by default half of what may be used.
         prefix_cache: bytes of these to keep of ended sequences, for prompts that begin in the same way; by default
             those of one whole context, at most an eighth of the memory; 0 turns it off.
         adapters: directories of low-rank adapters in PEFT's format, by the names that requests give them.
@@ -62,8 +61,7 @@ def load(
     """
     use_threads(threads)
     scheme = preset if scheme is None else scheme
-    name = at_revision(path_or_name, revision)
-    source = _rounded(open_source(name, progress), scheme, name)
+    source = _rounded(open_source(at_revision(path_or_name, revision), progress), scheme, path_or_name)
     return LLM(
         source,
         context=context,

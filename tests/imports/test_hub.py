@@ -25,7 +25,7 @@ OTHERS = {"optimizer.pt": b"1", "original/consolidated.00.pth": b"1", "README.md
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 PARTS = [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
-BIG = {
+BIG: dict[str, Any] = {
     "num_hidden_layers": 4,
     "hidden_size": 512,
     "head_dim": 32,

@@ -93,10 +93,9 @@ def command(
         _write_record(directory, packed, target, record)
         for path in directory.iterdir():
             flush_path(path)
-        verdict = _verdict(record)
-        if verdict == _FAIL and not json:
-            _print_failure(record)
-        if verdict == _FAIL:
+        if (verdict := _verdict(record)) == _FAIL:
+            if not json:
+                _print_failure(record)
             raise RunError(f"{out}: FAIL: the result does not compute what the engine does; nothing was written")
     record |= {"out": str(out), "total_seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
     if json:
