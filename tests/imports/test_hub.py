@@ -12,7 +12,7 @@ from command import run
 from foreign_models import as_bin, make_gguf_checkpoint, write_parts
 from hub_server import Hub, Result, files_of, serving
 from huggingface_hub import errors
-from tiny import make_checkpoint
+from tiny import llama3_rope, make_checkpoint
 
 from llamita.errors import InputError, RunError
 from llamita.formats.gguf import GgufFile
@@ -41,15 +41,18 @@ PLAN = ["plan", "o/float", "--preset", "arm"]
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     """Return the files of each repository of the tests, by the name of its model."""
     place = tmp_path_factory.mktemp("models")
-    source = make_gguf_checkpoint(place, "llama3")
+    source = make_gguf_checkpoint(place, "llama31", rope_scaling=llama3_rope(8.0))
     run("quantize", source, "-o", place / "packed")
     run("export", place / "packed", "--to", "gguf", "-o", place / "out")
     gguf, parts = place / "out" / "model.gguf", write_parts(place / "out" / "model.gguf", place / "parts")
     data, junk = gguf.read_bytes(), b"GGUF and no more"
     several = {"m-Q8_0.gguf": junk, "m-Q4_K_M.gguf": data, "m-Q4_K_S.gguf": junk, "mmproj-F16.gguf": junk}
     several |= {f"split/{part.name}": part.read_bytes() for part in parts}
+    sharded = files_of(make_checkpoint(place / "sharded", "llama3", shards=2))
+    odd = {name.replace("-of-00002", ""): data.replace(b"-of-00002", b"") for name, data in sharded.items()}
     return {
-        "float": {**files_of(make_checkpoint(place / "sharded", "llama3", shards=2)), **OTHERS, **several},
+        "float": {**sharded, **OTHERS, **several},
+        "odd": odd,
         "one": {"m.gguf": data, "imatrix.gguf": junk, "mmproj.gguf": junk, "config.json": b"{}"},
         "several": {**several, "config.json": b"{}"},
     }
@@ -220,7 +223,8 @@ def test_a_cut_connection_costs_a_piece(hub: Hub, big: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lost"), [("o/float", SHARDS[1]), ("o/float", SHARDS[0]), (f"o/several/split/{PARTS[0]}", PARTS[2])]
+    ("name", "lost"),
+    [("o/float", SHARDS[1]), ("o/odd", "model-00002.safetensors"), (f"o/several/split/{PARTS[0]}", PARTS[2])],
 )
 def test_a_cache_that_lacks_a_file_is_incomplete(hub: Hub, name: str, lost: str) -> None:
     """Also where the client has not kept the list of files, as its older versions do not."""
@@ -266,24 +270,33 @@ class TestHeader:
                 asked.append((start, stop))
                 return self.data[start:stop]
 
-        def read(data: bytes) -> tuple[GgufFile, list[tuple[int, int]]]:
+        def read(data: bytes, step: int = 100) -> tuple[GgufFile, list[tuple[int, int]]]:
             monkeypatch.setattr(hub_module, "HfFileSystem", lambda: Files(data))
-            monkeypatch.setattr(hub_module, "_HEADER_STEP", 100)
+            monkeypatch.setattr(hub_module, "_HEADER_STEP", step)
             listing = hub_module._Listing({"sub/m.gguf": len(data)}, "0" * 40)
             return GgufFile(hub_module._header(HubName("o/m"), listing, "sub/m.gguf", tmp_path)), asked
 
         return read
 
-    def test_its_end_is_found(self, read: Any, models: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
-        data = models["one"]["m.gguf"]
-        file, asked = read(data)
+    @pytest.mark.parametrize("missing", [10, 20, None])  # bytes of the header after the first step
+    @pytest.mark.parametrize(("model", "name"), [("one", "m.gguf"), ("several", f"split/{PARTS[0]}")])
+    def test_its_end_is_found(
+        self, read: Any, models: dict[str, dict[str, bytes]], tmp_path: Path, model: str, name: str, missing: int | None
+    ) -> None:
         whole = tmp_path / "whole.gguf"
-        whole.write_bytes(data)
-        assert file.tensors == GgufFile(whole).tensors
-        assert str(file.values) == str(GgufFile(whole).values)
-        assert asked[0] == (0, 100)
-        assert all(stop == later for (_, stop), (later, _) in pairwise(asked))
-        assert asked[-1][0] <= file.header_bytes <= asked[-1][1]
+        whole.write_bytes(models[model][name])
+        expected = GgufFile(whole)
+        step = expected.header_bytes - missing if missing else 100
+        file, asked = read(models[model][name], step)
+        assert file.tensors == expected.tensors
+        assert str(file.values) == str(expected.values)
+        steps = asked
+        if hub_module._ROPE in file.tensors:
+            assert file.read(hub_module._ROPE).tobytes() == expected.read(hub_module._ROPE).tobytes()
+            steps = asked[:-1]
+        assert steps[0] == (0, step)
+        assert all(stop == later for (_, stop), (later, _) in pairwise(steps))
+        assert steps[-1][0] < file.header_bytes <= steps[-1][1]
 
     def test_a_damaged_one_is_refused(self, read: Any, models: dict[str, dict[str, bytes]]) -> None:
         data = models["one"]["m.gguf"]

@@ -1,14 +1,13 @@
 """`llamita verify`: check that a packed model, or an export, is as it was written."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from llamita.commands import console
 from llamita.commands.options import Json, Revision, model_argument
 from llamita.errors import InputError
 from llamita.imports.detect import detect_format
-from llamita.imports.open import resolve
+from llamita.imports.open import fetch, resolve
 from llamita.models.verify import verify
 from llamita.system.files import exists_in
 from llamita.system.staging import EXPORTED_MARK
@@ -24,7 +23,7 @@ def command(directory: _Directory, revision: Revision = None, json: Json = False
 
     Example: llamita verify my-model
     """
-    path = Path(directory)
+    path = fetch(directory)
     if not exists_in(path, EXPORTED_MARK):  # an export is checked as it is, never converted first
         if detect_format(path) is not None:
             raise InputError(

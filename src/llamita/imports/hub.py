@@ -28,7 +28,6 @@ from llamita.text.printable import printable
 # Older versions of the library lack these two; there, a more general error takes their place.
 _NO_FILE = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError)
 _NO_REVISION = getattr(errors, "RevisionResolutionError", errors.LocalEntryNotFoundError)
-_SECONDS = 30.0  # to wait for the list of files
 _HEADER_STEP = 2 << 20  # bytes of a GGUF that are read first; the headers of the largest vocabularies take about 8 MB
 _LARGEST_HEADER = 64 << 20
 _ROPE = "rope_freqs.weight"  # the one tensor that says something of a model's shape
@@ -99,7 +98,9 @@ def _parse(name: str) -> HubName:
 def _list(hub: HubName) -> _Listing:
     """Return what the repository has; without a network, or access to it, what the cache knows of it."""
     try:
-        info = HfApi().model_info(hub.model, revision=hub.revision, timeout=_SECONDS, files_metadata=True)
+        info = HfApi().model_info(
+            hub.model, revision=hub.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT, files_metadata=True
+        )
     except (errors.RevisionNotFoundError, errors.HFValidationError):
         raise
     except Exception as error:
