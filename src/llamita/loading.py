@@ -10,6 +10,7 @@ from pathlib import Path
 from llamita.engine.adapters import Adapter, prepare_adapter
 from llamita.engine.llm import LLM, MAX_SEQUENCES
 from llamita.errors import InputError
+from llamita.imports.names import at_revision
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.peft import read_adapter
@@ -24,6 +25,7 @@ from llamita.system.threads import use_threads
 def load(
     path_or_name: str | Path,
     *,
+    revision: str | None = None,
     scheme: str | QuantScheme | None = None,
     threads: int | None = None,
     context: int | None = None,
@@ -40,14 +42,14 @@ def load(
 
     Args:
         path_or_name: a float model stays float unless a scheme is given.
+        revision: a branch, tag or commit of the hub's model, in place of "@REVISION" in its name.
         scheme: round a float model to nearest by this scheme while it loads; "none" and None do not.
         threads: 1 to 1024 threads for the kernels of the whole process; by default one for each usable core.
         context: the most tokens of a sequence; by default the model's own context.
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, else "f16".
             "int8" takes little more than half the memory of "f16".
         max_sequences: how many generations run at once; more wait.
-        cache_memory: bytes for the keys and values of all sequences, each in whole blocks of 128 tokens; by default
-            half of what the process may use.
+        cache_memory: bytes for all keys and values, in blocks of 128 tokens; by default half of what may be used.
         prefix_cache: bytes of these to keep of ended sequences, for prompts that begin in the same way; by default
             those of one whole context, at most an eighth of the memory; 0 turns it off.
         adapters: directories of low-rank adapters in PEFT's format, by the names that requests give them.
@@ -59,7 +61,7 @@ def load(
     """
     use_threads(threads)
     scheme = preset if scheme is None else scheme
-    source = _rounded(open_source(path_or_name, progress), scheme, path_or_name)
+    source = _rounded(open_source(at_revision(path_or_name, revision), progress), scheme, path_or_name)
     return LLM(
         source,
         context=context,

@@ -14,9 +14,8 @@ from tiny import CONFIGS, make_checkpoint
 
 from llamita import cli
 from llamita.bench import plan
-from llamita.bench.plan import Described, Machine, describe, estimate_all
+from llamita.bench.plan import Machine, describe, estimate_all
 from llamita.errors import InputError
-from llamita.imports import hub
 from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.sizes import make_plan
@@ -160,19 +159,6 @@ def test_a_gguf_is_planned_for_by_its_header(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_hub_model_costs_one_small_download(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> None:
-    asked = []
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, *allow_patterns))
-        return str(config_file.parent)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    model = describe("meta-llama/Llama-3.2-1B")
-    assert isinstance(model, Described)
-    assert asked == [("meta-llama/Llama-3.2-1B", "config.json")]
-
-
 @pytest.mark.parametrize("name", ["/no/such/place", "nonsense"])
 def test_names_that_lead_nowhere(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -261,7 +247,7 @@ def test_what_is_no_model_is_said_to_be_none(tmp_path: Path, capsys: pytest.Capt
         (("inspect", packed), f"{packed}: llamita.json: expected valid JSON"),
         (("verify", empty), f"{empty}: expected a directory with llamita.json or llamita_export.json, got a directory"),
         (("verify", tmp_path / "src"), "got a float checkpoint, which records no hashes"),
-        (("import", "owner/model", "-o", tmp_path / "new"), "got no such file or directory; import takes local files"),
+        (("import", "nowhere", "-o", tmp_path / "new"), "got no such file or directory"),
     ):
         assert run(*arguments) == 2
         assert line in one_line(capsys)

@@ -55,13 +55,13 @@ GENERATE = ("generate", "embedded", "--prompt", "x")
         ((*GENERATE, "--scheme", "q4"), "--scheme: expected one of arm, llama3.2, llamita, none, got 'q4'"),
         (
             ("generate", "embeded", "--prompt", "x"),
-            "embeded: expected a model directory, a .gguf, 'embedded' or a hub name like owner/model, "
-            "got no such file or directory; did you mean 'embedded'?",
+            "embeded: expected a model directory, a .gguf, 'embedded' or a hub name like owner/model or "
+            "owner/model:Q4_K_M, got no such file or directory; did you mean 'embedded'?",
         ),
         (
             ("inspect", "./nowhere.gguf"),
-            "./nowhere.gguf: expected a model directory, a .gguf, 'embedded' or a hub name like owner/model, "
-            "got no such file or directory",
+            "./nowhere.gguf: expected a model directory, a .gguf, 'embedded' or a hub name like owner/model or "
+            "owner/model:Q4_K_M, got no such file or directory",
         ),
         (("generate", "embedded"), "Missing option '--prompt'; try llamita generate --help"),
         (("nonsense",), "No such command 'nonsense'; try llamita --help"),

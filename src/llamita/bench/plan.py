@@ -19,10 +19,12 @@ from llamita.engine.kv_cache import KV_DTYPES
 from llamita.engine.llm import PREFILL_CHUNK
 from llamita.errors import InputError, shown
 from llamita.imports.detect import BIN, detect_format, gguf_of
-from llamita.imports.open import is_hub_name, open_source, resolve
+from llamita.imports.names import is_hub_name
+from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.metadata import METADATA
+from llamita.models.names import expected_tensors
 from llamita.models.packed import PackedModel
 from llamita.models.sizes import Plan, float_bytes, make_plan
 from llamita.models.weights import FLOAT_DTYPES, transform_dtype
@@ -82,19 +84,17 @@ class Described:
 
 
 def describe(name: str) -> Described:
-    """Describe a model by config.json, GGUF (its header), directory, hub name (its config.json) or "embedded".
+    """Describe a model by config.json, GGUF (its header), directory, hub name (one of these two) or "embedded".
 
     Raises:
         InputError, RunError: the config cannot be read, or is not a Llama's.
     """
     path = Path(name)
-    if os.path.exists(name) and (file := gguf_of(path)) is not None:
-        return _from_config(import_module("llamita.imports.gguf_config").read_config(file), name)
-    if path.is_file():
-        return _from_config(read_json(path.parent, path.name), name)
+    if os.path.exists(name) and (file := gguf_of(path) or path).is_file():
+        return _from_config(_read_config(file), name)
     if is_hub_name(name):
-        file = import_module("llamita.imports.hub").download_file(name, "config.json")
-        return _from_config(read_json(file.parent, file.name), name)
+        with import_module("llamita.imports.hub").described(name) as file:
+            return _from_config(_read_config(file), name)
     if detect_format(path) == BIN:  # its config.json says all
         return _from_config(read_json(path, "config.json"), name)
     path = resolve(name)
@@ -102,13 +102,23 @@ def describe(name: str) -> Described:
         return _from_config(read_json(path, "config.json"), "config.json")
     source = open_source(path)
     assert isinstance(source, Checkpoint | PackedModel)
-    dtypes = {name: info.dtype for file in source.files.values() for name, info in file.tensors.items()}
+    if isinstance(source, PackedModel):
+        dtypes = {name: info.dtype for file in source.files.values() for name, info in file.tensors.items()}
+    else:  # whose files may have other names
+        dtypes = {name: source.info(name).dtype for name in expected_tensors(source.config)}
     source.close()
 
     def float_dtype(name: str) -> str:  # for a packed model's rounded layers, that of its norms
         return dtypes[name] if dtypes.get(name) in FLOAT_DTYPES else dtypes["model.norm.weight"]
 
     return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Return config.json, or what takes its place in a GGUF."""
+    if gguf_of(file) is None:
+        return read_json(file.parent, file.name)
+    return import_module("llamita.imports.gguf_config").read_config(file)
 
 
 def describe_shape(name: str) -> tuple[str, Described]:

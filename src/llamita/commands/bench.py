@@ -14,7 +14,17 @@ from llamita.bench.shapes import find_shape
 from llamita.bench.speed import NEW_TOKENS, PROMPT_TOKENS
 from llamita.bench.worker import ModelSpec
 from llamita.commands import console
-from llamita.commands.options import Context, FitGroups, GroupSize, Json, KvCache, Shape, Threads
+from llamita.commands.options import (
+    Context,
+    FitGroups,
+    GroupSize,
+    Json,
+    KvCache,
+    Revision,
+    Shape,
+    Threads,
+    model_argument,
+)
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError, RunError
 from llamita.imports.open import resolve
@@ -36,7 +46,7 @@ _LABELS = {
     "batch": "decode, {batch} sequences",
 }
 
-_Src = Annotated[str | None, typer.Argument(metavar="[SRC]", help="A model directory, a hub name, or 'embedded'.")]
+_Src = Annotated[str | None, model_argument("[SRC]")]
 _Scheme = Annotated[
     str | None,
     typer.Option(
@@ -63,6 +73,7 @@ _Plot = Annotated[
 
 def command(
     src: _Src = None,
+    revision: Revision = None,
     shape: Shape = None,
     scheme: _Scheme = None,
     group_size: GroupSize = None,

@@ -18,6 +18,7 @@ from llamita.commands.options import (
     Json,
     KvCache,
     Model,
+    Revision,
     Scheme,
     Speculate,
     Temperature,
@@ -59,6 +60,7 @@ class Conversation:
 
 def command(
     model: Model,
+    revision: Revision = None,
     system: _System = None,
     max_tokens: _MaxTokens = 512,
     greedy: Greedy = False,

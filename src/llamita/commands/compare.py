@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Text, Threads
+from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Revision, Text, Threads
 from llamita.commands.show import interval_rows, scored
 from llamita.commands.sources import convert_first, read_prompt
 from llamita.errors import InputError
@@ -36,6 +36,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the repor
 
 def command(
     models: Models,
+    revision: Revision = None,
     baseline: _Baseline = None,
     text: Text = None,
     prompt: _Prompt = None,

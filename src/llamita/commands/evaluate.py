@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Text, Threads
+from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Revision, Text, Threads
 from llamita.commands.show import interval_rows, scored
 from llamita.commands.sources import convert_first
 from llamita.evaluate import wikitext
@@ -63,6 +63,7 @@ _AddBos = Annotated[
 
 def command(
     models: Models,
+    revision: Revision = None,
     baseline: _Baseline = None,
     tasks: _Tasks = None,
     wikitext_file: _Wikitext = None,

@@ -10,7 +10,7 @@ import typer
 
 from llamita import __version__
 from llamita.commands import console
-from llamita.commands.options import Json, Out, Overwrite, Threads
+from llamita.commands.options import Json, Out, Overwrite, Revision, Threads, model_argument
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError, RunError
 from llamita.export.guide import CARD, plain_card
@@ -26,7 +26,7 @@ from llamita.text.printable import megabytes
 
 _FAIL = "FAIL"
 
-_Source = Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")]
+_Source = Annotated[str, model_argument("DIR", "A packed model")]
 _To = Annotated[str, typer.Option("--to", metavar="TARGET", help=f"One of {', '.join(TARGETS)}.")]
 _Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a sequence at most, by default 2048 (executorch).")
@@ -58,6 +58,7 @@ def command(
     source: _Source,
     to: _To = "",
     out: Out = None,
+    revision: Revision = None,
     context: _Context = None,
     backend: _Backend = None,
     embedding: _Embedding = None,
@@ -92,10 +93,9 @@ def command(
         _write_record(directory, packed, target, record)
         for path in directory.iterdir():
             flush_path(path)
-        verdict = _verdict(record)
-        if verdict == _FAIL and not json:
-            _print_failure(record)
-        if verdict == _FAIL:
+        if (verdict := _verdict(record)) == _FAIL:
+            if not json:
+                _print_failure(record)
             raise RunError(f"{out}: FAIL: the result does not compute what the engine does; nothing was written")
     record |= {"out": str(out), "total_seconds": time.perf_counter() - began, "memory_bytes": watch.peak}
     if json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import FitGroups, GroupSize, Json, Out, Overwrite, Seed, Threads
+from llamita.commands.options import FitGroups, GroupSize, Json, Out, Overwrite, Revision, Seed, Threads, model_argument
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError, shown
 from llamita.imports.open import open_float, resolve
@@ -38,9 +38,7 @@ _LACKING = (
     "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' (in a checkout '.[torch]')"
 )
 
-_Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="A directory, a .gguf or a hub name of a float model, or 'embedded'.")
-]
+_Base = Annotated[str, model_argument("BASE", "A float model, or 'embedded'")]
 _Data = Annotated[str, typer.Option(metavar="DATA", help="A file (JSONL, JSON, TSV, text) or a hub data set.")]
 _Preferences = Annotated[
     str | None,
@@ -74,6 +72,7 @@ def command(
     base: _Base,
     data: _Data,
     out: Out = None,
+    revision: Revision = None,
     preferences: _Preferences = None,
     task: _Task = None,
     method: _Method = None,

@@ -6,26 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from llamita import __version__
 from llamita.commands import console
-from llamita.commands.options import Json, Out, Overwrite
+from llamita.commands.options import Json, Out, Overwrite, Revision, model_argument
 from llamita.errors import InputError
 from llamita.imports.convert import convert
 from llamita.imports.detect import files_of, has_adapters
 from llamita.imports.import_codes import Imported
+from llamita.imports.open import fetch
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.peft import write_adapter
 from llamita.system.files import exists_in, write_json
 from llamita.system.staging import IMPORTED_MARK, TRAINED_MARK, check_target, staged
 
-_Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="A directory from Meta, compressed-tensors, GPTQ or torchao, or a .gguf.")
-]
+_Source = Annotated[str, model_argument("SRC", "A model of Meta's, compressed-tensors, GPTQ, AWQ, torchao or in GGUF")]
 
 
-def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json: Json = False) -> None:
+def command(
+    src: _Source, out: Out = None, revision: Revision = None, overwrite: Overwrite = False, json: Json = False
+) -> None:
     """Convert another tool's model: Meta's own, GGUF, compressed-tensors, GPTQ, torchao.
 
     Symmetric int4 weights are kept as they are; all others become a float checkpoint. Every command that takes a
@@ -35,6 +34,8 @@ def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json
     """
     if out is None:
         raise InputError("--out", "the directory to make", "none", "try -o NAME")
+    check_target(out, overwrite)
+    source = fetch(src)
     check_target(out, overwrite, source)
     adapter_out = _adapter_out(out, overwrite, source)
     began = time.perf_counter()
@@ -45,13 +46,13 @@ def command(source: _Source, out: Out = None, overwrite: Overwrite = False, json
         imported = convert(source, directory, progress)
         if imported.codes is None:
             files = {path.name: path.stat().st_size for path in files_of(source)}
-            mark = {"llamita": __version__, "source": str(source), "files": files}
+            mark = {"llamita": __version__, "source": src, "files": files}
             write_json(directory / IMPORTED_MARK, mark)
             Checkpoint(directory).close()  # checks what was written
         if other is not None:
             assert imported.adapter is not None, "a release with lora_args has adapters, or is refused"
             write_adapter(imported.adapter, out.name, imported.layers, other)
-            write_json(other / IMPORTED_MARK, {"llamita": __version__, "source": str(source)})
+            write_json(other / IMPORTED_MARK, {"llamita": __version__, "source": src})
     seconds, codes = time.perf_counter() - began, imported.codes
     if json:
         record = None if codes is None else {**asdict(codes), "scheme": codes.scheme.to_dict()}

@@ -3,18 +3,20 @@
 import math
 import os
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import Json
+from llamita.commands.options import Json, Model, Revision
 from llamita.commands.sources import convert_first
 from llamita.errors import shown
 from llamita.formats.gguf_parts import GgufModel, parts_of
 from llamita.imports.detect import gguf_of
 from llamita.imports.gguf_config import hf_config
+from llamita.imports.names import is_hub_name
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
@@ -25,20 +27,17 @@ from llamita.numerics.scheme import QuantScheme
 
 _WORST = 5  # layers shown without --layers
 
-_Directory = Annotated[
-    str, typer.Argument(metavar="DIR", help="A model directory, another tool's model, a hub name, or 'embedded'.")
-]
 _Layers = Annotated[
     bool, typer.Option("--layers", help=f"Show the error of every layer, not of the worst {_WORST} only.")
 ]
 
 
-def command(directory: _Directory, layers: _Layers = False, json: Json = False) -> None:
+def command(model: Model, revision: Revision = None, layers: _Layers = False, json: Json = False) -> None:
     """Show a model's shape, scheme, size, origin, and the errors of its layers.
 
     Example: llamita inspect my-model
     """
-    values, scheme = _facts_of(directory, json)
+    values, scheme = _facts_of(model, json)
     if json:
         console.print_json(values)
         return
@@ -48,7 +47,7 @@ def command(directory: _Directory, layers: _Layers = False, json: Json = False) 
     if values["scheme"]:  # layers of another kind are listed with the errors
         shown["scheme"] = {key: value for key, value in values["scheme"].items() if key != "layers"}
     rows = [[key.replace("_", " "), _text(value)] for key, value in shown.items() if key != "layer_errors"]
-    console.print_table(directory, ["what", "value"], rows)
+    console.print_table(model, ["what", "value"], rows)
     worst = sorted(values["layer_errors"].items(), key=lambda item: -item[1])
     if worst:
         listed = worst if layers else worst[:_WORST]
@@ -62,8 +61,11 @@ def command(directory: _Directory, layers: _Layers = False, json: Json = False) 
 
 def _facts_of(name: str, quiet: bool) -> tuple[dict[str, Any], QuantScheme | None]:
     """Return the facts about a model, and its scheme; of a GGUF only the header is read."""
-    gguf = gguf_of(Path(name)) if os.path.exists(name) else None
-    if gguf is not None:
+    if is_hub_name(name):
+        with import_module("llamita.imports.hub").described(name) as file:
+            if gguf_of(file) is not None:
+                return {**gguf_facts(file), "path": name}, None
+    elif os.path.exists(name) and (gguf := gguf_of(Path(name))) is not None:
         return gguf_facts(gguf), None
     convert_first(name, quiet=quiet)
     source = open_source(name)

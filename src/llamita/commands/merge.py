@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import CalibrationText, Json, Length, Out, Overwrite, Samples, Seed, Threads
+from llamita.commands.options import (
+    CalibrationText,
+    Json,
+    Length,
+    Out,
+    Overwrite,
+    Revision,
+    Samples,
+    Seed,
+    Threads,
+    model_argument,
+)
 from llamita.commands.sources import convert_first
 from llamita.errors import InputError, shown
 from llamita.evaluate.scores import read_text
@@ -26,9 +37,7 @@ from llamita.system.threads import use_threads
 from llamita.text.tokenizer import Tokenizer
 from llamita.train.merge import MergedSource, MergeLoss, check_targets, measure, merge_float, merge_packed, written_text
 
-_Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="The model that the adapter was trained on: float or 4-bit.")
-]
+_Base = Annotated[str, model_argument("BASE", "The model that the adapter was trained on, float or 4-bit")]
 _Adapter = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="The adapter's directory, in the format of Hugging Face's PEFT.")
 ]
@@ -43,6 +52,7 @@ def command(
     base: _Base,
     adapter: _Adapter,
     out: Out = None,
+    revision: Revision = None,
     method: _Method = "rtn",
     calibration: CalibrationText = None,
     samples: Samples = 128,

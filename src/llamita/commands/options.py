@@ -1,19 +1,42 @@
 """Define each option that more than one command takes, with its line in `--help`, once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llamita.engine.kv_cache import KV_DTYPES
+from llamita.imports.names import at_revision
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 
+
 # The model and what it is compared with
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model directory, another tool's model, a hub name, or 'embedded'.")
-]
-Models = Annotated[
-    list[str], typer.Argument(metavar="SRC", help="Model directories, hub names, 'embedded', or SRC:SCHEME.")
+def model_argument(metavar: str, what: str = "A model, or 'embedded'") -> Any:
+    """Return the argument of a command that takes a model; `--revision` is added to its name."""
+    names = "by directory, file or hub name (owner/model, owner/model:Q4_K_M)"
+    return typer.Argument(metavar=metavar, help=f"{what}; {names}.", callback=_at_revision)
+
+
+def _at_revision(context: typer.Context, value: Any) -> Any:
+    revision = context.params.get("revision")  # an eager option, so that it is there before any argument
+    if revision is None:
+        return value
+    if isinstance(value, list):
+        return [at_revision(name, revision) for name in value]
+    return at_revision(value or "", revision)
+
+
+Model = Annotated[str, model_argument("MODEL")]
+Models = Annotated[list[str], model_argument("SRC", "Models, 'embedded', or SRC:SCHEME")]
+# Commands leave it to `model_argument`.
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        is_eager=True,
+        help="Take the hub's model at this branch, tag or commit; the same as owner/model@REV.",
+    ),
 ]
 Shape = Annotated[
     str | None, typer.Option("--shape", help="Use a published shape instead: 1b, 3b, 8b (Llama 3.2, 3.1).")

@@ -7,7 +7,7 @@ import typer
 
 from llamita.bench.plan import Estimate, Machine, describe_shape, estimate_all, fitting, measure_machine
 from llamita.commands import console
-from llamita.commands.options import FitGroups, GroupSize, Json, KvCache, Shape, Threads
+from llamita.commands.options import FitGroups, GroupSize, Json, KvCache, Revision, Shape, Threads, model_argument
 from llamita.commands.sources import describe_source
 from llamita.errors import InputError
 from llamita.models.config import ModelConfig
@@ -16,9 +16,7 @@ from llamita.numerics.scheme import PRESETS, QuantScheme, make_scheme
 from llamita.system.threads import remark, use_threads
 from llamita.text.printable import megabytes
 
-_Src = Annotated[
-    str | None, typer.Argument(metavar="[SRC]", help="A config.json, a model directory, a hub name, or 'embedded'.")
-]
+_Src = Annotated[str | None, model_argument("[SRC]", "A config.json, a model, or 'embedded'")]
 _Presets = Annotated[
     list[str] | None,
     typer.Option("--preset", help=f"Plan for this preset: {', '.join(PRESETS)}; repeatable; all by default."),
@@ -27,6 +25,7 @@ _Presets = Annotated[
 
 def command(
     src: _Src = None,
+    revision: Revision = None,
     shape: Shape = None,
     preset: _Presets = None,
     group_size: GroupSize = None,
@@ -35,7 +34,7 @@ def command(
     kv_cache: KvCache = None,
     json: Json = False,
 ) -> None:
-    """Estimate size, memory and speed on this machine; download nothing but a config.json.
+    """Estimate size, memory and speed on this machine; download nothing but a config.json or a header.
 
     Sizes are exact. Memory and speed are estimates from this machine's measured limits; they are rough for
     models of a few million weights. Give a model or --shape.

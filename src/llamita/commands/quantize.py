@@ -15,9 +15,11 @@ from llamita.commands.options import (
     Length,
     Out,
     Overwrite,
+    Revision,
     Samples,
     Seed,
     Threads,
+    model_argument,
 )
 from llamita.commands.selection import parse_goal, print_selection, selection_values
 from llamita.commands.sources import describe_source
@@ -35,7 +37,7 @@ from llamita.system import processes
 from llamita.system.threads import use_threads
 from llamita.text.printable import megabytes
 
-_Src = Annotated[str, typer.Argument(metavar="SRC", help="A model directory, a .gguf, a hub name, or 'embedded'.")]
+_Src = Annotated[str, model_argument("SRC", "A float model, or 'embedded'")]
 _Preset = Annotated[
     str,
     typer.Option(
@@ -74,6 +76,7 @@ _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and writ
 def command(
     src: _Src,
     out: Out = None,
+    revision: Revision = None,
     preset: _Preset = "llama3.2",
     group_size: GroupSize = None,
     fit_groups: FitGroups = False,

@@ -10,7 +10,8 @@ from llamita.commands import console
 from llamita.engine.llm import LLM
 from llamita.errors import InputError
 from llamita.imports.detect import BIN, GGUF, detect_format
-from llamita.imports.open import is_hub_name, open_source, resolve
+from llamita.imports.names import is_hub_name, split_scheme
+from llamita.imports.open import open_source, resolve
 from llamita.loading import load
 from llamita.quantize.lineage import is_made_for
 from llamita.system.threads import remark
@@ -29,7 +30,7 @@ def convert_first(*names: str | None, quiet: bool = False) -> None:
         InputError, RunError: see `imports.open.resolve`.
     """
     for name in names:
-        base = name if name is None or os.path.exists(name) else name.partition(":")[0]
+        base = name and split_scheme(name)[0]
         if base and (is_hub_name(base) or (os.path.exists(base) and detect_format(Path(base)) is not None)):
             with console.progress(quiet) as progress:
                 resolve(base, progress, console.note)

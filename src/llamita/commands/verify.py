@@ -1,32 +1,29 @@
 """`llamita verify`: check that a packed model, or an export, is as it was written."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from llamita.commands import console
-from llamita.commands.options import Json
+from llamita.commands.options import Json, Revision, model_argument
 from llamita.errors import InputError
 from llamita.imports.detect import detect_format
-from llamita.imports.open import resolve
+from llamita.imports.open import fetch, resolve
 from llamita.models.verify import verify
 from llamita.system.files import exists_in
 from llamita.system.staging import EXPORTED_MARK
 from llamita.text.printable import megabytes
 
-_Directory = Annotated[str, typer.Argument(metavar="DIR", help="A packed model, its hub name, or an export of one.")]
+_Directory = Annotated[str, model_argument("DIR", "A packed model, or an export of one")]
 
 
-def command(directory: _Directory, json: Json = False) -> None:
+def command(directory: _Directory, revision: Revision = None, json: Json = False) -> None:
     """Check every file of a packed model, or of an export, against its recorded hash.
 
     The exit code is 1 if any file differs.
 
     Example: llamita verify my-model
     """
-    path = Path(directory)
+    path = fetch(directory)
     if not exists_in(path, EXPORTED_MARK):  # an export is checked as it is, never converted first
         if detect_format(path) is not None:
             raise InputError(

@@ -5,14 +5,13 @@ the SHA-256 of its files, because a divergence from any other model would mean n
 SRC:SCHEME or SRC:SCHEME:GROUP, a float one that is rounded to nearest while it loads.
 """
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamita.errors import InputError, LlamitaError
 from llamita.evaluate.scores import Contender
+from llamita.imports.names import split_scheme
 from llamita.imports.open import open_float, resolve
 from llamita.loading import load
 from llamita.models.metadata import METADATA, Metadata
@@ -22,7 +21,6 @@ from llamita.system.files import exists_in
 from llamita.system.progress import Progress
 
 NO_BASELINE = "none"
-_ROUNDED = re.compile(r"(.+):([A-Za-z][^:/]*)(?::(\d+))?")  # SRC:SCHEME, SRC:SCHEME:GROUP
 
 
 @dataclass(frozen=True)
@@ -90,18 +88,19 @@ def first_float(sources: Sequence[str]) -> str | None:
 
 def _parse(source: str) -> _Model:
     """Find a model by directory, hub name or "embedded", and the scheme that follows it, if any."""
-    match = None if os.path.exists(source) else _ROUNDED.fullmatch(source)
-    if match is None:
+    name, rest = split_scheme(source)
+    if not rest:
         path = resolve(source)
         return _Model(path, path.resolve(), None, source)
+    _, kind, *group = rest.split(":")
     try:
-        scheme = make_scheme(match[2], int(match[3]) if match[3] else None)
+        scheme = make_scheme(kind, int(group[0]) if group else None)
     except InputError as error:
         raise error.at(f"{source} (SRC:SCHEME or SRC:SCHEME:GROUP)") from None
-    path = resolve(match[1])
+    path = resolve(name)
     if exists_in(path, METADATA):
         raise InputError(source, "a float model before the scheme", "one that is quantized")
-    return _Model(path, path.resolve(), scheme, match[1])
+    return _Model(path, path.resolve(), scheme, name)
 
 
 def _source_of_all(sources: Sequence[str], models: Sequence[_Model], progress: Progress) -> str | None:

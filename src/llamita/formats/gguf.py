@@ -59,6 +59,7 @@ class GgufFile:
     Attributes:
         values: metadata by key: numbers, texts, NumPy arrays of numbers, lists of texts.
         tensors: by name.
+        header_bytes: how many bytes say all of these.
 
     Raises:
         InputError: the file breaks a rule of the format, or has a kind of tensor that is not known here.
@@ -106,6 +107,7 @@ class GgufFile:
                 raise InputError(shown(key, _LONGEST), "once", "twice")
             self.values[key] = self._value(key)
         declared = [self._declared() for _ in range(tensors)]
+        self.header_bytes = self._at
         self.tensors = self._placed(declared)
 
     def _declared(self) -> tuple[str, str, tuple[int, ...], int]:

@@ -12,7 +12,7 @@ import numpy as np
 from llamita.errors import InputError, shown
 from llamita.formats.gguf import GgufFile, GgufTensor
 
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _MOST_PARTS = 1000
 
 
@@ -73,11 +73,19 @@ def parts_of(path: Path) -> list[Path]:
     Raises:
         InputError: a part is missing.
     """
-    match = _PART.fullmatch(path.name)
-    if match is None or not 1 <= int(match[3]) <= _MOST_PARTS:
-        return [path]
-    paths = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, int(match[3]) + 1)]
+    paths = [path.with_name(name) for name in part_names(path.name)]
     missing = [part.name for part in paths if not part.exists()]
-    if missing:
+    if missing and len(paths) > 1:
         raise InputError(f"{path}", f"all {len(paths)} parts of the model", f"none named {missing[0]}")
     return paths
+
+
+def part_names(name: str) -> list[str]:
+    """Return the names of all parts of a model, in order, for the name of one; a name of another form is itself.
+
+    Safetensors and pytorch_model.bin number their files in the same way.
+    """
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match[3]) <= _MOST_PARTS:
+        return [name]
+    return [f"{match[1]}-{number:05}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)]

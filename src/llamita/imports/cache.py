@@ -12,6 +12,7 @@ from llamita.errors import InputError
 from llamita.imports.convert import convert
 from llamita.imports.detect import files_of, has_adapters
 from llamita.models.packed_writer import find_companions
+from llamita.system.files import place_of
 from llamita.system.progress import Note, Progress
 from llamita.system.staging import remove_whole, staged
 
@@ -37,7 +38,7 @@ def converted(source: Path, progress: Progress = None, note: Note = None) -> Pat
     if source.is_dir():  # tokenizer, templates and the like travel with the weights
         files |= {name: source / name for name in find_companions(source)}
     stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(files.items())]
-    begin = f"{source.resolve().name[:_LONGEST_NAME]}-{_hash(str(source.resolve()))}-"
+    begin = f"{place_of(source).name[:_LONGEST_NAME]}-{_hash(str(source.resolve()))}-"
     place = _cache() / "imports" / f"{begin}{_hash(json.dumps([__version__, stats]))}"
     if place.exists():
         return place

@@ -73,4 +73,4 @@ def _describe(source: Path) -> tuple[str, str | None]:
         return "one file of a model", f"try its directory, {source.parent}"
     if source.exists():
         return "another file" if source.is_file() else "a directory without", None
-    return "no such file or directory", "import takes local files; other commands take hub names too"
+    return "no such file or directory", None

@@ -27,7 +27,7 @@ from llamita.numerics.affine import bf16_to_f32, f32_to_bf16
 from llamita.numerics.packing import pack_int4
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme
-from llamita.system.files import file_table, sha256_file, write_bytes
+from llamita.system.files import file_table, place_of, sha256_file, write_bytes
 from llamita.system.progress import Progress
 
 _METHOD = "imported"  # in llamita.json
@@ -287,7 +287,7 @@ def _card(model: CodedModel, found: Survey, directory: Path, remark: str | None)
     scheme = found.codes.scheme
     made = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return model_card(CardFacts(
-        source_name=model.path.resolve().name,
+        source_name=place_of(model.path).name,
         source_path=model.path if model.path.is_dir() else directory,
         scheme=scheme, kinds=describe_kinds(found.config, scheme),
         method=f"codes and scales of {model.format}, imported as they are",
@@ -308,7 +308,7 @@ def _write_metadata(model: CodedModel, codes: ImportedCodes, directory: Path) ->
         seed=None,
         rotations=model.rotations,
         calibration=None,
-        source=SourceRecord(str(model.path.resolve()), sources),
+        source=SourceRecord(str(place_of(model.path)), sources),
         float_layers=codes.float_layers,
         error=ErrorRecord(None, None, {}),
         files=file_table(directory),

@@ -1,7 +1,6 @@
 """Open a model by the name that a user gives it: "embedded", a directory, another tool's file, or a hub name."""
 
 import os
-import re
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from llamita.errors import InputError, RunError, shown
 from llamita.imports.cache import converted
 from llamita.imports.detect import LINK, detect_format
+from llamita.imports.names import is_hub_name
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.metadata import METADATA
 from llamita.models.packed import PackedModel
@@ -16,7 +16,7 @@ from llamita.models.weights import ModelSource
 from llamita.system.files import exists_in
 from llamita.system.progress import Note, Progress
 
-_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_EXPECTED = "a model directory, a .gguf, 'embedded' or a hub name like owner/model or owner/model:Q4_K_M"
 
 
 def open_source(name: str | Path, progress: Progress = None, note: Note = None) -> ModelSource:
@@ -62,9 +62,8 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
         near = get_close_matches(str(name), ["embedded"])
         hint = f"did you mean {near[0]!r}?" if near else None
         where, got = (f"{name}", "no such file or directory") if str(name) else ("model", "''")
-        raise InputError(where, "a model directory, a .gguf, 'embedded' or a hub name like owner/model", got, hint)
-    else:
-        path = import_module("llamita.imports.hub").download(name)
+        raise InputError(where, _EXPECTED, got, hint)
+    path = fetch(name)
     if detect_format(path) is not None:
         return converted(path, progress, note)
     if exists_in(path, "model.pte") and not exists_in(path, "config.json"):
@@ -73,6 +72,10 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
     return path
 
 
-def is_hub_name(name: str | Path) -> bool:
-    """Return whether this can be a model's name on the hub, owner/model, and nothing on this disk has it."""
-    return isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
+def fetch(name: str | Path) -> Path:
+    """Return the files of a model as they are: those of a hub name are downloaded, others have to be on this disk.
+
+    Raises:
+        InputError, RunError: see `resolve`.
+    """
+    return import_module("llamita.imports.hub").download(name) if is_hub_name(name) else Path(name)

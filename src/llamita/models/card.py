@@ -98,8 +98,9 @@ The layers whose weights changed most:
 
 def _front_matter(facts: CardFacts) -> str:
     lines = ["---", "library_name: llamita", "tags:", "- 4-bit", "- w4a8", "- quantized"]
-    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", facts.source_name) and not Path(facts.source_name).exists():
-        lines += [f"base_model: {facts.source_name}", "base_model_relation: quantized"]
+    hub = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:[@:].+|/.+\.gguf)?", facts.source_name)
+    if hub and not Path(facts.source_name).exists():
+        lines += [f"base_model: {hub[1]}", "base_model_relation: quantized"]
     card = _text(facts.source_path, "README.md")
     if card.startswith("---\n"):
         front = card.split("\n---", 1)[0]

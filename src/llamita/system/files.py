@@ -69,6 +69,11 @@ def _is_hub_blob(real: Path, root: Path) -> bool:
     return real.is_relative_to(model / "blobs") or real.is_relative_to(model.parent / "blobs")
 
 
+def place_of(path: Path) -> Path:
+    """Return an absolute path without symlinks, but for a file's own: the hub's cache links names to hashes."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
 def exists_in(directory: Path, name: str) -> bool:
     """Return whether the directory lists this name, readable or not."""
     return os.path.lexists(directory / name)
