@@ -116,8 +116,7 @@ def command(
                           progress)  # fmt: skip
         result = _train(load_optional(RUN, _LACKING), job)
     if is_first:
-        _print_result(out, result, json)
-        _note_few_steps(found, chosen)
+        _print_result(out, result, found, chosen, json)
 
 
 def _check_out(out: Path | None, recipe: Recipe, overwrite: bool, *read: Path | None) -> None:
@@ -273,7 +272,8 @@ def _stage_line(stage: dict[str, Any]) -> str:
     return f"stage {stage['stage']}: {', '.join(parts)}"
 
 
-def _print_result(out: Path, result: dict[str, Any], json: bool) -> None:
+def _print_result(out: Path, result: dict[str, Any], data: Data, recipe: Recipe, json: bool) -> None:
+    _note_few_steps(data, recipe)
     if json:
         return console.print_json({"out": str(out), **result})
     scores = result["scores"]
