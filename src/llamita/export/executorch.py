@@ -70,7 +70,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
 def _context_of(packed: PackedModel, context: int | None) -> int:
     """Return the tokens of a sequence at most; raise InputError if the model cannot have as many."""
     most, rope = packed.config.context, packed.config.rope
-    context = context or min(_CONTEXT, most)
+    context = context or min(_CONTEXT, rope.original_context if rope.depends_on_length else most)
     if not _LEAST_CONTEXT <= context <= most:
         raise InputError("--context", f"{_LEAST_CONTEXT} to {most} tokens, as the model itself takes", f"{context}")
     if rope.depends_on_length and context > rope.original_context:
