@@ -52,7 +52,12 @@ class Repository:
         self.names |= dict.fromkeys(names or ("main",), sha)
         return sha
 
+    def file(self, name: str) -> bytes:
+        """Return a file of the main branch."""
+        return self.commits[self.names["main"]][name]
+
     def find(self, revision: str) -> str | None:
+        """Return the commit of a branch, a tag or a hash, None if there is none."""
         sha = self.names.get(revision, revision)
         return sha if sha in self.commits else None
 

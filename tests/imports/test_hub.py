@@ -109,7 +109,8 @@ def test_pickles_are_brought_and_converted_where_there_is_nothing_else(hub: Hub,
 
 
 def test_plans_read_a_config_or_a_header(hub: Hub) -> None:
-    fine(hub.run(["plan", "o/float", "--preset", "llama3.2"], ["quantize", "o/float", "--dry-run"]))
+    hub.repositories["o/shape"].commit({"config.json": hub.repositories["o/float"].file("config.json")})
+    fine(hub.run(PLAN, ["quantize", "o/float", "--dry-run"], ["plan", "o/shape", "--preset", "arm"]))
     assert hub.fetched() == ["config.json"]
     plan, facts, _ = fine(
         hub.run(["plan", "o/several:Q4_K_M", "--preset", "arm", "--json"], ["inspect", "o/several:Q4_K_M", "--json"],
@@ -135,8 +136,13 @@ def test_revisions(hub: Hub, tmp_path: Path) -> None:
     assert "base_model: o/m\n" in (tmp_path / "out1" / "README.md").read_text()
     text = tmp_path / "text"
     text.write_text("abc " * 20)
-    evaluated = ["evaluate", tmp_path / "out1", "--text", text, "--json"]  # against o/m@v1
-    fine(hub.run(generate("o/m", "--revision", "feature/x"), evaluated, offline=True))
+    options = ["--text", text, "--json"]
+    _, packed, rounded = fine(
+        hub.run(generate("o/m", "--revision", "feature/x"), ["evaluate", tmp_path / "out1", *options],
+                ["evaluate", "o/m:llama3.2", "--revision", "v1", *options], offline=True)
+    )  # fmt: skip
+    assert [model["name"] for model in json.loads(packed)["models"]] == ["m@v1", "out1"]
+    assert json.loads(packed)["models"][1]["text"] == json.loads(rounded)["models"][1]["text"]
 
 
 def test_import_and_verify_take_names(hub: Hub, tmp_path: Path) -> None:
@@ -155,6 +161,7 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub) -> None:
     expected = [
         (generate("o/gated"), 1, "o/gated: the model is gated; accept its licence at http"),
         (["plan", "o/gated"], 1, "gated"),
+        (["plan", "o/several"], 2, "o/several: expected one GGUF, got Q4_K_M"),
         (["plan", "o/gated:Q4_0"], 1, "gated"),
         (generate("o/none"), 1, "o/none: no such directory, and the hub has no such model"),
         (generate("a--b/c"), 1, "a--b/c: no such directory, and the hub has no such model"),

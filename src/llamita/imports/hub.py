@@ -129,14 +129,15 @@ def _cached(hub: HubName, snapshot: Path) -> _Listing:
 
 
 def _choose(hub: HubName, listing: _Listing, or_config: bool = False) -> Choice:
-    """Return the files that a name stands for; with `or_config`, config.json where the cache has nothing better."""
+    """Return the files that a name stands for; with `or_config`, config.json where no weights are known."""
     try:
         return choose(hub, listing.files)
     except InputError:
+        has_gguf = listing.is_whole and any(file.endswith(".gguf") for file in listing.files)
+        if or_config and hub.kind is hub.file is None and "config.json" in listing.files and not has_gguf:
+            return Choice(["config.json"])
         if listing.is_whole:
             raise
-        if or_config and hub.kind is hub.file is None and "config.json" in listing.files:
-            return Choice(["config.json"])
         raise _incomplete(hub, "the model") from None
 
 
