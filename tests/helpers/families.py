@@ -80,7 +80,10 @@ def write_family_gguf(source: Path, out: Path) -> Path:
     """Write a checkpoint as llama.cpp's own converter does, in F32: the family's own architecture, keys and rows."""
     values = json.loads((source / "config.json").read_text("utf-8"))
     arch, rope = values["model_type"], values.get("rope_parameters") or {}
-    heads, head_dim = values["num_attention_heads"], values.get("head_dim") or values["hidden_size"] // 4
+    heads, head_dim = (
+        values["num_attention_heads"],
+        values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
+    )
     own: dict[str, Any] = {
         "block_count": values["num_hidden_layers"], "context_length": values["max_position_embeddings"],
         "embedding_length": values["hidden_size"], "feed_forward_length": values["intermediate_size"],

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from command import run
 from damage import mutate_value, outcome, to_text
+from families import FAMILIES, make_family, write_family_gguf
 from foreign_models import (
     as_bin,
     as_gptq,
@@ -110,6 +111,10 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
         source = as_meta(model, directory / "there")
         (source / "tokenizer.model").write_bytes(sentencepiece_model(300))
         return source, "tokenizer.model", flip
+    if kind in FAMILIES:
+        pytest.importorskip("transformers", reason="makes the model")
+        model = make_family(directory / "model", kind, **SMALL)
+        return write_family_gguf(model, directory / "a.gguf"), "", flip
     model = make_gguf_checkpoint(directory, "llama3", **SMALL)
     if kind == "bin":
         return as_bin(model), "pytorch_model.bin", flip
@@ -133,7 +138,8 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
 
 
 KINDS = ["gguf", "gguf blocks", "gguf part", "bin", "pth", "quantized pth", "params.json", "tiktoken",
-         "sentencepiece", "safetensors", "torchao", "int-quantized", "gptq", "config.json"]  # fmt: skip
+         "sentencepiece", "safetensors", "torchao", "int-quantized", "gptq", "config.json",
+         "granite", "phi3, longrope"]  # fmt: skip
 
 
 @pytest.mark.parametrize("cases", [250, pytest.param(5000, marks=pytest.mark.slow)])

@@ -66,7 +66,7 @@ class GgufTensors:
         data = data if piece.rows is None else data[slice(*piece.rows)]
         as_stored = stored in STORED and piece.factor == 1.0
         values = data.view(STORED[stored]).reshape(shape) if as_stored else floats_of(stored, data).reshape(shape)
-        values = values if piece.factor == 1.0 else values * np.float32(piece.factor)
+        values = piece.scaled(values)
         heads = heads_of(tensor.rpartition(".")[0], self.config) if self._in_pairs else None
         return values if heads is None else values[np.argsort(pair_order(len(values), heads))]
 

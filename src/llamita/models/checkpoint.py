@@ -167,8 +167,7 @@ class Checkpoint(StoredTensors):
     def _read(self, tensor: str) -> np.ndarray:
         piece = self._layout.piece(tensor)
         values = super()._read(piece.stored)
-        values = values if piece.rows is None else values[slice(*piece.rows)]
-        return values if piece.factor == 1.0 else to_f32(values) * np.float32(piece.factor)
+        return piece.scaled(values if piece.rows is None else values[slice(*piece.rows)])
 
     def weight(self, name: str) -> np.ndarray:
         """Return a matrix (rows, columns), float32, float16 or bf16 bits; on the mapped file unless it is scaled."""

@@ -188,7 +188,11 @@ def _windowed(
     if kinds is None:
         return window, chosen
     known = {"full_attention": False, "sliding_attention": True}
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(not isinstance(kind, str) or kind not in known for kind in kinds)
+    ):
         raise InputError("config.json: layer_types", f"{' or '.join(known)} for each of {layers} layers", shown(kinds))
     return window, frozenset(i for i, kind in enumerate(kinds) if known[kind])
 

@@ -9,9 +9,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from llamita.models.config import ModelConfig
 from llamita.models.families import QUERY_FACTOR, granite_scales, plain_config
 from llamita.models.names import EMBEDDING, HEAD, expected_tensors
+from llamita.numerics.affine import to_f32
 
 _NORM = "model.norm.weight"
 _MLLAMA_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.")
@@ -32,6 +35,13 @@ class Piece:
     rows: tuple[int, int] | None = None
     total: int = 0
     factor: float = 1.0
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Return stored floats times the factor, in float32; as they are where there is none."""
+        if self.factor == 1.0:
+            return values
+        with np.errstate(over="ignore", invalid="ignore"):  # of damaged weights; readers refuse what is not finite
+            return to_f32(values) * np.float32(self.factor)
 
 
 @dataclass(frozen=True)
