@@ -1,5 +1,6 @@
 """Read a GGUF's weights as a float model, multiplied out as they are read; nothing is written."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,14 @@ class GgufCheckpoint(Checkpoint):
     def info(self, tensor: str) -> TensorInfo:
         """Return dtype and shape of a tensor as `weight` and `vector` give it."""
         return TensorInfo(self._tensors.kind(tensor), self._tensors.shapes[tensor], 0, 0)
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of the file's tensors."""
+        return sum(tensor.stop - tensor.start for tensor in self.gguf.tensors.values())
+
+    def made_bytes(self) -> int:
+        """Return the bytes of all matrices in float32, which are in no file."""
+        return sum(4 * math.prod(shape) for shape in self._tensors.shapes.values() if len(shape) > 1)
 
     def _read(self, tensor: str) -> np.ndarray:
         return self._tensors.read(tensor)
