@@ -10,13 +10,12 @@ from typing import Any
 from llamita.errors import InputError, shown
 from llamita.models.families import FAMILIES, QUERY_FACTOR, Family, family_name, plain_config
 from llamita.models.rope import RopeConfig, read_rope
-from llamita.models.values import count, flag, number
+from llamita.models.values import EPS_RANGE, count, flag, number
 
 _LARGEST_DEPTH = 1024  # the deepest Llama has 126 layers; tensors are listed by name before files are read
 _LARGEST_WIDTH = 65536  # inputs of a linear layer: kMaxColumns of native/pack.h, for sums within int32
 _LARGEST_HEAD = 1024  # kMaxHeadDim of native/bind_cache.cpp, room of the attention kernels
 _LARGEST_CONTEXT = 2**27  # tokens after stretching; ten times the longest ever announced
-_EPS_RANGE = (1e-20, 1.0)  # more than zero in float32 and below the mean square of any activation
 _FACTOR_RANGE = (1e-6, 1e6)
 _FIRST_LATE = 28  # default of max_window_layers
 LINEARS = (
@@ -111,7 +110,7 @@ class ModelConfig:
             kv_heads=kv_heads,
             head_dim=head_dim,
             context=context,
-            norm_eps=number(values, "rms_norm_eps", *_EPS_RANGE, default=1e-6),
+            norm_eps=number(values, "rms_norm_eps", *EPS_RANGE, default=1e-6),
             rope=rope,
             tied=flag(values, "tie_word_embeddings"),
             bos_token_id=_token(values.get("bos_token_id")),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamita.errors import InputError, shown
+from llamita.models.values import EPS_RANGE, count, number
 
 QUERY_FACTOR = "llamita_query_factor"  # key of a rewritten config.json: q_proj was multiplied by this
 _SCALED = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
@@ -89,14 +90,8 @@ def granite_scales(values: dict[str, Any]) -> tuple[float, float, float, float]:
     Raises:
         InputError: a factor is no number, or not more than zero.
     """
-    found = []
-    for key in _SCALED:
-        value = values.get(key, 1.0)
-        low, high = _SCALES_RANGE
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise InputError(f"config.json: {key}", f"a number from {low:g} to {high:g}", shown(value, 40))
-        found.append(float(value))
-    return found[0], found[1], found[2], found[3]
+    embedding, residual, attention, logits = (number(values, key, *_SCALES_RANGE, 1.0) for key in _SCALED)
+    return embedding, residual, attention, logits
 
 
 def _plain_granite(values: dict[str, Any]) -> dict[str, Any]:
@@ -105,12 +100,11 @@ def _plain_granite(values: dict[str, Any]) -> dict[str, Any]:
     So what a layer adds needs no factor. RMSNorm does not see the division, if epsilon is divided by its square.
     """
     _, residual, attention, _ = granite_scales(values)
-    hidden, heads, eps = (values.get(k) for k in ("hidden_size", "num_attention_heads", "rms_norm_eps"))
-    head_dim = values.get("head_dim") or (hidden // heads if isinstance(hidden, int) and heads else 1)
-    eps = 1e-6 if eps is None else eps
+    heads, eps = count(values, "num_attention_heads"), number(values, "rms_norm_eps", *EPS_RANGE, 1e-6)
+    head_dim = count(values, "head_dim", count(values, "hidden_size") // heads)
     kept = {key: value for key, value in values.items() if key not in _SCALED}
-    scaled = eps / residual**2 if isinstance(eps, int | float) else eps
-    return _as_llama(kept, rms_norm_eps=scaled, **{QUERY_FACTOR: attention * head_dim**0.5})
+    factor = attention * head_dim**0.5
+    return _as_llama(kept, head_dim=head_dim, rms_norm_eps=eps / residual**2, **{QUERY_FACTOR: factor})
 
 
 def _plain_phi3(values: dict[str, Any]) -> dict[str, Any]:

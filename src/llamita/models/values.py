@@ -4,6 +4,7 @@ from typing import Any
 
 from llamita.errors import InputError, shown
 
+EPS_RANGE = (1e-20, 1.0)  # of rms_norm_eps: more than zero in float32, below the mean square of any activation
 _LARGEST_COUNT = 2**24  # far above any real vocabulary or width; keeps products of two within int64
 
 
