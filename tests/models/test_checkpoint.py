@@ -91,10 +91,10 @@ def test_tensors_that_do_not_fit_the_architecture_are_named(tmp_path: Path, chan
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["I8", "F64", "F8_E4M3"])
+@pytest.mark.parametrize("dtype", ["I8", "F64"])
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: str) -> None:
     make_checkpoint(tmp_path)
-    numpy_dtype = {"I8": np.int8, "F64": np.float64, "F8_E4M3": np.uint8}[dtype]
+    numpy_dtype = {"I8": np.int8, "F64": np.float64}[dtype]
     replace_tensors(tmp_path, {name: x.astype(numpy_dtype) for name, x in bf16_tensors().items()}, dtype)
     with pytest.raises(InputError, match=f"dtype: expected one of BF16, F16, F32, got {dtype}"):
         Checkpoint(tmp_path)

@@ -23,11 +23,13 @@ from llamita.imports.names import is_hub_name
 from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llamita.models.config import ModelConfig
+from llamita.models.float8 import is_float8, read_float8
 from llamita.models.metadata import METADATA
-from llamita.models.names import expected_tensors
+from llamita.models.names import expected_tensors, linear_names
 from llamita.models.packed import PackedModel
 from llamita.models.sizes import Plan, float_bytes, make_plan
 from llamita.models.weights import FLOAT_DTYPES, transform_dtype
+from llamita.numerics.float8 import FLOAT8
 from llamita.numerics.scheme import PRESETS, QuantScheme
 from llamita.system.files import exists_in, read_json
 from llamita.system.machine import free_memory, last_level_cache, usable_memory
@@ -81,6 +83,7 @@ class Described:
     float_dtype: Callable[[str], str]
     scheme: QuantScheme | None
     transform: str | None = None  # the dtype of the head's transform
+    source_bytes: int | None = None  # of a float model whose files have other dtypes, as in FP8
 
 
 def describe(name: str) -> Described:
@@ -104,14 +107,16 @@ def describe(name: str) -> Described:
     assert isinstance(source, Checkpoint | PackedModel)
     if isinstance(source, PackedModel):
         dtypes = {name: info.dtype for file in source.files.values() for name, info in file.tensors.items()}
+        source_bytes = None
     else:  # whose files may have other names
         dtypes = {name: source.info(name).dtype for name in expected_tensors(source.config)}
+        source_bytes = source.stored_bytes()
     source.close()
 
     def float_dtype(name: str) -> str:  # for a packed model's rounded layers, that of its norms
         return dtypes[name] if dtypes.get(name) in FLOAT_DTYPES else dtypes["model.norm.weight"]
 
-    return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations))
+    return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations), source_bytes)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -128,11 +133,17 @@ def describe_shape(name: str) -> tuple[str, Described]:
 
 
 def _from_config(values: dict[str, Any], where: str) -> Described:
-    if values.get("quantization_config") is not None:
+    quantization, config = values.get("quantization_config"), ModelConfig.from_hf(values)
+    if quantization is not None and not is_float8(quantization):
         raise InputError(f"{where}: quantization_config", "a float model", hint="try its source")
     stored = values.get("dtype", values.get("torch_dtype"))
     dtype = _DTYPES.get(stored, "BF16") if isinstance(stored, str) else "BF16"
-    return Described(ModelConfig.from_hf(values), lambda _name: dtype, None)
+    if quantization is None:
+        return Described(config, lambda _name: dtype, None)
+    float8 = read_float8(quantization)
+    codes = {f"{name}.weight" for name in linear_names(config) if not float8.is_kept(name)}
+    in_files = float_bytes(config, lambda name: FLOAT8[0] if name in codes else dtype)  # without scales, about 0.1 %
+    return Described(config, lambda name: "F32" if name in codes else dtype, None, source_bytes=in_files)
 
 
 def measure_machine() -> Machine:
@@ -178,15 +189,17 @@ def estimate_all(
 def _estimate(model: Described, scheme: QuantScheme | None, machine: Machine, kv_dtype: str | None) -> Estimate:
     config = model.config
     if scheme is None:
-        size = float_bytes(config, model.float_dtype)
+        in_memory = float_bytes(config, model.float_dtype)
+        size = in_memory if model.source_bytes is None else model.source_bytes
         plan = Plan(size, size, size, [], 0, 0, {})
     else:
         plan = make_plan(config, scheme, model.float_dtype, transform=model.transform)
+        in_memory = plan.tensor_bytes
     keys = kv_dtype or ("f16" if scheme else "f32")
     work = count_work(config, scheme, keys, model.float_dtype, model.transform)
     contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
     others = _PROCESS_BYTES + _buffer_bytes(config, scheme)
-    memory = {c: int(plan.tensor_bytes + c * work.cache_bytes + others) for c in contexts}
+    memory = {c: int(in_memory + c * work.cache_bytes + others) for c in contexts}
     return Estimate(
         name=scheme.name if scheme else "float",
         tensor_bytes=plan.tensor_bytes,

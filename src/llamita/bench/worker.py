@@ -161,7 +161,8 @@ class _State:
             size, _ = _size(source, float_dtype)
             self._llm = LLM(source, context=context, kv_dtype=kv_dtype)
             seconds = time.perf_counter() - began
-        self._mapped_bytes = 0 if isinstance(source, RandomSource) else _weight_bytes(self._llm)[1]
+        made = source.made_bytes() if isinstance(source, Checkpoint) else 0
+        self._mapped_bytes = 0 if isinstance(source, RandomSource) else _weight_bytes(self._llm)[1] - made
         keys, transform = self._llm.kv_dtype, transform_dtype(source.rotations)
         self._work = count_work(source.config, source.scheme, keys, float_dtype, transform)
         return {"seconds": seconds, "size_bytes": size, "threads": threads, "isa": _native.isa(),
@@ -257,7 +258,7 @@ def _size(source: ModelSource, float_dtype: Callable[[str], str]) -> tuple[int, 
         return size, size
     assert isinstance(source, Checkpoint | PackedModel)
     size = sum(file.path.stat().st_size for file in source.files.values())
-    return size, 0 if source.scheme is None else size
+    return size, source.made_bytes() if isinstance(source, Checkpoint) else size
 
 
 def _weight_bytes(llm: LLM) -> tuple[int, int]:

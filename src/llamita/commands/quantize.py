@@ -127,7 +127,7 @@ def _dry_run(job: QuantizeJob, json: bool) -> None:
     if model.scheme is not None:
         raise InputError(f"{job.source}", "a float model", "one that llamita has quantized", "try its source")
     check_sizes(chain, setup.settings, model.config)
-    plan = plan_chain(model.config, scheme, model.float_dtype, chain, setup.settings)
+    plan = plan_chain(model.config, scheme, model.float_dtype, chain, setup.settings, model.source_bytes)
     text = job.calibration
     seconds, memory = estimate(plan, scheme, model.config, chain, setup, text.samples, text.length)
     if json:

@@ -5,6 +5,7 @@ from pathlib import Path
 from llamita.errors import InputError, shown
 from llamita.imports import detect
 from llamita.imports.import_codes import Imported
+from llamita.models.float8 import is_float8
 from llamita.system.extras import load_optional
 from llamita.system.files import exists_in
 from llamita.system.progress import Progress
@@ -53,7 +54,10 @@ def _not_foreign(source: Path) -> InputError:
     expected = "another tool's model"
     if exists_in(source, "llamita.json"):
         return InputError(f"{source}", expected, "a packed model", "every command takes it as it is")
-    method = detect.quantization_of(source).get("quant_method") if source.is_dir() else None
+    quantization = detect.quantization_of(source) if source.is_dir() else {}
+    if is_float8(quantization):
+        return InputError(f"{source}", expected, "a float checkpoint in FP8", "every command takes it as it is")
+    method = quantization.get("quant_method")
     if method is not None:
         known = ", ".join((detect.COMPRESSED_TENSORS, detect.GPTQ, detect.AWQ, detect.TORCHAO))
         return InputError(f"{source}: config.json: quant_method", known, shown(method, 40), "try its float source")

@@ -5,6 +5,7 @@ from typing import Any
 
 from llamita.errors import LlamitaError
 from llamita.formats.gguf_parts import parts_of
+from llamita.models.float8 import is_float8
 from llamita.system.files import exists_in, read_json, safe_path
 
 META, GGUF, BIN = "meta", "gguf", "pytorch_model.bin"
@@ -27,7 +28,10 @@ def detect_format(source: Path) -> str | None:
         return META if exists_in(source, "params.json") else None
     if bins_of(source) and not any(source.glob("*.safetensors")):
         return BIN
-    method = quantization_of(source).get("quant_method")
+    quantization = quantization_of(source)
+    if is_float8(quantization):  # floats in another coat: `Checkpoint` widens them
+        return None
+    method = quantization.get("quant_method")
     return method if isinstance(method, str) and method in _METHODS else None
 
 

@@ -59,6 +59,12 @@ class GgufTensors:
         stored = self.file.tensors[gguf_name(piece.stored)].kind
         return stored if stored in STORED and piece.factor == 1.0 else "F32"
 
+    def is_mapped(self, tensor: str) -> bool:
+        """Return whether `read` gives a tensor in place, so that it takes no memory beside the file's."""
+        moves_rows = self._in_pairs and heads_of(tensor.rpartition(".")[0], self.config) is not None
+        piece = self.layout.piece(tensor)
+        return piece.factor == 1.0 and not moves_rows and self.file.tensors[gguf_name(piece.stored)].kind in STORED
+
     def read(self, tensor: str) -> np.ndarray:
         """Return a tensor of the architecture: BF16 as bits, its rows in transformers' order."""
         piece, shape = self.layout.piece(tensor), self.shapes[tensor]
@@ -108,6 +114,13 @@ class GgufCheckpoint(Checkpoint):
     def info(self, tensor: str) -> TensorInfo:
         """Return dtype and shape of a tensor as `weight` and `vector` give it."""
         return TensorInfo(self._tensors.kind(tensor), self._tensors.shapes[tensor], 0, 0)
+
+    def stored_bytes(self) -> int:
+        """Return the bytes that the tensors take in the file."""
+        return sum(tensor.stop - tensor.start for tensor in self.gguf.tensors.values())
+
+    def _is_mapped(self, tensor: str) -> bool:
+        return self._tensors.is_mapped(tensor)
 
     def _read(self, tensor: str) -> np.ndarray:
         return self._tensors.read(tensor)

@@ -1,8 +1,10 @@
 """Read a float Llama in Hugging Face's format: config.json and safetensors, sharded or not, memory-mapped.
 
-Every tensor of the architecture is checked for name, dtype and shape before anything is computed.
+Every tensor of the architecture is checked for name, dtype and shape before anything is computed. Weights in FP8 are
+widened to float32 as they are read.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,13 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from llamita.errors import InputError, LlamitaError, shown
-from llamita.formats.safetensors import TensorFile, TensorInfo
+from llamita.formats.safetensors import DTYPES, TensorFile, TensorInfo
 from llamita.models.config import ModelConfig
 from llamita.models.families import PACKED, plain_config
-from llamita.models.layout import layout_of
+from llamita.models.float8 import add_scales, is_float8, read_float8
+from llamita.models.layout import Piece, layout_of
 from llamita.models.names import EMBEDDING, HEAD, expected_tensors
 from llamita.models.weights import FLOAT_DTYPES, WeightFile, check_finite
-from llamita.numerics.affine import to_f32
+from llamita.numerics.affine import F32, to_f32
+from llamita.numerics.float8 import FLOAT8, widen
 from llamita.numerics.rotations import Rotations
 from llamita.system.files import exists_in, read_json, safe_path, unreadable
 
@@ -107,7 +111,9 @@ class Checkpoint(StoredTensors):
         if path.is_dir() and not exists_in(path, "config.json"):
             raise InputError(str(path), "a model directory", "one without config.json")
         stored = read_json(path, "config.json")
-        self.hf_config = plain_config(stored)
+        self.hf_config = dict(plain_config(stored))
+        own = self.hf_config.pop("quantization_config", None)
+        quantization = stored.get("quantization_config") or own  # a model of text and images may have it with its text
         self.config = ModelConfig.from_hf(self.hf_config)
         self.scheme, self.rotations = None, Rotations()
         if self.hf_config["model_type"].startswith(PACKED):
@@ -117,15 +123,16 @@ class Checkpoint(StoredTensors):
                 "none",
                 "try copying the directory again, whole, or its float source",
             )
-        if self.hf_config.get("quantization_config") is not None:
+        if quantization is not None and not is_float8(quantization):
             raise InputError(
-                f"{path}: config.json: quantization_config",
-                "a float model",
-                _method(self.hf_config["quantization_config"]),
-                "try its source",
+                f"{path}: config.json: quantization_config", "a float model", _method(quantization), "try its source"
             )
+        float8 = None if quantization is None else read_float8(quantization)
         self.files, self._where = open_tensor_files(path)
-        self._layout = layout_of(stored, self._where)
+        self._layout, self._was_cast = layout_of(stored, self._where), float8 is None
+        if float8 is not None:
+            infos = {name: info for file in self.files.values() for name, info in file.tensors.items()}
+            self._layout = add_scales(self._layout, expected_tensors(self.config), infos, float8)
         self._check()
 
     def _check(self) -> None:
@@ -134,7 +141,8 @@ class Checkpoint(StoredTensors):
         if self.config.tied and f"{HEAD}.weight" in found:
             self._check_tied_head()
             found.remove(f"{HEAD}.weight")
-        check_names({self._layout.piece(name).stored for name in expected}, found, "is tie_word_embeddings right?")
+        needed = {stored for name in expected for stored in self._layout.piece(name).needed}
+        check_names(needed, found, "is tie_word_embeddings right?")
         for name, shape in expected.items():
             info = self.info(name)
             if info.dtype not in FLOAT_DTYPES:
@@ -157,20 +165,53 @@ class Checkpoint(StoredTensors):
             )
 
     def info(self, tensor: str) -> TensorInfo:
-        """Return dtype and shape of a tensor of the architecture."""
+        """Return dtype and shape in which `weight` and `stored_vector` give a tensor of the architecture."""
         piece = self._layout.piece(tensor)
         info = super().info(piece.stored)
         if piece.rows is not None and info.shape and piece.rows[1] <= info.shape[0] == (piece.total or info.shape[0]):
             info = replace(info, shape=(piece.rows[1] - piece.rows[0], *info.shape[1:]))
-        return info if piece.factor == 1.0 else replace(info, dtype="F32" if info.dtype in FLOAT_DTYPES else info.dtype)
+        is_widened = info.dtype in FLOAT8 and (piece.scale is not None or self._was_cast)
+        is_scaled = piece.factor != 1.0 and info.dtype in FLOAT_DTYPES
+        return replace(info, dtype="F32") if is_widened or is_scaled else info
+
+    def stored_bytes(self) -> int:
+        """Return the bytes that the architecture's tensors take in the files, scales of FP8 included."""
+        pieces = map(self._layout.piece, expected_tensors(self.config))
+        infos = [super(Checkpoint, self).info(stored) for stored in {name for piece in pieces for name in piece.needed}]
+        return sum(info.stop - info.start for info in infos)
+
+    def made_bytes(self) -> int:
+        """Return the bytes of the matrices that are made as they are read, so that no file holds them in memory."""
+        matrices = [tensor for tensor, shape in expected_tensors(self.config).items() if len(shape) > 1]
+        infos = [self.info(tensor) for tensor in matrices if not self._is_mapped(tensor)]
+        return sum(np.dtype(DTYPES[info.dtype]).itemsize * math.prod(info.shape) for info in infos)
+
+    def _is_mapped(self, tensor: str) -> bool:
+        piece = self._layout.piece(tensor)
+        return piece.factor == 1.0 and super().info(piece.stored).dtype not in FLOAT8
 
     def _read(self, tensor: str) -> np.ndarray:
         piece = self._layout.piece(tensor)
         values = super()._read(piece.stored)
-        return piece.scaled(values if piece.rows is None else values[slice(*piece.rows)])
+        values = values if piece.rows is None else values[slice(*piece.rows)]
+        dtype = super().info(piece.stored).dtype
+        if dtype in FLOAT8:
+            first_row = 0 if piece.rows is None else piece.rows[0]
+            values = widen(values, dtype, self._scales(piece), piece.block or (1, 1), first_row)
+        return piece.scaled(values)
+
+    def _scales(self, piece: Piece) -> F32 | None:
+        """Return the scales of an FP8 matrix (row blocks, column blocks), None if it has none."""
+        if piece.scale is None or piece.block is None:
+            return None
+        scales = to_f32(super()._read(piece.scale))
+        if not (np.isfinite(scales) & (scales >= 0)).all():  # a block of zeros may have 0
+            raise InputError(piece.scale, "finite scales, none below 0", "others", "the checkpoint is damaged")
+        columns = super().info(piece.stored).shape[1]
+        return scales.reshape(-1, -(-columns // piece.block[1]))
 
     def weight(self, name: str) -> np.ndarray:
-        """Return a matrix (rows, columns), float32, float16 or bf16 bits; on the mapped file unless it is scaled."""
+        """Return a matrix (rows, columns), float32, float16 or bf16 bits; mapped unless it is made as it is read."""
         return self._read(f"{name}.weight")
 
     def vector(self, name: str) -> np.ndarray:

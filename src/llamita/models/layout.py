@@ -29,12 +29,21 @@ class Piece:
         rows: first row and row behind the last, where it is part of a larger tensor; None for all.
         total: rows of that larger tensor, where they are known; 0 where there may be more.
         factor: by which the stored values are multiplied, in float32.
+        scale: the name of the tensor of scales, where the stored tensor is in FP8 and has one (`models/float8.py`).
+        block: rows and columns of the stored tensor that share a scale.
     """
 
     stored: str
     rows: tuple[int, int] | None = None
     total: int = 0
     factor: float = 1.0
+    scale: str | None = None
+    block: tuple[int, int] | None = None
+
+    @property
+    def needed(self) -> list[str]:
+        """Names of the tensors that it is read from."""
+        return [self.stored] if self.scale is None else [self.stored, self.scale]
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """Return stored floats times the factor, in float32; as they are where there is none."""

@@ -30,15 +30,20 @@ _BACKWARD = 2  # times the work of the forward pass
 
 
 def plan_chain(
-    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], chain: Chain, settings: dict[str, Any]
-) -> Plan:
-    """Return the plan (`make_plan`) of what the chain's transforms make of a model of this shape."""
+    config: ModelConfig, scheme: QuantScheme, float_dtype: Callable[[str], str], chain: Chain,
+    settings: dict[str, Any], source_bytes: int | None = None,
+) -> Plan:  # fmt: skip
+    """Return the plan (`make_plan`) of what the chain's transforms make of a model of this shape.
+
+    Args:
+        source_bytes: size of the model before, if its files do not have these dtypes.
+    """
     changed, transform = chain.shape(config, settings)
 
     def dtype(name: str) -> str:
         return float_dtype(f"{EMBEDDING}.weight" if config.tied and name == f"{HEAD}.weight" else name)
 
-    before = float_bytes(config, float_dtype)
+    before = float_bytes(config, float_dtype) if source_bytes is None else source_bytes
     return make_plan(changed, scheme, dtype, transform=transform, source_bytes=before)
 
 

@@ -242,7 +242,8 @@ def quantize(
     chain, setup, origin = parse_chain(method), replace(setup or Setup(), progress=progress), origin or source
     recorded, shown = source_names(origin, source_name)
     companions = find_companions(origin.path)
-    before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype)  # does it fit?
+    stored = origin.stored_bytes() if isinstance(origin, Checkpoint) else None
+    before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype, source_bytes=stored)  # does it fit?
     check_target(out, overwrite, origin.path)
     record = source_record(origin, recorded, progress)
     watch, kept = MemoryWatch(), _kept_blocks(out, chain, scheme, record, setup)
