@@ -24,11 +24,15 @@ from foreign_models import (
     write_in_blocks,
     write_parts,
 )
+from fp8_models import as_fp8
 from tiny import SMALL, make_checkpoint
 
 from llamita.imports.convert import convert
 from llamita.imports.detect import BIN, detect_format, files_of
 from llamita.imports.open import open_source
+from llamita.models.checkpoint import Checkpoint
+from llamita.models.names import expected_tensors
+from llamita.models.weights import check_finite
 
 pytest.importorskip("torch", reason="Meta's files are read by torch.load")
 
@@ -66,8 +70,9 @@ def reshape(data: bytes, rng: random.Random) -> bytes:
     header = json.loads(data)
     tensor = header[rng.choice([name for name in header if name != "__metadata__"])]
     size = tensor["data_offsets"][1] - tensor["data_offsets"][0]
-    kind = rng.choice(["I8", "U8", "F16", "BF16", "I32", "F32", "I64"])
-    width = {"8": 1, "6": 2, "2": 4, "4": 8}[kind[-1]]
+    widths = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}
+    kind = rng.choice(list(widths))
+    width = widths[kind]
     count = size // width
     if size % width == 0:
         tensor["dtype"] = kind
@@ -116,6 +121,9 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
         model = make_family(directory / "model", kind, **SMALL)
         return write_family_gguf(model, directory / "a.gguf"), "", flip
     model = make_gguf_checkpoint(directory, "llama3", **SMALL)
+    if kind in FP8_FORMS:
+        source = as_fp8(model, directory / "there", FP8_FORMS[kind])
+        return (source, "config.json", change_json) if "config" in kind else (source, WEIGHTS, change_header)
     if kind == "bin":
         return as_bin(model), "pytorch_model.bin", flip
     if kind == "gptq":
@@ -137,9 +145,10 @@ def make(kind: str, directory: Path) -> tuple[Path, str, Mutation]:
     return directory / "there", name, change_json if kind == "config.json" else change_header
 
 
+FP8_FORMS = {"fp8": "fp8 block", "fp8 channel": "ct channel", "fp8 cast": "cast", "fp8 config.json": "ct block"}
 KINDS = ["gguf", "gguf blocks", "gguf part", "bin", "pth", "quantized pth", "params.json", "tiktoken",
          "sentencepiece", "safetensors", "torchao", "int-quantized", "gptq", "config.json",
-         "granite", "phi3, longrope"]  # fmt: skip
+         "granite", "phi3, longrope", *FP8_FORMS]  # fmt: skip
 
 
 @pytest.mark.parametrize("cases", [250, pytest.param(5000, marks=pytest.mark.slow)])
@@ -148,12 +157,15 @@ def test_what_is_damaged_is_one_typed_error(tmp_path: Path, kind: str, cases: in
     source, name, mutate = make(kind, tmp_path)
     path, refused = (source / name if name else source), 0
     good = path.read_bytes()
-    convert(source, fresh(tmp_path / "first"))  # what is imported on first use
-    assert open_source(tmp_path / "first")
+    if kind in FP8_FORMS:
+        read_floats(source)
+    else:
+        convert(source, fresh(tmp_path / "first"))  # what is imported on first use
+        assert open_source(tmp_path / "first")
     for case in range(cases):
         path.write_bytes(mutate(good, random.Random(case)))
         out, before = fresh(tmp_path / "out"), forget_peak()
-        message = refusal(source, out, case)
+        message = refusal(source, out, case, read_floats if kind in FP8_FORMS else None)
         refused += message is not None
         assert "\n" not in (message or ""), f"case {case}"
         grown = peak() - before
@@ -161,10 +173,10 @@ def test_what_is_damaged_is_one_typed_error(tmp_path: Path, kind: str, cases: in
     assert refused > cases // 5
 
 
-def refusal(source: Path, out: Path, case: int) -> str | None:
-    """What is said of a model that is refused."""
+def refusal(source: Path, out: Path, case: int, read: Callable[[Path], None] | None) -> str | None:
+    """What is said of a model that is refused when it is converted, or read as it is."""
     try:
-        return outcome(lambda path: converted_here(source, path), out)
+        return outcome(lambda path: converted_here(source, path), out) if read is None else outcome(read, source)
     except Exception as problem:
         raise AssertionError(f"case {case}") from problem
 
@@ -177,6 +189,15 @@ def converted_here(source: Path, directory: Path) -> None:
         write_safetensors(source, files_of(source)[1:], directory, None)
     else:
         convert(source, directory)
+
+
+def read_floats(source: Path) -> None:
+    """Read every tensor of a float checkpoint."""
+    checkpoint = Checkpoint(source)
+    for tensor, shape in expected_tensors(checkpoint.config).items():
+        read = checkpoint.vector(tensor) if len(shape) == 1 else checkpoint.weight(tensor.removesuffix(".weight"))
+        check_finite(tensor, read)
+        assert read.shape == shape
 
 
 def fresh(directory: Path) -> Path:

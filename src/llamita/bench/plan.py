@@ -29,7 +29,6 @@ from llamita.models.names import expected_tensors, linear_names
 from llamita.models.packed import PackedModel
 from llamita.models.sizes import Plan, float_bytes, make_plan
 from llamita.models.weights import FLOAT_DTYPES, transform_dtype
-from llamita.numerics.float8 import FLOAT8
 from llamita.numerics.scheme import PRESETS, QuantScheme
 from llamita.system.files import exists_in, read_json
 from llamita.system.machine import free_memory, last_level_cache, usable_memory
@@ -142,7 +141,7 @@ def _from_config(values: dict[str, Any], where: str) -> Described:
         return Described(config, lambda _name: dtype, None)
     float8 = read_float8(quantization)
     codes = {f"{name}.weight" for name in linear_names(config) if not float8.is_kept(name)}
-    in_files = float_bytes(config, lambda name: FLOAT8[0] if name in codes else dtype)  # without scales, about 0.1 %
+    in_files = float_bytes(config, lambda name: "F8_E4M3" if name in codes else dtype)  # scales are about 0.1 %
     return Described(config, lambda name: "F32" if name in codes else dtype, None, source_bytes=in_files)
 
 

@@ -86,7 +86,7 @@ def _rounded_tensors(name: str, shape: tuple[int, int], kind: LayerKind, scale: 
 
 def tensor_bytes(tensors: Tensors) -> int:
     """Return the bytes of data of these tensors."""
-    sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+    sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
     return sum(sizes[dtype] * math.prod(shape) for dtype, shape in tensors.values())
 
 
