@@ -342,6 +342,12 @@ def test_import_says_what_it_is(tmp_path: Path, capsys: Any) -> None:
     directory = fp8(tmp_path, "ct channel")
     assert run("import", directory, "-o", tmp_path / "out") == 2
     assert "a float checkpoint in FP8; every command takes it as it is" in one_line(capsys)
+    set_quantization(directory, _weights(num_bits=4))
+    assert run("import", directory, "-o", tmp_path / "out") == 2
+    assert "num_bits: expected 8, got 4" in one_line(capsys)
+    set_quantization(directory, lambda s: s.update(format="naive-quantized"))
+    set_quantization(directory, _weights(type="int"))
+    assert detect_format(directory) == "compressed-tensors"  # a byte for an integer: the importer's
 
 
 @pytest.mark.parametrize("form", ["fp8 block", "ct tensor", "cast"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from llamita.errors import InputError, shown
 from llamita.imports import detect
 from llamita.imports.import_codes import Imported
-from llamita.models.float8 import is_float8
+from llamita.models.float8 import is_float8, read_float8
 from llamita.system.extras import load_optional
 from llamita.system.files import exists_in
 from llamita.system.progress import Progress
@@ -50,12 +50,17 @@ def convert(source: Path, directory: Path, progress: Progress = None, *, may_lin
 
 
 def _not_foreign(source: Path) -> InputError:
-    """Return the error for something that is no other tool's model, with what it is instead."""
+    """Return the error for something that is no other tool's model, with what it is instead.
+
+    Raises:
+        InputError: FP8 of a kind that is not known.
+    """
     expected = "another tool's model"
     if exists_in(source, "llamita.json"):
         return InputError(f"{source}", expected, "a packed model", "every command takes it as it is")
     quantization = detect.quantization_of(source) if source.is_dir() else {}
     if is_float8(quantization):
+        read_float8(quantization)  # refuses what no command takes
         return InputError(f"{source}", expected, "a float checkpoint in FP8", "every command takes it as it is")
     method = quantization.get("quant_method")
     if method is not None:

@@ -16,7 +16,7 @@ from llamita.models.weights import FLOAT_DTYPES
 from llamita.numerics.float8 import FLOAT8
 
 _WHERE = "config.json: quantization_config"
-_FORMATS = ("float-quantized", "naive-quantized")  # of compressed-tensors: with rounded activations, and without
+_FORMAT, _WEIGHTS_ALONE = "float-quantized", "naive-quantized"  # of compressed-tensors; the second holds integers too
 _STRATEGIES = ("tensor", "channel", "block")
 _WEIGHTS: dict[str, tuple[Any, ...]] = {"type": ("float",), "num_bits": (8,), "symmetric": (True, None),
                                         "dynamic": (False, None)}  # fmt: skip
@@ -52,7 +52,10 @@ def is_float8(quantization: object) -> bool:
     if not isinstance(quantization, dict):
         return False
     method, form = quantization.get("quant_method"), quantization.get("format")
-    return method in ("fp8", "fbgemm_fp8") or (method == "compressed-tensors" and form in _FORMATS)
+    if method != "compressed-tensors":
+        return method in ("fp8", "fbgemm_fp8")
+    types = [weights.get("type") for weights in _weights(quantization) if isinstance(weights, dict)]
+    return form == _FORMAT or (form == _WEIGHTS_ALONE and "float" in types)
 
 
 def read_float8(quantization: dict[str, Any]) -> Float8:
@@ -77,12 +80,11 @@ def _of_compressed_tensors(quantization: dict[str, Any], kept: tuple[str, ...]) 
     is_dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
     if not is_dense or quantization.get("transform_config"):
         raise InputError(_WHERE, "scaled weights alone", "sparsity or transforms")
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise InputError(f"{_WHERE}: config_groups", "groups by name", shown(groups, 40))
+    groups = _weights(quantization)
+    if not groups:
+        raise InputError(f"{_WHERE}: config_groups", "groups by name", shown(quantization.get("config_groups"), 40))
     strategies, blocks = set[str](), set[tuple[int, int]]()
-    for group in groups.values():
-        weights = group.get("weights") if isinstance(group, dict) else None
+    for weights in groups:
         if not isinstance(weights, dict):
             raise InputError(f"{_WHERE}: weights", "settings", shown(weights, 40))
         for key, known in (*_WEIGHTS.items(), ("strategy", _STRATEGIES)):
@@ -101,6 +103,13 @@ def _of_compressed_tensors(quantization: dict[str, Any], kept: tuple[str, ...]) 
     if len(blocks) > 1:
         raise InputError(f"{_WHERE}: weights: block_structure", "the same in all groups", "several")
     return Float8(("weight_scale",), frozenset(strategies), next(iter(blocks), None), kept)
+
+
+def _weights(quantization: dict[str, Any]) -> list[Any]:
+    """Return how compressed-tensors stores the weights of each group of layers."""
+    groups = quantization.get("config_groups")
+    found = groups.values() if isinstance(groups, dict) else []
+    return [group.get("weights") if isinstance(group, dict) else None for group in found]
 
 
 def _block(sizes: object, key: str) -> tuple[int, int] | None:
