@@ -30,8 +30,8 @@ _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 FORMS: dict[str, tuple[dict[str, Any] | None, str, str]] = {
     "ct tensor": (_compressed("tensor"), "weight_scale", "tensor"),
     "ct channel": (_compressed("channel"), "weight_scale", "channel"),
-    "ct block": (_compressed("block", block_structure=[48, 32]), "weight_scale", "block"),
-    "fp8 block": ({**_FP8, "fmt": "e4m3", "weight_block_size": [48, 32], "modules_to_not_convert": ["lm_head"]},
+    "ct block": (_compressed("block", block_structure=[48, 40]), "weight_scale", "block"),
+    "fp8 block": ({**_FP8, "fmt": "e4m3", "weight_block_size": [48, 40], "modules_to_not_convert": ["lm_head"]},
                   "weight_scale_inv", "block"),
     "fp8 tensor": ({**_FP8, "weight_block_size": None}, "weight_scale_inv", "scalar"),
     "autofp8": ({**_FP8, "activation_scheme": "static", "ignored_layers": ["lm_head"]}, "weight_scale", "scalar"),
@@ -39,7 +39,7 @@ FORMS: dict[str, tuple[dict[str, Any] | None, str, str]] = {
                "weight_scale", "channel"),
     "cast": (None, "", ""),
 }  # fmt: skip
-BLOCK = (48, 32)  # of the forms with blocks; 48 divides no matrix here
+BLOCK = (48, 40)  # of the forms with blocks; divides no matrix here
 
 
 def as_fp8(

@@ -172,7 +172,7 @@ def test_compressed_tensors_widens_to_the_same_values(tmp_path: Path, form: str,
 
     directory = fp8(tmp_path, form, scales=scales, block=(32, 64))
     settings = json.loads((directory / "config.json").read_text())["quantization_config"]
-    scheme = QuantizationConfig.model_validate(settings).config_groups["group_0"]
+    scheme: Any = QuantizationConfig.model_validate(settings).config_groups["group_0"]
     compressor, file = (
         BaseCompressor.get_value_from_registry("float-quantized"),
         TensorFile(directory / "model.safetensors"),
@@ -186,9 +186,9 @@ def test_compressed_tensors_widens_to_the_same_values(tmp_path: Path, form: str,
             if scales == "BF16"
             else torch.from_numpy(stored)
         )
-        theirs = compressor.decompress({"weight": codes, "weight_scale": scale}, scheme)["weight"].float().numpy()
+        theirs: Any = compressor.decompress({"weight": codes, "weight_scale": scale}, scheme)["weight"]
         rounding = 2**-8 if scales == "BF16" else 0  # half a step of BF16
-        np.testing.assert_allclose(theirs, source.weight(name), rtol=rounding, atol=0)
+        np.testing.assert_allclose(theirs.float().numpy(), source.weight(name), rtol=rounding, atol=0)
 
 
 def compare_with(state: dict[str, Any], directory: Path) -> None:
@@ -300,7 +300,7 @@ def test_settings_that_are_not_known_are_named(
 
 @pytest.mark.parametrize("form", ["ct channel", "fp8 block", "fbgemm", "cast"])
 def test_commands_take_it_as_a_float_model(tmp_path: Path, capsys: Any, form: str) -> None:
-    """The packed model is that of the twin in F32, file by file, but for what names the source."""
+    """Sizes are those of the files; the codes and scales of the packed model are those of the twin in F32."""
     directory = fp8(tmp_path, form, "llama32")
     assert run("inspect", directory, "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -320,7 +320,7 @@ def test_commands_take_it_as_a_float_model(tmp_path: Path, capsys: Any, form: st
     files = TensorFile(made / "model.safetensors"), TensorFile(other / "model.safetensors")
     for name in linear_names(Checkpoint(directory).config):
         for part in ("weight_packed", "weight_scale"):
-            np.testing.assert_array_equal(*(file.read(f"{name}.{part}") for file in files))
+            np.testing.assert_array_equal(files[0].read(f"{name}.{part}"), files[1].read(f"{name}.{part}"))
     assert planned["tensor_bytes"] == sum(info.stop - info.start for info in files[0].tensors.values())
     assert "quantization_config" not in Checkpoint(directory).hf_config
 
@@ -332,8 +332,8 @@ def _is_code(name: str, form: str) -> bool:
 def test_it_runs_and_can_be_rounded_on_the_way(tmp_path: Path) -> None:
     directory = fp8(tmp_path, "ct block")
     prompts = [[256, *range(20)]]
-    for options in ({}, {"scheme": "llama3.2"}):
-        texts = [llamita.load(path, **options).generate_many(prompts, max_tokens=8, temperature=0.0)
+    for scheme in (None, "llama3.2"):
+        texts = [llamita.load(path, scheme=scheme).generate_many(prompts, max_tokens=8, temperature=0.0)
                  for path in (directory, tmp_path / "fp8-twin")]  # fmt: skip
         assert [t.token_ids for t in texts[0]] == [t.token_ids for t in texts[1]]
 
