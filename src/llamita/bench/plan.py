@@ -104,12 +104,12 @@ def describe(name: str) -> Described:
         return _from_config(read_json(path, "config.json"), "config.json")
     source = open_source(path)
     assert isinstance(source, Checkpoint | PackedModel)
-    if isinstance(source, Checkpoint):
-        dtypes = {name: source.info(name).dtype for name in expected_tensors(source.config)}
-        source_bytes = source.stored_bytes()
-    else:
+    if isinstance(source, PackedModel):
         dtypes = {name: info.dtype for file in source.files.values() for name, info in file.tensors.items()}
         source_bytes = None
+    else:  # whose files may have other names
+        dtypes = {name: source.info(name).dtype for name in expected_tensors(source.config)}
+        source_bytes = source.stored_bytes()
     source.close()
 
     def float_dtype(name: str) -> str:  # for a packed model's rounded layers, that of its norms
