@@ -34,6 +34,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _YARN = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_FACTORS = "rope_freqs.weight"
+ROPE_TENSORS = (LONG_FACTORS, SHORT_FACTORS, ROPE_FACTORS)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -9,14 +9,7 @@ from llamita.formats.gguf_blocks import floats_of
 from llamita.formats.gguf_parts import GgufModel
 from llamita.formats.safetensors import TensorInfo
 from llamita.imports.detect import LINK
-from llamita.imports.gguf_config import (
-    LONG_FACTORS,
-    ROPE_FACTORS,
-    SHORT_FACTORS,
-    architecture_of,
-    check_rope,
-    hf_config,
-)
+from llamita.imports.gguf_config import ROPE_TENSORS, architecture_of, check_rope, hf_config
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.families import plain_config
@@ -26,8 +19,6 @@ from llamita.models.names import expected_tensors
 from llamita.models.weights import STORED
 from llamita.numerics.rotations import Rotations
 from llamita.system.files import read_json
-
-_ROPE_TENSORS: set[str] = {LONG_FACTORS, SHORT_FACTORS, ROPE_FACTORS}
 
 
 class GgufTensors:
@@ -78,7 +69,7 @@ class GgufTensors:
 
     def _check(self) -> None:
         """Check that the file has the architecture's tensors, and nothing else."""
-        name, known = self.file.path.name, _ROPE_TENSORS.copy()
+        name, known = self.file.path.name, set[str](ROPE_TENSORS)
         for tensor, shape in self.shapes.items():
             piece = self.layout.piece(tensor)
             stored = gguf_name(piece.stored)

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, HfFileSystem, constants, errors, snapshot_dow
 
 from llamita.errors import InputError, LlamitaError, RunError, first_line
 from llamita.formats.gguf import GgufFile
+from llamita.imports.gguf_config import ROPE_TENSORS
 from llamita.imports.hub_files import BIN_INDEX, Choice, Files, choose
 from llamita.imports.names import HubName, parse_hub_name
 from llamita.models.checkpoint import INDEX
@@ -30,7 +31,7 @@ _NO_FILE = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError
 _NO_REVISION = getattr(errors, "RevisionResolutionError", errors.LocalEntryNotFoundError)
 _HEADER_STEP = 2 << 20  # bytes of a GGUF that are read first; the headers of the largest vocabularies take about 8 MB
 _LARGEST_HEADER = 64 << 20
-_ROPE = "rope_freqs.weight"  # the one tensor that says something of a model's shape
+_LARGEST_FACTORS = 1 << 20  # bytes of a tensor of ROPE_TENSORS, which say how far a model's context was stretched
 # Endings of the files without which a model does not open, or opens as another one.
 _NEEDED = (".json", ".safetensors", ".bin", ".gguf", ".model", ".jinja")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -204,13 +205,13 @@ def _header(hub: HubName, listing: _Listing, name: str, directory: Path) -> Path
             if read >= min(size, _LARGEST_HEADER):
                 raise
         else:
-            tensor = header.tensors.get(_ROPE)
+            factors = [header.tensors[name] for name in ROPE_TENSORS if name in header.tensors]
             header.close()
             if header.header_bytes <= read:
                 break
         wanted = min(size, 2 * read)
-    if tensor is not None:
-        fetch(tensor.start, tensor.stop)
+    for tensor in factors:
+        fetch(tensor.start, min(tensor.stop, tensor.start + _LARGEST_FACTORS))
     return path
 
 
