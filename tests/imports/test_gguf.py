@@ -18,9 +18,11 @@ from llamita.formats.gguf_blocks import floats_of
 from llamita.formats.gguf_parts import GgufModel
 from llamita.imports.convert import convert
 from llamita.imports.gguf_config import _ends
+from llamita.imports.open import open_source
 from llamita.imports.tokenizers import with_scores
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.foreign_names import hf_order
+from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel
 from llamita.models.weights import Int4Weight, Int8Weight
 from llamita.text.tokenizer import Tokenizer
@@ -110,6 +112,11 @@ def test_a_file_in_other_blocks_becomes_a_float_checkpoint(tmp_path: Path, kind:
     assert run("quantize", tmp_path / "a.gguf", "-o", tmp_path / "again", "--overwrite") == 0
     assert run("inspect", tmp_path / "a.gguf") == 0
     assert kind in capsys.readouterr().out
+    source, file = open_source(tmp_path / "a.gguf"), GgufFile(tmp_path / "a.gguf")
+    assert isinstance(source, Checkpoint)
+    assert source.stored_bytes() == sum(tensor.stop - tensor.start for tensor in file.tensors.values())
+    weights = [source.weight(name) for name in (*table_names(source.config), *linear_names(source.config))]
+    assert source.made_bytes() == sum(w.nbytes for w in weights if w.flags.writeable)  # the file's own are not
 
 
 def test_special_tokens_and_flags_of_llama_2s_kind_hold() -> None:

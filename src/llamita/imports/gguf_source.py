@@ -1,6 +1,5 @@
 """Read a GGUF's weights as a float model, multiplied out as they are read; nothing is written."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +59,12 @@ class GgufTensors:
         stored = self.file.tensors[gguf_name(piece.stored)].kind
         return stored if stored in STORED and piece.factor == 1.0 else "F32"
 
+    def is_mapped(self, tensor: str) -> bool:
+        """Return whether `read` gives a tensor in place, so that it takes no memory beside the file's."""
+        moves_rows = self._in_pairs and heads_of(tensor.rpartition(".")[0], self.config) is not None
+        piece = self.layout.piece(tensor)
+        return piece.factor == 1.0 and not moves_rows and self.file.tensors[gguf_name(piece.stored)].kind in STORED
+
     def read(self, tensor: str) -> np.ndarray:
         """Return a tensor of the architecture: BF16 as bits, its rows in transformers' order."""
         piece, shape = self.layout.piece(tensor), self.shapes[tensor]
@@ -111,12 +116,11 @@ class GgufCheckpoint(Checkpoint):
         return TensorInfo(self._tensors.kind(tensor), self._tensors.shapes[tensor], 0, 0)
 
     def stored_bytes(self) -> int:
-        """Return the bytes of the file's tensors."""
+        """Return the bytes that the tensors take in the file."""
         return sum(tensor.stop - tensor.start for tensor in self.gguf.tensors.values())
 
-    def made_bytes(self) -> int:
-        """Return the bytes of all matrices in float32, which are in no file."""
-        return sum(4 * math.prod(shape) for shape in self._tensors.shapes.values() if len(shape) > 1)
+    def _is_mapped(self, tensor: str) -> bool:
+        return self._tensors.is_mapped(tensor)
 
     def _read(self, tensor: str) -> np.ndarray:
         return self._tensors.read(tensor)

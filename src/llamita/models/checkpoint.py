@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from llamita.errors import InputError, LlamitaError, shown
-from llamita.formats.safetensors import TensorFile, TensorInfo
+from llamita.formats.safetensors import DTYPES, TensorFile, TensorInfo
 from llamita.models.config import ModelConfig
 from llamita.models.families import PACKED, plain_config
 from llamita.models.float8 import add_scales, is_float8, read_float8
@@ -182,12 +182,13 @@ class Checkpoint(StoredTensors):
 
     def made_bytes(self) -> int:
         """Return the bytes of the matrices that are made as they are read, so that no file holds them in memory."""
-        shapes, made = expected_tensors(self.config), 0
-        for tensor in (name for name, shape in shapes.items() if len(shape) > 1):
-            piece = self._layout.piece(tensor)
-            if piece.factor != 1.0 or super().info(piece.stored).dtype in FLOAT8:
-                made += np.dtype(np.float32).itemsize * math.prod(shapes[tensor])
-        return made
+        matrices = [tensor for tensor, shape in expected_tensors(self.config).items() if len(shape) > 1]
+        infos = [self.info(tensor) for tensor in matrices if not self._is_mapped(tensor)]
+        return sum(np.dtype(DTYPES[info.dtype]).itemsize * math.prod(info.shape) for info in infos)
+
+    def _is_mapped(self, tensor: str) -> bool:
+        piece = self._layout.piece(tensor)
+        return piece.factor == 1.0 and super().info(piece.stored).dtype not in FLOAT8
 
     def _read(self, tensor: str) -> np.ndarray:
         piece = self._layout.piece(tensor)
