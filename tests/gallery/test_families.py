@@ -20,7 +20,7 @@ from llamita.errors import InputError
 from llamita.export.source import module_names
 from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.names import vector_names
+from llamita.models.names import linear_names, table_names, vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.weights import ModelSource, row_blocks
 
@@ -179,6 +179,10 @@ def test_its_own_gguf_is_read(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     model = make_family(tmp_path / "model", name)
     file = write_family_gguf(model, tmp_path / "model.gguf")
     assert relative_error(llamita.load(file).logits(IDS), theirs(model, IDS)) <= TOLERANCE
+    source = open_source(file)
+    assert isinstance(source, Checkpoint)
+    weights = [source.weight(module) for module in (*table_names(source.config), *linear_names(source.config))]
+    assert source.made_bytes() == sum(w.nbytes for w in weights if w.flags.writeable)  # what is mapped is not
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "granite, untied"])
