@@ -13,6 +13,7 @@ from adapter_files import make_adapter, read_adapter_tensors, replace_adapter_te
 from command import run
 from distances import relative_error
 from families import FAMILIES, make_family, write_family_gguf
+from foreign_models import write_parts
 from jsonl import write_jsonl
 
 import llamita
@@ -212,6 +213,18 @@ def test_adapters_of_other_layers_are_refused_by_name(name: str, tmp_path: Path,
         llamita.load(tmp_path / "model", adapters={"a": adapter})
 
 
+def test_parts_that_are_links_are_read_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's cache has them: names that lead to files named by a hash."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    whole = write_family_gguf(make_family(tmp_path / "model", "qwen3"), tmp_path / "model.gguf")
+    parts = write_parts(whole, tmp_path / "parts")
+    (tmp_path / "snapshot").mkdir()
+    for number, part in enumerate(parts):
+        (tmp_path / "snapshot" / part.name).symlink_to(part.rename(tmp_path / f"blob{number}"))
+    found = llamita.load(tmp_path / "snapshot" / parts[1].name).logits(SHORT)
+    np.testing.assert_array_equal(found, llamita.load(whole).logits(SHORT))
+
+
 def test_the_cached_directory_of_a_gguf_that_is_gone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
     file = write_family_gguf(make_family(tmp_path / "model", "qwen3"), tmp_path / "model.gguf")
@@ -220,6 +233,20 @@ def test_the_cached_directory_of_a_gguf_that_is_gone_says_so(tmp_path: Path, mon
     file.unlink()
     with pytest.raises(InputError, match=r"gguf\.json: expected the GGUF that this was made from"):
         open_source(place)
+
+
+def test_another_name_of_the_same_file_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made of the file under the first name is made anew once that name is gone."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    blob = write_family_gguf(make_family(tmp_path / "model", "qwen3"), tmp_path / "blob")
+    one, two = tmp_path / "one" / "model.gguf", tmp_path / "two" / "model.gguf"
+    for name in (one, two):
+        name.parent.mkdir()
+        name.symlink_to(blob)
+    place = resolve(one)
+    assert resolve(two) == place
+    one.unlink()
+    assert len(llamita.load(two).logits(SHORT)) == len(SHORT)
 
 
 @pytest.mark.slow

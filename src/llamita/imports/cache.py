@@ -10,9 +10,9 @@ from pathlib import Path
 from llamita import __version__
 from llamita.errors import InputError
 from llamita.imports.convert import convert
-from llamita.imports.detect import files_of, has_adapters
+from llamita.imports.detect import LINK, files_of, has_adapters
 from llamita.models.packed_writer import find_companions
-from llamita.system.files import place_of
+from llamita.system.files import exists_in, place_of, read_json
 from llamita.system.progress import Note, Progress
 from llamita.system.staging import remove_whole, staged
 
@@ -41,7 +41,9 @@ def converted(source: Path, progress: Progress = None, note: Note = None) -> Pat
     begin = f"{place_of(source).name[:_LONGEST_NAME]}-{_hash(str(source.resolve()))}-"
     place = _cache() / "imports" / f"{begin}{_hash(json.dumps([__version__, stats]))}"
     if place.exists():
-        return place
+        if not exists_in(place, LINK) or os.path.isfile(read_json(place, LINK).get("gguf", "")):
+            return place
+        remove_whole(place)  # it was made of the same file under a name that is gone
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with staged(place) as directory:

@@ -4,6 +4,7 @@ llama.cpp's own Q4_0 has scales of both signs, which no other runtime here takes
 out: float32 holds every product of a code and a scale exactly. F32, F16 and BF16 stay as they are.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def _converted(
 
 def _write_link(tensors: GgufTensors, directory: Path, progress: Progress) -> None:
     del progress
-    write_json(directory / LINK, {"gguf": str(tensors.file.path.resolve())})
+    # Not resolved: in the hub's cache, a link has the name that the other parts are found by.
+    write_json(directory / LINK, {"gguf": os.path.abspath(tensors.file.path)})
 
 
 def _multiplied_out(tensors: GgufTensors) -> str | None:
