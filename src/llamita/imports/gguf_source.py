@@ -1,5 +1,6 @@
 """Read a GGUF's weights as a float model, multiplied out as they are read; nothing is written."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from llamita.models.families import plain_config
 from llamita.models.foreign_names import GGUF_IN_PAIRS, gguf_name, heads_of, pair_order
 from llamita.models.layout import Piece, layout_of
 from llamita.models.names import expected_tensors
-from llamita.models.weights import STORED
+from llamita.models.weights import STORED, rows_at_once
 from llamita.numerics.rotations import Rotations
 from llamita.system.files import read_json
 
@@ -50,21 +51,29 @@ class GgufTensors:
         stored = self.file.tensors[gguf_name(piece.stored)].kind
         return stored if stored in STORED and piece.factor == 1.0 else "F32"
 
+    def moved_heads(self, tensor: str) -> int | None:
+        """Return the heads of a tensor whose rows are in another order in the file, None for the rest."""
+        return heads_of(tensor.rpartition(".")[0], self.config) if self._in_pairs else None
+
     def is_mapped(self, tensor: str) -> bool:
         """Return whether `read` gives a tensor in place, so that it takes no memory beside the file's."""
-        moves_rows = self._in_pairs and heads_of(tensor.rpartition(".")[0], self.config) is not None
-        piece = self.layout.piece(tensor)
+        piece, moves_rows = self.layout.piece(tensor), self.moved_heads(tensor) is not None
         return piece.factor == 1.0 and not moves_rows and self.file.tensors[gguf_name(piece.stored)].kind in STORED
 
-    def read(self, tensor: str) -> np.ndarray:
-        """Return a tensor of the architecture: BF16 as bits, its rows in transformers' order."""
-        piece, shape = self.layout.piece(tensor), self.shapes[tensor]
+    def read(self, tensor: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Return a tensor of the architecture: BF16 as bits, its rows in transformers' order.
+
+        Args:
+            first, last: rows of a matrix to return, of one whose order is the file's.
+        """
+        piece = self.layout.piece(tensor)
         stored, data = self.file.tensors[gguf_name(piece.stored)].kind, self.file.read(gguf_name(piece.stored))
-        data = data if piece.rows is None else data[slice(*piece.rows)]
+        data = (data if piece.rows is None else data[slice(*piece.rows)])[first:last]
+        shape = (-1, *self.shapes[tensor][1:])
         as_stored = stored in STORED and piece.factor == 1.0
         values = data.view(STORED[stored]).reshape(shape) if as_stored else floats_of(stored, data).reshape(shape)
         values = piece.scaled(values)
-        heads = heads_of(tensor.rpartition(".")[0], self.config) if self._in_pairs else None
+        heads = self.moved_heads(tensor)
         return values if heads is None else values[np.argsort(pair_order(len(values), heads))]
 
     def _check(self) -> None:
@@ -112,6 +121,14 @@ class GgufCheckpoint(Checkpoint):
 
     def _is_mapped(self, tensor: str) -> bool:
         return self._tensors.is_mapped(tensor)
+
+    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a matrix in pieces of rows, multiplied out one by one; those of queries and keys at once."""
+        tensor = f"{name}.weight"
+        rows, columns = self._tensors.shapes[tensor]
+        step = rows if self._tensors.moved_heads(tensor) else rows_at_once(columns)
+        for first in range(0, rows, step):
+            yield first, self._tensors.read(tensor, first, first + step)
 
     def _read(self, tensor: str) -> np.ndarray:
         return self._tensors.read(tensor)

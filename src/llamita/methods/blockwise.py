@@ -18,13 +18,12 @@ from llamita.errors import InputError
 from llamita.methods import rtn
 from llamita.methods.activations import quantize_activations
 from llamita.methods.blocks import STEPS, Block, embed, rotary_tables
-from llamita.methods.energy import pieces_of
 from llamita.methods.hidden_states import Store
 from llamita.methods.rtn import RoundedRows, RoundModule
 from llamita.methods.runtime_rotations import runtime_rotation
 from llamita.methods.setup import BATCH_TOKENS, Setup
 from llamita.models.names import linear_names
-from llamita.models.weights import FloatSource
+from llamita.models.weights import FloatSource, pieces_of
 from llamita.numerics.affine import dequantize
 from llamita.numerics.packing import unpack_int4
 from llamita.numerics.scheme import QuantScheme

@@ -6,15 +6,12 @@ initialization (Glorot and Bengio 2010); all values count as independent and of 
 stream starts as the embedding's and grows by what each layer writes; a norm brings its mean to 1.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from llamita.errors import InputError
 from llamita.models.weights import FloatSource, bias_of, check_finite
 from llamita.numerics.affine import F32, to_f32
 
-_CHUNK = 2**22  # weights converted at a time: 16 MB as float32
 _ATTENTION_SHARE = 0.5  # of a value's energy left after averaging over tokens; between 0 and 1
 _QUADRATURE = 32  # points of the Gauss-Hermite rule for E[silu(g)²]
 _TRUST = 0.5  # exponent: energies are estimates, and full trust in them makes models worse
@@ -65,22 +62,14 @@ def _after_norm(source: FloatSource, name: str, stream: F32) -> F32:
 
 def _output_moments(source: FloatSource, name: str, inputs: F32) -> tuple[F32, F32]:
     """Return mean and energy E[y²], each (outputs,), of y = W·x + b for E[x²] = inputs."""
-    weights = source.weight(name)
-    energy = np.empty(len(weights), np.float32)
-    for start, piece in pieces_of(weights):
+    energy = np.empty(source.info(f"{name}.weight").shape[0], np.float32)
+    for start, piece in source.rows(name):
         with np.errstate(over="ignore", invalid="ignore"):
             part = np.square(to_f32(piece)) @ inputs
         check_energy(name, piece, start, part)
         energy[start : start + len(piece)] = part
     bias = bias_of(source, name)
     return (np.zeros_like(energy), energy) if bias is None else (bias, energy + bias * bias)
-
-
-def pieces_of(weights: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield a matrix in pieces of rows that are small in float32, each with the number of its first row."""
-    step = max(1, _CHUNK // weights.shape[1])
-    for start in range(0, len(weights), step):
-        yield start, weights[start : start + step]
 
 
 def check_energy(name: str, piece: np.ndarray, first_row: int, energy: np.ndarray) -> None:
@@ -92,13 +81,13 @@ def check_energy(name: str, piece: np.ndarray, first_row: int, energy: np.ndarra
 
 def _column_energy(source: FloatSource, name: str) -> F32:
     """Return the mean square of each column of a table, as if all its rows came equally often: (columns,)."""
-    table = source.weight(name)
-    total = np.zeros(table.shape[1], np.float32)
-    for start, piece in pieces_of(table):
+    rows, columns = source.info(f"{name}.weight").shape
+    total = np.zeros(columns, np.float32)
+    for start, piece in source.rows(name):
         with np.errstate(over="ignore", invalid="ignore"):
             total += np.square(to_f32(piece)).sum(axis=0)
         check_energy(name, piece, start, total)
-    return total / np.float32(len(table))
+    return total / np.float32(rows)
 
 
 def _silu_energy(mean: F32, energy: F32) -> F32:

@@ -9,7 +9,7 @@ cross-layer equalization (Nagel et al., arXiv 1906.04721) with energies instead 
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.methods.energy import input_energies, pieces_of
+from llamita.methods.energy import input_energies
 from llamita.methods.settings import numbers_of
 from llamita.methods.setup import Setup
 from llamita.models.config import ModelConfig
@@ -62,9 +62,8 @@ def pair_scales(energy: F64, columns: F64) -> F64:
 
 def _column_energy(source: FloatSource, name: str) -> F64:
     """Return the sum of squares of each column of a matrix."""
-    weights = source.weight(name)
-    total = np.zeros(weights.shape[1])
-    for _, piece in pieces_of(weights):
+    total = np.zeros(source.info(f"{name}.weight").shape[1])
+    for _, piece in source.rows(name):
         total += np.square(to_f32(piece).astype(np.float64)).sum(axis=0)
     return total
 

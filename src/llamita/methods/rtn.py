@@ -7,7 +7,7 @@ import numpy as np
 
 from llamita import _native
 from llamita.errors import InputError
-from llamita.methods.energy import check_energy, input_importance, pieces_of
+from llamita.methods.energy import check_energy, input_importance
 from llamita.models.weights import FloatSource, check_finite
 from llamita.numerics.affine import F32, dequantize, to_f32
 from llamita.numerics.scheme import QuantScheme
@@ -45,12 +45,10 @@ def _round_module(source: FloatSource, scheme: QuantScheme, name: str, importanc
     Raises:
         InputError: NaN or infinity among the weights, with its place, or squares beyond float32.
     """
-    weights = source.weight(name)  # (rows, columns), mapped
-    columns = weights.shape[1]
     kind = scheme.kind(name)
     assert kind.bits, f"{name} stays float"
-    bits, group_size = kind.bits, kind.group_size or columns
-    for start, piece in pieces_of(weights):
+    for start, piece in source.rows(name):
+        bits, group_size = kind.bits, kind.group_size or piece.shape[1]
         try:
             codes, scales, error = _native.round_weights(piece, bits, group_size, rule_of(scheme), importance)
         except ValueError as problem:

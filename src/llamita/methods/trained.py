@@ -10,10 +10,9 @@ import numpy as np
 
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
-from llamita.methods.energy import pieces_of
 from llamita.methods.rtn import RoundedRows, RoundModule, errors_of
 from llamita.models.checkpoint import Checkpoint
-from llamita.models.weights import FloatSource, check_finite
+from llamita.models.weights import FloatSource, check_finite, pieces_of
 from llamita.numerics.affine import SMALLEST_NORMAL, bf16_to_f32, codes_at, f32_to_bf16, to_f32
 from llamita.numerics.scheme import QuantScheme
 from llamita.system.files import exists_in, safe_path

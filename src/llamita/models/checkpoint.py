@@ -6,7 +6,7 @@ widened to float32 as they are read.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from llamita.models.families import PACKED, plain_config
 from llamita.models.float8 import add_scales, is_float8, read_float8
 from llamita.models.layout import Piece, layout_of
 from llamita.models.names import EMBEDDING, HEAD, expected_tensors
-from llamita.models.weights import FLOAT_DTYPES, WeightFile, check_finite
+from llamita.models.weights import FLOAT_DTYPES, WeightFile, check_finite, pieces_of
 from llamita.numerics.affine import F32, to_f32
 from llamita.numerics.float8 import FLOAT8, widen
 from llamita.numerics.rotations import Rotations
@@ -213,6 +213,10 @@ class Checkpoint(StoredTensors):
     def weight(self, name: str) -> np.ndarray:
         """Return a matrix (rows, columns), float32, float16 or bf16 bits; mapped unless it is made as it is read."""
         return self._read(f"{name}.weight")
+
+    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a matrix in pieces of rows, each with the number of its first row."""
+        return pieces_of(self.weight(name))
 
     def vector(self, name: str) -> np.ndarray:
         """Return a norm's weight or a bias, float32 (length,)."""

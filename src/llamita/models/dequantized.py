@@ -1,11 +1,13 @@
 """Read a packed model as a float one: its codes times their scales, in float32."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from llamita.formats.safetensors import TensorInfo
 from llamita.models.names import linear_names, table_names
 from llamita.models.packed import PackedModel
-from llamita.models.weights import FLOAT_DTYPES, row_blocks
+from llamita.models.weights import FLOAT_DTYPES, pieces_of, row_blocks
 
 
 class DequantizedSource:
@@ -34,6 +36,10 @@ class DequantizedSource:
             values[done : done + len(part)] = part
             done += len(part)
         return values
+
+    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a matrix in pieces of rows, each with the number of its first row."""
+        return pieces_of(self.weight(name))
 
     def vector(self, name: str) -> np.ndarray:
         """Return a norm's weight or a bias, float32 (length,)."""

@@ -4,7 +4,7 @@ A change of a module acts on its inputs, its outputs or both, in float64; the re
 Together the changes of a transform keep the model's function (`methods/equalize.py`, `spinquant.py`).
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from llamita.formats.safetensors import TensorInfo
 from llamita.models.names import EMBEDDING, HEAD
-from llamita.models.weights import FloatSource
+from llamita.models.weights import FloatSource, pieces_of
 from llamita.numerics.affine import F32, to_f32
 from llamita.numerics.rotations import Rotations
 
@@ -86,6 +86,10 @@ class TransformedSource:
             rows = slice(start, start + step)
             changed[rows] = _apply(change.inputs, _to_f64(stored[rows]))
         return changed
+
+    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a matrix as `weight` gives it, in pieces of rows, each with the number of its first row."""
+        return pieces_of(self.weight(name))
 
     def vector(self, name: str) -> F32:
         """Return a norm's weight or a bias, float32 (length,)."""

@@ -18,6 +18,7 @@ from llamita.numerics.scheme import QuantScheme
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # their NumPy types in files, BF16 as bits
+_CHUNK = 2**22  # weights converted at a time: 16 MB as float32
 _FINITE_CHUNK = 2**22  # values tested at a time
 _ROWS = 1024  # rows of a matrix in float at a time
 
@@ -119,6 +120,10 @@ class FloatSource(Protocol):
         """Return a matrix (rows, columns), float32, float16 or bf16 bits."""
         ...
 
+    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a matrix as `weight` gives it, in pieces of rows, each with the number of its first row."""
+        ...
+
     def vector(self, name: str) -> np.ndarray:
         """Return a norm's weight or a bias, float32 (length,)."""
         ...
@@ -130,6 +135,18 @@ class FloatSource(Protocol):
     def close(self) -> None:
         """Unmap the files."""
         ...
+
+
+def pieces_of(weights: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield a matrix in pieces of rows that are small in float32, each with the number of its first row."""
+    step = rows_at_once(weights.shape[1])
+    for start in range(0, len(weights), step):
+        yield start, weights[start : start + step]
+
+
+def rows_at_once(columns: int) -> int:
+    """Return how many rows of a matrix are converted to float32 at a time."""
+    return max(1, _CHUNK // columns)
 
 
 def bias_of(source: ModelSource | FloatSource, name: str) -> np.ndarray | None:

@@ -17,7 +17,6 @@ from llamita.errors import InputError
 from llamita.evaluate.scores import Contender, score_tokens
 from llamita.formats.safetensors import DTYPES
 from llamita.loading import load
-from llamita.methods.energy import pieces_of
 from llamita.methods.setup import Setup
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.dequantized import DequantizedSource
@@ -34,7 +33,7 @@ from llamita.models.packed_writer import (
 )
 from llamita.models.peft import CONFIG, WEIGHTS, read_adapter
 from llamita.models.transformed import TransformedSource
-from llamita.models.weights import as_stored, check_finite
+from llamita.models.weights import as_stored, check_finite, pieces_of
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import fast_hadamard
 from llamita.numerics.intervals import Interval, mean_interval
