@@ -197,6 +197,13 @@ def test_an_adapter_acts_as_in_peft_and_can_be_merged(name: str, tmp_path: Path,
         expected = peft.PeftModel.from_pretrained(base, adapter)(torch.from_numpy(SHORT)[None]).logits[0].numpy()
     found = llamita.load(model, adapters={"a": adapter}).logits(SHORT, "a")
     assert relative_error(found, expected) <= TOLERANCE
+    assert run("quantize", model, "-o", tmp_path / "packed") == 0
+    exported = tmp_path / "exported"
+    assert run("export", tmp_path / "packed", "--to", "adapters", "--adapter", adapter, "-o", exported) == 0
+    with torch.no_grad():
+        again = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        found = peft.PeftModel.from_pretrained(again, exported)(torch.from_numpy(SHORT)[None]).logits[0].numpy()
+    assert relative_error(found, expected) <= TOLERANCE
     assert run("merge", model, adapter, "-o", tmp_path / "merged", "--text", __file__) == 0
     merged = tmp_path / "merged"
     for logits in (llamita.load(merged).logits(SHORT), theirs(merged, SHORT)):
@@ -235,18 +242,49 @@ def test_the_cached_directory_of_a_gguf_that_is_gone_says_so(tmp_path: Path, mon
         open_source(place)
 
 
-def test_another_name_of_the_same_file_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was made of the file under the first name is made anew once that name is gone."""
+def test_names_that_lead_to_files_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that led to one file and now leads to another; the first file keeps its weights under its own name."""
     monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
-    blob = write_family_gguf(make_family(tmp_path / "model", "qwen3"), tmp_path / "blob")
-    one, two = tmp_path / "one" / "model.gguf", tmp_path / "two" / "model.gguf"
-    for name in (one, two):
-        name.parent.mkdir()
-        name.symlink_to(blob)
-    place = resolve(one)
-    assert resolve(two) == place
-    one.unlink()
-    assert len(llamita.load(two).logits(SHORT)) == len(SHORT)
+    files = [
+        write_family_gguf(make_family(tmp_path / f"m{i}", "qwen3", seed=i), tmp_path / f"{i}.gguf") for i in (0, 1)
+    ]
+    first, second = (llamita.load(file).logits(SHORT) for file in files)
+    link = tmp_path / "current.gguf"
+    for file, expected in zip([*files, files[0]], [first, second, first], strict=True):
+        link.unlink(missing_ok=True)
+        link.symlink_to(file)
+        np.testing.assert_array_equal(llamita.load(link).logits(SHORT), expected)
+        np.testing.assert_array_equal(llamita.load(files[0]).logits(SHORT), first)
+
+
+def test_a_link_outside_the_cache_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model = make_family(tmp_path / "model", "qwen3")
+    before, other = llamita.load(model).logits(SHORT), make_family(tmp_path / "other", "qwen3", seed=1)
+    file = write_family_gguf(other, tmp_path / "other.gguf")
+    (model / "gguf.json").write_text(json.dumps({"gguf": str(file)}))
+    np.testing.assert_array_equal(llamita.load(model).logits(SHORT), before)
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A GGUF in a directory that llamita made, and that directory as OUT."""
+    monkeypatch.setenv("LLAMITA_CACHE", str(tmp_path / "cache"))
+    model, out = make_family(tmp_path / "model", "qwen3"), tmp_path / "out"
+    assert run("quantize", model, "-o", out) == 0
+    file = write_family_gguf(model, out / "model.gguf")
+    capsys.readouterr()
+    assert run("quantize", file, "-o", out, "--overwrite") == 2
+    assert "holds the source" in capsys.readouterr().err
+    assert file.exists()
+
+
+def test_a_packed_model_without_its_record_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """Its rotation would be lost, whatever the family."""
+    model, out = make_family(tmp_path / "model", "qwen3"), tmp_path / "out"
+    assert run("quantize", model, "-o", out, "--method", "spinquant", "--set", "spinquant.steps=0") == 0
+    (out / "llamita.json").unlink()
+    with pytest.raises(InputError, match=r"llamita\.json"):
+        llamita.load(out)
 
 
 @pytest.mark.slow

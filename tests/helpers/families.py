@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, yarn": ("llama", {"rope_parameters": _YARN}),
     "mistral": ("mistral", {"sliding_window": 48, "head_dim": 32}),
+    "mistral, wide window": ("mistral", {"sliding_window": 1024, "head_dim": 32}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}),
     "qwen3": ("qwen3", {"head_dim": 64, "tie_word_embeddings": True}),

@@ -17,6 +17,7 @@ from llamita.imports.open import open_float, resolve
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.metadata import METADATA
+from llamita.models.weights import places_of
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 from llamita.system import processes
 from llamita.system.extras import load_optional
@@ -104,7 +105,7 @@ def command(
     source = _open_float(base, "BASE")
     other = _teacher_path(teacher, source, chosen)
     if not dry_run:
-        _check_out(out, chosen, overwrite, source.path, other)
+        _check_out(out, chosen, overwrite, *places_of(source), other)
     with console.progress(quiet=json or not is_first) as progress:
         found = load_data(data, task, source, chosen, seed, limit, progress, skip_bad_rows)
         if preferences is not None:

@@ -1,7 +1,7 @@
 """Export the adapter of a packed model in PEFT's format (`--to adapters`).
 
-It fits the float model that DIR was made of, and what `--to hf` writes of DIR. Settings that PEFT computes
-(rank-stabilized scaling, names with an adapter in them) come out plain.
+It fits the float model that DIR was made of, and what `--to hf` writes of DIR where the family is the same. Settings
+that PEFT computes (rank-stabilized scaling, names with an adapter in them) come out plain.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from llamita.errors import InputError, RunError
 from llamita.export.job import ExportJob
 from llamita.export.source import adapter_of, source_name
-from llamita.models.peft import WEIGHTS, StoredAdapter, write_adapter
+from llamita.models.peft import WEIGHTS, StoredAdapter, unscaled, write_adapter
 from llamita.numerics.affine import to_f32
 from llamita.system.extras import load_optional
 from llamita.system.progress import Progress
@@ -30,7 +30,8 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
         raise InputError("--to adapters", "--adapter ADAPTER", "none")
     if progress:
         progress("adapter", 0, 1)
-    pairs = {name: (np.asarray(down), np.asarray(up)) for name, (down, up) in stored.pairs.items()}
+    factor = job.packed.config.query_factor
+    pairs = {name: (np.asarray(down), unscaled(name, up, factor)) for name, (down, up) in stored.pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
     adapter, layers = StoredAdapter(pairs, rank, stored.scaling), job.packed.config.layers
     write_adapter(adapter, source_name(job.packed), layers, directory)

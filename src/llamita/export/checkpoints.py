@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llamita.errors import RunError
-from llamita.models.families import FAMILIES
+from llamita.models.families import FAMILIES, own_values
 from llamita.models.names import vector_names
 from llamita.models.packed import PackedModel
 from llamita.models.packed_writer import copy_companions, find_companions, plan_shards, write_shards
@@ -33,7 +33,7 @@ def write_checkpoint(
     files = write_shards(directory, shards, lambda name: [tensors[name][2]()], progress)
     family = packed.config.family
     architecture = {"model_type": family, "architectures": [f"{FAMILIES[family].classes}ForCausalLM"]}
-    values = {**packed.hf_config, **architecture, **changes}
+    values = {**own_values(packed.hf_config, family), **architecture, **changes}
     left_out = {key for key, value in changes.items() if value is None}
     write_json(directory / "config.json", {key: value for key, value in values.items() if key not in left_out})
     copy_companions(packed.path, directory, find_companions(packed.path))

@@ -10,9 +10,9 @@ from pathlib import Path
 from llamita import __version__
 from llamita.errors import InputError
 from llamita.imports.convert import convert
-from llamita.imports.detect import LINK, files_of, has_adapters
+from llamita.imports.detect import files_of, gguf_of, has_adapters
 from llamita.models.packed_writer import find_companions
-from llamita.system.files import exists_in, place_of, read_json
+from llamita.system.files import place_of
 from llamita.system.progress import Note, Progress
 from llamita.system.staging import remove_whole, staged
 
@@ -38,12 +38,11 @@ def converted(source: Path, progress: Progress = None, note: Note = None) -> Pat
     if source.is_dir():  # tokenizer, templates and the like travel with the weights
         files |= {name: source / name for name in find_companions(source)}
     stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(files.items())]
+    spelled = os.path.abspath(source) if gguf_of(source) else ""  # the directory names the file by it
     begin = f"{place_of(source).name[:_LONGEST_NAME]}-{_hash(str(source.resolve()))}-"
-    place = _cache() / "imports" / f"{begin}{_hash(json.dumps([__version__, stats]))}"
+    place = conversions() / f"{begin}{_hash(json.dumps([__version__, stats, spelled]))}"
     if place.exists():
-        if not exists_in(place, LINK) or os.path.isfile(read_json(place, LINK).get("gguf", "")):
-            return place
-        remove_whole(place)  # it was made of the same file under a name that is gone
+        return place
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with staged(place) as directory:
@@ -68,6 +67,8 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY]
 
 
-def _cache() -> Path:
+def conversions() -> Path:
+    """Return the directory of converted models."""
     own = os.environ.get("LLAMITA_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamita"
+    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamita"
+    return cache / "imports"

@@ -5,6 +5,7 @@ from typing import Any
 
 from llamita.errors import LlamitaError
 from llamita.formats.gguf_parts import parts_of
+from llamita.models.families import PACKED
 from llamita.models.float8 import is_float8
 from llamita.system.files import exists_in, read_json, safe_path
 
@@ -69,7 +70,8 @@ def quantization_of(source: Path) -> dict[str, Any]:
             found = {"quant_method": GPTQ, **read_json(source, _OLD_GPTQ)}
     except LlamitaError:  # the next reader reports it
         return {}
-    return found if isinstance(found, dict) and values.get("model_type") != "llamita" else {}
+    is_ours = str(values.get("model_type")).startswith(PACKED)
+    return found if isinstance(found, dict) and not is_ours else {}
 
 
 def files_of(source: Path) -> list[Path]:

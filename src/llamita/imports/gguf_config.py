@@ -80,6 +80,8 @@ def hf_config(file: GgufModel) -> dict[str, Any]:
         value = file.values.get(f"{architecture_of(file)}.{key}")
         if isinstance(value, int | float) and value:  # 0 means that there is none
             values[name] = value
+    if architecture_of(file) == "granite":  # llama.cpp's default
+        values.setdefault("attention_multiplier", values["head_dim"] ** -0.5)
     values |= _scaling(file)
     _check_plain(file, values["head_dim"])
     return values
@@ -131,11 +133,10 @@ def _scaling(file: GgufModel) -> dict[str, Any]:
         return {"rope_scaling": {**values, original: _integer(file, "rope.scaling.original_context_length")}}
     if kind == "longrope":
         factors = {"long_factor": _factors(file, LONG_FACTORS), "short_factor": _factors(file, SHORT_FACTORS)}
-        values: dict[str, Any] = {name: [float(str(f)) for f in found] for name, found in factors.items()}
-        values |= {"rope_type": "longrope", original: _integer(file, "rope.scaling.original_context_length")}
+        values = {"rope_type": "longrope", **{name: [float(str(f)) for f in found] for name, found in factors.items()}}
         if _has(file, "rope.scaling.attn_factor"):
             values["attention_factor"] = _number(file, "rope.scaling.attn_factor", 1.0)
-        return {"rope_scaling": values}
+        return {"rope_scaling": values, original: _integer(file, "rope.scaling.original_context_length")}
     if kind is not None:
         raise InputError(f"{file.path.name}: rope.scaling.type", "linear, yarn, longrope or none", shown(kind, 40))
     if ROPE_FACTORS not in file.tensors:

@@ -209,6 +209,8 @@ def _header(hub: HubName, listing: _Listing, name: str, directory: Path) -> Path
             header.close()
             if header.header_bytes <= read:
                 break
+            if read >= min(size, _LARGEST_HEADER):
+                raise InputError(f"{name}: header", f"at most {_LARGEST_HEADER} bytes", f"{header.header_bytes}")
         wanted = min(size, 2 * read)
     for tensor in factors:
         fetch(tensor.start, min(tensor.stop, tensor.start + _LARGEST_FACTORS))

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llamita.errors import InputError, RunError, shown
-from llamita.imports.cache import converted
+from llamita.imports.cache import conversions, converted
 from llamita.imports.detect import LINK, detect_format
 from llamita.imports.names import is_hub_name
 from llamita.models.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ def open_source(name: str | Path, progress: Progress = None, note: Note = None) 
 
 def open_float(path: Path) -> Checkpoint:
     """Open a directory that `resolve` returned as a float model."""
-    if not exists_in(path, LINK):
+    if not exists_in(path, LINK) or path.parent != conversions():  # only there, the link is ours
         return Checkpoint(path)
     return import_module("llamita.imports.gguf_source").GgufCheckpoint(path)
 

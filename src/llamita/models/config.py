@@ -39,6 +39,7 @@ _MUST_BE = {
     "qk_norm": False,
     "partial_rotary_factor": 1.0,
     "is_encoder_decoder": False,
+    "is_causal": True,
 }
 
 
@@ -150,12 +151,9 @@ def _check_plain(values: dict[str, Any], family: Family) -> None:
 
 
 def _biases(values: dict[str, Any], family: Family) -> frozenset[str]:
-    """Return the linear layers with a bias: the family's own, or those of the two flags."""
-    if family.biases:
-        return frozenset(family.biases)
-    attention, mlp = flag(values, "attention_bias"), flag(values, "mlp_bias")
-    rooms = {"self_attn": attention, "mlp": mlp}
-    return frozenset(name for name in LINEARS if rooms[name.partition(".")[0]])
+    """Return the linear layers with a bias: the family's own, and those of the flags that it has."""
+    rooms = {room for room, key in family.bias_flags.items() if flag(values, key)}
+    return frozenset(family.biases) | {name for name in LINEARS if name.partition(".")[0] in rooms}
 
 
 def _unrotated(values: dict[str, Any], layers: int) -> frozenset[int]:
@@ -173,8 +171,11 @@ def _windowed(
     values: dict[str, Any], family: Family, layers: int, unrotated: frozenset[int]
 ) -> tuple[int, frozenset[int]]:
     """Return attention's window, 0 for none, and the layers that have it."""
+    kinds = _layer_types(values, layers)
     needs_flag = family.window in ("late", "unrotated")
     if values.get("sliding_window") is None or (needs_flag and not flag(values, "use_sliding_window")):
+        if values.get("sliding_window") is not None and kinds is not None and any(kinds):
+            raise InputError("config.json: use_sliding_window", "true with sliding layer_types", "false")
         return 0, frozenset()
     window, everywhere = count(values, "sliding_window", limit=_LARGEST_CONTEXT), frozenset(range(layers))
     chosen = everywhere
@@ -183,17 +184,22 @@ def _windowed(
         chosen = frozenset(i for i in everywhere if i >= first)
     elif family.window == "unrotated":
         chosen = unrotated
-    kinds = values.get("layer_types")
     if kinds is None:
         return window, chosen
-    known = {"full_attention": False, "sliding_attention": True}
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or any(not isinstance(kind, str) or kind not in known for kind in kinds)
-    ):
+    if family.window == "all" and not all(kinds) and window < count(values, "max_position_embeddings"):
+        raise InputError("config.json: layer_types", "sliding_attention alone", "full_attention, too")
+    return window, frozenset(i for i, is_windowed in enumerate(kinds) if is_windowed)
+
+
+def _layer_types(values: dict[str, Any], layers: int) -> list[bool] | None:
+    """Return whether each layer has the window, None if config.json does not say."""
+    kinds, known = values.get("layer_types"), {"full_attention": False, "sliding_attention": True}
+    if kinds is None:
+        return None
+    is_list = isinstance(kinds, list) and len(kinds) == layers
+    if not is_list or any(not isinstance(kind, str) or kind not in known for kind in kinds):
         raise InputError("config.json: layer_types", f"{' or '.join(known)} for each of {layers} layers", shown(kinds))
-    return window, frozenset(i for i, kind in enumerate(kinds) if known[kind])
+    return [known[kind] for kind in kinds]
 
 
 def _check_shapes(heads: int, head_dim: int, context: int, rope: RopeConfig) -> None:

@@ -23,6 +23,7 @@ class Family:
     Attributes:
         classes: the beginning of its classes' names in transformers, as in "LlamaForCausalLM".
         biases: linear layers that have a bias, whatever config.json says; by name within a block.
+        bias_flags: keys of config.json that give all linear layers of attention or MLP a bias.
         qk_norm: every query and key head passes an RMSNorm before it is rotated.
         window: the layers whose attention has the window `sliding_window`: "all"; "late", from `max_window_layers` on
             and only with `use_sliding_window`; "unrotated", those without rotary embedding and with the same flag.
@@ -33,6 +34,7 @@ class Family:
 
     classes: str
     biases: tuple[str, ...] = ()
+    bias_flags: Mapping[str, str] = field(default_factory=dict)
     qk_norm: bool = False
     window: str | None = None
     skips_rope: bool = False
@@ -41,13 +43,17 @@ class Family:
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_FLAGS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 FAMILIES = {  # by model_type
-    "llama": Family("Llama"),
+    "llama": Family("Llama", bias_flags=_FLAGS),
     "mistral": Family("Mistral", window="all", defaults={"sliding_window": 4096}),
     "qwen2": Family("Qwen2", biases=_QKV, window="late", gguf="qwen2"),
-    "qwen3": Family("Qwen3", qk_norm=True, window="late", defaults={"head_dim": 128}, gguf="qwen3"),
+    "qwen3": Family(
+        "Qwen3", bias_flags={"self_attn": "attention_bias"}, qk_norm=True, window="late", gguf="qwen3",
+        defaults={"head_dim": 128},
+    ),
     "smollm3": Family(
-        "SmolLM3", window="unrotated", skips_rope=True, gguf="smollm3",
+        "SmolLM3", bias_flags=_FLAGS, window="unrotated", skips_rope=True, gguf="smollm3",
         defaults={"tie_word_embeddings": True, "rope_theta": 2e6},
     ),
 }  # fmt: skip
@@ -69,6 +75,15 @@ def plain_config(values: dict[str, Any]) -> dict[str, Any]:
         known = ", ".join((*FAMILIES, *REWRITTEN))
         raise InputError("config.json: model_type", f"one of {known}", shown(found))
     return REWRITTEN[found](values)
+
+
+def own_values(values: dict[str, Any], family: str) -> dict[str, Any]:
+    """Return config.json of a model of this family; null in place of a window that it does not have.
+
+    A Mistral whose window no text reaches is a Llama here, for which a window would be an unknown key.
+    """
+    has_other = FAMILIES[family].window is None and values.get("sliding_window") is not None
+    return {**values, "sliding_window": None} if has_other else values
 
 
 def family_name(model_type: Any) -> str | None:
@@ -103,18 +118,22 @@ def _plain_granite(values: dict[str, Any]) -> dict[str, Any]:
     heads, eps = count(values, "num_attention_heads"), number(values, "rms_norm_eps", *EPS_RANGE, 1e-6)
     head_dim = count(values, "head_dim", count(values, "hidden_size") // heads)
     kept = {key: value for key, value in values.items() if key not in _SCALED}
+    low, high = EPS_RANGE
+    if not low <= eps / residual**2 <= high:
+        expected = f"one whose square leaves rms_norm_eps {eps:g} below {high:g}"
+        raise InputError("config.json: residual_multiplier", expected, f"{residual:g}")
     factor = attention * head_dim**0.5
     return _as_llama(kept, head_dim=head_dim, rms_norm_eps=eps / residual**2, **{QUERY_FACTOR: factor})
 
 
 def _plain_phi3(values: dict[str, Any]) -> dict[str, Any]:
     """Return a Llama's config.json, or a Mistral's if attention has a window; only the matrices are fused in Phi-3."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling")
-    original = values.get("original_max_position_embeddings")
-    if isinstance(rope, dict) and original is not None:
-        values = {**values, "rope_scaling": {**rope, "original_max_position_embeddings": original}}
-        values.pop("rope_parameters", None)
-    values = {"rms_norm_eps": 1e-5, **values}
+    values = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, **values}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key)
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):  # its older names
+            values[key] = {**rope, "rope_type": "longrope", "type": "longrope"}
+    values = {key: value for key, value in values.items() if key not in _FLAGS.values()}
     if values.get("sliding_window") is None:
         return _as_llama(values)
     return {**_as_llama(values), "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
@@ -123,12 +142,22 @@ def _plain_phi3(values: dict[str, Any]) -> dict[str, Any]:
 def _plain_mllama(values: dict[str, Any]) -> dict[str, Any]:
     """Return config.json of the text model without its cross-attention layers, which only images use."""
     text = values.get("text_config", values)
-    crossing = text.get("cross_attention_layers") if isinstance(text, dict) else None
-    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
-    if type(layers) is not int or not isinstance(crossing, list) or not all(type(i) is int for i in crossing):
-        raise InputError("config.json: text_config", "num_hidden_layers and cross_attention_layers", shown(crossing))
-    kept = {key: value for key, value in text.items() if key != "cross_attention_layers"}
+    if not isinstance(text, dict):
+        raise InputError("config.json: text_config", "an object", type(text).__name__)
+    layers, crossing = count(text, "num_hidden_layers"), crossing_layers(text)
+    dropped = ("cross_attention_layers", *_FLAGS.values())
+    kept = {"rope_theta": 5e5, "rms_norm_eps": 1e-5} | {k: v for k, v in text.items() if k not in dropped}
     return _as_llama(kept, num_hidden_layers=layers - len({i for i in crossing if 0 <= i < layers}))
+
+
+def crossing_layers(text: dict[str, Any]) -> list[int]:
+    """Return the layers of Llama 3.2 Vision that look at images; those of the 11B where config.json does not say."""
+    found = text.get("cross_attention_layers")
+    if found is None:
+        return list(range(3, 40, 5))
+    if not isinstance(found, list) or not all(type(i) is int for i in found):
+        raise InputError("config.json: cross_attention_layers", "numbers of layers", shown(found))
+    return found
 
 
 def _as_llama(values: dict[str, Any], **changes: Any) -> dict[str, Any]:

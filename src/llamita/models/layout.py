@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llamita.models.config import ModelConfig
-from llamita.models.families import QUERY_FACTOR, granite_scales, plain_config
+from llamita.models.families import QUERY_FACTOR, crossing_layers, granite_scales, plain_config
 from llamita.models.names import EMBEDDING, HEAD, expected_tensors
 from llamita.numerics.affine import to_f32
 
@@ -119,7 +119,7 @@ def _of_phi3(values: dict[str, Any], config: ModelConfig, stored: Collection[str
 
 def _of_mllama(values: dict[str, Any], config: ModelConfig, stored: Collection[str]) -> Layout:
     text = values.get("text_config", values)
-    crossing = set(text["cross_attention_layers"])
+    crossing = set(crossing_layers(text))
     numbers = [i for i in range(text["num_hidden_layers"]) if i not in crossing]
     names = ("embed_tokens.weight", "lm_head.weight")
     prefix = next((p for p in _MLLAMA_PREFIXES if p + names[0] in stored), "model.")

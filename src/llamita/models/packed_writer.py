@@ -15,7 +15,7 @@ import numpy as np
 from llamita.formats.safetensors import TensorWriter, header_bytes
 from llamita.models.checkpoint import INDEX, SINGLE
 from llamita.models.config import ModelConfig
-from llamita.models.families import packed_type
+from llamita.models.families import own_values, packed_type
 from llamita.models.packed import Tensors, int8_tables, quantization_config, tensor_bytes
 from llamita.models.weights import FloatSource
 from llamita.numerics.affine import f32_to_bf16
@@ -149,9 +149,9 @@ def write_config(
 ) -> dict[str, Any]:
     """Write the source's config.json with the scheme, so that transformers opens the model correctly or refuses it."""
     dropped = ("torch_dtype", "auto_map")  # the old name of dtype; code of a repository, which no Llama needs
-    values = {key: value for key, value in hf_config.items() if key not in dropped}
-    values["dtype"] = "float32"  # otherwise transformers would round FP32 scales to bf16
     config = ModelConfig.from_hf(hf_config)
+    values = {key: value for key, value in own_values(hf_config, config.family).items() if key not in dropped}
+    values["dtype"] = "float32"  # otherwise transformers would round FP32 scales to bf16
     if int8_tables(config, scheme) or rotations.acts_at_run_time:
         # transformers would take a table's int8 codes for weights with only a warning, and leave out run-time
         # rotations. A type that it does not know makes it refuse.

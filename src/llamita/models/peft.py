@@ -169,6 +169,13 @@ def _is_alpha(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_ALPHA
 
 
+def unscaled(module: str, up: np.ndarray, query_factor: float) -> np.ndarray:
+    """Return B for the family's own weights, as files have it; see `ModelConfig.query_factor`."""
+    if query_factor == 1.0 or not module.endswith("q_proj"):
+        return np.asarray(up)
+    return to_f32(np.asarray(up)) / np.float32(query_factor)
+
+
 def write_adapter(adapter: StoredAdapter, base: str, layers: int, directory: Path) -> None:
     """Write an adapter into an empty directory.
 

@@ -11,6 +11,7 @@ from llamita.errors import InputError, shown
 from llamita.models.values import count, flag, number
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_KNOWING, _ORIGINAL = ("llama3", "yarn", "longrope"), "original_max_position_embeddings"
 _OLD_NAMES = {"su": "longrope"}  # of the first Phi-3
 _LARGEST_FACTOR = 1e6  # keeps the grown base of dynamic scaling within float32
 _LARGEST_THETA = 1e12
@@ -71,22 +72,27 @@ def read_rope(values: dict[str, Any], context: int, head_dim: int) -> tuple[Rope
     Raises:
         InputError: a kind that is not known, or an impossible value.
     """
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    old, new = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
+    scaling = old or new
     if not isinstance(scaling, dict):
         raise InputError("config.json: rope_scaling", "an object", type(scaling).__name__)
+    if old and new and old != new:
+        raise InputError("config.json: rope_scaling", "none beside other rope_parameters", hint="try removing one")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     kind = _OLD_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ROPE_TYPES:
         raise InputError("config.json: rope_scaling", f"one of {', '.join(ROPE_TYPES)}", shown(kind))
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("config.json: partial_rotary_factor", "1.0", hint="the engine rotates whole heads")
+    if kind in _KNOWING and (original := values.get(_ORIGINAL)) is not None:  # as transformers prefers it
+        scaling = {**scaling, _ORIGINAL: original}
     theta = number(values, "rope_theta", 1, _LARGEST_THETA, default=10000.0)
     theta = number(scaling, "rope_theta", 1, _LARGEST_THETA, default=theta)
     if kind == "default":
         return RopeConfig(theta=theta), context
     if kind == "longrope":
         return _longrope(scaling, theta, context, head_dim), context
-    if "factor" not in scaling:
+    if scaling.get("factor") is None:
         raise InputError("config.json: rope_scaling", f"a factor with type {kind!r}", "none")
     factor = number(scaling, "factor", 1, _LARGEST_FACTOR)  # below 1 it would shorten the context
     if kind == "yarn":
@@ -97,15 +103,18 @@ def read_rope(values: dict[str, Any], context: int, head_dim: int) -> tuple[Rope
     low, high = (number(scaling, f"{end}_freq_factor", *_TURNS_RANGE) for end in ("low", "high"))
     if low >= high:
         raise InputError("config.json: high_freq_factor", f"more than low_freq_factor {low}", f"{high}")
-    original = count(scaling, "original_max_position_embeddings")
+    original = count(scaling, _ORIGINAL)
     return RopeConfig(theta, kind, factor, low, high, original), context
 
 
 def _yarn(scaling: dict[str, Any], theta: float, factor: float, context: int) -> RopeConfig:
     """Read YaRN's values; where no attention factor is given, it is the paper's 0.1·ln(factor) + 1."""
     low, high = _TURNS_RANGE
-    plain = RopeConfig.yarn(theta, factor, count(scaling, "original_max_position_embeddings", context))
-    fast, slow = (number(scaling, key, low, high, default) for key, default in (("beta_fast", 32), ("beta_slow", 1)))
+    plain = RopeConfig.yarn(theta, factor, count(scaling, _ORIGINAL, context))
+    fast, slow = (
+        number(scaling, key, low, high) if scaling.get(key) else default  # 0 counts as missing in transformers
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    )
     if fast <= slow:
         raise InputError("config.json: beta_fast", f"more than beta_slow {slow:g}", f"{fast:g}")
     if theta <= 1:
@@ -126,7 +135,7 @@ def _stretched(factor: float, scale: Any = 1.0) -> float:
 
 def _longrope(scaling: dict[str, Any], theta: float, context: int, head_dim: int) -> RopeConfig:
     """Read LongRoPE's values; where no attention factor is given, it is √(1 + ln(factor) / ln(original context))."""
-    original = count(scaling, "original_max_position_embeddings", context)
+    original = count(scaling, _ORIGINAL, context)
     if original < _LEAST_ORIGINAL:
         raise InputError("config.json: original_max_position_embeddings", f"at least {_LEAST_ORIGINAL}", f"{original}")
     factors = []

@@ -19,8 +19,9 @@ def count(values: dict[str, Any], key: str, default: int | None = None, limit: i
 
 
 def number(values: dict[str, Any], key: str, smallest: float, largest: float, default: float | None = None) -> float:
-    """Return a number within these limits; the default is for a missing value alone."""
-    value = values.get(key, default)
+    """Return a number within these limits; a missing value or null is the default."""
+    value = values.get(key)
+    value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not smallest <= value <= largest:
         raise InputError(f"config.json: {key}", f"a number from {smallest:g} to {largest:g}", shown(value, 40))
     return float(value)

@@ -137,6 +137,11 @@ class FloatSource(Protocol):
         ...
 
 
+def places_of(source: FloatSource) -> list[Path]:
+    """Return the model's directory and its files of weights, which may be elsewhere."""
+    return [source.path, *(file.path for file in source.files.values())]
+
+
 def pieces_of(weights: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield a matrix in pieces of rows that are small in float32, each with the number of its first row."""
     step = rows_at_once(weights.shape[1])

@@ -24,7 +24,7 @@ from llamita.models.config import ModelConfig
 from llamita.models.metadata import METADATA, ErrorRecord, Metadata, SourceRecord
 from llamita.models.packed_writer import SHARD_BYTES, copy_companions, find_companions, stored_rotations, write_config
 from llamita.models.sizes import Plan, make_plan
-from llamita.models.weights import FloatSource, transform_dtype
+from llamita.models.weights import FloatSource, places_of, transform_dtype
 from llamita.numerics.rotations import Rotations
 from llamita.numerics.scheme import QuantScheme, make_scheme
 from llamita.quantize.calibration import CalibrationSpec, calibrated, text_of
@@ -244,7 +244,8 @@ def quantize(
     companions = find_companions(origin.path)
     stored = origin.stored_bytes() if isinstance(origin, Checkpoint) else None
     before = make_plan(origin.config, scheme, lambda name: origin.info(name).dtype, source_bytes=stored)  # does it fit?
-    check_target(out, overwrite, origin.path)
+    for place in places_of(origin):
+        check_target(out, overwrite, place)
     record = source_record(origin, recorded, progress)
     watch, kept = MemoryWatch(), _kept_blocks(out, chain, scheme, record, setup)
     with watch, kept as work, staged(out, overwrite, origin.path) as directory:

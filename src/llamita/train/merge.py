@@ -33,7 +33,7 @@ from llamita.models.packed_writer import (
 )
 from llamita.models.peft import CONFIG, WEIGHTS, read_adapter
 from llamita.models.transformed import TransformedSource
-from llamita.models.weights import as_stored, check_finite, pieces_of
+from llamita.models.weights import as_stored, check_finite, pieces_of, places_of
 from llamita.numerics.affine import to_f32
 from llamita.numerics.hadamard import fast_hadamard
 from llamita.numerics.intervals import Interval, mean_interval
@@ -110,7 +110,7 @@ class MergeLoss:
 
 def check_targets(source: MergedSource, out: Path, overwrite: bool) -> None:
     """Raise InputError if `out` cannot be made, or holds the base or the adapter."""
-    for kept in (source.path, source.adapter):
+    for kept in (*places_of(source), source.adapter):
         check_target(out, overwrite, kept)
 
 
