@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command import run
 from foreign_models import as_bin, make_gguf_checkpoint, write_parts
@@ -15,7 +16,7 @@ from huggingface_hub import errors
 from tiny import llama3_rope, make_checkpoint
 
 from llamita.errors import InputError, RunError
-from llamita.formats.gguf import GgufFile
+from llamita.formats.gguf import GgufFile, write_gguf
 from llamita.imports import hub as hub_module
 from llamita.imports.names import HubName
 from llamita.imports.open import resolve
@@ -283,6 +284,7 @@ class TestHeader:
             listing = hub_module._Listing({"sub/m.gguf": len(data)}, "0" * 40)
             return GgufFile(hub_module._header(HubName("o/m"), listing, "sub/m.gguf", tmp_path)), asked
 
+        read.asked = asked  # type: ignore[attr-defined]
         return read
 
     @pytest.mark.parametrize("missing", [10, 20, None])  # bytes of the header after the first step
@@ -310,3 +312,13 @@ class TestHeader:
         for damaged in (data[:3000], b"GGUF" + bytes(5000), b"no" * 1000):
             with pytest.raises(InputError):
                 read(damaged)
+
+    def test_an_endless_one_is_not_fetched(self, read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A text of zeros is a valid text also where nothing was fetched yet."""
+        monkeypatch.setattr(hub_module, "_LARGEST_HEADER", 4096)
+        write_gguf(
+            tmp_path / "long.gguf", {"a": "\0" * 50_000}, {"x": ("F32", (8,))}, iter([("x", np.zeros(8, "<f4"))])
+        )
+        with pytest.raises(InputError, match=r"header: expected at most 4096 bytes"):
+            read((tmp_path / "long.gguf").read_bytes(), 1000)
+        assert read.asked[-1][1] < 2 * 4096
