@@ -169,6 +169,8 @@ def test_gguf_there_and_back(family: str, packed: Path, tmp_path: Path, capsys: 
         assert "--to gguf: expected rotary embeddings that do not depend on the length" in capsys.readouterr().err
         return
     assert code == 0
+    note = "tokens: llama.cpp has no window here"
+    assert (note in capsys.readouterr().err) == bool(PackedModel(packed).config.windowed)
     assert run("import", tmp_path / "out" / "model.gguf", "-o", tmp_path / "back") == 0
     same_values(PackedModel(packed), PackedModel(tmp_path / "back"))
 

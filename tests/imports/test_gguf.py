@@ -11,7 +11,10 @@ from foreign_models import make_gguf_checkpoint, write_in_blocks, write_small_gg
 from packed_models import float_weight
 from tiny import llama3_rope
 
+import llamita
+from llamita.bench.plan import describe
 from llamita.errors import InputError
+from llamita.evaluate.scores import Contender
 from llamita.export.source import module_names
 from llamita.formats.gguf import GgufFile, write_gguf
 from llamita.formats.gguf_blocks import floats_of
@@ -110,6 +113,11 @@ def test_a_file_in_other_blocks_becomes_a_float_checkpoint(tmp_path: Path, kind:
         found = back.weight(f"model.layers.1.{module}")
         np.testing.assert_array_equal(found, expected if order is None else expected[order])
     assert run("quantize", tmp_path / "a.gguf", "-o", tmp_path / "again", "--overwrite") == 0
+    assert f"the source is rounded already ({kind}): rounding adds to its loss" in capsys.readouterr().err
+    in_file = sum(tensor.stop - tensor.start for tensor in GgufFile(tmp_path / "a.gguf").tensors.values())
+    assert describe(str(tmp_path / "a.gguf")).source_bytes == in_file  # what plan and --dry-run show
+    llm = llamita.load(tmp_path / "a.gguf")
+    assert Contender("a", llm, is_baseline=True).weight_bytes == (tmp_path / "a.gguf").stat().st_size
     assert run("inspect", tmp_path / "a.gguf") == 0
     assert kind in capsys.readouterr().out
     source, file = open_source(tmp_path / "a.gguf"), GgufFile(tmp_path / "a.gguf")

@@ -75,7 +75,10 @@ def test_other_kinds_stay(tmp_path: Path) -> None:
 def test_a_layer_that_no_size_fits_is_named(tmp_path: Path) -> None:
     config = config_of(make_checkpoint(tmp_path, intermediate_size=208))  # 13 · 16
     scheme = fit_groups(config, make_scheme("llama3.2", 64))
-    with pytest.raises(InputError, match=rf"{DOWN[0]}: expected inputs in groups of 64, got 208; no group size fits"):
+    with pytest.raises(
+        InputError,
+        match=rf"{DOWN[0]}: expected inputs in groups of 64, got 208; no group size fits this layer; try --keep-float",
+    ):
         layout(config, scheme, lambda _: "BF16")
 
 

@@ -7,7 +7,7 @@ bound by the time that a layer takes whatever its size.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,10 @@ def describe(name: str) -> Described:
     """
     path = Path(name)
     if os.path.exists(name) and (file := gguf_of(path) or path).is_file():
-        return _from_config(_read_config(file), name)
+        return _describe_file(file, name)
     if is_hub_name(name):
         with import_module("llamita.imports.hub").described(name) as file:
-            return _from_config(_read_config(file), name)
+            return _describe_file(file, name)
     if detect_format(path) == BIN:  # its config.json says all
         return _from_config(read_json(path, "config.json"), name)
     path = resolve(name)
@@ -118,11 +118,12 @@ def describe(name: str) -> Described:
     return Described(source.config, float_dtype, source.scheme, transform_dtype(source.rotations), source_bytes)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Return config.json, or what takes its place in a GGUF."""
+def _describe_file(file: Path, where: str) -> Described:
+    """Describe the model of a config.json, or of a GGUF's header."""
     if gguf_of(file) is None:
-        return read_json(file.parent, file.name)
-    return import_module("llamita.imports.gguf_config").read_config(file)
+        return _from_config(read_json(file.parent, file.name), where)
+    values, in_files = import_module("llamita.imports.gguf_config").read_config(file)
+    return replace(_from_config(values, where), source_bytes=in_files)
 
 
 def describe_shape(name: str) -> tuple[str, Described]:

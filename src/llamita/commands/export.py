@@ -163,6 +163,8 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         console.note(f"{scales['zeros']:,} groups are zeros; their scale is 1")
     if scales and scales["subnormal"]:
         console.note(f"{scales['subnormal']:,} scales are subnormal in f16, and exact")
+    if record.get("cut_context"):
+        console.note(f"texts of at most {record['cut_context']:,} tokens: llama.cpp has no window here")
     if record.get("untied_bytes"):
         console.note(f"the head has a table of its own: {record['untied_bytes'] / 1e6:,.1f} MB more")
     if record.get("rounded_to_bf16"):

@@ -17,6 +17,7 @@ from llamita.engine.llm import LLM
 from llamita.errors import InputError, RunError
 from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import Checkpoint
+from llamita.models.packed import PackedModel
 from llamita.models.sizes import make_plan
 from llamita.models.weights import ModelSource
 from llamita.numerics.intervals import Interval, mean_interval, paired_difference
@@ -48,7 +49,8 @@ class Contender:
         if isinstance(source, Checkpoint) and self.llm.scheme:
             plan = make_plan(source.config, self.llm.scheme, lambda name: source.info(name).dtype)
             return plan.file_bytes
-        return sum(file.stat().st_size for file in self.llm.path.glob("model*.safetensors"))
+        assert isinstance(source, Checkpoint | PackedModel)
+        return sum(file.path.stat().st_size for file in source.files.values())
 
     def open(self) -> ModelSource:
         """Open its weights once more, as the engine reads them."""

@@ -42,7 +42,8 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
         InputError: the format cannot hold the model.
     """
     refuse_rotation(job.packed, "gguf")
-    _check_family(job.packed.config)
+    config = job.packed.config
+    _check_family(config)
     grid = check_grid(job.packed, "f16", bool(job.options.get("round_scales")), "gguf")
     model: ModelSource = RoundedScales(job.packed, "f16") if grid.off else job.packed
     modules, path = module_names(model), directory / FILE
@@ -61,7 +62,7 @@ def write(job: ExportJob, directory: Path, progress: Progress) -> dict[str, Any]
     copy_companions(model.path, directory, find_companions(model.path))
     equal = _count_equal(model, path, modules, vectors)
     return {"bytes": path.stat().st_size, "scales": vars(grid), "proof": None, "equal_layers": equal,
-            "layers": len(modules) + len(vectors),
+            "layers": len(modules) + len(vectors), "cut_context": config.window or None,
             "unchecked": "llama.cpp is not part of llamita"}  # fmt: skip
 
 

@@ -37,15 +37,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 ROPE_TENSORS = (LONG_FACTORS, SHORT_FACTORS, ROPE_FACTORS)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return config.json for a file, of which only the header is read.
+def read_config(path: Path) -> tuple[dict[str, Any], int]:
+    """Return config.json for a file, of which only the header is read, and the bytes that its tensors take.
 
     Raises:
         InputError, RunError: see `GgufModel` and `hf_config`.
     """
     file = GgufModel(path)
     try:
-        return hf_config(file)
+        return hf_config(file), sum(tensor.stop - tensor.start for tensor in file.tensors.values())
     finally:
         file.close()
 

@@ -16,7 +16,7 @@ from llamita.models.config import ModelConfig
 from llamita.models.families import plain_config
 from llamita.models.foreign_names import GGUF_IN_PAIRS, gguf_name, heads_of, pair_order
 from llamita.models.layout import Piece, layout_of
-from llamita.models.names import expected_tensors
+from llamita.models.names import expected_tensors, linear_names
 from llamita.models.weights import STORED, rows_at_once
 from llamita.numerics.rotations import Rotations
 from llamita.system.files import read_json
@@ -114,6 +114,17 @@ class GgufCheckpoint(Checkpoint):
     def info(self, tensor: str) -> TensorInfo:
         """Return dtype and shape of a tensor as `weight` and `vector` give it."""
         return TensorInfo(self._tensors.kind(tensor), self._tensors.shapes[tensor], 0, 0)
+
+    def remark(self) -> str | None:
+        """Say that the weights were rounded before, None if they are a float model's."""
+        names = (f"{name}.weight" for name in linear_names(self.config))
+        kinds = {self.gguf.tensors[gguf_name(self._tensors.layout.piece(name).stored)].kind for name in names}
+        rounded = sorted(kinds - {*STORED, "F64", "Q8_0"})
+        if not rounded:
+            return None
+        return (
+            f"the source is rounded already ({', '.join(rounded)}): rounding adds to its loss; try a BF16 or Q8_0 one"
+        )
 
     def stored_bytes(self) -> int:
         """Return the bytes that the tensors take in the file."""

@@ -174,6 +174,10 @@ class Checkpoint(StoredTensors):
         is_scaled = piece.factor != 1.0 and info.dtype in FLOAT_DTYPES
         return replace(info, dtype="F32") if is_widened or is_scaled else info
 
+    def remark(self) -> str | None:
+        """Say what a user should know of the weights before they are rounded; None if nothing."""
+        return None
+
     def stored_bytes(self) -> int:
         """Return the bytes that the architecture's tensors take in the files, scales of FP8 included."""
         pieces = map(self._layout.piece, expected_tensors(self.config))

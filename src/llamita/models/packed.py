@@ -75,7 +75,8 @@ def _rounded_tensors(name: str, shape: tuple[int, int], kind: LayerKind, scale: 
         return {f"{name}.weight": ("I8", shape), f"{name}.weight_scale": (scale, per_row)}
     if columns % kind.group_size:
         fitting = fitting_group_size(columns)
-        try_this = f"try --group-size {fitting}, or --fit-groups" if fitting else "no group size fits this model"
+        keep = f"no group size fits this layer; try --keep-float '*.{name.rpartition('.')[2]}'"
+        try_this = f"try --group-size {fitting}, or --fit-groups" if fitting else keep
         raise InputError(name, f"inputs in groups of {kind.group_size}", f"{columns}", try_this)
     return {
         f"{name}.weight_shape": ("I64", (2,)),

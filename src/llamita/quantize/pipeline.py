@@ -209,7 +209,9 @@ def _check(job: QuantizeJob, source: Checkpoint) -> QuantScheme:
 
 
 def _announce(job: QuantizeJob, source: Checkpoint, scheme: QuantScheme, setup: Setup, note: Note) -> None:
-    """Tell the user the cost to expect, and when this run resumes an earlier one."""
+    """Tell the user what to know of the source, the cost to expect, and when this run resumes an earlier one."""
+    if note is not None and (remark := source.remark()) is not None:
+        note(remark)
     if note is None or setup.calibration is None or not job.chain.needs_calibration(setup.settings):
         return
     plan = plan_chain(source.config, scheme, lambda name: source.info(name).dtype, job.chain, setup.settings)
