@@ -36,3 +36,11 @@ def test_every_test_of_the_gallery_is_a_column_or_general() -> None:
     source = (ROOT / "tests/gallery/test_families.py").read_text("utf-8")
     tests = set(re.findall(r"^def (test_\w+)\(", source, flags=re.M))
     assert {test for test, _ in families_table.COLUMNS.values()} <= tests
+
+
+def test_the_forward_pass_knows_no_family() -> None:
+    """It asks for values of the configuration; see `docs/design.md`, decision 56."""
+    for path in sorted((ROOT / "src/llamita/engine").glob("*.py")):
+        text = path.read_text("utf-8")
+        assert "family" not in text, path.name
+        assert not set(re.findall(r"\w+", text)) & (set(KNOWN) | set(REWRITTEN)) - {"llama"}, path.name
