@@ -37,6 +37,11 @@ class HubName:
         """The name without kind and file, as users write it."""
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
+    @property
+    def whole(self) -> str:
+        """The name with kind or file."""
+        return self.base + (f":{self.kind}" if self.kind else f"/{self.file}" if self.file else "")
+
 
 def parse_hub_name(name: object) -> HubName | None:
     """Return the parts of a name that a model of the hub can have; None if this disk has it, or no model can."""
