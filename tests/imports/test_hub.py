@@ -199,7 +199,7 @@ def test_older_clients_know_of_no_files_but_the_caches() -> None:
     listing = hub_module._Listing({"m-Q4_0.gguf": 10**6, "a.json": 1}, "0" * 40, Path(), is_whole=False)
     with pytest.raises(RunError, match=r"^o/m@v1:Q8_0: not in the hub's cache, which has m-Q4_0.gguf \(1.0 MB\); run"):
         hub_module._choose(HubName("o/m", "v1", "Q8_0"), listing)
-    with pytest.raises(RunError, match="^o/m: incomplete in the hub's cache: the model is missing; was"):
+    with pytest.raises(RunError, match=r"^o/m: incomplete in the hub's cache: the model is missing; was"):
         hub_module._choose(HubName("o/m"), replace(listing, files={"a.json": 1}))
 
 
