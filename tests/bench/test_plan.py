@@ -253,6 +253,35 @@ def test_what_is_no_model_is_said_to_be_none(tmp_path: Path, capsys: pytest.Capt
         assert line in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("changes", "family", "others"),
+    [
+        ({}, "llama", ["rope default"]),
+        ({"model_type": "mistral", "sliding_window": 100}, "mistral", ["window 100 positions, in 2 of 2 layers"]),
+        ({"model_type": "granite", "residual_multiplier": 0.5}, "granite, read as a Llama", []),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 2048},
+            "llama",
+            ["rope yarn, factor 4, from 2,048 tokens"],
+        ),
+    ],
+)
+def test_inspect_names_the_family(
+    tmp_path: Path, capsys: Any, changes: dict[str, Any], family: str, others: list[str]
+) -> None:
+    make_checkpoint(tmp_path / "src", "llama3", **changes)
+    assert run("inspect", tmp_path / "src", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["model_type"] == changes.get("model_type", "llama")
+    assert values["window"] == ({"positions": 100, "layers": 2} if "sliding_window" in changes else None)
+    assert values["rope_factor"] == (4 if "rope_scaling" in changes else None)
+    assert run("inspect", tmp_path / "src") == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {f"family {family}", *others} <= set(lines)
+    assert ("window" in values and any(line.startswith("window") for line in lines)) is ("sliding_window" in changes)
+    assert not any(line.startswith("layers by kind") for line in lines)
+
+
 def test_inspect_shows_float_and_packed_models(tmp_path: Path, capsys: Any) -> None:
     quantize(Checkpoint(make_checkpoint(tmp_path / "src")), "the-source", tmp_path / "out", make_scheme("arm"))
     cli.main(["inspect", str(tmp_path / "src"), "--json"])

@@ -59,7 +59,20 @@ def test_a_dry_run_shows_data_and_steps(model: Path, data: Path, capsys: Any) ->
     assert run("finetune", model, "--data", data, "--set", "length=64", "--dry-run") == 0
     shown = capsys.readouterr()
     assert re.search(r"\d steps of \d+, learning rate 0.0002", shown.out)
-    assert "few steps" in shown.err
+    assert "little may be learned; try --set steps=20, more epochs" in shown.err  # the rows are fewer than a batch
+
+
+def test_what_more_steps_take_is_said(model: Path, data: Path, capsys: Any) -> None:
+    options = ("finetune", model, "--data", data, "--set", "length=16", "--set", "epochs=1", "--dry-run")
+    for settings, note, schedule in (
+        (("batch=8",), r"only \d steps: .* try --set batch=4, more epochs", r" \d steps of 8,"),
+        (("batch=4",), r"only \d+ steps: .* try --set steps=20, more epochs", r" \d+ steps of 4,"),
+        (("batch=400",), r"only 1 step: .* try --set steps=20, more epochs", r" 1 step of \d+,"),
+    ):
+        assert run(*options, *(word for setting in settings for word in ("--set", setting))) == 0
+        shown = capsys.readouterr()
+        assert re.search(note, shown.err)
+        assert re.search(schedule, shown.out)
 
 
 def test_qat_makes_a_packed_model_that_says_how(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

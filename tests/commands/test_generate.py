@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import run as run_here
 from packed_models import pack
 from tiny import make_checkpoint
 
@@ -42,6 +43,11 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr() -> None:
     assert result.stdout.decode().strip()
     assert "tok/s" in result.stderr.decode()
     assert "tok/s" not in result.stdout.decode()
+
+
+def test_one_token_is_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(*GENERATE, "--prompt", "Once upon", "--max-tokens", "1") == 0
+    assert ", 1 token at " in capsys.readouterr().err
 
 
 def test_json_and_stdin_give_the_same_text() -> None:

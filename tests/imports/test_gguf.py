@@ -1,5 +1,6 @@
 """GGUF files as float checkpoints: their values, tokens and ends, and files that are no Llama."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def test_a_file_in_other_blocks_becomes_a_float_checkpoint(tmp_path: Path, kind:
     llm = llamita.load(tmp_path / "a.gguf")
     assert Contender("a", llm, is_baseline=True).weight_bytes == (tmp_path / "a.gguf").stat().st_size
     assert run("inspect", tmp_path / "a.gguf") == 0
-    assert kind in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert kind in out
+    assert re.search(r"tokenizer +[a-z]", out)  # without quotes
     source, file = open_source(tmp_path / "a.gguf"), GgufFile(tmp_path / "a.gguf")
     assert isinstance(source, Checkpoint)
     assert source.stored_bytes() == sum(tensor.stop - tensor.start for tensor in file.tensors.values())

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -181,14 +182,25 @@ def test_without_a_network_or_offline(hub: Hub) -> None:
     """Only what was asked for before is there, whole."""
     fine(hub.run(PLAN, generate("o/several:Q4_K_M")))
     hub.close()
-    commands = [generate("o/never"), generate("o/float"), generate("o/several:Q8_0"), generate("o/several@v1")]
-    expected = ["o/never: no such directory, not in the hub's cache, and {}", "o/float: incomplete in the hub's cache",
-                " is missing; was the download interrupted?", "o/several@v1: no such directory"]  # fmt: skip
+    names = ["o/never:Q4_0", "o/float", "o/several:Q8_0", "o/several/m-Q8_0.gguf", "o/several@v1"]
+    commands = [generate(name) for name in names]
+    has = "not in the hub's cache, which has m-Q4_K_M.gguf (0.3 MB); run again with a network"
+    expected = ["o/never:Q4_0: no such directory, not in the hub's cache, and {}",
+                "o/float: incomplete in the hub's cache", f"o/several:Q8_0: {has}", f"o/several/m-Q8_0.gguf: {has}",
+                "o/several@v1: no such directory"]  # fmt: skip
     for offline, why in ((False, "the hub cannot be reached"), (True, "HF_HUB_OFFLINE is set")):
         *results, found, plan = hub.run(*commands, generate("o/several:Q4_K_M"), PLAN, offline=offline)
         for result, message in zip(results, expected, strict=True):
             assert message.format(why) in failure(result)
         assert found.code == plan.code == 0
+
+
+def test_older_clients_know_of_no_files_but_the_caches() -> None:
+    listing = hub_module._Listing({"m-Q4_0.gguf": 10**6, "a.json": 1}, "0" * 40, Path(), is_whole=False)
+    with pytest.raises(RunError, match=r"^o/m@v1:Q8_0: not in the hub's cache, which has m-Q4_0.gguf \(1.0 MB\); run"):
+        hub_module._choose(HubName("o/m", "v1", "Q8_0"), listing)
+    with pytest.raises(RunError, match=r"^o/m: incomplete in the hub's cache: the model is missing; was"):
+        hub_module._choose(HubName("o/m"), replace(listing, files={"a.json": 1}))
 
 
 def test_a_gated_model_that_was_downloaded_still_opens(hub: Hub) -> None:

@@ -1,6 +1,7 @@
 """Names of models: what can be one of the hub, with a revision, a type of blocks or a file; SRC:SCHEME."""
 
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from llamita.imports.open import resolve
             (name, None)
             for name in ("m", "o/m/x", "o/m:arm", "o/m:llama3.2", "o/m@", "o/m:", "o/m@a b", "/o/m", "./o/m")
         ),
+        ("o/m.gguf@v1", HubName("o/m.gguf", "v1")),
+        *((name, None) for name in ("o/m.gguf", "o/M.GGUF", "o/m.gguf:Q4_0", "hf.co/o/m/a.gguf")),  # a file, an address
         *((name, None) for name in ("o/m:Q4_0:x", "embedded", "embedded:Q4_0", "", None, Path("o/m"))),
     ],
 )
@@ -45,8 +48,9 @@ def test_what_is_on_this_disk_is_not_on_the_hub(tmp_path: Path, monkeypatch: pyt
     assert not is_hub_name("o/m")
     assert not is_hub_name("o/m/x.gguf")  # a file that this directory lacks
     assert is_hub_name("o/m:Q4_0")
-    with pytest.raises(InputError, match=r"o/m/x\.gguf: expected a model directory, .* got no such file"):
-        resolve("o/m/x.gguf")
+    for name in ("o/m/x.gguf", "o/x.gguf"):
+        with pytest.raises(InputError, match=rf"{name}: expected a model directory, .* got no such file"):
+            resolve(name)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,8 @@ def test_a_slash_in_a_revision_does_not_begin_a_file() -> None:
         ("embedded", "v1", "revision: expected a model's name on the hub, such as owner/model, got 'embedded'"),
         ("/tmp", "v1", "got '/tmp'"),
         (Path("o/m"), "v1", "got .o/m."),
-        ("o/m@v1", "v2", "also 'v1'"),
+        ("o/m@v1", "v2", "revision: expected one revision, got 'v1' and 'v2'"),
+        ("o/m:Q4_0@v1", "v2", "a revision comes before the type: o/m@v1:Q4_0"),
         ("o/m", "", "a branch, a tag or a commit, got ''"),
         ("o/m", "a b", "got 'a b'"),
         ("o/m", "a:Q4_0:b", "got 'a:Q4_0:b'"),
@@ -102,6 +107,40 @@ def test_a_scheme_follows_the_name(name: str, parts: tuple[str, str]) -> None:
     assert split_scheme(name) == parts
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("o/m:Q4_K_M@main", "a revision comes before the type: o/m@main:Q4_K_M"),
+        ("o/m/a/b.gguf@refs/pr/1", "a revision comes before the file: o/m@refs%2Fpr%2F1/a/b.gguf"),
+        *(
+            (address, f"expected a name of the hub, got an address; write {right}")
+            for address, right in (
+                ("https://huggingface.co/o/m", "o/m"),
+                ("https://huggingface.co/o/m/", "o/m"),
+                ("https://huggingface.co/o/m/tree/main", "o/m"),
+                ("http://www.huggingface.co/o/m/tree/v1?a=b", "o/m@v1"),
+                ("https://huggingface.co/o/m/blob/main/a/x.gguf", "o/m/a/x.gguf"),
+                ("https://huggingface.co/o/m/resolve/v1/x.gguf?download=true", "o/m@v1/x.gguf"),
+                ("https://huggingface.co/o/m/blob/main/config.json", "o/m"),
+                ("hf.co/o/m", "o/m"),
+                ("hf.co/o/m:Q4_K_M", "o/m:Q4_K_M"),
+                ("hf.co/o/m/x.gguf", "o/m/x.gguf"),
+            )
+        ),
+    ],
+)
+def test_how_to_write_a_name_is_said(name: str, message: str) -> None:
+    assert split_scheme(name) == (name, "")
+    with pytest.raises(InputError) as caught:
+        resolve(name)
+    assert re.fullmatch(rf"{re.escape(name)}: {re.escape(message)}", str(caught.value))
+
+
+def test_a_data_set_is_no_model() -> None:
+    with pytest.raises(InputError, match="got no such file"):
+        resolve("https://huggingface.co/datasets/o/m")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_a_revision(command: str) -> None:
     assert "revision" in inspect.signature(import_module(COMMANDS[command].module).command).parameters
@@ -112,7 +151,15 @@ def test_a_revision_of_a_model_on_this_disk_is_refused(tmp_path: Path, capsys: p
         assert run(*arguments, "--revision", "v1") == 2
         assert "--revision: expected a model's name on the hub, such as owner/model, got" in one_line(capsys)
     assert run("plan", "--shape", "1b", "--revision", "v1") == 2
-    assert "--revision: expected a model's name" in one_line(capsys)
+    assert one_line(capsys).endswith("--revision: expected a model's name on the hub, such as owner/model, got none\n")
+
+
+@pytest.mark.parametrize(("command", "takes_gguf"), [("export", False), ("verify", False), ("generate", True)])
+def test_help_names_a_gguf_where_one_is_taken(
+    command: str, takes_gguf: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, "--help") == 0
+    assert (":Q4_K_M" in capsys.readouterr().out) is takes_gguf
 
 
 def test_load_takes_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:

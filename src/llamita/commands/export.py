@@ -26,7 +26,7 @@ from llamita.text.printable import megabytes
 
 _FAIL = "FAIL"
 
-_Source = Annotated[str, model_argument("DIR", "A packed model")]
+_Source = Annotated[str, model_argument("DIR", "A packed model", takes_gguf=False)]
 _To = Annotated[str, typer.Option("--to", metavar="TARGET", help=f"One of {', '.join(TARGETS)}.")]
 _Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a sequence at most, by default 2048 (executorch).")

@@ -25,6 +25,7 @@ from llamita.system.kept_work import has_kept_work
 from llamita.system.machine import MemoryWatch
 from llamita.system.staging import check_target
 from llamita.system.threads import use_threads
+from llamita.text.printable import counted
 from llamita.train.data import Data, load_data, with_preferences
 from llamita.train.job import FinetuneJob
 from llamita.train.memory import expected_memory
@@ -35,6 +36,7 @@ from llamita.train.tasks import TASKS
 RUN = "llamita.train.run:run"
 _DEFAULT = "lora"  # of METHODS
 _FEW_STEPS = 20  # fewer steps than this give a note
+_SMALL_BATCH = 4  # rows
 _LACKING = (
     "finetune: expected the package {package}, found none; try pip install 'llamita[torch]' (in a checkout '.[torch]')"
 )
@@ -251,14 +253,17 @@ def _print_plan(data: Data, recipe: Recipe, config: ModelConfig, is_sharded: boo
 
 def _schedule(stage: Any, rows: int) -> str:
     of = min(stage.batch, rows)
-    return f"{stage.count_steps(rows):,} steps of {of}, learning rate {stage.learning_rate:g}"
+    return f"{counted(stage.count_steps(rows), 'step')} of {of}, learning rate {stage.learning_rate:g}"
 
 
 def _note_few_steps(data: Data, recipe: Recipe) -> None:
     """Print a note if training will hardly change the model."""
-    steps = [stage.count_steps(len(data.rows.ids)) for stage in recipe.stages if not stage.prefers]
-    if steps and max(steps) < _FEW_STEPS and all(stage.steps is None for stage in recipe.stages):
-        console.note(f"few steps ({max(steps)}): little may be learned; try --set batch=4, more epochs or a "
+    rows, stages = len(data.rows.ids), [stage for stage in recipe.stages if not stage.prefers]
+    steps = max((stage.count_steps(rows) for stage in stages), default=_FEW_STEPS)
+    if steps < _FEW_STEPS and all(stage.steps is None for stage in recipe.stages):
+        batch = min(stage.batch for stage in stages)
+        setting = f"batch={_SMALL_BATCH}" if _SMALL_BATCH < batch <= rows else f"steps={_FEW_STEPS}"
+        console.note(f"only {counted(steps, 'step')}: little may be learned; try --set {setting}, more epochs or a "
                      "higher learning_rate")  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import typer
 from llamita.commands import console
 from llamita.commands.options import Json, Model, Revision
 from llamita.commands.sources import convert_first
-from llamita.errors import shown
 from llamita.formats.gguf_parts import GgufModel, parts_of
 from llamita.imports.detect import gguf_of
 from llamita.imports.gguf_config import hf_config
@@ -20,12 +19,15 @@ from llamita.imports.names import is_hub_name
 from llamita.imports.open import open_source
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
+from llamita.models.families import FAMILIES, family_name
 from llamita.models.layer_kinds import count_kinds
 from llamita.models.names import expected_tensors
 from llamita.models.packed import PackedModel
 from llamita.numerics.scheme import QuantScheme
+from llamita.system.files import read_json
 
 _WORST = 5  # layers shown without --layers
+_LONGEST_NAME = 80  # characters of a tokenizer's name
 
 _Layers = Annotated[
     bool, typer.Option("--layers", help=f"Show the error of every layer, not of the worst {_WORST} only.")
@@ -41,12 +43,7 @@ def command(model: Model, revision: Revision = None, layers: _Layers = False, js
     if json:
         console.print_json(values)
         return
-    shown = dict(values)
-    if "source" in values:
-        shown |= {"source": values["source"]["name"], "rotations": _rotations(values["rotations"])}
-    if values["scheme"]:  # layers of another kind are listed with the errors
-        shown["scheme"] = {key: value for key, value in values["scheme"].items() if key != "layers"}
-    rows = [[key.replace("_", " "), _text(value)] for key, value in shown.items() if key != "layer_errors"]
+    rows = [[key.replace("_", " "), _text(value)] for key, value in _for_people(values).items()]
     console.print_table(model, ["what", "value"], rows)
     worst = sorted(values["layer_errors"].items(), key=lambda item: -item[1])
     if worst:
@@ -84,9 +81,11 @@ def gguf_facts(path: Path) -> dict[str, Any]:
         for tensor in file.tensors.values():
             sizes[tensor.kind] += tensor.stop - tensor.start
         files = [part.name for part in parts_of(path)]
-        values = _shape_facts(path, ModelConfig.from_hf(hf_config(file)), files, sizes)
+        stored = hf_config(file)
+        values = _shape_facts(path, stored, ModelConfig.from_hf(stored), files, sizes)
         words = file.values.get("tokenizer.ggml.pre")
-        return {**values, "scheme": None, "tokenizer": shown(words) if words else None, "layer_errors": {}}
+        tokenizer = str(words)[:_LONGEST_NAME] if words else None
+        return {**values, "scheme": None, "tokenizer": tokenizer, "layer_errors": {}}
     finally:
         file.close()
 
@@ -99,7 +98,7 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
         for info in file.tensors.values():
             sizes[info.dtype] += info.stop - info.start
     values = {
-        **_shape_facts(source.path, config, list(source.files), sizes),
+        **_shape_facts(source.path, read_json(source.path, "config.json"), config, list(source.files), sizes),
         "scheme": source.scheme.to_dict() if source.scheme else None,
         "layers_by_kind": count_kinds(config, source.scheme) if source.scheme else None,
         "layer_errors": {},
@@ -113,9 +112,15 @@ def facts(source: Checkpoint | PackedModel) -> dict[str, Any]:
     return values
 
 
-def _shape_facts(path: Path, config: ModelConfig, files: list[str], sizes: Counter[str]) -> dict[str, Any]:
+def _shape_facts(
+    path: Path, stored: dict[str, Any], config: ModelConfig, files: list[str], sizes: Counter[str]
+) -> dict[str, Any]:
+    """Return what a config says; `stored` is config.json as it is on disk, or what takes its place in a GGUF."""
+    rope, is_stretched = config.rope, config.rope.kind != "default"
     return {
         "path": str(path),
+        "model_type": stored["model_type"],
+        "family": config.family,
         "weights": sum(math.prod(shape) for shape in expected_tensors(config).values()),
         "layers": config.layers,
         "hidden_size": config.hidden_size,
@@ -125,12 +130,35 @@ def _shape_facts(path: Path, config: ModelConfig, files: list[str], sizes: Count
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "context": config.context,
-        "rope": config.rope.kind,
+        "window": {"positions": config.window, "layers": len(config.windowed)} if config.windowed else None,
+        "rope": rope.kind,
+        "rope_factor": rope.factor if is_stretched else None,
+        "rope_original_context": rope.original_context if is_stretched else None,
         "tied": config.tied,
         "files": files,
         "tensor_bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
     }
+
+
+def _for_people(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of the table, by row: some in words, without those that the model has none of."""
+    model_type, family = values["model_type"], values["family"]
+    name, rope, window = family_name(model_type) or model_type, values["rope"], values["window"]
+    if values["rope_factor"] is not None:
+        rope += f", factor {values['rope_factor']:g}, from {values['rope_original_context']:,} tokens"
+    words = {
+        "family": name if name == family else f"{name}, read as a {FAMILIES[family].classes}",
+        "window": window and f"{window['positions']:,} positions, in {window['layers']} of {values['layers']} layers",
+        "rope": rope,
+    }
+    if "source" in values:
+        words |= {"source": values["source"]["name"], "rotations": _rotations(values["rotations"])}
+    if values["scheme"]:  # layers of another kind are listed with the errors
+        words["scheme"] = {key: value for key, value in values["scheme"].items() if key != "layers"}
+    absent = {key for key in ("window", "layers_by_kind") if values.get(key) is None}
+    left_out = {"layer_errors", "model_type", "rope_factor", "rope_original_context", *absent}
+    return {key: value for key, value in (values | words).items() if key not in left_out}
 
 
 def _rotations(rotations: list[dict[str, Any]]) -> str:

@@ -6,14 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from llamita.engine.kv_cache import KV_DTYPES
+from llamita.errors import InputError
 from llamita.imports.names import at_revision
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 
 
 # The model and what it is compared with
-def model_argument(metavar: str, what: str = "A model, or 'embedded'") -> Any:
+def model_argument(metavar: str, what: str = "A model, or 'embedded'", takes_gguf: bool = True) -> Any:
     """Return the argument of a command that takes a model; `--revision` is added to its name."""
-    names = "by directory, file or hub name (owner/model, owner/model:Q4_K_M)"
+    names = "directory, file or hub name (owner/model, owner/model:Q4_K_M)"
+    names = f"by {names if takes_gguf else 'directory or hub name (owner/model)'}"
     return typer.Argument(metavar=metavar, help=f"{what}; {names}.", callback=_at_revision)
 
 
@@ -23,7 +25,9 @@ def _at_revision(context: typer.Context, value: Any) -> Any:
         return value
     if isinstance(value, list):
         return [at_revision(name, revision) for name in value]
-    return at_revision(value or "", revision)
+    if value is None:  # no model, or --shape
+        raise InputError("revision", "a model's name on the hub, such as owner/model", "none")
+    return at_revision(value, revision)
 
 
 Model = Annotated[str, model_argument("MODEL")]
@@ -53,7 +57,8 @@ GroupSize = Annotated[
 FitGroups = Annotated[
     bool,
     typer.Option(
-        "--fit-groups", help="Give layers whose inputs the group size does not divide the next smaller size that does."
+        "--fit-groups",
+        help="If the group size does not divide a layer's inputs, use the next smaller one for that layer.",
     ),
 ]
 Scheme = Annotated[

@@ -8,6 +8,7 @@ from io import TextIOWrapper
 from llamita.engine.llm import LLM
 from llamita.engine.requests import Generation, Options, Prompt
 from llamita.numerics.intervals import Interval
+from llamita.text.printable import counted
 
 _FEW_TOKENS = 1000  # with fewer, intervals say little
 
@@ -44,9 +45,9 @@ def summary(generation: Generation) -> str:
     reused = f" ({t.reused_tokens} reused)" if t.reused_tokens else ""
     drafts = f" ({t.accepted_tokens} of {t.drafted_tokens} drafted right)" if t.drafted_tokens else ""
     return (
-        f"[{generation.finish_reason}] prompt {t.prompt_tokens} tokens{reused} "
+        f"[{generation.finish_reason}] prompt {counted(t.prompt_tokens, 'token')}{reused} "
         f"at {t.prefill_rate:,.0f} tok/s, first token after {t.first_token_seconds:.3f} s, "
-        f"{t.generated_tokens} tokens{drafts} at {t.decode_rate:,.1f} tok/s"
+        f"{counted(t.generated_tokens, 'token')}{drafts} at {t.decode_rate:,.1f} tok/s"
     )
 
 

@@ -13,7 +13,7 @@ from llamita.system.files import exists_in
 from llamita.system.staging import EXPORTED_MARK
 from llamita.text.printable import megabytes
 
-_Directory = Annotated[str, model_argument("DIR", "A packed model, or an export of one")]
+_Directory = Annotated[str, model_argument("DIR", "A packed model, or an export of one", takes_gguf=False)]
 
 
 def command(directory: _Directory, revision: Revision = None, json: Json = False) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, HfFileSystem, constants, errors, snapshot_dow
 from llamita.errors import InputError, LlamitaError, RunError, first_line
 from llamita.formats.gguf import GgufFile
 from llamita.imports.gguf_config import ROPE_TENSORS
-from llamita.imports.hub_files import BIN_INDEX, Choice, Files, choose
+from llamita.imports.hub_files import BIN_INDEX, Choice, Files, choose, sized
 from llamita.imports.names import HubName, parse_hub_name
 from llamita.models.checkpoint import INDEX
 from llamita.system.files import exists_in, read_json
@@ -124,9 +124,7 @@ def _cached(hub: HubName, snapshot: Path) -> _Listing:
             return _Listing({file.path: file.size for file in tree}, snapshot.name, snapshot)
         except errors.CachedRepoTreeNotFoundError:
             pass
-    found = [path for path in snapshot.rglob("*") if path.is_file()]
-    files = {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in found}
-    return _Listing(files, snapshot.name, snapshot, is_whole=False)
+    return _Listing(_files_in(snapshot), snapshot.name, snapshot, is_whole=False)
 
 
 def _choose(hub: HubName, listing: _Listing, or_config: bool = False) -> Choice:
@@ -139,7 +137,7 @@ def _choose(hub: HubName, listing: _Listing, or_config: bool = False) -> Choice:
             return Choice(["config.json"])
         if listing.is_whole:
             raise
-        raise _incomplete(hub, "the model") from None
+        raise _incomplete(hub, "the model", listing.files) from None
 
 
 def _bring(hub: HubName, listing: _Listing, choice: Choice) -> Path:
@@ -155,13 +153,23 @@ def _bring(hub: HubName, listing: _Listing, choice: Choice) -> Path:
         patterns = [escape(file) for file in choice.files]
         place = Path(snapshot_download(hub.model, revision=hub.revision, allow_patterns=patterns))
     if missing := _missing(place, choice):
-        raise _incomplete(hub, missing)
+        has_part = any((place / file).is_file() for file in choice.files)
+        raise _incomplete(hub, missing, {} if has_part else _files_in(place))
     return place if choice.gguf is None else place / choice.gguf
 
 
-def _incomplete(hub: HubName, missing: str) -> RunError:
-    where = f"{hub.base}: incomplete in the hub's cache: {printable(missing)} is missing"
+def _incomplete(hub: HubName, missing: str, others: Files) -> RunError:
+    """Return the error for a model that is not whole in the cache, which has these other files of the repository."""
+    if others and hub.whole != hub.base:  # other types than the one that was asked for
+        where = f"{hub.whole}: not in the hub's cache, which has {sized(others)}"
+        return RunError(where, hint="run again with a network to download it")
+    where = f"{hub.whole}: incomplete in the hub's cache: {printable(missing)} is missing"
     return RunError(where, hint="was the download interrupted? run again with a network to resume")
+
+
+def _files_in(snapshot: Path) -> Files:
+    found = [path for path in snapshot.rglob("*") if path.is_file()]
+    return {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in found}
 
 
 def _missing(place: Path, choice: Choice) -> str | None:
@@ -238,6 +246,6 @@ def _explain(hub: HubName, error: Exception) -> LlamitaError:
     out_of_reach = errors.LocalEntryNotFoundError | _NO_REVISION | ConnectionError
     if isinstance(error, out_of_reach):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        where = f"{name}: no such directory, not in the hub's cache, and {why}"
+        where = f"{hub.whole}: no such directory, not in the hub's cache, and {why}"
         return RunError(where, hint="try a local directory")
     return RunError(f"{name}: download failed: {first_line(error)}", hint="run again to resume")

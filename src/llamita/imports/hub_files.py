@@ -47,7 +47,7 @@ def choose(name: HubName, files: Files) -> Choice:
         if name.file not in files:
             models = _models(files)
             got = _listed([model[0] for model in models], models, files) or "no GGUF"
-            raise InputError(f"{name.base}/{name.file}", "a file of the hub's model", got)
+            raise InputError(name.whole, "a file of the hub's model", got)
         return _gguf(part_names(name.file))
     if name.kind is None:
         near = {file for file in files if file in _FIRST or ("/" not in file and is_companion(file))}
@@ -90,9 +90,9 @@ def _unclear(name: HubName, files: Files, models: list[list[str]], found: list[l
         return InputError(name.base, "model*.safetensors, pytorch_model*.bin or a .gguf", "none of these")
     labels = [model[0] for model in found] if name.kind and found else _labels(models)
     usual = _USUAL if _USUAL in labels else labels[-1]
-    where, expected = (name.base, "one GGUF") if name.kind is None else (f"{name.base}:{name.kind}", "one such GGUF")
+    expected = "one GGUF" if name.kind is None else "one such GGUF"
     hint = f"write {name.base}{'/' if usual.endswith('.gguf') else ':'}{printable(usual)}"
-    return InputError(where, expected, _listed(labels, found or models, files), hint)
+    return InputError(name.whole, expected, _listed(labels, found or models, files), hint)
 
 
 def _labels(models: list[list[str]]) -> list[str]:
@@ -103,6 +103,12 @@ def _labels(models: list[list[str]]) -> list[str]:
         kind if kind and sum(_names_kind(other[0], kind) for other in models) == 1 else model[0]
         for kind, model in zip(kinds, models, strict=True)
     ]
+
+
+def sized(files: Files) -> str:
+    """Return files with their sizes, in words: those in GGUF alone where there are any."""
+    names = sorted(file for file in files if file.endswith(".gguf")) or sorted(files)
+    return _listed(names, [[name] for name in names], files)
 
 
 def _listed(labels: list[str], models: list[list[str]], files: Files) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from llamita.errors import InputError, RunError, shown
 from llamita.imports.cache import conversions, converted
 from llamita.imports.detect import LINK, detect_format
-from llamita.imports.names import is_hub_name
+from llamita.imports.names import is_hub_name, misspelt
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.metadata import METADATA
 from llamita.models.packed import PackedModel
@@ -62,7 +62,7 @@ def resolve(name: str | Path, progress: Progress = None, note: Note = None) -> P
         near = get_close_matches(str(name), ["embedded"])
         hint = f"did you mean {near[0]!r}?" if near else None
         where, got = (f"{name}", "no such file or directory") if str(name) else ("model", "''")
-        raise InputError(where, _EXPECTED, got, hint)
+        raise misspelt(name) or InputError(where, _EXPECTED, got, hint)
     path = fetch(name)
     if detect_format(path) is not None:
         return converted(path, progress, note)

@@ -12,6 +12,7 @@ import yaml
 from llamita.errors import InputError, shown
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
 from llamita.system.files import unreadable
+from llamita.text.printable import counted
 
 METHODS = {"lora": "lora", "full": "sft", "qat": "qat", "qat-lora": "llama3.2-qat-lora"}  # the recipe of each
 RECIPES = Path(__file__).parent / "recipes"
@@ -79,7 +80,8 @@ class Stage:
         for name, least, most in _RANGES:
             _number(name, getattr(self, name), least, most)
         if self.batch % self.micro_batch:
-            raise InputError("batch", f"a multiple of micro_batch, {self.micro_batch}", f"{self.batch}")
+            hint = f"try --set micro_batch={math.gcd(self.batch, self.micro_batch)} too"
+            raise InputError("batch", f"a multiple of micro_batch, {self.micro_batch}", f"{self.batch}", hint)
         if self.prefers and (self.train != "adapters" or self.distill or self.fake_quant_after):
             raise InputError("objective: preferences", "train: adapters, no distill and no fake_quant_after")
         targets: object = self.targets
@@ -168,7 +170,7 @@ class Recipe:
             steps = stage.count_steps(pairs if stage.prefers else rows)
             if stage.quantized and stage.fake_quant_after >= steps:
                 where, hint = f"stage {number}: fake_quant_after", f"try --set {number}.fake_quant_after=0"
-                raise InputError(where, f"less than its {steps} steps", str(stage.fake_quant_after), hint)
+                raise InputError(where, f"less than its {counted(steps, 'step')}", str(stage.fake_quant_after), hint)
 
     @property
     def is_quantized(self) -> bool:
