@@ -8,7 +8,8 @@ from tiny import make_checkpoint
 
 from llamita.errors import InputError
 from llamita.formats.safetensors import TensorFile
-from llamita.methods import energy, rtn
+from llamita.methods import rtn
+from llamita.models import weights
 from llamita.models.checkpoint import Checkpoint
 from llamita.models.names import linear_names, table_names
 from llamita.numerics.affine import round_weights
@@ -49,7 +50,7 @@ def test_the_size_of_the_pieces_changes_nothing(tmp_path: Path, monkeypatch: pyt
     source = Checkpoint(make_checkpoint(tmp_path))
     whole = rounded(source, NAME, "llama3.2", scales)
     for chunk in (1, 1000, 5000):
-        monkeypatch.setattr(energy, "_CHUNK", chunk)
+        monkeypatch.setattr(weights, "_CHUNK", chunk)
         for found, expected in zip(rounded(source, NAME, "llama3.2", scales), whole, strict=True):
             np.testing.assert_array_equal(found, expected)
 
@@ -63,6 +64,6 @@ def test_the_place_of_a_bad_weight_counts_from_the_first_row(
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.seek(info.start + 4 * (100 * 256 + 7))
         file.write(np.float32(np.nan).tobytes())
-    monkeypatch.setattr(energy, "_CHUNK", 10 * 256)
+    monkeypatch.setattr(weights, "_CHUNK", 10 * 256)
     with pytest.raises(InputError, match="row 100, column 7"):
         rounded(Checkpoint(tmp_path), NAME, "llama3.2", scales)
