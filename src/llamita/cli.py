@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple, cast
@@ -57,6 +58,7 @@ COMMANDS = {
 # The base of what Typer raises for wrong options: its own class, in older versions Click's.
 _BASES = typer.BadParameter.__mro__
 _UsageError = cast(type[Exception], _BASES[_BASES.index(Exception) - 1])
+_PATIENCE = 10.0  # seconds for another process to come to the same error and print it; then it ends this one
 _INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
 
 
@@ -85,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     except LlamitaError as error:
         if not isinstance(error, InputError) or _prints_input_errors():
             console.print_error(str(typed.at_option(error, parameters, arguments)))
+        else:
+            time.sleep(_PATIENCE)  # once one process has ended, torchrun ends the others, the one that prints too
         sys.exit(error.exit_code)
     except MemoryError:
         console.print_error("memory: too little on this machine for this work; try `llamita plan`")
