@@ -14,8 +14,7 @@ from llamita.imports.gguf_codes import GgufCodes
 from llamita.imports.gguf_source import GgufTensors
 from llamita.imports.gguf_tokenizer import convert_tokenizer
 from llamita.imports.import_codes import CodesLostError, Imported, import_codes
-from llamita.models.foreign_names import gguf_name
-from llamita.models.names import expected_tensors, linear_names
+from llamita.models.names import expected_tensors
 from llamita.models.packed_writer import plan_shards, write_shards
 from llamita.models.weights import STORED
 from llamita.system.files import write_json
@@ -71,8 +70,7 @@ def _write_link(tensors: GgufTensors, directory: Path, progress: Progress) -> No
 
 def _multiplied_out(tensors: GgufTensors) -> str | None:
     """Say that the weights are not those of a float file, None if they are."""
-    stored = [gguf_name(tensors.layout.piece(f"{name}.weight").stored) for name in linear_names(tensors.config)]
-    others = sorted({tensors.file.tensors[name].kind for name in stored} - set(STORED))
+    others = sorted(tensors.linear_kinds() - set(STORED))
     return _OTHER.format(kinds=", ".join(others)) if others else None
 
 

@@ -6,8 +6,7 @@ from llamita.formats.gguf_blocks import codes_of
 from llamita.formats.gguf_parts import parts_of
 from llamita.imports.codes import Coded
 from llamita.imports.gguf_source import GgufTensors
-from llamita.models.foreign_names import gguf_heads_of, gguf_name, pair_order
-from llamita.models.names import linear_names
+from llamita.models.foreign_names import gguf_name
 from llamita.numerics.rotations import Rotations
 
 _BITS = {"Q4_0": 4, "Q8_0": 8}
@@ -19,18 +18,14 @@ class GgufCodes:
     format = "GGUF"
 
     def __init__(self, tensors: GgufTensors) -> None:
-        self._tensors, self._file = tensors, tensors.file
+        self._tensors = tensors
         self.path, self.files = tensors.file.path, parts_of(tensors.file.path)
         self.hf_config, self.config = tensors.hf_config, tensors.config
         self.rotations, self.rotated = Rotations(), ()
 
     def is_int4(self) -> bool:
         """Return whether a linear layer is in Q4_0, and its codes mean the same here as there."""
-        as_stored = not self._tensors.layout.pieces
-        return as_stored and any(self._kind(name) == "Q4_0" for name in linear_names(self.config))
-
-    def _kind(self, name: str) -> str:
-        return self._file.tensors[gguf_name(f"{name}.weight")].kind
+        return not self._tensors.layout.pieces and "Q4_0" in self._tensors.linear_kinds()
 
     def activations(self) -> str | None:
         """See `import_codes.CodedModel`."""
@@ -38,11 +33,11 @@ class GgufCodes:
 
     def matrix(self, name: str) -> Coded | np.ndarray:
         """See `import_codes.CodedModel`; other codes than those of Q4_0 and Q8_0 are multiplied out."""
-        kind, heads = self._kind(name), gguf_heads_of(name, self.config)
+        tensor = f"{name}.weight"
+        kind = self._tensors.stored_kind(tensor)
         if kind not in _BITS:
-            return self._tensors.read(f"{name}.weight")
-        data = self._file.read(gguf_name(f"{name}.weight"))
-        codes, scales = codes_of(kind, data if heads is None else data[np.argsort(pair_order(len(data), heads))])
+            return self._tensors.read(tensor)
+        codes, scales = codes_of(kind, self._tensors.ordered(tensor, self._tensors.file.read(gguf_name(tensor))))
         return Coded(codes, scales, _BITS[kind])
 
     def vector(self, name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from llamita.models.checkpoint import Checkpoint
 from llamita.models.config import ModelConfig
 from llamita.models.families import plain_config
 from llamita.models.foreign_names import GGUF_IN_PAIRS, gguf_name, heads_of, pair_order
-from llamita.models.layout import Piece, layout_of
+from llamita.models.layout import layout_of
 from llamita.models.names import expected_tensors, linear_names
 from llamita.models.weights import STORED, rows_at_once
 from llamita.numerics.rotations import Rotations
@@ -45,11 +45,18 @@ class GgufTensors:
         check_rope(file, self.config)
         self._check()
 
+    def stored_kind(self, tensor: str) -> str:
+        """Return the type of the blocks that a tensor is read from."""
+        return self.file.tensors[gguf_name(self.layout.piece(tensor).stored)].kind
+
+    def linear_kinds(self) -> set[str]:
+        """Return the types of all linear layers."""
+        return {self.stored_kind(f"{name}.weight") for name in linear_names(self.config)}
+
     def kind(self, tensor: str) -> str:
         """Return the float type in which `read` gives a tensor: as it is stored, or "F32" for all else."""
-        piece = self.layout.piece(tensor)
-        stored = self.file.tensors[gguf_name(piece.stored)].kind
-        return stored if stored in STORED and piece.factor == 1.0 else "F32"
+        stored = self.stored_kind(tensor)
+        return stored if stored in STORED and self.layout.piece(tensor).factor == 1.0 else "F32"
 
     def moved_heads(self, tensor: str) -> int | None:
         """Return the heads of a tensor whose rows are in another order in the file, None for the rest."""
@@ -57,8 +64,13 @@ class GgufTensors:
 
     def is_mapped(self, tensor: str) -> bool:
         """Return whether `read` gives a tensor in place, so that it takes no memory beside the file's."""
-        piece, moves_rows = self.layout.piece(tensor), self.moved_heads(tensor) is not None
-        return piece.factor == 1.0 and not moves_rows and self.file.tensors[gguf_name(piece.stored)].kind in STORED
+        is_as_stored = self.layout.piece(tensor).factor == 1.0 and self.stored_kind(tensor) in STORED
+        return is_as_stored and self.moved_heads(tensor) is None
+
+    def ordered(self, tensor: str, rows: np.ndarray) -> np.ndarray:
+        """Return the rows of a tensor, values or bytes, in transformers' order."""
+        heads = self.moved_heads(tensor)
+        return rows if heads is None else rows[np.argsort(pair_order(len(rows), heads))]
 
     def read(self, tensor: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """Return a tensor of the architecture: BF16 as bits, its rows in transformers' order.
@@ -66,15 +78,13 @@ class GgufTensors:
         Args:
             first, last: rows of a matrix to return, of one whose order is the file's.
         """
-        piece = self.layout.piece(tensor)
-        stored, data = self.file.tensors[gguf_name(piece.stored)].kind, self.file.read(gguf_name(piece.stored))
+        piece, stored = self.layout.piece(tensor), self.stored_kind(tensor)
+        data = self.file.read(gguf_name(piece.stored))
         data = (data if piece.rows is None else data[slice(*piece.rows)])[first:last]
         shape = (-1, *self.shapes[tensor][1:])
         as_stored = stored in STORED and piece.factor == 1.0
         values = data.view(STORED[stored]).reshape(shape) if as_stored else floats_of(stored, data).reshape(shape)
-        values = piece.scaled(values)
-        heads = self.moved_heads(tensor)
-        return values if heads is None else values[np.argsort(pair_order(len(values), heads))]
+        return self.ordered(tensor, piece.scaled(values))
 
     def _check(self) -> None:
         """Check that the file has the architecture's tensors, and nothing else."""
@@ -83,7 +93,7 @@ class GgufTensors:
             piece = self.layout.piece(tensor)
             stored = gguf_name(piece.stored)
             found = self.file.tensors.get(stored)
-            if found is None or _shape(found.shape, piece) != shape:
+            if found is None or piece.shape(found.shape) != shape:
                 got = "none" if found is None else f"{found.shape}"
                 raise InputError(f"{name}: {stored}", f"{shape}", got)
             if len(shape) == 1 and found.kind not in STORED:
@@ -117,9 +127,7 @@ class GgufCheckpoint(Checkpoint):
 
     def remark(self) -> str | None:
         """Say that the weights were rounded before, None if they are a float model's."""
-        names = (f"{name}.weight" for name in linear_names(self.config))
-        kinds = {self.gguf.tensors[gguf_name(self._tensors.layout.piece(name).stored)].kind for name in names}
-        rounded = sorted(kinds - {*STORED, "F64", "Q8_0"})
+        rounded = sorted(self._tensors.linear_kinds() - {*STORED, "F64", "Q8_0"})
         if not rounded:
             return None
         return (
@@ -143,10 +151,3 @@ class GgufCheckpoint(Checkpoint):
 
     def _read(self, tensor: str) -> np.ndarray:
         return self._tensors.read(tensor)
-
-
-def _shape(stored: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
-    """Return the shape of a piece of a stored tensor; that of the whole if the piece does not fit."""
-    if piece.rows is None or not piece.rows[1] <= stored[0] == (piece.total or stored[0]):
-        return stored
-    return (piece.rows[1] - piece.rows[0], *stored[1:])

@@ -168,8 +168,7 @@ class Checkpoint(StoredTensors):
         """Return dtype and shape in which `weight` and `stored_vector` give a tensor of the architecture."""
         piece = self._layout.piece(tensor)
         info = super().info(piece.stored)
-        if piece.rows is not None and info.shape and piece.rows[1] <= info.shape[0] == (piece.total or info.shape[0]):
-            info = replace(info, shape=(piece.rows[1] - piece.rows[0], *info.shape[1:]))
+        info = replace(info, shape=piece.shape(info.shape))
         is_widened = info.dtype in FLOAT8 and (piece.scale is not None or self._was_cast)
         is_scaled = piece.factor != 1.0 and info.dtype in FLOAT_DTYPES
         return replace(info, dtype="F32") if is_widened or is_scaled else info

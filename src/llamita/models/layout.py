@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llamita.models.config import ModelConfig
-from llamita.models.families import QUERY_FACTOR, crossing_layers, granite_scales, plain_config
+from llamita.models.families import crossing_layers, granite_scales
 from llamita.models.names import EMBEDDING, HEAD, expected_tensors
 from llamita.numerics.affine import to_f32
 
@@ -44,6 +44,12 @@ class Piece:
     def needed(self) -> list[str]:
         """Names of the tensors that it is read from."""
         return [self.stored] if self.scale is None else [self.stored, self.scale]
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return its shape, from that of the stored tensor; the latter itself if the rows do not fit it."""
+        if self.rows is None or not stored or not self.rows[1] <= stored[0] == (self.total or stored[0]):
+            return stored
+        return (self.rows[1] - self.rows[0], *stored[1:])
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """Return stored floats times the factor, in float32; as they are where there is none."""
@@ -94,11 +100,10 @@ def _of_granite(values: dict[str, Any], config: ModelConfig, stored: Collection[
     pieces = {f"{EMBEDDING}.weight": Piece(f"{EMBEDDING}.weight", factor=embedding / residual)}
     head = embedding / residual if config.tied else 1.0  # what the head's table is already multiplied by
     pieces[_NORM] = Piece(_NORM, factor=1 / (head * logits))
-    query = plain_config(values)[QUERY_FACTOR]
     for layer in range(config.layers):
         for kind in ("weight", *(["bias"] if config.has_bias("self_attn.q_proj") else [])):
             name = f"model.layers.{layer}.self_attn.q_proj.{kind}"
-            pieces[name] = Piece(name, factor=query)
+            pieces[name] = Piece(name, factor=config.query_factor)
     return Layout(pieces)
 
 
