@@ -27,6 +27,7 @@ from llamita.engine.requests import (
 )
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import PREFILL_CHUNK, Scheduler, SequenceLimits
+from llamita.engine.sequence import SequenceState
 from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError, shown
@@ -161,7 +162,7 @@ class LLM:
         for place, prompt in enumerate(prompts):
             own: Options = {} if adapters is None else {"adapter": adapters[place]}
             try:
-                requests.append(self._check(prompt, {**options, **own}))
+                requests.append(self.check(prompt, **{**options, **own}))
             except InputError as error:
                 raise error.within(f"prompt {place} of {len(prompts)}, from 0") from None
         streams = [self._submit(request) for request in requests]
@@ -187,7 +188,24 @@ class LLM:
         Raises:
             InputError: the prompt or an option is at fault. It is raised by this call, not by the first piece.
         """
-        return self._submit(self._check(prompt, options))
+        return self._submit(self.check(prompt, **options))
+
+    def check(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
+        """Return the checked request of `stream`'s arguments, for `sequence`; its time starts here.
+
+        Raises:
+            InputError: the prompt or an option is at fault.
+        """
+        started = time.perf_counter()
+        check_names(options)
+        ids, continues = self._prompt_ids(prompt)
+        recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
+        ends, vocab = self.tokenizer.eos_token_ids, self.config.vocab_size
+        return check_request(ids, continues, self.context, recommended, options, started, self.adapters, ends, vocab)
+
+    def sequence(self, request: Request) -> SequenceState:
+        """Return a sequence for a checked request, to be submitted to `scheduler` by a driver with a thread."""
+        return SequenceState(request, Answer(request, self.tokenizer))
 
     def new_sequence(self, declared_length: int) -> SequenceCache:
         """Return the empty cache of a sequence that may reach this many tokens."""
@@ -203,16 +221,8 @@ class LLM:
             logits = np.empty((len(part), self.config.vocab_size), dtype=np.float32)
             yield self.model.step([(cache, part)], np.arange(len(part)), out=logits)
 
-    def _check(self, prompt: Prompt, options: Options) -> Request:
-        """Return a checked request; its time starts here."""
-        started = time.perf_counter()
-        check_names(options)
-        ids, continues = self._prompt_ids(prompt)
-        recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
-        return check_request(ids, continues, self.context, recommended, options, started, self.adapters)
-
     def _submit(self, request: Request) -> Stream:
-        return Stream(self.scheduler, request, Answer(request, self.tokenizer))
+        return Stream(self.scheduler, self.sequence(request))
 
     def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> SequenceLimits:
         """Return checked limits, with shares of the usable memory in place of None."""

@@ -9,6 +9,7 @@ from collections import deque
 import numpy as np
 
 from llamita.engine.kv_cache import SequenceCache
+from llamita.engine.logprobs import score
 from llamita.engine.prefixes import Prefix, whole_blocks
 from llamita.engine.requests import Answer, Generation, Request
 from llamita.engine.sampler import Sampler
@@ -51,7 +52,7 @@ class SequenceState:
         self.cache, self._taken = cache, taken
         self.ids = np.empty(request.declared_length, dtype=np.int32)
         self.ids[: self.count] = request.ids
-        self.sampler = Sampler(request.sampling, request.ids, vocab_size)
+        self.sampler = Sampler(request.sampling, request.ids, vocab_size, request.rules)
         self.is_begun = True
         timings.reused_tokens = cache.length
         timings.queue_seconds = time.perf_counter() - request.started
@@ -81,6 +82,8 @@ class SequenceState:
         for row in logits:
             token = self.sampler.choose(row)
             is_hit = self._append(token)
+            if self.request.logprobs is not None:
+                answer.logprobs.append(score(row, token, self.request.logprobs))
             pieces.append(answer.add(token))
             drawn += 1
             if answer.finish_reason or not is_hit:
