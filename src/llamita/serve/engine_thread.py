@@ -28,12 +28,14 @@ class Update:
     Attributes:
         text: new text, perhaps "".
         logprobs: its new tokens' log-probabilities, if the request asked for them.
+        prompt_logprobs: those of the prompt, with the first update that has tokens.
         generation: the whole, at the end.
         error: why it ended without one.
     """
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     generation: Generation | None = None
     error: Exception | None = None
 
@@ -52,7 +54,7 @@ class Mailbox:
         self._filled = asyncio.Event()
         self._lock = threading.Lock()
         self._updates: dict[int, Update] = {}  # by choice; the lock protects it
-        self._seen = [0] * len(sequences)  # how many logprobs were handed out
+        self._seen = [-1] * len(sequences)  # how many logprobs were handed out; -1 before the first update
         self.open = set(range(len(sequences)))  # choices whose last event has not come; of the engine's thread
 
     async def take(self) -> dict[int, Update]:
@@ -68,18 +70,20 @@ class Mailbox:
         news = {}
         for choice in self.open:
             sequence, update = self.sequences[choice], Update()
-            scores = sequence.answer.logprobs
-            update.logprobs = scores[self._seen[choice] :]
-            self._seen[choice] = len(scores)
+            scores, seen = sequence.answer.logprobs, self._seen[choice]
+            update.logprobs = scores[max(seen, 0) :]
             while sequence.events:
                 _add(update, sequence.events.popleft())
             if update.text or update.logprobs or update.generation or update.error:
+                if seen < 0:
+                    update.prompt_logprobs = sequence.answer.prompt_logprobs
+                self._seen[choice] = len(scores)
                 news[choice] = update
         self.open -= {c for c, update in news.items() if update.generation or update.error}
         if news:
             with self._lock:
                 for choice, update in news.items():
-                    self._updates[choice] = _merge(self._updates.get(choice), update)
+                    self._updates[choice] = merge(self._updates.get(choice), update)
         return bool(news)
 
     @property
@@ -212,8 +216,14 @@ def _add(update: Update, event: str | Generation | Exception) -> None:
         update.generation = event
 
 
-def _merge(old: Update | None, new: Update) -> Update:
+def merge(old: Update | None, new: Update) -> Update:
+    """Return two updates of a choice as one."""
     if old is None:
         return new
-    logprobs = old.logprobs + new.logprobs
-    return Update(old.text + new.text, logprobs, new.generation or old.generation, new.error or old.error)
+    return Update(
+        old.text + new.text,
+        old.logprobs + new.logprobs,
+        old.prompt_logprobs + new.prompt_logprobs,
+        new.generation or old.generation,
+        new.error or old.error,
+    )

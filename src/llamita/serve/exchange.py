@@ -31,7 +31,8 @@ class Exchange:
 
     Attributes:
         request_id: the client's own if it is safe to repeat, else a new one.
-        owner: whose request it is: a tag of its key, None without keys. The guard sets it.
+        owner: whose request it is: a tag of its key, None without keys; the guard sets it.
+        key: the key that came with it, "" without one; the guard sets it. It is never logged.
         status: the status that was sent, None before.
     """
 
@@ -42,7 +43,8 @@ class Exchange:
         given = self.headers.get("x-request-id", "")
         is_safe = 0 < len(given) <= _LONGEST_ID and set(given) <= _SAFE
         self.request_id = given if is_safe else f"req_{secrets.token_hex(12)}"
-        self.owner: str | None = scope.get("llamita.owner")
+        self.owner: str | None = None
+        self.key = ""
         self.status: int | None = None
 
     async def read_json(self, most_bytes: int) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class Served:
     has_chat: bool
     description: dict[str, Any]
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells a client that the model's files have changed."""
+        return f"llamita-{self.created:x}"
+
     def entry(self) -> dict[str, Any]:
         """Return the model's object of OpenAI's API."""
         entry = {"id": self.id, "object": "model", "created": self.created, "owned_by": "llamita"}
