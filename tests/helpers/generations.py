@@ -9,7 +9,7 @@ import numpy as np
 
 import llamita
 from llamita.engine.llm import LLM, Generation
-from llamita.engine.sampler import Sampler, Sampling
+from llamita.engine.sampler import Rules, Sampler, Sampling
 from llamita.engine.stream import Stream
 
 
@@ -39,8 +39,8 @@ class RecordingSampler(Sampler):
 
     rows: ClassVar[defaultdict[bytes, list[np.ndarray]]] = defaultdict(list)
 
-    def __init__(self, sampling: Sampling, prompt: np.ndarray, vocab_size: int) -> None:
-        super().__init__(sampling, prompt, vocab_size)
+    def __init__(self, sampling: Sampling, prompt: np.ndarray, vocab_size: int, rules: Rules) -> None:
+        super().__init__(sampling, prompt, vocab_size, rules)
         self._prompt = np.asarray(prompt, dtype=np.int32).tobytes()
 
     def choose(self, logits: np.ndarray) -> int:
