@@ -80,13 +80,14 @@ class LLM:
         cache_memory: int | None = None,
         prefix_cache: int | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        takes_adapters: bool = False,
     ) -> None:
         """Load the weights. `llamita.load` explains the arguments; `adapters` are loaded already."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache)
         self.adapters = dict(adapters or {})
-        self.model = Model(self.config, load_weights(source, gated=not self.adapters))
+        self.model = Model(self.config, load_weights(source, gated=not (self.adapters or takes_adapters)))
         self.scheduler = Scheduler(self.model, limits)
 
     @cached_property
@@ -233,6 +234,23 @@ class LLM:
         """
         text = self.chat_template.render(messages, tools=tools, continue_final_message=continue_last, extra=extra)
         return self.tokenizer.encode(text, add_bos=False)
+
+    def embed(self, token_ids: TokenIds, adapter: str | None = None) -> np.ndarray:
+        """Return the mean of the tokens' final hidden states, divided by its length: float32 (hidden,).
+
+        A model that was not trained for embeddings gives rough ones: they tell texts of different subjects apart,
+        and little more.
+
+        Raises:
+            InputError: see `logits`.
+        """
+        ids = self.check_ids(token_ids)
+        cache = self.new_sequence(len(ids))
+        cache.adapter = find_adapter(adapter, self.adapters)
+        total = np.zeros(self.config.hidden_size)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            total += self.model.final_states(cache, ids[start : start + PREFILL_CHUNK]).sum(axis=0, dtype=np.float64)
+        return (total / max(float(np.linalg.norm(total)), np.finfo(np.float32).tiny)).astype(np.float32)
 
     def new_sequence(self, declared_length: int) -> SequenceCache:
         """Return the empty cache of a sequence that may reach this many tokens."""
