@@ -114,7 +114,7 @@ def command(
     listener = parts.listen(host, port)
     options = {
         "threads": threads, "context": context, "kv_dtype": kv_cache, "max_sequences": max_sequences,
-        "share_prefixes": share_prefixes, "takes_adapters": adapters is not None,
+        "takes_adapters": adapters is not None,
     }  # fmt: skip
     llms = _load_all(models, _pairs(adapter or []), options)
     console.note(remark())

@@ -55,8 +55,7 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     ids = llm.encode_chat(
         messages,
         tools=tools.definitions if tools else None,
-        add_generation_prompt=values.get("add_generation_prompt", True) and not continues,
-        continue_final_message=continues,
+        continue_last=continues,
         extra=values.get("chat_template_kwargs"),
     )
     if len(ids) >= llm.context:

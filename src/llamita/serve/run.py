@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -102,6 +103,9 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Catch SIGTERM and Ctrl-C. The first stops taking work, the second ends at once."""
+        if threading.current_thread() is not threading.main_thread():  # others get no signals
+            yield
+            return
         handlers = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -136,7 +140,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(state: ServerState, access: Access, listener: socket.socket, when_ready: Callable[[int], None]) -> None:
+def serve(
+    state: ServerState,
+    access: Access,
+    listener: socket.socket,
+    when_ready: Callable[[int], None],
+    when_made: Callable[[uvicorn.Server], None] = lambda server: None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs.
 
     Args:
@@ -144,6 +154,7 @@ def serve(state: ServerState, access: Access, listener: socket.socket, when_read
         access: who may connect.
         listener: the socket that listens.
         when_ready: called with the port once requests are answered.
+        when_made: called with uvicorn's server, whose `should_exit` ends it from another thread.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
@@ -159,8 +170,10 @@ def serve(state: ServerState, access: Access, listener: socket.socket, when_read
         timeout_graceful_shutdown=int(state.limits.drain_seconds),
         h11_max_incomplete_event_size=HEAD_BYTES,
     )
+    server = _Server(config, state, when_ready)
+    when_made(server)
     try:
-        _Server(config, state, when_ready).run([listener])
+        server.run([listener])
     finally:
         state.engine.stop()
         state.pool.shutdown(wait=False, cancel_futures=True)
