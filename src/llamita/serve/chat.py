@@ -50,6 +50,8 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     """
     served = state.models.find(values.get("model"))
     llm, messages = served.llm, values["messages"]
+    if not messages:
+        raise wrong("messages", "expected at least one.")
     tools = read_tools(values)
     continues = values.get("continue_final_message", _ends_with_assistant(messages))
     ids = llm.encode_chat(
