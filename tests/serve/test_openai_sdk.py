@@ -5,7 +5,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from llamita.engine.llm import LLM
 from llamita.serve.keys import Keys
 from llamita.serve.start import Bounds
 
+pydantic: Any = pytest.importorskip("pydantic", reason="comes with the package openai")
 openai: Any = pytest.importorskip("openai", reason="needs the package openai: pip install '.[dev]'")
 
 KEY = "a-key-of-this-test"
@@ -172,6 +173,35 @@ def test_a_streamed_response(client: Any) -> None:
     assert final.status == "completed"
     assert final.output_text.startswith(whole.output_text)
     assert kinds.count("response.output_text.done") == kinds.count("response.output_item.done") == 1
+
+
+class Animal(pydantic.BaseModel):
+    name: Literal["dog", "cat", "bird"]
+    legs: Literal[2, 4]
+    is_big: bool
+
+
+def test_structured_answers_are_parsed(client: Any) -> None:
+    for seed in range(5):
+        body = {**GREEDY, "temperature": 1, "seed": seed, "max_tokens": 60}
+        choice = client.chat.completions.parse(**body, response_format=Animal).choices[0]
+        assert isinstance(choice.message.parsed, Animal)
+        assert choice.finish_reason == "stop"
+        with client.chat.completions.stream(**body, response_format=Animal) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed == choice.message.parsed
+        body = {"model": "embedded", "input": "Once upon a time", "temperature": 1}
+        answer = client.responses.parse(**body, text_format=Animal)
+        assert isinstance(answer.output_parsed, Animal)
+    with pytest.raises(openai.LengthFinishReasonError):  # half an object is not taken for one
+        client.chat.completions.parse(**{**GREEDY, "max_tokens": 3}, response_format=Animal)
+
+
+def test_a_schema_that_cannot_be_kept_to_is_refused(client: Any) -> None:
+    schema = {"type": "string", "format": "no-such-format"}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**GREEDY, response_format=form)
+    assert caught.value.param.startswith("response_format")
 
 
 def test_many_at_once_from_the_async_client(server: Served, client: Any) -> None:
