@@ -51,24 +51,7 @@ class StepPart(NamedTuple):
     rows: int  # how many of them, from the end, give logits: the newest known token and the drafted ones
 
 
-class SchedulerLoad(NamedTuple):
-    waiting: int = 0
-    waiting_tokens: int = 0
-    running: int = 0
-    decoding: int = 0
-    used_positions: int = 0
-    room_positions: int = 1
-    kept_positions: int = 0
-    prefill_rate: float = 0
-    pauses: int = 0
-    steps: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    def to_dict(self): return self._asdict()
-
-
 class Scheduler:
-    load = SchedulerLoad()
     """The waiting and running sequences of one model. `submit`, `cancel` and `step` may be called from any thread.
 
     Attributes:

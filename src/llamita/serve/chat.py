@@ -13,8 +13,10 @@ from llamita.serve.options import engine_options, for_choice
 from llamita.serve.reply import reply
 from llamita.serve.served import Served
 from llamita.serve.state import Job, ServerState
-from llamita.serve.structure import ToolUse, constraint, read_tools
+from llamita.serve.structure import read_tools
 from llamita.serve.tables import CHAT
+from llamita.serve.tool_deltas import ToolDeltas
+from llamita.serve.tools import ToolChoice
 
 
 @dataclass
@@ -27,12 +29,13 @@ class ChatJob(Job):
     """
 
     top_logprobs: int | None = None
-    tools: ToolUse | None = None
+    tools: ToolChoice | None = None
 
     def writers(self) -> list[ChatWriter]:
         """Return what turns the updates of each choice into deltas."""
         tokenizer, has_logprobs = self.served.llm.tokenizer, self.top_logprobs is not None
-        return [ChatWriter(tokenizer, self.tools and self.tools.parser(), has_logprobs) for _ in self.requests]
+        names = self.tools.names if self.tools else None
+        return [ChatWriter(tokenizer, names and ToolDeltas(names), has_logprobs) for _ in self.requests]
 
 
 async def chat(state: ServerState, exchange: Exchange) -> None:
@@ -56,7 +59,7 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     continues = values.get("continue_final_message", _ends_with_assistant(messages))
     ids = llm.encode_chat(
         messages,
-        tools=tools.definitions if tools else None,
+        tools=tools.tools if tools else None,
         continue_last=continues,
         extra=values.get("chat_template_kwargs"),
     )
@@ -89,7 +92,7 @@ def _top_logprobs(values: Mapping[str, Any]) -> int | None:
 
 
 def _options(
-    values: Mapping[str, Any], served: Served, owner: str | None, top: int | None, tools: ToolUse | None
+    values: Mapping[str, Any], served: Served, owner: str | None, top: int | None, tools: ToolChoice | None
 ) -> Options:
     return {
         **engine_options(values, served.llm.config.vocab_size),
@@ -98,7 +101,7 @@ def _options(
         "owner": owner,
         "adapter": served.adapter,
         "show_special": tools is not None,
-        "constraint": constraint(values, served, tools),
+        "constraint": served.structure.constraint(values, tools),
     }
 
 
@@ -109,7 +112,7 @@ async def input_tokens(state: ServerState, exchange: Exchange) -> None:
     def count() -> dict[str, Any]:
         served = state.models.find(values.get("model"))
         tools = read_tools(values)
-        ids = served.llm.encode_chat(values["messages"], tools=tools.definitions if tools else None)
+        ids = served.llm.encode_chat(values["messages"], tools=tools.tools if tools else None)
         return {"object": "response.input_tokens", "input_tokens": len(ids), "max_model_len": served.llm.context}
 
     await exchange.send_json(await state.in_pool(count))

@@ -14,7 +14,6 @@ from llamita.serve.options import engine_options, for_choice
 from llamita.serve.reply import Part, reason_of, reply
 from llamita.serve.served import Served
 from llamita.serve.state import Job, ServerState
-from llamita.serve.structure import constraint
 from llamita.serve.tables import COMPLETIONS, MOST_PROMPTS
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -77,7 +76,7 @@ def _prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) -
     most = values.get("max_tokens", DEFAULT_MAX_TOKENS)
     if most == 0 and not echo:
         raise wrong("max_tokens", "0 needs `echo: true`.")
-    rules = constraint(values, served, None)
+    rules = served.structure.constraint(values)
     options = {
         **engine_options(values, llm.config.vocab_size),
         "max_tokens": most,
