@@ -9,8 +9,10 @@ import numpy as np
 
 from llamita.engine.adapters import Adapter
 from llamita.engine.kv_cache import KV_DTYPES, SequenceCache
+from llamita.engine.load import SequenceLimits
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
+from llamita.engine.prompt_budget import PREFILL_CHUNK
 from llamita.engine.requests import (
     Answer,
     Generation,
@@ -26,7 +28,7 @@ from llamita.engine.requests import (
     find_adapter,
 )
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import PREFILL_CHUNK, Scheduler, SequenceLimits
+from llamita.engine.scheduler import Scheduler
 from llamita.engine.sequence import SequenceState
 from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
