@@ -44,9 +44,7 @@ def test_logprobs_have_the_token_among_the_likeliest(server: Served) -> None:
     answer = server.post("/v1/completions", prompt="Once", max_tokens=6, logprobs=0, seed=3)
     logprobs = answer["choices"][0]["logprobs"]
     assert "".join(logprobs["tokens"]) == answer["choices"][0]["text"]
-    for token, value, top in zip(
-        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
-    ):
+    for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         assert top == {token: value}
 
 

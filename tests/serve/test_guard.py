@@ -98,7 +98,7 @@ def test_a_file_of_keys(tmp_path) -> None:
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "[", "localhost.evil:80"])
 def test_another_host_is_refused(server: Served, host: str) -> None:
-    status, headers, data = server.ask("GET", "/v1/models", headers={"Host": host})
+    status, _, data = server.ask("GET", "/v1/models", headers={"Host": host})
     assert status in (400, 403)
     assert b"embedded" not in data
 
@@ -227,7 +227,7 @@ def test_no_path_leaves_the_page(server: Served, path: str) -> None:
 
 
 def test_the_page_carries_its_policy(server: Served) -> None:
-    status, headers, data = server.ask("GET", "/")
+    status, headers, _ = server.ask("GET", "/")
     assert status == 200
     policy = headers["content-security-policy"]
     for rule in ("default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "trusted-types 'none'"):

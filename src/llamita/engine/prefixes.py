@@ -1,5 +1,6 @@
 """Keeps the caches of ended sequences for sequences that begin in the same way."""
 
+import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,6 +16,30 @@ BLOCK = 128  # a cache takes memory for this many positions at a time: kKeyBlock
 _LOSS = 32  # tokens that a kept cache may lose when another sequence continues in it
 
 
+class SavedOwner(NamedTuple):
+    """An owner whose name was not saved, only a salted hash of it."""
+
+    salt: bytes
+    digest: bytes
+
+    @classmethod
+    def of(cls, owner: str, salt: bytes) -> "SavedOwner":
+        """Return what is saved of an owner."""
+        return cls(salt, hashlib.sha256(salt + owner.encode("utf-8", "surrogatepass")).digest())
+
+
+Owner = str | SavedOwner | None
+
+
+def is_same_owner(a: Owner, b: Owner) -> bool:
+    """Return whether two owners are the same; of two saved ones, whether that can be seen."""
+    if isinstance(a, str) and isinstance(b, SavedOwner):
+        a = SavedOwner.of(a, b.salt)
+    elif isinstance(a, SavedOwner) and isinstance(b, str):
+        b = SavedOwner.of(b, a.salt)
+    return a == b
+
+
 class Prefix(NamedTuple):
     """Tokens of a running or ended sequence, and its cache, which holds at least these."""
 
@@ -22,6 +47,7 @@ class Prefix(NamedTuple):
     cache: SequenceCache
     declared_length: int  # its rotary frequencies were made for this length
     positions: int  # it has taken memory for this many
+    owner: Owner = None  # only this one's sequences may begin with it
 
     @property
     def adapter(self) -> Adapter | None:
@@ -62,7 +88,7 @@ class PrefixCache:
         """Keep a cache that is not written to any more, and drop those whose tokens it holds too."""
         if len(prefix.ids) < SHORTEST or prefix.positions > self._limit:
             return
-        shared = [self.shared(prefix, kept.ids, kept.declared_length, kept.adapter) for kept in self._kept]
+        shared = [self.shared(prefix, k.ids, k.declared_length, k.adapter, k.owner) for k in self._kept]
         if any(length == len(prefix.ids) for length in shared):
             return
         pairs = zip(self._kept, shared, strict=True)
@@ -75,7 +101,12 @@ class PrefixCache:
             del self._kept[0]
 
     def find(
-        self, ids: np.ndarray, declared_length: int, running: Iterable[Prefix], adapter: Adapter | None = None
+        self,
+        ids: np.ndarray,
+        declared_length: int,
+        running: Iterable[Prefix],
+        adapter: Adapter | None = None,
+        owner: Owner = None,
     ) -> tuple[Prefix | None, int]:
         """Return the kept or running prefix with the longest common beginning, and the length of that.
 
@@ -83,7 +114,7 @@ class PrefixCache:
         """
         best, longest = None, SHORTEST - 1
         for prefix in (*reversed(self._kept), *running):
-            length = self.shared(prefix, ids, declared_length, adapter)
+            length = self.shared(prefix, ids, declared_length, adapter, owner)
             if length > longest:
                 best, longest = prefix, length
         return best, longest if best else 0
@@ -105,9 +136,13 @@ class PrefixCache:
         self._kept.append(prefix)  # just used
         return None
 
-    def shared(self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None = None) -> int:
+    def shared(
+        self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None, owner: Owner
+    ) -> int:
         """Count the tokens whose keys and values serve a sequence with these ids, length and adapter, too."""
-        if prefix.adapter is not adapter:
+        if prefix.adapter is not adapter or not np.array_equal(prefix.ids[:SHORTEST], ids[:SHORTEST]):
+            return 0
+        if not is_same_owner(prefix.owner, owner):
             return 0
         length = common_length(prefix.ids, ids)
         if length < SHORTEST or not self._rope.depends_on_length or prefix.declared_length == declared_length:

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: from messages to a job, and from its updates to OpenAI's chat form."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from llamita.engine.requests import Options
@@ -34,8 +34,8 @@ class ChatJob(Job):
     def writers(self) -> list[ChatWriter]:
         """Return what turns the updates of each choice into deltas."""
         tokenizer, has_logprobs = self.served.llm.tokenizer, self.top_logprobs is not None
-        names = self.tools.names if self.tools else None
-        return [ChatWriter(tokenizer, names and ToolDeltas(names), has_logprobs) for _ in self.requests]
+        tools = self.tools
+        return [ChatWriter(tokenizer, tools and ToolDeltas(tools), has_logprobs) for _ in self.requests]
 
 
 async def chat(state: ServerState, exchange: Exchange) -> None:
@@ -68,13 +68,7 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     top = _top_logprobs(values)
     options = _options(values, served, owner, top, tools)
     n = values.get("n", 1)
-    requests = []
-    for choice in range(n):
-        own = for_choice(options, choice)
-        if choice and "constraint" in own and own["constraint"]:
-            own = {**own, "constraint": own["constraint"].copy()}
-        request = llm.check(ids, **own)
-        requests.append(replace(request, continues=continues))
+    requests = [llm.check(ids, continues=continues, **for_choice(options, choice)) for choice in range(n)]
     return ChatJob(served, requests, n, top, tools)
 
 

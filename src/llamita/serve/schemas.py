@@ -59,10 +59,12 @@ def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, 
     if "patternProperties" in made:
         _check_patterns(made, where)
     elif (
-        closed and "properties" in made and not made.keys() & {"additionalProperties", "unevaluatedProperties", "$ref"}
+        closed
+        and "properties" in made
+        and not made.keys() & {"additionalProperties", "unevaluatedProperties", "$ref"}
+        and set(made.get("required") or ()) <= set(made["properties"])
     ):
-        if set(made.get("required") or ()) <= set(made["properties"]):
-            made["additionalProperties"] = False
+        made["additionalProperties"] = False
     return made
 
 

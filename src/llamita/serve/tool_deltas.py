@@ -1,22 +1,24 @@
 """Turns what the parser of calls finds into the deltas of OpenAI's chat form."""
 
 from llamita.serve.chat_writer import Delta
-from llamita.serve.tool_calls import CallArguments, CallBegin, CallParser, Content
+from llamita.serve.tool_calls import CallArguments, CallBegin, Content, ToolCallParser
+from llamita.serve.tools import ToolChoice
 
 
 class ToolDeltas:
     """Finds calls of functions in one answer.
 
     Args:
-        names: the functions that may be called.
-
-    Attributes:
-        has_calls: a call has come.
+        tools: the functions that may be called, or must be.
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self.has_calls = False
-        self._parser = CallParser(names)
+    def __init__(self, tools: ToolChoice) -> None:
+        self._parser = ToolCallParser(tools.tools, is_sure=tools.mode == "required")
+
+    @property
+    def has_calls(self) -> bool:
+        """A call has begun."""
+        return self._parser.has_calls
 
     def add(self, text: str) -> list[Delta]:
         """Add text; return what is sure by now."""
@@ -29,7 +31,6 @@ class ToolDeltas:
     def _delta(self, event: Content | CallBegin | CallArguments) -> Delta:
         if isinstance(event, Content):
             return {"content": event.text}
-        self.has_calls = True
         if isinstance(event, CallBegin):
             function = {"name": event.name, "arguments": ""}
             return {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
