@@ -126,10 +126,9 @@ class SequenceState:
                 scored.append(None)  # nothing comes before the first token
             rest = len(ids) - len(scored)
             for row in logits[:rest]:
-                found = score(row, int(ids[len(scored)]), self.request.prompt_logprobs or 0)
-                if not math.isfinite(found.logprob):
-                    raise RunError("logits", "finite values", f"{found.logprob}", "the weights are broken")
-                scored.append(found)
+                if not math.isfinite(largest := row.max()):
+                    raise RunError("logits", "finite values", f"{largest}", "the weights are broken")
+                scored.append(score(row, int(ids[len(scored)]), self.request.prompt_logprobs or 0))
             logits = logits[rest:]
         if len(logits) and self.answer.finish_reason:  # only the prompt was to be scored
             self.finish()
