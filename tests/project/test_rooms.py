@@ -26,6 +26,7 @@ ROOMS = (  # from the top down
     "__main__",
     "cli",
     "commands",
+    "serve",
     "train",
     "export",
     "evaluate",

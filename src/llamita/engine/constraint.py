@@ -9,7 +9,7 @@ import numpy as np
 class Constraint(Protocol):
     """A grammar together with the tokens that it has accepted. It changes by `accept` alone.
 
-    Any method raises InputError or RunError if the grammar has failed: generation never goes on without it.
+    `allowed` and `accept` raise InputError or RunError if the grammar has failed: generation never goes on without it.
     """
 
     def allowed(self) -> np.ndarray:
@@ -21,7 +21,10 @@ class Constraint(Protocol):
         ...
 
     def forced(self, limit: int) -> list[int]:
-        """Return up to `limit` tokens that must come next one after the other; [] where there is a choice."""
+        """Return up to `limit` tokens that must come next one after the other; [] where there is a choice.
+
+        They serve as a draft, so nothing depends on them but speed. It raises nothing.
+        """
         ...
 
     def copy(self) -> Self:

@@ -36,6 +36,7 @@ from llamita.errors import InputError, shown
 from llamita.models.weights import ModelSource
 from llamita.system.machine import usable_memory
 from llamita.text.chat_template import ChatTemplate, read_template
+from llamita.text.messages import Message
 from llamita.text.tokenizer import Tokenizer, read_settings
 
 MAX_SEQUENCES = 16  # running at once: with more rows, reading the weights no longer limits a step
@@ -192,15 +193,21 @@ class LLM:
         """
         return self._submit(self.check(prompt, **options))
 
-    def check(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
+    def check(self, prompt: Prompt, continues: bool | None = None, **options: Unpack[Options]) -> Request:
         """Return the checked request of `stream`'s arguments, for `sequence`; its time starts here.
+
+        Args:
+            prompt, options: as for `stream`.
+            continues: whether the answer continues the prompt's text, so that a leading space belongs to it; by default
+                it does, but not after messages.
 
         Raises:
             InputError: the prompt or an option is at fault.
         """
         started = time.perf_counter()
         check_names(options)
-        ids, continues = self._prompt_ids(prompt)
+        ids, continued = self._prompt_ids(prompt)
+        continues = continued if continues is None else continues
         recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
         ends, vocab = self.tokenizer.eos_token_ids, self.config.vocab_size
         return check_request(ids, continues, self.context, recommended, options, started, self.adapters, ends, vocab)
@@ -208,6 +215,26 @@ class LLM:
     def sequence(self, request: Request) -> SequenceState:
         """Return a sequence for a checked request, to be submitted to `scheduler` by a driver with a thread."""
         return SequenceState(request, Answer(request, self.tokenizer))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation, however many, open for the assistant's turn.
+
+        Args:
+            messages, tools, extra: see `ChatTemplate.render`.
+            continue_last: the last message is an assistant's, to be continued.
+
+        Raises:
+            InputError: the model has no chat template, or that refuses the conversation.
+        """
+        text = self.chat_template.render(messages, tools=tools, continue_final_message=continue_last, extra=extra)
+        return self.tokenizer.encode(text, add_bos=False)
 
     def new_sequence(self, declared_length: int) -> SequenceCache:
         """Return the empty cache of a sequence that may reach this many tokens."""
@@ -242,9 +269,7 @@ class LLM:
         """Return the token ids of a prompt, and whether the answer continues its text."""
         tokenizer = self.tokenizer
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
-            text = self.chat_template.render(prompt)
-            ids = self.check_ids(tokenizer.encode(text, add_bos=False))
-            return ids, False  # an answer begins a new text
+            return self.check_ids(self.encode_chat(prompt)), False  # an answer begins a new text
         check_prompt(prompt)
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not np.size(ids):

@@ -14,7 +14,7 @@ from llamita.engine.logprobs import TokenLogprob
 from llamita.engine.sampler import Rules, Sampling
 from llamita.engine.stops import StopStrings
 from llamita.errors import InputError, shown
-from llamita.text.chat_template import Message
+from llamita.text.messages import Message
 from llamita.text.tokenizer import Detokenizer, Tokenizer
 
 TokenIds = Sequence[int] | np.ndarray

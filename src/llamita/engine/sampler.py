@@ -19,6 +19,8 @@ from llamita.errors import InputError, RunError, shown
 _BLOCK = 64  # numbers whose maximum is taken together
 _PENALTIES = (0.01, 1e6)  # outside, logits of trained models come near infinity in float32
 _MOST_PENALTY = 2.0  # OpenAI's bounds of the frequency and presence penalties
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+_LARGEST = float(np.finfo(np.float32).max)
 _COLDEST = 1e-30  # a lower temperature is greedy but for exact ties, and float32 could not divide by it
 
 
@@ -48,7 +50,10 @@ class Sampling:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        _expect("temperature", self.temperature, "at least 0", 0 <= self.temperature < math.inf)
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            _expect(name, value, "a number", isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST)
+        _expect("temperature", self.temperature, "at least 0", self.temperature >= 0)
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
         _expect("top_k", self.top_k, "a whole number, 0 for all", whole and self.top_k >= 0)
         _expect("top_p", self.top_p, "a number from 0 to 1", 0 <= self.top_p <= 1)

@@ -326,12 +326,9 @@ class Scheduler:
         most = 0 if self._prompts or not sequences else (DECODE_ROWS - sequences) // sequences
         drafts = []
         for s in self._decoding:
-            s.drafted = 0
-            limit = min(most, s.request.speculate, s.request.declared_length - s.count - 1)
-            if s.drafter and limit > 0:
-                s.drafted = s.drafter.propose(limit)
-                if s.drafted:
-                    drafts.append((s.drafted, s.drafter.rate))
+            s.drafted = s.draft(most)
+            if s.drafted and s.drafter:
+                drafts.append((s.drafted, s.drafter.rate))
         if drafts:
             length = self._times.best_length(sequences, drafts)
             for s in self._decoding:

@@ -135,6 +135,18 @@ class SequenceState:
         elif len(logits):
             self.take(logits, began)
 
+    def draft(self, most: int) -> int:
+        """Write up to `most` tokens after the known ones; return how many.
+
+        What the grammar forces comes first, and may be more than the request's `speculate`.
+        """
+        most = min(most, self.request.declared_length - self.count - 1)
+        if self.drafter is None or most < 1:
+            return 0
+        constraint = self.sampler.constraint
+        forced = constraint.forced(most) if constraint else []
+        return self.drafter.propose(min(most, self.request.speculate), forced)
+
     def take(self, logits: np.ndarray, began: float) -> None:
         """Draw a token from each row of logits (rows, vocab), up to the first that differs from the draft.
 
