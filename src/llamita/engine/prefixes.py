@@ -70,12 +70,12 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
 class PrefixCache:
     """The kept caches of one model, least recently used first.
 
-    Args:
+    Attributes:
         limit: the most positions of all together.
     """
 
     def __init__(self, limit: int, rope: RopeConfig, head_dim: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._rope, self._head_dim = rope, head_dim
         self._kept: list[Prefix] = []
 
@@ -84,16 +84,20 @@ class PrefixCache:
         """The positions that all kept caches take memory for."""
         return sum(prefix.positions for prefix in self._kept)
 
+    def all(self) -> list[Prefix]:
+        """Return them, the least recently used first."""
+        return list(self._kept)
+
     def keep(self, prefix: Prefix) -> None:
         """Keep a cache that is not written to any more, and drop those whose tokens it holds too."""
-        if len(prefix.ids) < SHORTEST or prefix.positions > self._limit:
+        if len(prefix.ids) < SHORTEST or prefix.positions > self.limit:
             return
         shared = [self.shared(prefix, k.ids, k.declared_length, k.adapter, k.owner) for k in self._kept]
         if any(length == len(prefix.ids) for length in shared):
             return
         pairs = zip(self._kept, shared, strict=True)
         self._kept = [*(kept for kept, length in pairs if length < len(kept.ids)), prefix]
-        self.shrink(self._limit)
+        self.shrink(self.limit)
 
     def shrink(self, positions: int) -> None:
         """Drop the least recently used until the others take at most this many positions."""

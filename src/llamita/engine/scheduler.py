@@ -6,10 +6,15 @@ a driver calls `step`, either the readers of streams in turn (`stream.py`) or on
 
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from llamita.engine import prefix_file
+from llamita.engine.adapters import Adapter
 from llamita.engine.admission import Waiting
 from llamita.engine.cache_memory import CacheMemory
 from llamita.engine.load import Counters, RunningSequence, SchedulerLoad, SequenceLimits
@@ -149,6 +154,55 @@ class Scheduler:
             paused=paused,
             sequences=tuple(RunningSequence(s.taken_in, len(s.request.ids), s.is_decoding) for s in running),
         )
+
+    def save_prefixes(self, path: Path) -> int:
+        """Write the kept caches to a file, for `load_prefixes` of a later run; return how many.
+
+        Steps wait meanwhile.
+
+        Raises:
+            RunError: the file cannot be written; one that was there is unchanged.
+        """
+        with self._alone():
+            kept = self._memory.kept.all()
+            prefix_file.save(path, self.model, self._limits.kv_dtype, kept)
+            return len(kept)
+
+    def load_prefixes(self, path: Path, adapters: Mapping[str, Adapter] | None = None) -> int:
+        """Keep the caches of a file that `save_prefixes` wrote, as far as there is memory; return how many.
+
+        Args:
+            adapters: those that the model was loaded with; prefixes of others are left out.
+
+        Raises:
+            InputError: the file is missing, damaged, or of another model, kv_dtype or version; nothing was changed.
+            RunError: it cannot be read, or memory is short.
+        """
+        with self._alone():
+            used = sum(s.positions for s in self._running())
+            free = min(self._memory.kept.limit, self._memory.room - used)
+            limits = self._limits
+            found = prefix_file.load(path, self.model, limits.kv_dtype, limits.context, free, adapters or {})
+            for prefix in found:
+                self._memory.kept.keep(prefix)
+            self._memory.kept.shrink(free)
+            kept = {id(prefix) for prefix in self._memory.kept.all()}
+            return sum(id(prefix) in kept for prefix in found)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no step run during the block."""
+        with self._lock:
+            while self._is_stepping:
+                self._changed.wait()
+            self._is_stepping = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_stepping = False
+                self._sweep()  # what was cancelled meanwhile
+                self._changed.notify_all()
 
     def _schedule(self) -> list[StepPart]:
         """Let waiting sequences in; return the parts of the next step."""

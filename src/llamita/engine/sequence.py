@@ -118,6 +118,23 @@ class SequenceState:
             self.is_begun = False
             del self.cache
 
+    def receive(self, logits: np.ndarray, began: float) -> None:
+        """Take the logits (rows, vocab) of a step that began then: score the prompt with them, then draw."""
+        if self.scores:
+            ids, scored = self.request.ids, self.answer.prompt_logprobs
+            if not scored:
+                scored.append(None)  # nothing comes before the first token
+            rest = len(ids) - len(scored)
+            for row in logits[:rest]:
+                if not math.isfinite(largest := row.max()):
+                    raise RunError("logits", "finite values", f"{largest}", "the weights are broken")
+                scored.append(score(row, int(ids[len(scored)]), self.request.prompt_logprobs or 0))
+            logits = logits[rest:]
+        if len(logits) and self.answer.finish_reason:  # only the prompt was to be scored
+            self.finish()
+        elif len(logits):
+            self.take(logits, began)
+
     def draft(self, most: int) -> int:
         """Write up to `most` tokens after the known ones; return how many.
 
@@ -129,24 +146,6 @@ class SequenceState:
         constraint = self.sampler.constraint
         forced = constraint.forced(most) if constraint else []
         return self.drafter.propose(min(most, self.request.speculate), forced)
-
-    def receive(self, logits: np.ndarray, began: float) -> None:
-        """Take the logits (rows, vocab) of a step that began then: score the prompt with them, then draw."""
-        if self.scores:
-            ids, scored = self.request.ids, self.answer.prompt_logprobs
-            if not scored:
-                scored.append(None)  # nothing comes before the first token
-            rest = len(ids) - len(scored)
-            for row in logits[:rest]:
-                found = score(row, int(ids[len(scored)]), self.request.prompt_logprobs or 0)
-                if not math.isfinite(found.logprob):
-                    raise RunError("logits", "finite values", f"{found.logprob}", "the weights are broken")
-                scored.append(found)
-            logits = logits[rest:]
-        if len(logits) and self.answer.finish_reason:  # only the prompt was to be scored
-            self.finish()
-        elif len(logits):
-            self.take(logits, began)
 
     def take(self, logits: np.ndarray, began: float) -> None:
         """Draw a token from each row of logits (rows, vocab), up to the first that differs from the draft.
