@@ -34,7 +34,6 @@ def load(
     cache_memory: int | None = None,
     prefix_cache: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-    takes_adapters: bool = False,
     progress: Progress = None,
     preset: str | QuantScheme | None = None,
     adaptors: Mapping[str, str | Path] | None = None,
@@ -54,7 +53,6 @@ def load(
         prefix_cache: bytes of these to keep of ended sequences, for prompts that begin in the same way; by default
             those of one whole context, at most an eighth of the memory; 0 turns it off.
         adapters: directories of low-rank adapters in PEFT's format, by the names that requests give them.
-        takes_adapters: adapters may be added to the model's `adapters` later; see `open_adapters`.
         progress: gets how far the conversion of another tool's model is; see `system/progress.py`.
         preset, adaptors: the former names of `scheme` and `adapters`.
 
@@ -63,7 +61,7 @@ def load(
     """
     use_threads(threads)
     scheme = preset if scheme is None else scheme
-    source = _rounded(open_source(at_revision(path_or_name, revision), progress), scheme, path_or_name)
+    source = open_model(at_revision(path_or_name, revision), scheme, progress)
     return LLM(
         source,
         context=context,
@@ -72,11 +70,12 @@ def load(
         cache_memory=cache_memory,
         prefix_cache=prefix_cache,
         adapters=open_adapters(source, adapters or adaptors or {}),
-        takes_adapters=takes_adapters,
     )
 
 
-def _rounded(source: ModelSource, scheme: str | QuantScheme | None, name: str | Path) -> ModelSource:
+def open_model(name: str | Path, scheme: str | QuantScheme | None = None, progress: Progress = None) -> ModelSource:
+    """Open the weights of a model, rounded to nearest by a scheme if there is one, for `LLM`; see `load`."""
+    source = open_source(name, progress)
     if isinstance(scheme, str):
         try:
             scheme = choose_scheme(scheme)

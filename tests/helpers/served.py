@@ -83,9 +83,8 @@ def serving(
     origins: Sequence[str] = (),
 ) -> Iterator[Served]:
     """Serve models while the block lasts."""
-    state = start.make_state(
-        start.Models(dict(llms)), keys or Keys(), limits or start.Limits(drain_seconds=1), bounds or start.Bounds(), adapters
-    )  # fmt: skip
+    limits, bounds = limits or start.Limits(drain_seconds=1), bounds or start.Bounds()
+    state = start.make_state(start.Models(dict(llms)), keys or Keys(), limits, bounds, adapters)
     listener = start.listen("127.0.0.1", 0)
     ready, made, ports = threading.Event(), [], []
 

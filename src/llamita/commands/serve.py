@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +11,12 @@ import typer
 from llamita.commands import console
 from llamita.commands.options import Context, KvCache, Revision, Threads, model_argument
 from llamita.commands.sources import convert_first
-from llamita.engine.llm import MAX_SEQUENCES, LLM
+from llamita.engine.llm import LLM, MAX_SEQUENCES
 from llamita.errors import InputError
 from llamita.imports.names import split_scheme
-from llamita.loading import load
+from llamita.loading import open_adapters, open_model
 from llamita.system.extras import load_optional
-from llamita.system.threads import remark
+from llamita.system.threads import remark, use_threads
 
 _LACKING = "llamita serve: needs {package}; try `pip install 'llamita[serve]'`"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -105,36 +104,39 @@ def command(
     """
     parts: Any = load_optional("llamita.serve.start", _LACKING)  # its packages are not on the lean side
     keys = parts.collect_keys([*(api_key or []), *_from_environment()], api_key_file, admin_key_file)
-    if host not in _LOOPBACK and not keys.are_needed and not no_auth:
-        raise InputError(
-            "--host", f"one of {', '.join(_LOOPBACK)} without keys", host, "try --api-key-file FILE, or --no-auth"
-        )
-    if log_requests:
-        _log_to_stderr()
+    _check_host(host, keys.are_needed or no_auth)
+    _log(log_requests)
     listener = parts.listen(host, port)
-    options = {
-        "threads": threads, "context": context, "kv_dtype": kv_cache, "max_sequences": max_sequences,
-        "takes_adapters": adapters is not None,
-    }  # fmt: skip
-    llms = _load_all(models, _pairs(adapter or []), options)
-    console.note(remark())
-    bounds = replace(parts.Bounds(), requests=max_queue, requests_per_key=max_per_key or max(1, max_queue // 2))
+    use_threads(threads)
+    llms = _load_all(models, _pairs(adapter or []), {
+        "context": context, "kv_dtype": kv_cache, "max_sequences": max_sequences,
+        "share_prefixes": share_prefixes, "takes_adapters": adapters is not None,
+    })  # fmt: skip
+    bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     state = parts.make_state(parts.Models(llms), keys, parts.Limits(drain_seconds=drain), bounds, adapters)
     access = parts.access(host, allowed_host or [], allow_origin or [])
     with parts.kept_prefixes(llms, prefix_file, console.note):
         parts.serve(state, access, listener, lambda at: _announce(state, host, at))
 
 
+def _check_host(host: str, is_guarded: bool) -> None:
+    """Raise InputError for an address that others can reach, where anybody may ask."""
+    if host not in _LOOPBACK and not is_guarded:
+        expected = f"one of {', '.join(_LOOPBACK)} without keys"
+        raise InputError("--host", expected, host, "try --api-key-file FILE, or --no-auth")
+
+
 def _from_environment() -> list[str]:
     return [os.environ[_KEY]] if os.environ.get(_KEY) else []
 
 
-def _log_to_stderr() -> None:
+def _log(is_wanted: bool) -> None:
+    """Write the server's log to stderr: its faults, and each request if that is wanted."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("llamita.serve")
+    logger = logging.getLogger("llamita")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_wanted else logging.ERROR)
 
 
 def _pairs(given: list[str]) -> dict[str, Path]:
@@ -157,9 +159,9 @@ def _load_all(models: list[str], adapters: dict[str, Path], options: dict[str, A
             raise InputError("MODEL", "a different name for each", f"{name} twice", "try NAME=MODEL")
         base, rest = split_scheme(source)
         convert_first(base)
-        with console.progress() as progress:
-            own = {} if llms else adapters
-            llms[name] = load(base, scheme=rest[1:] or None, adapters=own, progress=progress, **options)
+        opened = open_model(base, rest[1:] or None)
+        llms[name] = LLM(opened, adapters={} if llms else open_adapters(opened, adapters), **options)
+    console.note(remark())
     return llms
 
 

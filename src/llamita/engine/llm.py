@@ -9,8 +9,10 @@ import numpy as np
 
 from llamita.engine.adapters import Adapter
 from llamita.engine.kv_cache import KV_DTYPES, SequenceCache
+from llamita.engine.load import SequenceLimits
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
+from llamita.engine.prompt_budget import PREFILL_CHUNK
 from llamita.engine.requests import (
     Answer,
     Generation,
@@ -26,7 +28,7 @@ from llamita.engine.requests import (
     find_adapter,
 )
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import PREFILL_CHUNK, Scheduler, SequenceLimits
+from llamita.engine.scheduler import Scheduler
 from llamita.engine.sequence import SequenceState
 from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
@@ -81,11 +83,12 @@ class LLM:
         prefix_cache: int | None = None,
         adapters: Mapping[str, Adapter] | None = None,
         takes_adapters: bool = False,
+        share_prefixes: bool = False,
     ) -> None:
         """Load the weights. `llamita.load` explains the arguments; `adapters` are loaded already."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
-        limits = self._limits(max_sequences, cache_memory, prefix_cache)
+        limits = self._limits(max_sequences, cache_memory, prefix_cache, share_prefixes)
         self.adapters = dict(adapters or {})
         self.model = Model(self.config, load_weights(source, gated=not (self.adapters or takes_adapters)))
         self.scheduler = Scheduler(self.model, limits)
@@ -269,7 +272,9 @@ class LLM:
     def _submit(self, request: Request) -> Stream:
         return Stream(self.scheduler, self.sequence(request))
 
-    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> SequenceLimits:
+    def _limits(
+        self, sequences: int, cache_memory: int | None, prefix_cache: int | None, share: bool
+    ) -> SequenceLimits:
         """Return checked limits, with shares of the usable memory in place of None."""
         memory = usable_memory()
         block = self.new_sequence(BLOCK).nbytes
@@ -279,7 +284,8 @@ class LLM:
         check_whole("max_sequences", sequences, 1)
         check_whole("cache_memory", cache_memory, 1)
         check_whole("prefix_cache", prefix_cache, 0)
-        return SequenceLimits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
+        prefix_cache = min(prefix_cache, cache_memory)
+        return SequenceLimits(sequences, cache_memory, prefix_cache, self.kv_dtype, self.context, share)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
         """Return the token ids of a prompt, and whether the answer continues its text."""

@@ -98,6 +98,11 @@ class StepTimes:
         else:
             self._seconds[rows] = old
 
+    def seconds(self, rows: int) -> float:
+        """Return what a step of so many rows takes, or of the nearest number that is measured; 0.0 before any."""
+        nearest = min(self._seconds, key=lambda known: abs(known - rows), default=None)
+        return 0.0 if nearest is None else self._seconds[nearest]
+
     def best_length(self, sequences: int, drafts: list[tuple[int, float]]) -> int:
         """Return the length to cut drafts to that promises the most tokens a second, 0 for no drafts.
 

@@ -1,13 +1,14 @@
 """The table of paths, and the ASGI application around it."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamita.serve import chat, completions, openapi, page_files, responses, small
-from llamita.serve.exchange import Exchange, Receive, Scope, Send
+from llamita.serve.exchange import Exchange
 from llamita.serve.guard import Access, Guard
 from llamita.serve.state import ServerState
 
@@ -55,12 +56,12 @@ class _Bound:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that the guard let in."""
-        exchange = scope["llamita.exchange"]
+        exchange = scope["exchange"]
         exchange.scope = scope  # the router's, with the parts of the path
         await self._endpoint(self._state, exchange)
 
 
-def make_app(state: ServerState, access: Access) -> Any:
+def make_app(state: ServerState, access: Access) -> ASGIApp:
     """Return the ASGI application."""
     routes = []
     for row in PATHS:

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: from messages to a job, and from its updates to OpenAI's chat form."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from llamita.engine.requests import Options
@@ -13,8 +13,10 @@ from llamita.serve.options import engine_options, for_choice
 from llamita.serve.reply import reply
 from llamita.serve.served import Served
 from llamita.serve.state import Job, ServerState
-from llamita.serve.structure import ToolUse, constraint, read_tools
+from llamita.serve.structure import read_tools
 from llamita.serve.tables import CHAT
+from llamita.serve.tool_deltas import ToolDeltas
+from llamita.serve.tools import ToolChoice
 
 
 @dataclass
@@ -27,12 +29,13 @@ class ChatJob(Job):
     """
 
     top_logprobs: int | None = None
-    tools: ToolUse | None = None
+    tools: ToolChoice | None = None
 
     def writers(self) -> list[ChatWriter]:
         """Return what turns the updates of each choice into deltas."""
         tokenizer, has_logprobs = self.served.llm.tokenizer, self.top_logprobs is not None
-        return [ChatWriter(tokenizer, self.tools and self.tools.parser(), has_logprobs) for _ in self.requests]
+        tools = self.tools
+        return [ChatWriter(tokenizer, tools and ToolDeltas(tools), has_logprobs) for _ in self.requests]
 
 
 async def chat(state: ServerState, exchange: Exchange) -> None:
@@ -56,7 +59,7 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     continues = values.get("continue_final_message", _ends_with_assistant(messages))
     ids = llm.encode_chat(
         messages,
-        tools=tools.definitions if tools else None,
+        tools=tools.tools if tools else None,
         continue_last=continues,
         extra=values.get("chat_template_kwargs"),
     )
@@ -65,13 +68,7 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     top = _top_logprobs(values)
     options = _options(values, served, owner, top, tools)
     n = values.get("n", 1)
-    requests = []
-    for choice in range(n):
-        own = for_choice(options, choice)
-        if choice and "constraint" in own and own["constraint"]:
-            own = {**own, "constraint": own["constraint"].copy()}
-        request = llm.check(ids, **own)
-        requests.append(replace(request, continues=continues))
+    requests = [llm.check(ids, continues=continues, **for_choice(options, choice)) for choice in range(n)]
     return ChatJob(served, requests, n, top, tools)
 
 
@@ -89,7 +86,7 @@ def _top_logprobs(values: Mapping[str, Any]) -> int | None:
 
 
 def _options(
-    values: Mapping[str, Any], served: Served, owner: str | None, top: int | None, tools: ToolUse | None
+    values: Mapping[str, Any], served: Served, owner: str | None, top: int | None, tools: ToolChoice | None
 ) -> Options:
     return {
         **engine_options(values, served.llm.config.vocab_size),
@@ -98,7 +95,7 @@ def _options(
         "owner": owner,
         "adapter": served.adapter,
         "show_special": tools is not None,
-        "constraint": constraint(values, served, tools),
+        "constraint": served.structure.constraint(values, tools),
     }
 
 
@@ -112,5 +109,5 @@ def count_tokens(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any
     """Return how many tokens the conversation of a checked body has."""
     served = state.models.find(values.get("model"))
     tools = read_tools(values)
-    ids = served.llm.encode_chat(values["messages"], tools=tools.definitions if tools else None)
+    ids = served.llm.encode_chat(values["messages"], tools=tools.tools if tools else None)
     return {"object": "response.input_tokens", "input_tokens": len(ids), "max_model_len": served.llm.context}

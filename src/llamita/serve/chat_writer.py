@@ -1,4 +1,4 @@
-"""Turns the updates of one choice into the deltas of OpenAI's chat form; an answer that is not streamed is their fold."""
+"""Turns the updates of one choice into OpenAI's deltas of a chat; an answer that is not streamed is their fold."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -15,7 +15,10 @@ Delta = dict[str, Any]
 class Parser(Protocol):
     """Finds calls of functions in text as it comes."""
 
-    has_calls: bool  # a call has come
+    @property
+    def has_calls(self) -> bool:
+        """A call has begun."""
+        ...
 
     def add(self, text: str) -> list[Delta]:
         """Add text; return what is sure by now."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamita.engine.requests import Request
+from llamita.engine.requests import Options, Request
 from llamita.serve.engine_thread import Update
 from llamita.serve.errors import too_long, wrong
 from llamita.serve.exchange import Exchange
@@ -14,7 +14,6 @@ from llamita.serve.options import engine_options, for_choice
 from llamita.serve.reply import Part, reason_of, reply
 from llamita.serve.served import Served
 from llamita.serve.state import Job, ServerState
-from llamita.serve.structure import constraint
 from llamita.serve.tables import COMPLETIONS, MOST_PROMPTS
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -47,8 +46,8 @@ def prompts_of(value: Any) -> list[Any]:
     Raises:
         ApiError: there are too many.
     """
-    is_one = isinstance(value, str) or not isinstance(value[0], str | list)
-    prompts = [value] if is_one else value
+    is_several = isinstance(value, list) and isinstance(value[0], str | list)
+    prompts: list[Any] = value if is_several else [value]
     if len(prompts) > MOST_PROMPTS:
         raise wrong("prompt", f"expected at most {MOST_PROMPTS}, got {len(prompts)}.")
     return prompts
@@ -77,24 +76,21 @@ def _prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) -
     most = values.get("max_tokens", DEFAULT_MAX_TOKENS)
     if most == 0 and not echo:
         raise wrong("max_tokens", "0 needs `echo: true`.")
-    rules = constraint(values, served, None)
-    options = {
+    options: Options = {
         **engine_options(values, llm.config.vocab_size),
         "max_tokens": most,
         "logprobs": logprobs,
         "prompt_logprobs": (logprobs or 0) if echo and (logprobs is not None or most == 0) else None,
         "owner": owner,
         "adapter": served.adapter,
-        "show_special": False,
+        "constraint": served.structure.constraint(values),
     }
     n, requests = values.get("n", 1), []
     for prompt in prompts_of(values["prompt"]):
         ids = prompt_ids(served, prompt, values.get("add_special_tokens", True))
         if not ids or len(ids) + min(most, 1) > llm.context:
             raise too_long(len(ids), llm.context, "prompt")
-        for choice in range(n):
-            own = for_choice(options, choice)  # type: ignore[arg-type]
-            requests.append(llm.check(ids, **{**own, "constraint": rules and rules.copy()}))  # type: ignore[arg-type]
+        requests += [llm.check(ids, **for_choice(options, choice)) for choice in range(n)]
     return CompletionJob(served, requests, n, echo, logprobs is not None)
 
 

@@ -18,7 +18,7 @@ from llamita.engine.scheduler import Scheduler
 from llamita.engine.sequence import SequenceState
 from llamita.errors import RunError
 
-_log = logging.getLogger("llamita.serve")
+_log = logging.getLogger(__package__)
 
 
 @dataclass

@@ -90,4 +90,6 @@ def timed_out(message: str) -> ApiError:
 
 def internal(request_id: str) -> ApiError:
     """Return the answer to a fault of the server. The log has its text, because that can hold memory addresses."""
-    return ApiError(500, f"The server failed; its log has more under {request_id}.", kind="server_error", code="internal")
+    return ApiError(
+        500, f"The server failed; its log has more under {request_id}.", kind="server_error", code="internal"
+    )

@@ -11,11 +11,9 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from llamita.serve.errors import ApiError
+from starlette.types import Receive, Scope, Send
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+from llamita.serve.errors import ApiError
 
 BODY_SECONDS = 30  # for a client to send its body
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
@@ -56,7 +54,9 @@ class Exchange:
         """
         kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":  # what a form of a web page could send is refused, too
-            raise ApiError(415, f"Content-Type: expected application/json, got {kind[:80] or 'none'}.", code="media_type")
+            raise ApiError(
+                415, f"Content-Type: expected application/json, got {kind[:80] or 'none'}.", code="media_type"
+            )
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 data = await self._read_body(most_bytes)

@@ -1,19 +1,20 @@
 """What every request passes before its endpoint: the Host and Origin checks, the key; and how errors become answers."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamita.errors import InputError, LlamitaError
-from llamita.serve.errors import ApiError, from_llamita, internal
-from llamita.serve.exchange import Disconnected, Exchange, Receive, Scope, Send
+from llamita.serve.errors import ApiError, from_llamita, internal, unavailable
+from llamita.serve.exchange import Disconnected, Exchange
 from llamita.serve.state import ServerState
 
-_log = logging.getLogger("llamita.serve")
+_log = logging.getLogger(__package__)
 # Without a key: that a balancer asks, and the page, which asks for the key itself.
 _OPEN = ("/health", "/ready", "/v1/health", "/v1/ready", "/", "/favicon.ico")
 _OPEN_BELOW = "/page/"
@@ -37,7 +38,7 @@ class Access:
 class Guard:
     """Wraps the endpoints, in plain ASGI."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], state: ServerState, access: Access):
+    def __init__(self, app: ASGIApp, state: ServerState, access: Access):
         self._app, self._state, self._access = app, state, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,12 +47,14 @@ class Guard:
             return
         began = time.monotonic()
         exchange = Exchange(scope, receive, send)
-        scope["llamita.exchange"], scope["app"] = exchange, self
+        scope["exchange"], scope["app"] = exchange, self
         try:
             self._check(exchange)
             await self._app(scope, receive, send)
         except Disconnected:
             exchange.status = exchange.status or 499  # nginx's number; nobody reads it but the log
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            await exchange.send_error(unavailable("The server stopped before the end of the answer.", "stopped"))
         except Exception as error:
             await exchange.send_error(self._answer(error, exchange))
         finally:
@@ -114,6 +117,8 @@ def _key(headers: dict[str, str]) -> str:
 def check_admin(state: ServerState, exchange: Exchange) -> None:
     """Raise ApiError for a request without an administrator's key."""
     if not state.keys.has_admins:
-        raise ApiError(403, "This server has no administrator (--admin-key-file).", kind="permission_error", code="admin")
+        raise ApiError(
+            403, "This server has no administrator (--admin-key-file).", kind="permission_error", code="admin"
+        )
     if not state.keys.is_admin(exchange.key):
         raise ApiError(403, "This needs an administrator's key.", kind="permission_error", code="admin")

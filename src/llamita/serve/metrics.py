@@ -24,7 +24,9 @@ class Metrics:
         registry.register(_Schedulers(llms))
         self._prompt = Counter("llamita_prompt_tokens", "Prompt tokens of finished answers", registry=registry)
         self._generated = Counter("llamita_generation_tokens", "Tokens of finished answers", registry=registry)
-        self._cached = Counter("llamita_prompt_tokens_cached", "Prompt tokens that were not computed", registry=registry)
+        self._cached = Counter(
+            "llamita_prompt_tokens_cached", "Prompt tokens that were not computed", registry=registry
+        )
         self._ends = Counter("llamita_request_success", "Answers by their end", ["finished_reason"], registry=registry)
         self._requests = Counter("llamita_http_requests", "HTTP requests", ["status"], registry=registry)
         self._first = self._histogram("llamita_time_to_first_token_seconds", "From a request to its first token")
@@ -74,7 +76,9 @@ class _Schedulers(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield gauges and counters, each with one sample for every model."""
-        loads = {name: llm.scheduler.load for name, llm in self._llms.items()}
+        schedulers = {name: llm.scheduler for name, llm in self._llms.items()}
+        loads = {name: scheduler.load for name, scheduler in schedulers.items()}
+        done = [scheduler.counters for scheduler in schedulers.values()]
 
         def gauge(name: str, text: str, values: Iterable[float]) -> Metric:
             family = GaugeMetricFamily(f"llamita_{name}", text, labels=["model_name"])
@@ -94,7 +98,7 @@ class _Schedulers(Collector):
         yield gauge("kv_cache_usage_perc", "Share of the memory for keys and values in use, 0 to 1", (
             (load.used_positions + load.kept_positions) / max(1, load.room_positions) for load in every
         ))  # fmt: skip
-        yield counter("prefix_cache_queries", "Prompt tokens that were looked for", (load.prefix_queries for load in every))
-        yield counter("prefix_cache_hits", "Prompt tokens that were found", (load.prefix_hits for load in every))
-        yield counter("num_preemptions", "Answers that gave way for a time", (load.pauses for load in every))
-        yield counter("steps", "Steps of the model", (load.steps for load in every))
+        yield counter("prefix_cache_queries", "Prompt tokens that were looked for", (c.prefix_queries for c in done))
+        yield counter("prefix_cache_hits", "Prompt tokens that were found", (c.prefix_hits for c in done))
+        yield counter("num_preemptions", "Answers that gave way for a time", (c.preemptions for c in done))
+        yield counter("steps", "Steps of the model", (c.steps for c in done))

@@ -1,7 +1,7 @@
 """From the fields of a request to the options of the engine."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from llamita.engine.requests import Options
 from llamita.serve.errors import wrong
@@ -28,7 +28,7 @@ def engine_options(values: Mapping[str, Any], vocab_size: int) -> Options:
     Raises:
         ApiError: `logit_bias` is not a map from token ids to numbers.
     """
-    options: Options = {name: values[name] for name in _SAME if name in values}  # type: ignore[assignment]
+    options = cast(Options, {name: values[name] for name in _SAME if name in values})
     stop = values.get("stop", [])
     options["stop"] = tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s)
     if "seed" in values:
@@ -39,10 +39,14 @@ def engine_options(values: Mapping[str, Any], vocab_size: int) -> Options:
 
 
 def for_choice(options: Options, choice: int) -> Options:
-    """Return the options of one of several choices: each draws with a seed of its own."""
-    if choice == 0 or "seed" not in options or options["seed"] is None:
-        return options
-    return {**options, "seed": (options["seed"] + choice) % _SEEDS}
+    """Return the options of one of several choices: each draws with a seed of its own, and has its own grammar."""
+    own = options.copy()
+    seed, constraint = options.get("seed"), options.get("constraint")
+    if seed is not None:
+        own["seed"] = (seed + choice) % _SEEDS
+    if constraint is not None:
+        own["constraint"] = constraint.copy()
+    return own
 
 
 def _biases(given: Mapping[str, Any], vocab_size: int) -> dict[int, float]:

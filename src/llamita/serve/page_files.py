@@ -60,7 +60,7 @@ async def _send(exchange: Exchange, name: str) -> None:
 def page() -> dict[str, tuple[bytes, str, str]]:
     """Return the page's files: name to bytes, media type and tag."""
     found = {}
-    for name, entry in _walk(files("llamita.serve") / "page", ""):
+    for name, entry in _walk(files(__package__ or "") / "page", ""):
         data = entry.read_bytes()
         suffix = name[name.rfind(".") :]
         media_type = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "text/plain"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from llamita.engine.scheduler import SchedulerLoad
+from llamita.engine.load import SchedulerLoad
 from llamita.serve.errors import busy
 
 _LONGEST_WAIT = 60  # seconds of Retry-After; OpenAI's library does not retry at all after more than 120

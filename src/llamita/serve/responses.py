@@ -212,5 +212,7 @@ def _content(content: Any, place: int) -> Any:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXTS:
-            raise wrong(f"input[{place}].content", f"expected parts of text, got {shown(kind)}; this model reads no others.")
+            raise wrong(
+                f"input[{place}].content", f"expected parts of text, got {shown(kind)}; this model reads no others."
+            )
     return "".join(str(part.get("text", part.get("refusal", ""))) for part in content)

@@ -1,7 +1,7 @@
 """The models that a server offers, by name: loaded models, and each with one of its adapters."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from llamita.engine.llm import LLM
 from llamita.engine.sampler import Sampling
 from llamita.models.names import expected_tensors
 from llamita.serve.errors import no_model
+from llamita.serve.structure import Structure
 from llamita.text.chat_template import find_template
 from llamita.text.tokenizer import read_settings
 
@@ -25,6 +26,7 @@ class Served:
         created: seconds since 1970 of the model's files; the same after a restart.
         has_chat: the model has a chat template.
         description: what `/v1/models` says beside it.
+        structure: makes the model's grammars.
     """
 
     id: str
@@ -34,6 +36,7 @@ class Served:
     created: int
     has_chat: bool
     description: dict[str, Any]
+    structure: Structure
 
     @property
     def fingerprint(self) -> str:
@@ -84,9 +87,7 @@ class Models:
 
 
 def _with_adapter(base: Served, name: str, adapter: str) -> Served:
-    return Served(
-        f"{name}:{adapter}", base.llm, adapter, name, base.created, base.has_chat, base.description
-    )  # fmt: skip
+    return replace(base, id=f"{name}:{adapter}", adapter=adapter, parent=name)
 
 
 def _describe(name: str, llm: LLM) -> Served:
@@ -104,7 +105,7 @@ def _describe(name: str, llm: LLM) -> Served:
         "has_chat": find_template(llm.path) is not None,
         "sampling": {n: getattr(sampling, n) for n in names},
     }
-    return Served(name, llm, None, None, created, description["has_chat"], description)
+    return Served(name, llm, None, None, created, description["has_chat"], description, Structure(llm))
 
 
 def weight_bytes(directory: Path) -> int:

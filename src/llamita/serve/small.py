@@ -3,14 +3,14 @@
 import base64
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from llamita.engine.scheduler import Scheduler
 from llamita.errors import InputError
-from llamita.loading import open_adapters
 from llamita.imports.open import open_source
+from llamita.loading import open_adapters
 from llamita.serve.completions import prompt_ids, prompts_of
 from llamita.serve.errors import ApiError, no_model, too_long, unavailable, wrong
 from llamita.serve.exchange import Exchange
@@ -127,8 +127,27 @@ async def metrics(state: ServerState, exchange: Exchange) -> None:
 
 async def load(state: ServerState, exchange: Exchange) -> None:
     """Show the schedulers at work."""
-    shown = [{"id": name, **llm.scheduler.load.to_dict()} for name, llm in state.models.llms.items()]
-    await exchange.send_json({"models": shown, "uptime_s": round(time.time() - state.started, 1)})
+    shown = [{"id": name, **_load(llm.scheduler)} for name, llm in state.models.llms.items()]
+    await exchange.send_json({"models": shown, "uptime_s": round(time.time() - state.started, 3)})
+
+
+def _load(scheduler: Scheduler) -> dict[str, Any]:
+    now, done = scheduler.load, scheduler.counters
+    running = [
+        {"tokens": s.tokens, "prompt_tokens": s.prompt_tokens, "state": "decode" if s.is_decoding else "prefill"}
+        for s in now.sequences
+    ]
+    return {
+        "running": running,
+        "waiting": now.waiting,
+        "waiting_tokens": now.waiting_tokens,
+        "paused": now.paused,
+        "used": now.used_positions,
+        "kept": now.kept_positions,
+        "room": now.room_positions,
+        "prefill_rate": round(now.prefill_rate, 1),
+        "counters": asdict(done),
+    }
 
 
 async def adapters(state: ServerState, exchange: Exchange) -> None:

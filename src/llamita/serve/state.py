@@ -19,7 +19,8 @@ from llamita.serve.queue_limits import Bounds, QueueLimits
 from llamita.serve.served import Models, Served
 
 SIGN_OF_LIFE = 15  # seconds of silence after which a stream gets a comment: proxies close silent ones after 30 to 60
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,22 @@
 """The fields of every endpoint. `docs/reference/server.md` shows these tables; a test compares the two."""
 
-from llamita.serve.fields import ANY, FLAG, LIST, OBJECT, Field, Kind, Table, choice, ignored, number, refused, text
-from llamita.serve.fields import is_whole, texts, whole
+from llamita.serve.fields import (
+    ANY,
+    FLAG,
+    LIST,
+    OBJECT,
+    Field,
+    Kind,
+    Table,
+    choice,
+    ignored,
+    is_whole,
+    number,
+    refused,
+    text,
+    texts,
+    whole,
+)
 
 MOST_CHOICES = 8
 MOST_STOPS = 16
