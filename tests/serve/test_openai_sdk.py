@@ -204,6 +204,62 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(client: Any) -> None:
     assert caught.value.param.startswith("response_format")
 
 
+class Weather(pydantic.BaseModel):
+    """Tell the weather of a city."""
+
+    city: Literal["Paris", "Rome"]
+
+
+CALLS: Any = {**GREEDY, "max_tokens": 60, "tool_choice": "required", "parallel_tool_calls": False}
+
+
+def test_calls_are_the_same_streamed_and_not(client: Any) -> None:
+    tools = [openai.pydantic_function_tool(Weather)]
+    for seed in range(5):
+        body = {**CALLS, "temperature": 1, "seed": seed, "tools": tools}
+        whole = fits(client.chat.completions.create(**body)).choices[0]
+        assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+        (call,) = whole.message.tool_calls
+        assert (call.type, call.function.name) == ("function", "Weather")
+        assert Weather.model_validate_json(call.function.arguments).city in ("Paris", "Rome")
+        chunks = [fits(chunk).choices[0] for chunk in client.chat.completions.create(**body, stream=True)]
+        deltas = [delta for chunk in chunks for delta in chunk.delta.tool_calls or []]
+        assert chunks[-1].finish_reason == "tool_calls"
+        assert (deltas[0].id[:5], deltas[0].type, deltas[0].function.name) == ("call_", "function", "Weather")
+        assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
+        with client.chat.completions.stream(**body) as stream:
+            final = stream.get_final_completion().choices[0].message.tool_calls[0].function
+        assert final.parsed_arguments == Weather.model_validate_json(call.function.arguments)
+
+
+def test_a_call_and_its_result_go_back(client: Any) -> None:
+    tools = [openai.pydantic_function_tool(Weather)]
+    message = client.chat.completions.create(**CALLS, tools=tools).choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}
+    body = {**GREEDY, "messages": [*MESSAGES, message, result], "tools": tools, "tool_choice": "none"}
+    assert client.chat.completions.create(**body).choices[0].message.content
+
+
+def test_calls_of_a_response(client: Any) -> None:
+    tool = openai.pydantic_function_tool(Weather)["function"]
+    body: Any = {
+        "model": "embedded", "input": "What is the weather?", "temperature": 0, "tool_choice": "required",
+        "parallel_tool_calls": False, "tools": [{"type": "function", **tool}],
+    }  # fmt: skip
+    (call,) = fits(client.responses.create(**body)).output
+    assert (call.type, call.name, call.status) == ("function_call", "Weather", "completed")
+    assert Weather.model_validate_json(call.arguments)
+    events = [fits(event) for event in client.responses.create(**body, stream=True)]
+    pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert all(pieces)  # an empty piece has ended clients
+    assert "".join(pieces) == call.arguments
+    with client.responses.stream(**body) as stream:
+        assert stream.get_final_response().output[0].arguments == call.arguments
+    items = [{"role": "user", "content": body["input"]}, call]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "sunny"})
+    assert client.responses.create(**{**body, "input": items, "tool_choice": "none"}).output_text
+
+
 def test_many_at_once_from_the_async_client(server: Served, client: Any) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as made:

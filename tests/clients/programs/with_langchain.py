@@ -31,7 +31,7 @@ def main(base_url: str) -> None:
     answer = chat.invoke("Once upon a time")
     pieces = list(chat.stream("Once upon a time", stream_usage=True))
     long = chat.model_copy(update={"max_tokens": 60})
-    called = long.bind_tools([weather], tool_choice="required")
+    called = long.bind_tools([weather], tool_choice="required", parallel_tool_calls=False)
     call = called.invoke("What is the weather?")
     streamed = None
     for piece in called.stream("What is the weather?"):

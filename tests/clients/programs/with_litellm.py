@@ -31,7 +31,9 @@ def main(base_url: str) -> None:
 
     whole = ask("Once upon a time")
     pieces = list(ask("Once upon a time", stream=True, stream_options={"include_usage": True}))
-    called = ask("What is the weather?", tools=[WEATHER], tool_choice="required", max_tokens=60)
+    called = ask(
+        "What is the weather?", tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=60
+    )
     try:
         ask("a dog " * 1200)
         overflow = "none"
