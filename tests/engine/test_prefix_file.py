@@ -72,10 +72,12 @@ def test_what_was_loaded_can_be_saved_again(directory: Path, tmp_path: Path) -> 
     file = tmp_path / "prefixes"
     saved(endless(directory), file, ids_of(0, 60), owner="key")
     for _ in range(2):
-        llm = endless(directory)
-        assert llm.scheduler.load_prefixes(file) == 1
-        assert llm.scheduler.load_prefixes(file) == 0  # it is there already
-        assert llm.scheduler.save_prefixes(file) == 1
+        scheduler = endless(directory).scheduler
+        assert scheduler.load_prefixes(file) == 1
+        assert scheduler.load_prefixes(file) == 0  # it is there already
+        assert scheduler.save_prefixes(file) == 1
+    llm = endless(directory)
+    llm.scheduler.load_prefixes(file)
     assert llm.generate(ids_of(0, 61), max_tokens=1, owner="key").timings.reused_tokens == 60
 
 

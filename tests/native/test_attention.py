@@ -295,22 +295,6 @@ def test_a_copied_prefix_goes_on_as_the_original(dtype: str, tokens: int) -> Non
         np.testing.assert_array_equal(rest, whole[layer][tokens:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_carry_all_that_a_cache_holds(dtype: str) -> None:
-    heads, kv_heads, dim, width = 4, 2, 24, 96
-    qkv = random_qkv(300, heads, kv_heads, dim)
-    source, copy = new_cache(kv_heads, dim, 300, dtype), new_cache(kv_heads, dim, 300, dtype)
-    block = np.empty(source.block_nbytes, np.uint8)
-    assert 3 * len(block) <= source.nbytes < 3 * len(block) + 2**21
-    whole = [step(_native.Batch([(source, 0, 300)]), qkv, heads, width, layer) for layer in (0, 1)]
-    for index in range(3):
-        source.read_block(index, block)
-        copy.write_block(index, block)
-    for layer in (0, 1):
-        rest = step(_native.Batch([(copy, 290, 10)]), qkv[290:], heads, width, layer)
-        np.testing.assert_array_equal(rest, whole[layer][290:])
-
-
 def test_a_copied_prefix_leaves_later_positions_alone() -> None:
     qkv, other = (random_qkv(40, 2, 1, 16, seed) for seed in (0, 1))
     caches = [new_cache(1, 16, 40) for _ in range(3)]
@@ -378,19 +362,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "prefix beyond the capacity": (
         lambda: CACHE.copy_prefix(new_cache(2, 16, 30), 21),
         "tokens: expected at most 20, got 21",
-    ),
-    "block beyond the capacity": (
-        lambda: CACHE.read_block(1, np.empty(CACHE.block_nbytes, np.uint8)),
-        "index: expected below 1, got 1",
-    ),
-    "block to write beyond": (
-        lambda: CACHE.write_block(2**63, np.empty(CACHE.block_nbytes, np.uint8)),
-        "index: expected below 1, got 9223372036854775808",
-    ),
-    "block of another size": (lambda: CACHE.read_block(0, np.empty(5, np.uint8)), r"out: expected uint8 \(\d+,\)"),
-    "block of another type": (
-        lambda: CACHE.write_block(0, np.empty(CACHE.block_nbytes, np.int8)),
-        r"block: expected uint8 \(\d+,\), got int8",
     ),
     "frequencies": (lambda: _native.KVCache(1, 1, 16, 8, "f32", frequencies(8)), r"inv_freq: expected float32 \(8,\)"),
 }

@@ -92,7 +92,7 @@ class CacheMemory:
         if found and cache:
             sequence.positions = found.positions
         elif self.reserve(sequence, shared, lambda: [s for s in running() if s.is_begun]):
-            capacity = min(self._limits.context, max(BLOCK, 1 << (declared - 1).bit_length()))
+            capacity = min(self._limits.context, self.room, max(BLOCK, 1 << (declared - 1).bit_length()))
             try:
                 cache = SequenceCache(self._config, capacity, self._limits.kv_dtype, declared)
             except MemoryError:

@@ -212,7 +212,10 @@ class LLM:
         continues = continued if continues is None else continues
         recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
         ends, vocab = self.tokenizer.eos_token_ids, self.config.vocab_size
-        return check_request(ids, continues, self.context, recommended, options, started, self.adapters, ends, vocab)
+        context = self.context
+        if options.get("max_tokens", 0) is None:  # all that is left: of the context, or of the memory if that is less
+            context = min(context, max(len(ids) + 1, self.scheduler.load.room_positions))
+        return check_request(ids, continues, context, recommended, options, started, self.adapters, ends, vocab)
 
     def sequence(self, request: Request) -> SequenceState:
         """Return a sequence for a checked request, to be submitted to `scheduler` by a driver with a thread."""

@@ -40,13 +40,14 @@ class Scheduler:
 
     Attributes:
         model: runs the steps.
+        limits: its bounds, which do not change.
         counters: what was done so far.
     """
 
     def __init__(self, model: Model, limits: SequenceLimits) -> None:
         self.model = model
         self.counters = Counters()
-        self._limits = limits
+        self.limits = limits
         self._memory = CacheMemory(model.config, limits, self.counters, self._pause)
         self._times = StepTimes()
         self._budget = PromptBudget(limits.beside_seconds, limits.alone_seconds)
@@ -165,7 +166,7 @@ class Scheduler:
         """
         with self._alone():
             kept = self._memory.kept.all()
-            prefix_file.save(path, self.model, self._limits.kv_dtype, kept)
+            prefix_file.save(path, self.model, self.limits.kv_dtype, kept)
             return len(kept)
 
     def load_prefixes(self, path: Path, adapters: Mapping[str, Adapter] | None = None) -> int:
@@ -181,7 +182,7 @@ class Scheduler:
         with self._alone():
             used = sum(s.positions for s in self._running())
             free = min(self._memory.kept.limit, self._memory.room - used)
-            limits = self._limits
+            limits = self.limits
             found = prefix_file.load(path, self.model, limits.kv_dtype, limits.context, free, adapters or {})
             for prefix in found:
                 self._memory.kept.keep(prefix)
@@ -295,7 +296,7 @@ class Scheduler:
         """Let waiting sequences in. Kept caches give way only when one begins."""
         with self._lock:
             running = self._running()
-            used, slots = sum(s.committed for s in running), self._limits.sequences
+            used, slots = sum(s.committed for s in running), self.limits.sequences
             while len(running) < slots and (queue := self._waiting.next(running, slots)):
                 sequence = queue[0]
                 if sequence.is_over:  # cancelled before its turn

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamita.engine.requests import Options
+from llamita.errors import InputError
 from llamita.serve.chat_writer import ChatWriter
-from llamita.serve.errors import too_long, wrong
+from llamita.serve.errors import from_llamita, too_long, wrong
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import read
 from llamita.serve.options import engine_options, for_choice
@@ -17,6 +18,7 @@ from llamita.serve.structure import read_tools
 from llamita.serve.tables import CHAT
 from llamita.serve.tool_deltas import ToolDeltas
 from llamita.serve.tools import ToolChoice
+from llamita.text.chat_template import check_extra
 
 
 @dataclass
@@ -57,12 +59,7 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
         raise wrong("messages", "expected at least one.")
     tools = read_tools(values)
     continues = values.get("continue_final_message", _ends_with_assistant(messages))
-    ids = llm.encode_chat(
-        messages,
-        tools=tools.tools if tools else None,
-        continue_last=continues,
-        extra=values.get("chat_template_kwargs"),
-    )
+    ids = encode(served, values, tools, continues)
     if len(ids) >= llm.context:
         raise too_long(len(ids), llm.context, "messages")
     top = _top_logprobs(values)
@@ -70,6 +67,24 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     n = values.get("n", 1)
     requests = [llm.check(ids, continues=continues, **for_choice(options, choice)) for choice in range(n)]
     return ChatJob(served, requests, n, top, tools)
+
+
+def encode(served: Served, values: Mapping[str, Any], tools: ToolChoice | None, continues: bool = False) -> list[int]:
+    """Return the token ids of a body's conversation.
+
+    Raises:
+        ApiError, InputError: a message is at fault, or the template refuses the conversation.
+    """
+    extra = values.get("chat_template_kwargs")
+    try:
+        check_extra(extra)
+    except InputError as error:
+        raise from_llamita(error, "chat_template_kwargs") from None
+    definitions = tools.tools if tools else None
+    try:
+        return served.llm.encode_chat(values["messages"], tools=definitions, continue_last=continues, extra=extra)
+    except InputError as error:
+        raise from_llamita(error, "messages" if error.where.startswith("chat template") else None) from None
 
 
 def _ends_with_assistant(messages: list[Any]) -> bool:

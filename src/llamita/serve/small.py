@@ -11,6 +11,7 @@ from llamita.engine.scheduler import Scheduler
 from llamita.errors import InputError
 from llamita.imports.open import open_source
 from llamita.loading import open_adapters
+from llamita.serve.chat import encode
 from llamita.serve.completions import prompt_ids, prompts_of
 from llamita.serve.errors import ApiError, no_model, too_long, unavailable, wrong
 from llamita.serve.exchange import Exchange
@@ -18,6 +19,7 @@ from llamita.serve.fields import is_whole, read
 from llamita.serve.guard import check_admin
 from llamita.serve.served import Served
 from llamita.serve.state import ServerState
+from llamita.serve.structure import read_tools
 from llamita.serve.tables import ADAPTER, DETOKENIZE, EMBEDDINGS, TOKENIZE
 
 _STALLED = 120  # seconds of one step after which the engine counts as stuck; a step takes well under one
@@ -46,7 +48,7 @@ def _tokenize(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
     if len(given) != 1:
         raise wrong("prompt", f"expected one of prompt, content and messages, got {', '.join(given) or 'none'}.")
     if "messages" in values:
-        ids = llm.encode_chat(values["messages"], tools=values.get("tools"))
+        ids = encode(served, values, read_tools(values))
     elif "content" in values:
         ids = llm.tokenizer.encode(values["content"], add_bos=None if values.get("add_special") else False)
     else:

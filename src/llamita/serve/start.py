@@ -56,7 +56,7 @@ def kept_prefixes(llms: Mapping[str, LLM], file: Path | None, note: Callable[[st
     for llm, path in zip(llms.values(), files, strict=True):
         if path.exists():
             try:
-                llm.scheduler.load_prefixes(path)
+                llm.scheduler.load_prefixes(path, llm.adapters)
             except LlamitaError as error:
                 note(f"--prefix-file: {error}; it is not used")
     try:
