@@ -1,0 +1,123 @@
+/** The list of chats: search, open, export, import, delete. */
+
+import { confirmed } from "./dialogs.js";
+import { debounced, find, h, iconButton, toast } from "./dom.js";
+import { emit, on, openChat, openNew, state } from "./state.js";
+import * as store from "./store.js";
+import { download, fresh, parse } from "./transfer.js";
+import { holds } from "./tree.js";
+
+/** @typedef {import("./tree.js").Chat} Chat */
+
+const DAY = 24 * 3600 * 1000;
+const list = find("#chats");
+const search = /** @type {HTMLInputElement} */ (find("#search"));
+const picker = /** @type {HTMLInputElement} */ (find("#import"));
+
+/** Start the list. */
+export function start() {
+  search.addEventListener("input", debounced(refresh, 150));
+  find("#new").addEventListener("click", () => {
+    openNew();
+    find("#prompt").focus();
+  });
+  find("#export-all").addEventListener("click", async () => download(await store.all(), `llamita-chats-${today()}.json`));
+  find("#import-button").addEventListener("click", () => picker.click());
+  picker.addEventListener("change", importFiles);
+  find("#delete-all").addEventListener("click", deleteAll);
+  on("chats", refresh);
+  on("chat", ({ opened } = {}) => opened && mark());
+  store.onChangeElsewhere(changedElsewhere);
+  return refresh();
+}
+
+const today = () => new Date().toISOString().slice(0, 10);
+
+/** Show the chats that hold what is searched for. */
+async function refresh() {
+  const needle = search.value.trim().toLowerCase();
+  const chats = (await store.all()).filter((chat) => !needle || holds(chat, needle));
+  const midnight = new Date().setHours(0, 0, 0, 0);
+  const groups = Map.groupBy ? Map.groupBy(chats, (chat) => groupOf(chat, midnight)) : new Map([["Chats", chats]]);
+  const parts = [...groups].map(([name, members]) => h("section", {}, h("h2", {}, name), h("ul", {}, members.map(row))));
+  const none = h("p", { class: "muted" }, needle ? "No chat holds this." : "Chats appear here. They stay in this browser.");
+  list.replaceChildren(...(parts.length ? parts : [none]));
+  mark();
+}
+
+/** @param {Chat} chat @param {number} midnight */
+function groupOf(chat, midnight) {
+  if (chat.updated >= midnight) return "Today";
+  if (chat.updated >= midnight - DAY) return "Yesterday";
+  return chat.updated >= midnight - 7 * DAY ? "Last seven days" : "Earlier";
+}
+
+/** @param {Chat} chat */
+function row(chat) {
+  const title = chat.title || "Untitled";
+  const open = h("button", { type: "button", class: "open", "data-id": chat.id, title, onclick: () => openChat(chat) }, title);
+  return h("li", {}, open,
+    iconButton("download", `Export “${title}”`, () => download([chat], `${fileName(title)}.json`)),
+    iconButton("trash", `Delete “${title}”`, () => deleteOne(chat, title)));
+}
+
+/** @param {string} title */
+const fileName = (title) => title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40).toLowerCase() || "chat";
+
+/** Mark the open chat. */
+function mark() {
+  for (const button of list.querySelectorAll(".open"))
+    if (button.getAttribute("data-id") === state.chat.id) button.setAttribute("aria-current", "page");
+    else button.removeAttribute("aria-current");
+}
+
+/** @param {Chat} chat @param {string} title */
+async function deleteOne(chat, title) {
+  if (!(await confirmed(`Delete the chat “${title}”?`, "Delete"))) return;
+  state.running.get(chat.id)?.controller.abort();
+  await settled(chat.id);
+  await store.remove(chat.id);
+  if (state.chat.id === chat.id) openNew();
+  emit("chats");
+}
+
+async function deleteAll() {
+  const chats = await store.all();
+  if (!chats.length || !(await confirmed(`Delete all ${chats.length} chats? This cannot be undone.`, "Delete all"))) return;
+  for (const [id, { controller }] of state.running) {
+    controller.abort();
+    await settled(id);
+  }
+  await store.clear();
+  openNew();
+  emit("chats");
+}
+
+/** Wait until an answer that was stopped has been stored for the last time. @param {string} id */
+async function settled(id) {
+  while (state.running.has(id)) await new Promise((resolve) => setTimeout(resolve, 10));
+}
+
+async function importFiles() {
+  try {
+    for (const file of picker.files ?? []) {
+      const chats = parse(await file.text());
+      const added = fresh(chats, await store.all());
+      for (const chat of added) await store.put(chat);
+      const known = chats.length - added.length;
+      toast(`Imported ${added.length} ${added.length === 1 ? "chat" : "chats"}${known ? `; ${known} were here already` : ""}.`);
+    }
+  } catch (error) {
+    toast(/** @type {Error} */ (error).message);
+  }
+  picker.value = "";
+  emit("chats");
+}
+
+/** Follow what another tab did. @param {string | null} id */
+async function changedElsewhere(id) {
+  void refresh();
+  if (id !== state.chat.id || state.running.has(state.chat.id)) return;
+  const chat = await store.get(state.chat.id);
+  if (chat) openChat(chat);
+}
