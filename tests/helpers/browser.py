@@ -75,7 +75,7 @@ def ask(page: Any, text: str) -> None:
     """Send a message and wait until its answer has ended."""
     answers = page.locator(".message.assistant").count()
     page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
+    page.click("#send")
     page.wait_for_selector(f".message.assistant >> nth={answers}")
     ended(page)
 

@@ -1,12 +1,16 @@
 """The page for everybody: by keyboard alone, by screen reader, on a phone, in the dark, without motion."""
 
 import gzip
+import sys
 from typing import Any
 
 import pytest
-import vendor_page
 from browser import ask, ended, texts, watched_page
 from page_server import PAGE, Answer, PageServer
+from places import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import vendor_page
 
 LARGEST = 300_000  # bytes, compressed
 RICH = "# Title\n\nSome `code` and a [link](https://example.org).\n\n```python\nx = 'a'  # b\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n- [x] done\n\n> quoted"

@@ -38,9 +38,10 @@ export function onKeyNeeded(ask) {
  * @param {string} path
  * @param {object} [body] is posted
  * @param {AbortSignal} [signal]
+ * @param {boolean} [asks] for the key
  * @returns {Promise<Response>} whose status is 200
  */
-async function send(path, body, signal) {
+async function send(path, body, signal, asks = true) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     /** @type {Record<string, string>} */
@@ -51,7 +52,7 @@ async function send(path, body, signal) {
     });
     if (response.ok) return response;
     const error = await errorOf(response);
-    if (response.status !== 401) throw error;
+    if (response.status !== 401 || !asks) throw error;
     if (key === sessionStorage.getItem(KEY)) {
       asking ??= askForKey(key !== null).finally(() => (asking = null));
       const given = await asking;
@@ -82,6 +83,11 @@ async function errorOf(response) {
 /** Get or post JSON. @param {string} path @param {object} [body] @param {AbortSignal} [signal] @returns {Promise<any>} */
 export async function json(path, body, signal) {
   return (await send(path, body, signal)).json();
+}
+
+/** Get or post JSON for something that is only looked at: it does not ask for the key. @type {typeof json} */
+export async function quietJson(path, body, signal) {
+  return (await send(path, body, signal, false)).json();
 }
 
 /**

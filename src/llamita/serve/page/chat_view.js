@@ -17,7 +17,7 @@ let focusNext = false; // a branch was made or turned to: the focus goes along
 
 /** Start the view. */
 export function start() {
-  find("#chat").append(jump);
+  find("#composer").append(jump);
   scroller.addEventListener("scroll", () => {
     follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
     jump.hidden = follows;
@@ -101,8 +101,15 @@ export function act(action) {
   }
 }
 
-/** Make the empty page's suggestions. @param {(text: string) => void} use */
+const SUGGESTIONS = {
+  chat: ["Explain 4-bit quantization to a ten-year-old.", "Write a haiku about a small llama.", "Write a Python function that reverses a list."],
+  base: ["Once upon a time, there was a little llama", "One day, Tom found a shiny red ball", "The old tree in the garden could talk"],
+};
+
+/** Offer beginnings on the empty page. @param {(text: string) => void} use */
 export function suggest(use) {
-  const texts = ["Explain 4-bit quantization to a ten-year-old.", "Write a haiku about a small llama.", "Write a Python function that reverses a list."];
-  find("#suggestions").replaceChildren(...texts.map((text) => h("button", { type: "button", onclick: () => use(text) }, text)));
+  on("models", () => {
+    const texts = SUGGESTIONS[isChat(modelOf()) ? "chat" : "base"];
+    find("#suggestions").replaceChildren(...texts.map((text) => h("button", { type: "button", onclick: () => use(text) }, text)));
+  });
 }

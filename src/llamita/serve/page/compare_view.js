@@ -2,7 +2,7 @@
 
 import { ApiError } from "./api.js";
 import { count, find, h } from "./dom.js";
-import { deltas, messagesOf } from "./requests.js";
+import { continuedText, deltas, messagesOf } from "./requests.js";
 import { isChat, on, state } from "./state.js";
 import { TokenView, percent, visible } from "./token_view.js";
 import { modelOptions } from "./models.js";
@@ -38,9 +38,11 @@ export function start() {
     }
   });
   find("#shade").addEventListener("change", shade);
+  find("#greedy").addEventListener("change", needSeed);
   on("models", showModels);
   on("chat", showHistory);
   shade();
+  needSeed();
 }
 
 /** Stop both. */
@@ -53,6 +55,11 @@ const number = (/** @type {string} */ id) => /** @type {HTMLInputElement} */ (fi
 
 function shade() {
   find("#columns").classList.toggle("shaded", checked("#shade"));
+}
+
+/** The likeliest token needs no seed. */
+function needSeed() {
+  /** @type {HTMLInputElement} */ (find("#compare-seed")).disabled = checked("#greedy");
 }
 
 function showModels() {
@@ -87,7 +94,7 @@ function compare() {
     if (a[compared].key !== b[compared].key) parting = compared;
     else compared += 1;
   }
-  const ended = columns.some((column) => column.ended && column.tokens.length === compared);
+  const ended = columns.some((column) => column.ended && !column.failed && column.tokens.length === compared);
   // One has ended where the other goes on.
   if (parting < 0 && ended && a.length !== b.length) parting = compared;
 }
@@ -195,8 +202,7 @@ class Column {
     else body.seed = number("#compare-seed") || 0;
     body.max_tokens = number("#compare-tokens") || 200;
     if (!isChat(model)) {
-      const before = nodes.map((node) => node.content).join("");
-      return { path: "/v1/completions", body: { ...body, prompt: before + prompt.value, logprobs: ALTERNATIVES } };
+      return { path: "/v1/completions", body: { ...body, prompt: continuedText(nodes) + prompt.value, logprobs: ALTERNATIVES } };
     }
     const draft = /** @type {any} */ ({ role: "user", content: prompt.value });
     const messages = messagesOf(system, [...nodes, draft]);
@@ -208,7 +214,7 @@ class Column {
     const mean = this.tokens.reduce((sum, token) => sum + token.logprob, 0) / Math.max(this.tokens.length, 1);
     const rate = timings?.predicted_per_second;
     const first = timings?.first_token_ms ?? firstToken;
-    const parts = [rate && `${rate.toFixed(1)} tok/s`, first && `first token ${Math.round(first)} ms`, `${count(usage.completion_tokens)} tokens`, `perplexity of its own text ${Math.exp(-mean).toFixed(2)}`];
+    const parts = [rate && `${rate.toFixed(1)} tok/s`, first && `first token ${Math.round(first)} ms`, `${count(usage.completion_tokens)} tokens`, `own perplexity ${Math.exp(-mean).toFixed(2)}`];
     this.figures.textContent = parts.filter(Boolean).join(" · ");
   }
 

@@ -1,9 +1,9 @@
 /** The box in which a message is written: files, the meter of the context, send and stop. */
 
-import { ApiError, json } from "./api.js";
+import { ApiError, quietJson } from "./api.js";
 import * as conversation from "./conversation.js";
 import { count, debounced, find, h, icon, iconButton } from "./dom.js";
-import { messagesOf, wireText } from "./requests.js";
+import { continuedText, messagesOf } from "./requests.js";
 import { toolFields } from "./settings.js";
 import { isChat, modelOf, on, state } from "./state.js";
 import { path } from "./tree.js";
@@ -35,7 +35,7 @@ export function start() {
     await addFiles([...(picker.files ?? [])]);
     picker.value = ""; // so that the same file can be chosen again
   });
-  acceptDrops(find("main"));
+  acceptDrops();
   for (const event of ["chat", "models", "settings", "done"]) on(event, refresh);
   refresh();
 }
@@ -126,22 +126,23 @@ async function textOf(file) {
   }
 }
 
-/** @param {HTMLElement} target */
-function acceptDrops(target) {
+/** Take files that are dropped anywhere: beside the page's own places a browser would open them instead. */
+function acceptDrops() {
+  const place = find("main");
   const isFile = (/** @type {DragEvent} */ event) => event.dataTransfer?.types.includes("Files");
-  target.addEventListener("dragover", (event) => {
+  document.addEventListener("dragover", (event) => {
     if (!isFile(event)) return;
     event.preventDefault();
-    target.classList.add("dropping");
+    place.classList.toggle("dropping", !find("#chat").hidden);
   });
-  target.addEventListener("dragleave", (event) => {
-    if (!target.contains(/** @type {Node | null} */ (event.relatedTarget))) target.classList.remove("dropping");
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) place.classList.remove("dropping"); // it has left the window
   });
-  target.addEventListener("drop", (event) => {
+  document.addEventListener("drop", (event) => {
     if (!isFile(event)) return;
     event.preventDefault();
-    target.classList.remove("dropping");
-    void addFiles([...(event.dataTransfer?.files ?? [])]);
+    place.classList.remove("dropping");
+    if (!find("#chat").hidden) void addFiles([...(event.dataTransfer?.files ?? [])]);
   });
 }
 
@@ -166,13 +167,13 @@ async function tokensOf(model, signal) {
   const draft = /** @type {any} */ ({ role: "user", content: area.value, files: files.length ? files : undefined });
   const nodes = [...path(state.chat), ...(area.value || files.length ? [draft] : [])];
   if (!isChat(model)) {
-    const prompt = nodes.map(wireText).join("");
-    return prompt ? (await json("/tokenize", { model: model.id, prompt }, signal)).count : 0;
+    const prompt = continuedText(nodes);
+    return prompt ? (await quietJson("/tokenize", { model: model.id, prompt }, signal)).count : 0;
   }
   const messages = messagesOf(state.chat.settings.system, nodes);
   if (!messages.some((message) => message.role !== "system")) return 0;
   const body = { model: model.id, messages, ...quietly(() => toolFields(state.chat.settings)) };
-  return (await json("/v1/chat/completions/input_tokens", body, signal)).input_tokens;
+  return (await quietJson("/v1/chat/completions/input_tokens", body, signal)).input_tokens;
 }
 
 /** Return fields, or none if the user is still writing them. @param {() => object} make */

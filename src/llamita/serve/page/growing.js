@@ -83,7 +83,7 @@ export class GrowingText {
   #updateOpenCode(token) {
     const node = this.element.childNodes[this.keep];
     if (token?.type !== "code" || !(node instanceof HTMLElement) || !node.matches(".code:last-child")) return false;
-    if (find("code", node).className !== languageOf(token).toLowerCase()) return false;
+    if (find("code", node).dataset.language !== languageOf(token).toLowerCase()) return false;
     updateCode(node, token.text);
     return true;
   }

@@ -50,6 +50,8 @@ class FragmentEmitter {
   }
 }
 
+const LONGEST = 30_000; // characters that are coloured: its rules can be slow on text that was made for it
+
 /** @type {any} */
 let highlighter = null;
 /** @type {Promise<void> | null} */
@@ -69,6 +71,7 @@ async function load() {
  * @param {string} language as the model wrote it
  */
 export function colour(element, text, language) {
+  if (text.length > LONGEST) return;
   if (!highlighter) {
     loading ??= load();
     loading.then(() => colour(element, text, language), () => {}); // not coloured is not wrong

@@ -1,6 +1,6 @@
 /** The scheduler at work: what runs, what waits, how full the memory is. Asked for once a second while it is shown. */
 
-import { json } from "./api.js";
+import { quietJson } from "./api.js";
 import { count, find, h, svg } from "./dom.js";
 
 const EVERY = 1000; // milliseconds
@@ -24,7 +24,7 @@ export function show(shown) {
 
 async function poll() {
   try {
-    render(await json("/v1/load"));
+    render(await quietJson("/v1/load"));
   } catch (error) {
     pane.replaceChildren(h("p", { class: "error" }, /** @type {Error} */ (error).message));
   }
@@ -42,32 +42,38 @@ function card(model) {
   const history = rates.get(model.id) ?? [];
   rates.set(model.id, [...history, model.decode_rate ?? 0].slice(-HISTORY));
   const { running, waiting, waiting_tokens: tokens } = model;
+  const longest = Math.max(...running.map((/** @type {any} */ run) => Math.max(run.tokens, run.prompt_tokens)));
   const state = [`${running.length} running`, waiting ? `${waiting} waiting (${count(tokens)} tokens)` : "none waiting"];
   return h("section", {}, h("h3", {}, model.id), h("p", {}, state.join(", ")),
-    h("ul", { class: "running-list" }, running.map(runningRow)),
+    h("ul", { class: "running-list" }, running.map((/** @type {any} */ run) => runningRow(run, longest))),
     h("p", { class: "figure" }, h("strong", {}, (model.decode_rate ?? 0).toFixed(1)), " tok/s written, ", h("strong", {}, count(model.prefill_rate ?? 0)), " tok/s read"),
     curve(rates.get(model.id) ?? []), memory(model));
 }
 
-/** @param {{tokens: number, prompt_tokens: number, state: "prefill" | "decode"}} run */
-function runningRow({ tokens, prompt_tokens: prompt, state }) {
-  const reads = state === "prefill";
+/**
+ * Show what of a request is read, unread and written, on the scale of the longest.
+ * @param {{tokens: number, prompt_tokens: number, state: "prefill" | "decode"}} run
+ * @param {number} longest
+ */
+function runningRow({ tokens, prompt_tokens: prompt, state }, longest) {
+  const read = state === "prefill" ? Math.min(tokens, prompt) : prompt;
   const written = Math.max(tokens - prompt, 0);
-  const text = reads ? `reading ${count(Math.min(tokens, prompt))} of ${count(prompt)}` : `writing, ${count(written)} after ${count(prompt)}`;
-  const bar = h("span", { class: `run ${state}` });
-  bar.style.width = `${reads ? Math.min(100, (100 * tokens) / Math.max(prompt, 1)) : 100}%`;
-  return h("li", {}, h("span", { class: "track", "aria-hidden": "true" }, bar), text);
+  const text = state === "prefill" ? `reading ${count(read)} of ${count(prompt)}` : `writing, ${count(written)} after ${count(prompt)}`;
+  const parts = [segment("read", read, longest), segment("unread", prompt - read, longest), segment("written", written, longest)];
+  return h("li", {}, h("span", { class: "track", "aria-hidden": "true" }, parts), text);
+}
+
+/** @param {string} name @param {number} value @param {number} whole */
+function segment(name, value, whole) {
+  const bar = h("span", { class: name });
+  bar.style.width = `${(100 * value) / Math.max(whole, 1)}%`;
+  return bar;
 }
 
 /** @param {{used: number, kept: number, room: number}} memory in positions of the cache */
 function memory({ used, kept, room }) {
-  const part = (/** @type {string} */ name, /** @type {number} */ value) => {
-    const bar = h("span", { class: name });
-    bar.style.width = `${(100 * value) / Math.max(room, 1)}%`;
-    return bar;
-  };
   const text = `Memory of contexts: ${count(used)} of ${count(room)} positions in use, ${count(kept)} kept for reuse`;
-  return h("div", { class: "memory" }, h("div", { class: "track", "aria-hidden": "true" }, part("used", used), part("kept", kept)), h("p", {}, text));
+  return h("div", { class: "memory" }, h("div", { class: "track", "aria-hidden": "true" }, segment("used", used, room), segment("kept", kept, room)), h("p", {}, text));
 }
 
 /** Draw the rates of the last minute. @param {number[]} values */

@@ -76,14 +76,14 @@ async function followAddress() {
   if (comparing() !== (location.hash === "#compare")) showCompare(location.hash === "#compare");
 }
 
-/** @param {{opened?: boolean}} [detail] */
-function showChat({ opened = false } = {}) {
+/** @param {{opened?: boolean, asked?: boolean}} [detail] */
+function showChat({ opened = false, asked = true } = {}) {
   title.value = state.chat.title;
   document.title = state.chat.title ? `${state.chat.title} · llamita` : "llamita";
   if (state.models.length) select.value = modelOf().id;
   select.title = describe(modelOf());
-  if (opened && comparing()) showCompare(false);
-  if (opened && !WIDE.matches) showSidebar(false);
+  if (opened && asked && comparing()) showCompare(false);
+  if (opened && asked && !WIDE.matches) showSidebar(false);
   setAddress();
 }
 
@@ -142,6 +142,7 @@ const KEYS = [
 
 function wire() {
   find("#toggle-sidebar").addEventListener("click", () => showSidebar(!sidebarShown()));
+  find("#new-small").addEventListener("click", newChat);
   find("#scrim").addEventListener("click", () => (pane ? showPane("") : showSidebar(false)));
   find("#theme").addEventListener("click", toggleTheme);
   find("#show-compare").addEventListener("click", () => showCompare(!comparing()));
@@ -193,7 +194,7 @@ async function begin() {
   if (!(await store.open())) toast("This browser stores nothing here: chats are lost when the window closes.");
   await followAddress(); // before anything that writes the address
   await Promise.all([sidebar.start(), connect()]);
-  if (!comparing()) find("#prompt").focus();
+  if (!comparing() && !matchMedia("(pointer: coarse)").matches) find("#prompt").focus(); // a phone would open its keyboard
   document.documentElement.dataset.ready = "yes";
 }
 

@@ -101,7 +101,7 @@ function checkbox(token) {
  * @returns {HTMLElement}
  */
 export function codeBlock(text, language) {
-  const code = h("code", { class: language.toLowerCase() }, text);
+  const code = h("code", { "data-language": language.toLowerCase() }, text);
   const button = h("button", { type: "button", class: "quiet small", onclick: () => copied(button, code.textContent) });
   button.append(icon("copy"), "Copy");
   if (language && text) colour(code, text, language.toLowerCase());
@@ -116,7 +116,7 @@ export function updateCode(block, text) {
   const code = find("code", block);
   if (code.textContent === text) return;
   code.textContent = text;
-  if (code.className) colour(code, text, code.className);
+  if (code.dataset.language) colour(code, text, code.dataset.language);
 }
 
 /** @param {HTMLElement} button @param {string} text */

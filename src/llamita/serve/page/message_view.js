@@ -21,7 +21,7 @@ export class MessageView {
   /** @param {Message} node @param {{onrender: () => void, onblock: (text: string) => void}} listeners of a growing text */
   constructor(node, listeners) {
     this.node = node;
-    this.body = h("div", { class: "body" });
+    this.body = h("div", { class: "body", dir: "auto" });
     this.rest = h("div", { class: "rest" });
     this.element = h("article", { class: `message ${node.role}`, tabindex: -1, "aria-label": AUTHORS[node.role], "data-id": node.id });
     this.element.append(this.body, this.rest);
@@ -107,7 +107,7 @@ export class MessageView {
     const parts = callCards(node.calls ?? []);
     if (node.calls?.length && context.last && !context.busy) parts.push(resultForm(node));
     if (node.error) parts.push(this.#errorCard(node.error));
-    if (!context.running) parts.push(h("footer", {}, this.#branches(), this.#actions(), h("span", { class: "stats" }, figures(node))));
+    if (!context.running) parts.push(h("footer", {}, this.#branches(), h("span", { class: "stats" }, figures(node)), this.#actions()));
     return parts;
   }
 

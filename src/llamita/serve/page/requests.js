@@ -47,7 +47,7 @@ export function requestFor(chat, model, nodes, { continues = false } = {}) {
   /** @type {Record<string, any>} */
   const fields = { model: model.id, ...STREAM, ...samplingFields(chat.settings) };
   if (!isChat(model)) {
-    const body = { ...fields, prompt: nodes.map(wireTextOfBase).join(""), max_tokens: fields.max_tokens ?? 256 };
+    const body = { ...fields, prompt: continuedText(nodes), max_tokens: fields.max_tokens ?? 256 };
     return { path: "/v1/completions", body };
   }
   /** @type {Record<string, any>} */
@@ -57,8 +57,10 @@ export function requestFor(chat, model, nodes, { continues = false } = {}) {
   return { path: "/v1/chat/completions", body };
 }
 
-/** A text that is continued keeps its blanks at the end. @param {Message} node */
-const wireTextOfBase = (node) => (node.files ?? []).map((file) => file.text).join("") + node.content;
+/** Return messages as one text, with its blanks at the end: a model that has no chat format goes on with it. @param {Message[]} nodes */
+export function continuedText(nodes) {
+  return nodes.map((node) => (node.files ?? []).map((file) => file.text).join("") + node.content).join("");
+}
 
 /**
  * Send a request and yield what comes, whichever endpoint it is.

@@ -50,7 +50,7 @@ function samplerRow({ key, label, help, min, max, step, neutral }) {
   const given = modelOf().meta?.sampling?.[key] ?? neutral;
   const attributes = { min, max, step };
   const slider = h("input", { type: "range", ...attributes, "aria-label": `${label}, slider`, oninput: () => set(Number(slider.value)) });
-  const box = h("input", { id: key, type: "number", ...attributes, placeholder: given, "aria-describedby": `${key}-help`, oninput: () => set(box.value === "" ? undefined : Number(box.value)) });
+  const box = h("input", { id: key, type: "number", ...attributes, placeholder: given, "aria-describedby": `${key}-help`, oninput: () => set(box.value === "" ? undefined : Number(box.value)), onchange: () => (box.value = String(state.chat.settings[key] ?? "")) });
   const reset = iconButton("retry", `${label}: back to the model's ${given}`, () => (set(undefined), box.focus()));
   const show = () => {
     const value = state.chat.settings[key];
@@ -76,7 +76,7 @@ function answerBlock() {
   };
   const stop = h("textarea", { id: "stop", rows: 2, placeholder: "One a line", oninput: () => change({ stop: stop.value }) });
   stop.value = settings.stop ?? "";
-  return h("section", {}, h("h3", {}, "Answer"), number("max_tokens", "Most tokens", "what is left"), number("seed", "Seed", "random"),
+  return h("section", {}, h("h3", {}, "Answer"), number("max_tokens", "Most tokens", isChat(modelOf()) ? "what is left" : "256"), number("seed", "Seed", "random"),
     h("label", { for: "stop" }, "Stop at these texts"), stop);
 }
 

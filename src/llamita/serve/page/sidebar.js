@@ -13,10 +13,13 @@ const DAY = 24 * 3600 * 1000;
 const list = find("#chats");
 const search = /** @type {HTMLInputElement} */ (find("#search"));
 const picker = /** @type {HTMLInputElement} */ (find("#import"));
+/** @type {Chat[]} */
+let chats = [];
+let shown = ""; // what the list shows
 
 /** Start the list. */
 export function start() {
-  search.addEventListener("input", debounced(refresh, 150));
+  search.addEventListener("input", debounced(show, 150));
   find("#new").addEventListener("click", () => {
     openNew();
     find("#prompt").focus();
@@ -25,21 +28,37 @@ export function start() {
   find("#import-button").addEventListener("click", () => picker.click());
   picker.addEventListener("change", importFiles);
   find("#delete-all").addEventListener("click", deleteAll);
-  on("chats", refresh);
+  on("chats", update);
   on("chat", ({ opened } = {}) => opened && mark());
   store.onChangeElsewhere(changedElsewhere);
-  return refresh();
+  return reload();
 }
 
 const today = () => new Date().toISOString().slice(0, 10);
 
+/** Read all chats anew. */
+async function reload() {
+  chats = await store.all();
+  show();
+}
+
+/** Take a chat as it was stored, all of them if none is given. @param {Chat} [chat] */
+function update(chat) {
+  if (!chat) return reload();
+  chats = [chat, ...chats.filter((other) => other.id !== chat.id)].sort((a, b) => b.updated - a.updated);
+  show();
+}
+
 /** Show the chats that hold what is searched for. */
-async function refresh() {
+function show() {
   const needle = search.value.trim().toLowerCase();
-  const chats = (await store.all()).filter((chat) => !needle || holds(chat, needle));
   const midnight = new Date().setHours(0, 0, 0, 0);
-  const groups = Map.groupBy ? Map.groupBy(chats, (chat) => groupOf(chat, midnight)) : new Map([["Chats", chats]]);
-  const parts = [...groups].map(([name, members]) => h("section", {}, h("h2", {}, name), h("ul", {}, members.map(row))));
+  const found = chats.filter((chat) => !needle || holds(chat, needle));
+  const groups = Object.entries(Object.groupBy(found, (chat) => groupOf(chat, midnight)));
+  const state = JSON.stringify([needle, groups.map(([name, members = []]) => [name, members.map((chat) => [chat.id, chat.title])])]);
+  if (state === shown) return; // the focus may be in the list: it is made anew only if it differs
+  shown = state;
+  const parts = groups.map(([name, members = []]) => h("section", {}, h("h2", {}, name), h("ul", {}, members.map(row))));
   const none = h("p", { class: "muted" }, needle ? "No chat holds this." : "Chats appear here. They stay in this browser.");
   list.replaceChildren(...(parts.length ? parts : [none]));
   mark();
@@ -55,9 +74,10 @@ function groupOf(chat, midnight) {
 /** @param {Chat} chat */
 function row(chat) {
   const title = chat.title || "Untitled";
-  const open = h("button", { type: "button", class: "open", "data-id": chat.id, title, onclick: () => openChat(chat) }, title);
+  const newest = () => chats.find((other) => other.id === chat.id) ?? chat; // the row may be older than the chat
+  const open = h("button", { type: "button", class: "open", "data-id": chat.id, title, onclick: () => openChat(newest()) }, title);
   return h("li", {}, open,
-    iconButton("download", `Export “${title}”`, () => download([chat], `${fileName(title)}.json`)),
+    iconButton("download", `Export “${title}”`, () => download([newest()], `${fileName(title)}.json`)),
     iconButton("trash", `Delete “${title}”`, () => deleteOne(chat, title)));
 }
 
@@ -82,7 +102,6 @@ async function deleteOne(chat, title) {
 }
 
 async function deleteAll() {
-  const chats = await store.all();
   if (!chats.length || !(await confirmed(`Delete all ${chats.length} chats? This cannot be undone.`, "Delete all"))) return;
   for (const [id, { controller }] of state.running) {
     controller.abort();
@@ -101,10 +120,10 @@ async function settled(id) {
 async function importFiles() {
   try {
     for (const file of picker.files ?? []) {
-      const chats = parse(await file.text());
-      const added = fresh(chats, await store.all());
+      const given = parse(await file.text());
+      const added = fresh(given, await store.all());
       for (const chat of added) await store.put(chat);
-      const known = chats.length - added.length;
+      const known = given.length - added.length;
       toast(`Imported ${added.length} ${added.length === 1 ? "chat" : "chats"}${known ? `; ${known} were here already` : ""}.`);
     }
   } catch (error) {
@@ -116,8 +135,8 @@ async function importFiles() {
 
 /** Follow what another tab did. @param {string | null} id */
 async function changedElsewhere(id) {
-  void refresh();
-  if (id !== state.chat.id || state.running.has(state.chat.id)) return;
-  const chat = await store.get(state.chat.id);
-  if (chat) openChat(chat);
+  await reload();
+  if (id !== state.chat.id || state.running.has(id) || document.querySelector(".editor")) return;
+  const chat = await store.get(id);
+  if (chat) openChat(chat, false);
 }

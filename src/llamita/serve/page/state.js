@@ -27,8 +27,8 @@ export const state = {
 const listeners = new Map();
 
 /**
- * Call a function at: "models" (they are known), "chat" (another was opened, or its path has changed), "grow" (a message
- * has), "done" (an answer has ended), "settings" (of the open chat), "chats" (one was stored or deleted).
+ * Call a function at: "models" (they are known, or the chosen one), "chat" (another was opened, or its path has changed), "grow" (a message
+ * has), "done" (an answer has ended), "settings" (of the open chat), "chats" (one was stored; without it: many were).
  * @param {string} event
  * @param {(detail: any) => void} listener
  */
@@ -55,10 +55,10 @@ export function modelOf(chat = state.chat) {
 /** Tell whether a model takes messages; else it continues a text. @param {Model} model */
 export const isChat = (model) => model.meta?.has_chat !== false;
 
-/** Show a chat. @param {Chat} chat */
-export function openChat(chat) {
+/** Show a chat. @param {Chat} chat @param {boolean} [asked] by the user, not because another tab has changed it */
+export function openChat(chat, asked = true) {
   state.chat = state.running.get(chat.id)?.chat ?? chat;
-  emit("chat", { opened: true });
+  emit("chat", { opened: true, asked });
 }
 
 /** Show an empty chat with the model of the one before. */
@@ -70,5 +70,5 @@ export function openNew() {
 export async function save(chat) {
   if (!Object.keys(chat.nodes).length) return;
   await store.put(chat);
-  emit("chats");
+  emit("chats", chat);
 }
