@@ -14,7 +14,10 @@ ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage"]
 TIMEOUT = 20_000  # milliseconds that anything may take on a busy machine; nothing is measured
 
 # Runs before the page: notes what the security policy forbade.
-WATCH = "window.violations = []; addEventListener('securitypolicyviolation', e => violations.push(e.violatedDirective + ' ' + e.blockedURI))"
+WATCH = """
+window.violations = [];
+addEventListener('securitypolicyviolation', e => violations.push(e.violatedDirective + ' ' + e.blockedURI));
+"""
 
 
 def sync_api() -> Any:
@@ -60,9 +63,14 @@ def watched_page(browser: Any, address: str, **options: Any) -> Iterator[Watched
     page = context.new_page()
     watched = Watched(page, "{0.scheme}://{0.netloc}".format(urlsplit(address)))
     # An expected refusal of the server is no fault of the page; Chromium writes it into the console all the same.
-    page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" and "status of" not in m.text else None)
+    page.on(
+        "console", lambda m: watched.errors.append(m.text) if m.type == "error" and "status of" not in m.text else None
+    )
     page.on("pageerror", lambda error: watched.errors.append(str(error)))
-    page.on("request", lambda r: None if r.url.startswith((watched.origin, "data:", "blob:")) else watched.foreign.append(r.url))
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith((watched.origin, "data:", "blob:")) else watched.foreign.append(r.url),
+    )
     try:
         page.goto(address)
         page.wait_for_selector("html[data-ready=yes]")

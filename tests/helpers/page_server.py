@@ -191,7 +191,12 @@ def chunk(answer: Answer, place: int, piece: str, body: dict[str, Any], is_chat:
 def call_deltas(calls: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield tool calls as OpenAI streams them: the name, then the arguments piece by piece."""
     for index, call in enumerate(calls):
-        yield {"index": index, "id": f"call_{index}", "type": "function", "function": {"name": call["name"], "arguments": ""}}
+        yield {
+            "index": index,
+            "id": f"call_{index}",
+            "type": "function",
+            "function": {"name": call["name"], "arguments": ""},
+        }
         for piece in pieces_of(call["arguments"]):
             yield {"index": index, "function": {"arguments": piece}}
 

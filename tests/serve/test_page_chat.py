@@ -7,7 +7,23 @@ import pytest
 from browser import ask, ended, texts
 from page_server import Answer, PageServer, model_entry
 
-LONG = "# Title\n\nA *first* paragraph.\n\n- one\n- two\n\n```python\nprint(1)\n\nprint(2)\n```\n\nThe **end** of it."
+LONG = """# Title
+
+A *first* paragraph.
+
+- one
+
+- two
+
+  of two
+
+```python
+print(1)
+
+print(2)
+```
+
+The **end** of it."""
 
 
 def last(page: Any) -> Any:
@@ -23,7 +39,7 @@ def test_an_answer_streams_as_markdown(page: Any, stand_in: PageServer) -> None:
     ask(page, "hello")
     body = last(page).locator(".body")
     assert body.locator("h3").inner_text() == "Title"
-    assert body.locator("li").all_inner_texts() == ["one", "two"]
+    assert body.locator("li p").all_inner_texts() == ["one", "two", "of two"]
     assert body.locator("pre code").text_content() == "print(1)\n\nprint(2)"
     assert body.locator("pre .hl-number").count() == 2
     assert body.locator("strong").inner_text() == "end"
@@ -201,15 +217,19 @@ def test_tools_are_called_and_answered(page: Any, stand_in: PageServer) -> None:
     assert texts(page)[-1] == "Rain."
 
 
+TOO_LONG = {"message": "This model's maximum context length is 512 tokens.", "code": "context_length_exceeded"}
+BUSY = Answer(status=429, error={"message": "The queue is full."}, headers={"Retry-After": "7"})
 ERRORS = [
-    (Answer(status=400, error={"message": "This model's maximum context length is 512 tokens.", "code": "context_length_exceeded"}), "512 tokens", "Shorten"),
-    (Answer(status=429, error={"message": "The queue is full."}, headers={"Retry-After": "7"}), "The queue is full.", "in 7 seconds"),
+    (Answer(status=400, error=TOO_LONG), "512 tokens", "Shorten"),
+    (BUSY, "The queue is full.", "in 7 seconds"),
     (Answer([], error={"message": "Out of memory."}), "Out of memory.", "log"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("answer", "message", "hint"), ERRORS, ids=["too long", "busy", "in the stream"])
-def test_errors_are_said_in_place_and_can_be_tried_again(page: Any, stand_in: PageServer, answer: Answer, message: str, hint: str) -> None:  # fmt: skip
+def test_errors_are_said_in_place_and_can_be_tried_again(
+    page: Any, stand_in: PageServer, answer: Answer, message: str, hint: str
+) -> None:
     stand_in.say(answer, "It works.")
     ask(page, "hello")
     error = last(page).locator(".error")

@@ -31,7 +31,9 @@ def test_the_token_at_which_they_part_is_marked_in_both(page: Any, stand_in: Pag
     tell_two_stories(stand_in)
     compare(page)
     assert parts(page) == [" there", " in"]
-    assert page.locator("#verdict").inner_text() == "The same for 4 tokens, then “␣there” (60.0 %) against “␣in” (50.0 %)."
+    assert (
+        page.locator("#verdict").inner_text() == "The same for 4 tokens, then “␣there” (60.0 %) against “␣in” (50.0 %)."
+    )
     bodies = {body["model"]: body for body in stand_in.bodies}
     assert set(bodies) == {"small", "small:4bit"}
     for body in bodies.values():
@@ -139,14 +141,27 @@ def test_the_scheduler_is_shown_while_its_pane_is_open(page: Any, stand_in: Page
         {"tokens": 300, "prompt_tokens": 100, "state": "decode"},
         {"tokens": 512, "prompt_tokens": 2048, "state": "prefill"},
     ]
-    model = {"id": "small", "running": runs, "waiting": 3, "waiting_tokens": 4500, "used": 2560, "room": 8192, "kept": 1024}
+    model = {
+        "id": "small",
+        "running": runs,
+        "waiting": 3,
+        "waiting_tokens": 4500,
+        "used": 2560,
+        "room": 8192,
+        "kept": 1024,
+    }
     stand_in.load = {"models": [{**model, "prefill_rate": 812.4, "decode_rate": 42.5}], "uptime_s": 7300}
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/v1/load") else None)
     page.click("#show-load")
     page.wait_for_selector("#load section")
     text = page.locator("#load").inner_text()
-    for part in ("2 running, 3 waiting (4,500 tokens)", "writing, 200 after 100", "reading 512 of 2,048", "42.5 tok/s written"):
+    for part in (
+        "2 running, 3 waiting (4,500 tokens)",
+        "writing, 200 after 100",
+        "reading 512 of 2,048",
+        "42.5 tok/s written",
+    ):
         assert part in text
     assert "2,560 of 8,192 positions in use, 1,024 kept" in text
     page.wait_for_timeout(1500)

@@ -52,7 +52,7 @@ HOSTILE = [
     "```html\n<script>window.hacked = 1</script><img src=x onerror=window.hacked=1>\n```",
     "```\"onmouseover=window.hacked=1\n<img src=x onerror=window.hacked=1>\n```",
     "`<img src=x onerror=window.hacked=1>`",
-    "| <script>window.hacked=1</script> | b |\n|---|---|\n| <img src=x onerror=window.hacked=1> | [c](javascript:window.hacked=1) |",
+    "| <script>window.hacked=1</script> | b |\n|---|---|\n| <img src=x onerror=window.hacked=1> | [c](javascript:x) |",
     "# <img src=x onerror=window.hacked=1>",
     "- [ ] <img src=x onerror=window.hacked=1>",
     "> <script>window.hacked=1</script>",
@@ -69,14 +69,15 @@ HOSTILE = [
 
 # Of what a message holds: elements that run or load something, attributes that do, and addresses.
 AUDIT = """() => {
+  const loads = ['script', 'img', 'iframe', 'object', 'embed', 'link', 'style', 'base', 'meta', 'video', 'form'];
   const found = [];
   for (const element of document.querySelectorAll('#messages *')) {
     const name = element.localName;
-    if (['script', 'img', 'iframe', 'object', 'embed', 'link', 'style', 'base', 'meta', 'video', 'audio', 'math'].includes(name)) found.push(name);
+    if (loads.includes(name) && !element.matches('form.results')) found.push(name);
     if (name === 'svg' && !element.classList.contains('icon')) found.push(name);
     for (const { name: attribute, value } of element.attributes) {
-      if (/^on|^style$|^src|^srcdoc$|^action$|^formaction$|^data$/.test(attribute)) found.push(`${name} ${attribute}`);
-      if (/href$/.test(attribute) && !/^(https?:|mailto:|#i-)/.test(value)) found.push(`${name} ${attribute}=${value}`);
+      if (/^on|^style$|^src|^action$|^formaction$|^data$/.test(attribute)) found.push(`${name} ${attribute}`);
+      if (/href$/.test(attribute) && !/^(https?:|mailto:|#i-)/.test(value)) found.push(`${attribute}=${value}`);
     }
     if (name === 'a' && element.rel !== 'noopener noreferrer') found.push('rel of ' + element.href);
   }
@@ -132,7 +133,9 @@ def test_hostile_names_of_models_and_errors_stay_text(page: Any, stand_in: PageS
 
 
 def test_links_that_may_be_followed_are_links(page: Any, stand_in: PageServer) -> None:
-    stand_in.say("[a](https://example.org/x?y=1&amp;z=2) <mailto:a@example.org> https://example.com ![pic](https://example.net/p.png)")
+    stand_in.say(
+        "[a](https://example.org/x?y=1&amp;z=2) <mailto:a@example.org> https://example.com ![pic](https://example.net/p.png)"
+    )
     ask(page, "links")
     links = page.locator(".message.assistant a")
     assert links.evaluate_all("all => all.map(a => a.getAttribute('href'))") == [
@@ -145,7 +148,9 @@ def test_links_that_may_be_followed_are_links(page: Any, stand_in: PageServer) -
 
 
 def test_text_that_looks_like_markup_is_shown(page: Any, stand_in: PageServer) -> None:
-    stand_in.say("Write <b>bold</b> and 1 &lt; 2 &amp; 3 &copy; &#955; &#x3bb; &nonsense;.\n\n<div class=x>\nhi\n</div>")
+    stand_in.say(
+        "Write <b>bold</b> and 1 &lt; 2 &amp; 3 &copy; &#955; &#x3bb; &nonsense;.\n\n<div class=x>\nhi\n</div>"
+    )
     ask(page, "markup")
     paragraphs = page.locator(".message.assistant .body > p").all_inner_texts()
     assert paragraphs == ["Write <b>bold</b> and 1 < 2 & 3 © λ λ &nonsense;.", "<div class=x>\nhi\n</div>"]
@@ -164,7 +169,9 @@ def test_a_growing_answer_does_not_freeze_the_page(page: Any, stand_in: PageServ
 
 def test_nothing_in_the_sources_parses_markup() -> None:
     """The policy forbids it; this finds it before a browser does."""
-    forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|eval\(|new Function|srcdoc\b")
+    forbidden = re.compile(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|eval\(|new Function|srcdoc\b"
+    )
     sources = [path for path in PAGE.iterdir() if path.suffix in (".js", ".html")]
     assert len(sources) > 10
     assert not [(path.name, found) for path in sources for found in forbidden.findall(path.read_text("utf-8"))]

@@ -66,7 +66,12 @@ def test_search_looks_into_every_branch_and_file(page: Any, stand_in: PageServer
     page.set_input_files("#file", {"name": "table.txt", "mimeType": "text/plain", "buffer": b"departure 9:15"})
     page.wait_for_selector(".chip")
     ask(page, "travel")
-    for needle, found in {"alpacas": ["animals"], "9:15": ["travel"], "TRAINS": ["travel"], "": ["travel", "animals"]}.items():
+    for needle, found in {
+        "alpacas": ["animals"],
+        "9:15": ["travel"],
+        "TRAINS": ["travel"],
+        "": ["travel", "animals"],
+    }.items():
         page.fill("#search", needle)
         page.wait_for_timeout(300)
         assert titles(page) == found, needle
@@ -112,6 +117,15 @@ def test_one_chat_is_exported_and_deleted(page: Any) -> None:
     assert texts(page)[0] == "second"
 
 
+STORED = """new Promise(done => {
+  const open = indexedDB.open('llamita');
+  open.onsuccess = () => {
+    const all = open.result.transaction('chats').objectStore('chats').getAll();
+    all.onsuccess = () => done(JSON.stringify(all.result));
+  };
+})"""
+
+
 def test_delete_all_leaves_nothing(page: Any) -> None:
     ask(page, "secret")
     page.click("#delete-all")
@@ -120,8 +134,7 @@ def test_delete_all_leaves_nothing(page: Any) -> None:
     page.reload()
     page.wait_for_selector("html[data-ready=yes]")
     assert titles(page) == []
-    stored = "new Promise(done => { const r = indexedDB.open('llamita'); r.onsuccess = () => { const all = r.result.transaction('chats').objectStore('chats').getAll(); all.onsuccess = () => done(JSON.stringify(all.result)) } })"
-    assert page.evaluate(stored) == "[]"
+    assert page.evaluate(STORED) == "[]"
 
 
 def chat(**changes: Any) -> dict[str, Any]:
@@ -140,6 +153,8 @@ CIRCLE = {
     "a1": {"id": "a1", "parent": "b1", "role": "user", "content": "", "created": 1},
     "b1": {"id": "b1", "parent": "a1", "role": "user", "content": "", "created": 1},
 }
+PICKED = {"": "a1", "a1": "b1"}
+TWO = {name: {"id": name, "parent": "", "role": "user", "content": "", "created": 1} for name in ("a1", "b1")}
 DAMAGED = {
     "not JSON": "nonsense",
     "not an export": [1, 2],
@@ -154,7 +169,8 @@ DAMAGED = {
     "a child that is not there": file_of(chat(children={"": ["a1", "zz"]})),
     "a choice that is none": file_of(chat(chosen={"": "zz"})),
     "a circle": file_of(chat(nodes=CIRCLE, children={"a1": ["b1"], "b1": ["a1"]}, chosen={"a1": "b1", "b1": "a1"})),
-    "a file without a name": file_of(chat(nodes={"a1": {"id": "a1", "parent": "", "role": "user", "content": "", "files": [1]}})),
+    "a child of two": file_of(chat(nodes=TWO, children={"": ["a1", "b1"], "a1": ["b1"]}, chosen=PICKED)),
+    "a file without a name": file_of(chat(nodes={"a1": {**TWO["a1"], "files": [1]}})),
 }  # fmt: skip
 
 
@@ -181,7 +197,8 @@ def test_a_text_file_becomes_part_of_the_message(page: Any, stand_in: PageServer
 DROP = """([name, bytes]) => {
   const data = new DataTransfer();
   data.items.add(new File([new Uint8Array(bytes)], name));
-  for (const type of ['dragover', 'drop']) document.querySelector('main').dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
+  const event = type => new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true });
+  for (const type of ['dragover', 'drop']) document.querySelector('main').dispatchEvent(event(type));
 }"""
 
 
@@ -196,7 +213,9 @@ def test_files_are_dropped_in(page: Any, stand_in: PageServer) -> None:
     assert page.input_value("#title") == "other.csv"
 
 
-@pytest.mark.parametrize(("data", "reason"), [(os.urandom(500) + b"\0\xff", "not a text file"), (b"a" * 2_000_001, "2 MB")])
+@pytest.mark.parametrize(
+    ("data", "reason"), [(os.urandom(500) + b"\0\xff", "not a text file"), (b"a" * 2_000_001, "2 MB")]
+)
 def test_files_that_are_no_text_are_refused(page: Any, data: bytes, reason: str) -> None:
     page.set_input_files("#file", {"name": "x.bin", "mimeType": "text/plain", "buffer": data})
     page.wait_for_selector(f"#note:has-text('{reason}')")

@@ -15,7 +15,8 @@ export class ApiError extends Error {
   /** What the user can do about it, "" if the message says it all. */
   get hint() {
     if (this.status === 0) return "Check that the server is running, then try again.";
-    if (this.code === "context_length_exceeded") return "Shorten the message, edit an earlier one, or begin a new chat.";
+    if (this.code === "context_length_exceeded")
+      return "Shorten the message, edit an earlier one, or begin a new chat.";
     if (this.status === 429 || this.status === 503)
       return this.retryAfter ? `Try again in ${this.retryAfter} seconds.` : "Try again in a moment.";
     if (this.status >= 500) return "The server's log says more.";
@@ -48,7 +49,11 @@ async function send(path, body, signal, asks = true) {
     const headers = body ? { "Content-Type": "application/json" } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     const response = await reach(path, {
-      method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store",
+      method: body ? "POST" : "GET",
+      headers,
+      body: body && JSON.stringify(body),
+      signal,
+      cache: "no-store",
     });
     if (response.ok) return response;
     const error = await errorOf(response);
@@ -77,10 +82,21 @@ async function errorOf(response) {
   const retry = Number(response.headers.get("Retry-After")) || undefined;
   const body = await response.json().catch(() => ({}));
   const { message, code } = body.error ?? {};
-  return new ApiError(message ?? `The server answered with status ${response.status}.`, response.status, code ?? null, retry);
+  return new ApiError(
+    message ?? `The server answered with status ${response.status}.`,
+    response.status,
+    code ?? null,
+    retry,
+  );
 }
 
-/** Get or post JSON. @param {string} path @param {object} [body] @param {AbortSignal} [signal] @returns {Promise<any>} */
+/**
+ * Get or post JSON.
+ * @param {string} path
+ * @param {object} [body]
+ * @param {AbortSignal} [signal]
+ * @returns {Promise<any>}
+ */
 export async function json(path, body, signal) {
   return (await send(path, body, signal)).json();
 }
@@ -91,7 +107,7 @@ export async function quietJson(path, body, signal) {
 }
 
 /**
- * Post and yield the JSON of each event until [DONE]. An abort of the signal closes the connection, which stops the server.
+ * Post and yield the JSON of each event until [DONE]. An abort closes the connection; that stops the server.
  * @param {string} path
  * @param {object} body
  * @param {AbortSignal} signal
@@ -107,7 +123,11 @@ export async function* events(path, body, signal) {
   throw new ApiError("The connection ended before the answer did.", 0, null);
 }
 
-/** Yield what stands behind `data:`, event by event; comments and other fields are left out. @param {Response} response @param {AbortSignal} signal */
+/**
+ * Yield what stands behind `data:`, event by event; comments and other fields are left out.
+ * @param {Response} response
+ * @param {AbortSignal} signal
+ */
 async function* eventData(response, signal) {
   const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();
   const decoder = new TextDecoder();

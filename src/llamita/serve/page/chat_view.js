@@ -18,11 +18,18 @@ let focusNext = false; // a branch was made or turned to: the focus goes along
 /** Start the view. */
 export function start() {
   find("#composer").append(jump);
-  scroller.addEventListener("scroll", () => {
-    follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
-    jump.hidden = follows;
-  }, { passive: true });
-  list.addEventListener("click", (event) => (focusNext = /** @type {Element} */ (event.target).closest("[data-do]") !== null));
+  scroller.addEventListener(
+    "scroll",
+    () => {
+      follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
+      jump.hidden = follows;
+    },
+    { passive: true },
+  );
+  list.addEventListener(
+    "click",
+    (event) => (focusNext = /** @type {Element} */ (event.target).closest("[data-do]") !== null),
+  );
   on("chat", render);
   on("models", render);
   on("settings", render);
@@ -96,20 +103,32 @@ export function act(action) {
   const focused = document.activeElement?.closest(".message");
   const places = focused ? [focused] : [...list.children].reverse();
   for (const place of places) {
-    const button = /** @type {HTMLButtonElement | null} */ (place.querySelector(`[data-do="${action}"]:not(:disabled)`));
+    const button = /** @type {HTMLButtonElement | null} */ (
+      place.querySelector(`[data-do="${action}"]:not(:disabled)`)
+    );
     if (button) return button.click();
   }
 }
 
 const SUGGESTIONS = {
-  chat: ["Explain 4-bit quantization to a ten-year-old.", "Write a haiku about a small llama.", "Write a Python function that reverses a list."],
-  base: ["Once upon a time, there was a little llama", "One day, Tom found a shiny red ball", "The old tree in the garden could talk"],
+  chat: [
+    "Explain 4-bit quantization to a ten-year-old.",
+    "Write a haiku about a small llama.",
+    "Write a Python function that reverses a list.",
+  ],
+  base: [
+    "Once upon a time, there was a little llama",
+    "One day, Tom found a shiny red ball",
+    "The old tree in the garden could talk",
+  ],
 };
 
 /** Offer beginnings on the empty page. @param {(text: string) => void} use */
 export function suggest(use) {
   on("models", () => {
     const texts = SUGGESTIONS[isChat(modelOf()) ? "chat" : "base"];
-    find("#suggestions").replaceChildren(...texts.map((text) => h("button", { type: "button", onclick: () => use(text) }, text)));
+    find("#suggestions").replaceChildren(
+      ...texts.map((text) => h("button", { type: "button", onclick: () => use(text) }, text)),
+    );
   });
 }

@@ -1,4 +1,4 @@
-/** Two models side by side on the same prompt: both stream at once, and the first token at which they part is marked. */
+/** Two models side by side on one prompt: both stream at once, and the first token at which they part is marked. */
 
 import { ApiError } from "./api.js";
 import { count, find, h } from "./dom.js";
@@ -121,8 +121,11 @@ function draw() {
 function verdictOf(done) {
   const [a, b] = columns.map((column) => column.tokens[parting]);
   if (parting >= 0) {
-    const same = parting ? `The same for ${count(parting)} ${parting === 1 ? "token" : "tokens"}, then ` : "They differ from the first token on: ";
-    const says = (/** @type {ScoredToken | undefined} */ token) => (token ? `“${visible(token.text)}” (${percent(token.logprob)})` : "the end");
+    const same = parting
+      ? `The same for ${count(parting)} ${parting === 1 ? "token" : "tokens"}, then `
+      : "They differ from the first token on: ";
+    const says = (/** @type {ScoredToken | undefined} */ token) =>
+      token ? `“${visible(token.text)}” (${percent(token.logprob)})` : "the end";
     return `${same}${says(a)} against ${says(b)}.`;
   }
   if (!done) return "";
@@ -137,9 +140,19 @@ class Column {
     this.place = place;
     this.select = h("select", { id: `compare-model-${place}`, "aria-label": place ? "Right model" : "Left model" });
     this.figures = h("p", { class: "stats" });
-    this.text = h("div", { class: "tokens", "aria-label": place ? "Tokens of the right model" : "Tokens of the left model" });
+    this.text = h("div", {
+      class: "tokens",
+      "aria-label": place ? "Tokens of the right model" : "Tokens of the left model",
+    });
     this.error = h("p", { class: "error", hidden: true });
-    this.element = h("section", { class: "column", "aria-label": place ? "Right" : "Left" }, this.select, this.text, this.error, this.figures);
+    this.element = h(
+      "section",
+      { class: "column", "aria-label": place ? "Right" : "Left" },
+      this.select,
+      this.text,
+      this.error,
+      this.figures,
+    );
     this.view = new TokenView(this.text, (at) => this.#beside(at));
     /** @type {ScoredToken[]} */
     this.tokens = [];
@@ -202,7 +215,10 @@ class Column {
     else body.seed = number("#compare-seed") || 0;
     body.max_tokens = number("#compare-tokens") || 200;
     if (!isChat(model)) {
-      return { path: "/v1/completions", body: { ...body, prompt: continuedText(nodes) + prompt.value, logprobs: ALTERNATIVES } };
+      return {
+        path: "/v1/completions",
+        body: { ...body, prompt: continuedText(nodes) + prompt.value, logprobs: ALTERNATIVES },
+      };
     }
     const draft = /** @type {any} */ ({ role: "user", content: prompt.value });
     const messages = messagesOf(system, [...nodes, draft]);
@@ -214,7 +230,12 @@ class Column {
     const mean = this.tokens.reduce((sum, token) => sum + token.logprob, 0) / Math.max(this.tokens.length, 1);
     const rate = timings?.predicted_per_second;
     const first = timings?.first_token_ms ?? firstToken;
-    const parts = [rate && `${rate.toFixed(1)} tok/s`, first && `first token ${Math.round(first)} ms`, `${count(usage.completion_tokens)} tokens`, `own perplexity ${Math.exp(-mean).toFixed(2)}`];
+    const parts = [
+      rate && `${rate.toFixed(1)} tok/s`,
+      first && `first token ${Math.round(first)} ms`,
+      `${count(usage.completion_tokens)} tokens`,
+      `own perplexity ${Math.exp(-mean).toFixed(2)}`,
+    ];
     this.figures.textContent = parts.filter(Boolean).join(" · ");
   }
 

@@ -108,7 +108,8 @@ async function addFiles(given) {
   const refused = [];
   for (const file of given) {
     const text = file.size > LARGEST ? null : await textOf(file);
-    if (text === null) refused.push(`${file.name} ${file.size > LARGEST ? "is larger than 2 MB" : "is not a text file"}`);
+    if (text === null)
+      refused.push(`${file.name} ${file.size > LARGEST ? "is larger than 2 MB" : "is not a text file"}`);
     else files.push({ name: file.name, text });
   }
   note.textContent = refused.length ? `${refused.join("; ")}.` : "";
@@ -194,7 +195,8 @@ function showMeter(used, room, answer) {
   find(".text", meter).textContent = `${count(used)} of ${count(room)} tokens`;
   const left = Math.max(room - used, 0);
   meter.title = `The prompt takes ${count(used)} tokens; ${count(left)} are left for the answer.`;
-  note.textContent = used >= room ? `Too long by ${count(used - room + 1)} tokens: shorten it or begin a new chat.` : "";
+  note.textContent =
+    used >= room ? `Too long by ${count(used - room + 1)} tokens: shorten it or begin a new chat.` : "";
 }
 
 /** @param {string} message */

@@ -44,17 +44,32 @@ export function goOn(node) {
   return generate(state.chat, node, true);
 }
 
-/** Put an edited message in a branch of its own; after the user's the model answers. @param {Message} node @param {string} text */
+/**
+ * Put an edited message in a branch of its own; after the user's the model answers.
+ * @param {Message} node
+ * @param {string} text
+ */
 export function edit(node, text) {
   const chat = state.chat;
   const { role, files, callId } = node;
-  const edited = add(chat, node.parent, { role, content: text, files, callId, model: node.model, finish: node.finish && "stopped" });
+  const edited = add(chat, node.parent, {
+    role,
+    content: text,
+    files,
+    callId,
+    model: node.model,
+    finish: node.finish && "stopped",
+  });
   if (role === "user") return answer(chat, edited);
   emit("chat");
   return save(chat);
 }
 
-/** Give the results of an answer's calls, in their order, and let the model go on. @param {Message} node @param {string[]} results */
+/**
+ * Give the results of an answer's calls, in their order, and let the model go on.
+ * @param {Message} node
+ * @param {string[]} results
+ */
 export function sendResults(node, results) {
   const chat = state.chat;
   let parent = node;
@@ -103,7 +118,12 @@ async function generate(chat, node, continues = false) {
   await keep(chat);
 }
 
-/** @param {Chat} chat @param {Message} node @param {import("./requests.js").Request} request @param {AbortSignal} signal */
+/**
+ * @param {Chat} chat
+ * @param {Message} node
+ * @param {import("./requests.js").Request} request
+ * @param {AbortSignal} signal
+ */
 async function stream(chat, node, request, signal) {
   const began = performance.now();
   let saved = began;
@@ -116,7 +136,12 @@ async function stream(chat, node, request, signal) {
   }
 }
 
-/** Add what has come to a message. @param {Message} node @param {import("./requests.js").Delta} delta @param {number} elapsed */
+/**
+ * Add what has come to a message.
+ * @param {Message} node
+ * @param {import("./requests.js").Delta} delta
+ * @param {number} elapsed
+ */
 function take(node, delta, elapsed) {
   const stats = (node.stats ??= {});
   if (delta.text || delta.calls.length) stats.firstToken ??= elapsed;

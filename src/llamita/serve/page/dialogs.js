@@ -2,7 +2,8 @@
 
 import { find, h } from "./dom.js";
 
-for (const button of document.querySelectorAll("[data-close]")) // of type "button": Enter must not press it
+for (const button of document.querySelectorAll("[data-close]"))
+  // of type "button": Enter must not press it
   button.addEventListener("click", () => button.closest("dialog")?.close());
 
 /**
@@ -35,7 +36,14 @@ export async function confirmed(question, action) {
 
 /** Show the list of shortcuts. @param {{keys: string[], what: string}[]} entries */
 export function showShortcuts(entries) {
-  const rows = entries.flatMap(({ keys, what }) => [h("dt", {}, keys.flatMap((key) => [h("kbd", {}, key), " "])), h("dd", {}, what)]);
+  const rows = entries.flatMap(({ keys, what }) => [
+    h(
+      "dt",
+      {},
+      keys.flatMap((key) => [h("kbd", {}, key), " "]),
+    ),
+    h("dd", {}, what),
+  ]);
   find("#shortcut-list").replaceChildren(...rows);
   return ask(/** @type {HTMLDialogElement} */ (find("#shortcuts")));
 }

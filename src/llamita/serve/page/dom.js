@@ -60,7 +60,11 @@ export function icon(name) {
  * @returns {HTMLButtonElement}
  */
 export function iconButton(name, label, onclick, more = {}) {
-  return h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick, ...more }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "quiet", "aria-label": label, title: label, onclick, ...more },
+    icon(name),
+  );
 }
 
 /** Say something to screen readers, politely. @param {string} text */
@@ -81,7 +85,7 @@ export function toast(text) {
 }
 
 /**
- * Copy text to the clipboard. The clipboard's interface needs https or localhost; elsewhere the old command still works.
+ * Copy text. The clipboard's interface needs https or localhost; elsewhere the old command still works.
  * @param {string} text
  */
 export async function copy(text) {

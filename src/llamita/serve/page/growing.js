@@ -9,7 +9,7 @@ const REST = 4; // times as long as the last rendering took, the next waits: at 
 export class GrowingText {
   /**
    * @param {HTMLElement} element whose children it makes
-   * @param {{onblock?: (text: string) => void, onrender?: () => void}} [listeners] a block that is whole; what was drawn
+   * @param {{onblock?: (text: string) => void, onrender?: () => void}} [listeners] of whole blocks, and of drawing
    */
   constructor(element, listeners = {}) {
     this.element = element;
@@ -72,14 +72,18 @@ export class GrowingText {
 
     const length = before.reduce((sum, token) => sum + token.raw.length, 0);
     const raw = before.map((token) => token.raw).join("");
-    if (length && text.startsWith(raw, this.settled)) { // else the lexer changed the text: draw it all next time, too
+    if (length && text.startsWith(raw, this.settled)) {
+      // else the lexer changed the text: draw it all next time, too
       this.settled += length;
       this.keep += whole.length;
       this.#tell(raw);
     }
   }
 
-  /** Change code that is still being written where it stands; tell whether that is what the block is. @param {any} token */
+  /**
+   * Change code that is still being written where it stands; tell whether that is what the block is.
+   * @param {any} token
+   */
   #updateOpenCode(token) {
     const node = this.element.childNodes[this.keep];
     if (token?.type !== "code" || !(node instanceof HTMLElement) || !node.matches(".code:last-child")) return false;

@@ -74,7 +74,10 @@ export function colour(element, text, language) {
   if (text.length > LONGEST) return;
   if (!highlighter) {
     loading ??= load();
-    loading.then(() => colour(element, text, language), () => {}); // not coloured is not wrong
+    loading.then(
+      () => colour(element, text, language),
+      () => {},
+    ); // not coloured is not wrong
     return;
   }
   if (element.textContent !== text || !highlighter.getLanguage(language)) return; // it has grown meanwhile

@@ -5,7 +5,8 @@ import { count, find, h, svg } from "./dom.js";
 
 const EVERY = 1000; // milliseconds
 const HISTORY = 60; // rates that the curve shows
-const WIDTH = 240, HEIGHT = 36; // of the curve, in its own units
+const WIDTH = 240,
+  HEIGHT = 36; // of the curve, in its own units
 
 const pane = find("#load");
 /** @type {Map<string, number[]>} */
@@ -34,7 +35,10 @@ async function poll() {
 
 /** @param {{models: any[], uptime_s: number}} load */
 function render({ models, uptime_s: uptime }) {
-  pane.replaceChildren(...models.map(card), h("p", { class: "muted" }, `The server has been up for ${duration(uptime)}.`));
+  pane.replaceChildren(
+    ...models.map(card),
+    h("p", { class: "muted" }, `The server has been up for ${duration(uptime)}.`),
+  );
 }
 
 /** @param {any} model */
@@ -43,11 +47,31 @@ function card(model) {
   rates.set(model.id, [...history, model.decode_rate ?? 0].slice(-HISTORY));
   const { running, waiting, waiting_tokens: tokens } = model;
   const longest = Math.max(...running.map((/** @type {any} */ run) => Math.max(run.tokens, run.prompt_tokens)));
-  const state = [`${running.length} running`, waiting ? `${waiting} waiting (${count(tokens)} tokens)` : "none waiting"];
-  return h("section", {}, h("h3", {}, model.id), h("p", {}, state.join(", ")),
-    h("ul", { class: "running-list" }, running.map((/** @type {any} */ run) => runningRow(run, longest))),
-    h("p", { class: "figure" }, h("strong", {}, (model.decode_rate ?? 0).toFixed(1)), " tok/s written, ", h("strong", {}, count(model.prefill_rate ?? 0)), " tok/s read"),
-    curve(rates.get(model.id) ?? []), memory(model));
+  const state = [
+    `${running.length} running`,
+    waiting ? `${waiting} waiting (${count(tokens)} tokens)` : "none waiting",
+  ];
+  return h(
+    "section",
+    {},
+    h("h3", {}, model.id),
+    h("p", {}, state.join(", ")),
+    h(
+      "ul",
+      { class: "running-list" },
+      running.map((/** @type {any} */ run) => runningRow(run, longest)),
+    ),
+    h(
+      "p",
+      { class: "figure" },
+      h("strong", {}, (model.decode_rate ?? 0).toFixed(1)),
+      " tok/s written, ",
+      h("strong", {}, count(model.prefill_rate ?? 0)),
+      " tok/s read",
+    ),
+    curve(rates.get(model.id) ?? []),
+    memory(model),
+  );
 }
 
 /**
@@ -58,8 +82,15 @@ function card(model) {
 function runningRow({ tokens, prompt_tokens: prompt, state }, longest) {
   const read = state === "prefill" ? Math.min(tokens, prompt) : prompt;
   const written = Math.max(tokens - prompt, 0);
-  const text = state === "prefill" ? `reading ${count(read)} of ${count(prompt)}` : `writing, ${count(written)} after ${count(prompt)}`;
-  const parts = [segment("read", read, longest), segment("unread", prompt - read, longest), segment("written", written, longest)];
+  const text =
+    state === "prefill"
+      ? `reading ${count(read)} of ${count(prompt)}`
+      : `writing, ${count(written)} after ${count(prompt)}`;
+  const parts = [
+    segment("read", read, longest),
+    segment("unread", prompt - read, longest),
+    segment("written", written, longest),
+  ];
   return h("li", {}, h("span", { class: "track", "aria-hidden": "true" }, parts), text);
 }
 
@@ -73,17 +104,33 @@ function segment(name, value, whole) {
 /** @param {{used: number, kept: number, room: number}} memory in positions of the cache */
 function memory({ used, kept, room }) {
   const text = `Memory of contexts: ${count(used)} of ${count(room)} positions in use, ${count(kept)} kept for reuse`;
-  return h("div", { class: "memory" }, h("div", { class: "track", "aria-hidden": "true" }, segment("used", used, room), segment("kept", kept, room)), h("p", {}, text));
+  return h(
+    "div",
+    { class: "memory" },
+    h("div", { class: "track", "aria-hidden": "true" }, segment("used", used, room), segment("kept", kept, room)),
+    h("p", {}, text),
+  );
 }
 
 /** Draw the rates of the last minute. @param {number[]} values */
 function curve(values) {
   const top = Math.max(...values, 1);
   const x = (/** @type {number} */ place) => ((place + HISTORY - values.length) * WIDTH) / (HISTORY - 1);
-  const points = values.map((value, place) => `${x(place).toFixed(1)},${(HEIGHT - 2 - (value / top) * (HEIGHT - 4)).toFixed(1)}`);
+  const points = values.map(
+    (value, place) => `${x(place).toFixed(1)},${(HEIGHT - 2 - (value / top) * (HEIGHT - 4)).toFixed(1)}`,
+  );
   const label = `Tokens a second over the last minute, at most ${top.toFixed(1)}`;
-  return svg("svg", { class: "curve", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": label },
-    svg("polyline", { points: points.join(" ") }));
+  return svg(
+    "svg",
+    {
+      class: "curve",
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      preserveAspectRatio: "none",
+      role: "img",
+      "aria-label": label,
+    },
+    svg("polyline", { points: points.join(" ") }),
+  );
 }
 
 /** @param {number} seconds */

@@ -134,7 +134,11 @@ const KEYS = [
   { keys: ["]"], what: "Next branch", run: () => chatView.act("next") },
   { keys: ["m"], what: "Compare two models", run: () => showCompare(!comparing()) },
   { keys: ["←", "→", "↑", "↓"], what: "In a comparison: from token to token; Enter goes to where they part" },
-  { keys: ["s"], what: "Settings of the chat", run: () => !comparing() && showPane(pane === "settings" ? "" : "settings") },
+  {
+    keys: ["s"],
+    what: "Settings of the chat",
+    run: () => !comparing() && showPane(pane === "settings" ? "" : "settings"),
+  },
   { keys: ["l"], what: "The scheduler at work", run: () => showPane(pane === "load" ? "" : "load") },
   { keys: ["b"], what: "List of chats", run: () => showSidebar(!sidebarShown()) },
   { keys: ["t"], what: "Dark or light", run: toggleTheme },
@@ -194,7 +198,8 @@ async function begin() {
   if (!(await store.open())) toast("This browser stores nothing here: chats are lost when the window closes.");
   await followAddress(); // before anything that writes the address
   await Promise.all([sidebar.start(), connect()]);
-  if (!comparing() && !matchMedia("(pointer: coarse)").matches) find("#prompt").focus(); // a phone would open its keyboard
+  // A phone would open its keyboard.
+  if (!comparing() && !matchMedia("(pointer: coarse)").matches) find("#prompt").focus();
   document.documentElement.dataset.ready = "yes";
 }
 

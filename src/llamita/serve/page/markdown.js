@@ -12,9 +12,37 @@ import { Lexer } from "./vendor/marked.esm.js";
 const DEEPEST = 24; // levels of nesting: more is not prose, and browsers lay out deep trees by recursion
 const LONGEST = 50_000; // characters of a block that are read as Markdown: hostile text can make its rules slow
 const ENTITIES = /** @type {Record<string, string>} */ ({
-  amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", hellip: "…",
-  mdash: "—", ndash: "–", lsquo: "‘", rsquo: "’", ldquo: "“", rdquo: "”", laquo: "«", raquo: "»", times: "×", deg: "°",
-  plusmn: "±", middot: "·", bull: "•", rarr: "→", larr: "←", le: "≤", ge: "≥", ne: "≠", asymp: "≈", infin: "∞", euro: "€",
+  amp: "&",
+  lt: "<",
+  gt: ">",
+  quot: '"',
+  apos: "'",
+  nbsp: "\u00a0",
+  copy: "©",
+  reg: "®",
+  trade: "™",
+  hellip: "…",
+  mdash: "—",
+  ndash: "–",
+  lsquo: "‘",
+  rsquo: "’",
+  ldquo: "“",
+  rdquo: "”",
+  laquo: "«",
+  raquo: "»",
+  times: "×",
+  deg: "°",
+  plusmn: "±",
+  middot: "·",
+  bull: "•",
+  rarr: "→",
+  larr: "←",
+  le: "≤",
+  ge: "≥",
+  ne: "≠",
+  asymp: "≈",
+  infin: "∞",
+  euro: "€",
 });
 
 /**
@@ -57,7 +85,8 @@ const BLOCKS = {
   // The page's own headings end at h2.
   heading: (token, depth) => h(`h${Math.min(token.depth + 2, 6)}`, {}, inlineNodes(token.tokens, depth)),
   paragraph: (token, depth) => h("p", {}, inlineNodes(token.tokens, depth)),
-  text: (token, depth) => (token.tokens ? inlineNodes(token.tokens, depth) : [document.createTextNode(decoded(token.text))]),
+  text: (token, depth) =>
+    token.tokens ? inlineNodes(token.tokens, depth) : [document.createTextNode(decoded(token.text))],
   checkbox: (token) => checkbox(token),
   html: (token) => h("p", { class: "plain" }, token.raw.trimEnd()),
   blockquote: (token, depth) => h("blockquote", {}, inside(token, depth)),
@@ -72,7 +101,9 @@ const inside = (token, depth) => token.tokens.flatMap((/** @type {Token} */ chil
 /** @param {Token} token @param {number} depth */
 function list(token, depth) {
   const start = token.ordered && token.start !== 1 ? token.start : null;
-  const items = token.items.map((/** @type {Token} */ item) => h("li", { class: item.task && "task" }, inside(item, depth)));
+  const items = token.items.map((/** @type {Token} */ item) =>
+    h("li", { class: item.task && "task" }, inside(item, depth)),
+  );
   return h(token.ordered ? "ol" : "ul", { start }, items);
 }
 
@@ -91,7 +122,12 @@ export const languageOf = (token) => (token.lang ?? "").trim().split(/\s/)[0].sl
 
 /** @param {Token} token */
 function checkbox(token) {
-  return h("input", { type: "checkbox", disabled: true, checked: token.checked, "aria-label": token.checked ? "done" : "to do" });
+  return h("input", {
+    type: "checkbox",
+    disabled: true,
+    checked: token.checked,
+    "aria-label": token.checked ? "done" : "to do",
+  });
 }
 
 /**
@@ -106,12 +142,19 @@ export function codeBlock(text, language) {
   button.append(icon("copy"), "Copy");
   if (language && text) colour(code, text, language.toLowerCase());
   const label = language ? `Code in ${language}` : "Code";
-  return h("div", { class: "code" },
+  return h(
+    "div",
+    { class: "code" },
     h("div", { class: "code-head" }, h("span", {}, language || "text"), button),
-    h("pre", { tabindex: 0, role: "group", "aria-label": label }, code)); // it scrolls, so the keyboard must reach it
+    h("pre", { tabindex: 0, role: "group", "aria-label": label }, code),
+  ); // it scrolls, so the keyboard must reach it
 }
 
-/** Show another text in a block of code; its focus, selection and scrolling stay. @param {HTMLElement} block @param {string} text */
+/**
+ * Show another text in a block of code; its focus, selection and scrolling stay.
+ * @param {HTMLElement} block
+ * @param {string} text
+ */
 export function updateCode(block, text) {
   const code = find("code", block);
   if (code.textContent === text) return;
@@ -140,7 +183,8 @@ function inlineNodes(tokens, depth) {
 
 /** @type {Record<string, (token: Token, depth: number) => Node | Node[]>} */
 const INLINE = {
-  text: (token, depth) => (token.tokens ? inlineNodes(token.tokens, depth) : document.createTextNode(decoded(token.text))),
+  text: (token, depth) =>
+    token.tokens ? inlineNodes(token.tokens, depth) : document.createTextNode(decoded(token.text)),
   escape: (token) => document.createTextNode(token.text),
   strong: (token, depth) => h("strong", {}, inlineNodes(token.tokens, depth)),
   em: (token, depth) => h("em", {}, inlineNodes(token.tokens, depth)),

@@ -10,7 +10,8 @@ import { wireText } from "./requests.js";
 /**
  * @typedef {import("./tree.js").Message} Message
  * @typedef {{place: number, of: number, last: boolean, busy: boolean, running: boolean, base: boolean}} Context
- *   its place among its branches; the last of the chat; the chat is being answered; this is the answer; a text continued
+ *   its place among its branches; the last of the chat; the chat is being answered; this is the answer; the text of a
+ *   model without a chat format
  */
 
 const AUTHORS = { user: "You", assistant: "Answer", tool: "Result of a tool" };
@@ -18,12 +19,20 @@ const ENDS = /** @type {Record<string, string>} */ ({ length: "cut at the limit 
 
 /** Shows a message and is told of its changes. */
 export class MessageView {
-  /** @param {Message} node @param {{onrender: () => void, onblock: (text: string) => void}} listeners of a growing text */
+  /**
+   * @param {Message} node
+   * @param {{onrender: () => void, onblock: (text: string) => void}} listeners of a growing text
+   */
   constructor(node, listeners) {
     this.node = node;
     this.body = h("div", { class: "body", dir: "auto" });
     this.rest = h("div", { class: "rest" });
-    this.element = h("article", { class: `message ${node.role}`, tabindex: -1, "aria-label": AUTHORS[node.role], "data-id": node.id });
+    this.element = h("article", {
+      class: `message ${node.role}`,
+      tabindex: -1,
+      "aria-label": AUTHORS[node.role],
+      "data-id": node.id,
+    });
     this.element.append(this.body, this.rest);
     this.growing = new GrowingText(this.body, listeners);
     this.listeners = listeners;
@@ -85,13 +94,20 @@ export class MessageView {
   #showMarkdown(content) {
     if (this.body.firstElementChild?.matches(".waiting")) this.body.replaceChildren();
     if (content) this.growing.finish(content);
-    else if (this.node.finish === "stopped") this.body.replaceChildren(h("p", { class: "muted" }, "Stopped before the first word."));
+    else if (this.node.finish === "stopped")
+      this.body.replaceChildren(h("p", { class: "muted" }, "Stopped before the first word."));
     else this.growing.clear();
   }
 
   #showPlain() {
     const files = (this.node.files ?? []).map((file) =>
-      h("details", { class: "file" }, h("summary", {}, `${file.name} · ${count(file.text.length)} characters`), h("pre", { tabindex: 0 }, file.text)));
+      h(
+        "details",
+        { class: "file" },
+        h("summary", {}, `${file.name} · ${count(file.text.length)} characters`),
+        h("pre", { tabindex: 0 }, file.text),
+      ),
+    );
     this.body.replaceChildren(...files, ...(this.node.content ? [h("p", { class: "plain" }, this.node.content)] : []));
   }
 
@@ -107,7 +123,8 @@ export class MessageView {
     const parts = callCards(node.calls ?? []);
     if (node.calls?.length && context.last && !context.busy) parts.push(resultForm(node));
     if (node.error) parts.push(this.#errorCard(node.error));
-    if (!context.running) parts.push(h("footer", {}, this.#branches(), h("span", { class: "stats" }, figures(node)), this.#actions()));
+    if (!context.running)
+      parts.push(h("footer", {}, this.#branches(), h("span", { class: "stats" }, figures(node)), this.#actions()));
     return parts;
   }
 
@@ -122,17 +139,21 @@ export class MessageView {
     const { place, of, busy } = this.context;
     if (of < 2) return null;
     const step = (/** @type {number} */ by) => () => conversation.turnBranch(this.node, by);
-    return h("span", { class: "branches", role: "group", "aria-label": "Branches" },
+    return h(
+      "span",
+      { class: "branches", role: "group", "aria-label": "Branches" },
       iconButton("left", "Branch before", step(-1), { "data-do": "before", disabled: busy || place === 0 }),
       h("span", {}, `${place + 1}/${of}`),
-      iconButton("right", "Next branch", step(1), { "data-do": "next", disabled: busy || place === of - 1 }));
+      iconButton("right", "Next branch", step(1), { "data-do": "next", disabled: busy || place === of - 1 }),
+    );
   }
 
   #actions() {
     const { node, context } = this;
     const more = (/** @type {string} */ name) => ({ "data-do": name, disabled: context.busy && name !== "copy" });
     const buttons = [iconButton("copy", "Copy message", () => this.#copy(), more("copy"))];
-    if (node.role !== "tool" && !node.calls) buttons.push(iconButton("edit", "Edit message", () => this.startEdit(), more("edit")));
+    if (node.role !== "tool" && !node.calls)
+      buttons.push(iconButton("edit", "Edit message", () => this.startEdit(), more("edit")));
     if (node.role === "assistant") {
       buttons.push(iconButton("retry", "Answer again", () => conversation.regenerate(node), more("regenerate")));
       if (context.last && node.content && !node.json && !node.calls)
@@ -149,7 +170,10 @@ export class MessageView {
   /** Let the user change the text where it stands. */
   startEdit() {
     const { node } = this;
-    const area = h("textarea", { "aria-label": "Edit message", rows: Math.min(16, node.content.split("\n").length + 2) });
+    const area = h("textarea", {
+      "aria-label": "Edit message",
+      rows: Math.min(16, node.content.split("\n").length + 2),
+    });
     area.value = node.content;
     const finish = (/** @type {boolean} */ keep) => {
       this.editor = null;
@@ -166,16 +190,29 @@ export class MessageView {
       event.stopPropagation(); // Escape also stops an answer
       event.preventDefault();
     });
-    this.editor = h("div", { class: "editor" }, area, h("div", { class: "row" },
-      h("button", { type: "button", class: "primary", onclick: () => finish(true) }, node.role === "user" ? "Send as a new branch" : "Keep as a new branch"),
-      h("button", { type: "button", onclick: () => finish(false) }, "Cancel")));
+    this.editor = h(
+      "div",
+      { class: "editor" },
+      area,
+      h(
+        "div",
+        { class: "row" },
+        h(
+          "button",
+          { type: "button", class: "primary", onclick: () => finish(true) },
+          node.role === "user" ? "Send as a new branch" : "Keep as a new branch",
+        ),
+        h("button", { type: "button", onclick: () => finish(false) }, "Cancel"),
+      ),
+    );
     this.body.replaceChildren(this.editor);
     this.rest.replaceChildren();
     area.focus();
   }
 }
 
-const waiting = () => h("p", { class: "waiting" }, "Reading", h("span", { class: "dots", "aria-hidden": "true" }, h("i"), h("i"), h("i")));
+const waiting = () =>
+  h("p", { class: "waiting" }, "Reading", h("span", { class: "dots", "aria-hidden": "true" }, h("i"), h("i"), h("i")));
 
 /** Return a message's figures in one line. @param {Message} node */
 function figures({ stats, model, finish, role }) {
@@ -190,8 +227,11 @@ function figures({ stats, model, finish, role }) {
     drafted && `${count(accepted ?? 0)} of ${count(drafted)} guesses right`,
     ENDS[finish ?? ""],
     model,
-  ].filter(Boolean).join(" · ");
+  ]
+    .filter(Boolean)
+    .join(" · ");
 }
 
 /** @param {number} milliseconds */
-const seconds = (milliseconds) => (milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`);
+const seconds = (milliseconds) =>
+  milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;

@@ -14,7 +14,10 @@ import { samplingFields, schemaFields, toolFields } from "./settings.js";
 
 const STREAM = { stream: true, stream_options: { include_usage: true } };
 
-/** Return a message's text as the model reads it: its files, each under its name, then what was typed. @param {Message} node */
+/**
+ * Return a message's text as the model reads it: its files, each under its name, then what was typed.
+ * @param {Message} node
+ */
 export function wireText(node) {
   const files = (node.files ?? []).map(({ name, text }) => {
     const runs = (text.match(/`{3,}/g) ?? []).map((run) => run.length + 1);
@@ -26,12 +29,19 @@ export function wireText(node) {
 
 /** Return messages in OpenAI's form. @param {string} system @param {Message[]} nodes */
 export function messagesOf(system, nodes) {
-  const messages = nodes.filter((node) => node.content || node.calls || node.files).map((node) => {
-    if (node.role === "tool") return { role: "tool", tool_call_id: node.callId, content: node.content };
-    if (!node.calls?.length) return { role: node.role, content: node.role === "user" ? wireText(node) : node.content };
-    const tool_calls = node.calls.map(({ id, name, arguments: text }) => ({ id, type: "function", function: { name, arguments: text } }));
-    return { role: "assistant", content: node.content || null, tool_calls };
-  });
+  const messages = nodes
+    .filter((node) => node.content || node.calls || node.files)
+    .map((node) => {
+      if (node.role === "tool") return { role: "tool", tool_call_id: node.callId, content: node.content };
+      if (!node.calls?.length)
+        return { role: node.role, content: node.role === "user" ? wireText(node) : node.content };
+      const tool_calls = node.calls.map(({ id, name, arguments: text }) => ({
+        id,
+        type: "function",
+        function: { name, arguments: text },
+      }));
+      return { role: "assistant", content: node.content || null, tool_calls };
+    });
   return system.trim() ? [{ role: "system", content: system }, ...messages] : messages;
 }
 
@@ -57,7 +67,10 @@ export function requestFor(chat, model, nodes, { continues = false } = {}) {
   return { path: "/v1/chat/completions", body };
 }
 
-/** Return messages as one text, with its blanks at the end: a model that has no chat format goes on with it. @param {Message[]} nodes */
+/**
+ * Return messages as one text, with its blanks at the end: a model that has no chat format goes on with it.
+ * @param {Message[]} nodes
+ */
 export function continuedText(nodes) {
   return nodes.map((node) => (node.files ?? []).map((file) => file.text).join("") + node.content).join("");
 }
@@ -87,8 +100,16 @@ function scoredTokens(logprobs) {
   if (!logprobs) return [];
   if (logprobs.content) return logprobs.content.map(chatToken);
   return (logprobs.tokens ?? []).map((/** @type {string} */ text, /** @type {number} */ place) => {
-    const top = Object.entries(logprobs.top_logprobs?.[place] ?? {}).map(([text, logprob]) => ({ text, logprob: Number(logprob) }));
-    return { text, key: new TextEncoder().encode(text).join(), logprob: logprobs.token_logprobs[place] ?? 0, top: top.sort((a, b) => b.logprob - a.logprob) };
+    const top = Object.entries(logprobs.top_logprobs?.[place] ?? {}).map(([text, logprob]) => ({
+      text,
+      logprob: Number(logprob),
+    }));
+    return {
+      text,
+      key: new TextEncoder().encode(text).join(),
+      logprob: logprobs.token_logprobs[place] ?? 0,
+      top: top.sort((a, b) => b.logprob - a.logprob),
+    };
   });
 }
 
@@ -96,5 +117,10 @@ function scoredTokens(logprobs) {
 function chatToken({ token, bytes, logprob, top_logprobs: top = [] }) {
   // Two tokens that are parts of one character have the same text; their bytes differ.
   const key = bytes ? bytes.join() : token;
-  return { text: token, key, logprob, top: top.map((/** @type {any} */ other) => ({ text: other.token, logprob: other.logprob })) };
+  return {
+    text: token,
+    key,
+    logprob,
+    top: top.map((/** @type {any} */ other) => ({ text: other.token, logprob: other.logprob })),
+  };
 }

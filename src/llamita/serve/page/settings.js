@@ -19,20 +19,78 @@
  * @property {string} [tools] JSON text
  * @property {"auto" | "required" | "none"} [toolChoice]
  *
- * @typedef {"temperature" | "top_p" | "top_k" | "min_p" | "repetition_penalty" | "frequency_penalty" | "presence_penalty"} Sampler
+ * @typedef {"temperature" | "top_p" | "top_k" | "min_p" | "repetition_penalty" | "frequency_penalty" |
+ *   "presence_penalty"} Sampler
+ * @typedef {{key: Sampler, label: string, help: string, min: number, max: number, step: number, neutral: number}} Row
  */
 
 const KEY = "llamita-settings";
 
 /** Numbers that shape the draw: how each is named, its range, and its default where the model names none. */
-export const SAMPLERS = /** @type {{key: Sampler, label: string, help: string, min: number, max: number, step: number, neutral: number}[]} */ ([
-  { key: "temperature", label: "Temperature", help: "0 always takes the likeliest token.", min: 0, max: 2, step: 0.05, neutral: 1 },
-  { key: "top_p", label: "Top p", help: "Draw among the likeliest tokens that make up this share.", min: 0.01, max: 1, step: 0.01, neutral: 1 },
-  { key: "top_k", label: "Top k", help: "Draw among this many tokens; 0: all.", min: 0, max: 200, step: 1, neutral: 0 },
-  { key: "min_p", label: "Min p", help: "Leave out tokens below this share of the likeliest one's probability.", min: 0, max: 1, step: 0.01, neutral: 0 },
-  { key: "repetition_penalty", label: "Repetition penalty", help: "Above 1: tokens that were there become less likely.", min: 1, max: 2, step: 0.05, neutral: 1 },
-  { key: "frequency_penalty", label: "Frequency penalty", help: "Each use makes a token less likely.", min: -2, max: 2, step: 0.1, neutral: 0 },
-  { key: "presence_penalty", label: "Presence penalty", help: "The first use makes a token less likely.", min: -2, max: 2, step: 0.1, neutral: 0 },
+export const SAMPLERS = /** @type {Row[]} */ ([
+  {
+    key: "temperature",
+    label: "Temperature",
+    help: "0 always takes the likeliest token.",
+    min: 0,
+    max: 2,
+    step: 0.05,
+    neutral: 1,
+  },
+  {
+    key: "top_p",
+    label: "Top p",
+    help: "Draw among the likeliest tokens that make up this share.",
+    min: 0.01,
+    max: 1,
+    step: 0.01,
+    neutral: 1,
+  },
+  {
+    key: "top_k",
+    label: "Top k",
+    help: "Draw among this many tokens; 0: all.",
+    min: 0,
+    max: 200,
+    step: 1,
+    neutral: 0,
+  },
+  {
+    key: "min_p",
+    label: "Min p",
+    help: "Leave out tokens below this share of the likeliest one's probability.",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    neutral: 0,
+  },
+  {
+    key: "repetition_penalty",
+    label: "Repetition penalty",
+    help: "Above 1: tokens that were there become less likely.",
+    min: 1,
+    max: 2,
+    step: 0.05,
+    neutral: 1,
+  },
+  {
+    key: "frequency_penalty",
+    label: "Frequency penalty",
+    help: "Each use makes a token less likely.",
+    min: -2,
+    max: 2,
+    step: 0.1,
+    neutral: 0,
+  },
+  {
+    key: "presence_penalty",
+    label: "Presence penalty",
+    help: "The first use makes a token less likely.",
+    min: -2,
+    max: 2,
+    step: 0.1,
+    neutral: 0,
+  },
 ]);
 
 /** Return the settings of a new chat: what the user has made the default. @returns {Settings} */

@@ -8,7 +8,8 @@ const KEY = "llamita-single-keys"; // "off" in localStorage: single letters do n
 /** @typedef {{keys: string[], what: string, run?: () => void}} Shortcut its last key alone may be a letter */
 
 /** @param {Element | null} element */
-const takesText = (element) => element instanceof HTMLElement && (element.matches("input, textarea, select") || element.isContentEditable);
+const takesText = (element) =>
+  element instanceof HTMLElement && (element.matches("input, textarea, select") || element.isContentEditable);
 
 /** Return a key press as it is listed. @param {KeyboardEvent} event */
 function nameOf(event) {

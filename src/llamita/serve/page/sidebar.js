@@ -24,7 +24,9 @@ export function start() {
     openNew();
     find("#prompt").focus();
   });
-  find("#export-all").addEventListener("click", async () => download(await store.all(), `llamita-chats-${today()}.json`));
+  find("#export-all").addEventListener("click", async () =>
+    download(await store.all(), `llamita-chats-${today()}.json`),
+  );
   find("#import-button").addEventListener("click", () => picker.click());
   picker.addEventListener("change", importFiles);
   find("#delete-all").addEventListener("click", deleteAll);
@@ -55,11 +57,20 @@ function show() {
   const midnight = new Date().setHours(0, 0, 0, 0);
   const found = chats.filter((chat) => !needle || holds(chat, needle));
   const groups = Object.entries(Object.groupBy(found, (chat) => groupOf(chat, midnight)));
-  const state = JSON.stringify([needle, groups.map(([name, members = []]) => [name, members.map((chat) => [chat.id, chat.title])])]);
+  const state = JSON.stringify([
+    needle,
+    groups.map(([name, members = []]) => [name, members.map((chat) => [chat.id, chat.title])]),
+  ]);
   if (state === shown) return; // the focus may be in the list: it is made anew only if it differs
   shown = state;
-  const parts = groups.map(([name, members = []]) => h("section", {}, h("h2", {}, name), h("ul", {}, members.map(row))));
-  const none = h("p", { class: "muted" }, needle ? "No chat holds this." : "Chats appear here. They stay in this browser.");
+  const parts = groups.map(([name, members = []]) =>
+    h("section", {}, h("h2", {}, name), h("ul", {}, members.map(row))),
+  );
+  const none = h(
+    "p",
+    { class: "muted" },
+    needle ? "No chat holds this." : "Chats appear here. They stay in this browser.",
+  );
   list.replaceChildren(...(parts.length ? parts : [none]));
   mark();
 }
@@ -75,14 +86,27 @@ function groupOf(chat, midnight) {
 function row(chat) {
   const title = chat.title || "Untitled";
   const newest = () => chats.find((other) => other.id === chat.id) ?? chat; // the row may be older than the chat
-  const open = h("button", { type: "button", class: "open", "data-id": chat.id, title, onclick: () => openChat(newest()) }, title);
-  return h("li", {}, open,
+  const open = h(
+    "button",
+    { type: "button", class: "open", "data-id": chat.id, title, onclick: () => openChat(newest()) },
+    title,
+  );
+  return h(
+    "li",
+    {},
+    open,
     iconButton("download", `Export “${title}”`, () => download([newest()], `${fileName(title)}.json`)),
-    iconButton("trash", `Delete “${title}”`, () => deleteOne(chat, title)));
+    iconButton("trash", `Delete “${title}”`, () => deleteOne(chat, title)),
+  );
 }
 
 /** @param {string} title */
-const fileName = (title) => title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40).toLowerCase() || "chat";
+const fileName = (title) =>
+  title
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-|-$/g, "")
+    .slice(0, 40)
+    .toLowerCase() || "chat";
 
 /** Mark the open chat. */
 function mark() {
@@ -102,7 +126,8 @@ async function deleteOne(chat, title) {
 }
 
 async function deleteAll() {
-  if (!chats.length || !(await confirmed(`Delete all ${chats.length} chats? This cannot be undone.`, "Delete all"))) return;
+  if (!chats.length || !(await confirmed(`Delete all ${chats.length} chats? This cannot be undone.`, "Delete all")))
+    return;
   for (const [id, { controller }] of state.running) {
     controller.abort();
     await settled(id);
@@ -117,6 +142,9 @@ async function settled(id) {
   while (state.running.has(id)) await new Promise((resolve) => setTimeout(resolve, 10));
 }
 
+/** @param {number} number */
+const many = (number) => (number === 1 ? "1 chat" : `${number} chats`);
+
 async function importFiles() {
   try {
     for (const file of picker.files ?? []) {
@@ -124,7 +152,7 @@ async function importFiles() {
       const added = fresh(given, await store.all());
       for (const chat of added) await store.put(chat);
       const known = given.length - added.length;
-      toast(`Imported ${added.length} ${added.length === 1 ? "chat" : "chats"}${known ? `; ${known} were here already` : ""}.`);
+      toast(`Imported ${many(added.length)}${known ? `; ${known} were here already` : ""}.`);
     }
   } catch (error) {
     toast(/** @type {Error} */ (error).message);

@@ -12,7 +12,8 @@ import * as store from "./store.js";
  * @property {string} id
  * @property {string | null} [parent] of an adapter
  * @property {number} [max_model_len]
- * @property {{has_chat?: boolean, scheme?: string | null, n_params?: number, size?: number, sampling?: Record<string, number>}} [meta]
+ * @property {{has_chat?: boolean, scheme?: string | null, n_params?: number, size?: number,
+ *   sampling?: Record<string, number>}} [meta]
  */
 
 export const state = {
@@ -27,8 +28,9 @@ export const state = {
 const listeners = new Map();
 
 /**
- * Call a function at: "models" (they are known, or the chosen one), "chat" (another was opened, or its path has changed), "grow" (a message
- * has), "done" (an answer has ended), "settings" (of the open chat), "chats" (one was stored; without it: many were).
+ * Call a function at: "models" (they are known, or another is chosen), "chat" (another was opened, or its path has
+ * changed), "grow" (a message has), "done" (an answer has ended), "settings" (of the open chat), "chats" (one was
+ * stored; without it: many were).
  * @param {string} event
  * @param {(detail: any) => void} listener
  */

@@ -14,13 +14,20 @@ export function percent(logprob) {
 }
 
 /** Return a token as it is named in a sentence: blanks and line breaks are seen. @param {string} text */
-export const visible = (text) => (text === "" ? "end" : text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length)));
+export const visible = (text) =>
+  text === ""
+    ? "end"
+    : text
+        .replaceAll("\n", "↵")
+        .replaceAll("\t", "⇥")
+        .replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 
 /** A column's tokens. One of them is in the tab order; the arrow keys go from token to token. */
 export class TokenView {
   /**
    * @param {HTMLElement} element
-   * @param {(place: number) => {name: string, token: ScoredToken} | null} beside what the other model took in the same place
+   * @param {(place: number) => {name: string, token: ScoredToken} | null} beside the other
+   *   model's token in the same place
    */
   constructor(element, beside) {
     this.element = element;
@@ -64,7 +71,13 @@ export class TokenView {
     const probability = Math.exp(token.logprob);
     const shade = STEPS.filter((step) => probability < step).length;
     const label = `${token.text.trim() ? token.text : visible(token.text)}, ${percent(token.logprob)}`;
-    const attributes = { class: `token p${shade}`, role: "option", tabindex: place ? -1 : 0, "aria-label": label, "data-place": place };
+    const attributes = {
+      class: `token p${shade}`,
+      role: "option",
+      tabindex: place ? -1 : 0,
+      "aria-label": label,
+      "data-place": place,
+    };
     return h("span", attributes, token.text || "∎");
   }
 
@@ -72,7 +85,15 @@ export class TokenView {
   #onKey(event) {
     const place = Number(/** @type {HTMLElement} */ (event.target).dataset.place);
     const end = this.tokens.length - 1;
-    const goal = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: end, Enter: this.marked, ArrowDown: this.#line(place, 1), ArrowUp: this.#line(place, -1) }[event.key];
+    const goal = {
+      ArrowRight: place + 1,
+      ArrowLeft: place - 1,
+      Home: 0,
+      End: end,
+      Enter: this.marked,
+      ArrowDown: this.#line(place, 1),
+      ArrowUp: this.#line(place, -1),
+    }[event.key];
     if (event.key === "Escape") hideTip();
     if (goal === undefined || goal < 0 || goal > end) return;
     event.preventDefault();
@@ -84,7 +105,8 @@ export class TokenView {
     const at = /** @type {HTMLElement} */ (this.element.children[place]);
     let goal = place + step;
     const row = () => /** @type {HTMLElement | undefined} */ (this.element.children[goal]);
-    while (row() && (row()?.offsetTop === at.offsetTop || step * ((row()?.offsetLeft ?? 0) - at.offsetLeft) < 0)) goal += step;
+    while (row() && (row()?.offsetTop === at.offsetTop || step * ((row()?.offsetLeft ?? 0) - at.offsetLeft) < 0))
+      goal += step;
     return row() ? goal : place;
   }
 
@@ -105,10 +127,25 @@ export class TokenView {
     if (!token.top.some((other) => other.text === token.text)) rows.push(tipRow(token, true));
     const other = this.beside(place);
     const rank = token.top.findIndex((entry) => entry.text === token.text) + 1;
-    showTip(target,
-      h("p", { class: "tip-head" }, h("strong", {}, visible(token.text)), ` ${percent(token.logprob)}`, h("span", { class: "muted" }, rank ? ` · choice ${rank}` : "")),
+    showTip(
+      target,
+      h(
+        "p",
+        { class: "tip-head" },
+        h("strong", {}, visible(token.text)),
+        ` ${percent(token.logprob)}`,
+        h("span", { class: "muted" }, rank ? ` · choice ${rank}` : ""),
+      ),
       h("table", {}, h("tbody", {}, rows)),
-      other && h("p", { class: "tip-other" }, `${other.name}: `, h("strong", {}, visible(other.token.text)), ` ${percent(other.token.logprob)}`));
+      other &&
+        h(
+          "p",
+          { class: "tip-other" },
+          `${other.name}: `,
+          h("strong", {}, visible(other.token.text)),
+          ` ${percent(other.token.logprob)}`,
+        ),
+    );
   }
 }
 
@@ -116,7 +153,13 @@ export class TokenView {
 function tipRow({ text, logprob }, taken) {
   const bar = h("span", { class: "tip-bar" });
   bar.style.width = `${Math.max(100 * Math.exp(logprob), 1)}%`;
-  return h("tr", { class: taken && "taken" }, h("td", {}, visible(text)), h("td", {}, percent(logprob)), h("td", { class: "tip-cell" }, bar));
+  return h(
+    "tr",
+    { class: taken && "taken" },
+    h("td", {}, visible(text)),
+    h("td", {}, percent(logprob)),
+    h("td", { class: "tip-cell" }, bar),
+  );
 }
 
 /** @param {HTMLElement} target @param {...(Node | null)} content */
@@ -134,5 +177,6 @@ function showTip(target, ...content) {
 
 function hideTip() {
   find("#tip").hidden = true;
-  for (const element of document.querySelectorAll('[aria-describedby="tip"]')) element.removeAttribute("aria-describedby");
+  for (const element of document.querySelectorAll('[aria-describedby="tip"]'))
+    element.removeAttribute("aria-describedby");
 }

@@ -53,16 +53,21 @@ function check(chat, place) {
   const refuse = (/** @type {string} */ what) => {
     throw new Error(`Chat ${place + 1} of the file: ${what}. Nothing was imported.`);
   };
-  if (!isMap(chat) || !isText(chat.id) || !isText(chat.title) || !isText(chat.model)) refuse("id, title or model is missing");
+  if (!isMap(chat) || !isText(chat.id) || !isText(chat.title) || !isText(chat.model))
+    refuse("id, title or model is missing");
   if (!Number.isFinite(chat.created) || !Number.isFinite(chat.updated)) refuse("its dates are not numbers");
   if (![chat.settings, chat.nodes, chat.children, chat.chosen].every(isMap)) refuse("settings or messages are missing");
   for (const [id, node] of Object.entries(chat.nodes)) {
-    if (!isMap(node) || node.id !== id || !ROLES.includes(node.role) || !isText(node.content)) refuse(`message ${id} is damaged`);
+    if (!isMap(node) || node.id !== id || !ROLES.includes(node.role) || !isText(node.content))
+      refuse(`message ${id} is damaged`);
     if (!chat.children[node.parent]?.includes(id)) refuse(`message ${id} hangs nowhere`);
-    const files = node.files ?? [], calls = node.calls ?? [];
+    const files = node.files ?? [],
+      calls = node.calls ?? [];
     if (![files, calls].every(Array.isArray)) refuse(`message ${id} has damaged files or calls`);
-    if (!files.every((/** @type {any} */ file) => isText(file?.name) && isText(file.text))) refuse(`message ${id} has a damaged file`);
-    if (!calls.every((/** @type {any} */ call) => isText(call?.name) && isText(call.arguments))) refuse(`message ${id} has a damaged call`);
+    if (!files.every((/** @type {any} */ file) => isText(file?.name) && isText(file.text)))
+      refuse(`message ${id} has a damaged file`);
+    if (!calls.every((/** @type {any} */ call) => isText(call?.name) && isText(call.arguments)))
+      refuse(`message ${id} has a damaged call`);
   }
   if (reachable(chat) !== Object.keys(chat.nodes).length) refuse("its messages are not one tree");
 }

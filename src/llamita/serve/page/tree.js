@@ -6,8 +6,8 @@
 /**
  * @typedef {{id: string, name: string, arguments: string}} Call a tool call; its arguments are JSON text
  * @typedef {{name: string, text: string}} TextFile
- * @typedef {{tokens?: number, prompt?: number, reused?: number, perSecond?: number, firstToken?: number, queued?: number,
- *   drafted?: number, accepted?: number}} Stats times in milliseconds
+ * @typedef {{tokens?: number, prompt?: number, reused?: number, perSecond?: number, firstToken?: number,
+ *   queued?: number, drafted?: number, accepted?: number}} Stats times in milliseconds
  * @typedef {object} Message
  * @property {string} id
  * @property {string} parent ROOT for the first
@@ -88,7 +88,12 @@ export function branch(chat, node) {
   return { place: ids.indexOf(node.id), of: ids.length };
 }
 
-/** Choose the sibling `step` places on, as far as there is one. @param {Chat} chat @param {Message} node @param {number} step */
+/**
+ * Choose the sibling `step` places on, as far as there is one.
+ * @param {Chat} chat
+ * @param {Message} node
+ * @param {number} step
+ */
 export function turn(chat, node, step) {
   const ids = chat.children[node.parent];
   const place = Math.min(Math.max(ids.indexOf(node.id) + step, 0), ids.length - 1);
@@ -101,8 +106,15 @@ export function titleOf(text) {
   return line.length > 60 ? `${line.slice(0, 57).replace(/\s\S*$/, "")}…` : line;
 }
 
-/** Tell whether a chat holds a text, in any branch, title or file. @param {Chat} chat @param {string} needle in lower case */
+/**
+ * Tell whether a chat holds a text, in any branch, title or file.
+ * @param {Chat} chat
+ * @param {string} needle in lower case
+ */
 export function holds(chat, needle) {
   const has = (/** @type {string} */ text) => text.toLowerCase().includes(needle);
-  return has(chat.title) || Object.values(chat.nodes).some((node) => has(node.content) || node.files?.some((f) => has(f.text)));
+  return (
+    has(chat.title) ||
+    Object.values(chat.nodes).some((node) => has(node.content) || node.files?.some((f) => has(f.text)))
+  );
 }
