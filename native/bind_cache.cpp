@@ -65,6 +65,25 @@ void copy_prefix(KVCache& cache, const KVCache& source, size_t tokens) {
   if (&cache != &source) cache.copy_prefix(source, tokens);
 }
 
+void check_block(const KVCache& cache, size_t index) {
+  const size_t blocks = (cache.capacity + kKeyBlock - 1) / kKeyBlock;
+  REQUIRE(index < blocks, "index: expected below " + text(blocks) + ", got " + text(index));
+}
+
+void read_block(const KVCache& cache, size_t index, nb::handle out) {
+  check_block(cache, index);
+  const Array bytes(out, "out", "B", {cache.block_stride()}, true);
+  const nb::gil_scoped_release release;
+  cache.read_block(index, bytes.as<uint8_t>());
+}
+
+void write_block(KVCache& cache, size_t index, nb::handle block) {
+  check_block(cache, index);
+  const Array bytes(block, "block", "B", {cache.block_stride()});
+  const nb::gil_scoped_release release;
+  cache.write_block(index, bytes.as<uint8_t>());
+}
+
 Batch new_batch(const nb::list& list) {
   std::vector<Sequence> sequences;
   for (nb::handle item : list) {
@@ -116,6 +135,9 @@ void bind_cache(nb::module_& m) {
       .def(nb::new_(&new_cache), "layers"_a, "kv_heads"_a, "head_dim"_a, "capacity"_a, "dtype"_a, "inv_freq"_a,
            "rope_scaling"_a = 1.0f)
       .def("copy_prefix", copy_prefix, "source"_a, "tokens"_a)
+      .def("read_block", read_block, "index"_a, "out"_a)
+      .def("write_block", write_block, "index"_a, "block"_a)
+      .def_prop_ro("block_nbytes", &KVCache::block_stride)
       .def_prop_ro("nbytes", &KVCache::nbytes)
       .def_ro("capacity", &KVCache::capacity);
   nb::class_<Batch>(m, "Batch")

@@ -136,6 +136,12 @@ uint8_t* KVCache::block(size_t index, size_t layer, size_t head) const {
   return memory.data() + index * block_stride() + layer * layer_stride() + head * block_bytes;
 }
 
+void KVCache::read_block(size_t index, uint8_t* out) const { std::memcpy(out, block(index, 0, 0), block_stride()); }
+
+void KVCache::write_block(size_t index, const uint8_t* bytes) {
+  std::memcpy(block(index, 0, 0), bytes, block_stride());
+}
+
 // Copies whole blocks of all layers and heads at once, then each head's positions of the last block.
 void KVCache::copy_prefix(const KVCache& source, size_t tokens) {
   const size_t whole = tokens / kKeyBlock, rest = tokens % kKeyBlock;

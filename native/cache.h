@@ -25,6 +25,9 @@ struct KVCache {
   bool is_transformed() const { return dtype == CacheDtype::i8 && std::has_single_bit(head_dim); }  // R3
   size_t element() const { return dtype == CacheDtype::i8 ? 1 : dtype == CacheDtype::f16 ? 2 : 4; }
   size_t nbytes() const { return memory.taken(); }
+  // The bytes of a block of all layers and heads, as they are; index: below capacity / kKeyBlock, rounded up.
+  void read_block(size_t index, uint8_t* out) const;
+  void write_block(size_t index, const uint8_t* bytes);
 
   void copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, size_t count);
 

@@ -52,6 +52,8 @@ MUTATIONS = [
      "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
     ("src/llamita/engine/sequence.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
      "speculation: what follows a refused draft is kept"),
+    ("src/llamita/engine/sampler.py", "return logits - self._less", "return logits + self._less", "penalties: the sign"),
+    ("src/llamita/serve/grammar.py", 'bitorder="little"', 'bitorder="big"', "grammar: the bits of the mask"),
     ("src/llamita/methods/gptq.py", "descending=True, stable=True", "descending=False, stable=True",
      "gptq: inputs of least energy first"),
     ("src/llamita/methods/gptq.py", "energy *= 1 + damping", "energy += damping * energy.mean()",

@@ -176,6 +176,13 @@ class KVCache:
         """dtype "f32", "f16" or "int8"; inv_freq (head_dim / 2,); rope_scaling multiplies cos and sin."""
     def copy_prefix(self, source: KVCache, tokens: int) -> None:
         """Positions [0, tokens) of every layer and head, from a cache of this shape, dtype and rotation."""
+    def read_block(self, index: int, out: np.ndarray) -> None:
+        """Copy block `index`, 128 positions of every layer and head, to out uint8 (block_nbytes,)."""
+    def write_block(self, index: int, block: np.ndarray) -> None:
+        """Replace block `index` by what `read_block` gave of a cache of this shape and dtype."""
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of a block: 128 positions of every layer and head."""
     @property
     def nbytes(self) -> int:
         """Memory of all `capacity` tokens: whole blocks of 128, in whole pages of the system."""

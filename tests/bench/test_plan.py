@@ -102,10 +102,10 @@ def test_what_fits_the_caches_is_read_faster(tmp_path: Path) -> None:
 
 
 def test_the_memory_beside_weights_and_cache_is_buffers_and_process(config_file: Path) -> None:
-    """Of Llama 3.2 1B, 4-bit: 256 tokens of 15,360 float32 and 12,288 int8, and the logits twice."""
+    """Of Llama 3.2 1B, 4-bit: 512 tokens of 15,360 float32 and 12,288 int8, and the logits twice."""
     (_, estimate) = estimate_all(describe(str(config_file)), MACHINE, [make_scheme("llama3.2")])
     rest = estimate.memory[2048] - estimate.tensor_bytes - 2048 * estimate.cache_bytes_per_token
-    assert rest == 32e6 + 256 * (4 * 15_360 + 12_288) + 8 * 128_256
+    assert rest == 32e6 + 512 * (4 * 15_360 + 12_288) + 8 * 128_256
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import Watched, endless, ids_of, plain
+from generations import Watched, endless, fix_budget, ids_of, plain
 from tiny import make_checkpoint
 
-from llamita.engine import scheduler
+from llamita.engine import cache_memory
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM
 from llamita.engine.prefixes import BLOCK, Prefix, PrefixCache, common_length
@@ -32,6 +32,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def llm(directory: Path) -> LLM:
     return make(directory)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_budget(monkeypatch)
 
 
 def expect(llm: LLM, ids: list[int], reused: int, count: int = 6) -> list[int]:
@@ -73,7 +78,7 @@ def test_branches_keep_what_they_came_from(llm: LLM) -> None:
     common = ids_of(0, 60)
     for seed in range(1, 5):
         expect(llm, common + ids_of(seed, 60), 0 if seed == 1 else 60)
-    assert len(llm.scheduler._kept._kept) == 4
+    assert len(llm.scheduler._memory.kept._kept) == 4
     for seed in range(1, 5):
         expect(llm, common + ids_of(seed, 60), 119)
 
@@ -109,7 +114,7 @@ def test_a_prompt_that_waits_for_another_holds_nobody_back(llm: LLM) -> None:
     other = llm.stream(ids_of(3, 40), max_tokens=1)
     for stream in (*streams, other):
         list(stream)
-    assert watched.steps == [[256], [54, 40], [10]]
+    assert watched.steps == [[216, 40], [94], [10]]
 
 
 def test_cancelled_sequences_leave_what_they_have(llm: LLM) -> None:
@@ -137,7 +142,7 @@ def test_least_recently_used_go_first(directory: Path) -> None:
     expect(llm, c, 0)  # b goes
     expect(llm, a, 49)
     expect(llm, b, 0)
-    assert llm.scheduler._kept.positions == 2 * BLOCK
+    assert llm.scheduler._memory.kept.positions == 2 * BLOCK
 
 
 def test_kept_caches_give_way_to_running_ones(directory: Path) -> None:
@@ -160,7 +165,7 @@ def test_what_a_prompt_takes_over_does_not_give_way_to_it(directory: Path, monke
         expect(llm, [*ids, *answer, *ids_of(1, 10)], 205)  # there is no room for two more blocks
         expect(llm, [*ids[:150], *ids_of(2, 10)], 150)  # nor can the rest of it stay for others
     expect(llm, [*ids[:150], *ids_of(3, 150)], 150)  # three blocks, and no capacity: copied, then gone
-    assert llm.scheduler._kept.positions == 3 * BLOCK
+    assert llm.scheduler._memory.kept.positions == 3 * BLOCK
 
 
 def test_memory_that_a_cache_once_took_counts(llm: LLM) -> None:
@@ -175,14 +180,14 @@ def test_memory_that_a_cache_once_took_counts(llm: LLM) -> None:
     with pytest.raises(KeyboardInterrupt):  # with 257 tokens taken in, of which 256 count
         next(stream)
     stream.close()
-    assert llm.scheduler._kept.positions == 3 * BLOCK
+    assert llm.scheduler._memory.kept.positions == 3 * BLOCK
     llm.scheduler.model = llm.model
     stream = llm.stream([*ids[:240], 1], max_tokens=20, greedy=True, speculate=0)  # continues in the same cache
     next(stream)
-    assert len(llm.scheduler._kept._kept) == 0
+    assert len(llm.scheduler._memory.kept._kept) == 0
     stream.close()
-    assert 240 < len(llm.scheduler._kept._kept[0].ids) <= 256  # two blocks, in a cache of three
-    assert llm.scheduler._kept.positions == 3 * BLOCK
+    assert 240 < len(llm.scheduler._memory.kept._kept[0].ids) <= 256  # two blocks, in a cache of three
+    assert llm.scheduler._memory.kept.positions == 3 * BLOCK
 
 
 def test_by_default_a_whole_context_is_kept(directory: Path) -> None:
@@ -212,7 +217,7 @@ def test_live_caches_stay_within_the_memory(directory: Path, blocks: int, monkey
     def meddle(*_: Any) -> None:
         taken.append(sum(-(-cache.most // BLOCK) for cache in live))
 
-    monkeypatch.setattr(scheduler, "SequenceCache", Noted)
+    monkeypatch.setattr(cache_memory, "SequenceCache", Noted)
     Watched(llm, meddle)
     taken: list[int] = []
     random = np.random.default_rng(blocks)

@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generations import RecordingSampler, Watched, endless, finish, ids_of, plain
+from generations import RecordingSampler, Watched, endless, finish, fix_budget, ids_of, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_checkpoint
 
-from llamita.engine import scheduler, sequence
+from llamita.engine import cache_memory, sequence
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.prefixes import BLOCK
+from llamita.engine.prompt_budget import MIXED_CHUNK
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import MIXED_CHUNK, PREFILL_CHUNK, Scheduler, SequenceLimits
+from llamita.engine.scheduler import Scheduler, SequenceLimits
 from llamita.engine.speculation import StepTimes
 from llamita.errors import InputError, RunError
 
@@ -33,6 +34,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def llm(directory: Path) -> LLM:
     return make(directory)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_budget(monkeypatch)
 
 
 def make(directory: Path, **options: Any) -> LLM:
@@ -77,8 +83,7 @@ def test_arrivals_chunks_and_cancellations_change_nothing(
     llm.scheduler = Scheduler(llm.model, limits)
     share, flips = {"always": 1.0, "rarely": 0.0, "sometimes": 0.5}[pays], np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "PREFILL_CHUNK", chunks[0])
-        patch.setattr(scheduler, "MIXED_CHUNK", chunks[1])
+        fix_budget(patch, *chunks)
         patch.setattr(sequence, "Sampler", RecordingSampler)
         patch.setattr(StepTimes, "best_length", lambda *_: 5 if flips.random() < share else flips.integers(3))
         RecordingSampler.rows.clear()
@@ -166,12 +171,13 @@ def test_running_generations_never_wait_for_a_prompt(llm: LLM) -> None:
     assert len(finish(long).token_ids) == 2
 
 
-def test_prompts_alone_fill_a_step_in_order_of_arrival(llm: LLM) -> None:
+def test_prompts_alone_share_a_step(llm: LLM) -> None:
+    """A quarter to the oldest, the rest to the shortest."""
     watched = Watched(llm)
-    streams = [llm.stream(ids_of(i, n), max_tokens=1) for i, n in enumerate((200, 100, 50))]
+    streams = [llm.stream(ids_of(i, n), max_tokens=1) for i, n in enumerate((390, 350, 50))]
     for stream in streams:
         finish(stream)
-    assert watched.steps == [[200, PREFILL_CHUNK - 200], [100 - (PREFILL_CHUNK - 200), 50]]
+    assert watched.steps == [[64, 256 - 64 - 50, 50], [64, 256 - 64], [240, 16], [22]]
 
 
 def test_a_generation_alone_takes_a_step_a_token(llm: LLM) -> None:
@@ -239,7 +245,7 @@ def test_without_memory_for_its_cache_a_sequence_ends_alone(llm: LLM, monkeypatc
             raise MemoryError
         return SequenceCache(*arguments)
 
-    monkeypatch.setattr(scheduler, "SequenceCache", allocate)
+    monkeypatch.setattr(cache_memory, "SequenceCache", allocate)
     prompts = [ids_of(seed, 20) for seed in range(3)]
     streams = [llm.stream(ids, max_tokens=4, greedy=True, speculate=0) for ids in prompts]
     with pytest.raises(RunError, match="memory: expected room for keys and values of 128 tokens"):

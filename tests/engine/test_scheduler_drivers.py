@@ -9,7 +9,6 @@ from generations import Watched, endless, finish, ids_of, plain
 from tiny import make_checkpoint
 
 from llamita.engine.llm import LLM, Generation
-from llamita.engine.requests import Answer
 from llamita.engine.sampler import Sampling
 from llamita.engine.sequence import SequenceState
 
@@ -20,8 +19,7 @@ def llm(tmp_path: Path) -> LLM:
 
 
 def state(llm: LLM, ids: list[int], **options: Any) -> SequenceState:
-    request = llm._check(ids, {"max_tokens": 8, "greedy": True, **options})  # type: ignore[typeddict-item]
-    return SequenceState(request, Answer(request, llm.tokenizer))
+    return llm.sequence(llm.check(ids, **{"max_tokens": 8, "greedy": True, **options}))  # type: ignore[typeddict-item]
 
 
 def test_steps_say_whether_work_remains(llm: LLM) -> None:

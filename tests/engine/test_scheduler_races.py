@@ -1,49 +1,28 @@
 """The scheduler where threads and interrupts come at the worst moment: forced, not waited for."""
 
 import gc
-import sys
 import threading
 from collections import deque
-from collections.abc import Callable
 from functools import partial
-from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
-from generations import Watched, endless, finish, ids_of, plain
+from generations import Watched, endless, finish, ids_of, interrupt, interrupted_at, once, plain
 from tiny import make_checkpoint
 
-from llamita.engine import scheduler, sequence, stream
+from llamita.engine.admission import Waiting
 from llamita.engine.llm import LLM, Generation
 from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import Scheduler
 from llamita.engine.sequence import SequenceState
 from llamita.errors import RunError
 
-WATCHED = {module.__file__ for module in (scheduler, sequence, stream, threading)}  # where interrupts are tried
-
 
 @pytest.fixture
 def llm(tmp_path: Path) -> LLM:
     return endless(make_checkpoint(tmp_path, "llama32", eos_token_id=319), scheme="llama3.2")
-
-
-def once(call: Callable[[], Any]) -> Callable[[], None]:
-    """Return a function that runs `call` the first time and does nothing from then on."""
-    calls = [call]
-
-    def run() -> None:
-        if calls:
-            calls.pop()()
-
-    return run
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def test_an_end_that_comes_between_two_looks_is_seen(llm: LLM) -> None:
@@ -83,17 +62,13 @@ def test_an_interrupted_sweep_leaves_nobody_asleep(llm: LLM, monkeypatch: pytest
     assert found[0].token_ids == plain(llm, ids_of(1, 20), 5, Sampling(0.0))[0]
 
 
-def test_an_interrupted_submission_leaves_no_request(llm: LLM) -> None:
-    class Queue(deque):
-        def append(self, item: Any) -> None:
-            super().append(item)
-            interrupt()
-
-    llm.scheduler._waiting = Queue()
-    with pytest.raises(KeyboardInterrupt):
-        llm.stream(ids_of(0, 20), max_tokens=50)
+def test_an_interrupted_submission_leaves_no_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Waiting.append
+    with monkeypatch.context() as patch:
+        patch.setattr(Waiting, "append", lambda self, sequence: (append(self, sequence), interrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            llm.stream(ids_of(0, 20), max_tokens=50)
     gc.collect()
-    llm.scheduler._waiting = deque(llm.scheduler._waiting)
     watched = Watched(llm)
     llm.generate(ids_of(1, 20), max_tokens=3, speculate=0)
     assert [len(step) for step in watched.steps] == [1, 1, 1]
@@ -137,28 +112,6 @@ def test_a_sequence_that_a_sweep_missed_is_not_computed(llm: LLM, monkeypatch: p
     assert finish(streams[1]).token_ids == plain(llm, ids_of(1, 20), 8, Sampling(0.0))[0]
     with pytest.raises(RunError, match="logits"):
         list(streams[0])
-
-
-def interrupted_at(place: int, call: Callable[[], Any]) -> bool:
-    """Run `call` with an interrupt at one of the places in the scheduler where Python lets one in.
-
-    These are the beginnings of functions and the ends of calls to C. False if there are fewer places.
-    """
-    places = count()
-
-    def watch(frame: FrameType, event: str, _argument: Any) -> None:
-        is_here = frame.f_code.co_filename in WATCHED
-        if is_here and event in ("call", "c_return") and next(places) == place:
-            interrupt()
-
-    sys.setprofile(watch)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.setprofile(None)
-    return False
 
 
 def test_after_an_interrupt_at_any_place_other_threads_go_on(llm: LLM) -> None:

@@ -1,16 +1,25 @@
 """Generations without a scheduler, and stand-ins for the parts of one."""
 
+import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 
 import llamita
+from llamita.engine import admission, cache_memory, scheduler, sequence, stream
 from llamita.engine.llm import LLM, Generation
-from llamita.engine.sampler import Sampler, Sampling
+from llamita.engine.prompt_budget import MIXED_CHUNK, PREFILL_CHUNK, PromptBudget
+from llamita.engine.sampler import Rules, Sampler, Sampling
 from llamita.engine.stream import Stream
+
+WATCHED = {m.__file__ for m in (admission, cache_memory, scheduler, sequence, stream, threading)}  # for interrupts
 
 
 def endless(model: Path, **options: Any) -> LLM:
@@ -18,6 +27,11 @@ def endless(model: Path, **options: Any) -> LLM:
     llm = llamita.load(model, **options)
     llm.tokenizer.eos_token_ids = ()
     return llm
+
+
+def fix_budget(patch: pytest.MonkeyPatch, alone: int = PREFILL_CHUNK, beside: int = MIXED_CHUNK) -> None:
+    """Let steps take in so many prompt tokens, however long they take."""
+    patch.setattr(PromptBudget, "tokens", lambda _self, _seconds, is_mixed: beside if is_mixed else alone)
 
 
 def plain(
@@ -39,8 +53,8 @@ class RecordingSampler(Sampler):
 
     rows: ClassVar[defaultdict[bytes, list[np.ndarray]]] = defaultdict(list)
 
-    def __init__(self, sampling: Sampling, prompt: np.ndarray, vocab_size: int) -> None:
-        super().__init__(sampling, prompt, vocab_size)
+    def __init__(self, sampling: Sampling, prompt: np.ndarray, vocab_size: int, rules: Rules) -> None:
+        super().__init__(sampling, prompt, vocab_size, rules)
         self._prompt = np.asarray(prompt, dtype=np.int32).tobytes()
 
     def choose(self, logits: np.ndarray) -> int:
@@ -100,3 +114,40 @@ def finish(stream: Stream) -> Generation:
     *_, generation = stream
     assert isinstance(generation, Generation)
     return generation
+
+
+def once(call: Callable[[], Any]) -> Callable[[], None]:
+    """Return a function that runs `call` the first time and does nothing from then on."""
+    calls = [call]
+
+    def run() -> None:
+        if calls:
+            calls.pop()()
+
+    return run
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted_at(place: int, call: Callable[[], Any]) -> bool:
+    """Run `call` with an interrupt at one of the places in the scheduler where Python lets one in.
+
+    These are the beginnings of functions and the ends of calls to C. False if there are fewer places.
+    """
+    places = count()
+
+    def watch(frame: FrameType, event: str, _argument: Any) -> None:
+        is_here = frame.f_code.co_filename in WATCHED
+        if is_here and event in ("call", "c_return") and next(places) == place:
+            interrupt()
+
+    sys.setprofile(watch)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False

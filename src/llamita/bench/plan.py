@@ -16,7 +16,7 @@ from llamita import _native
 from llamita.bench.shapes import find_shape
 from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import KV_DTYPES
-from llamita.engine.llm import PREFILL_CHUNK
+from llamita.engine.prompt_budget import MOST_TOKENS
 from llamita.errors import InputError, shown
 from llamita.imports.detect import BIN, detect_format, gguf_of
 from llamita.imports.names import is_hub_name
@@ -225,9 +225,9 @@ def _prefill_seconds(work: Work, config: ModelConfig, machine: Machine) -> float
 
 
 def _buffer_bytes(config: ModelConfig, scheme: QuantScheme | None) -> int:
-    """Return the bytes of the buffers between layers during prefill, and of the logits."""
+    """Return the most bytes of the buffers between layers during prefill, and those of the logits."""
     floats, codes = buffer_widths(config, scheme)
-    return PREFILL_CHUNK * (4 * floats + codes) + 2 * 4 * config.vocab_size
+    return MOST_TOKENS * (4 * floats + codes) + 2 * 4 * config.vocab_size
 
 
 def buffer_widths(config: ModelConfig, scheme: QuantScheme | None) -> tuple[int, int]:

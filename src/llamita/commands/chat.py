@@ -155,7 +155,7 @@ def _reply(llm: LLM, conversation: Conversation, question: str, options: Options
 def _is_full(llm: LLM, messages: list[dict[str, str]], options: Options) -> str | None:
     """Return an error text if the context has too little room for a reply, else None."""
     used = len(llm.tokenizer.encode(llm.chat_template.render(messages), add_bos=False))
-    if used + min(LEAST_ROOM, options.get("max_tokens", LEAST_ROOM)) <= llm.context:
+    if used + min(LEAST_ROOM, options.get("max_tokens") or LEAST_ROOM) <= llm.context:
         return None
     larger = f", or up to --context {llm.config.context}" if llm.context < llm.config.context else ""
     return (

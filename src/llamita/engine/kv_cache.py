@@ -1,5 +1,7 @@
 """The KV cache of one sequence: its keys and values, its length, its rotary frequencies."""
 
+import numpy as np
+
 from llamita import _native
 from llamita.engine.adapters import Adapter
 from llamita.engine.rope import rope_frequencies
@@ -43,6 +45,19 @@ class SequenceCache:
             raise ValueError(f"tokens: expected at most {source.length}, got {tokens}")
         self.native.copy_prefix(source.native, tokens)
         self.length = tokens
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of a block: `prefixes.BLOCK` positions of every layer and head."""
+        return self.native.block_nbytes
+
+    def read_block(self, index: int, out: np.ndarray) -> None:
+        """Copy block `index` to out, uint8 (block_nbytes,). What tokens beyond `length` left there is copied, too."""
+        self.native.read_block(index, out)
+
+    def write_block(self, index: int, block: np.ndarray) -> None:
+        """Replace block `index` by what `read_block` gave of a cache of the same model and kv_dtype."""
+        self.native.write_block(index, block)
 
     @property
     def nbytes(self) -> int:

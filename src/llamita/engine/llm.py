@@ -9,8 +9,10 @@ import numpy as np
 
 from llamita.engine.adapters import Adapter
 from llamita.engine.kv_cache import KV_DTYPES, SequenceCache
+from llamita.engine.load import SequenceLimits
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
+from llamita.engine.prompt_budget import PREFILL_CHUNK
 from llamita.engine.requests import (
     Answer,
     Generation,
@@ -26,13 +28,15 @@ from llamita.engine.requests import (
     find_adapter,
 )
 from llamita.engine.sampler import Sampling
-from llamita.engine.scheduler import PREFILL_CHUNK, Scheduler, SequenceLimits
+from llamita.engine.scheduler import Scheduler
+from llamita.engine.sequence import SequenceState
 from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
 from llamita.errors import InputError, shown
 from llamita.models.weights import ModelSource
 from llamita.system.machine import usable_memory
 from llamita.text.chat_template import ChatTemplate, read_template
+from llamita.text.messages import Message
 from llamita.text.tokenizer import Tokenizer, read_settings
 
 MAX_SEQUENCES = 16  # running at once: with more rows, reading the weights no longer limits a step
@@ -78,13 +82,15 @@ class LLM:
         cache_memory: int | None = None,
         prefix_cache: int | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        takes_adapters: bool = False,
+        share_prefixes: bool = False,
     ) -> None:
         """Load the weights. `llamita.load` explains the arguments; `adapters` are loaded already."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
-        limits = self._limits(max_sequences, cache_memory, prefix_cache)
+        limits = self._limits(max_sequences, cache_memory, prefix_cache, share_prefixes)
         self.adapters = dict(adapters or {})
-        self.model = Model(self.config, load_weights(source, gated=not self.adapters))
+        self.model = Model(self.config, load_weights(source, gated=not (self.adapters or takes_adapters)))
         self.scheduler = Scheduler(self.model, limits)
 
     @cached_property
@@ -161,7 +167,7 @@ class LLM:
         for place, prompt in enumerate(prompts):
             own: Options = {} if adapters is None else {"adapter": adapters[place]}
             try:
-                requests.append(self._check(prompt, {**options, **own}))
+                requests.append(self.check(prompt, **{**options, **own}))
             except InputError as error:
                 raise error.within(f"prompt {place} of {len(prompts)}, from 0") from None
         streams = [self._submit(request) for request in requests]
@@ -187,7 +193,70 @@ class LLM:
         Raises:
             InputError: the prompt or an option is at fault. It is raised by this call, not by the first piece.
         """
-        return self._submit(self._check(prompt, options))
+        return self._submit(self.check(prompt, **options))
+
+    def check(self, prompt: Prompt, continues: bool | None = None, **options: Unpack[Options]) -> Request:
+        """Return the checked request of `stream`'s arguments, for `sequence`; its time starts here.
+
+        Args:
+            prompt, options: as for `stream`.
+            continues: whether the answer continues the prompt's text, so that a leading space belongs to it; by default
+                it does, but not after messages.
+
+        Raises:
+            InputError: the prompt or an option is at fault.
+        """
+        started = time.perf_counter()
+        check_names(options)
+        ids, continued = self._prompt_ids(prompt)
+        continues = continued if continues is None else continues
+        recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
+        ends, vocab = self.tokenizer.eos_token_ids, self.config.vocab_size
+        context = self.context
+        if options.get("max_tokens", 0) is None:  # all that is left: of the context, or of the memory if that is less
+            context = min(context, max(len(ids) + 1, self.scheduler.load.room_positions))
+        return check_request(ids, continues, context, recommended, options, started, self.adapters, ends, vocab)
+
+    def sequence(self, request: Request) -> SequenceState:
+        """Return a sequence for a checked request, to be submitted to `scheduler` by a driver with a thread."""
+        return SequenceState(request, Answer(request, self.tokenizer))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation, however many, open for the assistant's turn.
+
+        Args:
+            messages, tools, extra: see `ChatTemplate.render`.
+            continue_last: the last message is an assistant's, to be continued.
+
+        Raises:
+            InputError: the model has no chat template, or that refuses the conversation.
+        """
+        text = self.chat_template.render(messages, tools=tools, continue_final_message=continue_last, extra=extra)
+        return self.tokenizer.encode(text, add_bos=False)
+
+    def embed(self, token_ids: TokenIds, adapter: str | None = None) -> np.ndarray:
+        """Return the mean of the tokens' final hidden states, divided by its length: float32 (hidden,).
+
+        A model that was not trained for embeddings gives rough ones: they tell texts of different subjects apart,
+        and little more.
+
+        Raises:
+            InputError: see `logits`.
+        """
+        ids = self.check_ids(token_ids)
+        cache = self.new_sequence(len(ids))
+        cache.adapter = find_adapter(adapter, self.adapters)
+        total = np.zeros(self.config.hidden_size)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            total += self.model.final_states(cache, ids[start : start + PREFILL_CHUNK]).sum(axis=0, dtype=np.float64)
+        return (total / max(float(np.linalg.norm(total)), np.finfo(np.float32).tiny)).astype(np.float32)
 
     def new_sequence(self, declared_length: int) -> SequenceCache:
         """Return the empty cache of a sequence that may reach this many tokens."""
@@ -203,18 +272,12 @@ class LLM:
             logits = np.empty((len(part), self.config.vocab_size), dtype=np.float32)
             yield self.model.step([(cache, part)], np.arange(len(part)), out=logits)
 
-    def _check(self, prompt: Prompt, options: Options) -> Request:
-        """Return a checked request; its time starts here."""
-        started = time.perf_counter()
-        check_names(options)
-        ids, continues = self._prompt_ids(prompt)
-        recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
-        return check_request(ids, continues, self.context, recommended, options, started, self.adapters)
-
     def _submit(self, request: Request) -> Stream:
-        return Stream(self.scheduler, request, Answer(request, self.tokenizer))
+        return Stream(self.scheduler, self.sequence(request))
 
-    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> SequenceLimits:
+    def _limits(
+        self, sequences: int, cache_memory: int | None, prefix_cache: int | None, share: bool
+    ) -> SequenceLimits:
         """Return checked limits, with shares of the usable memory in place of None."""
         memory = usable_memory()
         block = self.new_sequence(BLOCK).nbytes
@@ -224,15 +287,14 @@ class LLM:
         check_whole("max_sequences", sequences, 1)
         check_whole("cache_memory", cache_memory, 1)
         check_whole("prefix_cache", prefix_cache, 0)
-        return SequenceLimits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
+        prefix_cache = min(prefix_cache, cache_memory)
+        return SequenceLimits(sequences, cache_memory, prefix_cache, self.kv_dtype, self.context, share)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
         """Return the token ids of a prompt, and whether the answer continues its text."""
         tokenizer = self.tokenizer
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
-            text = self.chat_template.render(prompt)
-            ids = self.check_ids(tokenizer.encode(text, add_bos=False))
-            return ids, False  # an answer begins a new text
+            return self.check_ids(self.encode_chat(prompt)), False  # an answer begins a new text
         check_prompt(prompt)
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not np.size(ids):

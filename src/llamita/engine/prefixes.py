@@ -1,5 +1,6 @@
 """Keeps the caches of ended sequences for sequences that begin in the same way."""
 
+import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,6 +16,30 @@ BLOCK = 128  # a cache takes memory for this many positions at a time: kKeyBlock
 _LOSS = 32  # tokens that a kept cache may lose when another sequence continues in it
 
 
+class SavedOwner(NamedTuple):
+    """An owner whose name was not saved, only a salted hash of it."""
+
+    salt: bytes
+    digest: bytes
+
+    @classmethod
+    def of(cls, owner: str, salt: bytes) -> "SavedOwner":
+        """Return what is saved of an owner."""
+        return cls(salt, hashlib.sha256(salt + owner.encode("utf-8", "surrogatepass")).digest())
+
+
+Owner = str | SavedOwner | None
+
+
+def is_same_owner(a: Owner, b: Owner) -> bool:
+    """Return whether two owners are the same; of two saved ones, whether that can be seen."""
+    if isinstance(a, str) and isinstance(b, SavedOwner):
+        a = SavedOwner.of(a, b.salt)
+    elif isinstance(a, SavedOwner) and isinstance(b, str):
+        b = SavedOwner.of(b, a.salt)
+    return a == b
+
+
 class Prefix(NamedTuple):
     """Tokens of a running or ended sequence, and its cache, which holds at least these."""
 
@@ -22,6 +47,7 @@ class Prefix(NamedTuple):
     cache: SequenceCache
     declared_length: int  # its rotary frequencies were made for this length
     positions: int  # it has taken memory for this many
+    owner: Owner = None  # only this one's sequences may begin with it
 
     @property
     def adapter(self) -> Adapter | None:
@@ -44,12 +70,12 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
 class PrefixCache:
     """The kept caches of one model, least recently used first.
 
-    Args:
+    Attributes:
         limit: the most positions of all together.
     """
 
     def __init__(self, limit: int, rope: RopeConfig, head_dim: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._rope, self._head_dim = rope, head_dim
         self._kept: list[Prefix] = []
 
@@ -58,16 +84,20 @@ class PrefixCache:
         """The positions that all kept caches take memory for."""
         return sum(prefix.positions for prefix in self._kept)
 
+    def all(self) -> list[Prefix]:
+        """Return them, the least recently used first."""
+        return list(self._kept)
+
     def keep(self, prefix: Prefix) -> None:
         """Keep a cache that is not written to any more, and drop those whose tokens it holds too."""
-        if len(prefix.ids) < SHORTEST or prefix.positions > self._limit:
+        if len(prefix.ids) < SHORTEST or prefix.positions > self.limit:
             return
-        shared = [self.shared(prefix, kept.ids, kept.declared_length, kept.adapter) for kept in self._kept]
+        shared = [self.shared(prefix, k.ids, k.declared_length, k.adapter, k.owner) for k in self._kept]
         if any(length == len(prefix.ids) for length in shared):
             return
         pairs = zip(self._kept, shared, strict=True)
         self._kept = [*(kept for kept, length in pairs if length < len(kept.ids)), prefix]
-        self.shrink(self._limit)
+        self.shrink(self.limit)
 
     def shrink(self, positions: int) -> None:
         """Drop the least recently used until the others take at most this many positions."""
@@ -75,7 +105,12 @@ class PrefixCache:
             del self._kept[0]
 
     def find(
-        self, ids: np.ndarray, declared_length: int, running: Iterable[Prefix], adapter: Adapter | None = None
+        self,
+        ids: np.ndarray,
+        declared_length: int,
+        running: Iterable[Prefix],
+        adapter: Adapter | None = None,
+        owner: Owner = None,
     ) -> tuple[Prefix | None, int]:
         """Return the kept or running prefix with the longest common beginning, and the length of that.
 
@@ -83,7 +118,7 @@ class PrefixCache:
         """
         best, longest = None, SHORTEST - 1
         for prefix in (*reversed(self._kept), *running):
-            length = self.shared(prefix, ids, declared_length, adapter)
+            length = self.shared(prefix, ids, declared_length, adapter, owner)
             if length > longest:
                 best, longest = prefix, length
         return best, longest if best else 0
@@ -105,9 +140,13 @@ class PrefixCache:
         self._kept.append(prefix)  # just used
         return None
 
-    def shared(self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None = None) -> int:
+    def shared(
+        self, prefix: Prefix, ids: np.ndarray, declared_length: int, adapter: Adapter | None, owner: Owner
+    ) -> int:
         """Count the tokens whose keys and values serve a sequence with these ids, length and adapter, too."""
-        if prefix.adapter is not adapter:
+        if prefix.adapter is not adapter or not np.array_equal(prefix.ids[:SHORTEST], ids[:SHORTEST]):
+            return 0
+        if not is_same_owner(prefix.owner, owner):
             return 0
         length = common_length(prefix.ids, ids)
         if length < SHORTEST or not self._rope.depends_on_length or prefix.declared_length == declared_length:

@@ -6,41 +6,25 @@ a driver calls `step`, either the readers of streams in turn (`stream.py`) or on
 
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from llamita.engine.kv_cache import SequenceCache
+from llamita.engine import prefix_file
+from llamita.engine.adapters import Adapter
+from llamita.engine.admission import Waiting
+from llamita.engine.cache_memory import CacheMemory
+from llamita.engine.load import Counters, RunningSequence, SchedulerLoad, SequenceLimits
 from llamita.engine.model import Model
-from llamita.engine.prefixes import BLOCK, SHORTEST, Prefix, PrefixCache
+from llamita.engine.prompt_budget import PromptBudget, share
 from llamita.engine.sequence import SequenceState
 from llamita.engine.speculation import DECODE_ROWS, StepTimes
 from llamita.errors import InputError, RunError
 
-PREFILL_CHUNK = 256  # prompt tokens in a step: enough for the kernels' full speed, small intermediate arrays
-MIXED_CHUNK = 64  # the same in a step with running generations, which wait for its end
-
-
-@dataclass(frozen=True)
-class SequenceLimits:
-    """Bounds for the sequences of a scheduler.
-
-    Attributes:
-        sequences: how many run at once.
-        cache_memory: bytes of keys and values, of running sequences and kept caches together. Each counts in whole
-            blocks of positions, because its cache takes memory by blocks.
-        prefix_memory: how many of these bytes kept caches may take.
-        kv_dtype: the type of keys and values.
-        context: the most tokens of a sequence.
-    """
-
-    sequences: int
-    cache_memory: int
-    prefix_memory: int
-    kv_dtype: str
-    context: int
+SCORED_ROWS = 64  # prompt tokens of a step that give logits to score: their rows take 33 MB at 128,000 logits
 
 
 class StepPart(NamedTuple):
@@ -56,20 +40,22 @@ class Scheduler:
 
     Attributes:
         model: runs the steps.
+        limits: its bounds, which do not change.
+        counters: what was done so far.
     """
 
     def __init__(self, model: Model, limits: SequenceLimits) -> None:
         self.model = model
-        self._limits = limits
-        config = model.config
-        block = SequenceCache(config, BLOCK, limits.kv_dtype, BLOCK).nbytes
-        self._room = limits.cache_memory // block * BLOCK  # positions of all sequences and kept caches
-        self._kept = PrefixCache(limits.prefix_memory // block * BLOCK, config.rope, config.head_dim)
+        self.counters = Counters()
+        self.limits = limits
+        self._memory = CacheMemory(model.config, limits, self.counters, self._pause)
         self._times = StepTimes()
-        self._logits = np.empty((1, config.vocab_size), dtype=np.float32)
-        self._waiting: deque[SequenceState] = deque()
-        self._prompts: list[SequenceState] = []  # running, without a token yet, in order of arrival
-        self._decoding: list[SequenceState] = []  # running, with a token
+        self._budget = PromptBudget(limits.beside_seconds, limits.alone_seconds)
+        self._logits = np.empty((1, model.config.vocab_size), dtype=np.float32)
+        self._waiting = Waiting()
+        self._submitted = 0
+        self._prompts: list[SequenceState] = []  # running, with tokens to take in, in the order in which they entered
+        self._decoding: list[SequenceState] = []  # running, with all tokens but the newest taken in
         # The lock protects `_waiting` and `_is_stepping`. The thread that is stepping owns everything else.
         self._lock = threading.RLock()
         # Only wait and notify: `with` on a Condition runs Python code, where Ctrl-C could leave the lock taken.
@@ -85,18 +71,19 @@ class Scheduler:
             InputError: it can never fit the memory for keys and values.
         """
         declared = sequence.request.declared_length
-        if declared > self._room:
+        if declared > self._memory.room:
             raise InputError(
                 "max_tokens",
-                f"up to {self._room} tokens with the prompt, for which there is memory",
+                f"up to {self._memory.room} tokens with the prompt, for which there is memory",
                 f"{declared}",
                 "try fewer (--max-tokens, --context), int8 keys and values (--kv-cache int8, in Python kv_dtype) "
                 "or, in Python, more cache_memory",
             )
-        if sequence.answer.finish_reason:  # no room for an answer
+        if sequence.answer.finish_reason and not sequence.scores:  # no room for an answer
             sequence.finish()
         else:
             with self._lock:
+                self._submitted = sequence.arrival = self._submitted + 1
                 self._waiting.append(sequence)
 
     def cancel(self, sequence: SequenceState) -> None:
@@ -105,6 +92,8 @@ class Scheduler:
             return
         sequence.is_over = True
         with self._lock:
+            if self._waiting.remove(sequence):
+                sequence.release()
             if not self._is_stepping:  # else the thread that is stepping does it
                 self._sweep()
             self._changed.notify_all()
@@ -144,8 +133,77 @@ class Scheduler:
                         self._is_stepping = False
                         with self._lock:
                             self._changed.notify_all()
-        # In the order in which sequences move on: another thread's step moves none past this look.
-        return bool(self._waiting or self._prompts or self._decoding)
+        # In the order in which sequences move on: another thread's step moves none past this look. A pause moves back.
+        return bool(self._waiting or self._prompts or self._decoding or self._waiting.paused)
+
+    @property
+    def load(self) -> SchedulerLoad:
+        """A snapshot of the work, from any thread, in which a step may be half counted."""
+        with self._lock:
+            waiting, paused = [s for s in self._waiting if not s.is_over], len(self._waiting.paused)
+        decoding, prompts = self._decoding, self._prompts
+        running = decoding + prompts
+        return SchedulerLoad(
+            waiting=len(waiting),
+            waiting_tokens=sum(s.count for s in waiting),
+            running=len(running),
+            decoding=len(decoding),
+            used_positions=sum(s.positions for s in running),
+            room_positions=self._memory.room,
+            kept_positions=self._memory.kept.positions,
+            prefill_rate=self._budget.rate,
+            paused=paused,
+            sequences=tuple(RunningSequence(s.taken_in, len(s.request.ids), s.is_decoding) for s in running),
+        )
+
+    def save_prefixes(self, path: Path) -> int:
+        """Write the kept caches to a file, for `load_prefixes` of a later run; return how many.
+
+        Steps wait meanwhile.
+
+        Raises:
+            RunError: the file cannot be written; one that was there is unchanged.
+        """
+        with self._alone():
+            kept = self._memory.kept.all()
+            prefix_file.save(path, self.model, self.limits.kv_dtype, kept)
+            return len(kept)
+
+    def load_prefixes(self, path: Path, adapters: Mapping[str, Adapter] | None = None) -> int:
+        """Keep the caches of a file that `save_prefixes` wrote, as far as there is memory; return how many.
+
+        Args:
+            adapters: those that the model was loaded with; prefixes of others are left out.
+
+        Raises:
+            InputError: the file is missing, damaged, or of another model, kv_dtype or version; nothing was changed.
+            RunError: it cannot be read, or memory is short.
+        """
+        with self._alone():
+            used = sum(s.positions for s in self._running())
+            free = min(self._memory.kept.limit, self._memory.room - used)
+            limits = self.limits
+            found = prefix_file.load(path, self.model, limits.kv_dtype, limits.context, free, adapters or {})
+            for prefix in found:
+                self._memory.kept.keep(prefix)
+            self._memory.kept.shrink(free)
+            kept = {id(prefix) for prefix in self._memory.kept.all()}
+            return sum(id(prefix) in kept for prefix in found)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no step run during the block."""
+        with self._lock:
+            while self._is_stepping:
+                self._changed.wait()
+            self._is_stepping = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_stepping = False
+                self._sweep()  # what was cancelled meanwhile
+                self._changed.notify_all()
 
     def _schedule(self) -> list[StepPart]:
         """Let waiting sequences in; return the parts of the next step."""
@@ -154,9 +212,15 @@ class Scheduler:
         self._draft()
         parts = []
         for s in self._decoding:
-            if not s.is_over:  # an over one may have no cache: an interrupted sweep leaves it here
+            if not s.is_begun:  # an over one may have no cache: an interrupted sweep leaves it here
+                continue
+            if not (s.is_over or self._memory.is_free(s, s.count + s.drafted, self._begun)):
+                s.drafted = 0
+            if not s.is_over and self._memory.reserve(s, s.count + s.drafted, self._begun):
                 parts.append(StepPart(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
-        return parts + self._plan_prompts(MIXED_CHUNK if self._decoding else PREFILL_CHUNK)
+        rows = len(parts)
+        parts += self._plan_prompts(self._budget.tokens(self._times.seconds(rows) if rows else 0.0, rows > 0))
+        return [part for part in parts if part.sequence.is_begun]  # without those that were paused for others
 
     def _run(self, parts: list[StepPart]) -> np.ndarray:
         """Run the model; return the logits of all parts, one after the other: (rows, vocab)."""
@@ -172,28 +236,39 @@ class Scheduler:
             np.array(rows, dtype=np.intp),
             self._logits[: len(rows)],
         )
-        seconds = time.perf_counter() - began
-        if self._prompts:
-            for part in parts:
-                if not part.sequence.is_decoding:
-                    part.sequence.answer.timings.prefill_seconds += seconds
-        else:
-            self._times.add(len(rows), seconds)
+        self._note(parts, len(rows), time.perf_counter() - began)
         return logits
+
+    def _note(self, parts: list[StepPart], rows: int, seconds: float) -> None:
+        """Count a step and learn from its time."""
+        prompts = [part for part in parts if not part.sequence.is_decoding]
+        tokens = sum(len(part.ids) for part in prompts)
+        self.counters.steps += 1
+        self.counters.prompt_tokens += tokens
+        if not prompts:
+            self._times.add(rows, seconds)
+            return
+        for part in prompts:
+            part.sequence.note_prompt(seconds, part.rows)
+        if all(part.rows <= 1 for part in prompts):  # the logits of whole prompts take time of their own
+            decoding = sum(part.rows for part in parts if part.sequence.is_decoding)
+            self._budget.add(tokens, seconds, self._times.seconds(decoding) if decoding else 0.0, decoding > 0)
 
     def _deliver(self, parts: list[StepPart], logits: np.ndarray, began: float) -> None:
         """Give each sequence its rows of logits to draw from."""
         first = 0
         for sequence, _, rows in parts:
+            known = sequence.count
             if rows and not sequence.is_over:
                 try:
-                    sequence.take(logits[first : first + rows], began)
+                    sequence.receive(logits[first : first + rows], began)
                 except Exception as error:  # it ends this sequence alone
                     sequence.fail(error)
                 except BaseException:  # an interrupt, with a token half taken
                     sequence.fail(RunError("generation: interrupted"))
                     raise
             first += rows
+            self.counters.generated_tokens += sequence.count - known
         if self._prompts:
             decoding = self._decoding + [s for s in self._prompts if s.is_decoding]
             prompts = [s for s in self._prompts if not s.is_decoding]
@@ -208,27 +283,43 @@ class Scheduler:
         self._decoding = [s for s in self._decoding if s not in over]
         for sequence in over:
             if sequence.is_begun:
-                prefix = sequence.prefix()
-                self._kept.keep(prefix._replace(ids=prefix.ids.copy()))
+                self._memory.keep(sequence)
             sequence.release()
 
     def _running(self) -> list[SequenceState]:
         return self._decoding + self._prompts
 
+    def _begun(self) -> list[SequenceState]:
+        return [s for s in self._running() if s.is_begun]
+
     def _admit(self) -> None:
-        """Let waiting sequences in, first come, first served. Kept caches give way only when one begins."""
-        running = self._running()
-        used, count = sum(s.positions for s in running), len(running)
-        while self._waiting and count < self._limits.sequences:
-            sequence = self._waiting[0]
-            if sequence.is_over:  # cancelled before its turn
-                del self._waiting[0]
-                continue
-            if used + sequence.positions > self._room:
-                break
-            self._prompts = [*self._prompts, sequence]  # no call between these, so no interrupt
-            del self._waiting[0]
-            used, count = used + sequence.positions, count + 1
+        """Let waiting sequences in. Kept caches give way only when one begins."""
+        with self._lock:
+            running = self._running()
+            used, slots = sum(s.committed for s in running), self.limits.sequences
+            while len(running) < slots and (queue := self._waiting.next(running, slots)):
+                sequence = queue[0]
+                if sequence.is_over:  # cancelled before its turn
+                    del queue[0]
+                    continue
+                if used + sequence.wanted > self._memory.room:
+                    break
+                self._prompts = [*self._prompts, sequence]  # no call between these, so no interrupt
+                del queue[0]
+                self._waiting.note(sequence)
+                used += sequence.wanted
+                running.append(sequence)
+
+    def _pause(self, sequence: SequenceState) -> None:
+        """Let a running sequence wait, without its cache. Later its known tokens are computed again."""
+        with self._lock:  # a cancellation may change the queue
+            paused = sorted((*self._waiting.paused, sequence), key=lambda s: s.arrival)
+            prompts = [s for s in self._prompts if s is not sequence]
+            decoding = [s for s in self._decoding if s is not sequence]
+            sequence.is_decoding, self._waiting.paused = False, paused  # no call from here on, so no interrupt
+            self._prompts, self._decoding = prompts, decoding
+        self.counters.preemptions += sequence.is_begun
+        sequence.release()
 
     def _draft(self) -> None:
         """Draft as many tokens as pay. A step with a prompt drafts none: it has work enough."""
@@ -236,83 +327,37 @@ class Scheduler:
         most = 0 if self._prompts or not sequences else (DECODE_ROWS - sequences) // sequences
         drafts = []
         for s in self._decoding:
-            s.drafted = 0
-            limit = min(most, s.request.speculate, s.request.declared_length - s.count - 1)
-            if s.drafter and limit > 0:
-                s.drafted = s.drafter.propose(limit)
-                if s.drafted:
-                    drafts.append((s.drafted, s.drafter.rate))
+            s.drafted = s.draft(most)
+            if s.drafted and s.drafter:
+                drafts.append((s.drafted, s.drafter.rate))
         if drafts:
             length = self._times.best_length(sequences, drafts)
             for s in self._decoding:
                 s.drafted = min(s.drafted, length)
 
     def _plan_prompts(self, budget: int) -> list[StepPart]:
-        """Return the prompts' parts of the next step, in order of arrival, with up to `budget` tokens."""
-        parts = []
-        for s in self._prompts:
-            if not budget:
-                break
-            if not (s.is_begun or s.is_over):
-                found, shared = self._find_prefix(s)
-                if self._is_longer_prefix_coming(s, shared):
-                    continue  # it waits for that, but those behind it need not wait
-                self._begin(s, found, shared)
-            if s.is_over:  # cancelled, or there is no memory for it
+        """Return the prompts' parts of the next step, with up to `budget` tokens."""
+        ready, remaining, scored = list[SequenceState](), list[int](), SCORED_ROWS
+        for s in sorted(self._prompts, key=lambda s: s.arrival):
+            if not (s.is_begun or s.is_over) and s in self._prompts:  # else it was paused for one of those before it
+                found = self._memory.find(s, self._begun())
+                if found is None:
+                    continue  # it waits for a longer prefix, but those behind it need not wait
+                self._memory.begin(s, *found, self._running)
+            if s.is_over or not s.is_begun:  # cancelled, or there is no memory for it
                 continue
-            start = s.settle()
-            stop = min(s.count, start + budget)
-            parts.append(StepPart(s, s.ids[start:stop], int(stop == s.count)))
-            budget -= stop - start
+            rest = s.count - s.settle()
+            if s.scores:
+                rest = min(rest, scored)
+                scored -= rest
+            ready.append(s)
+            remaining.append(rest)
+        parts = []
+        for s, tokens in zip(ready, share(budget, remaining), strict=True):
+            if tokens and s.is_begun and self._memory.reserve(s, (start := s.settle()) + tokens, self._begun):
+                stop = start + tokens
+                parts.append(StepPart(s, s.ids[start:stop], max(0, stop - max(start, s.first_row))))
         return parts
-
-    def _begun(self) -> list[SequenceState]:
-        return [s for s in self._running() if s.is_begun]
-
-    def _find_prefix(self, sequence: SequenceState) -> tuple[Prefix | None, int]:
-        """Return the kept or running cache with the longest common beginning, and the length of that."""
-        if not self._limits.prefix_memory:
-            return None, 0
-        request, running = sequence.request, [s.prefix() for s in self._begun()]
-        ids = request.ids[:-1]  # the last one must be computed, for its logits
-        return self._kept.find(ids, request.declared_length, running, request.adapter)
-
-    def _is_longer_prefix_coming(self, sequence: SequenceState, shared: int) -> bool:
-        """Return whether a running prompt will soon share a beginning much longer than `shared`."""
-        if not self._limits.prefix_memory:
-            return False
-        request = sequence.request
-        for other in self._begun():
-            if not other.is_decoding:
-                whole = other.prefix()._replace(ids=other.request.ids)
-                coming = self._kept.shared(whole, request.ids[:-1], request.declared_length, request.adapter)
-                if coming >= shared + SHORTEST:
-                    return True
-        return False
-
-    def _begin(self, sequence: SequenceState, found: Prefix | None, shared: int) -> None:
-        """Give a sequence its cache, with the first `shared` tokens of `found`, or end it if there is no memory.
-
-        Kept caches give way to it.
-        """
-        config, declared = self.model.config, sequence.request.declared_length
-        room = self._room - sum(s.positions for s in self._begun()) - sequence.positions
-        cache, taken = None, 0
-        if found and (cache := self._kept.take(found, shared, declared, room)):
-            taken = found.positions
-        self._kept.shrink(room)
-        if cache is None:
-            capacity = min(self._limits.context, max(BLOCK, 1 << (declared - 1).bit_length()))
-            try:
-                cache = SequenceCache(config, capacity, self._limits.kv_dtype, declared)
-            except MemoryError:
-                sequence.fail(RunError("memory", f"room for keys and values of {capacity} tokens"))
-                return
-            cache.adapter = sequence.request.adapter
-            if found:  # it can be copied even if it just gave way: `found` still holds it
-                cache.copy_prefix(found.cache, shared)
-        cache.length = shared
-        sequence.begin(cache, taken, config.vocab_size)
 
 
 def _is_served(reader: SequenceState | None) -> bool:

@@ -1,8 +1,12 @@
 """Prompt-lookup speculation: drafts from the n-grams of the text, and the decision whether they pay.
 
+Where a grammar leaves one way to go on, that is the draft.
+
 A draft is what followed the last occurrence of the newest n-gram (Saxena 2023, "Prompt Lookup Decoding"; drafts by
 reference in general: arXiv 2304.04487). The scheduler verifies drafts, and this module learns from the result.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,16 +36,23 @@ class Drafter:
         self._after = [
             dict(zip(zip(*(known[i:] for i in range(n)), strict=False), range(n, count), strict=False)) for n in ORDERS
         ]
-        self._order = 0  # index in ORDERS of the n-gram that made the draft
-        self._rates = [0.5] * len(ORDERS)
+        self._order = 0  # index in ORDERS of the n-gram that made the draft, or that of forced tokens
+        self._rates = [0.5] * len(ORDERS) + [1.0]  # the last one of forced tokens
 
     @property
     def rate(self) -> float:
         """How often, of late, a drafted token was right if those before it were."""
         return self._rates[self._order]
 
-    def propose(self, limit: int) -> int:
-        """Write a draft of `limit` tokens if the newest n-gram has occurred before; return its length, else 0."""
+    def propose(self, limit: int, forced: Sequence[int] = ()) -> int:
+        """Write a draft and return its length: the forced tokens, all of them.
+
+        Without any, it is `limit` tokens if the newest n-gram has occurred before, else none.
+        """
+        if forced:
+            self._order, self._end = len(ORDERS), self._count + len(forced)
+            self._ids[self._count : self._end] = forced
+            return len(forced)
         for order, n in enumerate(ORDERS):
             start = self._after[order].get(self._tail[-n:])
             if start is not None:
@@ -86,6 +97,11 @@ class StepTimes:
             self._seconds[rows] = _KEEP * old + (1 - _KEEP) * min(seconds, _SPIKE * old)
         else:
             self._seconds[rows] = old
+
+    def seconds(self, rows: int) -> float:
+        """Return what a step of so many rows takes, or of the nearest number that is measured; 0.0 before any."""
+        nearest = min(self._seconds, key=lambda known: abs(known - rows), default=None)
+        return 0.0 if nearest is None else self._seconds[nearest]
 
     def best_length(self, sequences: int, drafts: list[tuple[int, float]]) -> int:
         """Return the length to cut drafts to that promises the most tokens a second, 0 for no drafts.

@@ -3,7 +3,7 @@
 The other kind of driver is one thread that submits sequences, calls `Scheduler.step` and hands out their events.
 """
 
-from llamita.engine.requests import Answer, Generation, Request
+from llamita.engine.requests import Generation
 from llamita.engine.scheduler import Scheduler
 from llamita.engine.sequence import SequenceState
 
@@ -17,10 +17,10 @@ class Stream:
         InputError: the request can never fit the memory for keys and values.
     """
 
-    def __init__(self, scheduler: Scheduler, request: Request, answer: Answer) -> None:
+    def __init__(self, scheduler: Scheduler, sequence: SequenceState) -> None:
         self._scheduler = scheduler
-        self._sequence = SequenceState(request, answer)
-        scheduler.submit(self._sequence)  # last: an interrupt in it drops the stream, which cancels
+        self._sequence = sequence
+        scheduler.submit(sequence)  # last: an interrupt in it drops the stream, which cancels
 
     def __iter__(self) -> "Stream":
         return self

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llamita.engine.llm import LLM
+from llamita.engine.logprobs import exponentials
 from llamita.errors import InputError, RunError
 from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import Checkpoint
@@ -175,7 +176,7 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return negative log-likelihoods in nats, float64 (rows,), of targets (rows,) under logits (rows, vocab)."""
     losses = np.empty(len(targets))
     for rows in _row_blocks(logits):
-        shifted, _, total = _exponentials(logits[rows])
+        shifted, _, total = exponentials(logits[rows])
         losses[rows] = np.log(total) - shifted[np.arange(len(shifted)), targets[rows]]
     return losses
 
@@ -255,23 +256,15 @@ def _score_chunk(contenders: Sequence[Contender], chunk: np.ndarray, scores: Tok
 def _score_rows(logits: list[np.ndarray], targets: np.ndarray, scores: TokenScores) -> None:
     """Fill in the scores of some rows: KL(p || q) = sum p (log p - log q), with p from the first model's logits."""
     everywhere = np.arange(len(targets))
-    base, weights, base_total = _exponentials(logits[0])
+    base, weights, base_total = exponentials(logits[0])
     for model, own in enumerate(logits):
-        shifted, _, total = _exponentials(own) if model else (base, weights, base_total)
+        shifted, _, total = exponentials(own) if model else (base, weights, base_total)
         scores.losses[model] = np.log(total) - shifted[everywhere, targets]
         # In float32 the products are off by 1e-7 of themselves, unbiased; their sum is in float64.
         expected = (weights * (base - shifted)).sum(axis=1, dtype=np.float64) / base_total
         scores.kl[model] = expected - np.log(base_total) + np.log(total)
         scores.top[model] = own.argmax(axis=1)
         scores.confidence[model] = 1 / total  # the likeliest token's logit is shifted to zero
-
-
-def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return logits less their row's largest, the exp of that (both float32), and its sum (float64)."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity; `_score_chunk` names the culprit
-        shifted = logits - logits.max(axis=1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return shifted, exponentials, exponentials.sum(axis=1, dtype=np.float64)
 
 
 def _row_blocks(logits: np.ndarray) -> list[slice]:

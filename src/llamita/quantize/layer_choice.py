@@ -15,7 +15,7 @@ import numpy as np
 
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.model import Model
-from llamita.engine.scheduler import PREFILL_CHUNK
+from llamita.engine.prompt_budget import PREFILL_CHUNK
 from llamita.engine.weights import ModelWeights, load_block, load_head, load_weights
 from llamita.errors import InputError
 from llamita.methods import rtn

@@ -7,14 +7,17 @@ directory, lets one run at a time rename.
 
 import errno
 import fcntl
+import glob
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from llamita.errors import InputError, RunError
 from llamita.system.files import flush_path
@@ -81,9 +84,7 @@ def staged(out: Path, overwrite: bool = False, source: Path | None = None) -> It
             check_target(out, overwrite, source)  # another may have made it meanwhile
             _move_into_place(partial, out)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full" if full else error.strerror or str(error)
-        raise RunError(f"{out}: cannot be written: {why}; nothing was left behind") from None
+        raise _unwritable(out, error) from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -191,3 +192,39 @@ def _remove(aside: Path, out: Path) -> None:
         doomed = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-{os.getpid()}-", dir=out.parent))
         aside.rename(doomed)  # replaces the empty one
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def private_file(path: Path) -> Iterator[BinaryIO]:
+    """Provide a new file next to `path` that its owner alone may read; put it in place if the block succeeds.
+
+    What a killed run left is removed first: its lock ended with it.
+
+    Raises:
+        RunError: the file cannot be written; nothing is left, and a file at `path` is unchanged.
+    """
+    aside = path.parent / f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*-????????"):
+            with suppress(OSError), leftover.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+        try:
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                with suppress(OSError):  # a file system without locks: leftovers stay there
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                aside.replace(path)
+            flush_path(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    why = "the disk is full" if full else error.strerror or str(error)
+    return RunError(f"{path}: cannot be written: {why}; nothing was left behind")

@@ -6,11 +6,13 @@ process, with limits to their memory and time.
 
 import json
 import os
+import re
+import secrets
 import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -19,9 +21,18 @@ from typing import Any
 from llamita.errors import InputError, RunError, shown
 from llamita.system import child
 from llamita.system.files import exists_in, read_bytes
+from llamita.text.messages import Message, has_parallel_calls, plain_messages, unroll_calls
 from llamita.text.tokenizer import read_settings
 
-Message = dict[str, Any]  # {"role": str, "content": str or [{"type": "text", "text": str}, ...]}
+# What a caller may set besides: the settings that known templates have, by their types.
+EXTRAS = {
+    "date_string": str,  # Llama 3.1 and later
+    "tools_in_user_message": bool,
+    "enable_thinking": bool,  # Qwen3, SmolLM3
+    "thinking": bool,  # Granite
+    "reasoning_effort": str,
+}
+_LONGEST_EXTRA = 64  # characters
 _LARGEST_TEMPLATE = 1 << 20  # characters; the longest real ones have about 20,000
 _SECONDS = 5  # of CPU time for one conversation; real templates take milliseconds
 _PROGRAM = str(Path(__file__).with_name("template_process.py"))
@@ -45,16 +56,54 @@ class ChatTemplate:
         _TEMPLATES.add(self)
         self._ask(None)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template looks at tools at all."""
+        return re.search(r"\btools\b", self._source) is not None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the conversation as one text, special tokens written out, open for the assistant's turn.
+
+        Several calls of tools in one turn become one call a turn if the template takes no more.
+
+        Args:
+            messages: in OpenAI's form; see `text/messages.py`.
+            tools: in OpenAI's form, {"type": "function", "function": {…}}.
+            add_generation_prompt: False leaves the assistant's turn unopened.
+            continue_final_message: the last message is an assistant's, and the text ends where its content does.
+            extra: further variables, of `EXTRAS` alone.
 
         Raises:
             InputError: a message is not a role with a text, or the template refuses the conversation, takes too long
                 or takes too much memory.
             RunError: the process that renders it cannot run.
         """
-        values = {"messages": [_plain(m) for m in messages], "add_generation_prompt": add_generation_prompt}
-        return self._ask({**values, **self._tokens})
+        plain, mark = plain_messages(messages), ""
+        if continue_final_message:
+            mark = _mark(plain)
+            plain[-1]["content"] += mark
+        values = {
+            **check_extra(extra),
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            **self._tokens,
+        }
+        try:
+            text = self._ask({**values, "messages": plain})
+        except InputError:
+            if not has_parallel_calls(plain):
+                raise
+            text = self._ask({**values, "messages": unroll_calls(plain)})
+        return _until_mark(text, mark) if mark else text
 
     def _ask(self, values: dict[str, Any] | None) -> str:
         """Return the text for these values; without values, only check the template."""
@@ -179,14 +228,29 @@ def read_template(directory: Path) -> str:
     return template
 
 
-def _plain(message: Message) -> Message:
-    """Return a copy whose content is one string, as templates of text models expect it."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise InputError("messages", "objects with a role and a content", shown(message))
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
-        content = "".join(parts) if all(isinstance(p, str) for p in parts) else None  # type: ignore[arg-type]
-    if not isinstance(content, str):
-        raise InputError("messages: content", "a text", shown(message.get("content")))
-    return {**message, "content": content}
+def check_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return further variables of a template; raise InputError for one that is not of `EXTRAS`."""
+    for name, value in (extra or {}).items():
+        kind = EXTRAS.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise InputError("chat template: variables", f"some of {', '.join(EXTRAS)}", shown(name))
+        if not isinstance(value, kind):
+            raise InputError(f"chat template: {name}", "a text" if kind is str else "true or false", shown(value))
+        if isinstance(value, str) and (len(value) > _LONGEST_EXTRA or not value.isprintable()):
+            raise InputError(f"chat template: {name}", f"one line of at most {_LONGEST_EXTRA} characters", shown(value))
+    return dict(extra or {})
+
+
+def _mark(messages: Sequence[Message]) -> str:
+    """Return a text that nobody writes, to find the end of the last content by: templates may trim what follows it."""
+    if not messages or messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]:
+        raise InputError("messages", "an assistant's text at the end, to be continued", "none")
+    return f"<{secrets.token_hex(16)}> "
+
+
+def _until_mark(text: str, mark: str) -> str:
+    """Return the text before the mark, as transformers cuts it: without spaces at the end if the template trims."""
+    start = text.rfind(mark.rstrip())
+    if start < 0:
+        raise InputError("chat template: it does not write out the last message, so that cannot be continued")
+    return text[:start] if text.startswith(mark, start) else text[:start].rstrip()

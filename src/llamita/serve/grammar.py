@@ -1,0 +1,266 @@
+"""Grammars that answers keep to, by llguidance: JSON, JSON schemas, regular expressions, Lark grammars, calls of tools.
+
+llguidance never raises: after an error it stays in an error state. So that state is looked at after every call, and
+then the generation ends. An answer is never continued without its grammar.
+"""
+
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any, Self
+
+import numpy as np
+
+from llamita.errors import InputError, RunError, first_line, shown
+from llamita.serve.schemas import LARGEST_SCHEMA, prepare_schema
+from llamita.serve.tools import CallForm
+from llamita.system.extras import load_optional
+
+COMPILE_SECONDS = 1.0  # for a grammar and its first mask
+STEP_SECONDS = 0.5  # of CPU time for what may follow a token; usual grammars take microseconds
+KEPT_GRAMMARS = 64
+MOST_CALLS = 16  # in one answer
+_LACKING = "structured output needs {package}: pip install 'llamita[serve]'"
+# At most one space after commas and colons, as models write it: a grammar that allows any white space can loop in it.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_LIMITS = {  # llguidance's own bounds: of time and memory in each step
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 250_000,
+    "max_grammar_size": 500_000,
+    "verbose_errors": False,
+}
+
+
+class Grammars:
+    """Makes the grammars of one model. Threads may share it.
+
+    Args:
+        tokenizer: the text of its tokenizer.json.
+        vocab_size: the number of its logits.
+        ends: its end tokens, at least one.
+
+    Raises:
+        InputError: llguidance cannot read the tokenizer.
+        RunError: llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: str, vocab_size: int, ends: Sequence[int]) -> None:
+        self._library = load_optional("llguidance", _LACKING)
+        if not ends:
+            raise InputError("grammar", "a model with an end token", "none")
+        try:
+            self._tokenizer = self._library.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(ends))
+        except Exception as error:  # it raises what it likes
+            raise InputError("tokenizer.json", "a tokenizer that llguidance reads", first_line(error)) from None
+        self._limits = self._library.LLParserLimits(**_LIMITS)
+        self._vocab_size, self._ends = vocab_size, tuple(ends)
+        self._kept: OrderedDict[bytes, GrammarConstraint] = OrderedDict()
+        self._lock = Lock()
+        self._compilers = ThreadPoolExecutor(2, "grammar")
+        self._workers = ThreadPoolExecutor(1, "mask")
+
+    def json_object(self, where: str = "response_format") -> "GrammarConstraint":
+        """Return the grammar of any JSON object."""
+        return self.json_schema({"type": "object"}, where)
+
+    def json_schema(self, schema: object, where: str = "response_format") -> "GrammarConstraint":
+        """Return the grammar of the JSON texts that are valid by a schema; errors name `where`.
+
+        Raises:
+            InputError: it is too large or takes too long, or llguidance cannot keep to all of it.
+        """
+        prepared = json.dumps(prepare_schema(schema, where))
+        return self._compile(where, "schema", prepared)
+
+    def regex(self, pattern: object, where: str = "regex") -> "GrammarConstraint":
+        """Return the grammar of the texts that match a regular expression (Rust's, without look-around) as a whole."""
+        text = _checked_text(pattern, where)
+        if (len(text) - len(text.rstrip("\\"))) % 2:  # llguidance would leave it out
+            raise InputError(where, "a character after each backslash", "the end of the pattern")
+        return self._compile(where, "regex", text)
+
+    def lark(self, grammar: object, where: str = "grammar") -> "GrammarConstraint":
+        """Return a grammar that is written in llguidance's dialect of Lark."""
+        return self._compile(where, "lark", _checked_text(grammar, where))
+
+    def tool_calls(
+        self, tools: Sequence[Mapping[str, Any]], form: CallForm, *, name: str | None = None, parallel: bool = True
+    ) -> "GrammarConstraint":
+        """Return the grammar of one or more calls of tools that are checked already, in the form of a model.
+
+        Args:
+            name: the only tool that may be called.
+            parallel: whether several calls may follow one another.
+        """
+        rules = []
+        for place, tool in enumerate(tools):
+            function = tool["function"]
+            if name in (None, function["name"]):
+                where = f"tools[{place}].function.parameters"
+                parameters = prepare_schema(function.get("parameters") or _NO_PARAMETERS, where)
+                if isinstance(parameters, dict):
+                    parameters = {"type": "object", **parameters, "x-guidance": _SPACING}
+                begin, end = json.dumps(form.begin(function["name"])), json.dumps(form.end)
+                rules.append(f"call_{place}: {begin} arguments_{place} {end}")
+                rules.append(f"arguments_{place}: %json {json.dumps(parameters)}")
+        calls = " | ".join(rule.partition(":")[0] for rule in rules[::2])
+        more = f" ({json.dumps(form.between)} call){{0,{MOST_CALLS - 1}}}" if parallel and form.between else ""
+        return self._compile("tools", "lark", "\n".join([f"start: call{more}", f"call: {calls}", *rules]))
+
+    def _compile(self, where: str, kind: str, text: str) -> "GrammarConstraint":
+        """Return an unused copy of a grammar, made within a second by a worker or kept from another time."""
+        key = hashlib.sha256(f"{kind}:{text}".encode()).digest()
+        with self._lock:
+            if found := self._kept.get(key):
+                self._kept.move_to_end(key)
+                return found.copy()
+        compiling = self._compilers.submit(self._make, where, kind, text)
+        try:
+            made = compiling.result(COMPILE_SECONDS)
+        except TimeoutError:
+            compiling.cancel()
+            raise InputError(where, f"a grammar that is made within {COMPILE_SECONDS:g} s", "a slower one") from None
+        with self._lock:
+            self._kept[key] = made
+            while len(self._kept) > KEPT_GRAMMARS:
+                self._kept.popitem(last=False)
+        return made.copy()
+
+    def _make(self, where: str, kind: str, text: str) -> "GrammarConstraint":
+        matcher = self._library.LLMatcher
+        try:
+            if kind == "schema":
+                grammar = matcher.grammar_from_json_schema(text, overrides=_SPACING)
+            else:
+                grammar = (matcher.grammar_from_regex if kind == "regex" else matcher.grammar_from_lark)(text)
+            made = matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        except Exception as error:  # misuse of the interface; what a caller may write wrongly is in the error state
+            raise InputError(where, "a grammar that llguidance takes", first_line(error)) from None
+        if made.is_error():
+            raise InputError(where, "a grammar that llguidance takes", _one_line(made.get_error()))
+        constraint = GrammarConstraint(made, self._vocab_size, self._ends, self._workers)
+        try:
+            constraint.allowed()
+        except (InputError, RunError) as error:
+            raise error.at(where) from None
+        return constraint
+
+
+class GrammarConstraint:
+    """A grammar and its state. `accept` has a worker find what may come next while the model computes its next step.
+
+    Forced tokens are those of the canonical tokenization of the text that must come. Where there are some, `allowed`
+    allows the first of them alone, so that a draft of them is right by construction.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, ends: tuple[int, ...], workers: ThreadPoolExecutor) -> None:
+        self._matcher, self._vocab_size, self._ends, self._workers = matcher, vocab_size, ends, workers
+        self._lock = Lock()  # the matcher is used by one thread at a time
+        self._count = 0  # accepted tokens
+        self._forced: list[int] | None = None  # None: not known yet
+        self._mask: np.ndarray | None = None
+        self._failure: str | None = None
+        self._is_ended = False
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens may come next: bool (vocab,)."""
+        with self._lock:
+            self._find_forced()
+            self._find_mask()
+            self._check()
+            assert self._mask is not None
+            return self._mask
+
+    def accept(self, token: int) -> None:
+        """Add a token that `allowed` has."""
+        with self._lock:
+            self._check()
+            is_end = token in self._ends
+            if self._is_ended or (is_end and not self._matcher.is_accepting()):
+                self._failure = "a token after or before its end"
+            elif is_end:
+                self._is_ended = True
+            elif not self._matcher.consume_token(token):
+                self._failure = _one_line(self._matcher.get_error()) or "a token that it does not allow"
+            self._check()
+            rest = self._forced[1:] if self._forced and self._forced[0] == token else None
+            self._forced, self._mask = rest or None, None
+            self._count += 1
+            count = self._count
+        if not self._is_ended:
+            self._workers.submit(self._prepare, count)
+
+    def forced(self, limit: int) -> list[int]:
+        """Return up to `limit` tokens that must come next; [] where there is a choice."""
+        if self._forced is None and self._failure is None:
+            with self._lock:
+                self._find_forced()
+        return [] if self._failure is not None else (self._forced or [])[:limit]
+
+    def copy(self) -> Self:
+        """Return an independent one in the same state."""
+        with self._lock:
+            other = type(self)(self._matcher.deep_copy(), self._vocab_size, self._ends, self._workers)
+            other._forced, other._mask = self._forced, self._mask
+            other._failure, other._is_ended = self._failure, self._is_ended
+        return other
+
+    def _prepare(self, count: int) -> None:
+        """Find what may follow so many tokens, in a worker. `forced` waits for the first part alone."""
+        for find in (self._find_forced, self._find_mask):
+            with self._lock:
+                if self._count == count:
+                    find()
+
+    def _find_forced(self) -> None:
+        if self._forced is None:
+            is_over = self._is_ended or self._matcher.is_stopped()
+            self._forced = [] if is_over else self._timed(self._matcher.compute_ff_tokens)
+
+    def _find_mask(self) -> None:
+        if self._mask is not None:
+            return
+        mask = np.zeros(self._vocab_size, dtype=bool)
+        if self._forced:
+            mask[self._forced[0]] = True
+        else:
+            if not (self._is_ended or self._matcher.is_stopped()):
+                bits = np.frombuffer(self._timed(self._matcher.compute_bitmask), dtype=np.uint8)
+                mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(bool)
+            mask[list(self._ends)] = self._is_ended or self._matcher.is_accepting()
+        self._mask = mask
+
+    def _timed(self, find: Callable[[], Any]) -> Any:
+        """Return what may follow; a grammar that takes long for it fails."""
+        began = time.thread_time()
+        found = find()
+        if time.thread_time() - began > STEP_SECONDS:
+            self._failure = f"more than {STEP_SECONDS:g} s for a token"
+        return found
+
+    def _check(self) -> None:
+        if self._failure is None and self._matcher.is_error():
+            self._failure = _one_line(self._matcher.get_error()) or "an error"
+        if self._failure is not None:
+            raise InputError("grammar", "an answer that keeps to it", self._failure)
+
+
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _checked_text(text: object, where: str) -> str:
+    if not isinstance(text, str) or not text or len(text.encode(errors="replace")) > LARGEST_SCHEMA:
+        raise InputError(where, f"a text of 1 to {LARGEST_SCHEMA} bytes", shown(text))
+    return text
+
+
+def _one_line(error: str) -> str:
+    """Return llguidance's message without the program that it quotes."""
+    return " ".join(error.split("<non-verbose/>")[0].split())[:300]
