@@ -65,5 +65,5 @@ $(VENV)/.lean: $(BIN)/python $(SOURCES)
 # Torch first and alone: without a pinned version already there, other packages pull the newest CUDA build.
 $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(PIP) torch
-	$(PIP) '.[export,dev]'
+	$(PIP) '.[export,serve,dev]'
 	@touch $@ $(VENV)/.lean

@@ -43,6 +43,7 @@ COMMANDS = {
     ),
     "generate": CommandInfo("llamita.commands.generate", "Continue a prompt."),
     "chat": CommandInfo("llamita.commands.chat", "Talk to a model in the terminal."),
+    "serve": CommandInfo("llamita.commands.serve", "Serve models to any OpenAI client, with a page to chat on."),
     "inspect": CommandInfo("llamita.commands.inspect", "Show what a model directory holds."),
     "verify": CommandInfo(
         "llamita.commands.verify", "Check every file of a model directory against its recorded hash."

@@ -61,7 +61,7 @@ def load(
     """
     use_threads(threads)
     scheme = preset if scheme is None else scheme
-    source = _rounded(open_source(at_revision(path_or_name, revision), progress), scheme, path_or_name)
+    source = open_model(at_revision(path_or_name, revision), scheme, progress)
     return LLM(
         source,
         context=context,
@@ -73,7 +73,9 @@ def load(
     )
 
 
-def _rounded(source: ModelSource, scheme: str | QuantScheme | None, name: str | Path) -> ModelSource:
+def open_model(name: str | Path, scheme: str | QuantScheme | None = None, progress: Progress = None) -> ModelSource:
+    """Open the weights of a model, rounded to nearest by a scheme if there is one, for `LLM`; see `load`."""
+    source = open_source(name, progress)
     if isinstance(scheme, str):
         try:
             scheme = choose_scheme(scheme)

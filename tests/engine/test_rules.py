@@ -224,7 +224,7 @@ def test_a_grammar_that_fails_ends_its_own_sequence_alone(tiny: LLM) -> None:
     {"constraint": Cycle(4096, [[300, 301], [5], [6], [7], [8, 9], [10]])}, {"show_special": True},
     {"constraint": Cycle(4096, [list(range(4096))])},
     {"constraint": Cycle(4096, [[40], [50, 51]]), "frequency_penalty": 1.0, "logprobs": 2, "repetition_penalty": 1.2},
-], ids=str)  # fmt: skip
+], ids=" and ".join)  # fmt: skip
 def test_speculation_changes_nothing(embedded: LLM, how: dict[str, Any], rules: dict[str, Any]) -> None:
     assert embedded.config.vocab_size == 4096
     found = [embedded.generate(PROMPT, speculate=n, max_tokens=60, **how, **rules) for n in (0, 8)]

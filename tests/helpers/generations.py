@@ -53,7 +53,7 @@ class RecordingSampler(Sampler):
 
     rows: ClassVar[defaultdict[bytes, list[np.ndarray]]] = defaultdict(list)
 
-    def __init__(self, sampling: Sampling, prompt: np.ndarray, vocab_size: int, rules: Rules | None = None) -> None:
+    def __init__(self, sampling: Sampling, prompt: np.ndarray, vocab_size: int, rules: Rules) -> None:
         super().__init__(sampling, prompt, vocab_size, rules)
         self._prompt = np.asarray(prompt, dtype=np.int32).tobytes()
 

@@ -82,13 +82,15 @@ class LLM:
         cache_memory: int | None = None,
         prefix_cache: int | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        takes_adapters: bool = False,
+        share_prefixes: bool = False,
     ) -> None:
         """Load the weights. `llamita.load` explains the arguments; `adapters` are loaded already."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
-        limits = self._limits(max_sequences, cache_memory, prefix_cache)
+        limits = self._limits(max_sequences, cache_memory, prefix_cache, share_prefixes)
         self.adapters = dict(adapters or {})
-        self.model = Model(self.config, load_weights(source, gated=not self.adapters))
+        self.model = Model(self.config, load_weights(source, gated=not (self.adapters or takes_adapters)))
         self.scheduler = Scheduler(self.model, limits)
 
     @cached_property
@@ -210,7 +212,10 @@ class LLM:
         continues = continued if continues is None else continues
         recommended = Sampling.from_generation_config(read_settings(self.path, "generation_config.json"))
         ends, vocab = self.tokenizer.eos_token_ids, self.config.vocab_size
-        return check_request(ids, continues, self.context, recommended, options, started, self.adapters, ends, vocab)
+        context = self.context
+        if options.get("max_tokens", 0) is None:  # all that is left: of the context, or of the memory if that is less
+            context = min(context, max(len(ids) + 1, self.scheduler.load.room_positions))
+        return check_request(ids, continues, context, recommended, options, started, self.adapters, ends, vocab)
 
     def sequence(self, request: Request) -> SequenceState:
         """Return a sequence for a checked request, to be submitted to `scheduler` by a driver with a thread."""
@@ -236,6 +241,23 @@ class LLM:
         text = self.chat_template.render(messages, tools=tools, continue_final_message=continue_last, extra=extra)
         return self.tokenizer.encode(text, add_bos=False)
 
+    def embed(self, token_ids: TokenIds, adapter: str | None = None) -> np.ndarray:
+        """Return the mean of the tokens' final hidden states, divided by its length: float32 (hidden,).
+
+        A model that was not trained for embeddings gives rough ones: they tell texts of different subjects apart,
+        and little more.
+
+        Raises:
+            InputError: see `logits`.
+        """
+        ids = self.check_ids(token_ids)
+        cache = self.new_sequence(len(ids))
+        cache.adapter = find_adapter(adapter, self.adapters)
+        total = np.zeros(self.config.hidden_size)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            total += self.model.final_states(cache, ids[start : start + PREFILL_CHUNK]).sum(axis=0, dtype=np.float64)
+        return (total / max(float(np.linalg.norm(total)), np.finfo(np.float32).tiny)).astype(np.float32)
+
     def new_sequence(self, declared_length: int) -> SequenceCache:
         """Return the empty cache of a sequence that may reach this many tokens."""
         return SequenceCache(self.config, declared_length, self.kv_dtype, declared_length)
@@ -253,7 +275,9 @@ class LLM:
     def _submit(self, request: Request) -> Stream:
         return Stream(self.scheduler, self.sequence(request))
 
-    def _limits(self, sequences: int, cache_memory: int | None, prefix_cache: int | None) -> SequenceLimits:
+    def _limits(
+        self, sequences: int, cache_memory: int | None, prefix_cache: int | None, share: bool
+    ) -> SequenceLimits:
         """Return checked limits, with shares of the usable memory in place of None."""
         memory = usable_memory()
         block = self.new_sequence(BLOCK).nbytes
@@ -263,7 +287,8 @@ class LLM:
         check_whole("max_sequences", sequences, 1)
         check_whole("cache_memory", cache_memory, 1)
         check_whole("prefix_cache", prefix_cache, 0)
-        return SequenceLimits(sequences, cache_memory, min(prefix_cache, cache_memory), self.kv_dtype, self.context)
+        prefix_cache = min(prefix_cache, cache_memory)
+        return SequenceLimits(sequences, cache_memory, prefix_cache, self.kv_dtype, self.context, share)
 
     def _prompt_ids(self, prompt: Any) -> tuple[np.ndarray, bool]:
         """Return the token ids of a prompt, and whether the answer continues its text."""

@@ -93,6 +93,19 @@ class Model:
             for (cache, _), count in zip(sequences, counts, strict=True):
                 cache.length += count
 
+    def final_states(self, cache: SequenceCache, ids: np.ndarray) -> np.ndarray:
+        """Compute new tokens of one sequence; return their states after the last norm, float32 (tokens, hidden)."""
+        w = self.weights
+        with self._lock:
+            x = self._hidden_states([(cache, ids)], [len(ids)])
+            cache.length += len(ids)
+            states = self._buffers.first(len(ids)).hidden.floats
+            ops.rmsnorm(x, w.norm, self.config.norm_eps, states)
+            if w.head_transform is not None:  # back into the space of the unrotated model
+                ops.linear(w.head_transform, states, x)
+                states = x
+            return states.copy()
+
     def _hidden_states(self, sequences: Step, counts: list[int]) -> np.ndarray:
         """Run all blocks; return the residual stream (tokens, hidden)."""
         batch, buffers = self._begin(sequences, counts)

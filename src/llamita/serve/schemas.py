@@ -58,12 +58,15 @@ def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, 
             made[key] = inner(key, value)
     if "patternProperties" in made:
         _check_patterns(made, where)
-    elif (
-        closed and "properties" in made and not made.keys() & {"additionalProperties", "unevaluatedProperties", "$ref"}
-    ):
-        if set(made.get("required") or ()) <= set(made["properties"]):
-            made["additionalProperties"] = False
+    elif closed and "properties" in made and not made.keys() & _OPEN:
+        made["additionalProperties"] = not _requires_only(made, made["properties"])
     return made
+
+
+def _requires_only(schema: Mapping[str, Any], names: object) -> bool:
+    """Return whether a schema requires no other properties than these."""
+    required = schema.get("required", [])
+    return isinstance(required, list) and isinstance(names, Mapping) and all(name in names for name in required)
 
 
 def _check_patterns(schema: dict[str, Any], where: str) -> None:

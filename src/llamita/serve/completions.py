@@ -1,0 +1,131 @@
+"""`/v1/completions`: continuations of texts or token ids, with the prompt's log-probabilities if they are asked for."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llamita.engine.requests import Options, Request
+from llamita.serve.engine_thread import Update
+from llamita.serve.errors import too_long, wrong
+from llamita.serve.exchange import Exchange
+from llamita.serve.fields import read
+from llamita.serve.logprobs import CompletionLogprobs
+from llamita.serve.options import engine_options, for_choice
+from llamita.serve.reply import Part, reason_of, reply
+from llamita.serve.served import Served
+from llamita.serve.state import Job, ServerState
+from llamita.serve.tables import COMPLETIONS, MOST_PROMPTS
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+@dataclass
+class CompletionJob(Job):
+    """A job that continues texts.
+
+    Attributes:
+        echo: the prompt is sent before the answer.
+        has_logprobs: log-probabilities are sent.
+    """
+
+    echo: bool = False
+    has_logprobs: bool = False
+
+
+async def completions(state: ServerState, exchange: Exchange) -> None:
+    """Continue texts, whole or as a stream."""
+    values = read(await exchange.read_json(state.limits.body_bytes), COMPLETIONS)
+    job = await state.in_pool(_prepare, state, values, exchange.owner)
+    writers = [_CompletionWriter(job, request) for request in job.requests]
+    await reply(state, exchange, job, writers, values, ("cmpl", "text_completion", "text_completion"))
+
+
+def prompts_of(value: Any) -> list[Any]:
+    """Return the prompts of a body's field: texts, or lists of token ids.
+
+    Raises:
+        ApiError: there are too many.
+    """
+    is_several = isinstance(value, list) and isinstance(value[0], str | list)
+    prompts: list[Any] = value if is_several else [value]
+    if len(prompts) > MOST_PROMPTS:
+        raise wrong("prompt", f"expected at most {MOST_PROMPTS}, got {len(prompts)}.")
+    return prompts
+
+
+def prompt_ids(served: Served, prompt: Any, add_special: bool, param: str = "prompt") -> list[int]:
+    """Return the token ids of one prompt, which need not fit the context.
+
+    Raises:
+        ApiError: an id is outside the vocabulary.
+    """
+    tokenizer, size = served.llm.tokenizer, served.llm.config.vocab_size
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, add_bos=None if add_special else False)
+        return ids or ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+    ids = [int(token) for token in prompt]
+    if not all(0 <= token < size for token in ids):
+        raise wrong(param, f"expected token ids from 0 to {size - 1}.")
+    return ids
+
+
+def _prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) -> CompletionJob:
+    """Return the job of a checked body."""
+    served = state.models.find(values.get("model"))
+    llm, echo, logprobs = served.llm, values.get("echo", False), values.get("logprobs")
+    most = values.get("max_tokens", DEFAULT_MAX_TOKENS)
+    if most == 0 and not echo:
+        raise wrong("max_tokens", "0 needs `echo: true`.")
+    options: Options = {
+        **engine_options(values, llm.config.vocab_size),
+        "max_tokens": most,
+        "logprobs": logprobs,
+        "prompt_logprobs": (logprobs or 0) if echo and (logprobs is not None or most == 0) else None,
+        "owner": owner,
+        "adapter": served.adapter,
+        "constraint": served.structure.constraint(values),
+    }
+    n, requests = values.get("n", 1), []
+    for prompt in prompts_of(values["prompt"]):
+        ids = prompt_ids(served, prompt, values.get("add_special_tokens", True))
+        if not ids or len(ids) + min(most, 1) > llm.context:
+            raise too_long(len(ids), llm.context, "prompt")
+        requests += [llm.check(ids, **for_choice(options, choice)) for choice in range(n)]
+    return CompletionJob(served, requests, n, echo, logprobs is not None)
+
+
+class _CompletionWriter:
+    """Turns the updates of one choice into entries with `text` and `logprobs`."""
+
+    def __init__(self, job: CompletionJob, request: Request) -> None:
+        self._job, self._request = job, request
+        self._tokenizer = job.served.llm.tokenizer
+        self._is_first = True
+        self._logprobs = CompletionLogprobs(self._text_of)
+
+    def opening(self) -> list[Part]:
+        """Return nothing: a completion begins with its text."""
+        return []
+
+    def parts(self, update: Update) -> Iterator[Part]:
+        """Yield the text of an update with the log-probabilities of its tokens."""
+        yield self.whole(update)
+
+    def whole(self, update: Update) -> Part:
+        """Return the text of an update with the log-probabilities of its tokens."""
+        text, scores, tokens = update.text, list(update.logprobs), [s.token for s in update.logprobs]
+        if self._is_first and self._job.echo:
+            ids = self._request.ids.tolist()
+            text = self._tokenizer.decode(ids) + text
+            if self._job.has_logprobs:
+                scores = [*update.prompt_logprobs, *scores]
+                tokens = ids + tokens
+        self._is_first = False
+        return {
+            "text": text,
+            "logprobs": self._logprobs.add(scores, tokens) if self._job.has_logprobs else None,
+            "finish_reason": reason_of(update.generation) if update.generation else None,
+        }
+
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.token_bytes(token, skip_special=False).decode(errors="replace")

@@ -1,0 +1,163 @@
+"""One HTTP request and its answer, in plain ASGI: bounded reading, JSON, server-sent events, and the watch for a
+client that goes away.
+
+Frameworks' helpers miss disconnects of requests that are not streamed, and behind middleware; so one task waits in
+`receive` for as long as the answer takes.
+"""
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from llamita.serve.errors import ApiError
+
+BODY_SECONDS = 30  # for a client to send its body
+_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+_LONGEST_ID = 64
+
+
+class Disconnected(Exception):
+    """The client has gone; nothing is left to answer."""
+
+
+class Exchange:
+    """A request and its answer.
+
+    Attributes:
+        request_id: the client's own if it is safe to repeat, else a new one.
+        owner: whose request it is: a tag of its key, None without keys; the guard sets it.
+        key: the key that came with it, "" without one; the guard sets it. It is never logged.
+        status: the status that was sent, None before.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self._receive, self._send = receive, send
+        self.headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        given = self.headers.get("x-request-id", "")
+        is_safe = 0 < len(given) <= _LONGEST_ID and set(given) <= _SAFE
+        self.request_id = given if is_safe else f"req_{secrets.token_hex(12)}"
+        self.owner: str | None = None
+        self.key = ""
+        self.status: int | None = None
+
+    async def read_json(self, most_bytes: int) -> dict[str, Any]:
+        """Return the body, a JSON object.
+
+        Raises:
+            ApiError: it is not JSON, not an object, too large, or too slow.
+            Disconnected: the client went away.
+        """
+        kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":  # what a form of a web page could send is refused, too
+            raise ApiError(
+                415, f"Content-Type: expected application/json, got {kind[:80] or 'none'}.", code="media_type"
+            )
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                data = await self._read_body(most_bytes)
+        except TimeoutError:
+            raise ApiError(408, f"The body did not come within {BODY_SECONDS} seconds.", code="timeout") from None
+        try:
+            body = json.loads(data, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"The body is not JSON: {str(error)[:200]}.", code="invalid_json") from None
+        if not isinstance(body, dict):
+            raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+        return body
+
+    async def _read_body(self, most_bytes: int) -> bytes:
+        declared = self.headers.get("content-length", "0")
+        parts, length = [], int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+        too_large = ApiError(413, f"The body is larger than {most_bytes} bytes.", code="request_too_large")
+        too_large.headers["Connection"] = "close"  # the rest of the body is not read
+        if length > most_bytes:
+            raise too_large
+        length = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            part = message.get("body", b"")
+            length += len(part)
+            if length > most_bytes:
+                raise too_large
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    async def send_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """Answer with JSON."""
+        data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        await self.send_bytes(data, "application/json", status, headers)
+
+    async def send_bytes(
+        self, data: bytes, media_type: str, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Answer with bytes."""
+        await self._begin(status, {"content-type": media_type, "content-length": str(len(data)), **(headers or {})})
+        body = b"" if self.scope["method"] == "HEAD" else data
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def send_error(self, error: ApiError) -> None:
+        """Answer with an error, or end a stream that has begun with it."""
+        if self.status is None:
+            await self.send_json(error.body(), error.status, error.headers)
+        else:
+            await self.send_event(error.body())
+            await self.end_stream()
+
+    async def begin_stream(self) -> None:
+        """Send the head of a stream of events."""
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        await self._begin(200, {**headers, "x-accel-buffering": "no"})  # for nginx, which else collects the events
+
+    async def send_event(self, value: Any, name: str | None = None) -> None:
+        """Send one event of a stream: a JSON value."""
+        head = f"event: {name}\n" if name else ""
+        await self.send_line(f"{head}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n")
+
+    async def send_line(self, text: str) -> None:
+        """Send text of a stream as it is."""
+        data = text.encode("utf-8", "replace")
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_stream(self) -> None:
+        """End the stream."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def watched(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do the work; stop it as soon as the client goes away.
+
+        Raises:
+            Disconnected: the client went away, and the work has been cancelled and has ended.
+        """
+        task = asyncio.ensure_future(work())
+        gone = asyncio.ensure_future(self._disconnect())
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Disconnected
+            await task
+        finally:
+            for one in (task, gone):
+                one.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def _disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status = status
+        every = {"x-request-id": self.request_id, "x-content-type-options": "nosniff", **headers}
+        pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

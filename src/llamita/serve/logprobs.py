@@ -1,0 +1,52 @@
+"""Log-probabilities in OpenAI's two forms."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llamita.engine.logprobs import TokenLogprob
+from llamita.text.tokenizer import Tokenizer
+
+_LOWEST = -9999.0  # JSON has no minus infinity; vLLM sends this
+
+
+def chat_entry(score: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return an entry of `logprobs.content`: of a chat's token and its alternatives."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token, skip_special=False)
+        return {"token": data.decode(errors="replace"), "logprob": max(logprob, _LOWEST), "bytes": list(data)}
+
+    return {**one(score.token, score.logprob), "top_logprobs": [one(token, value) for token, value in score.top]}
+
+
+class CompletionLogprobs:
+    """Builds the `logprobs` object of a completion, piece by piece.
+
+    Args:
+        text_of: returns a token's text.
+        offset: characters before the first token.
+    """
+
+    def __init__(self, text_of: Callable[[int], str], offset: int = 0) -> None:
+        self._text_of, self._offset = text_of, offset
+
+    def add(self, scores: Sequence[TokenLogprob | None], tokens: Sequence[int]) -> dict[str, Any]:
+        """Return the object for the next tokens; a score of None is the first of a text, which nothing predicts."""
+        result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for score, token in zip(scores, tokens, strict=True):
+            text = self._text_of(token)
+            result["tokens"].append(text)
+            result["token_logprobs"].append(None if score is None else max(score.logprob, _LOWEST))
+            result["top_logprobs"].append(None if score is None else self._top(score))
+            result["text_offset"].append(self._offset)
+            self._offset += len(text)
+        return result
+
+    def _top(self, score: TokenLogprob) -> dict[str, float]:
+        """Return the likeliest by their text, and the token itself. Of two with one text the likelier counts."""
+        top: dict[str, float] = {}
+        for token, logprob in score.top:
+            top.setdefault(self._text_of(token), max(logprob, _LOWEST))
+        own = self._text_of(score.token)
+        top[own] = max(top.get(own, _LOWEST), score.logprob, _LOWEST)
+        return top

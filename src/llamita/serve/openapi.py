@@ -1,0 +1,76 @@
+"""The OpenAPI document, made from the tables of fields, so that it cannot say anything else than the server does."""
+
+from functools import lru_cache
+from typing import Any
+
+from llamita import __version__
+from llamita.serve import tables
+from llamita.serve.exchange import Exchange
+from llamita.serve.fields import Table
+from llamita.serve.state import ServerState
+
+_BODIES: dict[str, tuple[str, Table]] = {
+    "/v1/chat/completions": ("Answer a conversation", tables.CHAT),
+    "/v1/chat/completions/input_tokens": ("Count the tokens of a conversation", tables.CHAT),
+    "/v1/completions": ("Continue a text", tables.COMPLETIONS),
+    "/v1/responses": ("Answer, in OpenAI's newer form", tables.RESPONSES),
+    "/v1/embeddings": ("Mean of a text's final states", tables.EMBEDDINGS),
+    "/v1/adapters": ("Load an adapter", tables.ADAPTER),
+    "/tokenize": ("Turn text into token ids", tables.TOKENIZE),
+    "/detokenize": ("Turn token ids into text", tables.DETOKENIZE),
+}
+_LOOKS = {
+    "/v1/models": "List the models",
+    "/v1/models/{name}": "Show one model",
+    "/v1/adapters": "List the adapters",
+    "/v1/load": "Show the schedulers at work",
+    "/tokenizer_info": "Show the tokenizer's special tokens",
+    "/health": "Say whether the engine moves",
+    "/ready": "Say whether a request would be taken in",
+    "/metrics": "Show the counters for Prometheus",
+}
+_ERROR = {"$ref": "#/components/schemas/Error"}
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+async def document(state: ServerState, exchange: Exchange) -> None:
+    """Send the document."""
+    await exchange.send_json(openapi())
+
+
+@lru_cache(maxsize=1)
+def openapi() -> dict[str, Any]:
+    """Return the document."""
+    paths: dict[str, Any] = {}
+    for path, summary in _LOOKS.items():
+        parameters = {"parameters": [_NAME]} if "{name}" in path else {}
+        paths.setdefault(path, {})["get"] = {"summary": summary, **parameters, "responses": _answers()}
+    for path, (summary, table) in _BODIES.items():
+        content = {"application/json": {"schema": _schema(table)}}
+        body = {"required": True, "content": content}
+        paths.setdefault(path, {})["post"] = {"summary": summary, "requestBody": body, "responses": _answers()}
+    paths["/v1/adapters/{name}"] = {
+        "delete": {"summary": "Forget an adapter", "parameters": [_NAME], "responses": _answers()}
+    }
+    error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object"}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llamita", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {"Error": error}, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}, {}],
+    }
+
+
+def _answers() -> dict[str, Any]:
+    refusal = {"description": "Refused, in OpenAI's form", "content": {"application/json": {"schema": _ERROR}}}
+    return {"200": {"description": "Done"}, "4XX": refusal, "503": refusal}
+
+
+def _schema(table: Table) -> dict[str, Any]:
+    fields = {name: {**row.kind.schema, "description": row.note} for name, row in table.items() if row.kind}
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": [name for name, row in table.items() if row.is_required],
+    }

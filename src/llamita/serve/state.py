@@ -1,0 +1,190 @@
+"""What all endpoints share: the models, the engine's thread, limits and counters; and how a job runs through them."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from llamita.engine.requests import Request
+from llamita.errors import InputError, LlamitaError
+from llamita.serve.engine_thread import EngineThread, Mailbox, Update, merge
+from llamita.serve.errors import ApiError, from_llamita, timed_out, unavailable
+from llamita.serve.keys import Keys
+from llamita.serve.metrics import Metrics
+from llamita.serve.queue_limits import Bounds, QueueLimits
+from llamita.serve.served import Models, Served
+
+SIGN_OF_LIFE = 15  # seconds of silence after which a stream gets a comment: proxies close silent ones after 30 to 60
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a server, in seconds and bytes.
+
+    Attributes:
+        first_token_seconds: from a request to its first token.
+        total_seconds: from a request to its end.
+        body_bytes: of a request.
+        drain_seconds: for what runs when the server is told to stop.
+    """
+
+    first_token_seconds: float = 600
+    total_seconds: float = 3600
+    body_bytes: int = 8 << 20
+    drain_seconds: float = 10
+
+
+@dataclass
+class Job:
+    """Checked requests of the engine that answer one HTTP request.
+
+    Attributes:
+        served: the model.
+        requests: one for each choice of each prompt, all choices of the first prompt first.
+        choices: how many for each prompt.
+    """
+
+    served: Served
+    requests: list[Request]
+    choices: int = 1
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The tokens of all prompts, each counted once."""
+        return sum(len(request.ids) for request in self.requests[:: self.choices])
+
+
+@dataclass
+class ServerState:
+    """A server's parts.
+
+    Attributes:
+        is_draining: it takes no more work.
+        adapters_directory: where adapters are that an administrator may load; None for nowhere.
+        pool: two threads for what takes longer than a millisecond or so: templates, tokens, grammars.
+    """
+
+    models: Models
+    engine: EngineThread
+    keys: Keys
+    limits: Limits
+    queue: QueueLimits
+    metrics: Metrics
+    adapters_directory: Path | None = None
+    is_draining: bool = False
+    started: float = field(default_factory=time.time)
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
+
+    async def in_pool(self, function: Callable[_P, _R], *arguments: _P.args, **named: _P.kwargs) -> _R:
+        """Run a function in the pool. Errors of the library, which the request caused, become refusals."""
+
+        def run() -> _R:
+            try:
+                return function(*arguments, **named)
+            except InputError as error:
+                raise from_llamita(error) from None
+
+        return await asyncio.get_running_loop().run_in_executor(self.pool, run)
+
+    @contextmanager
+    def run(self, owner: str | None, job: Job) -> Iterator["Running"]:
+        """Run a job while the block lasts; leaving it ends what is left of it.
+
+        Raises:
+            ApiError: the server stops, there is no room, or a sequence can never fit the memory.
+        """
+        if self.is_draining:
+            raise unavailable("The server is stopping.", "draining")
+        llm = job.served.llm
+        with self.queue.place(owner, len(job.requests), job.prompt_tokens, lambda: llm.scheduler.load):
+            mailbox = Mailbox(llm.scheduler, [llm.sequence(request) for request in job.requests])
+            running = Running(mailbox, self.limits, self.metrics)
+            try:
+                self.engine.submit(mailbox)
+            except InputError as error:
+                raise from_llamita(error, "max_tokens") from None
+            try:
+                yield running
+            finally:
+                self.engine.cancel(mailbox)
+                running.note_end()
+
+
+def make_state(models: Models, keys: Keys, limits: Limits, bounds: Bounds, adapters: Path | None = None) -> ServerState:
+    """Return the state of a server whose engine's thread is not started yet."""
+    schedulers = [llm.scheduler for llm in models.llms.values()]
+    engine = EngineThread(schedulers)
+    return ServerState(models, engine, keys, limits, QueueLimits(bounds), Metrics(models.llms), adapters)
+
+
+class Running:
+    """The updates of a job, by choice, until all its sequences have ended.
+
+    An empty update is a sign that nothing came for `SIGN_OF_LIFE` seconds.
+    """
+
+    def __init__(self, mailbox: Mailbox, limits: Limits, metrics: Metrics) -> None:
+        self._mailbox, self._limits, self._metrics = mailbox, limits, metrics
+        self._left = len(mailbox.sequences)
+        self._began = self._last = time.monotonic()
+        self._has_token = False
+
+    def __aiter__(self) -> "Running":
+        return self
+
+    async def __anext__(self) -> dict[int, Update]:
+        if not self._left:
+            raise StopAsyncIteration
+        most = self._limits.total_seconds if self._has_token else self._limits.first_token_seconds
+        left = self._began + most - time.monotonic()
+        try:
+            async with asyncio.timeout(min(SIGN_OF_LIFE, left)):
+                updates = await self._mailbox.take()
+        except TimeoutError:
+            if left <= SIGN_OF_LIFE:
+                what = "The answer" if self._has_token else "The first token"
+                raise timed_out(f"{what} took longer than {most:g} seconds.") from None
+            return {}
+        self._note(updates)
+        for update in updates.values():
+            if isinstance(update.error, LlamitaError):
+                raise _failure(update.error)
+            if update.error:
+                raise update.error
+            self._left -= update.generation is not None
+        return updates
+
+    async def all(self) -> list[Update]:
+        """Return everything, by choice."""
+        whole = [Update() for _ in self._mailbox.sequences]
+        async for updates in self:
+            for choice, update in updates.items():
+                whole[choice] = merge(whole[choice], update)
+        return whole
+
+    def _note(self, updates: dict[int, Update]) -> None:
+        """Count times; an update without text may be that of a token whose text is held back."""
+        now = time.monotonic()
+        if self._has_token:
+            self._metrics.note_gap(now - self._last)
+        else:
+            self._metrics.note_first(now - self._began)
+        self._has_token, self._last = True, now
+        for update in updates.values():
+            if update.generation:
+                self._metrics.note_generation(update.generation)
+
+    def note_end(self) -> None:
+        """Count the end of the job, and the answers that were stopped before theirs."""
+        self._metrics.note_end(time.monotonic() - self._began, self._left)
+
+
+def _failure(error: LlamitaError) -> ApiError | LlamitaError:
+    """Return a refusal where the request is at fault, such as its grammar; else the error itself."""
+    return from_llamita(error) if isinstance(error, InputError) else error

@@ -1,0 +1,37 @@
+"""Turns what the parser of calls finds into the deltas of OpenAI's chat form."""
+
+from llamita.serve.chat_writer import Delta
+from llamita.serve.tool_calls import CallArguments, CallBegin, Content, ToolCallParser
+from llamita.serve.tools import ToolChoice
+
+
+class ToolDeltas:
+    """Finds calls of functions in one answer.
+
+    Args:
+        tools: the functions that may be called, or must be.
+    """
+
+    def __init__(self, tools: ToolChoice) -> None:
+        self._parser = ToolCallParser(tools.tools, is_sure=tools.mode == "required")
+
+    @property
+    def has_calls(self) -> bool:
+        """A call has begun."""
+        return self._parser.has_calls
+
+    def add(self, text: str) -> list[Delta]:
+        """Add text; return what is sure by now."""
+        return [self._delta(event) for event in self._parser.add(text)]
+
+    def finish(self) -> list[Delta]:
+        """Return the rest; no more text comes."""
+        return [self._delta(event) for event in self._parser.finish()]
+
+    def _delta(self, event: Content | CallBegin | CallArguments) -> Delta:
+        if isinstance(event, Content):
+            return {"content": event.text}
+        if isinstance(event, CallBegin):
+            function = {"name": event.name, "arguments": ""}
+            return {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
+        return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
