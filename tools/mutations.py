@@ -60,6 +60,8 @@ MUTATIONS = [
      "pausing: the oldest gives way"),
     ("src/llamita/engine/prefixes.py", "if not is_same_owner(prefix.owner, owner):", "if False:",
      "prefixes: shared with other owners"),
+    ("src/llamita/engine/sampler.py", "return logits - self._less", "return logits + self._less", "penalties: the sign"),
+    ("src/llamita/serve/grammar.py", 'bitorder="little"', 'bitorder="big"', "grammar: the bits of the mask"),
     ("src/llamita/methods/gptq.py", "descending=True, stable=True", "descending=False, stable=True",
      "gptq: inputs of least energy first"),
     ("src/llamita/methods/gptq.py", "energy *= 1 + damping", "energy += damping * energy.mean()",
