@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from browser import chromium, watched_page
-from page_server import PageServer, serving
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +17,16 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def stand_in() -> Iterator[PageServer]:
+def stand_in() -> Iterator[Any]:
+    # Not at the top: without llamita[serve] its import skips, which a conftest may not.
+    from page_server import serving
+
     with serving() as server:
         yield server
 
 
 @pytest.fixture
-def page(browser: Any, stand_in: PageServer) -> Iterator[Any]:
+def page(browser: Any, stand_in: Any) -> Iterator[Any]:
     """The page in a fresh profile. Whatever the test does, it loads nothing foreign and breaks no policy."""
     with watched_page(browser, stand_in.address) as watched:
         yield watched.page

@@ -4,7 +4,7 @@ import { find, h } from "./dom.js";
 
 /** @typedef {import("./requests.js").ScoredToken} ScoredToken */
 
-const STEPS = [0.9, 0.6, 0.3, 0.1]; // probabilities below which a token is shaded one step more
+const STEPS = [0.8, 0.5, 0.25, 0.1]; // probabilities below which a token is shaded one step more
 
 /** Return a probability as people read it. @param {number} logprob */
 export function percent(logprob) {
