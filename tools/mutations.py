@@ -52,8 +52,6 @@ MUTATIONS = [
      "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
     ("src/llamita/engine/sequence.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
      "speculation: what follows a refused draft is kept"),
-    ("src/llamita/engine/sampler.py", "return logits - self._less", "return logits + self._less", "penalties: the sign"),
-    ("src/llamita/serve/grammar.py", 'bitorder="little"', 'bitorder="big"', "grammar: the bits of the mask"),
     ("src/llamita/engine/sequence.py", "min(self.cache.length, self.first_row)",
      "min(self.cache.length, self.count - 1)", "scores of a prompt: those of an interrupted step are lost"),
     ("src/llamita/engine/cache_memory.py", "youngest = max((*others, sequence)", "youngest = min((*others, sequence)",
