@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # What an installed llamita is made of: when one of these changes, it is installed anew.
 SOURCES := $(shell find src native -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-all test-lowest test-newest test-arm lint types format native-checks mutations clean help
+.PHONY: demo test test-all test-lowest test-newest test-arm test-clients clients lint types format native-checks mutations clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -34,6 +34,11 @@ test-lowest test-newest:
 test-arm: $(VENV)/.dev  ## the tests of kernels on Arm's instruction sets, cross-compiled, under qemu
 	$(BIN)/python tools/arm.py $(ARM_FLAGS)
 
+test-clients: $(VENV)/.dev clients  ## the tests with LangChain, LiteLLM, Llama Stack and an older openai package, in .venv-clients
+	$(BIN)/python -m pytest -q tests/clients
+
+clients: $(VENV)-clients/.made  ## the environment of these tests alone; `make test` uses it if it is there
+
 lint: $(VENV)/.dev   ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
@@ -53,7 +58,7 @@ mutations: $(VENV)/.dev      ## break a dozen lines by hand, one at a time, and 
 	$(BIN)/python tools/mutations.py
 
 clean:           ## remove everything that make built
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-clients build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,3 +72,8 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(PIP) torch
 	$(PIP) '.[export,serve,dev]'
 	@touch $@ $(VENV)/.lean
+
+$(VENV)-clients/.made: tests/clients/requirements.txt tests/clients/constraints.txt
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt $(PIP_FLAGS) --requirement $<
+	@touch $@

@@ -69,6 +69,7 @@ def main() -> None:
             print(piece, end="", flush=True)
     again = f".venv/bin/llamita generate {paths[BEST]} --prompt 'A little dog'"
     print(f"\n\n{time.monotonic() - began:.0f} s. Go on: {again}")
+    print("Or chat on a page: .venv/bin/pip install '.[serve]', then .venv/bin/llamita serve embedded")
 
 
 def row(name: str, size: int, score: TextScores, speed: dict[str, float]) -> list[str]:

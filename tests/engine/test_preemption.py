@@ -1,6 +1,7 @@
 """Pausing: where memory ends, sequences give way and go on later, and nobody can tell but by the clock."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ from adapter_files import make_adapter
 from generations import Watched, endless, fix_budget, ids_of, interrupted_at, plain
 from tiny import make_checkpoint
 
+from llamita.engine import requests, scheduler, sequence
 from llamita.engine.llm import LLM
 from llamita.engine.prefixes import BLOCK, whole_blocks
 from llamita.engine.requests import Generation
 from llamita.engine.sampler import Sampling
 from llamita.engine.sequence import SequenceState
+from llamita.engine.speculation import StepTimes
 from llamita.errors import RunError
 
 CONTEXT = 512
@@ -129,6 +132,54 @@ def test_the_youngest_gives_way_and_goes_on_before_newer_ones(directory: Path, m
         generation = state.events[-1]
         assert isinstance(generation, Generation)
         assert generation.token_ids == plain(llm, ids_of(seed, 100), 60, Sampling(0.0))[0]
+
+
+def test_a_paused_sequence_is_taken_in_again_like_a_prompt(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the budget, with the drafter that it had, in seconds of decoding; the clock strikes once a step."""
+    fix_budget(monkeypatch, alone=64, beside=32)
+    llm, ticks = make(directory, 4), [0]
+    watched = Watched(llm, lambda *_: ticks.append(0))
+    clock = SimpleNamespace(perf_counter=lambda: float(len(ticks)))
+    for module in (scheduler, sequence, requests):
+        monkeypatch.setattr(module, "time", clock)
+    states = [llm.sequence(llm.check(ids_of(seed, 120), max_tokens=250, greedy=True)) for seed in range(2)]
+    for state in states:
+        llm.scheduler.submit(state)
+    while not llm.scheduler.load.paused:
+        assert llm.scheduler.step()
+    drafter, prefill = states[1].drafter, states[1].answer.timings.prefill_seconds
+    assert states[1].count > 256
+    while llm.scheduler.load.paused:
+        assert llm.scheduler.step()
+    del watched.steps[:]
+    while not states[1].is_decoding:
+        assert llm.scheduler.step()
+    assert states[1].drafter is drafter
+    assert [sum(step) for step in watched.steps][:3] == [64] * 3  # and one before
+    more = len(watched.steps)
+    while llm.scheduler.step():
+        pass
+    (*_, generation) = states[1].events
+    assert isinstance(generation, Generation)
+    timings = generation.timings
+    assert timings.prefill_seconds == prefill
+    assert timings.decode_seconds == timings.decode_steps + more  # the last of the steps again drew a token
+
+
+def test_a_draft_pauses_nobody(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SequenceState, "wanted", property(lambda s: whole_blocks(s.count)))
+    monkeypatch.setattr(StepTimes, "best_length", lambda *_: 4)
+    llm = make(directory, 2)
+    old = llm.sequence(llm.check([1, 2, 3] * 41 + [1], max_tokens=20, greedy=True))
+    young = llm.sequence(llm.check(ids_of(1, 10), max_tokens=2, greedy=True, speculate=0))
+    llm.scheduler.submit(old)
+    llm.scheduler.submit(young)
+    llm.scheduler.step()
+    monkeypatch.setattr(old.drafter, "propose", lambda *_: 4)  # its draft would reach the next block
+    llm.scheduler.step()
+    assert young.is_over
+    assert old.drafted == 0
+    assert llm.scheduler.counters.preemptions == 0
 
 
 def test_kept_caches_give_way_before_running_sequences(directory: Path) -> None:

@@ -226,3 +226,9 @@ def _lives(pid: str) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_the_socket_says_tcp_so_that_asyncio_sends_at_once() -> None:
+    """Else Nagle's algorithm and a client's delayed acknowledgement add 40 ms to each answer in two parts."""
+    with start.listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

@@ -180,7 +180,7 @@ def _announce(state: Any, host: str, port: int) -> None:
     """Print where the server is, what it has, its limits, and a request to try."""
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     address = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-    console.note(f"llamita serves at {address}  (the page: {address}/, for clients: {address}/v1)")
+    console.note(f"serving at {address}  (page: {address}/, clients: {address}/v1)")
     for served in state.models.all:
         console.note(f"  {served.id}: {served.llm.context} tokens of context")
     bounds, load = state.queue.bounds, next(iter(state.models.llms.values())).scheduler.load

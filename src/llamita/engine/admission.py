@@ -35,16 +35,12 @@ class Waiting:
         """Queue a sequence behind those of its owner."""
         self._queues.setdefault(sequence.request.owner, deque()).append(sequence)
 
-    def remove(self, sequence: SequenceState) -> bool:
-        """Take a sequence out wherever it waits; return whether it did."""
-        owner = sequence.request.owner
-        for queue in (self.paused, self._queues.get(owner, deque())):
-            if sequence in queue:
+    def drop_cancelled(self) -> None:
+        """Take out the sequences that are over."""
+        for queue in (self.paused, *self._queues.values()):
+            for sequence in [s for s in queue if s.is_over]:
                 queue.remove(sequence)
-                if not self._queues.get(owner, True):
-                    del self._queues[owner]
-                return True
-        return False
+                sequence.release()  # an interrupted pause leaves the cache
 
     def next(self, running: Sequence[SequenceState], slots: int) -> Queue | None:
         """Return the queue whose first sequence enters next, None if there is none.

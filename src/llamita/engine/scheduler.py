@@ -53,6 +53,7 @@ class Scheduler:
         self._budget = PromptBudget(limits.beside_seconds, limits.alone_seconds)
         self._logits = np.empty((1, model.config.vocab_size), dtype=np.float32)
         self._waiting = Waiting()
+        self._is_cancelled = False  # some of them are over
         self._submitted = 0
         self._prompts: list[SequenceState] = []  # running, with tokens to take in, in the order in which they entered
         self._decoding: list[SequenceState] = []  # running, with all tokens but the newest taken in
@@ -92,8 +93,9 @@ class Scheduler:
             return
         sequence.is_over = True
         with self._lock:
-            if self._waiting.remove(sequence):
-                sequence.release()
+            self._is_cancelled = (
+                True  # it is dropped later: this may run, by a collected stream, in the midst of a look
+            )
             if not self._is_stepping:  # else the thread that is stepping does it
                 self._sweep()
             self._changed.notify_all()
@@ -140,7 +142,8 @@ class Scheduler:
     def load(self) -> SchedulerLoad:
         """A snapshot of the work, from any thread, in which a step may be half counted."""
         with self._lock:
-            waiting, paused = [s for s in self._waiting if not s.is_over], len(self._waiting.paused)
+            waiting = [s for s in self._waiting if not s.is_over]
+            paused = sum(not s.is_over for s in self._waiting.paused)
         decoding, prompts = self._decoding, self._prompts
         running = decoding + prompts
         return SchedulerLoad(
@@ -214,12 +217,13 @@ class Scheduler:
         for s in self._decoding:
             if not s.is_begun:  # an over one may have no cache: an interrupted sweep leaves it here
                 continue
-            if not (s.is_over or self._memory.is_free(s, s.count + s.drafted, self._begun)):
+            if s.drafted and not self._memory.is_free(s, s.count + s.drafted, self._begun):
                 s.drafted = 0
             if not s.is_over and self._memory.reserve(s, s.count + s.drafted, self._begun):
                 parts.append(StepPart(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
-        rows = len(parts)
-        parts += self._plan_prompts(self._budget.tokens(self._times.seconds(rows) if rows else 0.0, rows > 0))
+        if self._prompts:
+            rows = len(parts)
+            parts += self._plan_prompts(self._budget.tokens(self._times.seconds(rows) if rows else 0.0, rows > 0))
         return [part for part in parts if part.sequence.is_begun]  # without those that were paused for others
 
     def _run(self, parts: list[StepPart]) -> np.ndarray:
@@ -295,13 +299,13 @@ class Scheduler:
     def _admit(self) -> None:
         """Let waiting sequences in. Kept caches give way only when one begins."""
         with self._lock:
+            if self._is_cancelled:
+                self._is_cancelled = False
+                self._waiting.drop_cancelled()
             running = self._running()
             used, slots = sum(s.committed for s in running), self.limits.sequences
             while len(running) < slots and (queue := self._waiting.next(running, slots)):
                 sequence = queue[0]
-                if sequence.is_over:  # cancelled before its turn
-                    del queue[0]
-                    continue
                 if used + sequence.wanted > self._memory.room:
                     break
                 self._prompts = [*self._prompts, sequence]  # no call between these, so no interrupt

@@ -220,16 +220,18 @@ class _Scorer:
         targets = np.array(tokens[-count:])
         first = len(ids) - count  # the first row that predicts a target
         start = self._resume(ids, first)
-        total, greedy = 0.0, True
+        logprobs: list[float] = []
+        greedy = True
         for begin in range(start, len(ids), PREFILL_CHUNK):
             part = ids[begin : begin + PREFILL_CHUNK]
             rows = np.arange(max(0, first - begin), len(part))
             logits = self._llm.model.step([(self._cache, part)], rows)  # (rows, vocab)
             if len(rows):
                 wanted = targets[begin + rows[0] - first :][: len(rows)]
-                total -= float(token_losses(logits, wanted).sum())
+                logprobs += (-token_losses(logits, wanted)).tolist()
                 greedy = greedy and bool((logits.argmax(axis=1) == wanted).all())
         self._done = ids
+        total = sum(logprobs)  # as LM Eval adds up what a server sends: equal to the last bit
         if not np.isfinite(total):
             raise RunError(f"{self._llm.path}: logits", "finite numbers", "NaN or infinity")
         return total, greedy

@@ -29,6 +29,7 @@ PATHS = (
     Path("/chat/completions/input_tokens", ("POST",), chat.input_tokens),
     Path("/completions", ("POST",), completions.completions),
     Path("/responses", ("POST",), responses.responses),
+    Path("/responses/input_tokens", ("POST",), responses.input_tokens),
     Path("/embeddings", ("POST",), small.embeddings),
     Path("/models", ("GET",), small.models),
     Path("/models/{name:path}", ("GET",), small.model),

@@ -117,11 +117,12 @@ def _options(
 async def input_tokens(state: ServerState, exchange: Exchange) -> None:
     """Count the tokens of a conversation, without an answer."""
     values = read(await exchange.read_json(state.limits.body_bytes), CHAT)
+    await exchange.send_json(await state.in_pool(count_tokens, state, values))
 
-    def count() -> dict[str, Any]:
-        served = state.models.find(values.get("model"))
-        tools = read_tools(values)
-        ids = served.llm.encode_chat(values["messages"], tools=tools.tools if tools else None)
-        return {"object": "response.input_tokens", "input_tokens": len(ids), "max_model_len": served.llm.context}
 
-    await exchange.send_json(await state.in_pool(count))
+def count_tokens(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many tokens the conversation of a checked body has."""
+    served = state.models.find(values.get("model"))
+    tools = read_tools(values)
+    ids = served.llm.encode_chat(values["messages"], tools=tools.tools if tools else None)
+    return {"object": "response.input_tokens", "input_tokens": len(ids), "max_model_len": served.llm.context}

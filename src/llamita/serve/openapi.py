@@ -14,6 +14,7 @@ _BODIES: dict[str, tuple[str, Table]] = {
     "/v1/chat/completions/input_tokens": ("Count the tokens of a conversation", tables.CHAT),
     "/v1/completions": ("Continue a text", tables.COMPLETIONS),
     "/v1/responses": ("Answer, in OpenAI's newer form", tables.RESPONSES),
+    "/v1/responses/input_tokens": ("Count the tokens of an input", tables.RESPONSES),
     "/v1/embeddings": ("Mean of a text's final states", tables.EMBEDDINGS),
     "/v1/adapters": ("Load an adapter", tables.ADAPTER),
     "/tokenize": ("Turn text into token ids", tables.TOKENIZE),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamita.engine.requests import Generation
-from llamita.serve.chat import ChatJob, prepare
+from llamita.serve.chat import ChatJob, count_tokens, prepare
 from llamita.serve.engine_thread import Update
 from llamita.serve.errors import ApiError, wrong
 from llamita.serve.exchange import Exchange
@@ -29,6 +29,12 @@ async def responses(state: ServerState, exchange: Exchange) -> None:
         await exchange.watched(lambda: _stream(state, exchange, job, response))
     else:
         await exchange.watched(lambda: _whole(state, exchange, job, response))
+
+
+async def input_tokens(state: ServerState, exchange: Exchange) -> None:
+    """Count the tokens of an input, without an answer."""
+    values = read(await exchange.read_json(state.limits.body_bytes), RESPONSES)
+    await exchange.send_json(await state.in_pool(count_tokens, state, chat_values(values)))
 
 
 async def _whole(state: ServerState, exchange: Exchange, job: ChatJob, response: "_Response") -> None:
@@ -129,7 +135,7 @@ def _usage(generation: Generation) -> dict[str, Any]:
     counts = usage([generation], 1)
     return {
         "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": counts["prompt_tokens_details"]["cached_tokens"]},
+        "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},  # for which nobody pays
         "output_tokens": counts["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": counts["total_tokens"],

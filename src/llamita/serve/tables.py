@@ -17,6 +17,7 @@ from llamita.serve.fields import (
     texts,
     whole,
 )
+from llamita.text.chat_template import EXTRAS
 
 MOST_CHOICES = 8
 MOST_STOPS = 16
@@ -97,9 +98,9 @@ CHAT: Table = {
     "tool_choice": Field(_TOOL_CHOICE, "`none`, `auto`, `required`, or one function."),
     "parallel_tool_calls": Field(FLAG, "False: one call at most."),
     "continue_final_message": Field(FLAG, "Continues the last message of the assistant."),
-    "chat_template_kwargs": Field(OBJECT, "A few values for the template: see the guide."),
-    "reasoning_effort": ignored("Llama models have one."),
-    "verbosity": ignored("Llama models have one."),
+    "chat_template_kwargs": Field(OBJECT, f"Values for the chat template: some of {', '.join(EXTRAS)}."),
+    "reasoning_effort": ignored("Has no meaning for these models."),
+    "verbosity": ignored("Has no meaning for these models."),
     "prediction": ignored("Drafts are taken from the text so far."),
     "cache_prompt": ignored("Beginnings of prompts are always kept."),
     "functions": refused("send `tools` instead"),
@@ -142,7 +143,7 @@ RESPONSES: Table = {
     "top_logprobs": CHAT["top_logprobs"],
     "include": ignored("Log-probabilities come with `top_logprobs`."),
     "store": ignored("Nothing is stored."),
-    "reasoning": ignored("Llama models have one way."),
+    "reasoning": ignored("Has no meaning for these models."),
     "truncation": refused("nothing is cut", "disabled"),
     "user": ignored("The key says whose request it is."),
     "service_tier": ignored("There is one."),
