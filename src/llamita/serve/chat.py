@@ -17,6 +17,7 @@ from llamita.serve.state import Job, ServerState
 from llamita.serve.structure import read_tools
 from llamita.serve.tables import CHAT
 from llamita.serve.tool_deltas import ToolDeltas
+from llamita.serve.tool_text import in_text
 from llamita.serve.tools import ToolChoice
 from llamita.text.chat_template import check_extra
 
@@ -80,9 +81,11 @@ def encode(served: Served, values: Mapping[str, Any], tools: ToolChoice | None, 
         check_extra(extra)
     except InputError as error:
         raise from_llamita(error, "chat_template_kwargs") from None
-    definitions = tools.tools if tools else None
+    llm, messages, definitions = served.llm, values["messages"], tools.tools if tools else ()
+    if not llm.chat_template.takes_tools:
+        messages, definitions = in_text(messages, definitions, served.structure.call_form), ()
     try:
-        return served.llm.encode_chat(values["messages"], tools=definitions, continue_last=continues, extra=extra)
+        return llm.encode_chat(messages, tools=definitions or None, continue_last=continues, extra=extra)
     except InputError as error:
         raise from_llamita(error, "messages" if error.where.startswith("chat template") else None) from None
 
