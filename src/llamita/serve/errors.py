@@ -55,7 +55,7 @@ def from_llamita(error: LlamitaError, param: str | None = None) -> ApiError:
 def too_long(prompt: int, context: int, param: str) -> ApiError:
     """Return the refusal of a prompt that leaves no room for an answer.
 
-    LiteLLM looks for OpenAI's phrase in the text, LangChain for the code, of which openai 3 shows no more than the text.
+    LiteLLM looks for OpenAI's phrase in the text. LangChain looks for the code there: openai 3 shows the text alone.
     """
     return ApiError(
         400,
