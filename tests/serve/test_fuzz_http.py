@@ -29,7 +29,7 @@ MESSAGES = [
 ]  # fmt: skip
 PARTS = [
     *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff\xfe", b"0\r\n\r\n", b"-1\r\n", b"5;" + b"x" * 3000),
-    *(b"HTTP/9.9", b"HTTP/1.0", b"http://evil/", b"%00", b"%zz", b"*", b"CONNECT ", b";a=b", b"ffffffffffffffffffff\r\n"),
+    *(b"HTTP/9.9", b"HTTP/1.0", b"http://evil/", b"%00", b"%zz", b"*", b"CONNECT ", b";a=b", b"ffffffffffffffff\r\n"),
     *(line + b"\r\n" for line in (
         b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding : chunked",
         b"transfer-encoding: identity", b"Content-Length: 5", b"Content-Length: -1", b"Content-Length: +5",

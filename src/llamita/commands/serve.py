@@ -111,8 +111,9 @@ def command(
     use_threads(threads)
     memory = usable_memory() // len(models)  # that of each
     llms = _load_all(models, _pairs(adapter or []), {
-        "cache_memory": memory // 2, "prefix_cache": memory // 8, "context": context, "kv_dtype": kv_cache, "max_sequences": max_sequences,
-        "share_prefixes": share_prefixes, "takes_adapters": adapters is not None,
+        "cache_memory": memory // 2, "prefix_cache": memory // 8, "max_sequences": max_sequences,
+        "context": context, "kv_dtype": kv_cache, "share_prefixes": share_prefixes,
+        "takes_adapters": adapters is not None,
     })  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     state = parts.make_state(parts.Models(llms), keys, parts.Limits(drain_seconds=drain), bounds, adapters)
