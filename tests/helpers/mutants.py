@@ -23,6 +23,8 @@ _SCHEMA = {
     "required": ["a"],
     "$defs": {"c": {"anyOf": [{"type": "string", "pattern": "^[a-c]+$", "maxLength": 3}, {"type": "null"}]}},
 }
+_CHOICE = {"type": "function", "function": {"name": "look"}}
+_PLAIN = {"type": "function", "name": "look"}
 _USER = {"role": "user", "content": "Once upon a time"}
 _HISTORY = [
     {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
@@ -48,7 +50,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     (_CHAT, {"messages": [_USER], **_FEW, "logprobs": True, "top_logprobs": 3, "logit_bias": {"5": -100}}),
     (_CHAT, {"messages": [_USER], "max_completion_tokens": 3, "stop": ["a", "\n"], "frequency_penalty": 0.5}),
     (_CHAT, {"messages": _HISTORY, **_FEW, "tools": [_TOOL], "tool_choice": "auto", "parallel_tool_calls": False}),
-    (_CHAT, {"messages": [_USER], **_FEW, "tools": [_TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}}),
+    (_CHAT, {"messages": [_USER], **_FEW, "tools": [_TOOL], "tool_choice": _CHOICE}),
     (_CHAT, {"messages": [_USER], **_FEW, "response_format": _FORMAT}),
     (_CHAT, {"messages": [_USER], **_FEW, "guided_regex": "[ab]{2}(c|d)*", "min_tokens": 1, "ignore_eos": False}),
     (_CHAT, {"messages": [_USER], **_FEW, "guided_grammar": 'start: "a" word\nword: /[b-d]+/'}),
@@ -59,8 +61,8 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     (_COMPLETIONS, {"prompt": [[5, 6, 7], [8, 9]], **_FEW, "repetition_penalty": 1.1, "presence_penalty": -1}),
     (_COMPLETIONS, {"prompt": ["One", "Two"], **_FEW, "stream": True, "suffix": "", "best_of": 1}),
     (_RESPONSES, {"input": _INPUT, "instructions": "Be kind.", "max_output_tokens": 2, "metadata": {"a": "b"}}),
-    (_RESPONSES, {"input": "Hello", "max_output_tokens": 2, "stream": True, "tools": [{"type": "function", "name": "look",
-                  "parameters": {"type": "object"}}], "tool_choice": {"type": "function", "name": "look"}}),
+    (_RESPONSES, {"input": "Hello", "max_output_tokens": 2, "stream": True, "tool_choice": {**_PLAIN},
+                  "tools": [{**_PLAIN, "parameters": {"type": "object"}}]}),
     (_RESPONSES, {"input": "Hello", "max_output_tokens": 2, "top_logprobs": 2,
                   "text": {"format": {"type": "json_schema", "name": "s", "schema": _SCHEMA}}}),
     ("/v1/embeddings", {"input": ["One", "Two"], "model": "embedded", "encoding_format": "base64"}),
@@ -90,8 +92,8 @@ _ODD: list[Callable[[], Any]] = [
         "{{ 7 * 7 }}{% raw %}", "embedded", "embedded:none", "none", "auto", "required", "function", "json_schema",
         "\u0661", "1", "-1", "(((", "[", "\\", "a" * 3000, "\n" * 3000, [], {}, [[]], [None], [{}], {"": ""}, ["a"],
         {"type": []}, {"type": "text", "text": "x"}, {"type": "function"}, {"name": []}, [1.5], [True], [[1], ["a"]],
-        {"a": {"$ref": "#"}}, {"$ref": "#/$defs/none"}, {"role": "user", "content": "x"}, _TOOL, _CALL, _SCHEMA, _FORMAT,
-        list(range(300)), dict.fromkeys(map(str, range(300)), 1),
+        {"a": {"$ref": "#"}}, {"$ref": "#/$defs/none"}, {"role": "user", "content": "x"}, _TOOL, _CALL, _SCHEMA,
+        _FORMAT, list(range(300)), dict.fromkeys(map(str, range(300)), 1),
     )),
     *(_deep(depth) for depth in (20, 60, 200, 900)),
 ]  # fmt: skip

@@ -21,7 +21,7 @@ PROMPT = "Once upon a time there was a"
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return llamita.load("embedded", scheme="llama3.2", context=128, max_sequences=4)
+    return llamita.load("embedded", scheme="llama3.2", context=512, max_sequences=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Heads and bodies that are nearly HTTP: each connection is answered or closed within a time, and nobody else notices."""
+"""Heads and bodies that are nearly HTTP: each connection is answered or closed in time, and nobody else notices."""
 
 import json
 import random
@@ -28,13 +28,15 @@ MESSAGES = [
     b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.0\r\nHost: localhost\r\n\r\n",
 ]  # fmt: skip
 PARTS = [
-    b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n",
-    b"Transfer-Encoding : chunked\r\n", b"transfer-encoding: identity\r\n", b"Content-Length: 5\r\n", b"Content-Length: -1\r\n",
-    b"Content-Length: +5\r\n", b"Content-Length: 0x5\r\n", b"Content-Length: 5, 5\r\n", b"Content-Length: 99999999999999\r\n",
-    b"Content-Length: " + b"9" * 5000 + b"\r\n", b"Host: evil\r\n", b" folded: line\r\n", b"Expect: 100-continue\r\n",
-    b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"Upgrade: h2c\r\n", b"\xff\xfe", b"ffffffffffffffffffff\r\n", b"-1\r\n",
-    b"0\r\n\r\n", b";a=b", b"5;" + b"x" * 3000, b"HTTP/9.9", b"HTTP/1.0", b"http://evil/", b"%00", b"%zz", b"*", b"CONNECT ",
-    b"Content-Encoding: gzip\r\n", b"X: " + b"y" * 9000 + b"\r\n",
+    *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff\xfe", b"0\r\n\r\n", b"-1\r\n", b"5;" + b"x" * 3000),
+    *(b"HTTP/9.9", b"HTTP/1.0", b"http://evil/", b"%00", b"%zz", b"*", b"CONNECT ", b";a=b", b"ffffffffffffffff\r\n"),
+    *(line + b"\r\n" for line in (
+        b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding : chunked",
+        b"transfer-encoding: identity", b"Content-Length: 5", b"Content-Length: -1", b"Content-Length: +5",
+        b"Content-Length: 0x5", b"Content-Length: 5, 5", b"Content-Length: 99999999999999",
+        b"Content-Length: " + b"9" * 5000, b"Content-Encoding: gzip", b"Host: evil", b" folded: line",
+        b"Expect: 100-continue", b"Upgrade: websocket\r\nConnection: Upgrade", b"Upgrade: h2c", b"X: " + b"y" * 9000,
+    )),
 ]  # fmt: skip
 
 

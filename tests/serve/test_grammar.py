@@ -2,9 +2,11 @@
 
 import json
 import re
+import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -228,11 +230,55 @@ def test_keys_of_llguidance_are_of_no_effect(llm: LLM, grammars: Grammars) -> No
         grammars.json_schema({"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True})
 
 
-def test_a_slow_grammar_is_refused_in_time(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "COMPILE_SECONDS", 0.05)
-    monkeypatch.setattr(grammars, "_make", lambda *_: time.sleep(0.3))
-    with pytest.raises(InputError, match=r"made within 0\.05 s, got a slower one"):
-        grammars.regex("slow")
+# The first takes hours and all memory, in llguidance alone; the others seconds, and 2 GB at most.
+BOMBS: list[tuple[str, Any]] = [
+    ("json_schema", {"allOf": [{"type": "string", "pattern": f".*{c}.{{12}}"} for c in "abcdefghijklmnopqrstuvwxyz"]}),
+    ("regex", "a?" * 10_000 + "a" * 10_000),
+    ("regex", "((a{100}){100}){100}"),
+    ("regex", "(a*)*" * 2_000),
+    ("json_schema", {"type": "object", "properties": {f"p{i}": {} for i in range(3_500)}}),
+    ("lark", "start: X0\n" + "".join(f"X{i}: X{i + 1} X{i + 1}\n" for i in range(40)) + 'X40: "a"'),
+    ("lark", "start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
+    ("regex", "(" * 20_000 + "a" + ")" * 20_000),
+]
+
+
+def test_a_grammar_that_takes_long_is_stopped_and_stops_no_other(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "COMPILE_SECONDS", 0.2)
+    grammars = grammars_of(llm)
+    kind, bomb = BOMBS[0]
+    with ThreadPoolExecutor(3) as pool:
+        for made in [pool.submit(getattr(grammars, kind), {**bomb, "title": str(place)}) for place in range(3)]:
+            with pytest.raises(InputError, match=r"made within 0\.2 s, got a slower one"):
+                made.result(30)
+    assert grammars.regex("ab").allowed().any()
+    monkeypatch.setattr(grammars._trials, "ask", None)
+    with pytest.raises(InputError, match="a slower one"):  # at once: it is known
+        grammars.json_schema({**bomb, "title": "2"})
+
+
+@pytest.mark.parametrize("bomb", BOMBS[1:], ids=lambda bomb: str(bomb)[:30])
+def test_bombs_take_bounded_time_and_memory(grammars: Grammars, bomb: tuple[str, Any]) -> None:
+    kind, value = bomb
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(InputError):
+        _follow(getattr(grammars, kind)(value), -1, 20)
+    assert time.process_time() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+
+
+def test_an_answer_may_not_take_long_at_every_token(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    constraint = grammars.lark('start: s\ns: s s s | s s | "a"')  # takes longer with each token
+    monkeypatch.setattr(grammar, "STEP_SECONDS", 0.02)
+    monkeypatch.setattr(grammar, "MEAN_SECONDS", 0.0001)
+    with pytest.raises(InputError, match=r"got more than 0\.02 s for a token, or 0\.0001 s for each"):
+        _follow(constraint, 0, 1000)
+
+
+def _follow(constraint: Constraint, place: int, steps: int) -> None:
+    """Take the allowed token at this place, again and again."""
+    for _ in range(steps):
+        constraint.accept(int(np.flatnonzero(constraint.allowed())[place]))
 
 
 def test_a_slow_step_fails(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:

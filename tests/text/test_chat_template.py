@@ -188,8 +188,8 @@ def test_an_ended_process_is_started_again() -> None:
 
 
 def process_of(template: ChatTemplate) -> Any:
-    assert template._process
-    return template._process._popen
+    (process,) = template._helpers._idle
+    return process._popen
 
 
 def test_the_process_ends_with_its_template() -> None:

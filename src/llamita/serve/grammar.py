@@ -6,36 +6,31 @@ then the generation ends. An answer is never continued without its grammar.
 
 import hashlib
 import json
+import signal
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 import numpy as np
 
 from llamita.errors import InputError, RunError, first_line, shown
+from llamita.serve.matchers import SPACING, error_of, make_matcher
 from llamita.serve.schemas import LARGEST_SCHEMA, prepare_schema
 from llamita.serve.tools import CallForm
 from llamita.system.extras import load_optional
+from llamita.system.helpers import Ended, Helpers
 
-COMPILE_SECONDS = 1.0  # for a grammar and its first mask
+COMPILE_SECONDS = 1.0  # of CPU time for a grammar and its first mask
 STEP_SECONDS = 0.5  # of CPU time for what may follow a token; usual grammars take microseconds
+MEAN_SECONDS = 0.02  # the same for each token of an answer, beyond the first `STEP_SECONDS` of all: others wait for it
 KEPT_GRAMMARS = 64
+_TRIAL = str(Path(__file__).with_name("grammar_process.py"))
 MOST_CALLS = 16  # in one answer
 _LACKING = "structured output needs {package}: pip install 'llamita[serve]'"
-# At most one space after commas and colons, as models write it: a grammar that allows any white space can loop in it.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-_LIMITS = {  # llguidance's own bounds: of time and memory in each step
-    "max_items_in_row": 2000,
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_lexer_states": 250_000,
-    "max_grammar_size": 500_000,
-    "verbose_errors": False,
-}
 
 
 class Grammars:
@@ -59,11 +54,10 @@ class Grammars:
             self._tokenizer = self._library.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(ends))
         except Exception as error:  # it raises what it likes
             raise InputError("tokenizer.json", "a tokenizer that llguidance reads", first_line(error)) from None
-        self._limits = self._library.LLParserLimits(**_LIMITS)
         self._vocab_size, self._ends = vocab_size, tuple(ends)
-        self._kept: OrderedDict[bytes, GrammarConstraint] = OrderedDict()
+        self._kept: OrderedDict[bytes, GrammarConstraint | InputError] = OrderedDict()
         self._lock = Lock()
-        self._compilers = ThreadPoolExecutor(2, "grammar")
+        self._trials = Helpers(_TRIAL, [str(COMPILE_SECONDS)])
         self._workers = ThreadPoolExecutor(1, "mask")
 
     def json_object(self, where: str = "response_format") -> "GrammarConstraint":
@@ -106,7 +100,7 @@ class Grammars:
                 where = f"tools[{place}].function.parameters"
                 parameters = prepare_schema(function.get("parameters") or _NO_PARAMETERS, where)
                 if isinstance(parameters, dict):
-                    parameters = {"type": "object", **parameters, "x-guidance": _SPACING}
+                    parameters = {"type": "object", **parameters, "x-guidance": SPACING}
                 begin, end = json.dumps(form.begin(function["name"])), json.dumps(form.end)
                 rules.append(f"call_{place}: {begin} arguments_{place} {end}")
                 rules.append(f"arguments_{place}: %json {json.dumps(parameters)}")
@@ -115,42 +109,53 @@ class Grammars:
         return self._compile("tools", "lark", "\n".join([f"start: call{more}", f"call: {calls}", *rules]))
 
     def _compile(self, where: str, kind: str, text: str) -> "GrammarConstraint":
-        """Return an unused copy of a grammar, made within a second by a worker or kept from another time."""
+        """Return an unused copy of a grammar, which is made, or kept from another time, as are refusals."""
         key = hashlib.sha256(f"{kind}:{text}".encode()).digest()
         with self._lock:
-            if found := self._kept.get(key):
-                self._kept.move_to_end(key)
-                return found.copy()
-        compiling = self._compilers.submit(self._make, where, kind, text)
-        try:
-            made = compiling.result(COMPILE_SECONDS)
-        except TimeoutError:
-            compiling.cancel()
-            raise InputError(where, f"a grammar that is made within {COMPILE_SECONDS:g} s", "a slower one") from None
+            found = self._kept.get(key)
+        if found is None:
+            try:
+                found = self._make(kind, text)
+            except InputError as error:
+                found = error.with_traceback(None)  # which would keep what the frames hold
         with self._lock:
-            self._kept[key] = made
+            self._kept[key] = found
+            self._kept.move_to_end(key)
             while len(self._kept) > KEPT_GRAMMARS:
                 self._kept.popitem(last=False)
-        return made.copy()
+        if isinstance(found, InputError):
+            raise found.at(where)
+        return found.copy()
 
-    def _make(self, where: str, kind: str, text: str) -> "GrammarConstraint":
-        matcher = self._library.LLMatcher
+    def _make(self, kind: str, text: str) -> "GrammarConstraint":
+        """Return a grammar after a trial of it in another process."""
+        self._try(kind, text)
         try:
-            if kind == "schema":
-                grammar = matcher.grammar_from_json_schema(text, overrides=_SPACING)
-            else:
-                grammar = (matcher.grammar_from_regex if kind == "regex" else matcher.grammar_from_lark)(text)
-            made = matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            made = make_matcher(self._library, self._tokenizer, kind, text)
         except Exception as error:  # misuse of the interface; what a caller may write wrongly is in the error state
-            raise InputError(where, "a grammar that llguidance takes", first_line(error)) from None
-        if made.is_error():
-            raise InputError(where, "a grammar that llguidance takes", _one_line(made.get_error()))
+            raise _refused(first_line(error)) from None
+        if error := error_of(made):
+            raise _refused(error)
         constraint = GrammarConstraint(made, self._vocab_size, self._ends, self._workers)
-        try:
-            constraint.allowed()
-        except (InputError, RunError) as error:
-            raise error.at(where) from None
+        constraint.allowed()
         return constraint
+
+    def _try(self, kind: str, text: str) -> None:
+        """Raise InputError for a grammar that takes too long or too much memory, or is none."""
+        try:
+            answer = json.loads(self._trials.ask(json.dumps({"kind": kind, "text": text})))
+        except Ended as ended:
+            if ended.code == -signal.SIGPROF:
+                raise InputError("", f"a grammar that is made within {COMPILE_SECONDS:g} s", "a slower one") from None
+            if ended.code < 0:
+                raise _refused("one that takes too much memory") from None
+            raise RunError("grammar", "a process that tries it", f"exit code {ended.code}", ended.last) from None
+        if answer["error"]:
+            raise _refused(answer["error"])
+
+
+def _refused(why: str) -> InputError:
+    return InputError("", "a grammar that llguidance takes", why)
 
 
 class GrammarConstraint:
@@ -164,6 +169,7 @@ class GrammarConstraint:
         self._matcher, self._vocab_size, self._ends, self._workers = matcher, vocab_size, ends, workers
         self._lock = Lock()  # the matcher is used by one thread at a time
         self._count = 0  # accepted tokens
+        self._spent = 0.0  # seconds of CPU time for all of them
         self._forced: list[int] | None = None  # None: not known yet
         self._mask: np.ndarray | None = None
         self._failure: str | None = None
@@ -188,7 +194,7 @@ class GrammarConstraint:
             elif is_end:
                 self._is_ended = True
             elif not self._matcher.consume_token(token):
-                self._failure = _one_line(self._matcher.get_error()) or "a token that it does not allow"
+                self._failure = error_of(self._matcher) or "a token that it does not allow"
             self._check()
             rest = self._forced[1:] if self._forced and self._forced[0] == token else None
             self._forced, self._mask = rest or None, None
@@ -210,6 +216,7 @@ class GrammarConstraint:
             other = type(self)(self._matcher.deep_copy(), self._vocab_size, self._ends, self._workers)
             other._forced, other._mask = self._forced, self._mask
             other._failure, other._is_ended = self._failure, self._is_ended
+            other._count, other._spent = self._count, self._spent
         return other
 
     def _prepare(self, count: int) -> None:
@@ -241,13 +248,15 @@ class GrammarConstraint:
         """Return what may follow; a grammar that takes long for it fails."""
         began = time.thread_time()
         found = find()
-        if time.thread_time() - began > STEP_SECONDS:
-            self._failure = f"more than {STEP_SECONDS:g} s for a token"
+        seconds = time.thread_time() - began
+        self._spent += seconds
+        if seconds > STEP_SECONDS or self._spent > STEP_SECONDS + MEAN_SECONDS * self._count:
+            self._failure = f"more than {STEP_SECONDS:g} s for a token, or {MEAN_SECONDS:g} s for each"
         return found
 
     def _check(self) -> None:
-        if self._failure is None and self._matcher.is_error():
-            self._failure = _one_line(self._matcher.get_error()) or "an error"
+        if self._failure is None:
+            self._failure = error_of(self._matcher)
         if self._failure is not None:
             raise InputError("grammar", "an answer that keeps to it", self._failure)
 
@@ -263,8 +272,3 @@ def _checked_text(text: object, where: str) -> str:
     if not isinstance(text, str) or not 0 < size <= LARGEST_SCHEMA:
         raise InputError(where, f"a text of 1 to {LARGEST_SCHEMA} bytes of UTF-8", shown(text))
     return text
-
-
-def _one_line(error: str) -> str:
-    """Return llguidance's message without the program that it quotes."""
-    return " ".join(error.split("<non-verbose/>")[0].split())[:300]

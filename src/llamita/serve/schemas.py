@@ -66,11 +66,9 @@ def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, 
 def _requires_only(schema: Mapping[str, Any], names: object) -> bool:
     """Return whether a schema requires no other properties than these."""
     required = schema.get("required", [])
-    return (
-        isinstance(required, list)
-        and isinstance(names, Mapping)
-        and all(isinstance(name, str) and name in names for name in required)
-    )
+    if not isinstance(required, list) or not isinstance(names, Mapping):
+        return False
+    return all(isinstance(name, str) and name in names for name in required)
 
 
 def _check_patterns(schema: dict[str, Any], where: str) -> None:

@@ -5,22 +5,16 @@ process, with limits to their memory and time.
 """
 
 import json
-import os
 import re
 import secrets
 import signal
-import subprocess
-import sys
-import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from llamita.errors import InputError, RunError, shown
-from llamita.system import child
 from llamita.system.files import exists_in, read_bytes
+from llamita.system.helpers import Ended, Helpers
 from llamita.text.messages import Message, has_parallel_calls, plain_messages, unroll_calls
 from llamita.text.tokenizer import read_settings
 
@@ -51,9 +45,7 @@ class ChatTemplate:
             raise InputError("chat template", f"at most {_LARGEST_TEMPLATE} characters", f"{len(source)}")
         self._source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._process: _Process | None = None
-        self._lock = Lock()
-        _TEMPLATES.add(self)
+        self._helpers = Helpers(_PROGRAM, [str(_SECONDS)])
         self._ask(None)
 
     @property
@@ -114,86 +106,20 @@ class ChatTemplate:
             raise InputError("messages", "values that JSON has", str(error)) from None
         if not is_kept:
             raise InputError("messages", "values that JSON has", "others, such as keys that are no texts")
-        with self._lock:
-            if self._process is None or self._process.has_ended():
-                self._forget()
-                self._process = _Process(self)
-            try:
-                answer = json.loads(self._process.answer(request))
-            except BaseException:  # an interrupt, too: the next request must not get this one's answer
-                self._forget()
-                raise
+        try:
+            answer = json.loads(self._helpers.ask(request))
+        except Ended as ended:
+            if ended.code == -signal.SIGPROF:
+                raise InputError(f"chat template: it takes more than {_SECONDS} seconds") from None
+            if ended.code < 0:
+                raise InputError(f"chat template: its process ended with signal {-ended.code}") from None
+            expected, got = "a process that renders it", f"exit code {ended.code}"
+            raise RunError("chat template", expected, got, ended.last or None) from None
         if "invalid" in answer:
             raise InputError("chat template", "a Jinja template", answer["invalid"])
         if "refused" in answer:
             raise InputError(f"chat template: refused this conversation: {answer['refused']}")
         return answer["text"]
-
-    def _forget(self) -> None:
-        if self._process is not None:
-            self._process.end()
-        self._process = None
-
-    def _leave_to_parent(self) -> None:
-        """In a forked child: start another process when one is needed, and leave the present one to the parent."""
-        self._lock = Lock()  # another thread may have held it
-        if self._process is not None:
-            self._process.end.detach()
-        self._process = None
-
-
-_TEMPLATES: "weakref.WeakSet[ChatTemplate]" = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for template in _TEMPLATES:
-        template._leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-class _Process:
-    """The process of a template; it ends with the template, or by `end`."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        # In a process group of its own: Ctrl-C at the terminal stops an answer, not this process.
-        self._popen = subprocess.Popen(
-            [sys.executable, "-P", _PROGRAM, str(_SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env=child.environment(),
-            process_group=0,
-        )
-        self.end = weakref.finalize(template, _end, self._popen)
-
-    def has_ended(self) -> bool:
-        return self._popen.poll() is not None
-
-    def answer(self, request: str) -> str:
-        """Return the answer to a request, a line of JSON."""
-        assert self._popen.stdin
-        assert self._popen.stdout
-        with suppress(BrokenPipeError):
-            self._popen.stdin.write(request + "\n")
-            self._popen.stdin.flush()
-        if line := self._popen.stdout.readline():
-            return line
-        _, errors = self._popen.communicate()
-        code = self._popen.returncode
-        if code == -signal.SIGPROF:
-            raise InputError(f"chat template: it takes more than {_SECONDS} seconds")
-        if code < 0:
-            raise InputError(f"chat template: its process ended with signal {-code}")
-        last = errors.strip().splitlines()[-1:]
-        raise RunError("chat template", "a process that renders it", f"exit code {code}", *last)
-
-
-def _end(popen: "subprocess.Popen[str]") -> None:
-    popen.kill()
-    popen.communicate()
 
 
 def find_template(directory: Path) -> str | None:

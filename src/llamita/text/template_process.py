@@ -9,7 +9,6 @@ A request that takes too much time ends the process. Where the system cannot lim
 """
 
 import json
-import signal
 import sys
 from datetime import datetime
 from functools import lru_cache
@@ -21,7 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llamita.system.child import limit_memory
+from llamita.system.child import answer_lines
 
 MEMORY = 1 << 30  # bytes of address space; Python and Jinja take some 30 MB
 LARGEST_TEXT = 1 << 24  # characters of a rendered conversation; a million tokens have some five million
@@ -30,17 +29,7 @@ _LONGEST_REASON = 500  # characters
 
 def main() -> None:
     """Answer requests until the input ends; `sys.argv` has the seconds of CPU time for each."""
-    seconds = float(sys.argv[1])
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent may have had it ignored or blocked
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    limit_memory(MEMORY)
-    replies = sys.stdout  # of this process alone: nothing else is written there
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends this process, also inside of a long operation
-        answer = json.dumps(_answer(json.loads(line)))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write(answer + "\n")
-        replies.flush()
+    answer_lines(_answer, float(sys.argv[1]), MEMORY)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, str]:
