@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent / "server"), str(Path(__file__).parent / "peers")]
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+sys.path.insert(0, str(Path(__file__).parent / "server"))
 
 import cases_engine
 import cases_limits
@@ -25,7 +26,7 @@ import cases_load
 import cases_prompts
 from records import machine
 from server_bench import SMALL, Bench, Case, Sizes
-from server_processes import LLAMA_SERVER, Kind, llama_server
+from server_processes import LLAMA_SERVER
 from server_report import report
 
 from llamita import _native
@@ -33,12 +34,12 @@ from llamita.system.threads import use_threads
 
 ROOT = Path(__file__).parents[1]
 HISTORY = ROOT / "benchmarks" / "history" / "serving.jsonl"
-SLOTS = 16  # of llama-server; as many sequences run in ours
 CASES: dict[str, Case] = {
     "overhead": cases_engine.overhead,
     "many": cases_engine.many,
     "equality": cases_engine.equality,
     "structured": cases_engine.structured,
+    "tune": cases_load.tune,
     "load": cases_load.load,
     "long_prompt": cases_prompts.long_prompt,
     "second_turn": cases_prompts.second_turn,
@@ -79,20 +80,12 @@ def main() -> None:
 
 def make_bench(args: argparse.Namespace) -> Bench:
     """Return the bench that the options describe."""
-    sizes = SMALL if args.small else Sizes()
-    positions = sizes.lengths[1] + 2 * sizes.new + 64
-
-    def peer(gguf: Path) -> Kind:
-        settings = args.llama_options.split() or LLAMA_SERVER
-        return llama_server(args.llama_server, gguf, args.threads, SLOTS, positions, *settings)
-
-    def beside(gguf: Path) -> Kind:
-        return llama_server(args.llama_server, gguf, args.threads, 4, sizes.long + 1024, *LLAMA_SERVER)
-
     args.workdir.mkdir(parents=True, exist_ok=True)
-    peers = [peer(gguf) for gguf in args.gguf[:1]]
-    return Bench(args.model, sizes, args.threads, args.workdir, peers, [peer(gguf) for gguf in args.gguf[1:]],
-                 [beside(gguf) for gguf in args.gguf[:1]], args.worded)  # fmt: skip
+    bench = Bench(args.model, SMALL if args.small else Sizes(), args.threads, args.workdir, args.worded,
+                  args.llama_server, args.gguf)  # fmt: skip
+    if args.llama_options:
+        bench.options = args.llama_options.split()
+    return bench
 
 
 def parse() -> argparse.Namespace:
@@ -105,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--gguf", type=Path, action="append", default=[],
                         help="its models; the first runs every load, others one of them")  # fmt: skip
-    parser.add_argument("--llama-options", default="", help=f"in place of {' '.join(LLAMA_SERVER)}")
+    parser.add_argument("--llama-options", default="", help=f"in place of {' '.join(LLAMA_SERVER[0])}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model-name", default="Llama 3.2 1B's shape, random weights", help="for the records")
     parser.add_argument("--note", default="", help="a sentence for the records")

@@ -162,5 +162,3 @@ def person(number: int) -> dict[str, Any]:
         "note": {"type": "string", "minLength": 20, "maxLength": 60},
     }
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-

@@ -5,12 +5,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from http_streams import Reply, completion, post, start
 from server_bench import COMPLETIONS, Bench, Record, quantiles, run
 from server_processes import Server
 
+SLOTS_BESIDE = 4  # of a peer
+SOLO_ROOM = 2048  # positions of a peer's slot beyond the long prompt: for what the running stream makes meanwhile
 SOLO_TOKENS = 48  # of the running stream, before the long prompt comes
 CHAT_TOKENS = 50
 BETWEEN_CHATS = 4.0  # seconds
@@ -18,7 +21,7 @@ BETWEEN_CHATS = 4.0  # seconds
 
 def long_prompt(bench: Bench) -> Iterator[Record]:
     """Send a long prompt beside a running stream, and new chats meanwhile."""
-    for kind in (bench.kind(), *bench.roomy_peers):
+    for kind in (bench.kind(), *bench.peers(SLOTS_BESIDE, bench.sizes.long + SOLO_ROOM)[:1]):
         with bench.serving(kind) as server:
             yield {"case": "long_prompt", "server": kind.name, "settings": kind.settings,
                    **asyncio.run(_beside(bench, server))}  # fmt: skip
@@ -42,7 +45,7 @@ async def _beside(bench: Bench, server: Server) -> Record:
     taken = (await long).texts[0][0]
     running.abort()
     times = [at for at, _ in running.reply().texts]
-    gaps = list(zip(times, times[1:], strict=False))
+    gaps = list(pairwise(times))
     beside = [b - a for a, b in gaps if a >= sent and b <= taken]
     inside = [chat for chat in chats if chat.status == 200 and chat.texts and chat.texts[0][0] < taken]
     return {
@@ -77,8 +80,8 @@ def second_turn(bench: Bench) -> Iterator[Record]:
             share.append(cached[-1] / (len(ids) + len(answer)))
             firsts.append(second.first_seconds)
     yield {"case": "second_turn", "prompt_tokens": bench.sizes.second, "answer_tokens": bench.sizes.new,
-           "new_prompt_tokens": CHAT_TOKENS, "cached_tokens": cached, "cached_share": round(statistics.median(share), 4),
-           "first": quantiles(firsts)}  # fmt: skip
+           "new_prompt_tokens": CHAT_TOKENS, "cached_tokens": cached,
+           "cached_share": round(statistics.median(share), 4), "first": quantiles(firsts)}  # fmt: skip
 
 
 def restart(bench: Bench) -> Iterator[Record]:

@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 HOST = "127.0.0.1"
@@ -71,7 +72,7 @@ class Reply:
     def gaps(self) -> list[float]:
         """Seconds between pieces of text."""
         times = [at for at, _ in self.texts]
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in pairwise(times)]
 
 
 def text_of(event: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from http_streams import Reply, completion, post
-from server_processes import Kind, Server, ours
+from server_processes import LLAMA_SERVER, Kind, Server, llama_server, ours
 
 import llamita
 from llamita.engine.llm import LLM
@@ -43,7 +43,7 @@ class Sizes:
     requests: Mapping[int, int] = field(default_factory=lambda: {1: 4, 4: 8, 8: 16, 16: 24})
     lengths: tuple[int, int] = (64, 2048)
     new: int = 64
-    rounds: int = 5
+    rounds: int = 4
     alone: int = 12
     schemas: int = 8
     long: int = 8192
@@ -63,20 +63,27 @@ class Bench:
 
     Attributes:
         model: what `llamita serve` and `llamita.load` take.
-        peers: servers beside ours, for every load.
-        slow_peers: others, for one load.
-        roomy_peers: servers beside ours whose context is long enough for the long prompt.
         worded: a model whose tokens are words, for structured output; None for none.
+        program: llama.cpp's server, None for none.
+        files: its models; the first takes part in every load.
+        options: its settings; `tune` replaces them by the best.
     """
 
     model: str
     sizes: Sizes
     threads: int
     workdir: Path
-    peers: Sequence[Kind] = ()
-    slow_peers: Sequence[Kind] = ()
-    roomy_peers: Sequence[Kind] = ()
     worded: str | None = None
+    program: Path | None = None
+    files: Sequence[Path] = ()
+    options: Sequence[str] = LLAMA_SERVER[0]
+
+    def peers(self, slots: int, positions: int, options: Sequence[str] | None = None) -> list[Kind]:
+        """Return llama.cpp's servers, one for each file, with so many slots of so many positions."""
+        if self.program is None:
+            return []
+        chosen = options or self.options
+        return [llama_server(self.program, file, self.threads, slots, positions, chosen) for file in self.files]
 
     def kind(self, *options: str, model: str | None = None) -> Kind:
         """Return our server, with options."""
@@ -110,8 +117,8 @@ class Bench:
     def warm(self, server: Server) -> None:
         """Take in a prompt, and some together, so that threads, buffers and budgets are settled."""
         longest = self.sizes.lengths[1]
-        run([(server, completion(self.prompt(longest // 4, "warm"), 8, 0))], 1)
-        run([(server, completion(self.prompt(longest // 32, f"warm {i}"), 8, i)) for i in range(8)], 8)
+        run([(server, completion(self.prompt(longest // 8, "warm"), 8, 0))], 1)
+        run([(server, completion(self.prompt(longest // 64, f"warm {i}"), 8, i)) for i in range(8)], 8)
 
 
 def run(requests: Sequence[tuple[Server, Mapping[str, Any]]], clients: int, path: str = COMPLETIONS) -> list[Reply]:

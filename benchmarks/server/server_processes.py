@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -19,8 +20,12 @@ import llamita
 
 START_SECONDS = 180
 END_SECONDS = 60
-# The best for throughput of what was tried on two cores; each slot has its own cache, and nothing is copied aside.
-LLAMA_SERVER = ("-fa", "on", "-b", "512", "-ub", "512", "--cache-ram", "0", "--no-ui")
+# Settings of llama.cpp's server for two cores: each slot has its own cache unless it says -kvu, and nothing is copied
+# aside. The first is what comes without `tune`.
+LLAMA_SERVER = tuple(
+    (*choice.split(), "--cache-ram", "0", "--no-ui")
+    for choice in ("-fa on -b 512 -ub 512", "-fa on -b 128 -ub 128", "-fa off -b 512 -ub 512", "-fa on -kvu -ub 512")
+)
 
 
 class ServerError(Exception):
@@ -51,12 +56,12 @@ def ours(model: str, threads: int, *options: str) -> Kind:
                 " ".join(settings))  # fmt: skip
 
 
-def llama_server(program: Path, gguf: Path, threads: int, slots: int, positions: int, *options: str) -> Kind:
+def llama_server(program: Path, gguf: Path, threads: int, slots: int, positions: int, options: Sequence[str]) -> Kind:
     """Return llama.cpp's server with so many slots of so many positions each."""
     shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     version = re.search(r"version: (.*)", shown.stdout + shown.stderr)
     sizes = ("-t", str(threads), "--parallel", str(slots), "-c", str(slots * positions))
-    settings = (*sizes, *(options or LLAMA_SERVER))
+    settings = (*sizes, *options)
     return Kind(f"llama-server {gguf.stem}", version[1] if version else "?",
                 (str(program), "-m", str(gguf), *settings), " ".join(settings))  # fmt: skip
 
@@ -91,7 +96,8 @@ class Server:
                 pass
             time.sleep(0.05)
         self._process.kill()
-        raise ServerError(f"{self.kind.name}: it does not answer; see {self._log}")
+        said = self._log.read_text("utf-8", "replace").strip().rpartition("\n")[2]
+        raise ServerError(f"{self.kind.name}: it does not answer, and said last: {said}")
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Return the status and the body of a GET request."""

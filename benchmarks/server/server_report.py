@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Line = dict[str, Any]
-_KEYS = ("case", "model", "server", "clients", "server_state", "request")  # what tells records apart
+_KEYS = ("case", "model", "server", "clients", "server_state", "request", "settings")  # what tells records apart
 
 
 def report(lines: Sequence[Line]) -> str:
@@ -36,6 +36,11 @@ def _load(lines: Sequence[Line]) -> str:
         for line in sorted(lines, key=lambda line: line["clients"])
     ]  # fmt: skip
     return _table("Load", heads, rows)
+
+
+def _tune(lines: Sequence[Line]) -> str:
+    rows = [(line["tokens_per_second"], f"`{line['settings']}`") for line in lines]
+    return _table("Settings of llama-server, by a load of 4 clients", ("tok/s", "settings"), rows)
 
 
 def _overhead(lines: Sequence[Line]) -> str:
@@ -115,7 +120,8 @@ def _goodput(lines: Sequence[Line]) -> str:
 
 
 _TABLES: dict[str, Callable[[Sequence[Line]], str]] = {
-    "load": _load, "overhead": _overhead, "many": _many, "equality": _equality, "structured": _structured,
-    "long_prompt": _long_prompt, "second_turn": _second_turn, "restart": _restart, "disconnects": _disconnects,
+    "tune": _tune, "load": _load, "overhead": _overhead, "many": _many, "equality": _equality,
+    "structured": _structured, "long_prompt": _long_prompt, "second_turn": _second_turn, "restart": _restart,
+    "disconnects": _disconnects,
     "refusals": _refusals, "goodput": _goodput,
 }  # fmt: skip
