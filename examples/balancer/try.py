@@ -5,6 +5,7 @@ python examples/balancer/try.py [--litellm PROGRAM]. Needs nginx, or LiteLLM's p
 
 import argparse
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -21,7 +22,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CLIENTS, REQUESTS = 8, 12  # each client sends so many, every other one as a stream
-TOKENS = 150
+TOKENS = 300
+KEY = "sk-of-this-experiment"  # that LiteLLM wants
+LITELLM = {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # no prices from the network
 START_SECONDS = 120
 ANSWER_SECONDS = 120
 
@@ -50,7 +53,7 @@ def main() -> int:
             command = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-g", "daemon off;"]
             stack.enter_context(running(command, folder / "balancer.log"))
             wait_for(ports[0], "/ready")
-        return report(experiment(ports[0], servers[0], options.requests))
+        return report(experiment(ports[0], servers[0], ports[1], options.requests))
 
 
 def with_ports(text: str, ports: list[int]) -> str:
@@ -60,7 +63,7 @@ def with_ports(text: str, ports: list[int]) -> str:
     return text
 
 
-def experiment(port: int, victim: subprocess.Popen[bytes], requests: int) -> Counter[str]:
+def experiment(port: int, victim: subprocess.Popen[bytes], victim_port: int, requests: int) -> Counter[str]:
     """Send requests from several clients; kill a server when a third of them is answered."""
     counts: Counter[str] = Counter()
     expected, _ = ask(port, False)
@@ -86,10 +89,20 @@ def experiment(port: int, victim: subprocess.Popen[bytes], requests: int) -> Cou
         thread.start()
     for _ in range(CLIENTS * requests // 3):
         done.acquire()
+    counts["answers that the killed server was at work on"] = work(victim_port)
     victim.send_signal(signal.SIGKILL)
     for thread in threads:
         thread.join()
     return counts
+
+
+def work(port: int) -> int:
+    """Return how many answers a server is at work on."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
+    connection.request("GET", "/v1/load")
+    (load,) = json.loads(connection.getresponse().read())["models"]
+    connection.close()
+    return len(load["running"]) + load["waiting"]
 
 
 def ask(port: int, is_stream: bool) -> tuple[str, bool]:
@@ -104,7 +117,8 @@ def ask(port: int, is_stream: bool) -> tuple[str, bool]:
     }  # fmt: skip
     connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
     try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != 200:
             raise ValueError(f"{response.status} {response.read(200)!r}")
@@ -146,7 +160,7 @@ def report(counts: Counter[str]) -> int:
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program while the block lasts; show its output if the block fails."""
     with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=log.parent, stdout=file, stderr=file)
+        process = subprocess.Popen(command, cwd=log.parent, stdout=file, stderr=file, env={**os.environ, **LITELLM})
     try:
         yield process
     except BaseException:

@@ -63,7 +63,7 @@ def test_figures_of_an_answer(page: Any) -> None:
     figures = last(page).locator(".stats").inner_text()
     assert "42.5 tok/s" in figures
     assert "first token 120 ms" in figures
-    assert "16 of 24 prompt tokens reused" in figures
+    assert "prompt of 24 (16 reused)" in figures
 
 
 def test_stop_closes_the_connection_and_keeps_the_text(page: Any, stand_in: PageServer) -> None:

@@ -1,6 +1,7 @@
 """The page against the real server and the embedded model: what the stand-in plays, the server does."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +16,18 @@ import llamita
 PROMPT = "Once upon a time, there was a little llama"
 
 
+# The embedded model's own template only joins what was said, so that the page takes it for a base model.
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] if m['role'] }}{% endfor %}"
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    llms = {"float": llamita.load("embedded"), "4bit": llamita.load("embedded", scheme="llama3.2")}
-    with serving(llms) as served:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("model") / "chat"
+    shutil.copytree(llamita.load("embedded").path, directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    llms = {"float": llamita.load(directory), "4bit": llamita.load(directory, scheme="llama3.2")}
+    with serving({**llms, "base": llamita.load("embedded")}) as served:
         yield served
 
 
@@ -100,5 +109,15 @@ def test_a_schema_holds_the_answer(live: Any) -> None:
 def test_the_scheduler_is_shown(live: Any) -> None:
     live.click("#show-load")
     live.wait_for_selector("#load section >> nth=1")
-    assert live.locator("#load h3").all_inner_texts() == ["float", "4bit"]
+    assert live.locator("#load h3").all_inner_texts() == ["float", "4bit", "base"]
     assert live.locator("#load .error").count() == 0
+
+
+def test_a_base_model_goes_on_with_the_text(live: Any, server: Served) -> None:
+    live.select_option("#model", "base")
+    live.click("#show-settings")
+    live.fill("#max_tokens", "20")
+    live.fill("#temperature", "0")
+    ask(live, PROMPT)
+    expected = server.post("/v1/completions", model="base", prompt=PROMPT, max_tokens=20, temperature=0)
+    assert expected["choices"][0]["text"].strip() in live.locator(".message").last.inner_text()

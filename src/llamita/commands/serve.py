@@ -16,6 +16,7 @@ from llamita.errors import InputError
 from llamita.imports.names import split_scheme
 from llamita.loading import open_adapters, open_model
 from llamita.system.extras import load_optional
+from llamita.system.machine import usable_memory
 from llamita.system.threads import remark, use_threads
 
 _LACKING = "llamita serve: needs {package}; try `pip install 'llamita[serve]'`"
@@ -108,9 +109,11 @@ def command(
     _log(log_requests)
     listener = parts.listen(host, port)
     use_threads(threads)
+    memory = usable_memory() // len(models)  # that of each
     llms = _load_all(models, _pairs(adapter or []), {
-        "context": context, "kv_dtype": kv_cache, "max_sequences": max_sequences,
-        "share_prefixes": share_prefixes, "takes_adapters": adapters is not None,
+        "cache_memory": memory // 2, "prefix_cache": memory // 8, "max_sequences": max_sequences,
+        "context": context, "kv_dtype": kv_cache, "share_prefixes": share_prefixes,
+        "takes_adapters": adapters is not None,
     })  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     state = parts.make_state(parts.Models(llms), keys, parts.Limits(drain_seconds=drain), bounds, adapters)

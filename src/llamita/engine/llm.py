@@ -241,11 +241,15 @@ class LLM:
         text = self.chat_template.render(messages, tools=tools, continue_final_message=continue_last, extra=extra)
         return self.tokenizer.encode(text, add_bos=False)
 
-    def embed(self, token_ids: TokenIds, adapter: str | None = None) -> np.ndarray:
+    def embed(self, token_ids: TokenIds, adapter: str | None = None, chunk: int = PREFILL_CHUNK) -> np.ndarray:
         """Return the mean of the tokens' final hidden states, divided by its length: float32 (hidden,).
 
         A model that was not trained for embeddings gives rough ones: they tell texts of different subjects apart,
         and little more.
+
+        Args:
+            token_ids, adapter: see `logits`.
+            chunk: tokens that are computed at once; generations wait meanwhile.
 
         Raises:
             InputError: see `logits`.
@@ -254,8 +258,8 @@ class LLM:
         cache = self.new_sequence(len(ids))
         cache.adapter = find_adapter(adapter, self.adapters)
         total = np.zeros(self.config.hidden_size)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            total += self.model.final_states(cache, ids[start : start + PREFILL_CHUNK]).sum(axis=0, dtype=np.float64)
+        for start in range(0, len(ids), chunk):
+            total += self.model.final_states(cache, ids[start : start + chunk]).sum(axis=0, dtype=np.float64)
         return (total / max(float(np.linalg.norm(total)), np.finfo(np.float32).tiny)).astype(np.float32)
 
     def new_sequence(self, declared_length: int) -> SequenceCache:

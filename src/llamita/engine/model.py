@@ -94,14 +94,17 @@ class Model:
                 cache.length += count
 
     def final_states(self, cache: SequenceCache, ids: np.ndarray) -> np.ndarray:
-        """Compute new tokens of one sequence; return their states after the last norm, float32 (tokens, hidden)."""
+        """Compute new tokens of one sequence; return their states after the last norm, float32 (tokens, hidden).
+
+        Those of a model under R1 are in its rotated space.
+        """
         w = self.weights
         with self._lock:
             x = self._hidden_states([(cache, ids)], [len(ids)])
             cache.length += len(ids)
             states = self._buffers.first(len(ids)).hidden.floats
             ops.rmsnorm(x, w.norm, self.config.norm_eps, states)
-            if w.head_transform is not None:  # back into the space of the unrotated model
+            if w.head_transform is not None:
                 ops.linear(w.head_transform, states, x)
                 states = x
             return states.copy()

@@ -7,7 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llamita.serve import chat, completions, openapi, page_files, responses, small
+from llamita.serve import chat, completions, embeddings, openapi, page_files, responses, small
 from llamita.serve.exchange import Exchange
 from llamita.serve.guard import Access, Guard
 from llamita.serve.state import ServerState
@@ -30,7 +30,7 @@ PATHS = (
     Path("/completions", ("POST",), completions.completions),
     Path("/responses", ("POST",), responses.responses),
     Path("/responses/input_tokens", ("POST",), responses.input_tokens),
-    Path("/embeddings", ("POST",), small.embeddings),
+    Path("/embeddings", ("POST",), embeddings.embeddings),
     Path("/models", ("GET",), small.models),
     Path("/models/{name:path}", ("GET",), small.model),
     Path("/adapters", ("GET", "POST"), small.adapters),

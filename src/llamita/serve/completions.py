@@ -40,7 +40,7 @@ async def completions(state: ServerState, exchange: Exchange) -> None:
     await reply(state, exchange, job, writers, values, ("cmpl", "text_completion", "text_completion"))
 
 
-def prompts_of(value: Any) -> list[Any]:
+def prompts_of(value: Any, param: str = "prompt") -> list[Any]:
     """Return the prompts of a body's field: texts, or lists of token ids.
 
     Raises:
@@ -49,7 +49,7 @@ def prompts_of(value: Any) -> list[Any]:
     is_several = isinstance(value, list) and isinstance(value[0], str | list)
     prompts: list[Any] = value if is_several else [value]
     if len(prompts) > MOST_PROMPTS:
-        raise wrong("prompt", f"expected at most {MOST_PROMPTS}, got {len(prompts)}.")
+        raise wrong(param, f"expected at most {MOST_PROMPTS}, got {len(prompts)}.")
     return prompts
 
 

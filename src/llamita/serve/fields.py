@@ -4,7 +4,6 @@ A field of the table is used, accepted without effect, or refused because ignori
 that no table has is ignored, as OpenAI's own server does.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +59,7 @@ def number(least: float, most: float) -> Kind:
     """A number in a range."""
     return Kind(
         f"a number from {least:g} to {most:g}",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and least <= v <= most,
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and least <= v <= most,
         {"type": "number", "minimum": least, "maximum": most},
     )
 

@@ -256,8 +256,12 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 
 
 def _checked_text(text: object, where: str) -> str:
-    if not isinstance(text, str) or not text or len(text.encode(errors="replace")) > LARGEST_SCHEMA:
-        raise InputError(where, f"a text of 1 to {LARGEST_SCHEMA} bytes", shown(text))
+    try:
+        size = len(text.encode()) if isinstance(text, str) else 0
+    except UnicodeEncodeError:
+        size = 0
+    if not isinstance(text, str) or not 0 < size <= LARGEST_SCHEMA:
+        raise InputError(where, f"a text of 1 to {LARGEST_SCHEMA} bytes of UTF-8", shown(text))
     return text
 
 

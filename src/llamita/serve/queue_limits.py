@@ -78,4 +78,5 @@ def wait(load: SchedulerLoad) -> int:
     """Return seconds until the prompts that wait are taken in, at the measured speed: 1 to 60."""
     if not load.prefill_rate:
         return 1
-    return min(_LONGEST_WAIT, max(1, math.ceil(load.waiting_tokens / load.prefill_rate)))
+    begun = sum(s.prompt_tokens - s.tokens for s in load.sequences if not s.is_decoding)
+    return min(_LONGEST_WAIT, max(1, math.ceil((load.waiting_tokens + begun) / load.prefill_rate)))

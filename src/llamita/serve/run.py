@@ -179,3 +179,4 @@ def serve(
     finally:
         state.engine.stop()
         state.pool.shutdown(wait=False, cancel_futures=True)
+        state.embedder.shutdown(wait=False, cancel_futures=True)

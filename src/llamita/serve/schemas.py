@@ -56,7 +56,7 @@ def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, 
             made[key] = [inner(key, part) for part in value]
         elif key in _ONE and value is not None:
             made[key] = inner(key, value)
-    if "patternProperties" in made:
+    if made.get("patternProperties"):
         _check_patterns(made, where)
     elif closed and "properties" in made and not made.keys() & _OPEN:
         made["additionalProperties"] = not _requires_only(made, made["properties"])
@@ -66,12 +66,19 @@ def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, 
 def _requires_only(schema: Mapping[str, Any], names: object) -> bool:
     """Return whether a schema requires no other properties than these."""
     required = schema.get("required", [])
-    return isinstance(required, list) and isinstance(names, Mapping) and all(name in names for name in required)
+    return (
+        isinstance(required, list)
+        and isinstance(names, Mapping)
+        and all(isinstance(name, str) and name in names for name in required)
+    )
 
 
 def _check_patterns(schema: dict[str, Any], where: str) -> None:
     """Refuse patterns that may overlap with other properties: a name that fits both has to fit both schemas."""
+    patterns = schema["patternProperties"]
+    if not isinstance(patterns, Mapping):
+        raise InputError(where, "pattern properties in an object", shown(patterns))
     others = schema.get("properties") or schema.get("additionalProperties") not in (None, False)
-    if others or len(schema["patternProperties"]) > 1:
+    if others or len(patterns) > 1:
         raise InputError(where, "one pattern property alone, or none", "others beside it, which may overlap")
     schema["additionalProperties"] = False

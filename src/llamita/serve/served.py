@@ -99,15 +99,15 @@ def _describe(name: str, llm: LLM) -> Served:
         "n_ctx_train": config.context,
         "n_params": sum(math.prod(shape) for shape in expected_tensors(config).values()),
         "n_vocab": config.vocab_size,
-        "size": weight_bytes(llm.path),
+        "size": _weight_bytes(llm.path),
         "scheme": None if llm.scheme is None else f"{llm.scheme.name}, groups of {llm.scheme.group_size}",
         "kv_dtype": llm.kv_dtype,
-        "has_chat": find_template(llm.path) is not None,
+        "has_chat": "role" in (find_template(llm.path) or ""),  # that of `embedded` only joins what is said
         "sampling": {n: getattr(sampling, n) for n in names},
     }
     return Served(name, llm, None, None, created, description["has_chat"], description, Structure(llm))
 
 
-def weight_bytes(directory: Path) -> int:
-    """Return the bytes of a model's weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+def _weight_bytes(directory: Path) -> int | None:
+    """Return the bytes of a model's weight files; None for a GGUF, which is elsewhere."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors")) or None

@@ -1,6 +1,5 @@
 """The small endpoints: models, tokens, embeddings, health, the scheduler's load, adapters."""
 
-import base64
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,15 +11,15 @@ from llamita.errors import InputError
 from llamita.imports.open import open_source
 from llamita.loading import open_adapters
 from llamita.serve.chat import encode
-from llamita.serve.completions import prompt_ids, prompts_of
-from llamita.serve.errors import ApiError, no_model, too_long, unavailable, wrong
+from llamita.serve.completions import prompt_ids
+from llamita.serve.errors import ApiError, no_model, unavailable, wrong
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import is_whole, read
 from llamita.serve.guard import check_admin
 from llamita.serve.served import Served
 from llamita.serve.state import ServerState
 from llamita.serve.structure import read_tools
-from llamita.serve.tables import ADAPTER, DETOKENIZE, EMBEDDINGS, TOKENIZE
+from llamita.serve.tables import ADAPTER, DETOKENIZE, TOKENIZE
 
 _STALLED = 120  # seconds of one step after which the engine counts as stuck; a step takes well under one
 
@@ -76,34 +75,6 @@ async def tokenizer_info(state: ServerState, exchange: Exchange) -> None:
     tokenizer = state.models.find(None).llm.tokenizer
     info = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": None}
     await exchange.send_json({**info, "chat_template": None})
-
-
-async def embeddings(state: ServerState, exchange: Exchange) -> None:
-    """Return the mean of a text's final hidden states, of length 1."""
-    values = read(await exchange.read_json(state.limits.body_bytes), EMBEDDINGS)
-
-    async def work() -> None:
-        await exchange.send_json(await state.in_pool(_embed, state, values))
-
-    await exchange.watched(work)
-
-
-def _embed(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
-    served = state.models.find(values.get("model"))
-    prompts = [prompt_ids(served, prompt, True, "input") for prompt in prompts_of(values["input"])]
-    for ids in prompts:
-        if not ids or len(ids) > served.llm.context:
-            raise too_long(len(ids), served.llm.context, "input")
-    data = []
-    for index, ids in enumerate(prompts):
-        vector = served.llm.embed(ids, served.adapter)
-        shown: Any = vector.tolist()
-        if values.get("encoding_format") == "base64":
-            shown = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        data.append({"object": "embedding", "index": index, "embedding": shown})
-    count = sum(map(len, prompts))
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return {"object": "list", "data": data, "model": served.id, "usage": usage}
 
 
 async def health(state: ServerState, exchange: Exchange) -> None:

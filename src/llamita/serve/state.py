@@ -68,6 +68,7 @@ class ServerState:
         is_draining: it takes no more work.
         adapters_directory: where adapters are that an administrator may load; None for nowhere.
         pool: two threads for what takes longer than a millisecond or so: templates, tokens, grammars.
+        embedder: one thread for embeddings, which take as long as their texts are, beside the engine's thread.
     """
 
     models: Models
@@ -80,6 +81,7 @@ class ServerState:
     is_draining: bool = False
     started: float = field(default_factory=time.time)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
+    embedder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="embed"))
 
     async def in_pool(self, function: Callable[_P, _R], *arguments: _P.args, **named: _P.kwargs) -> _R:
         """Run a function in the pool. Errors of the library, which the request caused, become refusals."""

@@ -51,9 +51,9 @@ def unroll_calls(messages: Sequence[Message]) -> list[Message]:
             place += 1
         if len(results) != len(calls):
             raise InputError("messages", f"a result for each of {len(calls)} tool calls", f"{len(results)}")
-        by_id = {result.get("tool_call_id"): result for result in results}
-        if all(call.get("id") in by_id for call in calls) and len(by_id) == len(calls):
-            results = [by_id[call["id"]] for call in calls]
+        by_id = {str(result.get("tool_call_id")): result for result in results}
+        if all(str(call.get("id")) in by_id for call in calls) and len(by_id) == len(calls):
+            results = [by_id[str(call.get("id"))] for call in calls]
         for number, (call, result) in enumerate(zip(calls, results, strict=True)):
             content = message["content"] if number == 0 else ""
             unrolled += [{**message, "content": content, "tool_calls": [call]}, result]

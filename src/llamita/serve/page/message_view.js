@@ -222,7 +222,7 @@ function figures({ stats, model, finish, role }) {
     perSecond && `${perSecond.toFixed(1)} tok/s`,
     firstToken && `first token ${seconds(firstToken)}`,
     tokens !== undefined && `${count(tokens)} tokens`,
-    reused ? `${count(reused)} of ${count(prompt ?? 0)} prompt tokens reused` : prompt && `prompt of ${count(prompt)}`,
+    prompt && `prompt of ${count(prompt)}${reused ? ` (${count(reused)} reused)` : ""}`,
     queued && queued > 100 && `waited ${seconds(queued)}`,
     drafted && `${count(accepted ?? 0)} of ${count(drafted)} guesses right`,
     ENDS[finish ?? ""],

@@ -1,0 +1,68 @@
+"""`/v1/embeddings`: the mean of a text's final hidden states, of length 1."""
+
+import asyncio
+import base64
+import threading
+from typing import Any
+
+import numpy as np
+
+from llamita.errors import InputError
+from llamita.serve.completions import prompt_ids, prompts_of
+from llamita.serve.errors import from_llamita, too_long, unavailable
+from llamita.serve.exchange import Exchange
+from llamita.serve.fields import read
+from llamita.serve.served import Served
+from llamita.serve.state import ServerState
+from llamita.serve.tables import EMBEDDINGS
+
+_CHUNK = 64  # tokens at once: the gap between two tokens of everybody else grows by the time that these take
+
+
+async def embeddings(state: ServerState, exchange: Exchange) -> None:
+    """Answer with a vector for each text. They are made one after the other, and wait in the queue of all answers."""
+    values = read(await exchange.read_json(state.limits.body_bytes), EMBEDDINGS)
+    served = state.models.find(values.get("model"))
+    texts = await state.in_pool(_prompts, served, values["input"])
+    count = sum(map(len, texts))
+
+    async def work() -> None:
+        if state.is_draining:
+            raise unavailable("The server is stopping.", "draining")
+        with state.queue.place(exchange.owner, 1, count, lambda: served.llm.scheduler.load):
+            vectors = await _embed(state, served, texts)
+        shown = [_shown(vector, values.get("encoding_format", "float")) for vector in vectors]
+        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown)]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        await exchange.send_json({"object": "list", "data": data, "model": served.id, "usage": usage})
+
+    await exchange.watched(work)
+
+
+def _prompts(served: Served, given: Any) -> list[list[int]]:
+    texts = [prompt_ids(served, prompt, True, "input") for prompt in prompts_of(given, "input")]
+    for ids in texts:
+        if not ids or len(ids) > served.llm.context:
+            raise too_long(len(ids), served.llm.context, "input")
+    return texts
+
+
+async def _embed(state: ServerState, served: Served, texts: list[list[int]]) -> list[np.ndarray]:
+    """Return the vectors; if the client goes away, no more are begun."""
+    is_wanted = threading.Event()
+    is_wanted.set()
+
+    def run() -> list[np.ndarray]:
+        try:
+            return [served.llm.embed(ids, served.adapter, _CHUNK) for ids in texts if is_wanted.is_set()]
+        except InputError as error:
+            raise from_llamita(error) from None
+
+    try:
+        return await asyncio.get_running_loop().run_in_executor(state.embedder, run)
+    finally:
+        is_wanted.clear()
+
+
+def _shown(vector: np.ndarray, form: str) -> Any:
+    return vector.tolist() if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
