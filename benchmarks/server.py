@@ -60,7 +60,7 @@ def main() -> None:
     use_threads(args.threads)
     bench = make_bench(args)
     here = machine(_native.isa(), args.threads)
-    made, began = [], time.monotonic()
+    made, failed, began = [], False, time.monotonic()
     for name in args.only:
         print(f"{time.monotonic() - began:6.0f} s  {name}", file=sys.stderr)
         try:
@@ -73,9 +73,11 @@ def main() -> None:
         except Exception as error:  # the other cases can go on
             if args.strict:
                 raise
+            failed = True
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"{time.monotonic() - began:6.0f} s", file=sys.stderr)
     print(report(made))
+    raise SystemExit(failed)
 
 
 def make_bench(args: argparse.Namespace) -> Bench:

@@ -47,7 +47,7 @@ async def _beside(bench: Bench, server: Server) -> Record:
     times = [at for at, _ in running.reply().texts]
     gaps = list(pairwise(times))
     beside = [b - a for a, b in gaps if a >= sent and b <= taken]
-    inside = [chat for chat in chats if chat.status == 200 and chat.texts and chat.texts[0][0] < taken]
+    inside = [chat for chat in chats if chat.texts and chat.started < taken]
     return {
         "prompt_tokens": bench.sizes.long, "seconds": round(taken - sent, 2),
         "solo_gap": quantiles(b - a for a, b in gaps if b < sent), "gap": quantiles(beside),
