@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,9 @@ def test_no_request_is_lost_when_a_server_is_killed(tmp_path: Path) -> None:
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = dict(reversed(line.strip().split("  ", 1)) for line in done.stdout.splitlines() if "  " in line.strip())
-    assert int(lines["answer whole"]) == 16
-    assert int(lines["stream whole"]) + int(lines.get("stream broken off", "0")) == 16
+    counts = {what: int(count) for count, what in re.findall(r"^ *(\d+)  (.*)$", done.stdout, flags=re.M)}
+    assert counts["answer whole"] == 16
+    assert counts["stream whole"] + counts.get("stream broken off", 0) == 16
 
 
 def test_the_parts_of_the_provider_package_name_each_other() -> None:

@@ -33,9 +33,8 @@ def main(base_url: str) -> None:
     long = chat.model_copy(update={"max_tokens": 60})
     called = long.bind_tools([weather], tool_choice="required", parallel_tool_calls=False)
     call = called.invoke("What is the weather?")
-    streamed = None
-    for piece in called.stream("What is the weather?"):
-        streamed = piece if streamed is None else streamed + piece
+    first, *more = called.stream("What is the weather?")
+    streamed = sum(more, first)
     result = ToolMessage("sunny", tool_call_id=call.tool_calls[0]["id"])
     after = chat.bind_tools([weather], tool_choice="none").invoke([HumanMessage("What is the weather?"), call, result])
     try:

@@ -5,6 +5,7 @@
 import json
 import os
 import sys
+from typing import Any
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it looks for prices on the network
 
@@ -25,7 +26,7 @@ WEATHER = {
 
 
 def main(base_url: str) -> None:
-    def ask(text: str, **options: object) -> object:
+    def ask(text: str, **options: Any) -> Any:
         body = {"model": "openai/embedded", "api_base": base_url, "api_key": "none", "temperature": 0, "max_tokens": 12}
         return litellm.completion(messages=[{"role": "user", "content": text}], **{**body, **options})
 
