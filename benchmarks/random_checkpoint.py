@@ -77,7 +77,8 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.add_special_tokens(names)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
-                "eos_token": "<|end_of_text|>"}  # fmt: skip
+                "eos_token": "<|end_of_text|>",
+                "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}"}  # fmt: skip
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -34,6 +34,7 @@ from llamita.system.child import environment
         (["embedded:nothing"], "scheme"),
         (["/nowhere/model"], "/nowhere/model"),
         (["--context", "4096"], "context"),
+        (["--prefix-file", "/nowhere/at/all/file"], "--prefix-file"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
@@ -118,3 +119,14 @@ def test_kept_prompts_are_found_after_a_restart(tmp_path: Path) -> None:
         assert "it is not used" in "".join(lines)
         other = post(port, "/v1/completions", body)
         assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    with serving("embedded:llama3.2", "--prefix-file", kept) as (port, _):  # it was left as it was
+        assert post(port, "/v1/completions", body)["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    with serving("embedded:llama3.2", "--prefix-file", precious) as (port, lines):
+        post(port, "/v1/completions", {"prompt": "Once upon a time " * 20, "max_tokens": 1})
+        assert "left as it is" in "".join(lines)
+    assert precious.read_text() == "mine"

@@ -173,3 +173,18 @@ def test_a_prompt_is_never_cut(server: Served, stream: bool) -> None:
 def test_tokens_are_counted_without_an_answer(server: Served, llm: LLM) -> None:
     counted = server.post("/v1/chat/completions/input_tokens", messages=MESSAGES)
     assert counted["input_tokens"] == len(llm.encode_chat(MESSAGES))
+
+
+def test_tokens_with_log_probabilities_join_to_the_content(server: Served) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 40, "temperature": 0, "logprobs": True}
+    whole = server.post("/v1/chat/completions", **body)["choices"][0]["message"]["content"]
+    for stop in (whole[17:25], whole[30:33], "nowhere"):
+        choice = server.post("/v1/chat/completions", **body, stop=stop)["choices"][0]
+        joined = "".join(entry["token"] for entry in choice["logprobs"]["content"])
+        assert joined.startswith(choice["message"]["content"])
+        last = choice["logprobs"]["content"][-1]["token"]
+        assert len(joined) - len(choice["message"]["content"]) < len(last)  # a token may reach into the stop text
+        events = server.events("/v1/chat/completions", **body, stop=stop)
+        parts = [event["choices"][0]["logprobs"] for event in events]
+        streamed = [entry for part in parts if part for entry in part["content"]]
+        assert streamed == choice["logprobs"]["content"]

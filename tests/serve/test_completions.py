@@ -1,5 +1,6 @@
 """`/v1/completions` over real sockets: several prompts, log-probabilities, limits."""
 
+import numpy as np
 import pytest
 from served import Served, serving
 
@@ -78,3 +79,36 @@ def test_a_wrong_field_is_named(server: Served, change: dict, param: str) -> Non
     status, error = server.refuse("/v1/completions", {"prompt": "a", "max_tokens": 2, **change})
     assert status == 400
     assert error["param"] == param
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "caf\u00e9 \U0001f999 \u4f60\u597d"])
+def test_offsets_point_at_their_tokens(server: Served, prompt: str) -> None:
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, "echo": True}
+    choice = server.post("/v1/completions", **body)["choices"][0]
+    assert choice["text"].startswith(prompt)
+    logprobs = choice["logprobs"]
+    ends = [*logprobs["text_offset"][1:], len(choice["text"])]
+    pieces = [choice["text"][a:b] for a, b in zip(logprobs["text_offset"], ends, strict=True)]
+    assert "".join(pieces) == choice["text"]
+    assert pieces[0] == ""  # the BOS token is not in the text
+    whole = [(piece, token) for piece, token in zip(pieces, logprobs["tokens"], strict=True) if "\ufffd" not in token]
+    assert all(piece == token for piece, token in whole[1:])
+    assert logprobs["token_logprobs"][0] is None
+
+
+def test_a_prompt_is_scored_alone(server: Served, llm: LLM) -> None:
+    ids = llm.tokenizer.encode("The dog ran in the park and saw a bird.")
+    body = {"prompt": [ids, ids[:4]], "max_tokens": 0, "logprobs": 2, "echo": True}
+    for choice, tokens in zip(server.post("/v1/completions", **body)["choices"], (ids, ids[:4]), strict=True):
+        logits = llm.logits(tokens).astype(float)
+        exact = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        exact -= logits.max(1, keepdims=True)
+        expected = [exact[place, token] for place, token in enumerate(tokens[1:])]
+        assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+        assert len(choice["logprobs"]["tokens"]) == len(tokens)
+        assert choice["finish_reason"] == "length"
+
+
+def test_one_request_cannot_ask_for_more_than_the_queue_takes(server: Served) -> None:
+    status, error = server.refuse("/v1/completions", {"prompt": ["a"] * 64, "n": 8, "max_tokens": 1})
+    assert (status, error["param"]) == (400, "n")

@@ -317,6 +317,8 @@ def test_refusals_are_the_packages_errors_and_not_tried_again(
         with pytest.raises(getattr(openai, error)) as caught:
             made.chat.completions.create(**{**GREEDY, **change})
         assert (caught.value.code, caught.value.param) == (code, param)
+        if code == "context_length_exceeded":  # LangChain looks for it in the text, which has the message alone
+            assert code in str(caught.value)
         assert caught.value.type == "invalid_request_error"
         with pytest.raises(getattr(openai, error)):  # also before a stream begins
             made.chat.completions.create(**{**GREEDY, **change}, stream=True)

@@ -7,6 +7,9 @@ from served import Served, serving
 
 import llamita
 from llamita.engine.llm import LLM
+from llamita.serve.schemas import prepare_schema
+from llamita.serve.tool_deltas import ToolDeltas
+from llamita.serve.tools import check_tools
 
 MESSAGES = [{"role": "user", "content": "Once upon a time"}]
 SCHEMA = {
@@ -230,3 +233,20 @@ def test_responses_fit_a_schema(server: Served) -> None:
 def test_responses_name_what_is_wrong(server: Served, change: dict, param: str) -> None:
     status, error = server.refuse("/v1/responses", {"input": "a", "max_output_tokens": 2, **change})
     assert (status, error["param"]) == (400, param)
+
+
+def test_one_call_alone_if_several_are_not_wanted() -> None:
+    text = '{"name": "get_time", "parameters": {}}; {"name": "get_time", "parameters": {}}'
+    for parallel, count in ((True, 2), (False, 1)):
+        deltas = ToolDeltas(check_tools([CLOCK], "auto", parallel))
+        found = [delta for piece in text for delta in deltas.add(piece)] + deltas.finish()
+        assert len([d for d in found if d["tool_calls"][0].get("id")]) == count
+
+
+def test_of_several_branches_exactly_one_fits() -> None:
+    branches = [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"properties": {"b": {"type": "null"}}}]
+    prepared = prepare_schema({"oneOf": [{"type": "object", **branch} for branch in branches]}, "x")
+    assert isinstance(prepared, dict)
+    assert not any(
+        "additionalProperties" in branch for branch in prepared["oneOf"]
+    )  # else {"a": 1} would fit one alone

@@ -71,5 +71,10 @@ def make_app(state: ServerState, access: Access) -> ASGIApp:
     guard = Guard(router, state, access)
     if not access.origins:
         return guard
-    headers = ["authorization", "content-type", "x-api-key", "x-request-id"]
-    return CORSMiddleware(guard, sorted(access.origins), allow_methods=["GET", "POST", "DELETE"], allow_headers=headers)
+    return CORSMiddleware(
+        guard,
+        sorted(access.origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],  # OpenAI's library sends several of its own
+        expose_headers=["x-request-id", "retry-after"],
+    )

@@ -1,8 +1,10 @@
 """Turns the updates of one choice into OpenAI's deltas of a chat; an answer that is not streamed is their fold."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+from llamita.engine.logprobs import TokenLogprob
 from llamita.engine.requests import Generation
 from llamita.serve.engine_thread import Update
 from llamita.serve.logprobs import chat_entry
@@ -40,7 +42,9 @@ class ChatWriter:
 
     def __init__(self, tokenizer: Tokenizer, parser: Parser | None, has_logprobs: bool) -> None:
         self._tokenizer, self._parser, self._has_logprobs = tokenizer, parser, has_logprobs
-        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is held back
+        self._waiting: deque[tuple[int, TokenLogprob]] = deque()  # of tokens that have not been sent, with their place
+        self._known = 0  # bytes of all tokens so far
+        self._shown = 0  # bytes of all text so far: what may be the beginning of a stop text is held back
 
     def opening(self) -> list[Part]:
         """Return the part that names the role."""
@@ -66,20 +70,32 @@ class ChatWriter:
         return "tool_calls" if reason == "stop" and self._parser and self._parser.has_calls else reason
 
     def deltas(self, update: Update) -> Iterator[tuple[Delta, list[dict[str, Any]]]]:
-        """Yield deltas with the log-probabilities of their tokens. No delta is empty."""
-        ends = self._tokenizer.eos_token_ids
-        # OpenAI's tokens join to the content, so the end token is not among them.
-        self._logprobs += [chat_entry(s, self._tokenizer) for s in update.logprobs if s.token not in ends]
+        """Yield deltas with the log-probabilities of their tokens, which join to the content.
+
+        So neither the end token nor those of a stop text are among them.
+        """
         if self._parser:
             pieces = self._parser.add(update.text) if update.text else []
             pieces += self._parser.finish() if update.generation else []
         else:
             pieces = [{"content": update.text}] if update.text else []
-        if update.generation and self._logprobs and not pieces:  # of tokens without text, at the end
+        logprobs = self._shown_logprobs(update)
+        if logprobs and not pieces:  # the parser holds the text back
             pieces = [{"content": ""}]
         for delta in pieces:
-            logprobs, self._logprobs = self._logprobs, []
             yield delta, logprobs
+            logprobs = []
+
+    def _shown_logprobs(self, update: Update) -> list[dict[str, Any]]:
+        """Return the entries of the tokens that begin in the text so far."""
+        for score in update.logprobs:
+            self._waiting.append((self._known, score))
+            self._known += len(self._tokenizer.token_bytes(score.token))
+        self._shown += len(update.text.encode("utf-8", "replace"))
+        entries = []
+        while self._waiting and self._waiting[0][0] < self._shown:
+            entries.append(chat_entry(self._waiting.popleft()[1], self._tokenizer))
+        return entries
 
     def _part(self, delta: Delta, logprobs: list[Any]) -> Part:
         shown = {"content": logprobs, "refusal": None} if self._has_logprobs and logprobs else None

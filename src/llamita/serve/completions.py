@@ -86,7 +86,7 @@ class _CompletionWriter:
         self._job, self._request = job, request
         self._tokenizer = job.served.llm.tokenizer
         self._is_first = True
-        self._logprobs = CompletionLogprobs(self._text_of)
+        self._logprobs = CompletionLogprobs(self._tokenizer, request.continues)
 
     def opening(self) -> list[Part]:
         """Return nothing: a completion begins with its text."""
@@ -98,19 +98,17 @@ class _CompletionWriter:
 
     def whole(self, update: Update) -> Part:
         """Return the text of an update with the log-probabilities of its tokens."""
-        text, scores, tokens = update.text, list(update.logprobs), [s.token for s in update.logprobs]
+        text, parts = update.text, []
         if self._is_first and self._job.echo:
             ids = self._request.ids.tolist()
             text = self._tokenizer.decode(ids) + text
             if self._job.has_logprobs:
-                scores = [*update.prompt_logprobs, *scores]
-                tokens = ids + tokens
+                parts.append(self._logprobs.add_prompt(update.prompt_logprobs, ids))
         self._is_first = False
+        parts.append(self._logprobs.add(update.logprobs))
+        logprobs = {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
         return {
             "text": text,
-            "logprobs": self._logprobs.add(scores, tokens) if self._job.has_logprobs else None,
+            "logprobs": logprobs if self._job.has_logprobs else None,
             "finish_reason": reason_of(update.generation) if update.generation else None,
         }
-
-    def _text_of(self, token: int) -> str:
-        return self._tokenizer.token_bytes(token, skip_special=False).decode(errors="replace")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from llamita.engine.logprobs import TokenLogprob
@@ -46,11 +47,15 @@ class Mailbox:
     Args:
         scheduler: runs them.
         sequences: one for each choice; not submitted yet.
+
+    Attributes:
+        loop: the event loop that reads.
+        open: choices whose last event has not come; for the engine's thread alone.
     """
 
     def __init__(self, scheduler: Scheduler, sequences: Sequence[SequenceState]) -> None:
         self.scheduler, self.sequences = scheduler, tuple(sequences)
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
         self._lock = threading.Lock()
         self._updates: dict[int, Update] = {}  # by choice; the lock protects it
@@ -101,11 +106,6 @@ class Mailbox:
     def wake(self) -> None:
         """Wake the reader. The event loop's thread only."""
         self._filled.set()
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that reads."""
-        return self._loop
 
 
 class EngineThread:
@@ -199,7 +199,8 @@ class EngineThread:
         filled = [mailbox for mailbox in self._open if mailbox.collect()]
         self._open = [mailbox for mailbox in self._open if not mailbox.is_done]
         if filled:
-            filled[0].loop.call_soon_threadsafe(_wake_all, filled)
+            with suppress(RuntimeError):  # the loop is closed: the server has ended, and nobody reads any more
+                filled[0].loop.call_soon_threadsafe(_wake_all, filled)
 
 
 def _wake_all(mailboxes: list[Mailbox]) -> None:

@@ -53,7 +53,9 @@ def from_llamita(error: LlamitaError, param: str | None = None) -> ApiError:
 
 
 def too_long(prompt: int, context: int, param: str, at_least: bool = False) -> ApiError:
-    """Return the refusal of a prompt that leaves no room for an answer; clients look for OpenAI's phrase in it.
+    """Return the refusal of a prompt that leaves no room for an answer.
+
+    LiteLLM looks for OpenAI's phrase in the text. LangChain looks for the code there: openai 3 shows the text alone.
 
     Args:
         prompt: its tokens.
@@ -65,7 +67,7 @@ def too_long(prompt: int, context: int, param: str, at_least: bool = False) -> A
     return ApiError(
         400,
         f"This model's maximum context length is {context} tokens. However, your {param} resulted in {tokens} tokens. "
-        f"Please reduce the length of the {param}; nothing is cut here.",
+        f"Please reduce the length of the {param}; nothing is cut here (context_length_exceeded).",
         param=param,
         code="context_length_exceeded",
         more={"n_prompt_tokens": prompt, "n_ctx": context},

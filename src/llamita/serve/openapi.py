@@ -1,4 +1,4 @@
-"""The OpenAPI document, made from the tables of fields, so that it cannot say anything else than the server does."""
+"""The OpenAPI document. Its fields come from the tables that requests are checked by."""
 
 from functools import lru_cache
 from typing import Any

@@ -70,6 +70,6 @@ def wants_usage(values: Mapping[str, Any]) -> bool:
         ApiError: `stream_options` has no flag in it.
     """
     flag = values.get("stream_options", {}).get("include_usage")
-    if flag not in (None, True, False) or (flag is not None and not isinstance(flag, bool)):
+    if flag is not None and not isinstance(flag, bool):
         raise wrong("stream_options.include_usage", f"expected true or false, got {shown(flag)}.")
     return bool(flag)

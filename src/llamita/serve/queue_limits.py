@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llamita.engine.load import SchedulerLoad
-from llamita.serve.errors import busy
+from llamita.serve.errors import busy, wrong
 
 _LONGEST_WAIT = 60  # seconds of Retry-After; OpenAI's library does not retry at all after more than 120
 
@@ -33,7 +33,6 @@ class QueueLimits:
 
     Args:
         bounds: the most of each.
-        load: what the scheduler of the request's model does now.
     """
 
     def __init__(self, bounds: Bounds) -> None:
@@ -52,13 +51,16 @@ class QueueLimits:
             load: gives what waits at the request's model.
 
         Raises:
-            ApiError: 429, there is no room; Retry-After says when there may be.
+            ApiError: 429, there is no room, and Retry-After says when there may be; 400, there can never be.
         """
         bounds, now = self.bounds, load()
-        if self.open + answers > bounds.requests and self.open:
+        most = bounds.requests if owner is None else min(bounds.requests, bounds.requests_per_key)
+        if answers > most:
+            raise wrong("n", f"expected at most {most} answers in one request, got {answers}.")
+        if self.open + answers > bounds.requests:
             raise busy(f"{self.open} answers run or wait here, the most is {bounds.requests}.", wait(now), "queue_full")
-        if self._by_owner[owner] + answers > bounds.requests_per_key and self._by_owner[owner]:
-            message = f"{self._by_owner[owner]} answers of this key run or wait, the most is {bounds.requests_per_key}."
+        if self._by_owner[owner] + answers > most:  # without keys, everybody has the same owner, and no such bound
+            message = f"{self._by_owner[owner]} answers of this key run or wait, the most is {most}."
             raise busy(message, wait(now), "key_queue_full")
         if now.waiting_tokens + tokens > bounds.prompt_tokens and now.waiting:
             message = f"{now.waiting_tokens} prompt tokens wait here, the most is {bounds.prompt_tokens}."

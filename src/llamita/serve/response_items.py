@@ -22,7 +22,7 @@ class ResponseItems:
 
     def add(self, delta: dict[str, Any], logprobs: list[dict[str, Any]]) -> Iterator[tuple[str, Event]]:
         """Take in a delta of a chat; yield events with their names."""
-        if delta.get("content"):
+        if delta.get("content") or (logprobs and "content" in delta):
             yield from self._text(delta["content"], logprobs)
         for part in delta.get("tool_calls", []):
             if part["index"] not in self._calls:

@@ -47,7 +47,7 @@ def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, 
     closed = closed and "allOf" not in made
 
     def inner(key: str, value: object) -> dict[str, Any] | bool:
-        return _prepare(value, where, depth - 1, closed and key != "allOf")
+        return _prepare(value, where, depth - 1, closed and key not in ("allOf", "oneOf"))
 
     for key, value in made.items():
         if key in _NAMED and isinstance(value, Mapping):

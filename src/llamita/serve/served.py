@@ -1,7 +1,9 @@
 """The models that a server offers, by name: loaded models, and each with one of its adapters."""
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,11 @@ class Served:
     description: dict[str, Any]
     structure: Structure
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """What tells a client that the model's files have changed."""
-        return f"llamita-{self.created:x}"
+        files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.llm.path.iterdir())
+        return f"llamita-{hashlib.sha256(repr((self.id, self.description['scheme'], files)).encode()).hexdigest()[:12]}"
 
     def entry(self) -> dict[str, Any]:
         """Return the model's object of OpenAI's API."""

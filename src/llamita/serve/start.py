@@ -45,22 +45,31 @@ def access(host: str, hosts: Sequence[str], origins: Sequence[str]) -> Access:
 
 @contextmanager
 def kept_prefixes(llms: Mapping[str, LLM], file: Path | None, note: Callable[[str], None]) -> Iterator[None]:
-    """Find the prompts that an earlier server kept, and save them at the end. A file that does not fit is left out.
+    """Find the prompts that an earlier server kept, and save them at the end.
 
-    Several models have a file each: FILE, FILE.1 and so on.
+    Several models have a file each: FILE, FILE.1 and so on. A file that does not fit is not used, and left as it is: it
+    may be of another model, or something else altogether.
+
+    Raises:
+        InputError: there is no directory for the file.
     """
     if file is None:
         yield
         return
+    if not file.absolute().parent.is_dir():
+        raise InputError("--prefix-file", "a directory that exists", str(file.parent))
     files = [file.with_name(f"{file.name}.{i}") if i else file for i in range(len(llms))]
+    fitting = []
     for llm, path in zip(llms.values(), files, strict=True):
         if path.exists():
             try:
                 llm.scheduler.load_prefixes(path, llm.adapters)
             except LlamitaError as error:
-                note(f"--prefix-file: {error}; it is not used")
+                note(f"--prefix-file: {error}; it is not used and left as it is, and nothing is saved")
+                continue
+        fitting.append((llm, path))
     try:
         yield
     finally:
-        for llm, path in zip(llms.values(), files, strict=True):
+        for llm, path in fitting:
             llm.scheduler.save_prefixes(path)

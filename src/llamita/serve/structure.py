@@ -51,7 +51,7 @@ class Structure:
         if not asked:
             return None
         if tools and tools.mode == "auto":
-            raise wrong(asked[0], "cannot be combined with tools; send tool_choice none, or required.")
+            raise wrong(asked[0], "cannot be combined with tools; send tool_choice none to leave them out.")
         if "guided_regex" in values:
             return self.grammars.regex(values["guided_regex"], "guided_regex")
         if "guided_grammar" in values:
@@ -61,7 +61,9 @@ class Structure:
         if kind == "json_schema":
             return self.grammars.json_schema(_schema(values["response_format"]), "response_format")
         assert tools
-        return self.grammars.tool_calls(tools.tools, self.call_form, name=tools.name, parallel=tools.parallel)
+        return self.grammars.tool_calls(
+            tools.tools, self.call_form, name=tools.name, parallel=tools.parallel and tools.name is None
+        )
 
 
 def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:

@@ -1,7 +1,7 @@
 """Turns what the parser of calls finds into the deltas of OpenAI's chat form."""
 
 from llamita.serve.chat_writer import Delta
-from llamita.serve.tool_calls import CallArguments, CallBegin, Content, ToolCallParser
+from llamita.serve.tool_calls import CallBegin, Content, Event, ToolCallParser
 from llamita.serve.tools import ToolChoice
 
 
@@ -14,6 +14,7 @@ class ToolDeltas:
 
     def __init__(self, tools: ToolChoice) -> None:
         self._parser = ToolCallParser(tools.tools, is_sure=tools.mode == "required")
+        self._only_first = not tools.parallel
 
     @property
     def has_calls(self) -> bool:
@@ -22,13 +23,16 @@ class ToolDeltas:
 
     def add(self, text: str) -> list[Delta]:
         """Add text; return what is sure by now."""
-        return [self._delta(event) for event in self._parser.add(text)]
+        return self._deltas(self._parser.add(text))
 
     def finish(self) -> list[Delta]:
         """Return the rest; no more text comes."""
-        return [self._delta(event) for event in self._parser.finish()]
+        return self._deltas(self._parser.finish())
 
-    def _delta(self, event: Content | CallBegin | CallArguments) -> Delta:
+    def _deltas(self, events: list[Event]) -> list[Delta]:
+        return [self._delta(e) for e in events if isinstance(e, Content) or not (self._only_first and e.index)]
+
+    def _delta(self, event: Event) -> Delta:
         if isinstance(event, Content):
             return {"content": event.text}
         if isinstance(event, CallBegin):
