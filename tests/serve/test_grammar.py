@@ -272,7 +272,7 @@ def test_an_answer_may_not_take_long_at_every_token(grammars: Grammars, monkeypa
     monkeypatch.setattr(grammar, "STEP_SECONDS", 0.02)
     monkeypatch.setattr(grammar, "MEAN_SECONDS", 0.0001)
     with pytest.raises(InputError, match=r"got more than 0\.02 s for a token, or 0\.0001 s for each"):
-        _follow(constraint, 0, 1000)
+        _follow(constraint, -1, 1000)
 
 
 def _follow(constraint: Constraint, place: int, steps: int) -> None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llamita.engine.requests import Options
 from llamita.errors import InputError
 from llamita.serve.chat_writer import ChatWriter
+from llamita.serve.encoding import encode_text
 from llamita.serve.errors import from_llamita, too_long, wrong
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import read
@@ -20,6 +22,8 @@ from llamita.serve.tool_deltas import ToolDeltas
 from llamita.serve.tool_text import in_text
 from llamita.serve.tools import ToolChoice
 from llamita.text.chat_template import check_extra
+
+MOST_COUNTED = 1 << 20  # tokens that are counted or returned where the context is no limit
 
 
 @dataclass
@@ -43,8 +47,8 @@ class ChatJob(Job):
 
 async def chat(state: ServerState, exchange: Exchange) -> None:
     """Answer a conversation, whole or as a stream."""
-    values = read(await exchange.read_json(state.limits.body_bytes), CHAT)
-    job = await state.in_pool(prepare, state, values, exchange.owner)
+    values = read(await exchange.read_json(state.bodies), CHAT)
+    job = await state.prepared(exchange, values, partial(prepare, owner=exchange.owner))
     await reply(state, exchange, job, job.writers(), values, ("chatcmpl", "chat.completion", "chat.completion.chunk"))
 
 
@@ -59,7 +63,7 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     if not messages:
         raise wrong("messages", "expected at least one.")
     tools = read_tools(values)
-    continues = values.get("continue_final_message", _ends_with_assistant(messages))
+    continues = _continues(values)
     ids = encode(served, values, tools, continues)
     if len(ids) >= llm.context:
         raise too_long(len(ids), llm.context, "messages")
@@ -70,8 +74,14 @@ def prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) ->
     return ChatJob(served, requests, n, top, tools)
 
 
-def encode(served: Served, values: Mapping[str, Any], tools: ToolChoice | None, continues: bool = False) -> list[int]:
-    """Return the token ids of a body's conversation.
+def encode(
+    served: Served,
+    values: Mapping[str, Any],
+    tools: ToolChoice | None,
+    continues: bool = False,
+    most: int | None = None,
+) -> list[int]:
+    """Return the token ids of a body's conversation; `most` is that of `encode_text`.
 
     Raises:
         ApiError, InputError: a message is at fault, or the template refuses the conversation.
@@ -85,14 +95,18 @@ def encode(served: Served, values: Mapping[str, Any], tools: ToolChoice | None, 
     if not llm.chat_template.takes_tools:
         messages, definitions = in_text(messages, definitions, served.structure.call_form), ()
     try:
-        return llm.encode_chat(messages, tools=definitions or None, continue_last=continues, extra=extra)
+        template, given = llm.chat_template, definitions or None
+        text = template.render(messages, tools=given, continue_final_message=continues, extra=extra)
+        return encode_text(served, text, False, "messages", most)
     except InputError as error:
         raise from_llamita(error, "messages" if error.where.startswith("chat template") else None) from None
 
 
-def _ends_with_assistant(messages: list[Any]) -> bool:
-    last = messages[-1] if messages else None
-    return isinstance(last, dict) and last.get("role") == "assistant" and not last.get("tool_calls")
+def _continues(values: Mapping[str, Any]) -> bool:
+    """Return whether the answer continues the last message."""
+    last = values["messages"][-1] if values["messages"] else None
+    is_open = isinstance(last, dict) and last.get("role") == "assistant" and not last.get("tool_calls")
+    return values.get("continue_final_message", is_open)
 
 
 def _top_logprobs(values: Mapping[str, Any]) -> int | None:
@@ -119,13 +133,12 @@ def _options(
 
 async def input_tokens(state: ServerState, exchange: Exchange) -> None:
     """Count the tokens of a conversation, without an answer."""
-    values = read(await exchange.read_json(state.limits.body_bytes), CHAT)
-    await exchange.send_json(await state.in_pool(count_tokens, state, values))
+    values = read(await exchange.read_json(state.bodies), CHAT)
+    await exchange.send_json(await state.prepared(exchange, values, count_tokens))
 
 
 def count_tokens(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return how many tokens the conversation of a checked body has."""
     served = state.models.find(values.get("model"))
-    tools = read_tools(values)
-    ids = served.llm.encode_chat(values["messages"], tools=tools.tools if tools else None)
+    ids = encode(served, values, read_tools(values), _continues(values), MOST_COUNTED)
     return {"object": "response.input_tokens", "input_tokens": len(ids), "max_model_len": served.llm.context}

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llamita.engine.requests import Options, Request
+from llamita.serve.encoding import prompt_ids
 from llamita.serve.engine_thread import Update
 from llamita.serve.errors import too_long, wrong
 from llamita.serve.exchange import Exchange
@@ -12,7 +14,6 @@ from llamita.serve.fields import read
 from llamita.serve.logprobs import CompletionLogprobs
 from llamita.serve.options import engine_options, for_choice
 from llamita.serve.reply import Part, reason_of, reply
-from llamita.serve.served import Served
 from llamita.serve.state import Job, ServerState
 from llamita.serve.tables import COMPLETIONS, MOST_PROMPTS
 
@@ -34,8 +35,8 @@ class CompletionJob(Job):
 
 async def completions(state: ServerState, exchange: Exchange) -> None:
     """Continue texts, whole or as a stream."""
-    values = read(await exchange.read_json(state.limits.body_bytes), COMPLETIONS)
-    job = await state.in_pool(_prepare, state, values, exchange.owner)
+    values = read(await exchange.read_json(state.bodies), COMPLETIONS)
+    job = await state.prepared(exchange, values, partial(_prepare, owner=exchange.owner))
     writers = [_CompletionWriter(job, request) for request in job.requests]
     await reply(state, exchange, job, writers, values, ("cmpl", "text_completion", "text_completion"))
 
@@ -51,22 +52,6 @@ def prompts_of(value: Any, param: str = "prompt") -> list[Any]:
     if len(prompts) > MOST_PROMPTS:
         raise wrong(param, f"expected at most {MOST_PROMPTS}, got {len(prompts)}.")
     return prompts
-
-
-def prompt_ids(served: Served, prompt: Any, add_special: bool, param: str = "prompt") -> list[int]:
-    """Return the token ids of one prompt, which need not fit the context.
-
-    Raises:
-        ApiError: an id is outside the vocabulary.
-    """
-    tokenizer, size = served.llm.tokenizer, served.llm.config.vocab_size
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt, add_bos=None if add_special else False)
-        return ids or ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
-    ids = [int(token) for token in prompt]
-    if not all(0 <= token < size for token in ids):
-        raise wrong(param, f"expected token ids from 0 to {size - 1}.")
-    return ids
 
 
 def _prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) -> CompletionJob:

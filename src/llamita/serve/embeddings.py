@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from llamita.errors import InputError
-from llamita.serve.completions import prompt_ids, prompts_of
+from llamita.serve.completions import prompts_of
+from llamita.serve.encoding import prompt_ids
 from llamita.serve.errors import from_llamita, too_long, unavailable
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import read
@@ -21,9 +23,8 @@ _CHUNK = 64  # tokens at once: the gap between two tokens of everybody else grow
 
 async def embeddings(state: ServerState, exchange: Exchange) -> None:
     """Answer with a vector for each text. They are made one after the other, and wait in the queue of all answers."""
-    values = read(await exchange.read_json(state.limits.body_bytes), EMBEDDINGS)
-    served = state.models.find(values.get("model"))
-    texts = await state.in_pool(_prompts, served, values["input"])
+    values = read(await exchange.read_json(state.bodies), EMBEDDINGS)
+    served, texts = await state.prepared(exchange, values, _prompts)
     count = sum(map(len, texts))
 
     async def work() -> None:
@@ -39,12 +40,13 @@ async def embeddings(state: ServerState, exchange: Exchange) -> None:
     await exchange.watched(work)
 
 
-def _prompts(served: Served, given: Any) -> list[list[int]]:
-    texts = [prompt_ids(served, prompt, True, "input") for prompt in prompts_of(given, "input")]
+def _prompts(state: ServerState, values: Mapping[str, Any]) -> tuple[Served, list[list[int]]]:
+    served = state.models.find(values.get("model"))
+    texts = [prompt_ids(served, prompt, True, "input") for prompt in prompts_of(values["input"], "input")]
     for ids in texts:
         if not ids or len(ids) > served.llm.context:
             raise too_long(len(ids), served.llm.context, "input")
-    return texts
+    return served, texts
 
 
 async def _embed(state: ServerState, served: Served, texts: list[list[int]]) -> list[np.ndarray]:

@@ -52,14 +52,21 @@ def from_llamita(error: LlamitaError, param: str | None = None) -> ApiError:
     return ApiError(400, str(error), param=param or error.where.split(":")[0], code="invalid_value")
 
 
-def too_long(prompt: int, context: int, param: str) -> ApiError:
+def too_long(prompt: int, context: int, param: str, at_least: bool = False) -> ApiError:
     """Return the refusal of a prompt that leaves no room for an answer.
 
     LiteLLM looks for OpenAI's phrase in the text. LangChain looks for the code there: openai 3 shows the text alone.
+
+    Args:
+        prompt: its tokens.
+        context: the most that there may be.
+        param: the field.
+        at_least: it has more, but they were not counted.
     """
+    tokens = f"at least {prompt}" if at_least else f"{prompt}"
     return ApiError(
         400,
-        f"This model's maximum context length is {context} tokens. However, your {param} resulted in {prompt} tokens. "
+        f"This model's maximum context length is {context} tokens. However, your {param} resulted in {tokens} tokens. "
         f"Please reduce the length of the {param}; nothing is cut here (context_length_exceeded).",
         param=param,
         code="context_length_exceeded",

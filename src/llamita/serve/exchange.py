@@ -9,15 +9,17 @@ import asyncio
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
+from llamita.serve.bodies import MOST_VALUES, VALUE_BYTES, Bodies
 from llamita.serve.errors import ApiError
 
 BODY_SECONDS = 30  # for a client to send its body
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 _LONGEST_ID = 64
+_R = TypeVar("_R")
 
 
 class Disconnected(Exception):
@@ -32,6 +34,7 @@ class Exchange:
         owner: whose request it is: a tag of its key, None without keys; the guard sets it.
         key: the key that came with it, "" without one; the guard sets it. It is never logged.
         status: the status that was sent, None before.
+        body_bytes: the length of the body, as far as it was read.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,12 +47,15 @@ class Exchange:
         self.owner: str | None = None
         self.key = ""
         self.status: int | None = None
+        self.body_bytes = 0
+        self._bodies: Bodies | None = None
+        self._taken = 0
 
-    async def read_json(self, most_bytes: int) -> dict[str, Any]:
-        """Return the body, a JSON object.
+    async def read_json(self, bodies: Bodies) -> dict[str, Any]:
+        """Return the body, a JSON object, whose memory is counted until `release`.
 
         Raises:
-            ApiError: it is not JSON, not an object, too large, or too slow.
+            ApiError: it is not JSON, not an object, too large, or too slow, or others take all memory for bodies.
             Disconnected: the client went away.
         """
         kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -59,9 +65,14 @@ class Exchange:
             )
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                data = await self._read_body(most_bytes)
+                data = await self._read_body(bodies)
         except TimeoutError:
-            raise ApiError(408, f"The body did not come within {BODY_SECONDS} seconds.", code="timeout") from None
+            message, close = f"The body did not come within {BODY_SECONDS} seconds.", {"Connection": "close"}
+            raise ApiError(408, message, code="timeout", headers=close) from None
+        values = data.count(b",") + data.count(b"[") + data.count(b"{")
+        if values > MOST_VALUES:
+            raise ApiError(413, f"The body has more than {MOST_VALUES} values.", code="request_too_large")
+        self._take(bodies, values * VALUE_BYTES)
         try:
             body = json.loads(data, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -70,25 +81,37 @@ class Exchange:
             raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
         return body
 
-    async def _read_body(self, most_bytes: int) -> bytes:
+    def release(self) -> None:
+        """Stop counting the body's memory."""
+        if self._bodies:
+            self._bodies.free(self.owner, self._taken)
+            self._bodies = None
+
+    def _take(self, bodies: Bodies, size: int) -> None:
+        bodies.take(self.owner, size)
+        self._bodies = bodies
+        self._taken += size
+
+    async def _read_body(self, bodies: Bodies) -> bytearray:
         declared = self.headers.get("content-length", "0")
-        parts, length = [], int(declared) if declared.isdecimal() and len(declared) < 20 else 0
-        too_large = ApiError(413, f"The body is larger than {most_bytes} bytes.", code="request_too_large")
+        length = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+        too_large = ApiError(413, f"The body is larger than {bodies.most} bytes.", code="request_too_large")
         too_large.headers["Connection"] = "close"  # the rest of the body is not read
-        if length > most_bytes:
+        if length > bodies.most:
             raise too_large
-        length = 0
+        data = bytearray()
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise Disconnected
             part = message.get("body", b"")
-            length += len(part)
-            if length > most_bytes:
+            if len(data) + len(part) > bodies.most:
                 raise too_large
-            parts.append(part)
+            self._take(bodies, len(part))
+            data += part
+            self.body_bytes = len(data)
             if not message.get("more_body"):
-                return b"".join(parts)
+                return data
 
     async def send_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """Answer with JSON."""
@@ -130,8 +153,8 @@ class Exchange:
         """End the stream."""
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def watched(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work; stop it as soon as the client goes away.
+    async def watched(self, work: Callable[[], Awaitable[_R]]) -> _R:
+        """Do the work and return its result; stop it as soon as the client goes away.
 
         Raises:
             Disconnected: the client went away, and the work has been cancelled and has ended.
@@ -142,7 +165,7 @@ class Exchange:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise Disconnected
-            await task
+            return await task
         finally:
             for one in (task, gone):
                 one.cancel()

@@ -88,12 +88,18 @@ def choice(*values: str) -> Kind:
     return Kind(f"one of {', '.join(values)}", lambda v: v in values, {"type": "string", "enum": list(values)})
 
 
-def texts(most: int) -> Kind:
-    """A text, or up to `most` of them."""
+def texts(most: int, longest: int) -> Kind:
+    """A text of so many characters, or up to `most` of them."""
+    one = {"type": "string", "maxLength": longest}
+
+    def accepts(value: Any) -> bool:
+        several = value if isinstance(value, list) else [value]
+        return len(several) <= most and all(isinstance(s, str) and len(s) <= longest for s in several)
+
     return Kind(
-        f"a text or a list of up to {most}",
-        lambda v: isinstance(v, str) or (isinstance(v, list) and len(v) <= most and all(isinstance(s, str) for s in v)),
-        {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": most}]},
+        f"a text or a list of up to {most}, of at most {longest} characters",
+        accepts,
+        {"oneOf": [one, {"type": "array", "items": one, "maxItems": most}]},
     )
 
 

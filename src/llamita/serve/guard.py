@@ -58,6 +58,7 @@ class Guard:
         except Exception as error:
             await exchange.send_error(self._answer(error, exchange))
         finally:
+            exchange.release()
             self._state.metrics.note_response(exchange.status or 499)
             seconds = time.monotonic() - began
             path = scope["path"][:100].encode("unicode_escape").decode()
@@ -66,6 +67,9 @@ class Guard:
     def _check(self, exchange: Exchange) -> None:
         """Raise ApiError for a request that may not come in; else say whose it is."""
         access, headers, scope = self._access, exchange.headers, exchange.scope
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may see another end than we do
+            message, close = "Send Content-Length or Transfer-Encoding, not both.", {"Connection": "close"}
+            raise ApiError(400, message, code="bad_request", headers=close)
         host = headers.get("host", "")
         if access.hosts is not None and host_name(host) not in access.hosts:
             raise ApiError(403, f"Host {host[:80]!r} is not this server's.", kind="permission_error", code="host")

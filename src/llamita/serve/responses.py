@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from llamita.engine.requests import Generation
@@ -22,8 +23,8 @@ _TEXTS = ("text", "input_text", "output_text", "refusal")
 
 async def responses(state: ServerState, exchange: Exchange) -> None:
     """Answer, whole or as a stream of named events."""
-    values = read(await exchange.read_json(state.limits.body_bytes), RESPONSES)
-    job = await state.in_pool(prepare, state, chat_values(values), exchange.owner)
+    values = read(await exchange.read_json(state.bodies), RESPONSES)
+    job = await state.prepared(exchange, chat_values(values), partial(prepare, owner=exchange.owner))
     response = _Response(values, job)
     if values.get("stream"):
         await exchange.watched(lambda: _stream(state, exchange, job, response))
@@ -33,8 +34,8 @@ async def responses(state: ServerState, exchange: Exchange) -> None:
 
 async def input_tokens(state: ServerState, exchange: Exchange) -> None:
     """Count the tokens of an input, without an answer."""
-    values = read(await exchange.read_json(state.limits.body_bytes), RESPONSES)
-    await exchange.send_json(await state.in_pool(count_tokens, state, chat_values(values)))
+    values = read(await exchange.read_json(state.bodies), RESPONSES)
+    await exchange.send_json(await state.prepared(exchange, chat_values(values), count_tokens))
 
 
 async def _whole(state: ServerState, exchange: Exchange, job: ChatJob, response: "_Response") -> None:

@@ -178,5 +178,5 @@ def serve(
         server.run([listener])
     finally:
         state.engine.stop()
-        state.pool.shutdown(wait=False, cancel_futures=True)
+        state.preparation.shut_down()
         state.embedder.shutdown(wait=False, cancel_futures=True)

@@ -10,8 +10,8 @@ from llamita.engine.scheduler import Scheduler
 from llamita.errors import InputError
 from llamita.imports.open import open_source
 from llamita.loading import open_adapters
-from llamita.serve.chat import encode
-from llamita.serve.completions import prompt_ids
+from llamita.serve.chat import MOST_COUNTED, encode
+from llamita.serve.encoding import encode_text, prompt_ids
 from llamita.serve.errors import ApiError, no_model, unavailable, wrong
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import is_whole, read
@@ -36,8 +36,8 @@ async def model(state: ServerState, exchange: Exchange) -> None:
 
 async def tokenize(state: ServerState, exchange: Exchange) -> None:
     """Turn a text or a conversation into token ids, in vLLM's form or llama.cpp's."""
-    values = read(await exchange.read_json(state.limits.body_bytes), TOKENIZE)
-    await exchange.send_json(await state.in_pool(_tokenize, state, values))
+    values = read(await exchange.read_json(state.bodies), TOKENIZE)
+    await exchange.send_json(await state.prepared(exchange, values, _tokenize))
 
 
 def _tokenize(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,11 +47,10 @@ def _tokenize(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
     if len(given) != 1:
         raise wrong("prompt", f"expected one of prompt, content and messages, got {', '.join(given) or 'none'}.")
     if "messages" in values:
-        ids = encode(served, values, read_tools(values))
-    elif "content" in values:
-        ids = llm.tokenizer.encode(values["content"], add_bos=None if values.get("add_special") else False)
+        ids = encode(served, values, read_tools(values), most=MOST_COUNTED)
     else:
-        ids = llm.tokenizer.encode(values["prompt"], add_bos=None if values.get("add_special_tokens", True) else False)
+        has_bos = values.get("add_special") if "content" in values else values.get("add_special_tokens", True)
+        ids = encode_text(served, values[given[0]], None if has_bos else False, given[0], MOST_COUNTED)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llm.context, "tokens": ids}
     if values.get("return_token_strs"):
         pieces = [llm.tokenizer.token_bytes(token, skip_special=False) for token in ids]
@@ -61,13 +60,17 @@ def _tokenize(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
 
 async def detokenize(state: ServerState, exchange: Exchange) -> None:
     """Turn token ids into text."""
-    values = read(await exchange.read_json(state.limits.body_bytes), DETOKENIZE)
+    values = read(await exchange.read_json(state.bodies), DETOKENIZE)
+    await exchange.send_json(await state.prepared(exchange, values, _detokenize))
+
+
+def _detokenize(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:
     served = state.models.find(values.get("model"))
     if not all(is_whole(token) for token in values["tokens"]):
         raise wrong("tokens", "expected token ids.")
     ids = prompt_ids(served, values["tokens"], False, "tokens")
-    text = await state.in_pool(served.llm.tokenizer.decode, ids, skip_special=False)
-    await exchange.send_json({"prompt": text, "content": text})
+    text = served.llm.tokenizer.decode(ids, skip_special=False)
+    return {"prompt": text, "content": text}
 
 
 async def tokenizer_info(state: ServerState, exchange: Exchange) -> None:
@@ -130,8 +133,8 @@ async def adapters(state: ServerState, exchange: Exchange) -> None:
         await exchange.send_json({"object": "list", "data": data})
         return
     check_admin(state, exchange)
-    values = read(await exchange.read_json(state.limits.body_bytes), ADAPTER)
-    await exchange.send_json(await state.in_pool(_load_adapter, state, values))
+    values = read(await exchange.read_json(state.bodies), ADAPTER)
+    await exchange.send_json(await state.prepared(exchange, values, _load_adapter))
 
 
 def _load_adapter(state: ServerState, values: Mapping[str, Any]) -> dict[str, Any]:

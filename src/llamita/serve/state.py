@@ -2,24 +2,27 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from llamita.engine.requests import Request
 from llamita.errors import InputError, LlamitaError
+from llamita.serve.bodies import Bodies
 from llamita.serve.engine_thread import EngineThread, Mailbox, Update, merge
 from llamita.serve.errors import ApiError, from_llamita, timed_out, unavailable
+from llamita.serve.exchange import Exchange
 from llamita.serve.keys import Keys
 from llamita.serve.metrics import Metrics
+from llamita.serve.preparation import Preparation
 from llamita.serve.queue_limits import Bounds, QueueLimits
 from llamita.serve.served import Models, Served
 
 SIGN_OF_LIFE = 15  # seconds of silence after which a stream gets a comment: proxies close silent ones after 30 to 60
-_P = ParamSpec("_P")
+SLOW_FIELDS = ("response_format", "guided_regex", "guided_grammar", "tools")  # a grammar may take a second
 _R = TypeVar("_R")
 
 
@@ -67,7 +70,8 @@ class ServerState:
     Attributes:
         is_draining: it takes no more work.
         adapters_directory: where adapters are that an administrator may load; None for nowhere.
-        pool: two threads for what takes longer than a millisecond or so: templates, tokens, grammars.
+        bodies: counts the memory of bodies.
+        preparation: threads for what comes before an answer.
         embedder: one thread for embeddings, which take as long as their texts are, beside the engine's thread.
     """
 
@@ -77,22 +81,19 @@ class ServerState:
     limits: Limits
     queue: QueueLimits
     metrics: Metrics
+    bodies: Bodies
+    preparation: Preparation
     adapters_directory: Path | None = None
     is_draining: bool = False
     started: float = field(default_factory=time.time)
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
     embedder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="embed"))
 
-    async def in_pool(self, function: Callable[_P, _R], *arguments: _P.args, **named: _P.kwargs) -> _R:
-        """Run a function in the pool. Errors of the library, which the request caused, become refusals."""
-
-        def run() -> _R:
-            try:
-                return function(*arguments, **named)
-            except InputError as error:
-                raise from_llamita(error) from None
-
-        return await asyncio.get_running_loop().run_in_executor(self.pool, run)
+    async def prepared(
+        self, exchange: Exchange, values: Mapping[str, Any], function: Callable[["ServerState", Mapping[str, Any]], _R]
+    ) -> _R:
+        """Return what a function makes of a checked body; see `Preparation.run`."""
+        is_slow = not values.keys().isdisjoint(SLOW_FIELDS)
+        return await self.preparation.run(exchange, lambda: function(self, values), is_slow)
 
     @contextmanager
     def run(self, owner: str | None, job: Job) -> Iterator["Running"]:
@@ -122,7 +123,9 @@ def make_state(models: Models, keys: Keys, limits: Limits, bounds: Bounds, adapt
     """Return the state of a server whose engine's thread is not started yet."""
     schedulers = [llm.scheduler for llm in models.llms.values()]
     engine = EngineThread(schedulers)
-    return ServerState(models, engine, keys, limits, QueueLimits(bounds), Metrics(models.llms), adapters)
+    bodies, preparation = Bodies(limits.body_bytes), Preparation(bounds.requests)
+    parts = models, engine, keys, limits, QueueLimits(bounds), Metrics(models.llms), bodies, preparation
+    return ServerState(*parts, adapters)
 
 
 class Running:

@@ -21,6 +21,7 @@ from llamita.text.chat_template import EXTRAS
 
 MOST_CHOICES = 8
 MOST_STOPS = 16
+LONGEST_STOP = 1000  # characters; a stop string is looked for at every token
 MOST_TOP = 20
 MOST_PROMPTS = 64
 _MOST_TOKENS = 1 << 31
@@ -68,7 +69,7 @@ _GENERATION: Table = {
     **_MODEL,
     **_SAMPLING,
     "n": Field(whole(1, MOST_CHOICES), "How many answers to each prompt."),
-    "stop": Field(texts(MOST_STOPS), "The answer ends before the first of these texts."),
+    "stop": Field(texts(MOST_STOPS, LONGEST_STOP), "The answer ends before the first of these texts."),
     "min_tokens": Field(whole(0, _MOST_TOKENS), "No end before this many tokens."),
     "ignore_eos": Field(FLAG, "End tokens do not end the answer."),
     "stream": Field(FLAG, "Sends the answer in pieces."),
