@@ -7,6 +7,7 @@ Frameworks' helpers miss disconnects of requests that are not streamed, and behi
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
@@ -74,7 +75,7 @@ class Exchange:
             raise ApiError(413, f"The body has more than {MOST_VALUES} values.", code="request_too_large")
         self._take(bodies, values * VALUE_BYTES)
         try:
-            body = json.loads(data, parse_constant=_refuse_constant)
+            body = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"The body is not JSON: {str(error)[:200]}.", code="invalid_json") from None
         if not isinstance(body, dict):
@@ -180,6 +181,13 @@ class Exchange:
         every = {"x-request-id": self.request_id, "x-content-type-options": "nosniff", **headers}
         pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # it could not be sent back
+        raise ValueError(f"{text[:20]} is beyond the numbers of JSON's readers")
+    return value
 
 
 def _refuse_constant(name: str) -> None:
