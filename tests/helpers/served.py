@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="llamita[serve] is not installed")
 
 from llamita.engine.llm import LLM
-from llamita.serve import start
+from llamita.serve import run, start
 from llamita.serve.keys import Keys
 from llamita.serve.state import ServerState
 
@@ -93,7 +93,7 @@ def serving(
         ready.set()
 
     access = start.access("127.0.0.1", hosts, origins)
-    thread = threading.Thread(target=start.serve, args=(state, access, listener, when_ready, made.append))
+    thread = threading.Thread(target=run.serve, args=(state, access, listener, when_ready, made.append))
     thread.start()
     try:
         assert ready.wait(30)

@@ -225,7 +225,7 @@ def test_responses_fit_a_schema(server: Served) -> None:
         ({"background": True}, "background"),
         ({"input": 3}, "input"),
         ({"input": [{"type": "computer_call"}]}, "input[0]"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"text": {"format": 3}}, "text.format"),
         ({"truncation": "auto"}, "truncation"),
     ],

@@ -20,7 +20,6 @@ from llamita.system.machine import usable_memory
 from llamita.system.threads import remark, use_threads
 
 _LACKING = "llamita serve: needs {package}; try `pip install 'llamita[serve]'`"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEY = "LLAMITA_API_KEY"
 
 _Models = Annotated[
@@ -108,34 +107,20 @@ def command(
     Example: llamita serve my-model --adapter poet=adapters/poet
     """
     parts: Any = load_optional("llamita.serve.start", _LACKING)  # its packages are not on the lean side
-    keys = parts.collect_keys([*(api_key or []), *_from_environment()], api_key_file, admin_key_file)
-    _check_host(host, keys.are_needed or no_auth)
+    keys = parts.collect_keys(api_key, api_key_file, admin_key_file)
+    parts.check_host(host, keys.are_needed or no_auth)
     _log(log_requests)
     listener = parts.listen(host, port)
     use_threads(threads)
-    memory = usable_memory() // len(models)  # that of each
     llms = _load_all(models, _pairs(adapter or []), {
-        "cache_memory": memory // 2, "prefix_cache": memory // 8, "max_sequences": max_sequences,
-        "context": context, "kv_dtype": kv_cache, "share_prefixes": share_prefixes,
-        "takes_adapters": adapters is not None,
+        **_shares(len(models)), "max_sequences": max_sequences,
+        "context": context, "kv_dtype": kv_cache, "share_prefixes": share_prefixes, "takes_adapters": bool(adapters),
     })  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
     state = parts.make_state(parts.Models(llms), keys, limits, bounds, adapters)
-    access = parts.access(host, allowed_host or [], allow_origin or [])
-    with parts.kept_prefixes(llms, prefix_file, console.note):
-        parts.serve(state, access, listener, lambda at: _announce(state, host, at))
-
-
-def _check_host(host: str, is_guarded: bool) -> None:
-    """Raise InputError for an address that others can reach, where anybody may ask."""
-    if host not in _LOOPBACK and not is_guarded:
-        expected = f"one of {', '.join(_LOOPBACK)} without keys"
-        raise InputError("--host", expected, host, "try --api-key-file FILE, or --no-auth")
-
-
-def _from_environment() -> list[str]:
-    return [os.environ[_KEY]] if os.environ.get(_KEY) else []
+    access = parts.access(host, allowed_host, allow_origin)
+    parts.serve_keeping(prefix_file, console.note, state, access, listener, lambda at: _announce(state, host, at))
 
 
 def _log(is_wanted: bool) -> None:
@@ -145,6 +130,12 @@ def _log(is_wanted: bool) -> None:
     logger = logging.getLogger("llamita")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_wanted else logging.ERROR)
+
+
+def _shares(models: int) -> dict[str, int]:
+    """Return the memory for keys and values of each of so many models."""
+    memory = usable_memory() // models
+    return {"cache_memory": memory // 2, "prefix_cache": memory // 8}
 
 
 def _pairs(given: list[str]) -> dict[str, Path]:

@@ -48,6 +48,7 @@ class ChatJob(Job):
 async def chat(state: ServerState, exchange: Exchange) -> None:
     """Answer a conversation, whole or as a stream."""
     values = read(await exchange.read_json(state.bodies), CHAT)
+    state.check_room(exchange, values.get("model"))
     job = await state.prepared(exchange, values, partial(prepare, owner=exchange.owner))
     await reply(state, exchange, job, job.writers(), values, ("chatcmpl", "chat.completion", "chat.completion.chunk"))
 

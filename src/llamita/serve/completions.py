@@ -36,6 +36,7 @@ class CompletionJob(Job):
 async def completions(state: ServerState, exchange: Exchange) -> None:
     """Continue texts, whole or as a stream."""
     values = read(await exchange.read_json(state.bodies), COMPLETIONS)
+    state.check_room(exchange, values.get("model"))
     job = await state.prepared(exchange, values, partial(_prepare, owner=exchange.owner))
     writers = [_CompletionWriter(job, request) for request in job.requests]
     await reply(state, exchange, job, writers, values, ("cmpl", "text_completion", "text_completion"))

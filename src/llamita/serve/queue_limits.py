@@ -40,6 +40,15 @@ class QueueLimits:
         self.open = 0  # answers that run or wait
         self._by_owner: Counter[str | None] = Counter()
 
+    def check(self, owner: str | None, load: Callable[[], SchedulerLoad]) -> None:
+        """Refuse a request for which there is no place, before it is prepared.
+
+        Raises:
+            ApiError: 429, as `place` does.
+        """
+        with self.place(owner, 1, 0, load):
+            pass
+
     @contextmanager
     def place(self, owner: str | None, answers: int, tokens: int, load: Callable[[], SchedulerLoad]) -> Iterator[None]:
         """Hold places for a request's answers while it lasts.

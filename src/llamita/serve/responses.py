@@ -25,6 +25,7 @@ _SAME = ("model", "temperature", "top_p", "tool_choice", "parallel_tool_calls", 
 async def responses(state: ServerState, exchange: Exchange) -> None:
     """Answer, whole or as a stream of named events."""
     values = read(await exchange.read_json(state.bodies), RESPONSES)
+    state.check_room(exchange, values.get("model"))
     with _named_here():
         job = await state.prepared(exchange, chat_values(values), partial(prepare, owner=exchange.owner))
     response = _Response(values, job)

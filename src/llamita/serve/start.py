@@ -1,5 +1,7 @@
 """The parts that `llamita serve` puts together: keys, access, kept prompts."""
 
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,40 +13,64 @@ from llamita.serve.keys import Keys, check_key, read_keys
 from llamita.serve.queue_limits import Bounds
 from llamita.serve.run import listen, serve
 from llamita.serve.served import Models
-from llamita.serve.state import Limits, make_state
+from llamita.serve.state import Limits, ServerState, make_state
 
-__all__ = ["Bounds", "Limits", "Models", "access", "collect_keys", "kept_prefixes", "listen", "make_state", "serve"]
+__all__ = [  # what the command takes from here
+    "Bounds", "Limits", "Models", "access", "check_host", "collect_keys", "listen", "make_state", "serve_keeping",
+]  # fmt: skip
 
+KEY_VARIABLE = "LLAMITA_API_KEY"  # of the environment: a key that requests need
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
-def collect_keys(keys: Sequence[str], file: Path | None, admin_file: Path | None) -> Keys:
-    """Return the keys of the command line and of files.
+def collect_keys(keys: Sequence[str] | None, file: Path | None, admin_file: Path | None) -> Keys:
+    """Return the keys of the command line, of the environment and of files.
 
     Raises:
         InputError: a file has no keys, or a key is too short.
     """
-    users = [check_key(key, "--api-key") for key in keys]
+    users = [check_key(key, "--api-key") for key in keys or ()]
+    users += [check_key(os.environ[KEY_VARIABLE], KEY_VARIABLE)] if os.environ.get(KEY_VARIABLE) else []
     users += read_keys(file) if file else []
     return Keys(users, read_keys(admin_file) if admin_file else [])
 
 
-def access(host: str, hosts: Sequence[str], origins: Sequence[str]) -> Access:
+def check_host(host: str, is_guarded: bool) -> None:
+    """Raise InputError for an address that others can reach, where anybody may ask."""
+    if host not in _LOOPBACK and not is_guarded:
+        expected = f"one of {', '.join(sorted(_LOOPBACK))} without keys"
+        raise InputError("--host", expected, host, "try --api-key-file FILE, or --no-auth")
+
+
+def access(host: str, hosts: Sequence[str] | None, origins: Sequence[str] | None) -> Access:
     """Return who may connect. On this machine's own address, only its names are accepted in the Host header.
 
     Raises:
         InputError: an origin is none.
     """
-    for origin in origins:
+    for origin in origins or ():
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise InputError("--allow-origin", "http://HOST or https://HOST, with its port", repr(origin))
-    names = frozenset(host_name(name) for name in hosts)
+    names = frozenset(host_name(name) for name in hosts or ())
     is_local = host in _LOOPBACK
-    return Access(_LOOPBACK | names if is_local else names or None, frozenset(origins))
+    return Access(_LOOPBACK | names if is_local else names or None, frozenset(origins or ()))
+
+
+def serve_keeping(
+    file: Path | None,
+    note: Callable[[str], None],
+    state: ServerState,
+    access: Access,
+    listener: socket.socket,
+    when_ready: Callable[[int], None],
+) -> None:
+    """Serve until the end; see `serve` and `_kept_prefixes`."""
+    with _kept_prefixes(state.models.llms, file, note):
+        serve(state, access, listener, when_ready)
 
 
 @contextmanager
-def kept_prefixes(llms: Mapping[str, LLM], file: Path | None, note: Callable[[str], None]) -> Iterator[None]:
+def _kept_prefixes(llms: Mapping[str, LLM], file: Path | None, note: Callable[[str], None]) -> Iterator[None]:
     """Find the prompts that an earlier server kept, and save them at the end.
 
     Several models have a file each: FILE, FILE.1 and so on. A file that does not fit is not used, and left as it is: it

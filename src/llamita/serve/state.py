@@ -88,6 +88,17 @@ class ServerState:
     started: float = field(default_factory=time.time)
     embedder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="embed"))
 
+    def check_room(self, exchange: Exchange, model: str | None) -> None:
+        """Refuse a request that the queue has no place for, before it is prepared.
+
+        Raises:
+            ApiError: 404, there is no such model; 429, the queue is full; 503, the server stops.
+        """
+        if self.is_draining:
+            raise unavailable("The server is stopping.", "draining")
+        scheduler = self.models.find(model).llm.scheduler
+        self.queue.check(exchange.owner, lambda: scheduler.load)
+
     async def prepared(
         self, exchange: Exchange, values: Mapping[str, Any], function: Callable[["ServerState", Mapping[str, Any]], _R]
     ) -> _R:
