@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from llamita.engine.logprobs import TokenLogprob
 from llamita.engine.requests import Generation
@@ -122,11 +123,14 @@ class EngineThread:
         self._woken = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._filled: SimpleQueue[list[Mailbox] | None] = SimpleQueue()
+        self._waker = threading.Thread(target=self._wake_readers, name="waker", daemon=True)
         self._stepped = time.monotonic()
         self._is_working = False
 
     def start(self) -> None:
         """Start the thread."""
+        self._waker.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -135,6 +139,7 @@ class EngineThread:
         self._woken.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._filled.put(None)
 
     def submit(self, mailbox: Mailbox) -> None:
         """Queue all sequences of a request.
@@ -199,7 +204,16 @@ class EngineThread:
         filled = [mailbox for mailbox in self._open if mailbox.collect()]
         self._open = [mailbox for mailbox in self._open if not mailbox.is_done]
         if filled:
-            with suppress(RuntimeError):  # the loop is closed: the server has ended, and nobody reads any more
+            self._filled.put(filled)
+
+    def _wake_readers(self) -> None:
+        """Pass filled mailboxes to the event loop, until None comes.
+
+        Waking the loop lets go of the interpreter's lock. The engine's thread would then wait until the loop has sent
+        everything; this one can wait for the next step, which runs without the lock.
+        """
+        while filled := self._filled.get():
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 filled[0].loop.call_soon_threadsafe(_wake_all, filled)
 
 
