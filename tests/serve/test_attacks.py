@@ -123,10 +123,9 @@ def chunked(size: int, number: int) -> bytes:
 def test_a_body_of_tiny_chunks_is_refused(server: Served) -> None:
     assert send(server, chunked(1, 4000)).startswith(b"HTTP/1.1 200 ")  # some may come
     assert send(server, chunked(300, 8000)).startswith(b"HTTP/1.1 200 ")
-    with socket.create_connection(("127.0.0.1", server.port), 10) as peer:
-        with suppress(ConnectionError):
-            peer.sendall(chunked(1, 2_000_000))
-            assert peer.recv(100).startswith(b"HTTP/1.1 400 ")
+    with socket.create_connection(("127.0.0.1", server.port), 10) as peer, suppress(ConnectionError):
+        peer.sendall(chunked(1, 2_000_000))
+        assert peer.recv(100).startswith(b"HTTP/1.1 400 ")
     until_released(server)
 
 
@@ -239,14 +238,14 @@ def test_what_is_prepared_is_bounded(llm: LLM, slow: list[str]) -> None:
 
 
 def test_what_one_key_has_prepared_is_bounded(llm: LLM, slow: list[str]) -> None:
-    with serving({"embedded": llm}, Keys(KEYS), bounds=start.Bounds(requests=4, requests_per_key=2)) as small:
-        with ThreadPoolExecutor(2) as pool:
-            asked = [pool.submit(ask_slowly, small, number, FIRST) for number in range(2)]
-            while small.state.preparation._waiting.total() < 2:
-                time.sleep(0.01)
-            assert small.refuse(PATH, CHAT, FIRST)[1]["code"] == "key_queue_full"
-            assert small.ask("POST", PATH, CHAT, SECOND)[0] == 200
-            assert [one.result() for one in asked] == [200] * 2
+    bounds = start.Bounds(requests=4, requests_per_key=2)
+    with serving({"embedded": llm}, Keys(KEYS), bounds=bounds) as small, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask_slowly, small, number, FIRST) for number in range(2)]
+        while small.state.preparation._waiting.total() < 2:
+            time.sleep(0.01)
+        assert small.refuse(PATH, CHAT, FIRST)[1]["code"] == "key_queue_full"
+        assert small.ask("POST", PATH, CHAT, SECOND)[0] == 200
+        assert [one.result() for one in asked] == [200] * 2
 
 
 # Templates and other clients' prompts
