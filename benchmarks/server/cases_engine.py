@@ -14,6 +14,7 @@ from server_processes import Server
 from llamita.engine.requests import Generation
 
 STREAMS = 8  # of the comparison with generate_many
+SHORT = 1024  # tokens of a context, for models that have no more
 TOGETHER = 8  # clients whose answers are compared with those of one
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "max_tokens")
 
@@ -126,7 +127,7 @@ def _said(reply: Reply) -> tuple[str, list[Any]]:
 def structured(bench: Bench) -> Iterator[Record]:
     """Compare answers that a schema binds with free ones of as many tokens."""
     for model in filter(None, (bench.model, bench.worded)):
-        with bench.serving(bench.kind(model=model)) as server:
+        with bench.serving(bench.kind(model=model, context=SHORT)) as server:
             yield {"case": "structured", "model": server.model()["id"], **_structured(bench, server)}
 
 

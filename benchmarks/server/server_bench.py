@@ -85,9 +85,10 @@ class Bench:
         chosen = options or self.options
         return [llama_server(self.program, file, self.threads, slots, positions, chosen) for file in self.files]
 
-    def kind(self, *options: str, model: str | None = None) -> Kind:
+    def kind(self, *options: str, model: str | None = None, context: int | None = None) -> Kind:
         """Return our server, with options."""
-        return ours(model or self.model, self.threads, "--context", str(self.sizes.context), *options)
+        most = str(context or self.sizes.context)
+        return ours(model or self.model, self.threads, "--context", most, *options)
 
     @contextmanager
     def serving(self, kind: Kind) -> Iterator[Server]:

@@ -14,7 +14,7 @@ from served import Served, serving
 
 import llamita
 from llamita.engine.llm import LLM
-from llamita.serve import bodies, encoding, start, structure
+from llamita.serve import bodies, completions, encoding, start, structure
 from llamita.serve.keys import Keys
 from llamita.text.tokenizer import Tokenizer
 
@@ -148,6 +148,16 @@ def test_bodies_of_all_together_are_bounded(server: Served, monkeypatch: pytest.
         peer.sendall(large[-1:])
         assert peer.recv(4096).startswith(b"HTTP/1.1 200 ")
     until_released(server)
+
+
+def test_log_probabilities_of_prompts_count_with_the_bodies(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": [[5] * 500] * 4, "echo": True, "logprobs": 20, "max_tokens": 0}
+    assert server.ask("POST", "/v1/completions", body, FIRST)[0] == 200
+    until_released(server)
+    monkeypatch.setattr(bodies, "ALL_BYTES", 5_000_000)
+    assert server.refuse("/v1/completions", body, FIRST)[1]["code"] == "bodies_full"
+    monkeypatch.setattr(completions, "ALL_BYTES", 5_000_000)
+    assert server.refuse("/v1/completions", body, FIRST)[1]["param"] == "logprobs"
 
 
 def test_a_body_of_very_many_values_is_refused(server: Served) -> None:

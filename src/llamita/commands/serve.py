@@ -68,6 +68,8 @@ _PrefixFile = Annotated[
     typer.Option("--prefix-file", metavar="FILE", help="Save kept prompts here at the end, and find them again."),
 ]
 _Drain = Annotated[float, typer.Option("--drain", min=0, help="Seconds for running answers when the server ends.")]
+_FirstToken = Annotated[float, typer.Option(min=1, help="Most seconds from a request to its first token.")]
+_Total = Annotated[float, typer.Option(min=1, help="Most seconds from a request to its end.")]
 _Log = Annotated[bool, typer.Option("--log-requests", help="Log each request on stderr, without prompts or keys.")]
 
 
@@ -89,6 +91,8 @@ def command(
     max_per_key: _PerKey = None,
     share_prefixes: _Share = False,
     prefix_file: _PrefixFile = None,
+    first_token_timeout: _FirstToken = 600,
+    timeout: _Total = 3600,
     drain: _Drain = 10,
     log_requests: _Log = False,
     threads: Threads = None,
@@ -116,7 +120,8 @@ def command(
         "takes_adapters": adapters is not None,
     })  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
-    state = parts.make_state(parts.Models(llms), keys, parts.Limits(drain_seconds=drain), bounds, adapters)
+    limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
+    state = parts.make_state(parts.Models(llms), keys, limits, bounds, adapters)
     access = parts.access(host, allowed_host or [], allow_origin or [])
     with parts.kept_prefixes(llms, prefix_file, console.note):
         parts.serve(state, access, listener, lambda at: _announce(state, host, at))

@@ -1,7 +1,7 @@
 """The loaded model that users of the library see. It gives logits and text."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Unpack
 
@@ -32,7 +32,7 @@ from llamita.engine.scheduler import Scheduler
 from llamita.engine.sequence import SequenceState
 from llamita.engine.stream import Stream
 from llamita.engine.weights import load_weights
-from llamita.errors import InputError, shown
+from llamita.errors import InputError, RunError, shown
 from llamita.models.weights import ModelSource
 from llamita.system.machine import usable_memory
 from llamita.text.chat_template import ChatTemplate, read_template
@@ -241,7 +241,13 @@ class LLM:
         text = self.chat_template.render(messages, tools=tools, continue_final_message=continue_last, extra=extra)
         return self.tokenizer.encode(text, add_bos=False)
 
-    def embed(self, token_ids: TokenIds, adapter: str | None = None, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+    def embed(
+        self,
+        token_ids: TokenIds,
+        adapter: str | None = None,
+        chunk: int = PREFILL_CHUNK,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> np.ndarray:
         """Return the mean of the tokens' final hidden states, divided by its length: float32 (hidden,).
 
         A model that was not trained for embeddings gives rough ones: they tell texts of different subjects apart,
@@ -250,15 +256,19 @@ class LLM:
         Args:
             token_ids, adapter: see `logits`.
             chunk: tokens that are computed at once; generations wait meanwhile.
+            is_wanted: asked before each chunk; False ends the work.
 
         Raises:
             InputError: see `logits`.
+            RunError: it is not wanted any more.
         """
         ids = self.check_ids(token_ids)
         cache = self.new_sequence(len(ids))
         cache.adapter = find_adapter(adapter, self.adapters)
         total = np.zeros(self.config.hidden_size)
         for start in range(0, len(ids), chunk):
+            if not is_wanted():
+                raise RunError("embedding: nobody waits for it any more")
             total += self.model.final_states(cache, ids[start : start + chunk]).sum(axis=0, dtype=np.float64)
         return (total / max(float(np.linalg.norm(total)), np.finfo(np.float32).tiny)).astype(np.float32)
 

@@ -11,7 +11,7 @@ import numpy as np
 from llamita.errors import InputError
 from llamita.serve.completions import prompts_of
 from llamita.serve.encoding import prompt_ids
-from llamita.serve.errors import from_llamita, too_long, unavailable
+from llamita.serve.errors import from_llamita, timed_out, too_long, unavailable
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import read
 from llamita.serve.served import Served
@@ -30,8 +30,13 @@ async def embeddings(state: ServerState, exchange: Exchange) -> None:
     async def work() -> None:
         if state.is_draining:
             raise unavailable("The server is stopping.", "draining")
-        with state.queue.place(exchange.owner, 1, count, lambda: served.llm.scheduler.load):
-            vectors = await _embed(state, served, texts)
+        most = state.limits.total_seconds
+        with state.queue.place(exchange.owner, len(texts), count, lambda: served.llm.scheduler.load):
+            try:
+                async with asyncio.timeout(most):
+                    vectors = await _embed(state, served, texts)
+            except TimeoutError:
+                raise timed_out(f"The embeddings took longer than {most:g} seconds.") from None
         shown = [_shown(vector, values.get("encoding_format", "float")) for vector in vectors]
         data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown)]
         usage = {"prompt_tokens": count, "total_tokens": count}
@@ -50,20 +55,24 @@ def _prompts(state: ServerState, values: Mapping[str, Any]) -> tuple[Served, lis
 
 
 async def _embed(state: ServerState, served: Served, texts: list[list[int]]) -> list[np.ndarray]:
-    """Return the vectors; if the client goes away, no more are begun."""
+    """Return the vectors. If this is cancelled, it ends when the thread has, after its present chunk."""
     is_wanted = threading.Event()
     is_wanted.set()
 
     def run() -> list[np.ndarray]:
         try:
-            return [served.llm.embed(ids, served.adapter, _CHUNK) for ids in texts if is_wanted.is_set()]
+            return [served.llm.embed(ids, served.adapter, _CHUNK, is_wanted.is_set) for ids in texts]
         except InputError as error:
             raise from_llamita(error) from None
 
+    begun = asyncio.get_running_loop().run_in_executor(state.embedder, run)
     try:
-        return await asyncio.get_running_loop().run_in_executor(state.embedder, run)
-    finally:
+        return await asyncio.shield(begun)
+    except asyncio.CancelledError:
         is_wanted.clear()
+        if not begun.cancel():
+            await asyncio.wait({begun})
+        raise
 
 
 def _shown(vector: np.ndarray, form: str) -> Any:

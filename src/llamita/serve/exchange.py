@@ -7,6 +7,7 @@ Frameworks' helpers miss disconnects of requests that are not streamed, and behi
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
@@ -72,9 +73,9 @@ class Exchange:
         values = data.count(b",") + data.count(b"[") + data.count(b"{")
         if values > MOST_VALUES:
             raise ApiError(413, f"The body has more than {MOST_VALUES} values.", code="request_too_large")
-        self._take(bodies, values * VALUE_BYTES)
+        self.hold(bodies, values * VALUE_BYTES)
         try:
-            body = json.loads(data, parse_constant=_refuse_constant)
+            body = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"The body is not JSON: {str(error)[:200]}.", code="invalid_json") from None
         if not isinstance(body, dict):
@@ -87,7 +88,8 @@ class Exchange:
             self._bodies.free(self.owner, self._taken)
             self._bodies = None
 
-    def _take(self, bodies: Bodies, size: int) -> None:
+    def hold(self, bodies: Bodies, size: int) -> None:
+        """Count memory that this request takes until `release`; raise ApiError if there is none."""
         bodies.take(self.owner, size)
         self._bodies = bodies
         self._taken += size
@@ -107,7 +109,7 @@ class Exchange:
             part = message.get("body", b"")
             if len(data) + len(part) > bodies.most:
                 raise too_large
-            self._take(bodies, len(part))
+            self.hold(bodies, len(part))
             data += part
             self.body_bytes = len(data)
             if not message.get("more_body"):
@@ -180,6 +182,13 @@ class Exchange:
         every = {"x-request-id": self.request_id, "x-content-type-options": "nosniff", **headers}
         pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # it could not be sent back
+        raise ValueError(f"{text[:20]} is beyond the numbers of JSON's readers")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -75,8 +75,8 @@ class Guard:
             raise ApiError(403, f"Host {host[:80]!r} is not this server's.", kind="permission_error", code="host")
         origin = headers.get("origin")
         if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            own = f"{scope.get('scheme', 'http')}://{host}"
-            if origin not in (own, *access.origins):
+            own = (f"http://{host}", f"https://{host}")  # a proxy before the server may have ended TLS
+            if origin not in (*own, *access.origins):
                 raise ApiError(403, f"Origin {origin[:80]!r} may not ask.", kind="permission_error", code="origin")
         exchange.key = _key(headers)
         if scope["path"] in _OPEN or scope["path"].startswith(_OPEN_BELOW) or not self._state.keys.are_needed:

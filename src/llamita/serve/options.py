@@ -29,6 +29,8 @@ def engine_options(values: Mapping[str, Any], vocab_size: int) -> Options:
         ApiError: `logit_bias` is not a map from token ids to numbers.
     """
     options = cast(Options, {name: values[name] for name in _SAME if name in values})
+    if "repeat_penalty" in values:
+        options.setdefault("repetition_penalty", values["repeat_penalty"])
     stop = values.get("stop", [])
     options["stop"] = tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s)
     if "seed" in values:

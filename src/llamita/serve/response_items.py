@@ -37,11 +37,11 @@ class ResponseItems:
         """End the last item with "completed" or "incomplete"."""
         if not self.output:  # an answer without text still has its message
             yield from self._begin_message()
-        yield from self._close(status)
+        yield from self.close(status)
 
     def _text(self, text: str, logprobs: list[dict[str, Any]]) -> Iterator[tuple[str, Event]]:
         if self._open is None or self._open["type"] != "message":
-            yield from self._close("completed")
+            yield from self.close("completed")
             yield from self._begin_message()
         assert self._open
         part = self._open["content"][0]
@@ -62,7 +62,7 @@ class ResponseItems:
         self._open["content"].append(part)
 
     def _begin_call(self, part: dict[str, Any]) -> Iterator[tuple[str, Event]]:
-        yield from self._close("completed")
+        yield from self.close("completed")
         item = {
             "id": f"fc_{secrets.token_hex(12)}",
             "type": "function_call",
@@ -79,7 +79,8 @@ class ResponseItems:
         self._open = item
         yield "response.output_item.added", {"output_index": len(self.output) - 1, "item": _copy(item)}
 
-    def _close(self, status: str) -> Iterator[tuple[str, Event]]:
+    def close(self, status: str) -> Iterator[tuple[str, Event]]:
+        """End the item that is open, if there is one, with this status."""
         item, self._open = self._open, None
         if item is None:
             return

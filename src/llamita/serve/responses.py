@@ -3,13 +3,14 @@
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from llamita.engine.requests import Generation
 from llamita.serve.chat import ChatJob, count_tokens, prepare
 from llamita.serve.engine_thread import Update
-from llamita.serve.errors import ApiError, wrong
+from llamita.serve.errors import ApiError, internal, wrong
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import read, shown
 from llamita.serve.response_items import Event, ResponseItems
@@ -17,14 +18,15 @@ from llamita.serve.state import ServerState
 from llamita.serve.tables import RESPONSES
 from llamita.serve.usage import usage
 
+_FIELDS = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 _SAME = ("model", "temperature", "top_p", "tool_choice", "parallel_tool_calls", "top_logprobs")
-_TEXTS = ("text", "input_text", "output_text", "refusal")
 
 
 async def responses(state: ServerState, exchange: Exchange) -> None:
     """Answer, whole or as a stream of named events."""
     values = read(await exchange.read_json(state.bodies), RESPONSES)
-    job = await state.prepared(exchange, chat_values(values), partial(prepare, owner=exchange.owner))
+    with _named_here():
+        job = await state.prepared(exchange, chat_values(values), partial(prepare, owner=exchange.owner))
     response = _Response(values, job)
     if values.get("stream"):
         await exchange.watched(lambda: _stream(state, exchange, job, response))
@@ -35,7 +37,22 @@ async def responses(state: ServerState, exchange: Exchange) -> None:
 async def input_tokens(state: ServerState, exchange: Exchange) -> None:
     """Count the tokens of an input, without an answer."""
     values = read(await exchange.read_json(state.bodies), RESPONSES)
-    await exchange.send_json(await state.prepared(exchange, chat_values(values), count_tokens))
+    with _named_here():
+        counted = await state.prepared(exchange, chat_values(values), count_tokens)
+    await exchange.send_json(counted)
+
+
+@contextmanager
+def _named_here() -> Iterator[None]:
+    """Let errors name the fields of this form instead of those of a chat."""
+    try:
+        yield
+    except ApiError as error:
+        for name, own in _FIELDS.items():
+            if error.param is not None and (error.param + "[").startswith((f"{name}[", f"{name}.")):
+                error.param = own + error.param.removeprefix(name)
+                error.message = error.message.replace(name, own)
+        raise
 
 
 async def _whole(state: ServerState, exchange: Exchange, job: ChatJob, response: "_Response") -> None:
@@ -65,9 +82,13 @@ async def _stream(state: ServerState, exchange: Exchange, job: ChatJob, response
                 for update in updates.values():
                     for name, event in response.events(update):
                         await send(name, event)
-        except ApiError as error:
-            response.error = error
+        except Exception as error:
+            response.error = error if isinstance(error, ApiError) else internal(exchange.request_id)
+            for name, event in response.close():
+                await send(name, event)
             await send("response.failed", {"response": response.object()})
+            if response.error is not error:
+                raise
             await exchange.end_stream()
             return
     whole = response.object()
@@ -97,6 +118,10 @@ class _Response:
         if update.generation:
             self._generation = update.generation
             yield from self._items.finish("completed" if self._is_whole else "incomplete")
+
+    def close(self) -> Iterator[tuple[str, Event]]:
+        """Yield the events that end an item in the middle."""
+        yield from self._items.close("incomplete")
 
     @property
     def _is_whole(self) -> bool:
@@ -156,8 +181,8 @@ def chat_values(values: Mapping[str, Any]) -> dict[str, Any]:
     chat["logprobs"] = "top_logprobs" in values
     if "max_output_tokens" in values:
         chat["max_completion_tokens"] = values["max_output_tokens"]
-    if "format" in values.get("text", {}):
-        chat["response_format"] = _format(values["text"]["format"])
+    if (form := values.get("text", {}).get("format")) is not None:
+        chat["response_format"] = _format(form)
     if tools := [_tool(t) for t in values.get("tools", []) if isinstance(t, dict) and t.get("type") == "function"]:
         chat["tools"] = tools
     else:
@@ -192,28 +217,15 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     for place, item in enumerate(given):
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "message":
-            messages.append({"role": item.get("role"), "content": _content(item.get("content"), place)})
+            messages.append({"role": item.get("role"), "content": item.get("content")})
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            if not messages or not messages[-1].get("tool_calls"):
-                messages.append({"role": "assistant", "content": None, "tool_calls": []})
-            messages[-1]["tool_calls"].append(call)
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": None})
+            messages[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
-            output = _content(item.get("output"), place)
-            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
         elif kind != "reasoning":
             raise wrong(f"input[{place}]", f"expected a message, a call or its output, got {shown(item)}.")
     return messages
-
-
-def _content(content: Any, place: int) -> Any:
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in _TEXTS:
-            raise wrong(
-                f"input[{place}].content", f"expected parts of text, got {shown(kind)}; this model reads no others."
-            )
-    return "".join(str(part.get("text", part.get("refusal", ""))) for part in content)

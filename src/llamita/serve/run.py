@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 import signal
 import socket
@@ -141,7 +142,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; before the model is loaded, so that a taken port is found at once.
+    """Return a bound socket; before the model is loaded, so that a taken port is found at once. It listens later.
 
     Raises:
         RunError: the address or the port cannot be had.
@@ -153,7 +154,6 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(*info[:3])
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(info[4])
-        listener.listen(MOST_CONNECTIONS)
         listener.set_inheritable(False)
     except (OSError, UnicodeError) as error:
         raise RunError(f"--host {host} --port {port}", "a free port", str(error), "try another --port") from None
@@ -187,7 +187,7 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(state.limits.drain_seconds),
+        timeout_graceful_shutdown=math.ceil(state.limits.drain_seconds),
         h11_max_incomplete_event_size=HEAD_BYTES,
     )
     server = _Server(config, state, when_ready)

@@ -80,6 +80,7 @@ _SAMPLING: Table = {
     "top_k": Field(whole(0, _MOST_TOKENS), "Keeps the k likeliest tokens; 0 keeps all."),
     "min_p": Field(number(0, 1), "Keeps tokens at least this likely relative to the likeliest."),
     "repetition_penalty": Field(number(0.01, 100), "Makes tokens of the text so far less likely; 1 changes nothing."),
+    "repeat_penalty": Field(number(0.01, 100), "llama.cpp's name of `repetition_penalty`."),
     "frequency_penalty": Field(number(-2, 2), "Subtracts this for each time that the answer has the token."),
     "presence_penalty": Field(number(-2, 2), "Subtracts this if the answer has the token."),
     "logit_bias": Field(replace(OBJECT, schema=_BIASES), "Adds -100 to 100 to the logits of token ids."),
@@ -101,7 +102,20 @@ _GENERATION: Table = {
     "prompt_cache_key": ignored("Beginnings of prompts are found by their tokens."),
     "safety_identifier": ignored("Nothing is sent elsewhere."),
 }
+_ELSEWHERE = "send `response_format`, `guided_regex` or `guided_grammar` instead"
+_PEERS: Table = {  # fields of vLLM and llama.cpp that would change the answer
+    **{name: refused(_ELSEWHERE) for name in ("guided_json", "guided_choice", "structured_outputs", "grammar")},
+    "json_schema": refused(_ELSEWHERE),
+    "stop_token_ids": refused("send `stop`", []),
+    "bad_words": refused("send `logit_bias`", []),
+    "n_predict": refused("send `max_tokens`"),
+    "truncate_prompt_tokens": refused("nothing is cut"),
+    "length_penalty": refused("tokens are drawn one by one", 1),
+    "typical_p": refused("there is no such step", 1),
+    "n_probs": refused("send `logprobs`", 0),
+}
 _STRUCTURE: Table = {
+    "response_format": Field(_FORMAT, "`text`, `json_object` or `json_schema`; the answer is sure to fit."),
     "guided_regex": Field(text(1 << 16), "The answer matches this regular expression."),
     "guided_grammar": Field(text(1 << 16), "The answer follows this grammar (Lark, as llguidance reads it)."),
 }
@@ -113,7 +127,6 @@ CHAT: Table = {
     "max_tokens": Field(whole(1, _MOST_TOKENS), "The former name of `max_completion_tokens`."),
     "logprobs": Field(FLAG, "Sends the log-probability of each token."),
     "top_logprobs": Field(whole(0, MOST_TOP), "Sends this many of the likeliest tokens at each place, too."),
-    "response_format": Field(_FORMAT, "`text`, `json_object` or `json_schema`; the answer is sure to fit."),
     **_STRUCTURE,
     "tools": Field(_TOOLS, "Functions that the model may call."),
     "tool_choice": Field(_TOOL_CHOICE, "`none`, `auto`, `required`, or one function."),
@@ -133,6 +146,7 @@ CHAT: Table = {
     "chat_template": refused("templates of requests are not run"),
     "best_of": refused("send `n`", 1),
     "use_beam_search": refused("tokens are drawn one by one", False),
+    **_PEERS,
 }
 
 COMPLETIONS: Table = {
@@ -146,6 +160,7 @@ COMPLETIONS: Table = {
     "suffix": refused("the model has no tokens for it", ""),
     "best_of": refused("send `n`", 1),
     "use_beam_search": refused("tokens are drawn one by one", False),
+    **_PEERS,
 }
 
 RESPONSES: Table = {
