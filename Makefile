@@ -37,7 +37,7 @@ test-arm: $(VENV)/.dev  ## the tests of kernels on Arm's instruction sets, cross
 test-clients: $(VENV)/.dev clients  ## the tests with LangChain, LiteLLM, Llama Stack and an older openai package, in .venv-clients
 	$(BIN)/python -m pytest -q tests/clients
 
-clients: $(VENV)-clients/.made  ## the environment of these tests alone; `make test` uses it if it is there
+clients: $(VENV)-clients/.made $(VENV)-schemathesis/.made  ## the environments of these tests alone; `make test` uses it if it is there
 
 lint: $(VENV)/.dev   ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -58,7 +58,7 @@ mutations: $(VENV)/.dev      ## break a dozen lines by hand, one at a time, and 
 	$(BIN)/python tools/mutations.py
 
 clean:           ## remove everything that make built
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-clients build dist
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-clients $(VENV)-schemathesis build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -76,4 +76,9 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 $(VENV)-clients/.made: tests/clients/requirements.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(VENV)-clients
 	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt $(PIP_FLAGS) --requirement $<
+	@touch $@
+
+$(VENV)-schemathesis/.made: tests/clients/schemathesis.txt
+	$(PYTHON) -m venv $(VENV)-schemathesis
+	$(VENV)-schemathesis/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement $<
 	@touch $@

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from served import Served, serving
 
 import llamita
 from llamita.engine.llm import LLM
-from llamita.serve import bodies, encoding, start, structure
+from llamita.serve import bodies, completions, encoding, start, structure
 from llamita.serve.keys import Keys
 from llamita.text.tokenizer import Tokenizer
 
@@ -109,6 +110,25 @@ def test_keys_are_in_no_repr(server: Served) -> None:
         assert not [key for key in KEYS if key in shown]
 
 
+def chunked(size: int, number: int) -> bytes:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += (
+        f"Authorization: {FIRST['Authorization']}\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode()
+    )
+    body = b'{"prompt": "Once", "max_tokens": 1' + b" " * size * number + b"}"
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+def test_a_body_of_tiny_chunks_is_refused(server: Served) -> None:
+    assert send(server, chunked(1, 4000)).startswith(b"HTTP/1.1 200 ")  # some may come
+    assert send(server, chunked(300, 8000)).startswith(b"HTTP/1.1 200 ")
+    with socket.create_connection(("127.0.0.1", server.port), 10) as peer, suppress(ConnectionError):
+        peer.sendall(chunked(1, 2_000_000))
+        assert peer.recv(100).startswith(b"HTTP/1.1 400 ")
+    until_released(server)
+
+
 # Memory
 
 
@@ -130,8 +150,18 @@ def test_bodies_of_all_together_are_bounded(server: Served, monkeypatch: pytest.
     until_released(server)
 
 
+def test_log_probabilities_of_prompts_count_with_the_bodies(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": [[5] * 500] * 4, "echo": True, "logprobs": 20, "max_tokens": 0}
+    assert server.ask("POST", "/v1/completions", body, FIRST)[0] == 200
+    until_released(server)
+    monkeypatch.setattr(bodies, "ALL_BYTES", 5_000_000)
+    assert server.refuse("/v1/completions", body, FIRST)[1]["code"] == "bodies_full"
+    monkeypatch.setattr(completions, "ALL_BYTES", 5_000_000)
+    assert server.refuse("/v1/completions", body, FIRST)[1]["param"] == "logprobs"
+
+
 def test_a_body_of_very_many_values_is_refused(server: Served) -> None:
-    body = b'{"messages": [' + b",".join([b"[]"] * 600_000) + b"]}"
+    body = b'{"messages": [' + b",".join([b"[]"] * 160_000) + b"]}"
     status, error = server.refuse(PATH, body, FIRST)
     assert (status, error["code"]) == (413, "request_too_large")
 
@@ -215,6 +245,17 @@ def test_what_is_prepared_is_bounded(llm: LLM, slow: list[str]) -> None:
             assert small.refuse(PATH, CHAT)[1]["code"] == "queue_full"
             assert [one.result() for one in asked] == [200] * 3
         assert small.ask("POST", PATH, CHAT)[0] == 200
+
+
+def test_what_one_key_has_prepared_is_bounded(llm: LLM, slow: list[str]) -> None:
+    bounds = start.Bounds(requests=4, requests_per_key=2)
+    with serving({"embedded": llm}, Keys(KEYS), bounds=bounds) as small, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask_slowly, small, number, FIRST) for number in range(2)]
+        while small.state.preparation._waiting.total() < 2:
+            time.sleep(0.01)
+        assert small.refuse(PATH, CHAT, FIRST)[1]["code"] == "key_queue_full"
+        assert small.ask("POST", PATH, CHAT, SECOND)[0] == 200
+        assert [one.result() for one in asked] == [200] * 2
 
 
 # Templates and other clients' prompts

@@ -5,7 +5,7 @@ from collections import Counter
 from llamita.serve.errors import busy
 
 ALL_BYTES = 256 << 20
-MOST_VALUES = 1_000_000  # of one body; a list in it of two bytes takes 64 of memory
+MOST_VALUES = 300_000  # of one body: token ids of all prompts that may wait, and more; a list of two bytes takes 64
 VALUE_BYTES = 64
 
 

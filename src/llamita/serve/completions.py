@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from llamita.engine.requests import Options, Request
+from llamita.serve.bodies import ALL_BYTES
 from llamita.serve.encoding import prompt_ids
 from llamita.serve.engine_thread import Update
 from llamita.serve.errors import too_long, wrong
@@ -18,6 +19,7 @@ from llamita.serve.state import Job, ServerState
 from llamita.serve.tables import COMPLETIONS, MOST_PROMPTS
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_SCORE_BYTES = 128  # of one log-probability with its token
 
 
 @dataclass
@@ -32,12 +34,19 @@ class CompletionJob(Job):
     echo: bool = False
     has_logprobs: bool = False
 
+    @property
+    def score_bytes(self) -> int:
+        """The memory that the prompts' log-probabilities take."""
+        asked = [(r.prompt_logprobs, len(r.ids)) for r in self.requests if r.prompt_logprobs is not None]
+        return sum(_SCORE_BYTES * (top + 1) * tokens for top, tokens in asked)
+
 
 async def completions(state: ServerState, exchange: Exchange) -> None:
     """Continue texts, whole or as a stream."""
     values = read(await exchange.read_json(state.bodies), COMPLETIONS)
     state.check_room(exchange, values.get("model"))
     job = await state.prepared(exchange, values, partial(_prepare, owner=exchange.owner))
+    exchange.hold(state.bodies, job.score_bytes)
     writers = [_CompletionWriter(job, request) for request in job.requests]
     await reply(state, exchange, job, writers, values, ("cmpl", "text_completion", "text_completion"))
 
@@ -77,7 +86,10 @@ def _prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) -
         if not ids or len(ids) + min(most, 1) > llm.context:
             raise too_long(len(ids), llm.context, "prompt")
         requests += [llm.check(ids, **for_choice(options, choice)) for choice in range(n)]
-    return CompletionJob(served, requests, n, echo, logprobs is not None)
+    job = CompletionJob(served, requests, n, echo, logprobs is not None)
+    if job.score_bytes > ALL_BYTES // 2:
+        raise wrong("logprobs", f"{job.score_bytes} bytes for those of the prompts, the most is {ALL_BYTES // 2}.")
+    return job
 
 
 class _CompletionWriter:

@@ -73,7 +73,7 @@ class Exchange:
         values = data.count(b",") + data.count(b"[") + data.count(b"{")
         if values > MOST_VALUES:
             raise ApiError(413, f"The body has more than {MOST_VALUES} values.", code="request_too_large")
-        self._take(bodies, values * VALUE_BYTES)
+        self.hold(bodies, values * VALUE_BYTES)
         try:
             body = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
@@ -88,7 +88,8 @@ class Exchange:
             self._bodies.free(self.owner, self._taken)
             self._bodies = None
 
-    def _take(self, bodies: Bodies, size: int) -> None:
+    def hold(self, bodies: Bodies, size: int) -> None:
+        """Count memory that this request takes until `release`; raise ApiError if there is none."""
         bodies.take(self.owner, size)
         self._bodies = bodies
         self._taken += size
@@ -108,7 +109,7 @@ class Exchange:
             part = message.get("body", b"")
             if len(data) + len(part) > bodies.most:
                 raise too_large
-            self._take(bodies, len(part))
+            self.hold(bodies, len(part))
             data += part
             self.body_bytes = len(data)
             if not message.get("more_body"):

@@ -5,7 +5,7 @@ that no table has is ignored, as OpenAI's own server does.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamita.serve.errors import ApiError, wrong
@@ -105,7 +105,18 @@ def texts(most: int, longest: int) -> Kind:
 
 FLAG = Kind("true or false", lambda v: isinstance(v, bool), {"type": "boolean"})
 OBJECT = Kind("an object", lambda v: isinstance(v, dict), {"type": "object"})
-LIST = Kind("a list", lambda v: isinstance(v, list), {"type": "array"})
+
+
+def record(required: tuple[str, ...] = (), **properties: Any) -> Kind:
+    """An object; the schemas of its properties are for the OpenAPI document alone."""
+    return replace(OBJECT, schema={"type": "object", "properties": properties, "required": list(required)})
+
+
+def listing(items: dict[str, Any], least: int = 0) -> Kind:
+    """A list; the schema of its items is for the OpenAPI document alone."""
+    return Kind("a list", lambda v: isinstance(v, list), {"type": "array", "items": items, "minItems": least})
+
+
 ANY = Kind("a value", lambda v: True)
 
 

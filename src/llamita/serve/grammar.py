@@ -25,6 +25,7 @@ from llamita.system.extras import load_optional
 from llamita.system.helpers import Ended, Helpers
 
 COMPILE_SECONDS = 1.0  # of CPU time for a grammar and its first mask
+FIRST_SECONDS = 0.15  # of that for the first mask; what takes longer would take long at other tokens, too
 STEP_SECONDS = 0.5  # of CPU time for what may follow a token; usual grammars take microseconds
 MEAN_SECONDS = 0.02  # the same for each token of an answer, beyond the first `STEP_SECONDS` of all: others wait for it
 KEPT_GRAMMARS = 64
@@ -138,6 +139,8 @@ class Grammars:
             raise _refused(error)
         constraint = GrammarConstraint(made, self._vocab_size, self._ends, self._workers)
         constraint.allowed()
+        if constraint.spent > FIRST_SECONDS:
+            raise _refused(f"one that takes {constraint.spent:.1f} s for its first token")
         return constraint
 
     def _try(self, kind: str, text: str) -> None:
@@ -163,13 +166,16 @@ class GrammarConstraint:
 
     Forced tokens are those of the canonical tokenization of the text that must come. Where there are some, `allowed`
     allows the first of them alone, so that a draft of them is right by construction.
+
+    Attributes:
+        spent: seconds of CPU time for all masks so far.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, ends: tuple[int, ...], workers: ThreadPoolExecutor) -> None:
         self._matcher, self._vocab_size, self._ends, self._workers = matcher, vocab_size, ends, workers
         self._lock = Lock()  # the matcher is used by one thread at a time
         self._count = 0  # accepted tokens
-        self._spent = 0.0  # seconds of CPU time for all of them
+        self.spent = 0.0
         self._forced: list[int] | None = None  # None: not known yet
         self._mask: np.ndarray | None = None
         self._failure: str | None = None
@@ -216,7 +222,7 @@ class GrammarConstraint:
             other = type(self)(self._matcher.deep_copy(), self._vocab_size, self._ends, self._workers)
             other._forced, other._mask = self._forced, self._mask
             other._failure, other._is_ended = self._failure, self._is_ended
-            other._count, other._spent = self._count, self._spent
+            other._count, other.spent = self._count, self.spent
         return other
 
     def _prepare(self, count: int) -> None:
@@ -249,8 +255,8 @@ class GrammarConstraint:
         began = time.thread_time()
         found = find()
         seconds = time.thread_time() - began
-        self._spent += seconds
-        if seconds > STEP_SECONDS or self._spent > STEP_SECONDS + MEAN_SECONDS * self._count:
+        self.spent += seconds
+        if seconds > STEP_SECONDS or self.spent > STEP_SECONDS + MEAN_SECONDS * self._count:
             self._failure = f"more than {STEP_SECONDS:g} s for a token, or {MEAN_SECONDS:g} s for each"
         return found
 

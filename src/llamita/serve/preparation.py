@@ -14,6 +14,7 @@ from typing import TypeVar
 from llamita.errors import InputError
 from llamita.serve.errors import busy, from_llamita
 from llamita.serve.exchange import Exchange
+from llamita.serve.queue_limits import Bounds
 
 LARGE = 64 << 10  # bytes of a body; its tokens take some 30 ms
 _R = TypeVar("_R")
@@ -23,11 +24,11 @@ class Preparation:
     """Runs functions in threads. All calls are from the event loop.
 
     Args:
-        most: how many may run and wait.
+        bounds: how many may run and wait.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
         self._fast = ThreadPoolExecutor(2, "prepare")
         self._slow = ThreadPoolExecutor(2, "prepare-slow")
         self._turns: dict[str | None, asyncio.Lock] = {}
@@ -46,8 +47,11 @@ class Preparation:
             Disconnected: the client went away.
         """
         owner = exchange.owner
-        if self._waiting.total() >= self._most:
-            raise busy(f"{self._waiting.total()} requests are being prepared here.", 1, "queue_full")
+        count, own = self._waiting.total(), self._waiting[owner]
+        if count >= self._bounds.requests:
+            raise busy(f"{count} requests are being prepared here.", 1, "queue_full")
+        if owner is not None and own >= self._bounds.requests_per_key:
+            raise busy(f"{own} requests of this key are being prepared.", 1, "key_queue_full")
         self._waiting[owner] += 1
         try:
             if is_slow or exchange.body_bytes > LARGE:
@@ -62,6 +66,10 @@ class Preparation:
     async def _in_turn(self, owner: str | None, function: Callable[[], _R]) -> _R:
         async with self._turns.setdefault(owner, asyncio.Lock()):
             return await _run(self._slow, function)
+
+    async def compute(self, function: Callable[[], _R]) -> _R:
+        """Return what a function returns that would hold the event loop for long."""
+        return await _run(self._fast, function)
 
     def shut_down(self) -> None:
         """Begin nothing more."""

@@ -78,7 +78,13 @@ async def _whole(
 ) -> None:
     with state.run(exchange.owner, job) as running:
         updates = await running.all()
-    choices = [{"index": i, **writer.whole(u)} for i, (writer, u) in enumerate(zip(writers, updates, strict=True))]
+
+    def make() -> list[dict[str, Any]]:
+        return [{"index": i, **writer.whole(u)} for i, (writer, u) in enumerate(zip(writers, updates, strict=True))]
+
+    # Those of the prompt may be tens of thousands, which is a second's work.
+    has_many = any(update.prompt_logprobs for update in updates)
+    choices = await state.preparation.compute(make) if has_many else make()
     generations = [update.generation for update in updates if update.generation]
     await exchange.send_json({**head, "choices": choices, **_counts(generations, job)})
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import re
 import signal
 import socket
 import threading
@@ -23,6 +24,10 @@ HEAD_BYTES = 16 << 10  # of a request's line and headers
 HEAD_SECONDS = 30  # for a client to send them
 STUCK_SECONDS = 30  # that a client may read nothing while there is something for it
 KEEP_ALIVE_SECONDS = 30
+READ_BYTES = 16 << 10  # at once from one connection
+FEW_CHUNKS = 5000  # of a body, whatever their size
+SMALL_CHUNK = 64  # bytes of a chunk and its head, on average, if there are more
+_CHUNK_HEAD = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 _BAD_HEAD = b'{"error":{"message":"%s","type":"invalid_request_error","param":null,"code":"bad_request"}}'
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\nContent-Type: application/json\r\n"
 
@@ -32,10 +37,12 @@ class BoundedProtocol(H11Protocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _stuck_timer: asyncio.TimerHandle | None = None
+    _body_bytes = _chunks = 0  # of the request that comes
 
     def connection_made(self, transport: Any) -> None:
         """Refuse a connection too many; else wait for a request, but not for long."""
         super().connection_made(transport)
+        transport.max_size = READ_BYTES  # of asyncio's transports: who sends much takes turns with the others
         if len(self.connections) > MOST_CONNECTIONS:
             body = _BAD_HEAD % b"Too many connections."
             transport.write(_FULL + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -52,6 +59,9 @@ class BoundedProtocol(H11Protocol):
         super().data_received(data)
         if self.cycle is not before:
             self._stop_waiting()
+            self._body_bytes = self._chunks = 0
+        elif self.cycle is not None and not self.transport.is_closing():
+            self._count_chunks(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""
@@ -78,6 +88,14 @@ class BoundedProtocol(H11Protocol):
         head = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
         self.transport.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         self.transport.close()
+
+    def _count_chunks(self, data: bytes) -> None:
+        """Refuse a body of tiny chunks: each takes the time of a large one, and a megabyte of them seconds."""
+        if not self.cycle.response_started and (b"transfer-encoding", b"chunked") in self.headers:
+            self._body_bytes += len(data)
+            self._chunks += len(_CHUNK_HEAD.findall(data))
+            if self._chunks > FEW_CHUNKS and self._body_bytes < SMALL_CHUNK * self._chunks:
+                self.send_400_response("The chunks of the body are too small.")
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)

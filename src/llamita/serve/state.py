@@ -134,7 +134,7 @@ def make_state(models: Models, keys: Keys, limits: Limits, bounds: Bounds, adapt
     """Return the state of a server whose engine's thread is not started yet."""
     schedulers = [llm.scheduler for llm in models.llms.values()]
     engine = EngineThread(schedulers)
-    bodies, preparation = Bodies(limits.body_bytes), Preparation(bounds.requests)
+    bodies, preparation = Bodies(limits.body_bytes), Preparation(bounds)
     parts = models, engine, keys, limits, QueueLimits(bounds), Metrics(models.llms), bodies, preparation
     return ServerState(*parts, adapters)
 

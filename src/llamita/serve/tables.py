@@ -1,9 +1,10 @@
 """The fields of every endpoint. `docs/reference/server.md` shows these tables; a test compares the two."""
 
+from dataclasses import replace
+
 from llamita.serve.fields import (
     ANY,
     FLAG,
-    LIST,
     OBJECT,
     Field,
     Kind,
@@ -11,7 +12,9 @@ from llamita.serve.fields import (
     choice,
     ignored,
     is_whole,
+    listing,
     number,
+    record,
     refused,
     text,
     texts,
@@ -53,6 +56,23 @@ _TOOL_CHOICE = Kind(
     {"oneOf": [{"type": "string", "enum": ["none", "auto", "required"]}, {"type": "object"}]},
 )
 
+_STRING = {"type": "string"}
+_BIASES = {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
+_MESSAGES = listing(
+    {
+        "type": "object",
+        "properties": {
+            "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {"oneOf": [_STRING, {"type": "array", "items": {"type": "object"}}]},
+        },
+        "required": ["role"],
+    },
+    least=1,
+)
+_FORMAT = record(("type",), type={"type": "string", "enum": ["text", "json_object", "json_schema"]})
+_TOOLS = listing({"type": "object", "properties": {"type": _STRING}, "required": ["type"]})
+_INPUT = replace(ANY, schema={"oneOf": [_STRING, {"type": "array", "items": {"type": "object"}}]})
+
 _MODEL: Table = {"model": Field(text(1000), "A name of `/v1/models`; the first by default.")}
 _SAMPLING: Table = {
     "temperature": Field(number(0, 2), "0 takes the likeliest token. The model's own by default."),
@@ -63,7 +83,7 @@ _SAMPLING: Table = {
     "repeat_penalty": Field(number(0.01, 100), "llama.cpp's name of `repetition_penalty`."),
     "frequency_penalty": Field(number(-2, 2), "Subtracts this for each time that the answer has the token."),
     "presence_penalty": Field(number(-2, 2), "Subtracts this if the answer has the token."),
-    "logit_bias": Field(OBJECT, "Adds -100 to 100 to the logits of token ids."),
+    "logit_bias": Field(replace(OBJECT, schema=_BIASES), "Adds -100 to 100 to the logits of token ids."),
     "seed": Field(whole(-_SEED, _SEED - 1), "Makes the answer repeatable; choice i draws with seed + i."),
 }
 _GENERATION: Table = {
@@ -74,7 +94,7 @@ _GENERATION: Table = {
     "min_tokens": Field(whole(0, _MOST_TOKENS), "No end before this many tokens."),
     "ignore_eos": Field(FLAG, "End tokens do not end the answer."),
     "stream": Field(FLAG, "Sends the answer in pieces."),
-    "stream_options": Field(OBJECT, "`include_usage`: a last piece with the counts."),
+    "stream_options": Field(record(include_usage=FLAG.schema), "`include_usage`: a last piece with the counts."),
     "user": ignored("The key says whose request it is."),
     "metadata": ignored("Nothing is stored."),
     "store": ignored("Nothing is stored."),
@@ -95,20 +115,20 @@ _PEERS: Table = {  # fields of vLLM and llama.cpp that would change the answer
     "n_probs": refused("send `logprobs`", 0),
 }
 _STRUCTURE: Table = {
-    "response_format": Field(OBJECT, "`text`, `json_object` or `json_schema`; the answer is sure to fit."),
+    "response_format": Field(_FORMAT, "`text`, `json_object` or `json_schema`; the answer is sure to fit."),
     "guided_regex": Field(text(1 << 16), "The answer matches this regular expression."),
     "guided_grammar": Field(text(1 << 16), "The answer follows this grammar (Lark, as llguidance reads it)."),
 }
 
 CHAT: Table = {
-    "messages": Field(LIST, "The conversation.", is_required=True),
+    "messages": Field(_MESSAGES, "The conversation.", is_required=True),
     **_GENERATION,
     "max_completion_tokens": Field(whole(1, _MOST_TOKENS), "Most tokens of the answer; what is left by default."),
     "max_tokens": Field(whole(1, _MOST_TOKENS), "The former name of `max_completion_tokens`."),
     "logprobs": Field(FLAG, "Sends the log-probability of each token."),
     "top_logprobs": Field(whole(0, MOST_TOP), "Sends this many of the likeliest tokens at each place, too."),
     **_STRUCTURE,
-    "tools": Field(LIST, "Functions that the model may call."),
+    "tools": Field(_TOOLS, "Functions that the model may call."),
     "tool_choice": Field(_TOOL_CHOICE, "`none`, `auto`, `required`, or one function."),
     "parallel_tool_calls": Field(FLAG, "False: one call at most."),
     "continue_final_message": Field(FLAG, "Continues the last message of the assistant."),
@@ -144,15 +164,15 @@ COMPLETIONS: Table = {
 }
 
 RESPONSES: Table = {
-    "input": Field(ANY, "A text, or a list of messages, calls and their outputs.", is_required=True),
+    "input": Field(_INPUT, "A text, or a list of messages, calls and their outputs.", is_required=True),
     "instructions": Field(text(), "The system message."),
     **_MODEL,
     "temperature": _SAMPLING["temperature"],
     "top_p": _SAMPLING["top_p"],
     "max_output_tokens": Field(whole(1, _MOST_TOKENS), "Most tokens of the answer; what is left by default."),
     "stream": _GENERATION["stream"],
-    "text": Field(OBJECT, "`format`: `text`, `json_object` or `json_schema`."),
-    "tools": Field(LIST, "Functions; tools of other kinds are left out."),
+    "text": Field(record(format=_FORMAT.schema), "`format`: `text`, `json_object` or `json_schema`."),
+    "tools": Field(_TOOLS, "Functions; tools of other kinds are left out."),
     "tool_choice": CHAT["tool_choice"],
     "parallel_tool_calls": CHAT["parallel_tool_calls"],
     "metadata": Field(OBJECT, "Sent back."),
@@ -183,11 +203,14 @@ TOKENIZE: Table = {
     **_MODEL,
     "prompt": Field(text(), "The text; or send `messages`, or `content`."),
     "content": Field(text(), "The text, as llama.cpp's clients send it: without a BOS token."),
-    "messages": Field(LIST, "A conversation."),
+    "messages": Field(_MESSAGES, "A conversation."),
     "tools": CHAT["tools"],
     "add_special_tokens": Field(FLAG, "False: no BOS token."),
     "add_special": Field(FLAG, "The same for `content`; false by default."),
     "return_token_strs": Field(FLAG, "Sends the text of each token, too."),
 }
-DETOKENIZE: Table = {**_MODEL, "tokens": Field(LIST, "Token ids.", is_required=True)}
+DETOKENIZE: Table = {
+    **_MODEL,
+    "tokens": Field(listing({"type": "integer", "minimum": 0}), "Token ids.", is_required=True),
+}
 ADAPTER: Table = {**_MODEL, "name": Field(text(200), "The adapter's directory below `--adapters`.", is_required=True)}
