@@ -8,13 +8,13 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llamita.errors import RunError
+from llamita.errors import LlamitaError, RunError
 from llamita.serve.app import make_app
 from llamita.serve.guard import Access
 from llamita.serve.state import ServerState
@@ -116,6 +116,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the engine and listen."""
         self._state.engine.start()
+        # The first answer with a grammar would wait for these: most of a second with 128,000 tokens.
+        threading.Thread(target=_warm, args=(self._state,), name="warm", daemon=True).start()
         await super().startup(sockets)
         self._when_ready(self.servers[0].sockets[0].getsockname()[1])
 
@@ -139,6 +141,13 @@ class _Server(uvicorn.Server):
                 task.get_loop().call_soon_threadsafe(task.cancel)
         self._state.is_draining = True
         self.should_exit = True
+
+
+def _warm(state: ServerState) -> None:
+    """Make ready what the first request of its kind would wait for."""
+    for served in state.models.all:
+        with suppress(LlamitaError):  # the request that needs it says what is wrong
+            _ = served.adapter or served.structure.grammars
 
 
 def listen(host: str, port: int) -> socket.socket:
