@@ -4,9 +4,10 @@ The browser ends with each file: while it runs, its thread has an event loop, in
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from _pytest.runner import runtestprotocol
 from browser import chromium, watched_page
 
 
@@ -31,3 +32,24 @@ def page(browser: Any, stand_in: Any) -> Iterator[Any]:
     with watched_page(browser, stand_in.address) as watched:
         yield watched.page
         assert not watched.faults()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Try a test with a browser once more if it fails, and say so.
+
+    The browser draws without a GPU, and shares two cores with the rest of the suite: a wait may run out once. What is
+    wrong fails twice.
+    """
+    if "browser" not in getattr(item, "fixturenames", ()):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    if any(report.failed for report in reports):
+        item.warn(pytest.PytestWarning(f"{item.name} failed once: {reports[1 if len(reports) > 1 else 0].longrepr}"))
+        cast(Any, item)._initrequest()  # its fixtures are made anew
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True

@@ -41,6 +41,7 @@ def test_an_answer_streams_as_markdown(page: Any, stand_in: PageServer) -> None:
     assert body.locator("h3").inner_text() == "Title"
     assert body.locator("li p").all_inner_texts() == ["one", "two", "of two"]
     assert body.locator("pre code").text_content() == "print(1)\n\nprint(2)"
+    body.locator("pre .hl-number").nth(1).wait_for()  # colours come after the text
     assert body.locator("pre .hl-number").count() == 2
     assert body.locator("strong").inner_text() == "end"
     (body_sent,) = stand_in.bodies

@@ -30,12 +30,24 @@ def imported(page: Any, data: object) -> str:
     return said
 
 
+STORED = """async () => {
+  const done = (request) => new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
+  const database = await done(indexedDB.open("llamita"));
+  const chats = await done(database.transaction("chats").objectStore("chats").getAll());
+  database.close();
+  return JSON.stringify(chats);
+}"""  # all chats that are on the disk
+
+
 def test_a_reload_keeps_chats_branches_and_what_was_open(page: Any, stand_in: PageServer) -> None:
     stand_in.say("one", "two")
     ask(page, "count")
     page.locator("[data-do=regenerate]").click()
     ended(page)
+    before = page.evaluate(STORED)
     page.locator(".assistant [data-do=before]").click()
+    while page.evaluate(STORED) == before:  # a reload in the same instant may come before the write
+        page.wait_for_timeout(10)
     page.reload()
     page.wait_for_selector("html[data-ready=yes]")
     assert texts(page) == ["count", "one"]
