@@ -14,6 +14,7 @@ from server_processes import Server
 AT_ONCE = 8  # clients that go away together
 LATEST = 10.0  # seconds after which a place counts as lost
 PATIENCE = 2.0  # seconds that a refused client waits at most before it asks again
+DELIVERY = 0.005  # seconds in which a step's text reaches its client
 OVERLOAD = (16, 64)  # clients: as many as run at once, and four times as many
 
 
@@ -47,7 +48,7 @@ async def _disconnects(bench: Bench, server: Server) -> Record:
         freed += len(streams) - max(0, open_ - 1)
         waits.append(free - left)
         await asyncio.sleep(0.05)
-        step = bisect.bisect(ends, left)
+        step = bisect.bisect(ends, left + DELIVERY)  # text that comes sooner is of a step that had ended
         if step < len(ends):
             lates.append(max(0.0, free - ends[step]))
     witness.abort()

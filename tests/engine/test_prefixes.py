@@ -60,10 +60,27 @@ def test_a_chat_goes_on_where_it_was(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
         llm.scheduler.model = llm.model
 
 
-def test_a_cache_without_room_is_copied(llm: LLM) -> None:
+def test_a_cache_without_room_is_copied(tmp_path: Path) -> None:
+    llm = make(make_checkpoint(tmp_path, "llama32", max_position_embeddings=1024))
     ids = ids_of(0, 100)
-    answer = expect(llm, ids, 0)  # capacity 128
-    expect(llm, [*ids, *answer, *ids_of(1, 50)], 105)
+    answer = expect(llm, ids, 0)  # capacity: four times the least that counts
+    copies = _count_copies(llm, [*ids, *answer, *ids_of(1, 4 * BLOCK - 120)], 105)
+    assert copies == 0
+    assert _count_copies(llm, [*ids, *answer, *ids_of(1, 4 * BLOCK)], 4 * BLOCK - 14) == 1
+
+
+def _count_copies(llm: LLM, ids: list[int], reused: int) -> int:
+    """Generate as `expect` does; return how many caches were copied for it."""
+    copy, copies = SequenceCache.copy_prefix, list[int]()
+
+    def counted(cache: SequenceCache, source: SequenceCache, tokens: int) -> None:
+        copies.append(tokens)
+        copy(cache, source, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SequenceCache, "copy_prefix", counted)
+        expect(llm, ids, reused)
+    return len(copies)
 
 
 def test_the_same_prompt_again_computes_its_last_token(llm: LLM) -> None:
@@ -164,7 +181,7 @@ def test_what_a_prompt_takes_over_does_not_give_way_to_it(directory: Path, monke
         patch.setattr(SequenceCache, "copy_prefix", None)
         expect(llm, [*ids, *answer, *ids_of(1, 10)], 205)  # there is no room for two more blocks
         expect(llm, [*ids[:150], *ids_of(2, 10)], 150)  # nor can the rest of it stay for others
-    expect(llm, [*ids[:150], *ids_of(3, 150)], 150)  # three blocks, and no capacity: copied, then gone
+    expect(llm, [*ids[:150], *ids_of(3, 150)], 150)  # three blocks
     assert llm.scheduler._memory.kept.positions == 3 * BLOCK
 
 

@@ -20,6 +20,7 @@ from llamita.engine.prompt_budget import (
     MIXED_CHUNK,
     MOST_TOKENS,
     PREFILL_CHUNK,
+    SMOOTH_SECONDS,
     PromptBudget,
     share,
 )
@@ -49,19 +50,36 @@ def llm(tmp_path: Path) -> LLM:
     return endless(directory, scheme="llama3.2", prefix_cache=0)
 
 
-def test_beside_a_running_generation_a_step_takes_its_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(llm, monkeypatch, row=0.03, token=0.002, key=1e-7)
-    decoding = llm.stream(ids_of(0, 20), max_tokens=400, greedy=True, speculate=0)
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (0.001, SMOOTH_SECONDS),  # fast streams
+        (0.025, 3 * 0.03),  # three times what a step takes without prompts: 5 ms, and the row
+        (0.07, BESIDE_SECONDS),
+        (0.195, 1.5 * 0.2),  # slow streams leave prompts a third of the time
+    ],
+)
+def test_beside_a_running_generation_a_step_takes_its_time(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, row: float, expected: float
+) -> None:
+    machine = Machine(llm, monkeypatch, row=row, token=0.0005, key=1e-7)
+    decoding = llm.stream(ids_of(0, 20), max_tokens=900, greedy=True, speculate=0)
     for _ in range(8):
         next(decoding)
     del machine.seconds[:]
     list(llm.stream(ids_of(1, 6000), max_tokens=1, greedy=True, speculate=0))
     steps = machine.seconds[4:-1]
-    assert len(steps) > 50
-    piece = LEAST_TOKENS * (0.002 + 6000 * 1e-7)  # the budget is rounded to half of this
-    assert max(steps) < BESIDE_SECONDS + piece
-    assert min(steps) > BESIDE_SECONDS - 2 * piece
+    assert len(steps) > 20
+    piece = LEAST_TOKENS * (0.0005 + 6000 * 1e-7)  # the budget is rounded to half of this, and some steps late
+    assert expected - 2 * piece < min(steps)
+    assert max(steps) < expected + 2 * piece
     decoding.close()
+
+
+def test_beside_many_prompts_a_step_takes_longer() -> None:
+    budget = PromptBudget()
+    budget.add(100, 0.12, 0.02, True)  # 1 ms for each token
+    assert [budget.tokens(0.02, True, prompts) for prompts in (1, 4, 6, 8, 16)] == [40, 40, 72, 96, 128]
 
 
 def test_alone_a_step_takes_longer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +104,7 @@ def test_before_anything_is_measured_the_budget_is_fixed() -> None:
     budget.add(LEAST_TOKENS - 1, 5.0, 0.0, False)  # too few to say anything
     assert budget.tokens(0.0, False) == PREFILL_CHUNK
     budget.add(250, 0.5, 0.0, False)
-    assert budget.tokens(0.05, True) == 48  # by the time of a token alone: 0.1 s, 2 ms each
+    assert budget.tokens(0.05, True) == 48  # by the time of a token alone: 0.1 s of 0.15, 2 ms each
 
 
 def test_one_slow_step_changes_little() -> None:

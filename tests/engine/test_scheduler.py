@@ -248,7 +248,7 @@ def test_without_memory_for_its_cache_a_sequence_ends_alone(llm: LLM, monkeypatc
     monkeypatch.setattr(cache_memory, "SequenceCache", allocate)
     prompts = [ids_of(seed, 20) for seed in range(3)]
     streams = [llm.stream(ids, max_tokens=4, greedy=True, speculate=0) for ids in prompts]
-    with pytest.raises(RunError, match="memory: expected room for keys and values of 128 tokens"):
+    with pytest.raises(RunError, match="memory: expected room for keys and values of 400 tokens"):
         finish(streams[1])
     for place in (0, 2):
         assert finish(streams[place]).token_ids == plain(llm, prompts[place], 4, Sampling(0.0))[0]

@@ -31,7 +31,7 @@ def endless(model: Path, **options: Any) -> LLM:
 
 def fix_budget(patch: pytest.MonkeyPatch, alone: int = PREFILL_CHUNK, beside: int = MIXED_CHUNK) -> None:
     """Let steps take in so many prompt tokens, however long they take."""
-    patch.setattr(PromptBudget, "tokens", lambda _self, _seconds, is_mixed: beside if is_mixed else alone)
+    patch.setattr(PromptBudget, "tokens", lambda _self, _seconds, is_mixed, _prompts: beside if is_mixed else alone)
 
 
 def plain(

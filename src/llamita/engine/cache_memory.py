@@ -10,6 +10,8 @@ from llamita.engine.sequence import SequenceState
 from llamita.errors import RunError
 from llamita.models.config import ModelConfig
 
+_GROWTH = 4  # capacity of a cache, in times the sequence's declared length
+
 
 class CacheMemory:
     """The caches of one scheduler, which calls this from the thread that steps.
@@ -92,7 +94,8 @@ class CacheMemory:
         if found and cache:
             sequence.positions = found.positions
         elif self.reserve(sequence, shared, lambda: [s for s in running() if s.is_begun]):
-            capacity = min(self._limits.context, self.room, max(BLOCK, 1 << (declared - 1).bit_length()))
+            # Memory is taken as tokens come, so capacity is cheap, and the next turn of a chat need not copy.
+            capacity = min(self._limits.context, self.room, _GROWTH * max(BLOCK, declared))
             try:
                 cache = SequenceCache(self._config, capacity, self._limits.kv_dtype, declared)
             except MemoryError:

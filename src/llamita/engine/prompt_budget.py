@@ -8,10 +8,15 @@ from collections.abc import Sequence
 
 PREFILL_CHUNK = 256  # prompt tokens in a step before any is measured; enough for the kernels' full speed
 MIXED_CHUNK = 64  # the same in a step with running generations, which wait for its end
-LEAST_TOKENS, MOST_TOKENS = 16, 512  # fewer read the weights for too little; more need larger buffers
-BESIDE_SECONDS, ALONE_SECONDS = 0.15, 0.5  # what a step should take beside running generations, and without
+LEAST_TOKENS, MOST_TOKENS = 8, 512  # fewer read the weights for too little; more need larger buffers
+BESIDE_SECONDS, ALONE_SECONDS = 0.15, 0.5  # the most a step should take beside running generations, and without
+SMOOTH_SECONDS = 0.05  # a shorter step shows no reader anything: this is 20 tokens a second
+_STRETCH = 3.0  # beside running generations, a step may take this many times what it takes without prompts
+_CROWD = 4  # where more prompts wait than this, a step may take longer in proportion: then answers a second count
+_LEAST_SHARE = 0.5  # of the seconds that running generations take, for prompts, where even those are long
 _KEEP = 0.8  # the old value's share of a moving average
 _SPIKE = 2.0  # a measurement counts for at most this many times the average: the rest was other work of the machine
+_LEAST_COST = 0.25  # of a step's seconds are its prompts', at least: those without prompts may have been measured late
 _QUARTER = 4  # the oldest prompt gets the budget divided by this, at least
 
 
@@ -19,8 +24,8 @@ class PromptBudget:
     """Measures the steps with prompt tokens of one model.
 
     Args:
-        beside: the seconds that a step with running generations should take.
-        alone: the same without any.
+        beside: the most seconds that a step with running generations should take.
+        alone: what a step without any should take.
     """
 
     def __init__(self, beside: float = BESIDE_SECONDS, alone: float = ALONE_SECONDS) -> None:
@@ -38,22 +43,29 @@ class PromptBudget:
         """
         if tokens < LEAST_TOKENS:
             return
-        # The weights are read once for both, so the difference can be small; it is never less than an even share.
-        new = max(seconds - decode_seconds, seconds / 2) / tokens if is_mixed else seconds / tokens
+        new = max(seconds - decode_seconds, _LEAST_COST * seconds) / tokens if is_mixed else seconds / tokens
         old = self._seconds.get(is_mixed, new)
         if new < old:  # disturbances only lengthen a measurement, so a short one counts more
             self._seconds[is_mixed] = (old + new) / 2
         else:
             self._seconds[is_mixed] = _KEEP * old + (1 - _KEEP) * min(new, _SPIKE * old)
 
-    def tokens(self, decode_seconds: float, is_mixed: bool) -> int:
-        """Return the prompt tokens of the next step, a multiple of LEAST_TOKENS."""
+    def tokens(self, decode_seconds: float, is_mixed: bool, prompts: int = 1) -> int:
+        """Return the prompt tokens of the next step, a multiple of LEAST_TOKENS, for so many prompts."""
         seconds = self._seconds.get(is_mixed) or self._seconds.get(not is_mixed)
         if not seconds:
             return MIXED_CHUNK if is_mixed else PREFILL_CHUNK
-        wanted = self._beside - decode_seconds if is_mixed else self._alone
+        wanted = self._wanted(decode_seconds, prompts) if is_mixed else self._alone
         pieces = round(min(wanted / seconds, MOST_TOKENS) / LEAST_TOKENS)
         return LEAST_TOKENS * max(1, pieces)
+
+    def _wanted(self, decode_seconds: float, prompts: int) -> float:
+        """Return the seconds for prompts beside running generations.
+
+        A few fast streams should stay smooth. Where they are slow already, prompts must not wait for them for ever.
+        """
+        smooth = max(SMOOTH_SECONDS, _STRETCH * decode_seconds) * max(1.0, prompts / _CROWD)
+        return max(min(self._beside, smooth) - decode_seconds, _LEAST_SHARE * decode_seconds)
 
     @property
     def rate(self) -> float:

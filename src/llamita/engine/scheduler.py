@@ -222,8 +222,8 @@ class Scheduler:
             if not s.is_over and self._memory.reserve(s, s.count + s.drafted, self._begun):
                 parts.append(StepPart(s, s.ids[s.settle() : s.count + s.drafted], 1 + s.drafted))
         if self._prompts:
-            rows = len(parts)
-            parts += self._plan_prompts(self._budget.tokens(self._times.seconds(rows) if rows else 0.0, rows > 0))
+            decode_seconds = self._times.seconds(len(parts)) if parts else 0.0
+            parts += self._plan_prompts(self._budget.tokens(decode_seconds, bool(parts), len(self._prompts)))
         return [part for part in parts if part.sequence.is_begun]  # without those that were paused for others
 
     def _run(self, parts: list[StepPart]) -> np.ndarray:
