@@ -13,6 +13,7 @@ from server_processes import Server
 
 from llamita.engine.requests import Generation
 
+MORE_ROUNDS = 3  # times as many as elsewhere: the memory of a shared machine is faster or slower for seconds at a time
 STREAMS = 8  # of the comparison with generate_many
 SHORT = 1024  # tokens of a context, for models that have no more
 TOGETHER = 8  # clients whose answers are compared with those of one
@@ -21,10 +22,10 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "ma
 
 def overhead(bench: Bench) -> Iterator[Record]:
     """Compare one stream of the server with one of the library."""
-    new = 2 * bench.sizes.new
+    new, rounds = 2 * bench.sizes.new, MORE_ROUNDS * bench.sizes.rounds
     with bench.serving(bench.kind()) as server:
         figures: dict[str, list[float]] = {}
-        for round_ in range(bench.sizes.rounds):
+        for round_ in range(rounds):
             body = completion(bench.prompt(bench.sizes.lengths[0], f"overhead {round_}"), new, round_)
             of_engine, of_server = _in_turn(round_, lambda b=body: _engine(bench, b), lambda b=body: _one(server, b))
             (reply,) = of_server
@@ -38,7 +39,7 @@ def overhead(bench: Bench) -> Iterator[Record]:
             for name, value in rows.items():
                 figures.setdefault(name, []).append(value)
     medians = {name: round(statistics.median(values), 4) for name, values in figures.items()}
-    yield {"case": "overhead", "new_tokens": new, "rounds": bench.sizes.rounds, **medians,
+    yield {"case": "overhead", "new_tokens": new, "rounds": rounds, **medians,
            "rates": [round(r, 4) for r in figures["rate"]]}  # fmt: skip
 
 
@@ -70,9 +71,9 @@ def _one(server: Server, body: dict[str, Any]) -> list[Reply]:
 
 def many(bench: Bench) -> Iterator[Record]:
     """Compare eight streams of the server with `generate_many`."""
-    new, ratios, rates = 2 * bench.sizes.new, [], []
+    new, rounds, ratios, rates = 2 * bench.sizes.new, MORE_ROUNDS * bench.sizes.rounds, [], []
     with bench.serving(bench.kind()) as server:
-        for round_ in range(bench.sizes.rounds):
+        for round_ in range(rounds):
             prompts = [bench.prompt(bench.sizes.lengths[0], f"many {round_} {i}") for i in range(STREAMS)]
             bodies = [completion(ids, new, round_) for ids in prompts]
             alone, (replies, seconds) = _in_turn(

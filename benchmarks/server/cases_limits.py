@@ -15,6 +15,7 @@ AT_ONCE = 8  # clients that go away together
 LATEST = 10.0  # seconds after which a place counts as lost
 PATIENCE = 2.0  # seconds that a refused client waits at most before it asks again
 DELIVERY = 0.005  # seconds in which a step's text reaches its client
+QUEUE = 20  # answers that run or wait at most, of which 16 run
 OVERLOAD = (16, 64)  # clients: as many as run at once, and four times as many
 
 
@@ -83,13 +84,12 @@ async def _open(link: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> int:
 
 
 def refusals(bench: Bench) -> Iterator[Record]:
-    """Time refusals of a server that rests, and of one whose queue is full."""
-    bad = _bad(bench)
-    with bench.serving(bench.kind("--max-queue", "40", "--max-per-key", "20")) as server:
-        for state in ("rests", "is full"):
-            for name, (path, body, status) in bad.items():
-                if name != "queue full" or state == "is full":
-                    replies = asyncio.run(_refused(bench, server, path, body, 0 if state == "rests" else 20))
+    """Time refusals of a server that rests, of one that works, and of one whose queue is full."""
+    with bench.serving(bench.kind("--max-queue", str(QUEUE))) as server:
+        for state, busy in (("rests", 0), ("works", QUEUE - 1), ("is full", QUEUE)):
+            for name, (path, body, status) in _bad(bench).items():
+                if (name == "queue full") == (state == "is full"):
+                    replies = asyncio.run(_refused(bench, server, path, body, busy))
                     yield {"case": "refusals", "server_state": state, "request": name, "status": status,
                            "right": sum(reply.status == status for reply in replies),
                            "answer": quantiles((reply.ended - reply.started for reply in replies), 2)}  # fmt: skip
@@ -109,7 +109,7 @@ def _bad(bench: Bench) -> dict[str, tuple[str, Any, int]]:
 
 
 async def _refused(bench: Bench, server: Server, path: str, body: Any, busy: int) -> list[Reply]:
-    """Send a request again and again beside `busy` others; 16 of those run and the rest wait."""
+    """Send a request again and again beside `busy` others, of which 16 run and the rest wait."""
     half = bench.sizes.context // 2
     others = [
         await start(server.port, COMPLETIONS, completion(bench.prompt(16, f"busy {i}"), half, i)) for i in range(busy)

@@ -79,7 +79,7 @@ def test_beside_a_running_generation_a_step_takes_its_time(
 def test_beside_many_prompts_a_step_takes_longer() -> None:
     budget = PromptBudget()
     budget.add(100, 0.12, 0.02, True)  # 1 ms for each token
-    assert [budget.tokens(0.02, True, prompts) for prompts in (1, 4, 6, 8, 16)] == [40, 40, 72, 96, 128]
+    assert [budget.tokens(0.02, True, prompts) for prompts in (1, 4, 5, 16)] == [40, 40, 128, 128]
 
 
 def test_alone_a_step_takes_longer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

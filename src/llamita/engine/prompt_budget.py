@@ -12,7 +12,7 @@ LEAST_TOKENS, MOST_TOKENS = 8, 512  # fewer read the weights for too little; mor
 BESIDE_SECONDS, ALONE_SECONDS = 0.15, 0.5  # the most a step should take beside running generations, and without
 SMOOTH_SECONDS = 0.05  # a shorter step shows no reader anything: this is 20 tokens a second
 _STRETCH = 3.0  # beside running generations, a step may take this many times what it takes without prompts
-_CROWD = 4  # where more prompts wait than this, a step may take longer in proportion: then answers a second count
+_CROWD = 4  # where more prompts wait than this, a step takes the most that it may: then answers a second count
 _LEAST_SHARE = 0.5  # of the seconds that running generations take, for prompts, where even those are long
 _KEEP = 0.8  # the old value's share of a moving average
 _SPIKE = 2.0  # a measurement counts for at most this many times the average: the rest was other work of the machine
@@ -64,8 +64,9 @@ class PromptBudget:
 
         A few fast streams should stay smooth. Where they are slow already, prompts must not wait for them for ever.
         """
-        smooth = max(SMOOTH_SECONDS, _STRETCH * decode_seconds) * max(1.0, prompts / _CROWD)
-        return max(min(self._beside, smooth) - decode_seconds, _LEAST_SHARE * decode_seconds)
+        smooth = min(self._beside, max(SMOOTH_SECONDS, _STRETCH * decode_seconds))
+        wanted = smooth if prompts <= _CROWD else self._beside
+        return max(wanted - decode_seconds, _LEAST_SHARE * decode_seconds)
 
     @property
     def rate(self) -> float:

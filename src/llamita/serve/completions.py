@@ -111,17 +111,18 @@ class _CompletionWriter:
 
     def whole(self, update: Update) -> Part:
         """Return the text of an update with the log-probabilities of its tokens."""
-        text, parts = update.text, []
+        text, parts, has_logprobs = update.text, [], self._job.has_logprobs
         if self._is_first and self._job.echo:
             ids = self._request.ids.tolist()
             text = self._tokenizer.decode(ids) + text
-            if self._job.has_logprobs:
+            if has_logprobs:
                 parts.append(self._logprobs.add_prompt(update.prompt_logprobs, ids))
         self._is_first = False
-        parts.append(self._logprobs.add(update.logprobs))
-        logprobs = {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
+        if has_logprobs:
+            parts.append(self._logprobs.add(update.logprobs))
+        logprobs = {name: [entry for part in parts for entry in part[name]] for name in parts[0]} if parts else None
         return {
             "text": text,
-            "logprobs": logprobs if self._job.has_logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": reason_of(update.generation) if update.generation else None,
         }

@@ -20,6 +20,7 @@ from llamita.serve.errors import ApiError
 BODY_SECONDS = 30  # for a client to send its body
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 _LONGEST_ID = 64
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _R = TypeVar("_R")
 
 
@@ -117,7 +118,7 @@ class Exchange:
 
     async def send_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """Answer with JSON."""
-        data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        data = encode(value).encode("utf-8", "replace")
         await self.send_bytes(data, "application/json", status, headers)
 
     async def send_bytes(
@@ -144,7 +145,7 @@ class Exchange:
     async def send_event(self, value: Any, name: str | None = None) -> None:
         """Send one event of a stream: a JSON value."""
         head = f"event: {name}\n" if name else ""
-        await self.send_line(f"{head}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n")
+        await self.send_line(f"{head}data: {encode(value)}\n\n")
 
     async def send_line(self, text: str) -> None:
         """Send text of a stream as it is."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from llamita.engine.requests import Generation
 from llamita.serve.engine_thread import Update
-from llamita.serve.exchange import Exchange
+from llamita.serve.exchange import Exchange, encode
 from llamita.serve.options import wants_usage
 from llamita.serve.state import Job, ServerState
 from llamita.serve.usage import timings, usage
@@ -97,11 +97,12 @@ async def _stream(
     head: Mapping[str, Any],
     include_usage: bool,
 ) -> None:
-    every = {"usage": None} if include_usage else {}
+    # Each step sends an event, so what all events share is encoded once.
+    begin, end = f'data: {encode(head)[:-1]},"choices":', (',"usage":null' if include_usage else "") + "}\n\n"
     generations: dict[int, Generation] = {}
 
     async def send(index: int, part: Part) -> None:
-        await exchange.send_event({**head, "choices": [{"index": index, **part}], **every})
+        await exchange.send_line(f"{begin}{encode([{'index': index, **part}])}{end}")
 
     with state.run(exchange.owner, job) as running:
         await exchange.begin_stream()

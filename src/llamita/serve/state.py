@@ -1,6 +1,5 @@
 """What all endpoints share: the models, the engine's thread, limits and counters; and how a job runs through them."""
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from llamita.serve.preparation import Preparation
 from llamita.serve.queue_limits import Bounds, QueueLimits
 from llamita.serve.served import Models, Served
 
+_LEAST_WAIT = 0.05  # seconds between looks at the time while a reader is late
 SIGN_OF_LIFE = 15  # seconds of silence after which a stream gets a comment: proxies close silent ones after 30 to 60
 SLOW_FIELDS = ("response_format", "guided_regex", "guided_grammar", "tools")  # a grammar may take a second
 _R = TypeVar("_R")
@@ -142,14 +142,16 @@ def make_state(models: Models, keys: Keys, limits: Limits, bounds: Bounds, adapt
 class Running:
     """The updates of a job, by choice, until all its sequences have ended.
 
-    An empty update is a sign that nothing came for `SIGN_OF_LIFE` seconds.
+    An empty update is a sign that nothing came for `SIGN_OF_LIFE` seconds. One timer, which is set anew only when it
+    rings, costs less than one for each update.
     """
 
     def __init__(self, mailbox: Mailbox, limits: Limits, metrics: Metrics) -> None:
         self._mailbox, self._limits, self._metrics = mailbox, limits, metrics
         self._left = len(mailbox.sequences)
-        self._began = self._last = time.monotonic()
+        self._began = self._last = self._shown = time.monotonic()  # shown: when something was handed out
         self._has_token = False
+        self._set_timer()
 
     def __aiter__(self) -> "Running":
         return self
@@ -157,16 +159,16 @@ class Running:
     async def __anext__(self) -> dict[int, Update]:
         if not self._left:
             raise StopAsyncIteration
-        most = self._limits.total_seconds if self._has_token else self._limits.first_token_seconds
-        left = self._began + most - time.monotonic()
-        try:
-            async with asyncio.timeout(min(SIGN_OF_LIFE, left)):
-                updates = await self._mailbox.take()
-        except TimeoutError:
-            if left <= SIGN_OF_LIFE:
+        updates: dict[int, Update] = {}
+        while not updates:
+            updates = await self._mailbox.take()
+            now = time.monotonic()
+            if now >= self._end:
                 what = "The answer" if self._has_token else "The first token"
-                raise timed_out(f"{what} took longer than {most:g} seconds.") from None
-            return {}
+                raise timed_out(f"{what} took longer than {self._end - self._began:g} seconds.")
+            if not updates and now >= self._shown + SIGN_OF_LIFE:
+                self._shown = now
+                return {}
         self._note(updates)
         for update in updates.values():
             if isinstance(update.error, LlamitaError):
@@ -175,6 +177,20 @@ class Running:
                 raise update.error
             self._left -= update.generation is not None
         return updates
+
+    @property
+    def _end(self) -> float:
+        limits = self._limits
+        return self._began + (limits.total_seconds if self._has_token else limits.first_token_seconds)
+
+    def _set_timer(self) -> None:
+        seconds = min(self._end, self._shown + SIGN_OF_LIFE) - time.monotonic()
+        self._timer = self._mailbox.loop.call_later(max(seconds, _LEAST_WAIT), self._ring)
+
+    def _ring(self) -> None:
+        """Wake the reader, who looks at the time, and set the timer to the next time that matters."""
+        self._mailbox.wake()
+        self._set_timer()
 
     async def all(self) -> list[Update]:
         """Return everything, by choice."""
@@ -186,7 +202,7 @@ class Running:
 
     def _note(self, updates: dict[int, Update]) -> None:
         """Count times; an update without text may be that of a token whose text is held back."""
-        now = time.monotonic()
+        now = self._shown = time.monotonic()
         if self._has_token:
             self._metrics.note_gap(now - self._last)
         else:
@@ -198,6 +214,7 @@ class Running:
 
     def note_end(self) -> None:
         """Count the end of the job, and the answers that were stopped before theirs."""
+        self._timer.cancel()
         self._metrics.note_end(time.monotonic() - self._began, self._left)
 
 
