@@ -119,7 +119,7 @@ def test_objects_patterns_and_grammars(llm: LLM, grammars: Grammars) -> None:
     assert answer.finish_reason == "stop"
     answer = llm.generate("x", constraint=grammars.lark('start: "go" place{2}\nplace: " north" | " south"'), **options)
     assert re.fullmatch("go( north| south){2}", answer.text)
-    anything = grammars.json_object()
+    anything = grammars.json_schema({"type": "object"})
     assert walk(anything.copy(), llm.tokenizer, '{"a": [1, {"b": null}], "c":"d"}')
     assert not walk(anything.copy(), llm.tokenizer, "[1]")
     assert not walk(anything.copy(), llm.tokenizer, '{\n  "a": 1}')  # one space at most, so that none is endless
@@ -138,6 +138,16 @@ def test_calls_are_right_and_found_again(
         assert names
         assert set(names) <= ({name} if name else {"find", "stop-it"})
         assert parallel or len(names) == 1
+
+
+def test_calls_or_an_answer_by_a_schema(llm: LLM, grammars: Grammars) -> None:
+    either = grammars.tool_calls(TOOLS, LLAMA, otherwise=PERSON)
+    call = '{"name": "stop-it", "parameters": {}}'
+    assert walk(grammars.tool_calls(TOOLS, LLAMA), llm.tokenizer, call)
+    assert walk(either.copy(), llm.tokenizer, call)
+    assert walk(either.copy(), llm.tokenizer, '{"name": "A", "age": 1}')
+    assert not walk(either.copy(), llm.tokenizer, '{"name": "A", "age": "old"}')
+    assert not walk(either.copy(), llm.tokenizer, "Hello")
 
 
 def test_other_properties_are_closed_unless_asked_for(llm: LLM, grammars: Grammars) -> None:

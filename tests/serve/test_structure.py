@@ -150,6 +150,22 @@ def test_without_a_call_the_answer_is_text(server: Served) -> None:
         assert "tool_calls" not in answer["message"]
 
 
+def test_beside_tools_an_answer_is_a_call_or_fits_the_schema(server: Served) -> None:
+    kinds = set()
+    schema = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 99}}, "required": ["x"]}
+    body = {"tools": [WEATHER], "response_format": json_schema(schema), "max_tokens": 300, "temperature": 2}
+    for seed in range(40):
+        choice = server.post("/v1/chat/completions", messages=MESSAGES, seed=seed, **body)["choices"][0]
+        calls = choice["message"].get("tool_calls")
+        kinds.add("call" if calls else "answer")
+        if calls:
+            assert json.loads(calls[0]["function"]["arguments"])["city"] in ("Paris", "Rome")
+        else:
+            assert list(json.loads(choice["message"]["content"])) == ["x"]
+    assert kinds == {"call", "answer"}
+    calls_of(server, response_format=json_schema(schema), tools=[CLOCK], tool_choice="required")
+
+
 def test_a_conversation_with_calls_goes_on(server: Served) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     messages = [
@@ -180,7 +196,8 @@ def test_a_conversation_with_calls_goes_on(server: Served) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
-        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex"),
+        ({"tools": [WEATHER], "response_format": json_schema({"type": "nothing"})}, "response_format"),
         ({"chat_template_kwargs": {"secret": 1}}, "chat_template_kwargs"),
     ],
 )

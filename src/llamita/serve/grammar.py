@@ -61,10 +61,6 @@ class Grammars:
         self._trials = Helpers(_TRIAL, [str(COMPILE_SECONDS)])
         self._workers = ThreadPoolExecutor(1, "mask")
 
-    def json_object(self, where: str = "response_format") -> "GrammarConstraint":
-        """Return the grammar of any JSON object."""
-        return self.json_schema({"type": "object"}, where)
-
     def json_schema(self, schema: object, where: str = "response_format") -> "GrammarConstraint":
         """Return the grammar of the JSON texts that are valid by a schema; errors name `where`.
 
@@ -86,13 +82,20 @@ class Grammars:
         return self._compile(where, "lark", _checked_text(grammar, where))
 
     def tool_calls(
-        self, tools: Sequence[Mapping[str, Any]], form: CallForm, *, name: str | None = None, parallel: bool = True
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        form: CallForm,
+        *,
+        name: str | None = None,
+        parallel: bool = True,
+        otherwise: object = None,
     ) -> "GrammarConstraint":
         """Return the grammar of one or more calls of tools that are checked already, in the form of a model.
 
         Args:
             name: the only tool that may be called.
             parallel: whether several calls may follow one another.
+            otherwise: the schema of an answer without calls, if that is allowed, too.
         """
         rules = []
         for place, tool in enumerate(tools):
@@ -107,7 +110,14 @@ class Grammars:
                 rules.append(f"arguments_{place}: %json {json.dumps(parameters)}")
         calls = " | ".join(rule.partition(":")[0] for rule in rules[::2])
         more = f" ({json.dumps(form.between)} call){{0,{MOST_CALLS - 1}}}" if parallel and form.between else ""
-        return self._compile("tools", "lark", "\n".join([f"start: call{more}", f"call: {calls}", *rules]))
+        start = f"start: call{more}"
+        if otherwise is not None:
+            start += " | answer"
+            schema = prepare_schema(otherwise, "response_format")
+            if isinstance(schema, dict):
+                schema = {**schema, "x-guidance": SPACING}
+            rules.append(f"answer: %json {json.dumps(schema)}")
+        return self._compile("tools", "lark", "\n".join([start, f"call: {calls}", *rules]))
 
     def _compile(self, where: str, kind: str, text: str) -> "GrammarConstraint":
         """Return an unused copy of a grammar, which is made, or kept from another time, as are refusals."""

@@ -1,4 +1,4 @@
-"""The small endpoints: models, tokens, embeddings, health, the scheduler's load, adapters."""
+"""The small endpoints: models, adapters, tokens, health, metrics, the scheduler's load."""
 
 import time
 from collections.abc import Mapping

@@ -43,27 +43,22 @@ class Structure:
             InputError: llguidance cannot keep to it.
         """
         asked = [name for name in ("guided_regex", "guided_grammar") if name in values]
-        kind = _format(values.get("response_format", {"type": "text"}))
-        asked += ["response_format"] if kind != "text" else []
-        asked += ["tool_choice"] if tools and tools.mode == "required" else []
+        schema = _schema(values.get("response_format", {"type": "text"}))
+        asked += ["response_format"] if schema is not None else []
         if len(asked) > 1:
             raise wrong(asked[0], f"cannot be combined with {asked[1]}.")
-        if not asked:
-            return None
-        if tools and tools.mode == "auto":
+        if tools and asked and asked[0] != "response_format":
             raise wrong(asked[0], "cannot be combined with tools; send tool_choice none to leave them out.")
+        if tools and (asked or tools.mode == "required"):  # the form of answers is nothing to calls that must be
+            return self.grammars.tool_calls(
+                tools.tools, self.call_form, name=tools.name, parallel=tools.parallel and tools.name is None,
+                otherwise=schema if tools.mode == "auto" else None,
+            )  # fmt: skip
         if "guided_regex" in values:
             return self.grammars.regex(values["guided_regex"], "guided_regex")
         if "guided_grammar" in values:
             return self.grammars.lark(values["guided_grammar"], "guided_grammar")
-        if kind == "json_object":
-            return self.grammars.json_object()
-        if kind == "json_schema":
-            return self.grammars.json_schema(_schema(values["response_format"]), "response_format")
-        assert tools
-        return self.grammars.tool_calls(
-            tools.tools, self.call_form, name=tools.name, parallel=tools.parallel and tools.name is None
-        )
+        return None if schema is None else self.grammars.json_schema(schema, "response_format")
 
 
 def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:
@@ -76,15 +71,14 @@ def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:
     return choice if choice.tools else None
 
 
-def _format(given: Any) -> str:
+def _schema(given: Mapping[str, Any]) -> Any:
+    """Return the schema of a response format, None for free text."""
     kind = given.get("type")
     if not isinstance(kind, str) or kind not in _FORMATS:
         raise wrong("response_format.type", f"expected one of {', '.join(_FORMATS)}, got {shown(kind)}.")
-    return kind
-
-
-def _schema(given: Mapping[str, Any]) -> Any:
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
     inner = given.get("json_schema")
-    if not isinstance(inner, dict) or "schema" not in inner:
+    if not isinstance(inner, dict) or inner.get("schema") is None:
         raise wrong("response_format.json_schema", f"expected an object with a schema, got {shown(inner)}.")
     return inner["schema"]
