@@ -140,14 +140,30 @@ def test_calls_are_right_and_found_again(
         assert parallel or len(names) == 1
 
 
-def test_calls_or_an_answer_by_a_schema(llm: LLM, grammars: Grammars) -> None:
-    either = grammars.tool_calls(TOOLS, LLAMA, otherwise=PERSON)
-    call = '{"name": "stop-it", "parameters": {}}'
-    assert walk(grammars.tool_calls(TOOLS, LLAMA), llm.tokenizer, call)
-    assert walk(either.copy(), llm.tokenizer, call)
-    assert walk(either.copy(), llm.tokenizer, '{"name": "A", "age": 1}')
-    assert not walk(either.copy(), llm.tokenizer, '{"name": "A", "age": "old"}')
-    assert not walk(either.copy(), llm.tokenizer, "Hello")
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+def test_calls_or_an_answer_by_a_schema(llm: LLM, grammars: Grammars, form: CallForm) -> None:
+    either = grammars.tool_calls(TOOLS, form, otherwise=PERSON)
+    call = form.begin("stop-it") + "{}" + form.end
+    assert walk(grammars.tool_calls(TOOLS, form), llm.tokenizer, call)
+    for right in (call, call + form.between + call, '{"name": "A", "age": 1}'):
+        assert walk(either.copy(), llm.tokenizer, right)
+    for wrong in ('{"name": "A", "age": "old"}', "Hello", form.begin("other") + "{}" + form.end):
+        assert not walk(either.copy(), llm.tokenizer, wrong)
+
+
+def test_parameters_may_refer_to_their_definitions(llm: LLM, grammars: Grammars) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"p": {"$ref": "#/$defs/P"}},
+        "required": ["p"],
+        "$defs": {"P": PERSON},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    either = grammars.tool_calls(tools, LLAMA, otherwise={"type": "object"})
+    assert walk(either.copy(), llm.tokenizer, '{"name": "f", "parameters": {"p": {"name": "A", "age": 1}}}')
+    parameters["properties"] = {"p": {"$ref": "#"}}
+    with pytest.raises(InputError, match=r"tools\[0\].function.parameters: expected references to \$defs alone"):
+        grammars.tool_calls(tools, LLAMA, otherwise={"type": "object"})
 
 
 def test_other_properties_are_closed_unless_asked_for(llm: LLM, grammars: Grammars) -> None:

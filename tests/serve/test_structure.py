@@ -163,7 +163,8 @@ def test_beside_tools_an_answer_is_a_call_or_fits_the_schema(server: Served) -> 
         else:
             assert list(json.loads(choice["message"]["content"])) == ["x"]
     assert kinds == {"call", "answer"}
-    calls_of(server, response_format=json_schema(schema), tools=[CLOCK], tool_choice="required")
+    named = {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False}
+    calls_of(server, response_format=json_schema(schema), **named)
 
 
 def test_a_conversation_with_calls_goes_on(server: Served) -> None:
@@ -197,7 +198,7 @@ def test_a_conversation_with_calls_goes_on(server: Served) -> None:
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
         ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex"),
-        ({"tools": [WEATHER], "response_format": json_schema({"type": "nothing"})}, "response_format"),
+        ({"tools": [WEATHER], "response_format": json_schema(5)}, "response_format"),
         ({"chat_template_kwargs": {"secret": 1}}, "chat_template_kwargs"),
     ],
 )

@@ -19,8 +19,8 @@ import numpy as np
 
 from llamita.errors import InputError, RunError, first_line, shown
 from llamita.serve.matchers import SPACING, error_of, make_matcher
-from llamita.serve.schemas import LARGEST_SCHEMA, prepare_schema
-from llamita.serve.tools import CallForm
+from llamita.serve.schemas import LARGEST_SCHEMA, call_schema, prepare_schema
+from llamita.serve.tools import LLAMA, CallForm
 from llamita.system.extras import load_optional
 from llamita.system.helpers import Ended, Helpers
 
@@ -97,27 +97,28 @@ class Grammars:
             parallel: whether several calls may follow one another.
             otherwise: the schema of an answer without calls, if that is allowed, too.
         """
-        rules = []
+        names, rules = [], []
         for place, tool in enumerate(tools):
             function = tool["function"]
             if name in (None, function["name"]):
+                names.append(f"call_{place}")
                 where = f"tools[{place}].function.parameters"
                 parameters = prepare_schema(function.get("parameters") or _NO_PARAMETERS, where)
+                if otherwise is not None and form is LLAMA:
+                    rules.append(f"call_{place}: %json {_as_json(call_schema(function['name'], parameters, where))}")
+                    continue
                 if isinstance(parameters, dict):
-                    parameters = {"type": "object", **parameters, "x-guidance": SPACING}
+                    parameters = {"type": "object", **parameters}
                 begin, end = json.dumps(form.begin(function["name"])), json.dumps(form.end)
                 rules.append(f"call_{place}: {begin} arguments_{place} {end}")
-                rules.append(f"arguments_{place}: %json {json.dumps(parameters)}")
-        calls = " | ".join(rule.partition(":")[0] for rule in rules[::2])
-        more = f" ({json.dumps(form.between)} call){{0,{MOST_CALLS - 1}}}" if parallel and form.between else ""
-        start = f"start: call{more}"
+                rules.append(f"arguments_{place}: %json {_as_json(parameters)}")
+        start = "call"
+        if parallel and form.between:
+            start += f" ({json.dumps(form.between)} call){{0,{MOST_CALLS - 1}}}"
         if otherwise is not None:
             start += " | answer"
-            schema = prepare_schema(otherwise, "response_format")
-            if isinstance(schema, dict):
-                schema = {**schema, "x-guidance": SPACING}
-            rules.append(f"answer: %json {json.dumps(schema)}")
-        return self._compile("tools", "lark", "\n".join([start, f"call: {calls}", *rules]))
+            rules.append(f"answer: %json {_as_json(prepare_schema(otherwise, 'response_format'))}")
+        return self._compile("tools", "lark", "\n".join([f"start: {start}", f"call: {' | '.join(names)}", *rules]))
 
     def _compile(self, where: str, kind: str, text: str) -> "GrammarConstraint":
         """Return an unused copy of a grammar, which is made, or kept from another time, as are refusals."""
@@ -165,6 +166,11 @@ class Grammars:
             raise RunError("grammar", "a process that tries it", f"exit code {ended.code}", ended.last) from None
         if answer["error"]:
             raise _refused(answer["error"])
+
+
+def _as_json(schema: dict[str, Any] | bool) -> str:
+    """Return a prepared schema as a part of a grammar."""
+    return json.dumps({**schema, "x-guidance": SPACING} if isinstance(schema, dict) else schema)
 
 
 def _refused(why: str) -> InputError:

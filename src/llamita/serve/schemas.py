@@ -4,7 +4,7 @@ What the grammar could keep to only in part is refused: an answer that is comple
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamita.errors import InputError, shown
@@ -14,6 +14,7 @@ DEEPEST_SCHEMA = 32
 _ONE = ("additionalProperties", "unevaluatedProperties", "items", "additionalItems", "contains", "not", "propertyNames")
 _SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_DEFINITIONS = ("$defs", "definitions")
 _OPEN = {"additionalProperties", "unevaluatedProperties", "$ref", "anyOf", "oneOf"}  # not to be closed, or done already
 _OWN_KEY = "x-guidance"  # llguidance's, which would change how the grammar is made
 
@@ -34,6 +35,35 @@ def prepare_schema(schema: object, where: str) -> dict[str, Any] | bool:
     if size > LARGEST_SCHEMA:
         raise InputError(where, f"at most {LARGEST_SCHEMA} bytes", f"{size}")
     return _prepare(schema, where, DEEPEST_SCHEMA, closed=True)
+
+
+def call_schema(name: str, parameters: dict[str, Any] | bool, where: str) -> dict[str, Any]:
+    """Return the schema of a call as Llama 3.1 and 3.2 write it, from the prepared schema of its parameters.
+
+    llguidance reads a grammar word by word, so the beginning of a call must be of the words of JSON where another JSON
+    text may come in its place.
+
+    Raises:
+        InputError: the parameters refer to parts of themselves that are not among their definitions.
+    """
+    inner = dict(parameters) if isinstance(parameters, dict) else {}
+    shared = {key: inner.pop(key) for key in _DEFINITIONS if key in inner}
+    if any(not ref.startswith(tuple(f"#/{key}/" for key in _DEFINITIONS)) for ref in _references(parameters)):
+        raise InputError(where, "references to $defs alone, beside a response format", "others")
+    properties = {"name": {"const": name}, "parameters": {"type": "object", **inner}}
+    required = ["name", "parameters"]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False, **shared}
+
+
+def _references(schema: object) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if isinstance(ref := schema.get("$ref"), str):
+            yield ref
+        for part in schema.values():
+            yield from _references(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from _references(part)
 
 
 def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, Any] | bool:
