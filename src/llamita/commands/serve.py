@@ -19,7 +19,9 @@ from llamita.system.extras import load_optional
 from llamita.system.machine import usable_memory
 from llamita.system.threads import remark, use_threads
 
-_LACKING = "llamita serve: needs {package}; try `pip install 'llamita[serve]'`"
+_LACKING = (
+    "serve: expected the package {package}, found none; try pip install 'llamita[serve]' (in a checkout '.[serve]')"
+)
 _KEY = "LLAMITA_API_KEY"
 
 _Models = Annotated[
@@ -109,6 +111,7 @@ def command(
     parts: Any = load_optional("llamita.serve.start", _LACKING)  # its packages are not on the lean side
     keys = parts.collect_keys(api_key, api_key_file, admin_key_file)
     parts.check_host(host, keys.are_needed or no_auth)
+    parts.check_paths(adapters, admin_key_file, prefix_file)
     _log(log_requests)
     listener = parts.listen(host, port)
     use_threads(threads)
@@ -181,11 +184,12 @@ def _announce(state: Any, host: str, port: int) -> None:
     address = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     console.note(f"serving at {address}  (page: {address}/, clients: {address}/v1)")
     for served in state.models.all:
-        console.note(f"  {served.id}: {served.llm.context} tokens of context")
+        kind = "" if served.llm.scheme else ", float weights"
+        console.note(f"  {served.id}: {served.llm.context} tokens of context{kind}")
     bounds, load = state.queue.bounds, next(iter(state.models.llms.values())).scheduler.load
+    each = f", {bounds.requests_per_key} of one key" if state.keys.are_needed else ""
     console.note(
-        f"  at most {bounds.requests} answers run or wait, {bounds.requests_per_key} of one key; "
-        f"room for {load.room_positions} tokens of keys and values"
+        f"  at most {bounds.requests} answers run or wait{each}; room for {load.room_positions} tokens of keys and values"
     )
     key = ' -H "Authorization: Bearer $KEY"' if state.keys.are_needed else ""
     question = '{"messages":[{"role":"user","content":"Hello!"}],"max_tokens":64}'

@@ -11,7 +11,7 @@ from llamita.serve.chat_writer import ChatWriter
 from llamita.serve.encoding import encode_text
 from llamita.serve.errors import from_llamita, too_long, wrong
 from llamita.serve.exchange import Exchange
-from llamita.serve.fields import read
+from llamita.serve.fields import read, shown
 from llamita.serve.options import engine_options, for_choice
 from llamita.serve.reply import reply
 from llamita.serve.served import Served
@@ -23,6 +23,7 @@ from llamita.serve.tool_text import in_text
 from llamita.serve.tools import ToolChoice
 from llamita.text.chat_template import check_extra
 
+_ROLES = ("developer", "system", "user", "assistant", "tool", "function", "ipython")  # the last is Llama's own
 MOST_COUNTED = 1 << 20  # tokens that are counted or returned where the context is no limit
 
 
@@ -87,6 +88,7 @@ def encode(
     Raises:
         ApiError, InputError: a message is at fault, or the template refuses the conversation.
     """
+    _check_roles(values["messages"])
     extra = values.get("chat_template_kwargs")
     try:
         check_extra(extra)
@@ -101,6 +103,14 @@ def encode(
         return encode_text(served, text, False, "messages", most)
     except InputError as error:
         raise from_llamita(error, "messages" if error.where.startswith("chat template") else None) from None
+
+
+def _check_roles(messages: list[Any]) -> None:
+    """Refuse a role that is none: templates write whatever they are given, and the model would answer oddly."""
+    for place, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if isinstance(role, str) and role not in _ROLES:
+            raise wrong(f"messages[{place}].role", f"expected one of {', '.join(_ROLES)}, got {shown(role)}.")
 
 
 def _continues(values: Mapping[str, Any]) -> bool:

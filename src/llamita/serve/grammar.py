@@ -31,7 +31,7 @@ MEAN_SECONDS = 0.02  # the same for each token of an answer, beyond the first `S
 KEPT_GRAMMARS = 64
 _TRIAL = str(Path(__file__).with_name("grammar_process.py"))
 MOST_CALLS = 16  # in one answer
-_LACKING = "structured output needs {package}: pip install 'llamita[serve]'"
+_LACKING = "structured output needs {package}; try pip install 'llamita[serve]' (in a checkout '.[serve]')"
 
 
 class Grammars:

@@ -1,6 +1,7 @@
 """Runs the server: uvicorn with bounds on connections, heads and stuck readers, and an end that loses nothing."""
 
 import asyncio
+import errno
 import logging
 import math
 import re
@@ -109,9 +110,11 @@ class BoundedProtocol(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's server, whose end is ours: what runs may finish, and the exit code is 0."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, when_ready: Callable[[int], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, when_ready: Callable[[int], None], note: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
-        self._state, self._when_ready = state, when_ready
+        self._state, self._when_ready, self._note = state, when_ready, note
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the engine and listen."""
@@ -139,6 +142,9 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             for task in self.server_state.tasks:
                 task.get_loop().call_soon_threadsafe(task.cancel)
+        elif running := self._state.queue.open:
+            seconds = f"{self._state.limits.drain_seconds:g} s"
+            self._note(f"stopping: {running} answers run or wait, for {seconds} at most; Ctrl-C again ends at once")
         self._state.is_draining = True
         self.should_exit = True
 
@@ -165,7 +171,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(info[4])
         listener.set_inheritable(False)
     except (OSError, UnicodeError) as error:
-        raise RunError(f"--host {host} --port {port}", "a free port", str(error), "try another --port") from None
+        is_taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        expected, other = ("a free port", "--port") if is_taken else ("an address of this machine", "--host")
+        raise RunError(f"--host {host} --port {port}", expected, str(error), f"try another {other}") from None
     return listener
 
 
@@ -174,6 +182,7 @@ def serve(
     access: Access,
     listener: socket.socket,
     when_ready: Callable[[int], None],
+    note: Callable[[str], None] = lambda text: None,
     when_made: Callable[[uvicorn.Server], None] = lambda server: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs.
@@ -183,6 +192,7 @@ def serve(
         access: who may connect.
         listener: the socket that listens.
         when_ready: called with the port once requests are answered.
+        note: called with what somebody at the terminal wants to know.
         when_made: called with uvicorn's server, whose `should_exit` ends it from another thread.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -199,7 +209,7 @@ def serve(
         timeout_graceful_shutdown=math.ceil(state.limits.drain_seconds),
         h11_max_incomplete_event_size=HEAD_BYTES,
     )
-    server = _Server(config, state, when_ready)
+    server = _Server(config, state, when_ready, note)
     when_made(server)
     try:
         server.run([listener])

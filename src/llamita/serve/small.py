@@ -155,14 +155,15 @@ def _load_adapter(state: ServerState, values: Mapping[str, Any]) -> dict[str, An
 
 
 async def unload_adapter(state: ServerState, exchange: Exchange) -> None:
-    """Forget an adapter; answers that use it go on to their end."""
+    """Forget an adapter, by the model's whole name or as it was loaded; answers that use it go on to their end."""
     check_admin(state, exchange)
     name = exchange.scope["path_params"]["name"]
-    served = state.models.find(name)
+    short = [served for served in state.models.all if served.adapter == name]
+    served = short[0] if len(short) == 1 else state.models.find(name)
     if served.adapter is None:
         raise no_model(name, [served.id for served in state.models.all if served.adapter])
     served.llm.adapters.pop(served.adapter, None)
-    await exchange.send_json({"id": name, "object": "model", "deleted": True})
+    await exchange.send_json({"id": served.id, "object": "model", "deleted": True})
 
 
 def _base(state: ServerState, values: Mapping[str, Any]) -> Served:

@@ -16,7 +16,7 @@ from llamita.serve.served import Models
 from llamita.serve.state import Limits, ServerState, make_state
 
 __all__ = [  # what the command takes from here
-    "Bounds", "Limits", "Models", "access", "check_host", "collect_keys", "listen", "make_state", "serve_keeping",
+    "Bounds", "Limits", "Models", "access", "check_host", "check_paths", "collect_keys", "listen", "make_state", "serve_keeping",
 ]  # fmt: skip
 
 KEY_VARIABLE = "LLAMITA_API_KEY"  # of the environment: a key that requests need
@@ -40,6 +40,18 @@ def check_host(host: str, is_guarded: bool) -> None:
     if host not in _LOOPBACK and not is_guarded:
         expected = f"one of {', '.join(sorted(_LOOPBACK))} without keys"
         raise InputError("--host", expected, host, "try --api-key-file FILE, or --no-auth")
+
+
+def check_paths(adapters: Path | None, admin_file: Path | None, prefix_file: Path | None) -> None:
+    """Raise InputError for a path that cannot be used, before a model is loaded."""
+    if adapters and not adapters.is_dir():
+        raise InputError("--adapters", "a directory", str(adapters))
+    if adapters and not admin_file:
+        raise InputError("--adapters", "keys of administrators, who load them", "none", "try --admin-key-file FILE")
+    if prefix_file and not prefix_file.absolute().parent.is_dir():
+        raise InputError("--prefix-file", "a directory that exists", str(prefix_file.parent))
+    if prefix_file and prefix_file.is_dir():
+        raise InputError("--prefix-file", "a file", f"the directory {prefix_file}")
 
 
 def access(host: str, hosts: Sequence[str] | None, origins: Sequence[str] | None) -> Access:
@@ -66,7 +78,7 @@ def serve_keeping(
 ) -> None:
     """Serve until the end; see `serve` and `_kept_prefixes`."""
     with _kept_prefixes(state.models.llms, file, note):
-        serve(state, access, listener, when_ready)
+        serve(state, access, listener, when_ready, note)
 
 
 @contextmanager
@@ -75,15 +87,10 @@ def _kept_prefixes(llms: Mapping[str, LLM], file: Path | None, note: Callable[[s
 
     Several models have a file each: FILE, FILE.1 and so on. A file that does not fit is not used, and left as it is: it
     may be of another model, or something else altogether.
-
-    Raises:
-        InputError: there is no directory for the file.
     """
     if file is None:
         yield
         return
-    if not file.absolute().parent.is_dir():
-        raise InputError("--prefix-file", "a directory that exists", str(file.parent))
     files = [file.with_name(f"{file.name}.{i}") if i else file for i in range(len(llms))]
     fitting = []
     for llm, path in zip(llms.values(), files, strict=True):

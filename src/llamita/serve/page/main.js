@@ -107,6 +107,7 @@ function escape() {
   else if (state.running.has(state.chat.id)) conversation.stop();
   else if (pane) showPane("");
   else if (sidebarShown() && !WIDE.matches) showSidebar(false);
+  else if (!find("#prompt").value) find("#prompt").blur(); // so that the keys of one letter work
 }
 
 function focusSearch() {
