@@ -188,9 +188,8 @@ def _announce(state: Any, host: str, port: int) -> None:
         console.note(f"  {served.id}: {served.llm.context} tokens of context{kind}")
     bounds, load = state.queue.bounds, next(iter(state.models.llms.values())).scheduler.load
     each = f", {bounds.requests_per_key} of one key" if state.keys.are_needed else ""
-    console.note(
-        f"  at most {bounds.requests} answers run or wait{each}; room for {load.room_positions} tokens of keys and values"
-    )
+    room = f"room for {load.room_positions} tokens of keys and values"
+    console.note(f"  at most {bounds.requests} answers run or wait{each}; {room}")
     key = ' -H "Authorization: Bearer $KEY"' if state.keys.are_needed else ""
     question = '{"messages":[{"role":"user","content":"Hello!"}],"max_tokens":64}'
     console.note(f"try: curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'")

@@ -16,7 +16,8 @@ from llamita.serve.served import Models
 from llamita.serve.state import Limits, ServerState, make_state
 
 __all__ = [  # what the command takes from here
-    "Bounds", "Limits", "Models", "access", "check_host", "check_paths", "collect_keys", "listen", "make_state", "serve_keeping",
+    "Bounds", "Limits", "Models", "access", "check_host", "check_paths", "collect_keys", "listen", "make_state",
+    "serve_keeping",
 ]  # fmt: skip
 
 KEY_VARIABLE = "LLAMITA_API_KEY"  # of the environment: a key that requests need
