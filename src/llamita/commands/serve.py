@@ -110,7 +110,7 @@ def command(
     """
     parts: Any = load_optional("llamita.serve.start", _LACKING)  # its packages are not on the lean side
     keys = parts.collect_keys(api_key, api_key_file, admin_key_file)
-    parts.check_host(host, keys.are_needed or no_auth)
+    access = parts.access(host, allowed_host, allow_origin, keys.are_needed or no_auth)
     parts.check_paths(adapters, admin_key_file, prefix_file)
     _log(log_requests)
     listener = parts.listen(host, port)
@@ -122,7 +122,6 @@ def command(
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
     state = parts.make_state(parts.Models(llms), keys, limits, bounds, adapters)
-    access = parts.access(host, allowed_host, allow_origin)
     parts.serve_keeping(prefix_file, console.note, state, access, listener, lambda at: _announce(state, host, at))
 
 

@@ -39,6 +39,7 @@ class RunningSequence(NamedTuple):
     tokens: int  # that its cache holds
     prompt_tokens: int
     is_decoding: bool  # its prompt is taken in
+    owner: str | None
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,9 @@ class Scheduler:
             kept_positions=self._memory.kept.positions,
             prefill_rate=self._budget.rate,
             paused=paused,
-            sequences=tuple(RunningSequence(s.taken_in, len(s.request.ids), s.is_decoding) for s in running),
+            sequences=tuple(
+                RunningSequence(s.taken_in, len(s.request.ids), s.is_decoding, s.request.owner) for s in running
+            ),
         )
 
     def save_prefixes(self, path: Path) -> int:

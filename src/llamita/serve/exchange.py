@@ -37,6 +37,7 @@ class Exchange:
         key: the key that came with it, "" without one; the guard sets it. It is never logged.
         status: the status that was sent, None before.
         body_bytes: the length of the body, as far as it was read.
+        pieces: events and comments of a stream that were sent.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,6 +51,7 @@ class Exchange:
         self.key = ""
         self.status: int | None = None
         self.body_bytes = 0
+        self.pieces = 0
         self._bodies: Bodies | None = None
         self._taken = 0
 
@@ -118,8 +120,7 @@ class Exchange:
 
     async def send_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """Answer with JSON."""
-        data = encode(value).encode("utf-8", "replace")
-        await self.send_bytes(data, "application/json", status, headers)
+        await self.send_bytes(to_bytes(value), "application/json", status, headers)
 
     async def send_bytes(
         self, data: bytes, media_type: str, status: int = 200, headers: Mapping[str, str] | None = None
@@ -150,6 +151,7 @@ class Exchange:
     async def send_line(self, text: str) -> None:
         """Send text of a stream as it is."""
         data = text.encode("utf-8", "replace")
+        self.pieces += 1
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end_stream(self) -> None:
@@ -183,6 +185,11 @@ class Exchange:
         every = {"x-request-id": self.request_id, "x-content-type-options": "nosniff", **headers}
         pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+
+
+def to_bytes(value: Any) -> bytes:
+    """Return a value as JSON in UTF-8."""
+    return encode(value).encode("utf-8", "replace")
 
 
 def _finite(text: str) -> float:

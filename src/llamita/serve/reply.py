@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from llamita.engine.requests import Generation
 from llamita.serve.engine_thread import Update
-from llamita.serve.exchange import Exchange, encode
+from llamita.serve.exchange import Exchange, encode, to_bytes
 from llamita.serve.options import wants_usage
-from llamita.serve.state import Job, ServerState
+from llamita.serve.state import Job, Running, ServerState
 from llamita.serve.usage import timings, usage
 
 _REASONS = {"context": "length"}  # the engine's word for a full context; OpenAI has one for both
@@ -82,11 +82,23 @@ async def _whole(
     def make() -> list[dict[str, Any]]:
         return [{"index": i, **writer.whole(u)} for i, (writer, u) in enumerate(zip(writers, updates, strict=True))]
 
-    # Those of the prompt may be tens of thousands, which is a second's work.
-    has_many = any(update.prompt_logprobs for update in updates)
-    choices = await state.preparation.compute(make) if has_many else make()
     generations = [update.generation for update in updates if update.generation]
-    await exchange.send_json({**head, "choices": choices, **_counts(generations, job)})
+
+    def body() -> bytes:
+        return to_bytes({**head, "choices": make(), **_counts(generations, job)})
+
+    # Log-probabilities may be megabytes, which is seconds' work.
+    has_many = any(update.prompt_logprobs or update.logprobs for update in updates)
+    data = await state.preparation.compute(body) if has_many else body()
+    await exchange.send_bytes(data, "application/json")
+
+
+async def sign_of_life(exchange: Exchange, running: Running, before: int) -> None:
+    """Send a comment if a stream has had nothing to send for long; `before`: its pieces before the last updates."""
+    if exchange.pieces == before and running.is_silent:
+        await exchange.send_line(": ping\n\n")
+    if exchange.pieces > before:
+        running.note_sent()
 
 
 async def _stream(
@@ -110,13 +122,13 @@ async def _stream(
             for part in writer.opening():
                 await send(index, part)
         async for updates in running:
-            if not updates:
-                await exchange.send_line(": ping\n\n")
+            before = exchange.pieces
             for index, update in updates.items():
                 for part in writers[index].parts(update):
                     await send(index, part)
                 if update.generation:
                     generations[index] = update.generation
+            await sign_of_life(exchange, running, before)
     if include_usage:
         ordered = [generations[index] for index in sorted(generations)]
         await exchange.send_event({**head, "choices": [], **_counts(ordered, job)})

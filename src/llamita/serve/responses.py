@@ -13,6 +13,7 @@ from llamita.serve.engine_thread import Update
 from llamita.serve.errors import ApiError, internal, wrong
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import read, shown
+from llamita.serve.reply import sign_of_life
 from llamita.serve.response_items import Event, ResponseItems
 from llamita.serve.state import ServerState
 from llamita.serve.tables import RESPONSES
@@ -78,11 +79,11 @@ async def _stream(state: ServerState, exchange: Exchange, job: ChatJob, response
         await send("response.in_progress", {"response": response.object()})
         try:
             async for updates in running:
-                if not updates:
-                    await exchange.send_line(": ping\n\n")
+                before = exchange.pieces
                 for update in updates.values():
                     for name, event in response.events(update):
                         await send(name, event)
+                await sign_of_life(exchange, running, before)
         except Exception as error:
             response.error = error if isinstance(error, ApiError) else internal(exchange.request_id)
             for name, event in response.close():

@@ -182,8 +182,8 @@ def serve(
     access: Access,
     listener: socket.socket,
     when_ready: Callable[[int], None],
-    note: Callable[[str], None] = lambda text: None,
     when_made: Callable[[uvicorn.Server], None] = lambda server: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs.
 
@@ -192,8 +192,8 @@ def serve(
         access: who may connect.
         listener: the socket that listens.
         when_ready: called with the port once requests are answered.
-        note: called with what somebody at the terminal wants to know.
         when_made: called with uvicorn's server, whose `should_exit` ends it from another thread.
+        note: called with what somebody at the terminal wants to know.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(

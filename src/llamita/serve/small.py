@@ -102,16 +102,18 @@ async def metrics(state: ServerState, exchange: Exchange) -> None:
 
 
 async def load(state: ServerState, exchange: Exchange) -> None:
-    """Show the schedulers at work."""
-    shown = [{"id": name, **_load(llm.scheduler)} for name, llm in state.models.llms.items()]
+    """Show the schedulers at work. A key sees its own sequences, an administrator's all."""
+    owner = None if state.keys.is_admin(exchange.key) else exchange.owner
+    shown = [{"id": name, **_load(llm.scheduler, owner)} for name, llm in state.models.llms.items()]
     await exchange.send_json({"models": shown, "uptime_s": round(time.time() - state.started, 3)})
 
 
-def _load(scheduler: Scheduler) -> dict[str, Any]:
+def _load(scheduler: Scheduler, owner: str | None) -> dict[str, Any]:
     now, done = scheduler.load, scheduler.counters
     running = [
         {"tokens": s.tokens, "prompt_tokens": s.prompt_tokens, "state": "decode" if s.is_decoding else "prefill"}
         for s in now.sequences
+        if owner in (None, s.owner)
     ]
     return {
         "running": running,

@@ -16,7 +16,7 @@ from llamita.serve.served import Models
 from llamita.serve.state import Limits, ServerState, make_state
 
 __all__ = [  # what the command takes from here
-    "Bounds", "Limits", "Models", "access", "check_host", "check_paths", "collect_keys", "listen", "make_state",
+    "Bounds", "Limits", "Models", "access", "check_paths", "collect_keys", "listen", "make_state",
     "serve_keeping",
 ]  # fmt: skip
 
@@ -36,13 +36,6 @@ def collect_keys(keys: Sequence[str] | None, file: Path | None, admin_file: Path
     return Keys(users, read_keys(admin_file) if admin_file else [])
 
 
-def check_host(host: str, is_guarded: bool) -> None:
-    """Raise InputError for an address that others can reach, where anybody may ask."""
-    if host not in _LOOPBACK and not is_guarded:
-        expected = f"one of {', '.join(sorted(_LOOPBACK))} without keys"
-        raise InputError("--host", expected, host, "try --api-key-file FILE, or --no-auth")
-
-
 def check_paths(adapters: Path | None, admin_file: Path | None, prefix_file: Path | None) -> None:
     """Raise InputError for a path that cannot be used, before a model is loaded."""
     if adapters and not adapters.is_dir():
@@ -55,12 +48,15 @@ def check_paths(adapters: Path | None, admin_file: Path | None, prefix_file: Pat
         raise InputError("--prefix-file", "a file", f"the directory {prefix_file}")
 
 
-def access(host: str, hosts: Sequence[str] | None, origins: Sequence[str] | None) -> Access:
+def access(host: str, hosts: Sequence[str] | None, origins: Sequence[str] | None, is_guarded: bool) -> Access:
     """Return who may connect. On this machine's own address, only its names are accepted in the Host header.
 
     Raises:
-        InputError: an origin is none.
+        InputError: an origin is none, or others can reach the address, where anybody may ask.
     """
+    if host not in _LOOPBACK and not is_guarded:
+        expected = f"one of {', '.join(sorted(_LOOPBACK))} without keys"
+        raise InputError("--host", expected, host, "try --api-key-file FILE, or --no-auth")
     for origin in origins or ():
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise InputError("--allow-origin", "http://HOST or https://HOST, with its port", repr(origin))
@@ -79,7 +75,7 @@ def serve_keeping(
 ) -> None:
     """Serve until the end; see `serve` and `_kept_prefixes`."""
     with _kept_prefixes(state.models.llms, file, note):
-        serve(state, access, listener, when_ready, note)
+        serve(state, access, listener, when_ready, note=note)
 
 
 @contextmanager

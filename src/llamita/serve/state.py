@@ -118,11 +118,11 @@ class ServerState:
         llm = job.served.llm
         with self.queue.place(owner, len(job.requests), job.prompt_tokens, lambda: llm.scheduler.load):
             mailbox = Mailbox(llm.scheduler, [llm.sequence(request) for request in job.requests])
-            running = Running(mailbox, self.limits, self.metrics)
             try:
                 self.engine.submit(mailbox)
             except InputError as error:
                 raise from_llamita(error, "max_tokens") from None
+            running = Running(mailbox, self.limits, self.metrics)
             try:
                 yield running
             finally:
@@ -142,14 +142,14 @@ def make_state(models: Models, keys: Keys, limits: Limits, bounds: Bounds, adapt
 class Running:
     """The updates of a job, by choice, until all its sequences have ended.
 
-    An empty update is a sign that nothing came for `SIGN_OF_LIFE` seconds. One timer, which is set anew only when it
-    rings, costs less than one for each update.
+    An empty update says that nothing was sent for `SIGN_OF_LIFE` seconds. One timer, which is set anew only when it
+    rings, costs less than one for each update. It rings until `note_end`.
     """
 
     def __init__(self, mailbox: Mailbox, limits: Limits, metrics: Metrics) -> None:
         self._mailbox, self._limits, self._metrics = mailbox, limits, metrics
         self._left = len(mailbox.sequences)
-        self._began = self._last = self._shown = time.monotonic()  # shown: when something was handed out
+        self._began = self._last = self._sent = time.monotonic()  # sent: when the client last got something
         self._has_token = False
         self._set_timer()
 
@@ -163,11 +163,11 @@ class Running:
         while not updates:
             updates = await self._mailbox.take()
             now = time.monotonic()
-            if now >= self._end:
+            ended = sum(update.generation is not None for update in updates.values())
+            if now >= self._end and ended < self._left:
                 what = "The answer" if self._has_token else "The first token"
                 raise timed_out(f"{what} took longer than {self._end - self._began:g} seconds.")
-            if not updates and now >= self._shown + SIGN_OF_LIFE:
-                self._shown = now
+            if not updates and self.is_silent:
                 return {}
         self._note(updates)
         for update in updates.values():
@@ -181,10 +181,20 @@ class Running:
     @property
     def _end(self) -> float:
         limits = self._limits
-        return self._began + (limits.total_seconds if self._has_token else limits.first_token_seconds)
+        first = limits.total_seconds if self._has_token else limits.first_token_seconds
+        return self._began + min(first, limits.total_seconds)
+
+    @property
+    def is_silent(self) -> bool:
+        """True if the client has got nothing for long, though there may have been updates: some text is held back."""
+        return time.monotonic() >= self._sent + SIGN_OF_LIFE
+
+    def note_sent(self) -> None:
+        """Note that the client gets something."""
+        self._sent = time.monotonic()
 
     def _set_timer(self) -> None:
-        seconds = min(self._end, self._shown + SIGN_OF_LIFE) - time.monotonic()
+        seconds = min(self._end, self._sent + SIGN_OF_LIFE) - time.monotonic()
         self._timer = self._mailbox.loop.call_later(max(seconds, _LEAST_WAIT), self._ring)
 
     def _ring(self) -> None:
@@ -196,13 +206,14 @@ class Running:
         """Return everything, by choice."""
         whole = [Update() for _ in self._mailbox.sequences]
         async for updates in self:
+            self.note_sent()  # nothing is sent before the end
             for choice, update in updates.items():
                 whole[choice] = merge(whole[choice], update)
         return whole
 
     def _note(self, updates: dict[int, Update]) -> None:
         """Count times; an update without text may be that of a token whose text is held back."""
-        now = self._shown = time.monotonic()
+        now = time.monotonic()
         if self._has_token:
             self._metrics.note_gap(now - self._last)
         else:
