@@ -1,6 +1,7 @@
 """What an answer must look like: its grammar, and the functions that it may call."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +69,8 @@ def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:
         InputError: one is not OpenAI's.
     """
     choice = check_tools(values.get("tools"), values.get("tool_choice"), values.get("parallel_tool_calls"))
-    return choice if choice.tools else None
+    has_format = values.get("response_format", {}).get("type") not in (None, "text")
+    return replace(choice, has_format=has_format and choice.mode == "auto") if choice.tools else None
 
 
 def _schema(given: Mapping[str, Any]) -> Any:
