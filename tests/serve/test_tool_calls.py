@@ -156,6 +156,18 @@ def test_beside_a_format_only_calls_in_the_form_of_the_grammar_are_calls(form: C
         assert found([text]) == found(text) == (text, [])
 
 
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("is_sure", [False, True])
+def test_a_call_that_is_cut_after_another_leaves_no_text(form: CallForm, is_sure: bool) -> None:
+    call = form.begin("f") + '{"a": 1}' + form.end
+    for cut in range(len(form.between + form.begin("f")) + 1):
+        parser = ToolCallParser(TOOLS, is_sure=is_sure, form=None if is_sure else form)
+        events = parser.add(call + (form.between + call)[:cut]) + parser.finish()
+        assert fold(events)[0] == ""
+    parser = ToolCallParser(TOOLS, is_sure=True)
+    assert fold(parser.add(call[:-3]) + parser.finish())[0] == ""
+
+
 @pytest.mark.parametrize("key", ["id", "type", "function", "parameters", "arguments"])
 def test_beside_a_format_an_answer_is_streamed_as_soon_as_it_is_no_call(key: str) -> None:
     parser = ToolCallParser(TOOLS, form=LLAMA)

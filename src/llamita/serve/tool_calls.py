@@ -97,7 +97,9 @@ class ToolCallParser:
         return self._run(final=False)
 
     def finish(self) -> list[Event]:
-        """Return the rest; no more text comes."""
+        """Return the rest; no more text comes. Where a grammar holds, what begins after a call is one, cut off."""
+        if self._count and (self._is_sure or self._form) and (self._is_after or self._mode != self._text):
+            self._held = ""
         return self._run(final=True)
 
     # Each mode is a method that returns whether it got further; without more text it may not.
