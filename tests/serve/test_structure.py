@@ -214,6 +214,11 @@ def test_a_conversation_with_calls_goes_on(server: Served) -> None:
         ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
         ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex"),
         ({"tools": [WEATHER], "response_format": json_schema(5)}, "response_format"),
+        ({"tools": [WEATHER], "response_format": json_schema({"type": "nothing"})}, "response_format"),
+        (
+            {"tools": [CLOCK], "tool_choice": "required", "response_format": json_schema({"type": "x"})},
+            "response_format",
+        ),
         ({"chat_template_kwargs": {"secret": 1}}, "chat_template_kwargs"),
     ],
 )

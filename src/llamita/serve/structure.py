@@ -50,6 +50,7 @@ class Structure:
             raise wrong(asked[0], f"cannot be combined with {asked[1]}.")
         if tools and asked and asked[0] != "response_format":
             raise wrong(asked[0], "cannot be combined with tools; send tool_choice none to leave them out.")
+        answer = None if schema is None else self.grammars.json_schema(schema, "response_format")
         if tools and (asked or tools.mode == "required"):  # the form of answers is nothing to calls that must be
             return self.grammars.tool_calls(
                 tools.tools, self.call_form, name=tools.name, parallel=tools.parallel and tools.name is None,
@@ -59,7 +60,7 @@ class Structure:
             return self.grammars.regex(values["guided_regex"], "guided_regex")
         if "guided_grammar" in values:
             return self.grammars.lark(values["guided_grammar"], "guided_grammar")
-        return None if schema is None else self.grammars.json_schema(schema, "response_format")
+        return answer
 
 
 def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:
