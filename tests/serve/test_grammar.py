@@ -239,6 +239,12 @@ def test_what_a_grammar_could_not_keep_to_is_refused(grammars: Grammars, schema:
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_errors_quote_no_grammar(grammars: Grammars) -> None:
+    with pytest.raises(InputError, match="Invalid type: strin") as error:
+        grammars.lark('start: a\na: %json {"type": "strin"}')
+    assert "start:" not in str(error.value)
+
+
 @pytest.mark.parametrize("pattern", ["(", "(?=a)b", "", "a" * 70_000, 5, "\\"])
 def test_wrong_patterns_are_refused(grammars: Grammars, pattern: Any) -> None:
     with pytest.raises(InputError, match="regex: expected"):

@@ -167,6 +167,21 @@ def test_beside_tools_an_answer_is_a_call_or_fits_the_schema(server: Served) -> 
     calls_of(server, response_format=json_schema(schema), **named)
 
 
+def test_beside_tools_an_answer_that_looks_like_a_call_stays_an_answer(server: Served) -> None:
+    schema = {"type": "object", "properties": {"name": {"const": "get_time"}, "note": {"const": "x"}}}
+    schema["required"] = ["name", "note"]
+    tool = {"type": "function", "function": {"name": "get_time", "parameters": WEATHER["function"]["parameters"]}}
+    body = {"tools": [tool], "response_format": json_schema(schema), "max_tokens": 300, "temperature": 2}
+    answers = [
+        server.post("/v1/chat/completions", messages=MESSAGES, seed=seed, **body)["choices"][0]["message"]
+        for seed in range(20)
+    ]
+    texts = [answer["content"] for answer in answers if answer["content"]]
+    assert texts
+    assert all(json.loads(text) == {"name": "get_time", "note": "x"} for text in texts)
+    assert all(answer["content"] or "days" in str(answer["tool_calls"]) for answer in answers)
+
+
 def test_a_conversation_with_calls_goes_on(server: Served) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     messages = [
@@ -199,6 +214,11 @@ def test_a_conversation_with_calls_goes_on(server: Served) -> None:
         ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
         ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex"),
         ({"tools": [WEATHER], "response_format": json_schema(5)}, "response_format"),
+        ({"tools": [WEATHER], "response_format": json_schema({"type": "nothing"})}, "response_format"),
+        (
+            {"tools": [CLOCK], "tool_choice": "required", "response_format": json_schema({"type": "x"})},
+            "response_format",
+        ),
         ({"chat_template_kwargs": {"secret": 1}}, "chat_template_kwargs"),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamita.serve.tool_calls import CallArguments, CallBegin, Content, Event, ToolCallParser
+from llamita.serve.tools import HERMES, LLAMA, CallForm
 
 TOOLS = [
     {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}, "b": {}}, "type": "object"}}},
@@ -134,6 +135,45 @@ def test_text_is_passed_on_at_once_and_calls_as_soon_as_they_are_sure() -> None:
     begin, arguments = parser.add(": 1}}")
     assert isinstance(begin, CallBegin)
     assert arguments == CallArguments(0, '{"a": 1}')
+
+
+LOOSE = ['{"name":"f","note":"hello"}', '{"name": "f"}', '{"name": "f", "parameters": {"a": 1}, "note": 1}',
+         '{"name": "f", "parameters": null}', '{"parameters": {}, "name": "f"}', '{"x": "<|python_tag|>f(a=1)"}',
+         '{"type": "function", "name": "f", "parameters": {}}', '{"name": "f", "parameters": {"a": 1}']  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "other"), [(LLAMA, HERMES), (HERMES, LLAMA)])
+def test_beside_a_format_only_calls_in_the_form_of_the_grammar_are_calls(form: CallForm, other: CallForm) -> None:
+    def found(parts: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+        parser = ToolCallParser(TOOLS, form=form)
+        return fold([event for part in parts for event in parser.add(part)] + parser.finish())
+
+    call = form.begin("f") + '{"a": 1}' + form.end
+    for text in (call, call.replace(": ", ":").replace(", ", ",")):
+        assert found([text]) == found(text) == ("", [F1])
+    assert found(call + form.between + call) == ("", [F1, F1])
+    for text in [*LOOSE, other.begin("f") + "{}" + other.end]:
+        assert found([text]) == found(text) == (text, [])
+
+
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("is_sure", [False, True])
+def test_a_call_that_is_cut_after_another_leaves_no_text(form: CallForm, is_sure: bool) -> None:
+    call = form.begin("f") + '{"a": 1}' + form.end
+    for cut in range(len(form.between + form.begin("f")) + 1):
+        parser = ToolCallParser(TOOLS, is_sure=is_sure, form=None if is_sure else form)
+        events = parser.add(call + (form.between + call)[:cut]) + parser.finish()
+        assert fold(events)[0] == ""
+    parser = ToolCallParser(TOOLS, is_sure=True)
+    assert fold(parser.add(call[:-3]) + parser.finish())[0] == ""
+
+
+@pytest.mark.parametrize("key", ["id", "type", "function", "parameters", "arguments"])
+def test_beside_a_format_an_answer_is_streamed_as_soon_as_it_is_no_call(key: str) -> None:
+    parser = ToolCallParser(TOOLS, form=LLAMA)
+    assert parser.add('{"') == []
+    assert parser.add(key) == [Content('{"' + key)]
+    assert parser.add('": 1') == [Content('": 1')]
 
 
 def test_arguments_of_sure_calls_are_passed_on_as_they_come() -> None:

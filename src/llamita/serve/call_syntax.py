@@ -51,13 +51,17 @@ class BracketScan:
         return None
 
 
-def read_json_call(text: str, tools: Mapping[str, Sequence[str]]) -> tuple[str, str] | None:
+def read_json_call(text: str, tools: Mapping[str, Sequence[str]], is_bare: bool = False) -> tuple[str, str] | None:
     """Return the name and the arguments, as JSON, of a call of one of the tools; None if it is none.
+
+    A bare one has its name and its arguments alone.
 
     The forms are {"name": …, "parameters" or "arguments": {…}}, also with "type", and {"function": {…}} around that.
     """
     try:
         call = json.loads(text, parse_constant=_no_constant)
+        if is_bare and len(call) != 2:
+            return None
         if isinstance(inner := call.get("function"), dict):
             call = inner
         name = call.get("name", call.get("function"))

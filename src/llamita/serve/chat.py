@@ -43,7 +43,8 @@ class ChatJob(Job):
         """Return what turns the updates of each choice into deltas."""
         tokenizer, has_logprobs = self.served.llm.tokenizer, self.top_logprobs is not None
         tools = self.tools
-        return [ChatWriter(tokenizer, tools and ToolDeltas(tools), has_logprobs) for _ in self.requests]
+        form = self.served.structure.call_form if tools and tools.has_format else None
+        return [ChatWriter(tokenizer, tools and ToolDeltas(tools, form), has_logprobs) for _ in self.requests]
 
 
 async def chat(state: ServerState, exchange: Exchange) -> None:

@@ -1,5 +1,6 @@
 """llguidance's matchers with the limits under which all grammars are made and used."""
 
+import re
 from typing import Any
 
 # At most one space after commas and colons, as models write it: a grammar that allows any white space can loop in it.
@@ -13,6 +14,7 @@ _LIMITS = {  # llguidance's own bounds: of time and memory in each step
     "max_grammar_size": 500_000,
     "verbose_errors": False,
 }
+_QUOTE = re.compile(r"<non-verbose/>|\n\s*\d+ \| ")  # what the program's lines begin with, each with its number
 
 
 def make_matcher(library: Any, tokenizer: Any, kind: str, text: str) -> Any:
@@ -36,4 +38,4 @@ def error_of(matcher: Any) -> str | None:
     """Return the error that a matcher is in as one line, without the program that it quotes; None without one."""
     if not matcher.is_error():
         return None
-    return " ".join(matcher.get_error().split("<non-verbose/>")[0].split())[:300] or "an error"
+    return " ".join(_QUOTE.split(matcher.get_error())[0].split())[:300] or "an error"

@@ -1,6 +1,7 @@
 """What an answer must look like: its grammar, and the functions that it may call."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +50,7 @@ class Structure:
             raise wrong(asked[0], f"cannot be combined with {asked[1]}.")
         if tools and asked and asked[0] != "response_format":
             raise wrong(asked[0], "cannot be combined with tools; send tool_choice none to leave them out.")
+        answer = None if schema is None else self.grammars.json_schema(schema, "response_format")
         if tools and (asked or tools.mode == "required"):  # the form of answers is nothing to calls that must be
             return self.grammars.tool_calls(
                 tools.tools, self.call_form, name=tools.name, parallel=tools.parallel and tools.name is None,
@@ -58,7 +60,7 @@ class Structure:
             return self.grammars.regex(values["guided_regex"], "guided_regex")
         if "guided_grammar" in values:
             return self.grammars.lark(values["guided_grammar"], "guided_grammar")
-        return None if schema is None else self.grammars.json_schema(schema, "response_format")
+        return answer
 
 
 def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:
@@ -68,7 +70,8 @@ def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:
         InputError: one is not OpenAI's.
     """
     choice = check_tools(values.get("tools"), values.get("tool_choice"), values.get("parallel_tool_calls"))
-    return choice if choice.tools else None
+    has_format = values.get("response_format", {}).get("type") not in (None, "text")
+    return replace(choice, has_format=has_format and choice.mode == "auto") if choice.tools else None
 
 
 def _schema(given: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamita.serve.call_syntax import BracketScan, read_json_call, read_python_calls
+from llamita.serve.tools import CallForm
 
 _PYTHON_TAG, _TOOL_CALL = "<|python_tag|>", "<tool_call>"
 _MARKERS = (_TOOL_CALL, _PYTHON_TAG)
@@ -21,6 +22,8 @@ _KEY = re.compile(r'\{\s*"(\w+)"')
 _KEY_BEGUN = re.compile(r'\{\s*("\w{0,16})?')
 _JSON_NAME = re.compile(r'\{\s*"name"\s*:\s*"([\w-]{1,64})"')
 _JSON_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]{1,64})"\s*,\s*"(?:parameters|arguments)"\s*:\s*(?=\{)')
+_LONGEST_HEAD = 256  # characters before the arguments of a call in the form of a grammar
+_SPACE = re.compile("(?<=[,:]) ")  # which that form may leave out
 _PYTHON_HEAD = re.compile(r"\[?\s*([A-Za-z_]\w{0,63})(?:\.call)?\s*\(")
 _PYTHON_BEGUN = re.compile(r"\[?\s*([A-Za-z_]\w{0,63}(\.(c(a(ll?)?)?)?)?\s*)?")
 
@@ -59,15 +62,20 @@ class ToolCallParser:
         tools: the tools of the request, checked; calls of others are content.
         is_sure: a grammar holds the answer to calls, so that arguments are passed on as they come. Otherwise a call is
             passed on when it is complete and right.
+        form: that of the calls of a grammar which lets the answer be either calls or JSON of another kind, which may
+            look like a call in another form. So no other is one.
 
     Attributes:
         has_calls: a call has begun.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]], *, is_sure: bool = False) -> None:
+    def __init__(
+        self, tools: Sequence[Mapping[str, Any]], *, is_sure: bool = False, form: CallForm | None = None
+    ) -> None:
         self._tools = {tool["function"]["name"]: _parameters(tool) for tool in tools}
         self._is_sure = is_sure
-        self._mode = self._open
+        self._form = form
+        self._mode = self._formed if form else self._open
         self._held = ""  # neither content nor a call yet
         self._first = 0  # where in it the call begins that is being read
         self._seen = 0  # how far the scan has come
@@ -89,7 +97,9 @@ class ToolCallParser:
         return self._run(final=False)
 
     def finish(self) -> list[Event]:
-        """Return the rest; no more text comes."""
+        """Return the rest; no more text comes. Where a grammar holds, what begins after a call is one, cut off."""
+        if self._count and (self._is_sure or self._form) and (self._is_after or self._mode != self._text):
+            self._held = ""
         return self._run(final=True)
 
     # Each mode is a method that returns whether it got further; without more text it may not.
@@ -146,6 +156,24 @@ class ToolCallParser:
             return self._begin(first, self._python, "\"'")
         return self._begin(first, self._python, "\"'") if marker == _PYTHON_TAG else self._refuse()
 
+    def _formed(self, final: bool) -> bool:
+        """Look at whether the answer begins as a call in the form of the grammar."""
+        assert self._form
+        heads = [_SPACE.sub("", self._form.begin(name)) + "{" for name in self._tools]
+        begun = _SPACE.sub("", self._held[:_LONGEST_HEAD])
+        if begun.startswith(tuple(heads)):
+            closing = self._form.end[1:].strip()
+            self._closes = [closing] if closing else []
+            self._begin(self._held.index("{"), self._json, '"')
+            self._is_likely = True
+            return True
+        return False if not final and any(head.startswith(begun) for head in heads) else self._refuse()
+
+    def _answer(self, _final: bool) -> bool:
+        """Pass all on: it is no call."""
+        self._say(len(self._held))
+        return False
+
     def _begin(self, first: int, mode: Any, quotes: str) -> bool:
         self._first = self._seen = first
         self._mode, self._scan, self._is_likely = mode, BracketScan(quotes), False
@@ -164,7 +192,7 @@ class ToolCallParser:
         self._seen = len(self._held)
         if end is None:
             return self._refuse() if final else False
-        call = read_json_call(self._held[self._first : end], self._tools)
+        call = read_json_call(self._held[self._first : end], self._tools, is_bare=self._form is not None)
         return self._complete([call], end) if call else self._refuse()
 
     def _python(self, final: bool) -> bool:
@@ -250,6 +278,9 @@ class ToolCallParser:
 
     def _refuse(self) -> bool:
         """What is held is no call: the marker that it may begin with is text, and what follows is looked at again."""
+        if self._form and not self._count:
+            self._mode = self._answer
+            return True
         marker = next((marker for marker in _MARKERS if self._held.startswith(marker)), "")
         self._mode = self._text
         self._say(len(marker))

@@ -2,7 +2,7 @@
 
 from llamita.serve.chat_writer import Delta
 from llamita.serve.tool_calls import CallBegin, Content, Event, ToolCallParser
-from llamita.serve.tools import ToolChoice
+from llamita.serve.tools import CallForm, ToolChoice
 
 
 class ToolDeltas:
@@ -10,10 +10,11 @@ class ToolDeltas:
 
     Args:
         tools: the functions that may be called, or must be.
+        form: how a grammar has the calls written where a response format holds beside them.
     """
 
-    def __init__(self, tools: ToolChoice) -> None:
-        self._parser = ToolCallParser(tools.tools, is_sure=tools.mode == "required")
+    def __init__(self, tools: ToolChoice, form: CallForm | None = None) -> None:
+        self._parser = ToolCallParser(tools.tools, is_sure=tools.mode == "required", form=form)
         self._only_first = not tools.parallel
 
     @property

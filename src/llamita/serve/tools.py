@@ -52,12 +52,14 @@ class ToolChoice:
         mode: "none", "auto" or "required".
         name: the tool that has to be called, if it is named.
         parallel: whether one answer may hold several calls.
+        has_format: whether a response format holds for an answer that calls none.
     """
 
     tools: tuple[Mapping[str, Any], ...]
     mode: str
     name: str | None
     parallel: bool
+    has_format: bool = False
 
     @property
     def names(self) -> frozenset[str]:
