@@ -18,6 +18,7 @@ from generations import RecordingSampler, endless, finish, ids_of, plain
 from tiny import SMALL, make_checkpoint
 
 from llamita.engine import sequence
+from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM
 from llamita.engine.prefix_file import fingerprint
 from llamita.engine.prefixes import BLOCK
@@ -79,6 +80,18 @@ def test_what_was_loaded_can_be_saved_again(directory: Path, tmp_path: Path) -> 
     llm = endless(directory)
     llm.scheduler.load_prefixes(file)
     assert llm.generate(ids_of(0, 61), max_tokens=1, owner="key").timings.reused_tokens == 60
+
+
+def test_the_next_turn_after_a_restart_copies_nothing(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, ids = tmp_path / "prefixes", ids_of(0, 100)
+    saved(endless(directory), file, ids)
+    llm = endless(directory)
+    llm.scheduler.load_prefixes(file)
+    monkeypatch.setattr(SequenceCache, "copy_prefix", None)  # the cache itself is continued
+    turn = [*ids, *ids_of(1, 4 * BLOCK - 101)]
+    assert llm.generate(turn, max_tokens=1).timings.reused_tokens == 100
 
 
 def test_owners_are_not_named_and_share_nothing(directory: Path, tmp_path: Path) -> None:

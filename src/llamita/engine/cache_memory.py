@@ -4,13 +4,11 @@ from collections.abc import Callable, Sequence
 
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.load import Counters, SequenceLimits
-from llamita.engine.prefixes import BLOCK, SHORTEST, Prefix, PrefixCache, whole_blocks
+from llamita.engine.prefixes import BLOCK, SHORTEST, Prefix, PrefixCache, capacity_for, whole_blocks
 from llamita.engine.requests import Request
 from llamita.engine.sequence import SequenceState
 from llamita.errors import RunError
 from llamita.models.config import ModelConfig
-
-_GROWTH = 4  # capacity of a cache, in times the sequence's declared length
 
 
 class CacheMemory:
@@ -94,8 +92,7 @@ class CacheMemory:
         if found and cache:
             sequence.positions = found.positions
         elif self.reserve(sequence, shared, lambda: [s for s in running() if s.is_begun]):
-            # Memory is taken as tokens come, so capacity is cheap, and the next turn of a chat need not copy.
-            capacity = min(self._limits.context, self.room, _GROWTH * max(BLOCK, declared))
+            capacity = capacity_for(declared, min(self._limits.context, self.room))
             try:
                 cache = SequenceCache(self._config, capacity, self._limits.kv_dtype, declared)
             except MemoryError:

@@ -19,7 +19,8 @@ class SequenceLimits:
         context: the most tokens of a sequence.
         share_prefixes: let a sequence begin with another owner's tokens. How soon it begins then tells its owner
             whether somebody had sent such a prompt before.
-        beside_seconds: the most that a step which takes in prompts should take while generations run.
+        beside_seconds: the most that a step which takes in prompts should take while generations run. If those
+            alone take more than two thirds of it, the step takes one and a half times what they take.
         alone_seconds: what it should take while none do.
     """
 

@@ -22,7 +22,7 @@ from llamita import _native
 from llamita.engine.adapters import Adapter
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.model import Model
-from llamita.engine.prefixes import BLOCK, SHORTEST, Owner, Prefix, SavedOwner, whole_blocks
+from llamita.engine.prefixes import BLOCK, SHORTEST, Owner, Prefix, SavedOwner, capacity_for, whole_blocks
 from llamita.errors import InputError, RunError, shown
 from llamita.system.files import LARGEST_JSON, parse_json, unreadable
 from llamita.system.staging import private_file
@@ -178,7 +178,7 @@ class _Reader:
             raise self._damaged()
         digest = _embedding_hash(self._model, ids)
         digest.update(stored)
-        capacity = min(context, max(BLOCK, 1 << (record.declared_length - 1).bit_length()))
+        capacity = capacity_for(record.declared_length, context)
         cache = SequenceCache(self._model.config, capacity, self._kv_dtype, record.declared_length)
         for index in range(whole_blocks(record.tokens) // BLOCK):
             block = self._take(self._block)

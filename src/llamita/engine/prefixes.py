@@ -13,6 +13,7 @@ from llamita.models.rope import RopeConfig
 
 SHORTEST = 16  # tokens worth sharing; fewer are computed about as fast
 BLOCK = 128  # a cache takes memory for this many positions at a time: kKeyBlock of native/kernels/kernels.h
+_GROWTH = 4  # capacity of a cache, in times the sequence's declared length
 _LOSS = 32  # tokens that a kept cache may lose when another sequence continues in it
 
 
@@ -58,6 +59,14 @@ class Prefix(NamedTuple):
 def whole_blocks(tokens: int) -> int:
     """Round tokens up to the positions that a cache takes memory for."""
     return -(-tokens // BLOCK) * BLOCK
+
+
+def capacity_for(declared_length: int, most: int) -> int:
+    """Return a cache's capacity in tokens, at most `most`.
+
+    Memory is taken as tokens come, so capacity is cheap, and the next turn of a chat need not copy.
+    """
+    return min(most, _GROWTH * max(BLOCK, declared_length))
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
