@@ -92,7 +92,7 @@ def serving(
         ports.append(port)
         ready.set()
 
-    access = start.access("127.0.0.1", hosts, origins)
+    access = start.access("127.0.0.1", hosts, origins, is_guarded=True)
     thread = threading.Thread(target=run.serve, args=(state, access, listener, when_ready, made.append))
     thread.start()
     try:
