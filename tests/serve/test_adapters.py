@@ -69,6 +69,22 @@ def test_an_administrator_loads_and_unloads(server: Served, llm: LLM) -> None:
     assert server.ask("DELETE", "/v1/adapters/base:cook", headers=BEARER)[0] == 404
 
 
+def test_a_whole_name_comes_before_a_short_one(directory: Path, adapters: Path) -> None:
+    source = open_model(directory)
+    paths = {"poet": adapters / "poet", "base:poet": adapters / "cook"}  # the second could be meant by the first's id
+    llm = LLM(source, adapters=open_adapters(source, paths), takes_adapters=True)
+    with serving({"base": llm}, keys=Keys([KEY], [ADMIN])) as server:
+        for name, status, left in (
+            ("base:poet", 200, ["base:poet"]),
+            ("nothing", 404, ["base:poet"]),
+            ("base", 404, ["base:poet"]),
+            ("base:poet", 200, []),  # now a short name
+            ("base:poet", 404, []),
+        ):
+            assert server.ask("DELETE", f"/v1/adapters/{name}", headers=BEARER)[0] == status
+            assert list(llm.adapters) == left
+
+
 @pytest.mark.parametrize("name", ["../poet", "..", ".", "", "/etc", "poet/..", "file", "nothing", "a\0b"])
 def test_only_names_of_the_directory_are_taken(server: Served, name: str) -> None:
     status, error = server.refuse("/v1/adapters", {"name": name}, BEARER)

@@ -2,6 +2,9 @@
 
 import base64
 import json
+import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -64,6 +67,28 @@ def test_embeddings_are_the_librarys(server: Served, llm: LLM) -> None:
     for entry, other in zip(answer["data"], coded, strict=True):
         assert np.frombuffer(base64.b64decode(other["embedding"]), "<f4").tolist() == entry["embedding"]
     assert server.post("/v1/embeddings", input=ids)["data"] == answer["data"]
+
+
+def test_a_place_is_held_until_the_thread_ends(server: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended, found = threading.Event(), threading.Event(), []
+
+    def embed(_ids: object, _adapter: object, _chunk: int, is_wanted: Callable[[], bool]) -> np.ndarray:
+        begun.set()
+        end = time.monotonic() + 20
+        while is_wanted() and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.2)  # for a server that would give the place back now
+        found.append((is_wanted(), server.state.queue.open))
+        ended.set()
+        return np.zeros(1, np.float32)
+
+    monkeypatch.setattr(llm, "embed", embed)
+    connection = server.connect()
+    connection.request("POST", "/v1/embeddings", json.dumps({"input": "a"}), {"Content-Type": "application/json"})
+    assert begun.wait(20)
+    connection.close()
+    assert ended.wait(30)
+    assert found == [(False, 1)]
 
 
 @pytest.mark.parametrize(

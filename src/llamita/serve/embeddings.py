@@ -65,13 +65,14 @@ async def _embed(state: ServerState, served: Served, texts: list[list[int]]) -> 
         except InputError as error:
             raise from_llamita(error) from None
 
-    begun = asyncio.get_running_loop().run_in_executor(state.embedder, run)
+    begun = state.embedder.submit(run)
+    future = asyncio.wrap_future(begun)
     try:
-        return await asyncio.shield(begun)
+        return await asyncio.shield(future)
     except asyncio.CancelledError:
         is_wanted.clear()
-        if not begun.cancel():
-            await asyncio.wait({begun})
+        if not begun.cancel():  # asyncio's future could be cancelled though its thread runs
+            await asyncio.wait({future})
         raise
 
 

@@ -160,8 +160,13 @@ async def unload_adapter(state: ServerState, exchange: Exchange) -> None:
     """Forget an adapter, by the model's whole name or as it was loaded; answers that use it go on to their end."""
     check_admin(state, exchange)
     name = exchange.scope["path_params"]["name"]
-    short = [served for served in state.models.all if served.adapter == name]
-    served = short[0] if len(short) == 1 else state.models.find(name)
+    try:
+        served = state.models.find(name)
+    except ApiError:
+        short = [served for served in state.models.all if served.adapter == name]
+        if len(short) != 1:
+            raise
+        served = short[0]
     if served.adapter is None:
         raise no_model(name, [served.id for served in state.models.all if served.adapter])
     served.llm.adapters.pop(served.adapter, None)
