@@ -136,7 +136,7 @@ def test_a_snapshot_counts_what_waits_and_runs(directory: Path, monkeypatch: pyt
     llm.scheduler.step()
     load = llm.scheduler.load
     assert (load.waiting, load.waiting_tokens, load.running, load.decoding) == (2, 40, 2, 1)
-    assert [tuple(s) for s in load.sequences] == [(20, 20, True), (10, 20, False)]
+    assert [tuple(s) for s in load.sequences] == [(20, 20, True, None), (10, 20, False, None)]
     assert load.used_positions == 256
     assert load.kept_positions == load.paused == 0
     while llm.scheduler.step():

@@ -360,7 +360,7 @@ def test_threads_share_grammars(llm: LLM, grammars: Grammars) -> None:
 
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(RunError, match=r"structured output needs llguidance: pip install 'llamita\[serve\]'"):
+    with pytest.raises(RunError, match=r"structured output needs llguidance; try pip install 'llamita\[serve\]'"):
         Grammars("{}", 10, (1,))
 
 
