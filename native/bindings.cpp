@@ -366,7 +366,7 @@ void bind_operations(nb::module_& m) {
 NB_MODULE(_native, m) {
 #ifdef NDEBUG
   // At a program's end, Python leaves what is in reference cycles to the system; nanobind would list each as a leak.
-  nb::set_leak_warnings(false);
+  nanobind::set_leak_warnings(false);
 #endif
   llamita::bind_machine(m);
   llamita::bind_weights(m);
