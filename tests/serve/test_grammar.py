@@ -151,19 +151,16 @@ def test_calls_or_an_answer_by_a_schema(llm: LLM, grammars: Grammars, form: Call
         assert not walk(either.copy(), llm.tokenizer, wrong)
 
 
-def test_parameters_may_refer_to_their_definitions(llm: LLM, grammars: Grammars) -> None:
-    parameters = {
-        "type": "object",
-        "properties": {"p": {"$ref": "#/$defs/P"}},
-        "required": ["p"],
-        "$defs": {"P": PERSON},
-    }
+@pytest.mark.parametrize(
+    ("reference", "right"), [("#/$defs/P", '{"name": "A", "age": 1}'), ("#/properties/q", "7"), ("#", '{"q": 3}')]
+)
+def test_parameters_may_refer_to_their_parts(llm: LLM, grammars: Grammars, reference: str, right: str) -> None:
+    properties = {"q": {"type": "integer", "default": {"$ref": "#/x"}}, "p": {"$ref": reference}}
+    parameters = {"type": "object", "properties": properties, "$defs": {"P": PERSON}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    either = grammars.tool_calls(tools, LLAMA, otherwise={"type": "object"})
-    assert walk(either.copy(), llm.tokenizer, '{"name": "f", "parameters": {"p": {"name": "A", "age": 1}}}')
-    parameters["properties"] = {"p": {"$ref": "#"}}
-    with pytest.raises(InputError, match=r"tools\[0\].function.parameters: expected references to \$defs alone"):
-        grammars.tool_calls(tools, LLAMA, otherwise={"type": "object"})
+    either = grammars.tool_calls(tools, LLAMA, otherwise={"type": "object", "properties": {"x": {"type": "null"}}})
+    assert walk(either.copy(), llm.tokenizer, '{"name": "f", "parameters": {"q": 1, "p": ' + right + "}}")
+    assert not walk(either.copy(), llm.tokenizer, '{"name": "f", "parameters": {"q": 1, "p": true}}')
 
 
 def test_other_properties_are_closed_unless_asked_for(llm: LLM, grammars: Grammars) -> None:

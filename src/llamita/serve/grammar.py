@@ -105,7 +105,7 @@ class Grammars:
                 where = f"tools[{place}].function.parameters"
                 parameters = prepare_schema(function.get("parameters") or _NO_PARAMETERS, where)
                 if otherwise is not None and form is LLAMA:
-                    rules.append(f"call_{place}: %json {_as_json(call_schema(function['name'], parameters, where))}")
+                    rules.append(f"call_{place}: %json {_as_json(call_schema(function['name'], parameters))}")
                     continue
                 if isinstance(parameters, dict):
                     parameters = {"type": "object", **parameters}

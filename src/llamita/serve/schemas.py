@@ -4,7 +4,7 @@ What the grammar could keep to only in part is refused: an answer that is comple
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llamita.errors import InputError, shown
@@ -14,7 +14,6 @@ DEEPEST_SCHEMA = 32
 _ONE = ("additionalProperties", "unevaluatedProperties", "items", "additionalItems", "contains", "not", "propertyNames")
 _SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_DEFINITIONS = ("$defs", "definitions")
 _OPEN = {"additionalProperties", "unevaluatedProperties", "$ref", "anyOf", "oneOf"}  # not to be closed, or done already
 _OWN_KEY = "x-guidance"  # llguidance's, which would change how the grammar is made
 
@@ -37,33 +36,33 @@ def prepare_schema(schema: object, where: str) -> dict[str, Any] | bool:
     return _prepare(schema, where, DEEPEST_SCHEMA, closed=True)
 
 
-def call_schema(name: str, parameters: dict[str, Any] | bool, where: str) -> dict[str, Any]:
+def call_schema(name: str, parameters: dict[str, Any] | bool) -> dict[str, Any]:
     """Return the schema of a call as Llama 3.1 and 3.2 write it, from the prepared schema of its parameters.
 
     llguidance reads a grammar word by word, so the beginning of a call must be of the words of JSON where another JSON
     text may come in its place.
-
-    Raises:
-        InputError: the parameters refer to parts of themselves that are not among their definitions.
     """
-    inner = dict(parameters) if isinstance(parameters, dict) else {}
-    shared = {key: inner.pop(key) for key in _DEFINITIONS if key in inner}
-    if any(not ref.startswith(tuple(f"#/{key}/" for key in _DEFINITIONS)) for ref in _references(parameters)):
-        raise InputError(where, "references to $defs alone, beside a response format", "others")
+    inner = _moved(parameters) if isinstance(parameters, dict) else {}
     properties = {"name": {"const": name}, "parameters": {"type": "object", **inner}}
     required = ["name", "parameters"]
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False, **shared}
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def _references(schema: object) -> Iterator[str]:
-    if isinstance(schema, dict):
-        if isinstance(ref := schema.get("$ref"), str):
-            yield ref
-        for part in schema.values():
-            yield from _references(part)
-    elif isinstance(schema, list):
-        for part in schema:
-            yield from _references(part)
+def _moved(schema: Any) -> Any:
+    """Return a prepared schema whose references follow it to its place in a call."""
+    if not isinstance(schema, dict) or "$id" in schema:  # below an own $id, references begin there
+        return schema
+    made = dict(schema)
+    if isinstance(ref := made.get("$ref"), str) and ref.startswith("#"):
+        made["$ref"] = f"#/properties/parameters{ref[1:]}"
+    for key, value in made.items():
+        if key in _NAMED and isinstance(value, dict):
+            made[key] = {name: _moved(part) for name, part in value.items()}
+        elif key in _SEVERAL and isinstance(value, list):
+            made[key] = [_moved(part) for part in value]
+        elif key in _ONE:
+            made[key] = _moved(value)
+    return made
 
 
 def _prepare(schema: object, where: str, depth: int, closed: bool) -> dict[str, Any] | bool:
