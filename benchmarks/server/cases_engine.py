@@ -84,7 +84,7 @@ def many(bench: Bench) -> Iterator[Record]:
             ratios.append(engine_seconds / seconds)
             rates.append((STREAMS * new / engine_seconds, STREAMS * new / seconds))
     engine, served = (statistics.median(values) for values in zip(*rates, strict=True))
-    yield {"case": "many", "streams": STREAMS, "new_tokens": new, "rounds": bench.sizes.rounds,
+    yield {"case": "many", "streams": STREAMS, "new_tokens": new, "rounds": rounds,
            "rate": round(statistics.median(ratios), 4), "rates": [round(r, 4) for r in ratios],
            "engine_tokens_per_second": round(engine, 2), "server_tokens_per_second": round(served, 2)}  # fmt: skip
 

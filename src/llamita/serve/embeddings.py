@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from llamita.errors import InputError
 from llamita.serve.completions import prompts_of
 from llamita.serve.encoding import prompt_ids
-from llamita.serve.errors import from_llamita, timed_out, too_long, unavailable
+from llamita.serve.errors import timed_out, too_long, unavailable
 from llamita.serve.exchange import Exchange
 from llamita.serve.fields import read
+from llamita.serve.preparation import run_in
 from llamita.serve.served import Served
 from llamita.serve.state import ServerState
 from llamita.serve.tables import EMBEDDINGS
@@ -60,20 +60,9 @@ async def _embed(state: ServerState, served: Served, texts: list[list[int]]) -> 
     is_wanted.set()
 
     def run() -> list[np.ndarray]:
-        try:
-            return [served.llm.embed(ids, served.adapter, _CHUNK, is_wanted.is_set) for ids in texts]
-        except InputError as error:
-            raise from_llamita(error) from None
+        return [served.llm.embed(ids, served.adapter, _CHUNK, is_wanted.is_set) for ids in texts]
 
-    begun = state.embedder.submit(run)
-    future = asyncio.wrap_future(begun)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        is_wanted.clear()
-        if not begun.cancel():  # asyncio's future could be cancelled though its thread runs
-            await asyncio.wait({future})
-        raise
+    return await run_in(state.embedder, run, is_wanted.clear)
 
 
 def _shown(vector: np.ndarray, form: str) -> Any:

@@ -56,7 +56,7 @@ class Preparation:
         try:
             if is_slow or exchange.body_bytes > LARGE:
                 return await exchange.watched(lambda: self._in_turn(owner, function))
-            return await exchange.watched(lambda: _run(self._fast, function))
+            return await exchange.watched(lambda: run_in(self._fast, function))
         finally:
             self._waiting[owner] -= 1
             if not self._waiting[owner]:
@@ -65,11 +65,11 @@ class Preparation:
 
     async def _in_turn(self, owner: str | None, function: Callable[[], _R]) -> _R:
         async with self._turns.setdefault(owner, asyncio.Lock()):
-            return await _run(self._slow, function)
+            return await run_in(self._slow, function)
 
     async def compute(self, function: Callable[[], _R]) -> _R:
         """Return what a function returns that would hold the event loop for long."""
-        return await _run(self._fast, function)
+        return await run_in(self._fast, function)
 
     def shut_down(self) -> None:
         """Begin nothing more."""
@@ -77,8 +77,11 @@ class Preparation:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-async def _run(pool: ThreadPoolExecutor, function: Callable[[], _R]) -> _R:
-    """Run a function in a pool. If this is cancelled, wait for what has begun: its thread is not free before."""
+async def run_in(pool: ThreadPoolExecutor, function: Callable[[], _R], stop: Callable[[], None] = lambda: None) -> _R:
+    """Run a function in a pool. If this is cancelled, wait for what has begun: its thread is not free before.
+
+    `stop` is called then; it may let the function end sooner.
+    """
 
     def run() -> _R:
         try:
@@ -91,7 +94,8 @@ async def _run(pool: ThreadPoolExecutor, function: Callable[[], _R]) -> _R:
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        if not begun.cancel():
+        stop()
+        if not begun.cancel():  # asyncio's future could be cancelled though its thread runs
             with suppress(Exception):
                 await future
         raise
