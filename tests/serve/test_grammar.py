@@ -344,6 +344,20 @@ def test_grammars_are_kept_and_the_oldest_go(llm: LLM) -> None:
     assert not made.regex("a{1}").allowed()[list(llm.tokenizer.eos_token_ids)].any()  # as if nobody had used it
 
 
+def test_each_owner_has_grammars_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time of an answer would tell that another key has used its grammar."""
+    made, tried = grammars_of(llm), list[str]()
+    attempt = made._try
+    monkeypatch.setattr(made, "_try", lambda kind, text: (tried.append(kind), attempt(kind, text)))
+    tools = check_tools([{"type": "function", "function": {"name": "go"}}]).tools
+    for owner in ("one", "one", "other", None):
+        made.regex("ab", owner=owner)
+        made.lark('start: "a"', owner=owner)
+        made.json_schema(PERSON, owner=owner)
+        made.tool_calls(tools, LLAMA, owner=owner)
+    assert tried == 3 * ["regex", "lark", "schema", "lark"]
+
+
 def test_threads_share_grammars(llm: LLM, grammars: Grammars) -> None:
     def answer(seed: int) -> tuple[str, bool]:
         made = llm.generate("x", max_tokens=80, seed=seed, constraint=grammars.json_schema(PERSON))

@@ -27,13 +27,19 @@ _KEY = "LLAMITA_API_KEY"
 _Models = Annotated[
     list[str], model_argument("MODEL", "Models, the first of them the default; NAME=MODEL gives one a name")
 ]
-_Host = Annotated[str, typer.Option(help="The address to listen at. Others than this machine's own need keys.")]
-_Port = Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")]
+_Host = Annotated[
+    str, typer.Option(metavar="ADDRESS", help="The address to listen at. Others than this machine's own need keys.")
+]
+_Port = Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="The port; 0 takes a free one.")]
 _Keys = Annotated[
     list[str] | None,
-    typer.Option("--api-key", help=f"A key that requests need; repeatable. Other users of this machine can see it in "
-                 f"the list of processes: a file, or the variable {_KEY}, is safer."),
-]  # fmt: skip
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        help="A key that requests need; repeatable. Other users of this machine can see it in the list of processes: "
+        f"a file, or the variable {_KEY}, is safer.",
+    ),
+]
 _KeyFile = Annotated[Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line.")]
 _AdminFile = Annotated[
     Path | None,
@@ -56,10 +62,15 @@ _AdaptersDirectory = Annotated[
     Path | None,
     typer.Option("--adapters", metavar="DIR", help="The directory of adapters that an administrator may load."),
 ]
-_Slots = Annotated[int, typer.Option("--max-sequences", min=1, help="How many answers run at once; more wait.")]
-_Queue = Annotated[int, typer.Option("--max-queue", min=1, help="How many answers may run and wait; more get 429.")]
+_Slots = Annotated[
+    int, typer.Option("--max-sequences", metavar="N", min=1, help="How many answers run at once; more wait.")
+]
+_Queue = Annotated[
+    int, typer.Option("--max-queue", metavar="N", min=1, help="How many answers may run and wait; more get 429.")
+]
 _PerKey = Annotated[
-    int | None, typer.Option("--max-per-key", min=1, help="The same for one key; by default half of --max-queue.")
+    int | None,
+    typer.Option("--max-per-key", metavar="N", min=1, help="The same for one key; by default half of --max-queue."),
 ]
 _Share = Annotated[
     bool, typer.Option("--share-prefixes", help="Share kept prompts between keys. Answer times may then betray them.")
@@ -68,9 +79,13 @@ _PrefixFile = Annotated[
     Path | None,
     typer.Option("--prefix-file", metavar="FILE", help="Save kept prompts here at the end, and find them again."),
 ]
-_Drain = Annotated[float, typer.Option("--drain", min=0, help="Seconds for running answers when the server ends.")]
-_FirstToken = Annotated[float, typer.Option(min=1, help="Most seconds from a request to its first token.")]
-_Total = Annotated[float, typer.Option(min=1, help="Most seconds from a request to its end.")]
+_Drain = Annotated[
+    float, typer.Option("--drain", metavar="SECONDS", min=0, help="Seconds for running answers when the server ends.")
+]
+_FirstToken = Annotated[
+    float, typer.Option(metavar="SECONDS", min=1, help="Most seconds from a request to its first token.")
+]
+_Total = Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Most seconds from a request to its end.")]
 _Log = Annotated[bool, typer.Option("--log-requests", help="Log each request on stderr, without prompts or keys.")]
 
 

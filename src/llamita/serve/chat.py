@@ -139,7 +139,7 @@ def _options(
         "owner": owner,
         "adapter": served.adapter,
         "show_special": tools is not None,
-        "constraint": served.structure.constraint(values, tools),
+        "constraint": served.structure.constraint(values, owner, tools),
     }
 
 

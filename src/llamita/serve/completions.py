@@ -78,7 +78,7 @@ def _prepare(state: ServerState, values: Mapping[str, Any], owner: str | None) -
         "prompt_logprobs": (logprobs or 0) if echo and (logprobs is not None or most == 0) else None,
         "owner": owner,
         "adapter": served.adapter,
-        "constraint": served.structure.constraint(values),
+        "constraint": served.structure.constraint(values, owner),
     }
     n, requests = values.get("n", 1), []
     for prompt in prompts_of(values["prompt"]):

@@ -56,30 +56,34 @@ class Grammars:
         except Exception as error:  # it raises what it likes
             raise InputError("tokenizer.json", "a tokenizer that llguidance reads", first_line(error)) from None
         self._vocab_size, self._ends = vocab_size, tuple(ends)
-        self._kept: OrderedDict[bytes, GrammarConstraint | InputError] = OrderedDict()
+        self._kept: OrderedDict[tuple[str | None, bytes], GrammarConstraint | InputError] = OrderedDict()
         self._lock = Lock()
         self._trials = Helpers(_TRIAL, [str(COMPILE_SECONDS)])
         self._workers = ThreadPoolExecutor(1, "mask")
 
-    def json_schema(self, schema: object, where: str = "response_format") -> "GrammarConstraint":
+    def json_schema(
+        self, schema: object, where: str = "response_format", owner: str | None = None
+    ) -> "GrammarConstraint":
         """Return the grammar of the JSON texts that are valid by a schema; errors name `where`.
+
+        One that was made before is kept for its owner alone: another could tell by the time that somebody uses it.
 
         Raises:
             InputError: it is too large or takes too long, or llguidance cannot keep to all of it.
         """
         prepared = json.dumps(prepare_schema(schema, where))
-        return self._compile(where, "schema", prepared)
+        return self._compile(where, "schema", prepared, owner)
 
-    def regex(self, pattern: object, where: str = "regex") -> "GrammarConstraint":
+    def regex(self, pattern: object, where: str = "regex", owner: str | None = None) -> "GrammarConstraint":
         """Return the grammar of the texts that match a regular expression (Rust's, without look-around) as a whole."""
         text = _checked_text(pattern, where)
         if (len(text) - len(text.rstrip("\\"))) % 2:  # llguidance would leave it out
             raise InputError(where, "a character after each backslash", "the end of the pattern")
-        return self._compile(where, "regex", text)
+        return self._compile(where, "regex", text, owner)
 
-    def lark(self, grammar: object, where: str = "grammar") -> "GrammarConstraint":
+    def lark(self, grammar: object, where: str = "grammar", owner: str | None = None) -> "GrammarConstraint":
         """Return a grammar that is written in llguidance's dialect of Lark."""
-        return self._compile(where, "lark", _checked_text(grammar, where))
+        return self._compile(where, "lark", _checked_text(grammar, where), owner)
 
     def tool_calls(
         self,
@@ -89,6 +93,7 @@ class Grammars:
         name: str | None = None,
         parallel: bool = True,
         otherwise: object = None,
+        owner: str | None = None,
     ) -> "GrammarConstraint":
         """Return the grammar of one or more calls of tools that are checked already, in the form of a model.
 
@@ -118,11 +123,12 @@ class Grammars:
         if otherwise is not None:
             start += " | answer"
             rules.append(f"answer: %json {_as_json(prepare_schema(otherwise, 'response_format'))}")
-        return self._compile("tools", "lark", "\n".join([f"start: {start}", f"call: {' | '.join(names)}", *rules]))
+        lines = [f"start: {start}", f"call: {' | '.join(names)}", *rules]
+        return self._compile("tools", "lark", "\n".join(lines), owner)
 
-    def _compile(self, where: str, kind: str, text: str) -> "GrammarConstraint":
+    def _compile(self, where: str, kind: str, text: str, owner: str | None) -> "GrammarConstraint":
         """Return an unused copy of a grammar, which is made, or kept from another time, as are refusals."""
-        key = hashlib.sha256(f"{kind}:{text}".encode()).digest()
+        key = owner, hashlib.sha256(f"{kind}:{text}".encode()).digest()
         with self._lock:
             found = self._kept.get(key)
         if found is None:

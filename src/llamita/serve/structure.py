@@ -36,30 +36,32 @@ class Structure:
         """How the model writes calls."""
         return call_form(find_template(self._llm.path) or "")
 
-    def constraint(self, values: Mapping[str, Any], tools: ToolChoice | None = None) -> Constraint | None:
-        """Return the grammar that a checked body asks for, None for free text.
+    def constraint(
+        self, values: Mapping[str, Any], owner: str | None, tools: ToolChoice | None = None
+    ) -> Constraint | None:
+        """Return the grammar that a checked body asks for, None for free text. It is kept for its owner.
 
         Raises:
             ApiError: it asks for several, or for one that is none.
             InputError: llguidance cannot keep to it.
         """
         asked = [name for name in ("guided_regex", "guided_grammar") if name in values]
-        schema = _schema(values.get("response_format", {"type": "text"}))
+        schema = _schema(values)
         asked += ["response_format"] if schema is not None else []
         if len(asked) > 1:
             raise wrong(asked[0], f"cannot be combined with {asked[1]}.")
         if tools and asked and asked[0] != "response_format":
             raise wrong(asked[0], "cannot be combined with tools; send tool_choice none to leave them out.")
-        answer = None if schema is None else self.grammars.json_schema(schema, "response_format")
+        answer = None if schema is None else self.grammars.json_schema(schema, "response_format", owner)
         if tools and (asked or tools.mode == "required"):  # the form of answers is nothing to calls that must be
             return self.grammars.tool_calls(
                 tools.tools, self.call_form, name=tools.name, parallel=tools.parallel and tools.name is None,
-                otherwise=schema if tools.mode == "auto" else None,
+                otherwise=schema if tools.mode == "auto" else None, owner=owner,
             )  # fmt: skip
         if "guided_regex" in values:
-            return self.grammars.regex(values["guided_regex"], "guided_regex")
+            return self.grammars.regex(values["guided_regex"], "guided_regex", owner)
         if "guided_grammar" in values:
-            return self.grammars.lark(values["guided_grammar"], "guided_grammar")
+            return self.grammars.lark(values["guided_grammar"], "guided_grammar", owner)
         return answer
 
 
@@ -67,15 +69,18 @@ def read_tools(values: Mapping[str, Any]) -> ToolChoice | None:
     """Return the checked tools of a body, None if the model may call none.
 
     Raises:
+        ApiError: the response format beside them is none.
         InputError: one is not OpenAI's.
     """
     choice = check_tools(values.get("tools"), values.get("tool_choice"), values.get("parallel_tool_calls"))
-    has_format = values.get("response_format", {}).get("type") not in (None, "text")
-    return replace(choice, has_format=has_format and choice.mode == "auto") if choice.tools else None
+    if not choice.tools:
+        return None
+    return replace(choice, has_format=choice.mode == "auto" and _schema(values) is not None)
 
 
-def _schema(given: Mapping[str, Any]) -> Any:
-    """Return the schema of a response format, None for free text."""
+def _schema(values: Mapping[str, Any]) -> Any:
+    """Return the schema of a body's response format, None for free text."""
+    given = values.get("response_format", {"type": "text"})
     kind = given.get("type")
     if not isinstance(kind, str) or kind not in _FORMATS:
         raise wrong("response_format.type", f"expected one of {', '.join(_FORMATS)}, got {shown(kind)}.")
