@@ -13,6 +13,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 // Caches get huge pages from this size of a block of all layers on, because a sequence touches at least one block.
 constexpr size_t kWorthHuge = size_t{1} << 21;
+constexpr size_t kQuad = 4;  // see AttentionHead
 constexpr size_t kItemTiles = 32;  // tiles of query rows of one head that a thread takes at a time
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
@@ -49,9 +50,30 @@ void scatter_key(const T* key, size_t dim, size_t position, uint8_t* keys) {
   for (size_t d = 0; d < dim; d++) lane[d * kKeyTile] = key[d];
 }
 
-// Writes one head at one position of a block. scratch: room for a head in int8 and for the sums of `quantize`.
+// Quantizes a key and a value. scratch: room for a head in int8 and for the sums of `quantize`.
+void cache_codes(const KVCache& cache, const float* key, const float* value, size_t position, uint8_t* block,
+                 uint8_t* scratch) {
+  const Kernels& k = kernels();
+  const size_t dim = cache.head_dim;
+  Coding& coding = *reinterpret_cast<Coding*>(block);
+  int8_t* codes = reinterpret_cast<int8_t*>(scratch);
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch + cache.value_stride);
+  int32_t zero;
+  k.quantize(key, dim, {codes, &coding.key_scales[position], &zero, sums});
+  coding.key_zeros[position] = static_cast<int8_t>(zero);
+  uint8_t* tile = cache.keys(block) + position / kKeyTile * cache.key_dims * kKeyTile + position % kKeyTile * kQuad;
+  for (size_t d = 0; d < dim; d += kQuad, tile += kKeyTile * kQuad)  // code + 128: unsigned, for products with queries
+    for (size_t i = 0; i < kQuad && d + i < dim; i++) tile[i] = static_cast<uint8_t>(codes[d + i]) ^ 0x80u;
+  k.quantize(value, dim, {codes, &coding.value_scales[position], &zero, sums});
+  coding.value_zeros[position] = static_cast<int8_t>(zero);
+  uint8_t* quad = cache.values(block) + position / kQuad * cache.value_stride * kQuad + position % kQuad;
+  for (size_t d = 0; d < dim; d++) quad[d * kQuad] = static_cast<uint8_t>(codes[d]);
+}
+
+// Writes one head at one position of a block. scratch: as for cache_codes.
 void cache_head(const KVCache& cache, const float* key, const float* value, size_t position, uint8_t* block,
                 uint8_t* scratch) {
+  if (cache.dtype == CacheDtype::i8) return cache_codes(cache, key, value, position, block, scratch);
   const Kernels& k = kernels();
   const size_t dim = cache.head_dim;
   uint8_t* keys = cache.keys(block);
@@ -59,21 +81,11 @@ void cache_head(const KVCache& cache, const float* key, const float* value, size
   if (cache.dtype == CacheDtype::f32) {
     scatter_key(key, dim, position, keys);
     std::memcpy(values, value, dim * sizeof(float));
-  } else if (cache.dtype == CacheDtype::f16) {
+  } else {
     uint16_t* half = reinterpret_cast<uint16_t*>(scratch);
     k.to_f16(key, dim, half);
     scatter_key(half, dim, position, keys);
     k.to_f16(value, dim, reinterpret_cast<uint16_t*>(values));
-  } else {
-    Coding& coding = *reinterpret_cast<Coding*>(block);
-    int8_t* codes = reinterpret_cast<int8_t*>(scratch);
-    int32_t* sums = reinterpret_cast<int32_t*>(scratch + cache.value_stride);
-    int32_t zero;
-    k.quantize(key, dim, {codes, &coding.key_scales[position], &zero, sums});
-    coding.key_zeros[position] = static_cast<int8_t>(zero);
-    scatter_key(codes, dim, position, keys);
-    k.quantize(value, dim, {reinterpret_cast<int8_t*>(values), &coding.value_scales[position], &zero, sums});
-    coding.value_zeros[position] = static_cast<int8_t>(zero);
   }
 }
 
@@ -116,6 +128,14 @@ size_t attention_scratch(const KVCache& cache, const Kernels& k, size_t rows) {
   return (wide + rows * (2 * kLanes + 2) + k.query_rows * kKeyBlock) * sizeof(float);
 }
 
+// Copies `count` positions that are stored in tiles of `width` positions, each of `lines` lines of so many bytes.
+void copy_part(const uint8_t* from, uint8_t* to, size_t line_bytes, size_t lines, size_t count, size_t width) {
+  const size_t whole = count / width * lines * line_bytes, part = count % width * line_bytes / width;
+  std::memcpy(to, from, whole);
+  for (size_t i = 0; i < lines && part > 0; i++)  // the first positions of the last tile
+    std::memcpy(to + whole + i * line_bytes, from + whole + i * line_bytes, part);
+}
+
 }  // namespace
 
 KVCache::KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity, CacheDtype dtype,
@@ -124,9 +144,10 @@ KVCache::KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacit
       kv_heads(kv_heads),
       head_dim(head_dim),
       capacity(capacity),
+      key_dims(dtype == CacheDtype::i8 ? round_up(head_dim, kQuad) : head_dim),
       value_stride(round_up(head_dim, kLanes)),
       dtype(dtype),
-      block_bytes(kKeyBlock * (head_dim + value_stride) * element() + (dtype == CacheDtype::i8 ? sizeof(Coding) : 0)),
+      block_bytes(kKeyBlock * (key_dims + value_stride) * element() + (dtype == CacheDtype::i8 ? sizeof(Coding) : 0)),
       inv_freq(std::move(inv_freq)),
       rope_scaling(rope_scaling),
       memory(round_up(capacity, kKeyBlock) / kKeyBlock * block_stride(),
@@ -153,7 +174,7 @@ void KVCache::copy_prefix(const KVCache& source, size_t tokens) {
 }
 
 void KVCache::copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, size_t count) {
-  const size_t tile_bytes = kKeyTile * head_dim * element(), lanes = count % kKeyTile;
+  const size_t side = dtype == CacheDtype::i8 ? kQuad : 1;  // elements of a row that lie side by side
   if (dtype == CacheDtype::i8) {
     const Coding& c = *reinterpret_cast<Coding*>(from);
     Coding& mine = *reinterpret_cast<Coding*>(to);
@@ -162,13 +183,8 @@ void KVCache::copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, 
     std::copy_n(c.key_zeros, count, mine.key_zeros);
     std::copy_n(c.value_zeros, count, mine.value_zeros);
   }
-  std::memcpy(values(to), source.values(from), count * value_stride * element());
-  from = source.keys(from), to = keys(to);
-  std::memcpy(to, from, count / kKeyTile * tile_bytes);
-  for (size_t d = 0; d < head_dim && lanes > 0; d++) {  // the first lanes of the last tile
-    const size_t offset = count / kKeyTile * tile_bytes + d * kKeyTile * element();
-    std::memcpy(to + offset, from + offset, lanes * element());
-  }
+  copy_part(source.keys(from), keys(to), kKeyTile * side * element(), key_dims / side, count, kKeyTile);
+  copy_part(source.values(from), values(to), side * element(), value_stride, count, side);
 }
 
 Batch::Batch(std::vector<Sequence> list) : sequences(std::move(list)) {

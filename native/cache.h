@@ -11,13 +11,13 @@ namespace llamita {
 
 // Blocks of kKeyBlock positions (kernels.h) in the order (blocks, layers, kv_heads). So the data of the first tokens is
 // contiguous, and even huge pages are taken only as tokens are written. Keys are in tiles of 16 positions, so that a
-// vector holds the scores of 16 keys.
+// vector holds the scores of 16 keys. Of int8, four dimensions of a key and four positions of values lie side by side.
 struct KVCache {
   KVCache(size_t layers, size_t kv_heads, size_t head_dim, size_t capacity, CacheDtype dtype,
           std::vector<float> inv_freq, float rope_scaling);
   uint8_t* block(size_t index, size_t layer, size_t head) const;
   uint8_t* keys(uint8_t* block) const { return block + (dtype == CacheDtype::i8 ? sizeof(Coding) : 0); }
-  uint8_t* values(uint8_t* block) const { return keys(block) + kKeyBlock * head_dim * element(); }
+  uint8_t* values(uint8_t* block) const { return keys(block) + kKeyBlock * key_dims * element(); }
   size_t layer_stride() const { return kv_heads * block_bytes; }
   size_t block_stride() const { return layers * layer_stride(); }
   // Copies positions [0, tokens) of every layer and head. source: another cache of this shape, dtype and rotation.
@@ -32,6 +32,7 @@ struct KVCache {
   void copy_positions(const KVCache& source, uint8_t* from, uint8_t* to, size_t count);
 
   size_t layers, kv_heads, head_dim, capacity;
+  size_t key_dims;      // head_dim; for int8 rounded up to whole quads
   size_t value_stride;  // head_dim rounded up to whole vectors
   CacheDtype dtype;
   size_t block_bytes;

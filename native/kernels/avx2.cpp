@@ -7,6 +7,18 @@
 namespace llamita {
 namespace {
 
+// Even bytes and odd ones, as 16-bit numbers
+__m256i byte_products(__m256i sums, __m256i w, __m256i x) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
+  return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
+}
+// A pair of products is at most 2 * 127 * 128, which 16 bits hold.
+__m256i small_products(__m256i sums, __m256i w, __m256i x) {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+
 // clang-format off: in this order
 #include "avx2_common.inc"
 #include "memory_sums.inc"

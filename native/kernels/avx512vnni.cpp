@@ -35,6 +35,8 @@ V exp2_whole(V n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
 
+V times_exp2(V x, V n) { return {_mm512_scalef_ps(x.f, n.f)}; }
+
 template <class F>
 float tree(V a, F f) {
   const __m256 eight = f(_mm512_castps512_ps256(a.f), _mm512_extractf32x8_ps(a.f, 1));
@@ -93,6 +95,44 @@ V swap_lanes(V a) {  // lane i: a's lane i ^ H
 }
 void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+// acc += w (unsigned) * x (signed), four at a time. In assembly: GCC 12 copies the accumulator around its intrinsic.
+__m512i dot4(__m512i acc, __m512i w, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
+
+// ---- 16 sums, and bytes by four for each -------------------------------------------------------------------------
+struct I {
+  __m512i i;
+};
+struct B {
+  __m512i b;
+};
+
+I splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
+I operator-(I a, I b) { return {_mm512_sub_epi32(a.i, b.i)}; }
+I shift_digit(I a) { return {_mm512_slli_epi32(a.i, 7)}; }
+V to_float(I a) { return {_mm512_cvtepi32_ps(a.i)}; }
+int32_t sum(I a) { return _mm512_reduce_add_epi32(a.i); }
+B load_quads(const void* p) { return {_mm512_loadu_si512(p)}; }
+B splat_quad(const void* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, sizeof four);
+  return {_mm512_set1_epi32(four)};
+}
+I key_start(float) { return splat(0); }
+I dot_bytes(I acc, B unsigned_bytes, B x) { return {dot4(acc.i, unsigned_bytes.b, x.b)}; }
+I dot_small(I acc, B small, B x) { return {dot4(acc.i, small.b, x.b)}; }
+void store_digit(V x, uint8_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.f)));
+}
+void store_digits(V x, uint8_t* high, uint8_t* low) {
+  const __m512i whole = _mm512_cvtps_epi32(x.f);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
+                   _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
+}
+
 // Tiles: how much is computed together with 32 registers. Results do not depend on them.
 constexpr size_t kLinearRows = 4, kLinearTokens = 6, kDecodeRows = 4;
 constexpr size_t kCandidates = 16;
@@ -102,6 +142,7 @@ constexpr size_t kButterfly = 16;
 // clang-format off: in this order
 #include "float_kernels.inc"
 #include "attention.inc"
+#include "attention_i8.inc"
 #include "rounding.inc"
 #include "hadamard.inc"
 #include "low_rank.inc"
@@ -117,12 +158,6 @@ __m512i broadcast4(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, sizeof four);
   return _mm512_set1_epi32(four);
-}
-
-// acc += w (unsigned) * x (signed), four at a time. In assembly: GCC 12 copies the accumulator around its intrinsic.
-__m512i dot4(__m512i acc, __m512i w, __m512i x) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-  return acc;
 }
 
 V scales_of(const uint8_t* scales, bool bf16, size_t half) {

@@ -86,8 +86,9 @@ struct Coding {
 };
 
 // The query rows that share one key/value head: row i is token i / group, query head i % group of the head.
-// A block holds kKeyBlock positions: for i8 their Coding, then keys (tiles, head_dim, kKeyTile), then values
-// (kKeyBlock, value_stride).
+// A block holds kKeyBlock positions: keys (tiles, head_dim, kKeyTile), then values (kKeyBlock, value_stride). For i8:
+// their Coding, then keys (tiles, ceil(head_dim / 4), kKeyTile, 4) of code + 128, then values (kKeyBlock / 4,
+// value_stride, 4): the operands of instructions that add up four products of bytes.
 struct AttentionHead {
   const uint8_t* blocks;
   size_t block_stride;  // bytes

@@ -8,8 +8,20 @@ namespace {
 
 // clang-format off: in this order
 #include "neon_floats.inc"
+// clang-format on
+
+// There is no dot product of unsigned with signed bytes. So the upper bit turns code + 128 into the code, and sums
+// start at 128 times the sum of x.
+I key_start(float query_sum) { return splat(static_cast<int32_t>(128.0f * query_sum)); }
+I dot_bytes(I acc, B w, B x) {
+  const int8x16_t flip = vdupq_n_s8(-128);
+  return dot_small(acc, {veorq_s8(w.a, flip), veorq_s8(w.b, flip), veorq_s8(w.c, flip), veorq_s8(w.d, flip)}, x);
+}
+
+// clang-format off: in this order
 #include "float_kernels.inc"
 #include "attention.inc"
+#include "attention_i8.inc"
 #include "rounding.inc"
 #include "hadamard.inc"
 #include "low_rank.inc"

@@ -10,8 +10,18 @@ namespace {
 
 // clang-format off: in this order
 #include "neon_floats.inc"
+// clang-format on
+
+I key_start(float) { return splat(0); }
+I dot_bytes(I acc, B w, B x) {
+  const auto dot = [](int32x4_t sums, int8x16_t u, int8x16_t s) { return vusdotq_s32(sums, vreinterpretq_u8_s8(u), s); };
+  return {dot(acc.a, w.a, x.a), dot(acc.b, w.b, x.b), dot(acc.c, w.c, x.c), dot(acc.d, w.d, x.d)};
+}
+
+// clang-format off: in this order
 #include "float_kernels.inc"
 #include "attention.inc"
+#include "attention_i8.inc"
 #include "rounding.inc"
 #include "hadamard.inc"
 #include "low_rank.inc"

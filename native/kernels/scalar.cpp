@@ -66,6 +66,7 @@ V exp2_whole(V n) {
     return r;
   });
 }
+V times_exp2(V x, V n) { return x * exp2_whole(n); }
 template <class F>
 float tree(V a, F f) {
   for (size_t half = kLanes / 2; half > 0; half /= 2)
@@ -144,6 +145,69 @@ V swap_lanes(V a) {  // lane i: a's lane i ^ H
 }
 void prefetch(const void*) {}
 
+// ---- 16 sums, and bytes by four for each -------------------------------------------------------------------------
+struct I {
+  int32_t i[kLanes];
+};
+struct B {
+  uint8_t b[kLanes][4];
+};
+
+template <class F>
+I each_sum(F f) {
+  I r;
+  for (size_t i = 0; i < kLanes; i++) r.i[i] = f(i);
+  return r;
+}
+
+I splat(int32_t x) {
+  return each_sum([=](size_t) { return x; });
+}
+I operator-(I a, I b) {
+  return each_sum([&](size_t i) { return a.i[i] - b.i[i]; });
+}
+I shift_digit(I a) {
+  return each_sum([&](size_t i) { return a.i[i] * 128; });
+}
+V to_float(I a) {
+  return each([&](size_t i) { return static_cast<float>(a.i[i]); });
+}
+int32_t sum(I a) {
+  int32_t total = 0;
+  for (const int32_t x : a.i) total += x;
+  return total;
+}
+B load_quads(const void* p) {
+  B r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+B splat_quad(const void* p) {
+  B r;
+  for (auto& four : r.b) __builtin_memcpy(four, p, sizeof four);
+  return r;
+}
+I key_start(float) { return splat(0); }
+I dot_bytes(I acc, B w, B x) {  // w unsigned, x signed
+  for (size_t i = 0; i < kLanes; i++)
+    for (size_t j = 0; j < 4; j++) acc.i[i] += w.b[i][j] * static_cast<int8_t>(x.b[i][j]);
+  return acc;
+}
+I dot_small(I acc, B w, B x) { return dot_bytes(acc, w, x); }  // w below 128
+uint32_t to_whole(float x) {  // nearest even, of numbers from 0 to 2^14; NaN: anything that a byte holds
+  const float rounded = __builtin_rintf(x);
+  return rounded >= 0 && rounded <= 16384.0f ? static_cast<uint32_t>(rounded) : 0;
+}
+void store_digit(V x, uint8_t* p) {
+  for (size_t i = 0; i < kLanes; i++) p[i] = static_cast<uint8_t>(to_whole(x.f[i]));
+}
+void store_digits(V x, uint8_t* high, uint8_t* low) {
+  for (size_t i = 0; i < kLanes; i++) {
+    high[i] = static_cast<uint8_t>(to_whole(x.f[i]) >> 7);
+    low[i] = static_cast<uint8_t>(to_whole(x.f[i]) & 127);
+  }
+}
+
 // Tiles: how much is computed together. Results do not depend on them.
 constexpr size_t kLinearRows = 2, kLinearTokens = 2, kDecodeRows = 2;
 constexpr size_t kCandidates = 1;
@@ -153,6 +217,7 @@ constexpr size_t kButterfly = 2;
 // clang-format off: in this order
 #include "float_kernels.inc"
 #include "attention.inc"
+#include "attention_i8.inc"
 #include "rounding.inc"
 #include "hadamard.inc"
 #include "low_rank.inc"
