@@ -41,11 +41,11 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     begun: list[str] = []
     made = structure.Structure.constraint
 
-    def constraint(self, values, tools=None):
+    def constraint(self, values, owner, tools=None):
         if "guided_regex" in values:
             begun.append(values["guided_regex"])
             time.sleep(0.5)
-        return made(self, values, tools)
+        return made(self, values, owner, tools)
 
     monkeypatch.setattr(structure.Structure, "constraint", constraint)
     return begun

@@ -338,7 +338,7 @@ def test_grammars_are_kept_and_the_oldest_go(llm: LLM) -> None:
     for i in range(grammar.KEPT_GRAMMARS + 5):
         made.regex(f"a{{{i + 1}}}")
         made.regex("a{1}")
-    assert len(made._kept) == grammar.KEPT_GRAMMARS
+    assert len(made._kept[None]) == grammar.KEPT_GRAMMARS
     first = made.regex("a{1}")
     first.accept(llm.tokenizer.encode("a", add_bos=False)[0])
     assert not made.regex("a{1}").allowed()[list(llm.tokenizer.eos_token_ids)].any()  # as if nobody had used it
@@ -356,6 +356,16 @@ def test_each_owner_has_grammars_of_its_own(llm: LLM, monkeypatch: pytest.Monkey
         made.json_schema(PERSON, owner=owner)
         made.tool_calls(tools, LLAMA, owner=owner)
     assert tried == 3 * ["regex", "lark", "schema", "lark"]
+    for i in range(grammar.KEPT_GRAMMARS):
+        made.regex(f"b{{{i + 1}}}", owner="other")
+    tried.clear()
+    made.regex("ab", owner="one")
+    assert not tried  # whatever others do
+    monkeypatch.setattr(grammar, "ALL_GRAMMARS", 20)
+    made.regex("ac", owner="one")
+    assert sum(map(len, made._kept.values())) == 20
+    made.regex("ab", owner="one")
+    assert tried == ["regex"]  # of the new one
 
 
 def test_threads_share_grammars(llm: LLM, grammars: Grammars) -> None:

@@ -191,6 +191,23 @@ def test_sigterm_finishes_what_runs(process: tuple[subprocess.Popen, int]) -> No
     assert server.wait(10) == 0
 
 
+def test_sigterm_finishes_what_runs_though_nobody_reads_its_log() -> None:
+    command = [sys.executable, "-m", "llamita", "serve", "embedded:llama3.2", "--port", "0", "--drain", "20"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as server:
+        assert server.stderr
+        port = int(server.stderr.readline().split("http://127.0.0.1:")[1].split()[0])
+        while "curl" not in server.stderr.readline():
+            pass
+        peer = post(port, {**LONG, "stream": True, "max_tokens": 1500})
+        received = peer.recv(1000)
+        server.stderr.close()
+        server.send_signal(signal.SIGTERM)
+        while part := peer.recv(65536):
+            received += part
+        assert received.rstrip(b"\r\n0").endswith(b"data: [DONE]")
+        assert server.wait(10) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_ends_at_once(process: tuple[subprocess.Popen, int], number: signal.Signals) -> None:
     server, _ = process

@@ -82,6 +82,21 @@ def test_an_answer_that_is_there_is_not_thrown_away() -> None:
     run(work)
 
 
+def test_a_late_reader_loses_neither_a_token_nor_an_error() -> None:
+    async def work(mailbox: Mailbox, make: Callable[[Limits], Running]) -> None:
+        running = make(Limits(first_token_seconds=0.05))
+        give(mailbox, Update("a"))
+        await asyncio.sleep(0.1)
+        assert (await anext(running))[0].text == "a"
+        failing = make(Limits(first_token_seconds=0.05))
+        give(mailbox, Update(error=ValueError("broken")))
+        await asyncio.sleep(0.1)
+        with pytest.raises(ValueError, match="broken"):
+            await anext(failing)
+
+    run(work)
+
+
 def test_a_stream_whose_text_is_held_back_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SIGN_OF_LIFE", 0.1)
     sent: list[bytes] = []

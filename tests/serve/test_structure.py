@@ -182,6 +182,13 @@ def test_beside_tools_an_answer_that_looks_like_a_call_stays_an_answer(server: S
     assert all(answer["content"] or "days" in str(answer["tool_calls"]) for answer in answers)
 
 
+def test_beside_tools_references_to_anchors_hold(server: Served) -> None:
+    parameters = {"properties": {"p": {"$ref": "#foo"}}, "$defs": {"x": {"$anchor": "foo", "type": "integer"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **parameters}}}
+    body = {"messages": MESSAGES, "tools": [tool], "response_format": json_schema(SCHEMA), "max_tokens": 4}
+    assert server.post("/v1/chat/completions", **body)["choices"]
+
+
 def test_a_conversation_with_calls_goes_on(server: Served) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     messages = [

@@ -12,7 +12,7 @@ LEAST_TOKENS, MOST_TOKENS = 8, 512  # fewer read the weights for too little; mor
 BESIDE_SECONDS, ALONE_SECONDS = 0.15, 0.5  # the most a step should take beside running generations, and without
 SMOOTH_SECONDS = 0.05  # a shorter step shows no reader anything: this is 20 tokens a second
 _STRETCH = 3.0  # beside running generations, a step may take this many times what it takes without prompts
-_CROWD = 4  # where more prompts wait than this, a step takes the most that it may: then answers a second count
+_CROWD = 4  # where more prompts are taken in than this, a step takes the most that it may: then answers a second count
 _LEAST_SHARE = 0.5  # of the seconds that running generations take, for prompts, where even those are long
 _KEEP = 0.8  # the old value's share of a moving average
 _SPIKE = 2.0  # a measurement counts for at most this many times the average: the rest was other work of the machine
@@ -51,7 +51,7 @@ class PromptBudget:
             self._seconds[is_mixed] = _KEEP * old + (1 - _KEEP) * min(new, _SPIKE * old)
 
     def tokens(self, decode_seconds: float, is_mixed: bool, prompts: int = 1) -> int:
-        """Return the prompt tokens of the next step, a multiple of LEAST_TOKENS, for so many prompts."""
+        """Return the prompt tokens of the next step, a multiple of LEAST_TOKENS; `prompts` have a place."""
         seconds = self._seconds.get(is_mixed) or self._seconds.get(not is_mixed)
         if not seconds:
             return MIXED_CHUNK if is_mixed else PREFILL_CHUNK

@@ -28,7 +28,7 @@ COMPILE_SECONDS = 1.0  # of CPU time for a grammar and its first mask
 FIRST_SECONDS = 0.15  # of that for the first mask; what takes longer would take long at other tokens, too
 STEP_SECONDS = 0.5  # of CPU time for what may follow a token; usual grammars take microseconds
 MEAN_SECONDS = 0.02  # the same for each token of an answer, beyond the first `STEP_SECONDS` of all: others wait for it
-KEPT_GRAMMARS = 64
+KEPT_GRAMMARS, ALL_GRAMMARS = 32, 512  # of one owner, and of all
 _TRIAL = str(Path(__file__).with_name("grammar_process.py"))
 MOST_CALLS = 16  # in one answer
 _LACKING = "structured output needs {package}; try pip install 'llamita[serve]' (in a checkout '.[serve]')"
@@ -56,7 +56,7 @@ class Grammars:
         except Exception as error:  # it raises what it likes
             raise InputError("tokenizer.json", "a tokenizer that llguidance reads", first_line(error)) from None
         self._vocab_size, self._ends = vocab_size, tuple(ends)
-        self._kept: OrderedDict[tuple[str | None, bytes], GrammarConstraint | InputError] = OrderedDict()
+        self._kept: dict[str | None, OrderedDict[bytes, GrammarConstraint | InputError]] = {}  # by owner
         self._lock = Lock()
         self._trials = Helpers(_TRIAL, [str(COMPILE_SECONDS)])
         self._workers = ThreadPoolExecutor(1, "mask")
@@ -128,22 +128,29 @@ class Grammars:
 
     def _compile(self, where: str, kind: str, text: str, owner: str | None) -> "GrammarConstraint":
         """Return an unused copy of a grammar, which is made, or kept from another time, as are refusals."""
-        key = owner, hashlib.sha256(f"{kind}:{text}".encode()).digest()
+        key = hashlib.sha256(f"{kind}:{text}".encode()).digest()
         with self._lock:
-            found = self._kept.get(key)
+            found = self._kept.get(owner, {}).get(key)
         if found is None:
             try:
                 found = self._make(kind, text)
             except InputError as error:
                 found = error.with_traceback(None)  # which would keep what the frames hold
-        with self._lock:
-            self._kept[key] = found
-            self._kept.move_to_end(key)
-            while len(self._kept) > KEPT_GRAMMARS:
-                self._kept.popitem(last=False)
+        self._keep(owner, key, found)
         if isinstance(found, InputError):
             raise found.at(where)
         return found.copy()
+
+    def _keep(self, owner: str | None, key: bytes, found: "GrammarConstraint | InputError") -> None:
+        """Keep a grammar as its owner's newest. Where there are too many in all, who has most loses the oldest."""
+        with self._lock:
+            own = self._kept.setdefault(owner, OrderedDict())
+            own[key] = found
+            own.move_to_end(key)
+            while len(own) > KEPT_GRAMMARS:
+                own.popitem(last=False)
+            while sum(map(len, self._kept.values())) > ALL_GRAMMARS:
+                max(self._kept.values(), key=len).popitem(last=False)
 
     def _make(self, kind: str, text: str) -> "GrammarConstraint":
         """Return a grammar after a trial of it in another process."""

@@ -11,7 +11,7 @@ from llamita.engine.requests import Generation
 from llamita.serve.chat import ChatJob, count_tokens, prepare
 from llamita.serve.engine_thread import Update
 from llamita.serve.errors import ApiError, internal, wrong
-from llamita.serve.exchange import Exchange
+from llamita.serve.exchange import Exchange, to_bytes
 from llamita.serve.fields import read, shown
 from llamita.serve.reply import sign_of_life
 from llamita.serve.response_items import Event, ResponseItems
@@ -60,9 +60,14 @@ def _named_here() -> Iterator[None]:
 async def _whole(state: ServerState, exchange: Exchange, job: ChatJob, response: "_Response") -> None:
     with state.run(exchange.owner, job) as running:
         (update,) = await running.all()
-    for _ in response.events(update):
-        pass
-    await exchange.send_json(response.object())
+
+    def body() -> bytes:
+        for _ in response.events(update):
+            pass
+        return to_bytes(response.object())
+
+    data = await state.preparation.compute(body) if update.logprobs else body()  # these may be megabytes
+    await exchange.send_bytes(data, "application/json")
 
 
 async def _stream(state: ServerState, exchange: Exchange, job: ChatJob, response: "_Response") -> None:

@@ -142,11 +142,16 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             for task in self.server_state.tasks:
                 task.get_loop().call_soon_threadsafe(task.cancel)
-        elif running := self._state.queue.open:
-            seconds = f"{self._state.limits.drain_seconds:g} s"
-            self._note(f"stopping: {running} answers run or wait, for {seconds} at most; Ctrl-C again ends at once")
         self._state.is_draining = True
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what runs finish, and say so. A terminal that takes nothing must not stop that, so a thread says it."""
+        if running := self._state.queue.open:
+            seconds = f"{self._state.limits.drain_seconds:g} s"
+            line = f"stopping: {running} answers run or wait, for {seconds} at most; Ctrl-C again ends at once"
+            threading.Thread(target=self._note, args=(line,), name="note", daemon=True).start()
+        await super().shutdown(sockets)
 
 
 def _warm(state: ServerState) -> None:

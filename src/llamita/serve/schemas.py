@@ -53,7 +53,7 @@ def _moved(schema: Any) -> Any:
     if not isinstance(schema, dict) or "$id" in schema:  # below an own $id, references begin there
         return schema
     made = dict(schema)
-    if isinstance(ref := made.get("$ref"), str) and ref.startswith("#"):
+    if isinstance(ref := made.get("$ref"), str) and (ref == "#" or ref.startswith("#/")):
         made["$ref"] = f"#/properties/parameters{ref[1:]}"
     for key, value in made.items():
         if key in _NAMED and isinstance(value, dict):

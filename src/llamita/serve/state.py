@@ -162,26 +162,29 @@ class Running:
         updates: dict[int, Update] = {}
         while not updates:
             updates = await self._mailbox.take()
-            now = time.monotonic()
-            ended = sum(update.generation is not None for update in updates.values())
-            if now >= self._end and ended < self._left:
-                what = "The answer" if self._has_token else "The first token"
-                raise timed_out(f"{what} took longer than {self._end - self._began:g} seconds.")
+            self._check(updates)
             if not updates and self.is_silent:
                 return {}
         self._note(updates)
+        self._left -= _ended(updates)
+        return updates
+
+    def _check(self, updates: Mapping[int, Update]) -> None:
+        """Raise the error of an update, or ApiError if the time is over. What came before its end counts."""
         for update in updates.values():
             if isinstance(update.error, LlamitaError):
                 raise _failure(update.error)
             if update.error:
                 raise update.error
-            self._left -= update.generation is not None
-        return updates
+        has_token = self._has_token or bool(updates)
+        end = self._end(has_token)
+        if time.monotonic() >= end and _ended(updates) < self._left:
+            what = "The answer" if has_token else "The first token"
+            raise timed_out(f"{what} took longer than {end - self._began:g} seconds.")
 
-    @property
-    def _end(self) -> float:
+    def _end(self, has_token: bool) -> float:
         limits = self._limits
-        first = limits.total_seconds if self._has_token else limits.first_token_seconds
+        first = limits.total_seconds if has_token else limits.first_token_seconds
         return self._began + min(first, limits.total_seconds)
 
     @property
@@ -194,7 +197,7 @@ class Running:
         self._sent = time.monotonic()
 
     def _set_timer(self) -> None:
-        seconds = min(self._end, self._sent + SIGN_OF_LIFE) - time.monotonic()
+        seconds = min(self._end(self._has_token), self._sent + SIGN_OF_LIFE) - time.monotonic()
         self._timer = self._mailbox.loop.call_later(max(seconds, _LEAST_WAIT), self._ring)
 
     def _ring(self) -> None:
@@ -227,6 +230,10 @@ class Running:
         """Count the end of the job, and the answers that were stopped before theirs."""
         self._timer.cancel()
         self._metrics.note_end(time.monotonic() - self._began, self._left)
+
+
+def _ended(updates: Mapping[int, Update]) -> int:
+    return sum(update.generation is not None for update in updates.values())
 
 
 def _failure(error: LlamitaError) -> ApiError | LlamitaError:
