@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import Context, KvCache, Revision, Threads, model_argument
+from llamita.commands.options import Context, DraftFrom, KvCache, Revision, Threads, model_argument
 from llamita.commands.sources import convert_first
 from llamita.engine.llm import LLM, MAX_SEQUENCES
 from llamita.errors import InputError
@@ -110,6 +110,7 @@ def command(
     first_token_timeout: _FirstToken = 600,
     timeout: _Total = 3600,
     drain: _Drain = 10,
+    draft_from: DraftFrom = None,
     log_requests: _Log = False,
     threads: Threads = None,
     context: Context = None,
@@ -133,6 +134,7 @@ def command(
     llms = _load_all(models, _pairs(adapter or []), {
         **_shares(len(models)), "max_sequences": max_sequences,
         "context": context, "kv_dtype": kv_cache, "share_prefixes": share_prefixes, "takes_adapters": bool(adapters),
+        "draft_from": draft_from or (),
     })  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
