@@ -2,7 +2,7 @@
 
 Runs without drafts, with those of n-grams (matches of 2 or 3 tokens, up to 4 tokens drafted) and with ours take turns,
 and give the same tokens. A small model copies badly, so `asked` is the answer that a model which obeys would give: its
-logits replace the model's after each step. Rates are medians. Tokens a step hardly depend on the machine's other work.
+logits replace the model's after each step. Rates and their ratio are medians. Tokens a step hardly depend on the machine's other work.
 """
 
 import argparse
@@ -127,6 +127,7 @@ def find_ngram(text: np.ndarray, _: Corpus | None = None) -> Match | None:
 
 
 VARIANTS = {"none": (0, find_match), "n-grams": (4, find_ngram), "ours": (15, find_match)}
+TIMES = {name: StepTimes() for name in VARIANTS}  # each learns what its own steps take
 
 
 def measure(llm: LLM, task: str, kind: str, tokens: int, repeats: int) -> dict[str, list[Timings]]:
@@ -151,31 +152,37 @@ def measure(llm: LLM, task: str, kind: str, tokens: int, repeats: int) -> dict[s
     return {name: timings[1:] for name, timings in found.items()}
 
 
-TIMES = {name: StepTimes() for name in VARIANTS}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     llm = llamita.load(arguments.model, context=2048)
-    print("| task | answer | tok/s: none | n-grams | ours | times none | tokens a step: n-grams | ours | right |")
+    print("| task | answer | tok/s: none | n-grams | ours | ours ÷ none | tokens a step: n-grams | ours | right |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for task in TASKS:
         for kind in KINDS:
             found = measure(llm, task, kind, arguments.tokens, arguments.repeats)
-            rates = {name: statistics.median(t.decode_rate for t in timings) for name, timings in found.items()}
-            steps = {
-                name: sum(t.generated_tokens - 1 for t in timings) / sum(t.decode_steps for t in timings)
-                for name, timings in found.items()
-            }
-            ours = found["ours"]
-            right = sum(t.accepted_tokens for t in ours) / max(1, sum(t.drafted_tokens for t in ours))
-            cells = [task, kind, *(f"{rate:.0f}" for rate in rates.values()), f"{rates['ours'] / rates['none']:.2f}"]
-            cells += [f"{steps['n-grams']:.2f}", f"{steps['ours']:.2f}", f"{right:.0%}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print(f"| {task} | {kind} | {' | '.join(cells(found))} |", flush=True)
+
+
+def cells(found: dict[str, list[Timings]]) -> list[str]:
+    """Return the figures of one row."""
+    rates = {name: [t.decode_rate for t in timings] for name, timings in found.items()}
+    gain = statistics.median(ours / none for ours, none in zip(rates["ours"], rates["none"], strict=True))
+    steps = {
+        name: sum(t.generated_tokens - 1 for t in timings) / sum(t.decode_steps for t in timings)
+        for name, timings in found.items()
+    }
+    right, drafted = (sum(getattr(t, f"{what}_tokens") for t in found["ours"]) for what in ("accepted", "drafted"))
+    return [
+        *(f"{statistics.median(values):.0f}" for values in rates.values()),
+        f"{gain:.2f}",
+        f"{steps['n-grams']:.2f}",
+        f"{steps['ours']:.2f}",
+        f"{right} of {drafted}",
+    ]
 
 
 if __name__ == "__main__":

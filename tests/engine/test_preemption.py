@@ -137,13 +137,12 @@ def test_the_youngest_gives_way_and_goes_on_before_newer_ones(directory: Path, m
 def test_a_paused_sequence_is_taken_in_again_like_a_prompt(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the budget, with the drafter that it had, in seconds of decoding; the clock strikes once a step."""
     fix_budget(monkeypatch, alone=64, beside=32)
-    monkeypatch.setattr(StepTimes, "best_length", lambda *_: 0)  # both get a token a step
     llm, ticks = make(directory, 4), [0]
     watched = Watched(llm, lambda *_: ticks.append(0))
     clock = SimpleNamespace(perf_counter=lambda: float(len(ticks)))
     for module in (scheduler, sequence, requests):
         monkeypatch.setattr(module, "time", clock)
-    states = [llm.sequence(llm.check(ids_of(seed, 120), max_tokens=250, greedy=True)) for seed in range(2)]
+    states = [llm.sequence(llm.check(ids_of(seed, 60 + 60 * seed), max_tokens=250, greedy=True)) for seed in range(2)]
     for state in states:
         llm.scheduler.submit(state)
     while not llm.scheduler.load.paused:
