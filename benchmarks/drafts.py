@@ -2,7 +2,7 @@
 
 Runs without drafts, with those of n-grams (matches of 2 or 3 tokens, up to 4 tokens drafted) and with ours take turns,
 and give the same tokens. A small model copies badly, so `asked` is the answer that a model which obeys would give: its
-logits replace the model's after each step. Rates and their ratio are medians. Tokens a step hardly depend on the machine's other work.
+logits replace the model's after each step. Rates and their ratio are medians; tokens a step are of all rounds.
 """
 
 import argparse
@@ -145,7 +145,8 @@ def measure(llm: LLM, task: str, kind: str, tokens: int, repeats: int) -> dict[s
         for name, (most, find) in VARIANTS.items():
             speculation.find_match = find
             llm.scheduler._times = TIMES[name]
-            generation = llm.generate(ids, max_tokens=tokens, speculate=most, seed=seed, **KINDS[kind])
+            options: Options = {**KINDS[kind], "max_tokens": tokens, "speculate": most, "seed": seed}
+            generation = llm.generate(ids, **options)
             found[name].append(generation.timings)
             texts.append(generation.token_ids)
         assert texts[1:] == texts[:-1]

@@ -1,4 +1,4 @@
-"""Prompt lookup: tokens and distribution are those of plain decoding, and drafts come when they pay."""
+"""Speculation: tokens and distribution are those of plain decoding, and drafts come when they pay."""
 
 from collections import Counter
 from itertools import product

@@ -93,9 +93,9 @@ class LLM:
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache, share_prefixes)
         self.adapters = dict(adapters or {})
+        self._corpus = read_corpus(draft_from, self.tokenizer) if draft_from else None
         self.model = Model(self.config, load_weights(source, gated=not (self.adapters or takes_adapters)))
         self.scheduler = Scheduler(self.model, limits)
-        self._corpus = read_corpus(draft_from, self.tokenizer) if draft_from else None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
