@@ -2,11 +2,11 @@
 
 Runs without drafts, with those of n-grams (matches of 2 or 3 tokens, up to 4 tokens drafted) and with ours take turns,
 and give the same tokens. A small model copies badly, so `asked` is the answer that a model which obeys would give: its
-logits replace the model's after each step. Rates and their ratio are medians; tokens a step are of all rounds.
+logits replace the model's after each step. Rates are those of the fastest round; tokens a step are of all rounds.
 """
 
 import argparse
-import statistics
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -86,12 +86,15 @@ TASKS = {
         STORY.replace("Tom", "Ben"),
     ),
     "code": (f"# bank.py\n{CODE}\n\n# bank.py with a method `transfer`\n", CODE + NEW_METHOD),
+    "code of a file": ("A class of bank.py:\n\n", CODE + NEW_METHOD),
     "extraction": (
         f"Log:\n\n{LOG}\n\nAll lines that say ERROR:\n\n",
         "\n".join(line for line in LOG.split("\n") if "ERROR" in line),
     ),
     "free text": ("Here is a long story about a village.\n\n", STORY),
 }
+FILES = {"code of a file": CODE}  # what --draft-from names
+SEEDS = {"temperature 0.7": (1, 2, 3)}  # one where nothing is drawn
 BEGUN = 24  # tokens of the asked answer that are given, so that the model knows what to do
 KINDS: dict[str, Options] = {
     "asked": {"greedy": True},
@@ -130,59 +133,63 @@ VARIANTS = {"none": (0, find_match), "n-grams": (4, find_ngram), "ours": (15, fi
 TIMES = {name: StepTimes() for name in VARIANTS}  # each learns what its own steps take
 
 
-def measure(llm: LLM, task: str, kind: str, tokens: int, repeats: int) -> dict[str, list[Timings]]:
-    """Run all variants in turn, after a round that learns what steps take; return the timings of each."""
+def measure(llm: LLM, task: str, kind: str, tokens: int, repeats: int) -> dict[str, list[list[Timings]]]:
+    """Run all variants in turn, after a round that learns what steps take; return the timings of each by seed."""
     prompt, answer = TASKS[task]
     ids, wanted = llm.tokenizer.encode(prompt), llm.tokenizer.encode(answer, add_bos=False)
     ids += wanted[:BEGUN]
     llm.scheduler.model = llm.model
+    llm._corpus = Corpus(np.array(llm.tokenizer.encode(FILES[task]), dtype=np.int32)) if task in FILES else None
     if kind == "asked":
         tokens = len(wanted) - BEGUN
         llm.scheduler.model = Obeying(llm, len(ids), wanted[BEGUN:])  # type: ignore[assignment]
-    found: dict[str, list[Timings]] = {name: [] for name in VARIANTS}
-    for seed in range(repeats + 1):
+    seeds = SEEDS.get(kind, (1,))
+    found: dict[str, list[list[Timings]]] = {name: [[] for _ in seeds] for name in VARIANTS}
+    for _, (place, seed) in product(range(repeats + 1), enumerate(seeds)):
         texts = []
         for name, (most, find) in VARIANTS.items():
             speculation.find_match = find
             llm.scheduler._times = TIMES[name]
             options: Options = {**KINDS[kind], "max_tokens": tokens, "speculate": most, "seed": seed}
             generation = llm.generate(ids, **options)
-            found[name].append(generation.timings)
+            found[name][place].append(generation.timings)
             texts.append(generation.token_ids)
         assert texts[1:] == texts[:-1]
-    return {name: timings[1:] for name, timings in found.items()}
+    return {name: [timings[1:] for timings in by_seed] for name, by_seed in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--task", choices=TASKS, help="this task alone")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     llm = llamita.load(arguments.model, context=2048)
     print("| task | answer | tok/s: none | n-grams | ours | ours ÷ none | tokens a step: n-grams | ours | right |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for task in TASKS:
+    for task in [arguments.task] if arguments.task else TASKS:
         for kind in KINDS:
             found = measure(llm, task, kind, arguments.tokens, arguments.repeats)
             print(f"| {task} | {kind} | {' | '.join(cells(found))} |", flush=True)
 
 
-def cells(found: dict[str, list[Timings]]) -> list[str]:
+def cells(found: dict[str, list[list[Timings]]]) -> list[str]:
     """Return the figures of one row."""
-    rates = {name: [t.decode_rate for t in timings] for name, timings in found.items()}
-    gain = statistics.median(ours / none for ours, none in zip(rates["ours"], rates["none"], strict=True))
-    steps = {
-        name: sum(t.generated_tokens - 1 for t in timings) / sum(t.decode_steps for t in timings)
-        for name, timings in found.items()
-    }
-    right, drafted = (sum(getattr(t, f"{what}_tokens") for t in found["ours"]) for what in ("accepted", "drafted"))
+    rates, steps = {}, {}
+    for name, by_seed in found.items():
+        every = [t for timings in by_seed for t in timings]
+        tokens = sum(timings[0].generated_tokens - 1 for timings in by_seed)
+        rates[name] = tokens / sum(min(t.decode_seconds for t in timings) for timings in by_seed)
+        steps[name] = sum(t.generated_tokens - 1 for t in every) / sum(t.decode_steps for t in every)
+    ours = [t for timings in found["ours"] for t in timings]
+    right = sum(t.accepted_tokens for t in ours) / max(1, sum(t.drafted_tokens for t in ours))
     return [
-        *(f"{statistics.median(values):.0f}" for values in rates.values()),
-        f"{gain:.2f}",
+        *(f"{rate:.0f}" for rate in rates.values()),
+        f"{rates['ours'] / rates['none']:.2f}",
         f"{steps['n-grams']:.2f}",
         f"{steps['ours']:.2f}",
-        f"{right} of {drafted}",
+        f"{right:.0%}",
     ]
 
 
