@@ -65,15 +65,9 @@ def load(
     scheme = preset if scheme is None else scheme
     source = open_model(at_revision(path_or_name, revision), scheme, progress)
     return LLM(
-        source,
-        context=context,
-        kv_dtype=kv_dtype,
-        max_sequences=max_sequences,
-        cache_memory=cache_memory,
-        prefix_cache=prefix_cache,
-        adapters=open_adapters(source, adapters or adaptors or {}),
-        draft_from=draft_from,
-    )
+        source, context=context, kv_dtype=kv_dtype, max_sequences=max_sequences, cache_memory=cache_memory,
+        prefix_cache=prefix_cache, adapters=open_adapters(source, adapters or adaptors or {}), draft_from=draft_from,
+    )  # fmt: skip
 
 
 def open_model(name: str | Path, scheme: str | QuantScheme | None = None, progress: Progress = None) -> ModelSource:
