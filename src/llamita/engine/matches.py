@@ -115,8 +115,8 @@ def _longest(ids: np.ndarray, after: np.ndarray, text: np.ndarray, length: int) 
         return 0, 0
     most = min(_LONGEST, len(text))
     while length < most:
-        longer = after[after > length]
-        longer = longer[ids[longer - length - 1] == text[-length - 1]]
+        longer = after[1:] if after[0] == length else after  # the first may be at the beginning, with nothing before it
+        longer = longer[ids[longer - (length + 1)] == text[-length - 1]]
         if not len(longer):
             break
         after, length = longer, length + 1
