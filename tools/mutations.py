@@ -52,6 +52,8 @@ MUTATIONS = [
      "(turns - np.float32(low)) / np.float32(high)", "Llama 3.1: the blend of frequencies"),
     ("src/llamita/engine/sequence.py", "if answer.finish_reason or not is_hit:", "if answer.finish_reason:",
      "speculation: what follows a refused draft is kept"),
+    ("src/llamita/engine/matches.py", "return int(after[-1]), length", "return int(after[0]), length",
+     "drafts: what followed the first of the longest matches"),
     ("src/llamita/engine/sequence.py", "min(self.cache.length, self.first_row)",
      "min(self.cache.length, self.count - 1)", "scores of a prompt: those of an interrupted step are lost"),
     ("src/llamita/engine/cache_memory.py", "youngest = max((*others, sequence)", "youngest = min((*others, sequence)",

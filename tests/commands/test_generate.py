@@ -89,6 +89,21 @@ def test_speculation_can_be_turned_off_and_changes_no_text() -> None:
     assert found[1]["timings"]["accepted_tokens"] <= found[1]["timings"]["drafted_tokens"] > 0
 
 
+@pytest.mark.parametrize("command", [GENERATE, ("chat", "embedded")], ids=["generate", "chat"])
+def test_drafts_from_files_reach_the_engine(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    given = [part for file in files for part in ("--draft-from", str(file))]
+    files[0].write_text("Once upon a time")
+    more = ("--prompt", "x") if command is GENERATE else ()
+    assert run_here(*command, *more, *given) == 2
+    assert capsys.readouterr().err == f"error: {files[1]}: cannot be read: No such file or directory\n"
+    if command is GENERATE:
+        files[1].write_text("there was a dog")
+        assert run_here(*command, *more, *given) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "text"),
     [

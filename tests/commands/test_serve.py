@@ -35,6 +35,7 @@ from llamita.system.child import environment
         (["/nowhere/model"], "/nowhere/model"),
         (["--context", "4096"], "context"),
         (["--prefix-file", "/nowhere/at/all/file"], "--prefix-file"),
+        (["--draft-from", "/nowhere/at/all/file"], "/nowhere/at/all/file: cannot be read"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:

@@ -142,7 +142,7 @@ def test_a_paused_sequence_is_taken_in_again_like_a_prompt(directory: Path, monk
     clock = SimpleNamespace(perf_counter=lambda: float(len(ticks)))
     for module in (scheduler, sequence, requests):
         monkeypatch.setattr(module, "time", clock)
-    states = [llm.sequence(llm.check(ids_of(seed, 120), max_tokens=250, greedy=True)) for seed in range(2)]
+    states = [llm.sequence(llm.check(ids_of(seed, 60 + 60 * seed), max_tokens=250, greedy=True)) for seed in range(2)]
     for state in states:
         llm.scheduler.submit(state)
     while not llm.scheduler.load.paused:

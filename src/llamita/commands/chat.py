@@ -13,6 +13,7 @@ from llamita.commands import console
 from llamita.commands.options import (
     AdapterPath,
     Context,
+    DraftFrom,
     DrawSeed,
     Greedy,
     Json,
@@ -68,6 +69,7 @@ def command(
     top_p: TopP = None,
     seed: DrawSeed = None,
     speculate: Speculate = DEFAULT_SPECULATE,
+    draft_from: DraftFrom = None,
     scheme: Scheme = None,
     threads: Threads = None,
     context: Context = None,
@@ -83,7 +85,9 @@ def command(
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """
-    llm = load_with_adapter(model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache)
+    llm = load_with_adapter(
+        model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache, draft_from=draft_from or ()
+    )
     _ = llm.chat_template  # refuse a base model, which has none, before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,

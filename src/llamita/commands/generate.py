@@ -9,6 +9,7 @@ from llamita.commands import console
 from llamita.commands.options import (
     AdapterPath,
     Context,
+    DraftFrom,
     DrawSeed,
     Greedy,
     Json,
@@ -47,6 +48,7 @@ def command(
     seed: DrawSeed = None,
     stop: _Stop = None,
     speculate: Speculate = DEFAULT_SPECULATE,
+    draft_from: DraftFrom = None,
     scheme: Scheme = None,
     threads: Threads = None,
     context: Context = None,
@@ -62,7 +64,9 @@ def command(
     Example: llamita generate embedded --prompt "Once upon a time" --max-tokens 100
     """
     text = read_prompt(prompt)
-    llm = load_with_adapter(model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache)
+    llm = load_with_adapter(
+        model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache, draft_from=draft_from or ()
+    )
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,

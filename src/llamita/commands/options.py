@@ -125,5 +125,13 @@ TopP = Annotated[
 ]
 DrawSeed = Annotated[int | None, typer.Option("--seed", help="Random seed; by default every run differs.")]
 Speculate = Annotated[
-    int, typer.Option("--speculate", help="Tokens to draft from the text so far and verify together; 0 for none.")
+    int, typer.Option("--speculate", help="Most tokens to draft from earlier text and verify together; 0 for none.")
+]
+DraftFrom = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--draft-from",
+        metavar="FILE",
+        help="Draft from this text, too: what answers repeat of it comes faster; repeatable.",
+    ),
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import Context, KvCache, Revision, Threads, model_argument
+from llamita.commands.options import Context, DraftFrom, KvCache, Revision, Threads, model_argument
 from llamita.commands.sources import convert_first
 from llamita.engine.llm import LLM, MAX_SEQUENCES
 from llamita.errors import InputError
@@ -110,6 +110,7 @@ def command(
     first_token_timeout: _FirstToken = 600,
     timeout: _Total = 3600,
     drain: _Drain = 10,
+    draft_from: DraftFrom = None,
     log_requests: _Log = False,
     threads: Threads = None,
     context: Context = None,
@@ -129,10 +130,9 @@ def command(
     parts.check_paths(adapters, admin_key_file, prefix_file)
     _log(log_requests)
     listener = parts.listen(host, port)
-    use_threads(threads)
-    llms = _load_all(models, _pairs(adapter or []), {
-        **_shares(len(models)), "max_sequences": max_sequences,
-        "context": context, "kv_dtype": kv_cache, "share_prefixes": share_prefixes, "takes_adapters": bool(adapters),
+    llms = _load_all(models, _pairs(adapter or []), threads, {
+        **_shares(len(models)), "max_sequences": max_sequences, "context": context, "kv_dtype": kv_cache,
+        "share_prefixes": share_prefixes, "takes_adapters": bool(adapters), "draft_from": draft_from or (),
     })  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
@@ -166,8 +166,11 @@ def _pairs(given: list[str]) -> dict[str, Path]:
     return pairs
 
 
-def _load_all(models: list[str], adapters: dict[str, Path], options: dict[str, Any]) -> dict[str, LLM]:
+def _load_all(
+    models: list[str], adapters: dict[str, Path], threads: int | None, options: dict[str, Any]
+) -> dict[str, LLM]:
     """Load the models; return them by the names that requests give."""
+    use_threads(threads)
     llms: dict[str, LLM] = {}
     for text in models:
         name, source = _split_name(text)

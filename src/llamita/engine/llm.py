@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from llamita.engine.adapters import Adapter
 from llamita.engine.kv_cache import KV_DTYPES, SequenceCache
 from llamita.engine.load import SequenceLimits
+from llamita.engine.matches import read_corpus
 from llamita.engine.model import Model
 from llamita.engine.prefixes import BLOCK, whole_blocks
 from llamita.engine.prompt_budget import PREFILL_CHUNK
@@ -84,12 +86,14 @@ class LLM:
         adapters: Mapping[str, Adapter] | None = None,
         takes_adapters: bool = False,
         share_prefixes: bool = False,
+        draft_from: Sequence[str | Path] = (),
     ) -> None:
         """Load the weights. `llamita.load` explains the arguments; `adapters` are loaded already."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
         self.context, self.kv_dtype = check_cache(source, context, kv_dtype)
         limits = self._limits(max_sequences, cache_memory, prefix_cache, share_prefixes)
         self.adapters = dict(adapters or {})
+        self._corpus = read_corpus(draft_from, self.tokenizer) if draft_from else None
         self.model = Model(self.config, load_weights(source, gated=not (self.adapters or takes_adapters)))
         self.scheduler = Scheduler(self.model, limits)
 
@@ -219,7 +223,7 @@ class LLM:
 
     def sequence(self, request: Request) -> SequenceState:
         """Return a sequence for a checked request, to be submitted to `scheduler` by a driver with a thread."""
-        return SequenceState(request, Answer(request, self.tokenizer))
+        return SequenceState(request, Answer(request, self.tokenizer), self._corpus)
 
     def encode_chat(
         self,

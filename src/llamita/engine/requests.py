@@ -20,7 +20,7 @@ from llamita.text.tokenizer import Detokenizer, Tokenizer
 TokenIds = Sequence[int] | np.ndarray
 Prompt = str | Sequence[Message] | TokenIds
 DEFAULT_MAX_TOKENS = 256
-DEFAULT_SPECULATE = 4  # each row more costs about a tenth of a one-row step, and may bring a token
+DEFAULT_SPECULATE = 15  # what a step has rows for beside the newest token; the clock decides how many pay
 _LARGEST_BIAS = 100.0  # OpenAI's bound: it all but forbids a token or demands it
 _MOST_LOGPROBS = 20
 _GREEDY = {"repetition_penalty", "frequency_penalty", "presence_penalty", "seed"}  # what it can be combined with
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
     show_special: bool  # special tokens are written out in the text, but for end tokens
     owner: str | None  # whose request it is: what the cache keeps is shared within one owner
     stop: Sequence[str]  # the text ends before the first of these to occur
-    speculate: int  # the most tokens drafted from the text so far and verified together; 4 by default, 0 for none
+    speculate: int  # the most tokens drafted from the text so far and verified together; 15 by default, 0 for none
     adapter: str | None  # the name of an adapter that the model was loaded with; none by default
     adaptor: str | None  # its former name
 

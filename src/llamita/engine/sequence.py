@@ -11,6 +11,7 @@ import numpy as np
 
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.logprobs import score
+from llamita.engine.matches import Corpus
 from llamita.engine.prefixes import BLOCK, Prefix, whole_blocks
 from llamita.engine.requests import Answer, Generation, Request
 from llamita.engine.sampler import Sampler
@@ -23,6 +24,7 @@ class SequenceState:
     `is_over`, which a cancellation sets, and `events`, which a driver empties.
 
     Attributes:
+        corpus: texts of the user that drafts come from, too.
         events: pieces of text, then the Generation or an error; a driver takes them from the left.
         arrival: smaller for those that were submitted before.
         is_over: no more events will come.
@@ -39,9 +41,10 @@ class SequenceState:
     sampler: Sampler
     drafter: Drafter | None  # set with the first token
 
-    def __init__(self, request: Request, answer: Answer) -> None:
+    def __init__(self, request: Request, answer: Answer, corpus: Corpus | None = None) -> None:
         self.request = request
         self.answer = answer
+        self.corpus = corpus
         self.events: deque[str | Generation | Exception] = deque()
         self.arrival = 0
         self.is_over = False
@@ -183,7 +186,7 @@ class SequenceState:
     def _append(self, token: int) -> bool:
         """Add a token; return whether the draft has it."""
         if self.count == len(self.request.ids):
-            self.drafter = Drafter(self.ids, self.count) if self.request.speculate else None
+            self.drafter = Drafter(self.ids, self.count, self.corpus) if self.request.speculate else None
         self.is_decoding = True
         self.count += 1
         if self.drafter:

@@ -1,18 +1,19 @@
-"""Prompt-lookup speculation: drafts from the n-grams of the text, and the decision whether they pay.
+"""Speculation without a second model: drafts from the text and from texts of the user, and whether they pay.
 
-Where a grammar leaves one way to go on, that is the draft.
-
-A draft is what followed the last occurrence of the newest n-gram (Saxena 2023, "Prompt Lookup Decoding"; drafts by
-reference in general: arXiv 2304.04487). The scheduler verifies drafts, and this module learns from the result.
+A draft is what followed the last of the longest earlier occurrences of the text's end (as in Saxena 2023, "Prompt
+Lookup Decoding", with matches of any length). Where a grammar leaves one way to go on, that is the draft. The
+scheduler verifies drafts, and this module learns from the result.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-ORDERS = (3, 2)  # lengths of n-grams, the longer match first
-DECODE_ROWS = 16  # rows of a decoding step, with drafts: up to here each more costs about a tenth of a step
+from llamita.engine.matches import Corpus, Match, find_match
+
+DECODE_ROWS = 16  # rows of a decoding step, with drafts: up to here each more costs a tenth to a quarter of a step
 _KEEP = 0.9  # the old value's share of a moving average
+_RATES = (0.2, 0.4, 0.6, 0.8, 0.9)  # of drafts after matches of 1, 2, 4, 8 and 16 tokens or more, before any is seen
 _TRUSTED = 3  # a time counts after this many measurements: the first ones fault pages in
 _MARGIN = 1.05  # drafts must raise tokens per second by this factor, because drafting and comparing take time, too
 _SPIKE = 2.0  # a measurement counts for at most this many times the estimate: the rest was other work of the machine
@@ -20,59 +21,59 @@ _FORGIVE = 0.998  # each refusal lowers a time by 0.2 %, so one that is 50 % too
 
 
 class Drafter:
-    """Drafts for one sequence, in O(1) per token.
+    """Drafts for one sequence.
 
     Args:
         ids: int32 (capacity,), the sequence's tokens; a draft is written after the known ones.
         count: how many tokens are known.
+        corpus: texts of the user in which to look, too.
     """
 
-    def __init__(self, ids: np.ndarray, count: int) -> None:
-        known = ids[:count].tolist()
-        self._ids, self._count = ids, count
+    def __init__(self, ids: np.ndarray, count: int, corpus: Corpus | None = None) -> None:
+        self._ids, self._count, self._corpus = ids, count, corpus
         self._end = 0  # the draft is ids[count:end]
-        self._tail = tuple(known[-ORDERS[0] :])
-        # For each n-gram the position of the token that followed it last.
-        self._after = [
-            dict(zip(zip(*(known[i:] for i in range(n)), strict=False), range(n, count), strict=False)) for n in ORDERS
-        ]
-        self._order = 0  # index in ORDERS of the n-gram that made the draft, or that of forced tokens
-        self._rates = [0.5] * len(ORDERS) + [1.0]  # the last one of forced tokens
+        self._match: Match | None = None  # of the end of the known tokens; None if it is to be looked for
+        self._rates = [*_RATES, 1.0]  # the last one of forced tokens
+        self._kind = 0  # which of these is that of the draft
 
     @property
     def rate(self) -> float:
         """How often, of late, a drafted token was right if those before it were."""
-        return self._rates[self._order]
+        return self._rates[self._kind]
 
     def propose(self, limit: int, forced: Sequence[int] = ()) -> int:
         """Write a draft and return its length: the forced tokens, all of them.
 
-        Without any, it is `limit` tokens if the newest n-gram has occurred before, else none.
+        Without any, it is what followed the match: up to `limit` tokens, and up to twice as many as match.
         """
+        count, draft = self._count, forced
         if forced:
-            self._order, self._end = len(ORDERS), self._count + len(forced)
-            self._ids[self._count : self._end] = forced
-            return len(forced)
-        for order, n in enumerate(ORDERS):
-            start = self._after[order].get(self._tail[-n:])
-            if start is not None:
-                for i in range(limit):  # one by one, because a repetition continues from the draft's own tokens
-                    self._ids[self._count + i] = self._ids[start + i]
-                self._order, self._end = order, self._count + limit
-                return limit
-        return 0
+            self._kind = len(_RATES)
+        else:
+            self._match = self._match or find_match(self._ids[:count], self._corpus)
+            if self._match is None:
+                return 0
+            ids, after, length = self._match
+            self._kind = min(length.bit_length(), len(_RATES)) - 1
+            limit = min(limit, 2 * length)
+            if ids is not None:
+                draft = ids[after : after + limit]
+            else:  # the text itself, where a repetition goes on with the draft's own tokens
+                draft = self._ids[after + np.arange(limit) % (count - after)]
+        self._end = count + len(draft)
+        self._ids[count : self._end] = draft
+        return len(draft)
 
     def add(self, token: int) -> bool:
         """Add the next token; return whether the draft has it, even if no step verified it."""
         at, ids, rates = self._count, self._ids, self._rates
         is_hit = at < self._end and int(ids[at]) == token
         if at < self._end:
-            rates[self._order] = _KEEP * rates[self._order] + (1 - _KEEP) * is_hit
+            rates[self._kind] = _KEEP * rates[self._kind] + (1 - _KEEP) * is_hit
             if not is_hit:
                 self._end = 0
-        for order, n in enumerate(ORDERS):
-            self._after[order][self._tail[-n:]] = at  # no n-gram equals a tail shorter than n
-        self._tail = (*self._tail[1 - ORDERS[0] :], token)
+        if self._match:
+            self._match = self._match.extended(ids, token)
         ids[at] = token
         self._count = at + 1
         return is_hit
@@ -112,18 +113,29 @@ class StepTimes:
         """
         if self._counts.get(sequences, 0) < _TRUSTED:
             return 0  # first measure a plain step
-        best, most = 0, _MARGIN * sequences / self._seconds[sequences]
+        best, most, rows, tokens = 0, _MARGIN * sequences / self._seconds[sequences], sequences, float(sequences)
+        chances = [rate for _, rate in drafts]  # that so many drafted tokens are right
         for length in range(1, max(length for length, _ in drafts) + 1):
-            rows, tokens = sequences, float(sequences)
-            for drafted, rate in drafts:
-                cut = min(drafted, length)
-                rows += cut
-                tokens += sum(rate**i for i in range(1, cut + 1))
-            if self._counts.get(rows, 0) < _TRUSTED:
-                return length  # measure it
-            speed = tokens / (self._seconds[rows] * self._doubt[rows])
+            for i, (drafted, rate) in enumerate(drafts):
+                if length <= drafted:
+                    rows += 1
+                    tokens += chances[i]
+                    chances[i] *= rate
+            doubt = self._doubt.get(rows, 1.0)
+            speed = tokens / (self._expected(rows) * doubt)
             if speed > most:
                 best, most = length, speed
             else:
-                self._doubt[rows] *= _FORGIVE
+                self._doubt[rows] = doubt * _FORGIVE
         return best
+
+    def _expected(self, rows: int) -> float:
+        """Return the seconds of a step: as measured, or between its neighbours, or at least those of fewer rows."""
+        if self._counts.get(rows, 0) >= _TRUSTED:
+            return self._seconds[rows]
+        known = [n for n, count in self._counts.items() if count >= _TRUSTED]
+        below, above = max(n for n in known if n < rows), min((n for n in known if n > rows), default=None)
+        if above is None:
+            return self._seconds[below]
+        share = (rows - below) / (above - below)
+        return (1 - share) * self._seconds[below] + share * self._seconds[above]
