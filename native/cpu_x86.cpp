@@ -48,6 +48,7 @@ std::vector<const Kernels*> supported_kernels() {
   else if (features.avx512vnni)
     list.push_back(&avxvnni_evex_kernels);
   if (features.avx2) list.push_back(&avx2_kernels);
+  if (features.avx512vnni) list.push_back(&amx_portable_kernels);
   list.push_back(&scalar_kernels);
   return list;
 }

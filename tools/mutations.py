@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-VNNI = "native/kernels/avx512vnni.cpp"
+VNNI = "native/kernels/avx512.inc"
 
 # File, a text that occurs in it exactly once, its replacement, and what that breaks.
 # ruff: noqa: E501  the lines of this table are the code that they quote
