@@ -18,7 +18,7 @@ void choose_kernels(const std::string& name);     // throws std::invalid_argumen
 struct Checked {
   size_t rounds = 0, wrong = 0;
 };
-// Computes a product again and again on so many threads, at least once on each, and counts results that are wrong.
+// Computes two products in turn on so many threads, at least once each, and counts results that are wrong.
 Checked check_products(const Kernels& k, double seconds, size_t threads);
 
 }  // namespace llamita
