@@ -167,7 +167,8 @@ class Race:
         records.write(self.path, self.record)
         tokens = shape.sequences * shape.prompt, shape.sequences * shape.new
         rates = tokens[0] / run["prefill_seconds"], tokens[1] / run["decode_seconds"]
-        limits = f"{run['int8_rate']:.0f} GMAC/s, {run['read_bandwidth']:.1f} GB/s"
+        vnni = f" (VNNI {run['vnni_rate']:.0f})" if "vnni_rate" in run else ""
+        limits = f"{run['int8_rate']:.0f} GMAC/s{vnni}, {run['read_bandwidth']:.1f} GB/s"
         print(f"round {number} {case:>5} {name:18} {rates[0]:7.1f} {rates[1]:7.2f} tok/s   ({limits})")
 
     def _fail(self, name: str, error: workers.PeerError) -> None:

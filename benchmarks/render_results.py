@@ -58,6 +58,8 @@ All of this needs 25 GB of disk and 20 GB of memory.
 def render(records: list[dict[str, Any]]) -> str:
     """Return the whole page, newest record first."""
     parts = [INTRODUCTION]
+    if not any("vnni_rate" in timing for record in records for timing in record["timings"]):
+        parts.append("No record is of a machine with AMX: llamita's kernel for it was not measured.\n")
     for record in sorted(records, key=lambda record: record["started"], reverse=True):
         parts.append(_render_record(record))
     return "\n".join(parts)
@@ -66,11 +68,12 @@ def render(records: list[dict[str, Any]]) -> str:
 def _render_record(record: dict[str, Any]) -> str:
     machine, summary = record["machine"], summarize(record)
     macs, reads = (_rate(summary["limits"][name]) for name in ("int8_rate", "read_bandwidth"))
+    vnni = f" ({_rate(summary['limits']['vnni_rate'])} without AMX)" if "vnni_rate" in summary["limits"] else ""
     day, time = record["started"].rstrip("Z").split("T")
     lines = [
         f"## {machine['cpu']}, {machine['threads']} threads, {machine['isa']}, {day} {time} UTC",
         "",
-        f"Limits: {macs} GMAC/s in int8, {reads} GB/s of reads.",
+        f"Limits: {macs} GMAC/s in int8{vnni}, {reads} GB/s of reads.",
         "",
     ]
     lines += [f"{note}\n" for note in record["notes"]]

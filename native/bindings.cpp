@@ -305,6 +305,15 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
+std::tuple<size_t, size_t> check_products_of(const std::string& isa, double seconds, size_t threads) {
+  const Kernels& k = kernels(isa);
+  REQUIRE(seconds >= 0 && seconds <= 3600, "seconds: expected 0 to 3600, got " + std::to_string(seconds));
+  REQUIRE(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024, got " + text(threads));
+  const nb::gil_scoped_release release;
+  const Checked found = check_products(k, seconds, threads);
+  return {found.rounds, found.wrong};
+}
+
 void bind_machine(nb::module_& m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", isa_names);
@@ -313,7 +322,10 @@ void bind_machine(nb::module_& m) {
   m.def("set_threads", set_threads, "count"_a);
   m.def("usable_cpus", usable_cpus, "root"_a = "");
   m.def("read_bandwidth", read_bandwidth, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("int8_rate", int8_rate, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "int8_rate", [](const std::string& isa) { return int8_rate(isa.empty() ? kernels() : kernels(isa)); },
+      "isa"_a = "", nb::call_guard<nb::gil_scoped_release>());
+  m.def("check_products", check_products_of, "isa"_a, "seconds"_a, "threads"_a);
 }
 
 void bind_weights(nb::module_& m) {

@@ -1,5 +1,11 @@
 // x86-64: asks which features the processor has (CPUID) and which registers the system saves on a switch (XGETBV).
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
 
 #include "dispatch.h"
 
@@ -7,10 +13,27 @@ namespace llamita {
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
 };
 
-// Bits of XCR0: 1 SSE, 2 AVX, 5 to 7 AVX-512.
+// Asks the system for the 8 KB of tiles that it must save for every thread of this process.
+#ifdef __linux__
+bool may_use_tiles() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#else
+bool may_use_tiles() { return false; }
+#endif
+
+// Returns whether tiles keep what is in them while threads take turns; see check.cpp.
+bool tiles_are_kept() {
+  constexpr double kSeconds = 0.005;
+  constexpr size_t kMostThreads = 16;
+  return check_products(amx_kernels, kSeconds, std::min(2 * usable_cpus(), kMostThreads)).wrong == 0;
+}
+
+// Bits of XCR0: 1 SSE, 2 AVX, 5 to 7 AVX-512, 17 and 18 AMX.
 uint64_t saved_state() {
   uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -34,6 +57,7 @@ Features detect() {
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && all(a, {4});
   // F, DQ, BW, VL; VNNI
   f.avx512vnni = f.avx2 && (state & 0xe6) == 0xe6 && all(b7, {16, 17, 30, 31}) && all(c7, {11});
+  f.amx = f.avx512vnni && (state & 0x60000) == 0x60000 && all(d7, {24, 25}) && may_use_tiles() && tiles_are_kept();
   return f;
 }
 
@@ -42,12 +66,14 @@ Features detect() {
 std::vector<const Kernels*> supported_kernels() {
   static const Features features = detect();
   std::vector<const Kernels*> list;
+  if (features.amx) list.push_back(&amx_kernels);
   if (features.avx512vnni) list.push_back(&avx512vnni_kernels);
   if (features.avxvnni)
     list.push_back(&avxvnni_kernels);
   else if (features.avx512vnni)
     list.push_back(&avxvnni_evex_kernels);
   if (features.avx2) list.push_back(&avx2_kernels);
+  if (features.avx512vnni) list.push_back(&amx_portable_kernels);
   list.push_back(&scalar_kernels);
   return list;
 }

@@ -31,6 +31,8 @@ std::atomic<const Kernels*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
-void choose_kernels(const std::string& name) { chosen() = find(name, "isa"); }
+const Kernels& kernels(const std::string& name) { return *find(name, "isa"); }
+
+void choose_kernels(const std::string& name) { chosen() = &kernels(name); }
 
 }  // namespace llamita

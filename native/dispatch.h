@@ -12,6 +12,13 @@ std::vector<const Kernels*> supported_kernels();  // cpu_x86.cpp, cpu_arm.cpp or
 size_t usable_cpus(const std::string& root = "");
 
 const Kernels& kernels();
-void choose_kernels(const std::string& name);  // throws std::invalid_argument
+const Kernels& kernels(const std::string& name);  // throws std::invalid_argument
+void choose_kernels(const std::string& name);     // throws std::invalid_argument
+
+struct Checked {
+  size_t rounds = 0, wrong = 0;
+};
+// Computes two products in turn on so many threads, at least once each, and counts results that are wrong.
+Checked check_products(const Kernels& k, double seconds, size_t threads);
 
 }  // namespace llamita

@@ -52,6 +52,6 @@ struct RoundedRows {
 size_t round_weights(const void* w, Dtype dtype, size_t rows, const Rounding& rounding, const RoundedRows& out);
 
 double read_bandwidth(size_t bytes);  // GB/s
-double int8_rate();                   // 10^9 multiply-adds per second
+double int8_rate(const Kernels& k);   // 10^9 multiply-adds per second
 
 }  // namespace llamita

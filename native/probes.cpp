@@ -42,9 +42,8 @@ double read_bandwidth(size_t bytes) {
   return best / 1e9;
 }
 
-double int8_rate() {
+double int8_rate(const Kernels& k) {
   constexpr size_t kIterations = 100000;
-  const Kernels& k = kernels();
   const size_t items = threads() * 16;
   double best = 0;
   for (int i = 0; i < kRepeats * kProbeVariants; i++) {

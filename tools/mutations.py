@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-VNNI = "native/kernels/avx512vnni.cpp"
+VNNI = "native/kernels/avx512.inc"
 
 # File, a text that occurs in it exactly once, its replacement, and what that breaks.
 # ruff: noqa: E501  the lines of this table are the code that they quote
@@ -25,6 +25,9 @@ MUTATIONS = [
     (VNNI, "const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);",
      "const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low);", "decode: high nibbles of rows 16-31"),
     (VNNI, "_mm512_set1_epi32(start[i * a.groups])", "_mm512_set1_epi32(start[0])", "prefill: a token's own offset"),
+    ("native/kernels/tiles.inc", "_mm512_set1_epi32(first[i * start_stride])", "_mm512_set1_epi32(first[0])",
+     "AMX: a token's own offset"),
+    ("native/kernels/tiles.inc", "drain<S>(dots[g % 2]", "drain<S>(dots[(g + 1) % 2]", "AMX: the sums of another group"),
     ("native/ops.cpp", "w4 ? 8 : 128", "w4 ? 8 : 127", "int8 tables: the weights' offset"),
     ("native/pack.cpp", "colsum += static_cast<double>(scale) *", "colsum += 1.001 * static_cast<double>(scale) *",
      "int4: the zero point's correction, by a thousandth"),

@@ -29,6 +29,7 @@ MEMORY = Sanitizer(
     {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # Python's own leaks
     (
         "tests/native/test_kernels.py",
+        "tests/native/test_tiles.py",
         "tests/native/test_hadamard_kernels.py",
         "tests/native/test_rounding.py",
         "tests/native/test_attention.py",
@@ -44,6 +45,7 @@ THREAD = Sanitizer(
     {"TSAN_OPTIONS": "halt_on_error=1 die_after_fork=0 detect_deadlocks=0 report_signal_unsafe=0"},
     ("tests/native/test_threads.py", "tests/native/test_stress_threads.py",
      "tests/native/test_kernels.py::test_calls_from_several_threads_do_not_disturb_each_other",
+     "tests/native/test_tiles.py::test_the_check_at_the_start_passes_on_every_set_and_counts_its_rounds",
      "tests/native/test_kernels.py::test_instruction_sets_and_threads_give_the_same_bits"),
 )  # fmt: skip
 

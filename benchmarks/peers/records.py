@@ -20,6 +20,7 @@ DEFINITIONS = {
     "decode": "seconds of the following tokens, each chosen by argmax and fed back",
     "limits": "measured before and after each run; a run is held against the mean of the two",
     "int8_rate": "10^9 int8 multiply-adds per second, all threads, operands in registers",
+    "vnni_rate": "where int8_rate is AMX's: the same of AVX-512 VNNI",
     "read_bandwidth": "10^9 bytes per second, all threads, over 512 MiB",
 }
 WORK_FIELDS = {  # names in a record of the counts of `llamita.bench.work.Work`
@@ -70,8 +71,8 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     parts = [t for t in timings if t["contender"] in _PARTS]
     timings = [t for t in timings if t["contender"] not in _PARTS] + list(_extrapolate(parts))
     summary: dict[str, Any] = {"limits": {}, "cases": {}}
-    for limit in ("int8_rate", "read_bandwidth"):
-        if timings:
+    for limit in ("int8_rate", "vnni_rate", "read_bandwidth"):
+        if timings and limit in timings[0]:
             summary["limits"][limit] = _spread([t[limit] for t in timings])
     for case in CASES:
         rows = {}

@@ -14,6 +14,7 @@ import records
 import llamita
 from llamita import _native
 from llamita.bench.plan import describe
+from llamita.bench.tiles import vnni_rate
 from llamita.bench.work import count_work
 from llamita.engine.llm import PREFILL_CHUNK
 
@@ -72,10 +73,13 @@ class Limits:
 
     def measure(self) -> dict[str, float]:
         """Return 10^9 int8 multiply-adds and 10^9 bytes per second; medians, because one probe may meet a burst."""
-        return {
+        rates = {
             "int8_rate": statistics.median(_native.int8_rate() for _ in range(PROBES)),
             "read_bandwidth": statistics.median(_native.read_bandwidth(PROBE_BYTES) for _ in range(PROBES)),
         }
+        if vnni := vnni_rate():
+            rates["vnni_rate"] = vnni / 1e9
+        return rates
 
 
 def serve_limits() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from contenders import CONTENDERS, HERE, MODELS, Contender
 
-# llama.cpp is built for the very processor; pip must not take a wheel that it built for another.
+# llama.cpp is built for the very processor; pip must not take a wheel that it built for another. Where that has AMX,
+# GCC 12 must not build it: it takes ldtilecfg to read 8 bytes, drops the stores of the others, and llama.cpp dies.
 BUILD_SETTINGS = {
     "llamacpp": {
         "CMAKE_ARGS": "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF",
@@ -21,6 +22,7 @@ BUILD_SETTINGS = {
         "PIP_NO_BINARY": "llama-cpp-python",
     }
 }
+_CLANG = "-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # everything is made here
 
 
@@ -40,9 +42,26 @@ def python_of(workdir: Path, environment: str) -> str:
     print(f"installing {environment} into {folder}", file=sys.stderr)
     venv.create(folder, clear=True, with_pip=True)
     command = [str(python), "-m", "pip", "install", "--no-deps", "-r", str(HERE / f"{environment}.txt")]
-    _check([*_NICE, *command], folder.with_suffix(".log"), BUILD_SETTINGS.get(environment, {}))
+    _check([*_NICE, *command], folder.with_suffix(".log"), build_settings(environment, has_amx()))
     done.write_text(wanted, "utf-8")
     return str(python)
+
+
+def build_settings(environment: str, amx: bool) -> dict[str, str]:
+    """Return the variables for installing an environment: on a machine with AMX, Clang compiles if it is there."""
+    settings = dict(BUILD_SETTINGS.get(environment, {}))
+    if amx and "CMAKE_ARGS" in settings:
+        if shutil.which("clang") and shutil.which("clang++"):
+            settings["CMAKE_ARGS"] += f" {_CLANG}"
+        else:
+            print(f"{environment}: no clang; as built by GCC 12 it dies on machines with AMX", file=sys.stderr)
+    return settings
+
+
+def has_amx() -> bool:
+    """Return whether Linux lists AMX's int8 products for this processor."""
+    listing = Path("/proc/cpuinfo")
+    return listing.exists() and " amx_int8" in listing.read_text("utf-8")
 
 
 _NICE = ["nice", "-n", "10"] if shutil.which("nice") else []

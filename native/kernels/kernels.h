@@ -151,6 +151,8 @@ extern const Kernels avx2_kernels;
 extern const Kernels avxvnni_kernels;
 extern const Kernels avxvnni_evex_kernels;  // replaces avxvnni on processors that cannot run it
 extern const Kernels avx512vnni_kernels;
+extern const Kernels amx_kernels;
+extern const Kernels amx_portable_kernels;  // for tests: tiles in plain arrays
 extern const Kernels neon_dotprod_kernels;
 extern const Kernels neon_i8mm_kernels;
 

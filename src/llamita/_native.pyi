@@ -36,8 +36,11 @@ def usable_cpus(root: str = "") -> int:
 def read_bandwidth(bytes: int) -> float:
     """Best read bandwidth over that much memory, all threads, in GB/s."""
 
-def int8_rate() -> float:
-    """Best rate of int8 multiply-adds in registers, all threads, in 10^9 per second."""
+def int8_rate(isa: str = "") -> float:
+    """Best rate of int8 multiply-adds in registers, all threads, in 10^9 per second; by default of the chosen set."""
+
+def check_products(isa: str, seconds: float, threads: int) -> tuple[int, int]:
+    """Repeat two products on new threads, at least once each; how many were computed, and how many were wrong."""
 
 def round_weights(
     w: Floats, bits: int, group_size: int, rule: str, importance: F32 | None = None

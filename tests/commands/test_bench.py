@@ -206,7 +206,7 @@ def test_a_weak_probe_loses_no_figure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
     def probe(*_arguments: object) -> dict[str, Any]:
-        return {"int8_rate": 1e6, "bandwidth": 1e6, "probe_bytes": 2**22}
+        return {"int8_rate": 1e6, "vnni_rate": None, "bandwidth": 1e6, "probe_bytes": 2**22}
 
     monkeypatch.setattr(bench_run, "_probe", probe)
     assert run("bench", "embedded", *QUICK, "--threads", "1", *["--json"][:as_json]) == 1

@@ -183,6 +183,30 @@ def test_a_run_is_held_against_limits_of_just_before_and_just_after(
     assert [(run["contender"], run["int8_rate"]) for run in record["timings"]] == runs
 
 
+def test_where_amx_runs_both_limits_are_recorded_and_shown() -> None:
+    record = record_of([timing(i, "llamita-g128", 1.0, 1.0, vnni_rate=0.5) for i in range(2)])
+    assert records.summarize(record)["limits"]["vnni_rate"]["median"] == 0.5
+    assert "Limits: 2.0 (2.0 to 2.0) GMAC/s in int8 (0.5 (0.5 to 0.5) without AMX), 4.0" in render_results.render(
+        [record]
+    )
+    page = render_results.render([record_of([timing(1, "llamita-g128", 1.0, 1.0)])])
+    assert "without AMX" not in page
+    assert "kernel for it was not measured" in page
+    assert "not measured" not in render_results.render([record])
+
+
+@pytest.mark.parametrize("has_clang", [False, True])
+def test_clang_compiles_llama_cpp_for_amx(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has_clang: bool
+) -> None:
+    monkeypatch.setattr(workers.shutil, "which", lambda name: f"/bin/{name}" if has_clang else None)
+    chosen = workers.build_settings("llamacpp", amx=True)["CMAKE_ARGS"]
+    assert ("-DCMAKE_CXX_COMPILER=clang++" in chosen) is has_clang
+    assert ("no clang" in capsys.readouterr().err) is not has_clang
+    assert "clang" not in workers.build_settings("llamacpp", amx=False)["CMAKE_ARGS"]
+    assert workers.build_settings("openvino", amx=True) == {}
+
+
 def test_every_package_of_the_peers_is_pinned_exactly() -> None:
     environments = {contender.environment for contender in CONTENDERS.values()} - {""}
     for name in environments:

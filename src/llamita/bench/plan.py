@@ -14,6 +14,7 @@ from typing import Any
 
 from llamita import _native
 from llamita.bench.shapes import find_shape
+from llamita.bench.tiles import vnni_rate
 from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import KV_DTYPES
 from llamita.engine.prompt_budget import MOST_TOKENS
@@ -151,7 +152,8 @@ def measure_machine() -> Machine:
     threads = use_threads(None)
     memory, free = usable_memory(), free_memory()
     probe = min(_PROBE_BYTES, free // 4)  # the probe must not push a small machine into swapping
-    bandwidth, int8_rate = _native.read_bandwidth(probe) * 1e9, _native.int8_rate() * 1e9
+    # Of AMX's rate, the share that a prompt reaches is not known: VNNI's rate promises less.
+    bandwidth, int8_rate = _native.read_bandwidth(probe) * 1e9, vnni_rate() or _native.int8_rate() * 1e9
     return Machine(bandwidth, int8_rate, memory, free, threads, last_level_cache())
 
 

@@ -152,7 +152,7 @@ def _probe(job: Job, worker: Worker) -> dict[str, Any]:
 def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]) -> dict[str, Any]:
     """Return everything as JSON values."""
     rates = [Limits(probe["int8_rate"], probe["bandwidth"], last_level_cache()) for probe in probes]
-    limits = best_of(rates)
+    limits, vnni = best_of(rates), [probe["vnni_rate"] for probe in probes if probe["vnni_rate"]]
     specs = {"model": job.model, "baseline": job.baseline}
     models: dict[str, Any] = {"model": None, "baseline": None}
     weak: list[str] = []
@@ -179,7 +179,7 @@ def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": _machine(contenders[0].facts),
         "settings": {**asdict(job.settings), "repeats": job.repeats},
-        "limits": {**asdict(limits), "probes": probes, "too_weak": weak},
+        "limits": {**asdict(limits), "vnni_rate": max(vnni, default=None), "probes": probes, "too_weak": weak},
         **models,
         "ratios": ratios(models["model"], baseline) if baseline else None,
     }

@@ -24,6 +24,7 @@ from llamita.bench.plan import describe
 from llamita.bench.random_weights import RandomSource
 from llamita.bench.shapes import find_shape
 from llamita.bench.speed import decode, prefill
+from llamita.bench.tiles import vnni_rate
 from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, check_cache
@@ -132,7 +133,7 @@ class _State:
         """Measure the rates of this moment, with a probe too small to push a small machine into swapping."""
         use_threads(threads)
         probe_bytes = min(probe_bytes, free_memory() // 4)
-        return {"int8_rate": _native.int8_rate() * 1e9,
+        return {"int8_rate": _native.int8_rate() * 1e9, "vnni_rate": vnni_rate(),
                 "bandwidth": _native.read_bandwidth(probe_bytes) * 1e9,
                 "probe_bytes": probe_bytes}  # fmt: skip
 

@@ -179,6 +179,9 @@ def _print(result: dict[str, Any]) -> None:
     if model["of_limit"]["decode"]["limit"] is None:
         cache = megabytes(limits["cache_bytes"])
         console.print_line(f"no memory limit for decode: the {cache} cache may hold much of the model")
+    if limits["vnni_rate"]:
+        rates = [f"{limits[name] / 1e9:,.1f}" for name in ("int8_rate", "vnni_rate")]
+        console.print_line("int8 limits in registers: AMX {} GMAC/s, AVX-512 VNNI {} GMAC/s".format(*rates))
     versions = "Python {python}, NumPy {numpy}, {os}".format(**result["machine"])
     console.print_line(machine_line(result, versions))
 
