@@ -7,7 +7,7 @@ namespace llamita {
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false;
 };
 
 // Bits of XCR0: 1 SSE, 2 AVX, 5 to 7 AVX-512.
@@ -31,7 +31,10 @@ Features detect() {
   const uint64_t state = saved_state();
   f.avx2 = (state & 0x06) == 0x06 && all(b7, {5});
   const uint32_t subleaves = a;
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && all(a, {4});
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    f.avxvnni = f.avx2 && all(a, {4});
+    f.avx512bf16 = all(a, {5});
+  }
   // F, DQ, BW, VL; VNNI
   f.avx512vnni = f.avx2 && (state & 0xe6) == 0xe6 && all(b7, {16, 17, 30, 31}) && all(c7, {11});
   return f;
@@ -41,8 +44,13 @@ Features detect() {
 
 std::vector<const Kernels*> supported_kernels() {
   static const Features features = detect();
+  static const Kernels avx512 = [] {
+    Kernels table = avx512vnni_kernels;
+    if (features.avx512bf16) table.bf16 = &avx512bf16_kernels;
+    return table;
+  }();
   std::vector<const Kernels*> list;
-  if (features.avx512vnni) list.push_back(&avx512vnni_kernels);
+  if (features.avx512vnni) list.push_back(&avx512);
   if (features.avxvnni)
     list.push_back(&avxvnni_kernels);
   else if (features.avx512vnni)

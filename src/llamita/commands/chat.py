@@ -14,6 +14,7 @@ from llamita.commands.options import (
     AdapterPath,
     Context,
     DrawSeed,
+    FloatMath,
     Greedy,
     Json,
     KvCache,
@@ -29,6 +30,7 @@ from llamita.commands.show import describe, show_stream, summary
 from llamita.commands.sources import ADAPTER, decode, load_with_adapter
 from llamita.engine.llm import LLM
 from llamita.engine.requests import DEFAULT_SPECULATE, Options
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError
 
 LEAST_ROOM = 16  # tokens of the context that a reply needs
@@ -72,6 +74,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    float_math: FloatMath = FLOAT_MATHS[0],
     adapter: AdapterPath = None,
     as_json: Json = False,
 ) -> None:
@@ -83,7 +86,9 @@ def command(
 
     Example: llamita chat my-model --system "Answer in one sentence."
     """
-    llm = load_with_adapter(model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache)
+    llm = load_with_adapter(
+        model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache, float_math=float_math
+    )
     _ = llm.chat_template  # refuse a base model, which has none, before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import Context, KvCache, Revision, Threads, model_argument
+from llamita.commands.options import Context, FloatMath, KvCache, Revision, Threads, model_argument
 from llamita.commands.sources import convert_first
 from llamita.engine.llm import LLM, MAX_SEQUENCES
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError
 from llamita.imports.names import split_scheme
 from llamita.loading import open_adapters, open_model
@@ -114,6 +115,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    float_math: FloatMath = FLOAT_MATHS[0],
 ) -> None:
     """Serve models to any OpenAI client, and a page to chat on.
 
@@ -132,7 +134,8 @@ def command(
     use_threads(threads)
     llms = _load_all(models, _pairs(adapter or []), {
         **_shares(len(models)), "max_sequences": max_sequences,
-        "context": context, "kv_dtype": kv_cache, "share_prefixes": share_prefixes, "takes_adapters": bool(adapters),
+        "context": context, "kv_dtype": kv_cache, "float_math": float_math, "share_prefixes": share_prefixes,
+        "takes_adapters": bool(adapters),
     })  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
