@@ -49,14 +49,10 @@ def load(
         threads: 1 to 1024 threads for the kernels of the whole process; by default one for each usable core.
         context: the most tokens of a sequence; by default the model's own context.
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, else "f16".
-            "int8" takes little more than half the memory of "f16".
-        float_math: "f32" multiplies float layers in float32. "bf16" rounds the inputs of those with bf16 weights to
-            bf16, for about three times the speed of prompts, where the processor has such products (AVX-512 BF16);
-            `LLM.float_math` says whether it has.
+        float_math: "f32", or "bf16" to round the inputs of bf16 weights, for speed, on AVX-512 BF16 alone.
         max_sequences: how many generations run at once; more wait.
         cache_memory: bytes for all keys and values, in blocks of 128 tokens; by default half of what may be used.
-        prefix_cache: bytes of these to keep of ended sequences, for prompts that begin in the same way; by default
-            those of one whole context, at most an eighth of the memory; 0 turns it off.
+        prefix_cache: bytes of these to keep for prompts that begin alike; by default of one context; 0 for none.
         adapters: directories of low-rank adapters in PEFT's format, by the names that requests give them.
         progress: gets how far the conversion of another tool's model is; see `system/progress.py`.
         preset, adaptors: the former names of `scheme` and `adapters`.
@@ -65,8 +61,7 @@ def load(
         InputError, RunError: one line that says what is wrong.
     """
     use_threads(threads)
-    scheme = preset if scheme is None else scheme
-    source = open_model(at_revision(path_or_name, revision), scheme, progress)
+    source = open_model(at_revision(path_or_name, revision), preset if scheme is None else scheme, progress)
     return LLM(
         source,
         context=context,

@@ -85,9 +85,7 @@ def command(
 
     Example: llamita evaluate llama-g128 llama-g256 --wikitext wiki.test.raw
     """
-    names = [name.strip() for name in tasks.split(",")] if tasks else []
-    if wikitext_file and WIKITEXT not in names:
-        names.insert(0, WIKITEXT)
+    names = _names(tasks, wikitext_file)
     job = _Job(max_seq_len, limit, tasks=names, add_bos_token=add_bos_token)
     if limit:
         job.notes.append(f"--limit {limit}: the figures compare only with others of the same limit")
@@ -96,9 +94,8 @@ def command(
     _choose_text(job, text, found, str(wikitext_file or "the hub's wikitext"), harness)
     convert_first(*models, None if baseline == NO_BASELINE else baseline, quiet=json)
     with console.progress(quiet=json) as progress:
-        contenders = open_contenders(
-            models, baseline, threads=threads, kv_dtype=kv_cache, float_math=float_math, progress=progress
-        )
+        how: dict[str, Any] = {"threads": threads, "kv_dtype": kv_cache, "float_math": float_math}
+        contenders = open_contenders(models, baseline, **how, progress=progress)
         console.note(remark())
         if job.text is None and not names:
             job.text_name, job.text = "embedded text", default_text(contenders)
@@ -113,6 +110,11 @@ def command(
     console.print_table("", columns, _rows(job, contenders, scores, results))
     if scores:
         console.note(scored(job.text_name, scores[0].tokens))
+
+
+def _names(tasks: str | None, wikitext_file: Path | None) -> list[str]:
+    names = [name.strip() for name in tasks.split(",")] if tasks else []
+    return [WIKITEXT, *names] if wikitext_file and WIKITEXT not in names else names
 
 
 def _import_harness() -> Any:

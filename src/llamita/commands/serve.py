@@ -132,11 +132,9 @@ def command(
     _log(log_requests)
     listener = parts.listen(host, port)
     use_threads(threads)
-    llms = _load_all(models, _pairs(adapter or []), {
-        **_shares(len(models)), "max_sequences": max_sequences,
-        "context": context, "kv_dtype": kv_cache, "float_math": float_math, "share_prefixes": share_prefixes,
-        "takes_adapters": bool(adapters),
-    })  # fmt: skip
+    llms = _load_all(models, _pairs(adapter or []), _shares(len(models)) | {
+        "max_sequences": max_sequences, "context": context, "kv_dtype": kv_cache, "float_math": float_math,
+        "share_prefixes": share_prefixes, "takes_adapters": bool(adapters)})  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
     state = parts.make_state(parts.Models(llms), keys, limits, bounds, adapters)
