@@ -12,7 +12,7 @@ constexpr size_t kStep = kBf16Step, kQuarter = 8;  // inputs in a vector of one 
 constexpr size_t kTile = 12;                       // tokens x 2 vectors of four rows: 24 accumulators
 constexpr size_t kFewTokens = 8, kFewRows = 8;     // up to so many tokens, weights stay in registers, 8 rows at a time
 constexpr size_t kInputs = 1024;  // of a tile at a time: 16 KiB of weights and 24 KiB of tokens stay in the L1 cache
-constexpr size_t kAhead = 512;    // inputs ahead to prefetch of each row
+constexpr size_t kAhead = 1024;   // inputs ahead to prefetch of each row
 constexpr size_t kPair = 2 * 32;  // weights in the two vectors of a tile
 constexpr size_t kSums = 2 * 4;   // vectors of sums of a panel and token
 
