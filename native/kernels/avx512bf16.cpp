@@ -1,6 +1,7 @@
-// Products with bf16 weights by vdpbf16ps (AVX-512 BF16), which adds a pair of products to each of 16 sums, rounds half
-// to even and takes subnormal numbers as 0. An output has four sums; sum j adds the pairs of inputs (2i, 2i + 1) with
-// i mod 4 = j one after the other. The output is (0 + 2) + (1 + 3). So its bits depend on no tile.
+// Products with bf16 weights by vdpbf16ps (AVX-512 BF16), which adds two products to each of 16 sums, the second
+// first, rounds each time half to even and takes subnormal numbers as 0. An output has four sums; sum j adds the pairs
+// of inputs (2i, 2i + 1) with i mod 4 = j one after the other. The output is (0 + 2) + (1 + 3). So its bits depend on
+// no tile.
 #include <immintrin.h>
 
 #include "kernels.h"

@@ -72,6 +72,18 @@ def test_what_is_not_finite_shows_where_it_is(isa: str, tokens: int) -> None:
     assert np.isnan(found[:, 3]).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize(("pair", "rest"), [((1, 1), 0), ((1, 1.5), 2), ((1.5, 1), 1)])
+def test_an_instruction_adds_the_second_product_first(isa: str, tokens: int, pair: tuple, rest: int) -> None:
+    """To 1, pairs 0 and 4 of a sum add products in units of 2^-24, half of the last place, which ties round away."""
+    x, w = np.zeros((tokens, 10), np.float32), np.zeros((1, 10), np.float32)
+    x[:, 0], x[:, 8:] = 1, 2.0**-12 * np.float32(pair)
+    w[:, 0], w[:, 8:] = 1, 2.0**-12
+    weights = wrap(f32_to_bf16(w))
+    if weights.bf16_products:
+        np.testing.assert_array_equal(linear(weights, x), np.float32(1 + rest * 2.0**-23))
+
+
 def test_only_bf16_weights_have_these_products(isa: str) -> None:
     w, x = normal(40, 70), normal(20, 70)
     for floats in (w, w.astype(np.float16)):
