@@ -84,7 +84,7 @@ HeldWeights pack_w8_arrays(nb::handle codes, nb::handle scales) {
   return {pack_w8(c.as<int8_t>(), c.shape(0), c.shape(1), wide.data()), {}};
 }
 
-HeldWeights wrap_float_arrays(const nb::list& arrays) {
+HeldWeights wrap_float_arrays(const nb::list& arrays, bool bf16_products) {
   REQUIRE(nb::len(arrays) > 0, "arrays: expected at least one");
   std::vector<Array> held;
   std::vector<Part> parts;
@@ -98,7 +98,9 @@ HeldWeights wrap_float_arrays(const nb::list& arrays) {
   check_columns(columns);
   const Dtype dtype = dtype_of(held.front());
   const Kind kind = dtype == Dtype::f32 ? Kind::f32 : dtype == Dtype::f16 ? Kind::f16 : Kind::bf16;
-  return {wrap_float(std::move(parts), columns, kind), std::move(held)};
+  HeldWeights wrapped{wrap_float(std::move(parts), columns, kind), std::move(held)};
+  wrapped.weights.bf16_products = bf16_products && kind == Kind::bf16;
+  return wrapped;
 }
 
 nb::tuple round_weights_arrays(nb::handle w, int bits, size_t group_size, const std::string& rule,
@@ -334,11 +336,13 @@ void bind_weights(nb::module_& m) {
       .def_prop_ro("columns", [](const HeldWeights& w) { return w.weights.columns; })
       .def_prop_ro("gated", [](const HeldWeights& w) { return w.weights.gated; })
       .def_prop_ro("group_size", [](const HeldWeights& w) { return w.weights.group_size; })
+      .def_prop_ro("bf16_products",
+                   [](const HeldWeights& w) { return w.weights.bf16_products && kernels().bf16 != nullptr; })
       .def_prop_ro("kind", [](const HeldWeights& w) { return kind_name(w.weights.kind); })
       .def_prop_ro("nbytes", [](const HeldWeights& w) { return w.weights.nbytes(); });
   m.def("pack_w4", pack_w4_arrays, "packed"_a, "scales"_a, "group_size"_a, "gated"_a = false);
   m.def("pack_w8", pack_w8_arrays, "codes"_a, "scales"_a);
-  m.def("wrap_float", wrap_float_arrays, "arrays"_a);
+  m.def("wrap_float", wrap_float_arrays, "arrays"_a, "bf16_products"_a = false);
   m.def("round_weights", round_weights_arrays, "w"_a, "bits"_a, "group_size"_a, "rule"_a, "importance"_a = nb::none());
   m.def("codes_to_packed", codes_to_packed_array, "codes"_a);
 }

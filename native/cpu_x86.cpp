@@ -13,7 +13,7 @@ namespace llamita {
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false, amx = false;
 };
 
 // Asks the system for the 8 KB of tiles that it must save for every thread of this process.
@@ -54,7 +54,10 @@ Features detect() {
   const uint64_t state = saved_state();
   f.avx2 = (state & 0x06) == 0x06 && all(b7, {5});
   const uint32_t subleaves = a;
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && all(a, {4});
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    f.avxvnni = f.avx2 && all(a, {4});
+    f.avx512bf16 = all(a, {5});
+  }
   // F, DQ, BW, VL; VNNI
   f.avx512vnni = f.avx2 && (state & 0xe6) == 0xe6 && all(b7, {16, 17, 30, 31}) && all(c7, {11});
   f.amx = f.avx512vnni && (state & 0x60000) == 0x60000 && all(d7, {24, 25}) && may_use_tiles() && tiles_are_kept();
@@ -65,9 +68,14 @@ Features detect() {
 
 std::vector<const Kernels*> supported_kernels() {
   static const Features features = detect();
+  const auto with_bf16 = [](Kernels table) {
+    if (features.avx512bf16) table.bf16 = &avx512bf16_kernels;
+    return table;
+  };
+  static const Kernels avx512 = with_bf16(avx512vnni_kernels), amx = with_bf16(amx_kernels);
   std::vector<const Kernels*> list;
-  if (features.amx) list.push_back(&amx_kernels);
-  if (features.avx512vnni) list.push_back(&avx512vnni_kernels);
+  if (features.amx) list.push_back(&amx);
+  if (features.avx512vnni) list.push_back(&avx512);
   if (features.avxvnni)
     list.push_back(&avxvnni_kernels);
   else if (features.avx512vnni)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 
 #include "dispatch.h"
 #include "threads.h"
@@ -148,28 +149,56 @@ void linear_quantized(const Weights& weights, Activations& acts, const Output& o
   }
 }
 
-void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output) {
-  if (tokens == 0) return;
-  const Kernels& k = kernels();
-  const Dtype dtype = dtype_of(weights.kind);
-  const size_t row_bytes = weights.columns * (dtype == Dtype::f32 ? 4 : 2);
-  constexpr size_t kBlock = 8;  // kernels compute rows in groups of this size
-  const size_t scratch_bytes = k.float_scratch_rows * (weights.columns + kLanes) * sizeof(float);
-  parallel_for((weights.rows + kBlock - 1) / kBlock, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
-    size_t first = begin * kBlock, start = 0;
-    const size_t last = std::min(end * kBlock, weights.rows);
+namespace {
+
+// Calls f(w, first, count, scratch) for pieces of the rows of float weights, each within one part: w is its row
+// `first`. Kernels compute rows in groups of `group`.
+template <class F>
+void for_pieces(const Weights& weights, size_t group, size_t scratch_bytes, F f) {
+  const size_t row_bytes = weights.columns * (weights.kind == Kind::f32 ? 4 : 2);
+  parallel_for((weights.rows + group - 1) / group, 1, scratch_bytes, [&](size_t begin, size_t end, uint8_t* scratch) {
+    size_t first = begin * group, start = 0;
+    const size_t last = std::min(end * group, weights.rows);
     for (const Part& part : weights.parts) {  // the piece of [first, last) in this part
       const size_t stop = std::min(last, start + part.rows);
       if (first < stop) {
-        const void* w = static_cast<const uint8_t*>(part.data) + (first - start) * row_bytes;
-        const float* bias = output.bias ? output.bias + first : nullptr;
-        k.linear_float({w, dtype, stop - first, weights.columns, x, tokens, output.out + first, weights.rows, bias,
-                        output.accumulate},
-                       reinterpret_cast<float*>(scratch));
+        f(static_cast<const uint8_t*>(part.data) + (first - start) * row_bytes, first, stop - first, scratch);
         first = stop;
       }
       start += part.rows;
     }
+  });
+}
+
+void linear_bf16(const Bf16Kernels& k, const Weights& weights, const float* x, size_t tokens, const Output& output) {
+  const size_t columns = weights.columns;
+  const size_t padded = (columns + kBf16Step - 1) / kBf16Step * kBf16Step, width = std::min(tokens, k.tile);
+  const size_t tiles = (tokens + width - 1) / width;
+  const std::unique_ptr<uint16_t[]> rounded(new uint16_t[tiles * width * padded]);
+  parallel_for(tiles, grain(width * columns), 0, [&](size_t begin, size_t end, uint8_t*) {
+    for (size_t t = begin * width; t < std::min(end * width, tokens); t += width)
+      k.round(x + t * columns, std::min(width, tokens - t), width, columns, &rounded[t * padded]);
+  });
+  const size_t scratch_bytes = kPanelRows * padded * sizeof(uint16_t);
+  for_pieces(weights, kPanelRows, scratch_bytes, [&](const void* w, size_t first, size_t count, uint8_t* scratch) {
+    k.linear({static_cast<const uint16_t*>(w), count, columns, rounded.get(), tokens, output.out + first, weights.rows,
+              output.bias ? output.bias + first : nullptr, output.accumulate},
+             reinterpret_cast<uint16_t*>(scratch));
+  });
+}
+
+}  // namespace
+
+void linear_float(const Weights& weights, const float* x, size_t tokens, const Output& output) {
+  if (tokens == 0) return;
+  const Kernels& k = kernels();
+  if (weights.bf16_products && k.bf16) return linear_bf16(*k.bf16, weights, x, tokens, output);
+  const Dtype dtype = dtype_of(weights.kind);
+  const size_t scratch_bytes = k.float_scratch_rows * (weights.columns + kLanes) * sizeof(float);
+  for_pieces(weights, 8, scratch_bytes, [&](const void* w, size_t first, size_t count, uint8_t* scratch) {
+    k.linear_float({w, dtype, count, weights.columns, x, tokens, output.out + first, weights.rows,
+                    output.bias ? output.bias + first : nullptr, output.accumulate},
+                   reinterpret_cast<float*>(scratch));
   });
 }
 

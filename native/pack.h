@@ -29,6 +29,7 @@ struct Weights {
   size_t panel_stride = 0;
   std::vector<float> scales, colsum;  // (padded rows,); scales: w8 only
   std::vector<Part> parts;            // float: the rows themselves
+  bool bf16_products = false;         // bf16: round inputs to bf16, where the processor multiplies it
 
   size_t outputs() const { return gated ? rows / 2 : rows; }  // per token
   size_t padded_rows() const {

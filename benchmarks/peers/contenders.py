@@ -73,6 +73,14 @@ CONTENDERS: dict[str, Contender] = {
     "llamita-g128": Contender("llamita, groups of 128", "", "work_llamita.py", "llamita-g128", "4-bit"),
     "llamita-g32": Contender("llamita, groups of 32", "", "work_llamita.py", "llamita-g32", "4-bit"),
     "llamita-bf16": Contender("llamita BF16", "", "work_llamita.py", "checkpoint", "BF16"),
+    "llamita-bf16-fast": Contender(
+        "llamita BF16, float math bf16",
+        "",
+        "work_llamita.py",
+        "checkpoint",
+        "BF16",
+        {"float math bf16": {"float_math": "bf16"}},
+    ),
     "llamacpp-q4_0": Contender("llama.cpp Q4_0", "llamacpp", "work_llamacpp.py", "llamacpp-q4_0.gguf", "4-bit", _FLASH),
     "llamacpp-q4_k_s": Contender(
         "llama.cpp Q4_K_S", "llamacpp", "work_llamacpp.py", "llamacpp-q4_k_s.gguf", "4-bit", _FLASH

@@ -26,7 +26,8 @@ class Llamita:
     """Drives the forward pass itself, as `llamita bench` does."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.llm = llamita.load(options["model"], threads=options["threads"], kv_dtype=options.get("kv_dtype"))
+        chosen = {name: options[name] for name in ("kv_dtype", "float_math") if name in options}
+        self.llm = llamita.load(options["model"], threads=options["threads"], **chosen)
         self.model = options["model"]
         self.sequences: list[Any] = []
 
@@ -37,7 +38,12 @@ class Llamita:
         work = count_work(model.config, model.scheme, self.llm.kv_dtype, model.float_dtype)
         return {
             "version": f"llamita {llamita.__version__}, sources {digest_of_sources()}",
-            "settings": {"threads": _native.threads(), "isa": _native.isa(), "kv_dtype": self.llm.kv_dtype},
+            "settings": {
+                "threads": _native.threads(),
+                "isa": _native.isa(),
+                "kv_dtype": self.llm.kv_dtype,
+                "float_math": self.llm.float_math,
+            },
             "work": records.recorded(work, int8=model.scheme is not None),
         }
 

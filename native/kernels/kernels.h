@@ -12,6 +12,7 @@ constexpr size_t kLanes = 16;          // floats in a logical vector, on every i
 constexpr size_t kSumInputs = 32;      // inputs per partial sum kept with quantized activations
 constexpr size_t kKeyBlock = 128;      // keys per online-softmax update
 constexpr size_t kKeyTile = 16;        // keys stored side by side
+constexpr size_t kBf16Step = 32;       // inputs of bf16 products are padded to a multiple of this
 constexpr size_t kChunkInputs = 2048;  // inputs of a panel unpacked at a time: 64 KiB, a small part of the L2 cache
 
 enum class Dtype : int { f32, f16, bf16 };
@@ -49,6 +50,18 @@ struct FloatLinear {
   float* out;  // first of `count` columns of (tokens, out_stride)
   size_t out_stride;
   const float* bias;  // (count,) or null
+  bool accumulate;
+};
+
+// The same for bf16 weights and for inputs as Bf16Kernels::round leaves them
+struct Bf16Linear {
+  const uint16_t* w;  // (count, columns)
+  size_t count, columns;
+  const uint16_t* x;
+  size_t tokens;
+  float* out;
+  size_t out_stride;
+  const float* bias;
   bool accumulate;
 };
 
@@ -114,6 +127,16 @@ struct Rounding {
   Rule rule;
 };
 
+// Products by instructions that multiply bf16 and add in float32
+struct Bf16Kernels {
+  // scratch, 64-byte aligned: kPanelRows * columns (rounded up to kBf16Step)
+  void (*linear)(const Bf16Linear&, uint16_t* scratch);
+  // Rounds a tile of tokens, half to even, into the order of this kernel: `width` times `columns`, these rounded up to
+  // kBf16Step, with zeros. A tile has `tile` tokens, and the last one what is left. width: min(tile, all tokens).
+  void (*round)(const float* x, size_t tokens, size_t width, size_t columns, uint16_t* out);
+  size_t tile;
+};
+
 struct Kernels {
   const char* name;
   // Panels [first, last). scratch, 64-byte aligned: 32 * n bytes, n / 8 * 32 floats and tokens * 32 floats, where n is
@@ -142,6 +165,7 @@ struct Kernels {
   // Probes: multiply-adds done in registers only; a checksum of everything read.
   double (*int8_probe)(size_t iterations, int variant);
   float (*read_probe)(const uint8_t* data, size_t bytes, int variant);
+  const Bf16Kernels* bf16 = nullptr;  // null: this processor has no such instructions
 };
 
 constexpr int kProbeVariants = 3;
@@ -151,6 +175,7 @@ extern const Kernels avx2_kernels;
 extern const Kernels avxvnni_kernels;
 extern const Kernels avxvnni_evex_kernels;  // replaces avxvnni on processors that cannot run it
 extern const Kernels avx512vnni_kernels;
+extern const Bf16Kernels avx512bf16_kernels;  // beside avx512vnni and amx
 extern const Kernels amx_kernels;
 extern const Kernels amx_portable_kernels;  // for tests: tiles in plain arrays
 extern const Kernels neon_dotprod_kernels;

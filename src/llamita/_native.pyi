@@ -1,7 +1,8 @@
 """Kernels, packing and operations in C++. Arrays are C-contiguous NumPy; bf16 travels as uint16 bits.
 
 Every function first checks dtypes, shapes and ranges and raises ValueError: `<argument>: expected X, got Y`.
-The GIL is released during work. Results are bit-identical on every instruction set and number of threads.
+The GIL is released during work. Results are bit-identical on every number of threads and, but for bf16 products, on
+every instruction set.
 """
 
 from typing import Any, Literal
@@ -73,6 +74,9 @@ class Weights:
     @property
     def group_size(self) -> int: ...
     @property
+    def bf16_products(self) -> bool:
+        """True for bf16 weights wrapped with it, on an instruction set that has such products."""
+    @property
     def kind(self) -> Literal["w4", "w8", "f32", "f16", "bf16"]: ...
     @property
     def nbytes(self) -> int:
@@ -87,8 +91,11 @@ def pack_w4(packed: list[I32], scales: list[Any], group_size: int, gated: bool =
 def pack_w8(codes: I8, scales: Scales) -> Weights:
     """(rows, columns) codes and (rows,) scales."""
 
-def wrap_float(arrays: list[Any]) -> Weights:
-    """Matrices (rows_i, columns) of one float type, one above the other; keeps them alive, copies nothing."""
+def wrap_float(arrays: list[Any], bf16_products: bool = False) -> Weights:
+    """Matrices (rows_i, columns) of one float type, one above the other; keeps them alive, copies nothing.
+
+    bf16_products: round the inputs of bf16 matrices to bf16, if this instruction set multiplies that.
+    """
 
 class Activations:
     """Int8 codes of up to max_tokens tokens, each with its scale and zero point."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llamita.engine.adapters import Adapter, prepare_adapter
 from llamita.engine.llm import LLM, MAX_SEQUENCES
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError
 from llamita.imports.names import at_revision
 from llamita.imports.open import open_source
@@ -30,11 +31,12 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     kv_dtype: str | None = None,
+    float_math: str = FLOAT_MATHS[0],
     max_sequences: int = MAX_SEQUENCES,
     cache_memory: int | None = None,
     prefix_cache: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-    draft_from: Sequence[str | Path] = (),
+    draft_from: Sequence[str | Path] | None = None,
     progress: Progress = None,
     preset: str | QuantScheme | None = None,
     adaptors: Mapping[str, str | Path] | None = None,
@@ -48,11 +50,10 @@ def load(
         threads: 1 to 1024 threads for the kernels of the whole process; by default one for each usable core.
         context: the most tokens of a sequence; by default the model's own context.
         kv_dtype: "f32", "f16" or "int8" for keys and values; by default "f32" for a float model, else "f16".
-            "int8" takes little more than half the memory of "f16".
+        float_math: "f32", or "bf16" to round the inputs of bf16 weights, for speed, on AVX-512 BF16 alone.
         max_sequences: how many generations run at once; more wait.
         cache_memory: bytes for all keys and values, in blocks of 128 tokens; by default half of what may be used.
-        prefix_cache: bytes of these to keep of ended sequences, for prompts that begin in the same way; by default
-            those of one whole context, at most an eighth of the memory; 0 turns it off.
+        prefix_cache: bytes of these to keep for prompts that begin alike; by default of one context; 0 for none.
         adapters: directories of low-rank adapters in PEFT's format, by the names that requests give them.
         draft_from: text files, 16 MiB together, whose words answers may repeat: those come faster then.
         progress: gets how far the conversion of another tool's model is; see `system/progress.py`.
@@ -62,11 +63,11 @@ def load(
         InputError, RunError: one line that says what is wrong.
     """
     use_threads(threads)
-    scheme = preset if scheme is None else scheme
-    source = open_model(at_revision(path_or_name, revision), scheme, progress)
+    source = open_model(at_revision(path_or_name, revision), preset if scheme is None else scheme, progress)
     return LLM(
-        source, context=context, kv_dtype=kv_dtype, max_sequences=max_sequences, cache_memory=cache_memory,
-        prefix_cache=prefix_cache, adapters=open_adapters(source, adapters or adaptors or {}), draft_from=draft_from,
+        source, context=context, kv_dtype=kv_dtype, float_math=float_math, max_sequences=max_sequences,
+        cache_memory=cache_memory, prefix_cache=prefix_cache,
+        adapters=open_adapters(source, adapters or adaptors or {}), draft_from=draft_from,
     )  # fmt: skip
 
 

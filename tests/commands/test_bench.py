@@ -12,6 +12,7 @@ from command import assert_nothing_is_left, one_line, run
 from packed_models import pack
 from tiny import CONFIGS, make_checkpoint
 
+import llamita
 from llamita import _native
 from llamita.bench import run as bench_run
 from llamita.bench import shapes
@@ -103,9 +104,12 @@ def test_a_shape_beside_bf16_needs_no_files(
 
 def test_a_float_model_is_rounded_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     assert results(capsys, "embedded")["model"]["scheme"]["name"] == "llama3.2"
-    found = results(capsys, "embedded", "--preset", "none", "--kv-cache", "f16", "--context", "64")
+    found = results(
+        capsys, "embedded", "--preset", "none", "--kv-cache", "f16", "--context", "64", "--float-math", "bf16"
+    )
     assert found["model"]["scheme"] is None
     assert found["model"]["kv_dtype"] == "f16"
+    assert found["model"]["float_math"] == llamita.load("embedded", float_math="bf16").float_math
     assert found["model"]["context"] == 64
     assert found["baseline"] is None
     assert found["ratios"] is None
@@ -172,6 +176,7 @@ def test_rates_are_factors_and_the_rest_is_what_was_saved(key: str, ratio: float
         (("embedded", "--baseline", "/no/such/place"), "expected a model directory"),
         (("embedded", "--prompt-tokens", "5000"), "expected at most 2048 tokens, the context, got 5128"),
         (("embedded", "--kv-cache", "f8"), "error: --kv-cache: expected one of"),
+        (("embedded", "--float-math", "f8"), "error: --float-math: expected one of"),
         (("embedded", "--context", "4096"), "error: --context: expected 1 to 2048"),
         (("embedded", "--repeats", "0"), "repeats"),
         (("embedded", "--plot", "picture.jpg"), "--plot: expected a name that ends in .png"),

@@ -11,6 +11,7 @@ import pytest
 from command import run as run_command
 from packed_models import write_base_and_packed
 
+from llamita.loading import load
 from llamita.models.checkpoint import Checkpoint
 from llamita.numerics.scheme import make_scheme
 from llamita.quantize.pipeline import quantize
@@ -89,6 +90,12 @@ def test_the_cache_is_for_all_but_the_baseline(root, capsys):
     perplexities = [[m["text"]["perplexity"] for m in values["models"]] for values in (first, second)]
     assert perplexities[0][0] == perplexities[1][0]
     assert perplexities[0][1] != perplexities[1][1]
+    fast = json.loads(run(capsys, *arguments, "--float-math", "bf16")[1])["models"]
+    here = load(root / "g128", float_math="bf16").float_math  # its tables are BF16
+    assert [model["float_math"] for model in fast] == ["f32", here]
+    assert fast[0]["text"]["perplexity"] == perplexities[0][0]
+    code, _, err = run(capsys, *arguments, "--float-math", "bf16x2")
+    assert (code, "--float-math: expected one of f32, bf16, got 'bf16x2'" in err) == (2, True)
     code, _, err = run(capsys, *arguments, "--kv-cache", "int4")
     assert code == 2
     assert "expected one of f32, f16, int8, got 'int4'" in err

@@ -60,6 +60,13 @@ def test_json_and_stdin_give_the_same_text() -> None:
     assert streamed.stdout.decode() == values["text"] + "\n"
 
 
+def test_float_math_is_that_of_float_layers() -> None:
+    result = run(*GENERATE, "--prompt", "Once upon a time", "--float-math", "bf16", "--scheme", "llama3.2")
+    assert result.returncode == 0, result.stderr
+    assert b"--float-math: f32; bf16 needs bf16 weights" in result.stderr
+    expect_error(run(*GENERATE, "--prompt", "Once", "--float-math", "f16"), 2, "error: --float-math: expected one of")
+
+
 def test_the_cache_can_be_int8_and_nothing_unknown() -> None:
     result = run(*GENERATE, "--prompt", "Once upon a time", "--kv-cache", "int8")
     assert result.returncode == 0, result.stderr

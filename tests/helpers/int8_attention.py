@@ -82,7 +82,9 @@ def _units(scores: F64, seen: npt.NDArray[np.bool_], v_scales: F64) -> list[tupl
         with np.errstate(invalid="ignore"):  # a row that sees nothing yet
             correction, factor = np.nan_to_num(np.exp(most - after)), np.nan_to_num(np.exp(high - after))
             sums = np.nan_to_num(np.exp(part - after[..., None])).sum(axis=2)
-        scale = np.where(seen[None, :, begin : begin + BLOCK], v_scales[begin : begin + BLOCK].T[:, None], 0).max(axis=2)
+        scale = np.where(seen[None, :, begin : begin + BLOCK], v_scales[begin : begin + BLOCK].T[:, None], 0).max(
+            axis=2
+        )
         coarse = factor <= FINE_SHARE * total * correction
         units.append((begin, scale / np.where(coarse, COARSE, FINE), high))
         most, total = after, total * correction + sums

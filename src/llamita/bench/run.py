@@ -16,6 +16,7 @@ from llamita import __version__, _native
 from llamita.bench.report import Limits, Runs, Settings, best_of, figures, fractions, mark_weak, ratios
 from llamita.bench.work import Work
 from llamita.bench.worker import ModelSpec, Worker
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError, RunError
 from llamita.system.machine import cpu_name, free_memory, last_level_cache, usable_memory
 from llamita.system.progress import Progress
@@ -28,7 +29,7 @@ _WARM_UP_TOKENS = 2  # decoded together before anything is timed
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. `threads`, `context` and `kv_dtype` are those of `llamita.load`."""
+    """What to measure. `threads` to `kv_dtype` and `float_math` are those of `load`."""
 
     model: ModelSpec
     baseline: ModelSpec | None
@@ -38,6 +39,7 @@ class Job:
     context: int | None = None
     kv_dtype: str | None = None
     probe_bytes: int = PROBE_BYTES
+    float_math: str = FLOAT_MATHS[0]
 
 
 @dataclass
@@ -113,8 +115,9 @@ def _load(job: Job, role: str, spec: ModelSpec, worker: Worker) -> _Contender:
     contender = _Contender(role, worker, {}, {}, runs)
     for _ in range(_LOADS):
         contender.facts = worker.ask(
-            "load", spec=asdict(spec), threads=job.threads, context=job.context, kv_dtype=job.kv_dtype
-        )
+            "load", spec=asdict(spec), threads=job.threads, context=job.context, kv_dtype=job.kv_dtype,
+            float_math=job.float_math,
+        )  # fmt: skip
         seconds = contender.facts["seconds"]
         if spec.scheme or not spec.is_random:
             runs.load.append(seconds)
@@ -168,7 +171,7 @@ def _result(job: Job, contenders: list[_Contender], probes: list[dict[str, Any]]
         models[contender.role] = {
             "name": spec.name,
             "is_random": spec.is_random,
-            **{key: facts[key] for key in ("scheme", "kv_dtype", "context", "size_bytes", "work")},
+            **{key: facts[key] for key in ("scheme", "kv_dtype", "float_math", "context", "size_bytes", "work")},
             **contender.memory,
             **figures(contender.runs, job.settings),
             "of_limit": rows,

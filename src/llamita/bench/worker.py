@@ -28,7 +28,7 @@ from llamita.bench.tiles import vnni_rate
 from llamita.bench.work import Work, count_work
 from llamita.engine.kv_cache import SequenceCache
 from llamita.engine.llm import LLM, check_cache
-from llamita.engine.weights import Linear
+from llamita.engine.weights import FLOAT_MATHS, Linear
 from llamita.errors import InputError, LlamitaError, RunError
 from llamita.imports.open import open_source, resolve
 from llamita.models.checkpoint import Checkpoint
@@ -147,7 +147,12 @@ class _State:
         return {"memory_bytes": in_memory, "context": context}
 
     def load(
-        self, spec: dict[str, Any], threads: int | None, context: int | None, kv_dtype: str | None
+        self,
+        spec: dict[str, Any],
+        threads: int | None,
+        context: int | None,
+        kv_dtype: str | None,
+        float_math: str = FLOAT_MATHS[0],
     ) -> dict[str, Any]:
         """Load the model in place of the one before; return the seconds, with warm files, and facts about it."""
         self._llm, self._sequences = None, []
@@ -160,7 +165,7 @@ class _State:
             began = time.perf_counter()
             source = _open(wanted)
             size, _ = _size(source, float_dtype)
-            self._llm = LLM(source, context=context, kv_dtype=kv_dtype)
+            self._llm = LLM(source, context=context, kv_dtype=kv_dtype, float_math=float_math)
             seconds = time.perf_counter() - began
         made = source.made_bytes() if isinstance(source, Checkpoint) else 0
         self._mapped_bytes = 0 if isinstance(source, RandomSource) else _weight_bytes(self._llm)[1] - made
@@ -168,7 +173,8 @@ class _State:
         self._work = count_work(source.config, source.scheme, keys, float_dtype, transform)
         return {"seconds": seconds, "size_bytes": size, "threads": threads, "isa": _native.isa(),
                 "scheme": source.scheme.to_dict() if source.scheme else None, "context": self._llm.context,
-                "kv_dtype": self._llm.kv_dtype, "work": asdict(self._work)}  # fmt: skip
+                "kv_dtype": self._llm.kv_dtype, "float_math": self._llm.float_math,
+                "work": asdict(self._work)}  # fmt: skip
 
     def prefill(self, tokens: int, capacity: int, watch: bool = False) -> dict[str, Any]:
         """Run a prompt in a new sequence, which may grow to `capacity` and replaces the one before."""

@@ -17,6 +17,7 @@ from llamita.commands import console
 from llamita.commands.options import (
     Context,
     FitGroups,
+    FloatMath,
     GroupSize,
     Json,
     KvCache,
@@ -26,6 +27,7 @@ from llamita.commands.options import (
     model_argument,
 )
 from llamita.commands.sources import convert_first
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError, RunError
 from llamita.imports.open import resolve
 from llamita.models.layer_kinds import fit_groups
@@ -86,6 +88,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    float_math: FloatMath = FLOAT_MATHS[0],
     json: Json = False,
     plot: _Plot = None,
 ) -> None:
@@ -99,7 +102,8 @@ def command(
     model = _model(src, shape, scheme, group_size, fit_groups)
     draw = _plotter(plot) if plot else None
     settings = Settings(prompt_tokens, new_tokens, batch)
-    job = Job(model, _baseline(baseline, model), settings, repeats, threads, context, kv_cache, bench_run.PROBE_BYTES)
+    base, probe = _baseline(baseline, model), bench_run.PROBE_BYTES
+    job = Job(model, base, settings, repeats, threads, context, kv_cache, probe, float_math)
     with console.progress(quiet=json) as progress:
         result = run_bench(job, progress)
     console.note(remark(result["machine"]["threads"]))

@@ -15,6 +15,7 @@ from llamita.commands.options import (
     Context,
     DraftFrom,
     DrawSeed,
+    FloatMath,
     Greedy,
     Json,
     KvCache,
@@ -30,6 +31,7 @@ from llamita.commands.show import describe, show_stream, summary
 from llamita.commands.sources import ADAPTER, decode, load_with_adapter
 from llamita.engine.llm import LLM
 from llamita.engine.requests import DEFAULT_SPECULATE, Options
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError
 
 LEAST_ROOM = 16  # tokens of the context that a reply needs
@@ -74,6 +76,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    float_math: FloatMath = FLOAT_MATHS[0],
     adapter: AdapterPath = None,
     as_json: Json = False,
 ) -> None:
@@ -86,17 +89,22 @@ def command(
     Example: llamita chat my-model --system "Answer in one sentence."
     """
     llm = load_with_adapter(
-        model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache, draft_from=draft_from or ()
-    )
+        model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache, float_math=float_math,
+        draft_from=draft_from,
+    )  # fmt: skip
     _ = llm.chat_template  # refuse a base model, which has none, before the first question
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_p": top_p, "seed": seed,
         "speculate": speculate, "adapter": adapter and ADAPTER,
     }  # fmt: skip
+    _talk(llm, Conversation(system), options, as_json)
+
+
+def _talk(llm: LLM, conversation: Conversation, options: Options, as_json: bool) -> None:
+    """Answer line after line, to the end."""
     is_terminal = sys.stdin.isatty() and not as_json
     if is_terminal:
         _welcome()
-    conversation = Conversation(system)
     while (line := _read_line(is_terminal)) is not None:
         if line.startswith("/"):
             if not _obey(line, conversation):

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import ChunkTokens, Json, KvCache, Models, Revision, Text, Threads
+from llamita.commands.options import ChunkTokens, FloatMath, Json, KvCache, Models, Revision, Text, Threads
 from llamita.commands.show import interval_rows, scored
 from llamita.commands.sources import convert_first
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.evaluate import wikitext
 from llamita.evaluate.contenders import NO_BASELINE, open_contenders
 from llamita.evaluate.scores import CHUNK_TOKENS, Contender, TextScores, default_text, read_text, score_text
@@ -73,19 +74,18 @@ def command(
     add_bos_token: _AddBos = None,
     threads: Threads = None,
     kv_cache: KvCache = None,
+    float_math: FloatMath = FLOAT_MATHS[0],
     json: Json = False,
 ) -> None:
     """Measure what quantization cost: perplexity, KL divergence from the float model, tasks of LM Eval.
 
     Without --text and --tasks, the text that ships with llamita is scored. --tasks and --wikitext need LM
     Eval, --text does not. SRC:SCHEME rounds a float model to nearest while it loads: embedded:arm, or
-    embedded:arm:256 with its group size. --kv-cache leaves the baseline as it is.
+    embedded:arm:256 with its group size. --kv-cache and --float-math leave the baseline as it is.
 
     Example: llamita evaluate llama-g128 llama-g256 --wikitext wiki.test.raw
     """
-    names = [name.strip() for name in tasks.split(",")] if tasks else []
-    if wikitext_file and WIKITEXT not in names:
-        names.insert(0, WIKITEXT)
+    names = _names(tasks, wikitext_file)
     job = _Job(max_seq_len, limit, tasks=names, add_bos_token=add_bos_token)
     if limit:
         job.notes.append(f"--limit {limit}: the figures compare only with others of the same limit")
@@ -94,7 +94,8 @@ def command(
     _choose_text(job, text, found, str(wikitext_file or "the hub's wikitext"), harness)
     convert_first(*models, None if baseline == NO_BASELINE else baseline, quiet=json)
     with console.progress(quiet=json) as progress:
-        contenders = open_contenders(models, baseline, threads=threads, kv_dtype=kv_cache, progress=progress)
+        how: dict[str, Any] = {"threads": threads, "kv_dtype": kv_cache, "float_math": float_math}
+        contenders = open_contenders(models, baseline, **how, progress=progress)
         console.note(remark())
         if job.text is None and not names:
             job.text_name, job.text = "embedded text", default_text(contenders)
@@ -109,6 +110,11 @@ def command(
     console.print_table("", columns, _rows(job, contenders, scores, results))
     if scores:
         console.note(scored(job.text_name, scores[0].tokens))
+
+
+def _names(tasks: str | None, wikitext_file: Path | None) -> list[str]:
+    names = [name.strip() for name in tasks.split(",")] if tasks else []
+    return [WIKITEXT, *names] if wikitext_file and WIKITEXT not in names else names
 
 
 def _import_harness() -> Any:
@@ -173,6 +179,7 @@ def _values(
             "is_baseline": contender.is_baseline,
             "scheme": contender.llm.scheme.to_dict() if contender.llm.scheme else None,
             "kv_cache": contender.llm.kv_dtype,
+            "float_math": contender.llm.float_math,
             "weight_bytes": contender.weight_bytes,
             "text": asdict(scores[i]) if scores else None,
             "tasks": [asdict(task) for task in results[i]],

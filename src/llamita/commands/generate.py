@@ -11,6 +11,7 @@ from llamita.commands.options import (
     Context,
     DraftFrom,
     DrawSeed,
+    FloatMath,
     Greedy,
     Json,
     KvCache,
@@ -25,6 +26,7 @@ from llamita.commands.options import (
 from llamita.commands.show import describe, show_stream, summary
 from llamita.commands.sources import ADAPTER, load_with_adapter, read_prompt
 from llamita.engine.requests import DEFAULT_SPECULATE, Options
+from llamita.engine.weights import FLOAT_MATHS
 
 _Prompt = Annotated[str, typer.Option(help="The text to continue; '-' reads it from stdin.")]
 _MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
@@ -53,6 +55,7 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    float_math: FloatMath = FLOAT_MATHS[0],
     adapter: AdapterPath = None,
     as_json: Json = False,
 ) -> None:
@@ -65,8 +68,9 @@ def command(
     """
     text = read_prompt(prompt)
     llm = load_with_adapter(
-        model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache, draft_from=draft_from or ()
-    )
+        model, adapter, scheme=scheme, threads=threads, context=context, kv_dtype=kv_cache, float_math=float_math,
+        draft_from=draft_from,
+    )  # fmt: skip
     options: Options = {
         "max_tokens": max_tokens, "greedy": greedy, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,

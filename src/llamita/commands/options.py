@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from llamita.engine.kv_cache import KV_DTYPES
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError
 from llamita.imports.names import at_revision
 from llamita.numerics.scheme import GROUP_SIZES, PRESETS
@@ -86,6 +87,13 @@ KvCache = Annotated[
     typer.Option(
         "--kv-cache",
         help=f"Type of keys and values: {', '.join(KV_DTYPES)}; by default f32 for a float model, else f16.",
+    ),
+]
+FloatMath = Annotated[
+    str,
+    typer.Option(
+        "--float-math",
+        help=f"Multiply float layers in {' or '.join(FLOAT_MATHS)}; bf16 rounds the inputs of BF16 weights, for speed.",
     ),
 ]
 AdapterPath = Annotated[

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from llamita.commands import console
-from llamita.commands.options import Context, DraftFrom, KvCache, Revision, Threads, model_argument
+from llamita.commands.options import Context, DraftFrom, FloatMath, KvCache, Revision, Threads, model_argument
 from llamita.commands.sources import convert_first
 from llamita.engine.llm import LLM, MAX_SEQUENCES
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError
 from llamita.imports.names import split_scheme
 from llamita.loading import open_adapters, open_model
@@ -115,12 +116,13 @@ def command(
     threads: Threads = None,
     context: Context = None,
     kv_cache: KvCache = None,
+    float_math: FloatMath = FLOAT_MATHS[0],
 ) -> None:
     """Serve models to any OpenAI client, and a page to chat on.
 
-    The server speaks /v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings and more; the page
-    is at /. A prompt that does not fit the context is refused, never cut. SRC:SCHEME rounds a float model as
-    it loads, so that `llamita serve embedded embedded:llama3.2` shows both side by side.
+    The server speaks /v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings and more; the page is at /.
+    A prompt that does not fit is refused, never cut. SRC:SCHEME rounds a float model as it loads: try
+    `llamita serve embedded embedded:llama3.2`, which shows both side by side.
 
     Example: llamita serve my-model --adapter poet=adapters/poet
     """
@@ -128,25 +130,25 @@ def command(
     keys = parts.collect_keys(api_key, api_key_file, admin_key_file)
     access = parts.access(host, allowed_host, allow_origin, keys.are_needed or no_auth)
     parts.check_paths(adapters, admin_key_file, prefix_file)
-    _log(log_requests)
-    listener = parts.listen(host, port)
+    listener = _listener(parts, host, port, log_requests)
     llms = _load_all(models, _pairs(adapter or []), threads, {
         **_shares(len(models)), "max_sequences": max_sequences, "context": context, "kv_dtype": kv_cache,
-        "share_prefixes": share_prefixes, "takes_adapters": bool(adapters), "draft_from": draft_from or (),
-    })  # fmt: skip
+        "float_math": float_math, "draft_from": draft_from, "share_prefixes": share_prefixes,
+        "takes_adapters": bool(adapters)})  # fmt: skip
     bounds = parts.Bounds(max_queue, max_per_key or max(1, max_queue // 2))
     limits = parts.Limits(first_token_timeout, timeout, drain_seconds=drain)
     state = parts.make_state(parts.Models(llms), keys, limits, bounds, adapters)
     parts.serve_keeping(prefix_file, console.note, state, access, listener, lambda at: _announce(state, host, at))
 
 
-def _log(is_wanted: bool) -> None:
-    """Write the server's log to stderr: its faults, and each request if that is wanted."""
+def _listener(parts: Any, host: str, port: int, logs_requests: bool) -> Any:
+    """Return a bound socket; from now on the server's faults go to stderr, and each request if that is wanted."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("llamita")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if is_wanted else logging.ERROR)
+    logger.setLevel(logging.INFO if logs_requests else logging.ERROR)
+    return parts.listen(host, port)
 
 
 def _shares(models: int) -> dict[str, int]:

@@ -49,6 +49,8 @@ def load_with_adapter(model: str, adapter: Path | None, **options: Any) -> LLM:
     llm = load(model, adapters={} if adapter is None else {ADAPTER: adapter}, **options)
     if adapter is not None and is_made_for(open_source(llm.path), adapter) is False:
         console.note(f"--adapter {adapter}: was trained on another model; answers may be worse than without")
+    if options.get("float_math", llm.float_math) != llm.float_math:
+        console.note(f"--float-math: {llm.float_math}; bf16 needs bf16 weights, and a processor that multiplies them")
     console.note(remark())
     return llm
 

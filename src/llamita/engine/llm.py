@@ -33,7 +33,7 @@ from llamita.engine.sampler import Sampling
 from llamita.engine.scheduler import Scheduler
 from llamita.engine.sequence import SequenceState
 from llamita.engine.stream import Stream
-from llamita.engine.weights import load_weights
+from llamita.engine.weights import FLOAT_MATHS, load_weights
 from llamita.errors import InputError, RunError, shown
 from llamita.models.weights import ModelSource
 from llamita.system.machine import usable_memory
@@ -86,7 +86,8 @@ class LLM:
         adapters: Mapping[str, Adapter] | None = None,
         takes_adapters: bool = False,
         share_prefixes: bool = False,
-        draft_from: Sequence[str | Path] = (),
+        draft_from: Sequence[str | Path] | None = None,
+        float_math: str = FLOAT_MATHS[0],
     ) -> None:
         """Load the weights. `llamita.load` explains the arguments; `adapters` are loaded already."""
         self.path, self.config, self.scheme = source.path, source.config, source.scheme
@@ -94,8 +95,16 @@ class LLM:
         limits = self._limits(max_sequences, cache_memory, prefix_cache, share_prefixes)
         self.adapters = dict(adapters or {})
         self._corpus = read_corpus(draft_from, self.tokenizer) if draft_from else None
-        self.model = Model(self.config, load_weights(source, gated=not (self.adapters or takes_adapters)))
+        if float_math not in FLOAT_MATHS:
+            raise InputError("float_math", f"one of {', '.join(FLOAT_MATHS)}", shown(float_math))
+        weights = load_weights(source, not (self.adapters or takes_adapters), float_math)
+        self.model = Model(self.config, weights)
         self.scheduler = Scheduler(self.model, limits)
+
+    @property
+    def float_math(self) -> str:
+        """How float layers are multiplied on this processor, "f32" or "bf16"."""
+        return self.model.weights.float_math
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

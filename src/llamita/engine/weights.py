@@ -14,6 +14,8 @@ from llamita.models.names import HEAD_NORMS
 from llamita.models.weights import Int4Weight, Int8Weight, ModelSource, bias_of
 from llamita.numerics.hadamard import core_signs, factor
 
+FLOAT_MATHS = ("f32", "bf16")  # how float layers are multiplied; the first is the reference
+
 
 @dataclass(frozen=True)
 class Part:
@@ -67,21 +69,28 @@ class ModelWeights:
     down_rotation: _native.Hadamard | None  # R4, applied to the inputs of down projections
     head_transform: _native.Weights | None  # float (hidden, hidden), applied to the inputs of the head
 
+    @property
+    def float_math(self) -> str:
+        """How float layers are multiplied, "f32" or "bf16": the latter only if some layer is, on this processor."""
+        layers = [self.head, *(x for b in self.blocks for x in (b.qkv, b.attention_out, b.gate_up, b.down))]
+        return FLOAT_MATHS[any(part.weights.bf16_products for layer in layers for part in layer.parts)]
 
-def load_weights(source: ModelSource, gated: bool = True) -> ModelWeights:
+
+def load_weights(source: ModelSource, gated: bool = True, float_math: str = FLOAT_MATHS[0]) -> ModelWeights:
     """Read and repack every weight.
 
     Args:
         gated: compute gate, up and SwiGLU as one product. Then no adapter can add to gate or up.
+        float_math: "bf16" rounds the inputs of bf16 layers to bf16 where the processor multiplies that.
 
     Raises:
         InputError: a tensor does not have the configuration's shape, or its group size does not divide its inputs.
     """
     config = source.config
     tables = (config.vocab_size, config.hidden_size)
-    embedding = _linear(source, {"model.embed_tokens": tables}, has_bias=False)
-    head = embedding if config.tied else load_head(source)
-    blocks = tuple(load_block(source, i, gated) for i in range(config.layers))
+    embedding = _linear(source, {"model.embed_tokens": tables}, has_bias=False, float_math=float_math)
+    head = embedding if config.tied else load_head(source, float_math)
+    blocks = tuple(load_block(source, i, gated, float_math) for i in range(config.layers))
     size, inputs = source.rotations.r4_size, config.intermediate_size
     if size not in (None, inputs):
         raise InputError("rotations: R4: size", f"{inputs}, the inputs of down_proj", f"{size}")
@@ -110,19 +119,20 @@ def _head_transform(source: ModelSource) -> _native.Weights | None:
     return _native.wrap_float([transform])
 
 
-def load_head(source: ModelSource) -> Linear:
+def load_head(source: ModelSource, float_math: str = FLOAT_MATHS[0]) -> Linear:
     """Read a head that is not tied to the embedding; errors as in `load_weights`."""
     shape = (source.config.vocab_size, source.config.hidden_size)
-    return _linear(source, {"lm_head": shape}, has_bias=False)
+    return _linear(source, {"lm_head": shape}, has_bias=False, float_math=float_math)
 
 
-def load_block(source: ModelSource, index: int, gated: bool = True) -> BlockWeights:
+def load_block(source: ModelSource, index: int, gated: bool = True, float_math: str = FLOAT_MATHS[0]) -> BlockWeights:
     """Read one transformer block; errors as in `load_weights`."""
     config, prefix = source.config, f"model.layers.{index}"
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes().items()}
 
     def fused(*names: str, gated: bool = False) -> Linear:
-        return _linear(source, {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}, gated=gated)
+        wanted = {f"{prefix}.{name}": shapes[f"{prefix}.{name}"] for name in names}
+        return _linear(source, wanted, gated=gated, float_math=float_math)
 
     return BlockWeights(
         attention_norm=source.vector(f"{prefix}.input_layernorm.weight"),
@@ -143,7 +153,11 @@ def _head_norms(source: ModelSource, block: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _linear(
-    source: ModelSource, shapes: dict[str, tuple[int, int]], has_bias: bool = True, gated: bool = False
+    source: ModelSource,
+    shapes: dict[str, tuple[int, int]],
+    has_bias: bool = True,
+    gated: bool = False,
+    float_math: str = FLOAT_MATHS[0],
 ) -> Linear:
     """Read the named layers as one. Neighbours of the same kind are packed together, as gate and up if `gated`."""
     groups: list[list[str]] = []
@@ -163,7 +177,8 @@ def _linear(
         if kind[0] == "int4":
             native = _pack_int4(together, gated=gated and len(names) == 2)
         else:
-            native = _pack_int8(together) if kind[0] == "int8" else _native.wrap_float(together)
+            rounds = float_math == "bf16"
+            native = _pack_int8(together) if kind[0] == "int8" else _native.wrap_float(together, rounds)
         bias = _joined_bias([bias_of(source, name) for name in names]) if has_bias else None
         parts.append(Part(native, bias, start, start + native.rows, is_quantized=kind[0] != "float"))
         start += native.rows

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llamita.engine.weights import FLOAT_MATHS
 from llamita.errors import InputError, LlamitaError
 from llamita.evaluate.scores import Contender
 from llamita.imports.names import split_scheme
@@ -42,6 +43,7 @@ def open_contenders(
     *,
     threads: int | None = None,
     kv_dtype: str | None = None,
+    float_math: str = FLOAT_MATHS[0],
     progress: Progress = None,
 ) -> list[Contender]:
     """Load models, after the baseline that they are measured against.
@@ -52,6 +54,7 @@ def open_contenders(
             models. Where no source is packed or rounded, there is none either.
         threads: of the kernels.
         kv_dtype: for keys and values of all models but the baseline; see `llamita.load`.
+        float_math: for float layers of all models but the baseline, which stays the reference.
 
     Raises:
         InputError: a model given twice, an unknown scheme, different recorded sources, or one that has
@@ -71,8 +74,8 @@ def open_contenders(
     contenders = []
     for i, (name, model) in enumerate(zip(_short_names(sources), models, strict=True)):
         is_baseline = has_baseline and i == 0
-        dtype = None if is_baseline else kv_dtype
-        llm = load(model.path, scheme=model.scheme, threads=threads, kv_dtype=dtype)
+        dtype, math = (None, FLOAT_MATHS[0]) if is_baseline else (kv_dtype, float_math)
+        llm = load(model.path, scheme=model.scheme, threads=threads, kv_dtype=dtype, float_math=math)
         contenders.append(Contender(name, llm, is_baseline))
     return contenders
 

@@ -105,6 +105,7 @@ def _describe(name: str, llm: LLM) -> Served:
         "size": _weight_bytes(llm.path),
         "scheme": None if llm.scheme is None else f"{llm.scheme.name}, groups of {llm.scheme.group_size}",
         "kv_dtype": llm.kv_dtype,
+        "float_math": llm.float_math,
         "has_chat": "role" in (find_template(llm.path) or ""),  # that of `embedded` only joins what is said
         "sampling": {n: getattr(sampling, n) for n in names},
     }
