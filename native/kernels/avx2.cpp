@@ -9,8 +9,8 @@ namespace {
 
 // Even bytes and odd ones, as 16-bit numbers
 __m256i byte_products(__m256i sums, __m256i w, __m256i x) {
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const __m256i even =
+      _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
   return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
 }

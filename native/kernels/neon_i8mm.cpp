@@ -14,7 +14,9 @@ namespace {
 
 I key_start(float) { return splat(0); }
 I dot_bytes(I acc, B w, B x) {
-  const auto dot = [](int32x4_t sums, int8x16_t u, int8x16_t s) { return vusdotq_s32(sums, vreinterpretq_u8_s8(u), s); };
+  const auto dot = [](int32x4_t sums, int8x16_t u, int8x16_t s) {
+    return vusdotq_s32(sums, vreinterpretq_u8_s8(u), s);
+  };
   return {dot(acc.a, w.a, x.a), dot(acc.b, w.b, x.b), dot(acc.c, w.c, x.c), dot(acc.d, w.d, x.d)};
 }
 
