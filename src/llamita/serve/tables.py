@@ -135,7 +135,7 @@ CHAT: Table = {
     "chat_template_kwargs": Field(OBJECT, f"Values for the chat template: some of {', '.join(EXTRAS)}."),
     "reasoning_effort": ignored("Has no meaning for these models."),
     "verbosity": ignored("Has no meaning for these models."),
-    "prediction": ignored("Drafts are taken from the text so far."),
+    "prediction": ignored("Drafts are taken from the text so far, and from the server's `--draft-from`."),
     "cache_prompt": ignored("Beginnings of prompts are always kept."),
     "functions": refused("send `tools` instead"),
     "function_call": refused("send `tool_choice` instead", "none", "auto"),
