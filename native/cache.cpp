@@ -13,7 +13,6 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 // Caches get huge pages from this size of a block of all layers on, because a sequence touches at least one block.
 constexpr size_t kWorthHuge = size_t{1} << 21;
-constexpr size_t kQuad = 4;        // see AttentionHead
 constexpr size_t kItemTiles = 32;  // tiles of query rows of one head that a thread takes at a time
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }

@@ -12,6 +12,7 @@ constexpr size_t kLanes = 16;          // floats in a logical vector, on every i
 constexpr size_t kSumInputs = 32;      // inputs per partial sum kept with quantized activations
 constexpr size_t kKeyBlock = 128;      // keys per online-softmax update
 constexpr size_t kKeyTile = 16;        // keys stored side by side
+constexpr size_t kQuad = 4;            // dimensions of int8 keys, or positions of int8 values, side by side
 constexpr size_t kBf16Step = 32;       // inputs of bf16 products are padded to a multiple of this
 constexpr size_t kChunkInputs = 2048;  // inputs of a panel unpacked at a time: 64 KiB, a small part of the L2 cache
 
